@@ -1,0 +1,371 @@
+"""Reading a Hugging Face checkpoint: its config, and its weights one tensor at a time."""
+
+import hashlib
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+from adamerge_jax.errors import InputError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
+_PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
+# What a trainer leaves next to the weights; finding one does not make a pickled checkpoint.
+_TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+# Values of a tensor's first row, and of its last, that enter a checkpoint's identity.
+_SAMPLED_VALUES = 64
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header of a safetensors file says about one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A Hugging Face checkpoint, opened for reading tensor by tensor.
+
+    Opening reads the config and the headers of the weight files; a weight is read when asked for.
+
+    Attributes:
+        source: What was opened, as the user wrote it: a folder or a Hub name.
+        folder: Where its files are on this machine.
+        config: The model's configuration.
+        tensors: Shape, dtype and file of every tensor, by its name in the file.
+    """
+
+    source: str
+    folder: Path
+    config: PretrainedConfig = field(repr=False)
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+
+    @classmethod
+    def open(cls, source: str | Path, *, revision: str | None = None) -> "Checkpoint":
+        """Opens a local folder, or a checkpoint of the Hugging Face Hub.
+
+        What exists as a folder is that folder; otherwise `name` and `org/name` are Hub names. The
+        Hub client's own conventions hold: its cache, `HF_TOKEN`, `HF_HUB_OFFLINE`.
+
+        Args:
+            source: A folder, or a Hub name such as `google-bert/bert-base-uncased`.
+            revision: A branch, tag or commit of a Hub checkpoint.
+
+        Raises:
+            InputError: There is no such checkpoint, or it is incomplete, corrupt or pickled.
+        """
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            if revision is not None:
+                raise InputError(
+                    f"{source} is a local folder, so it has no revision {revision!r}; leave the "
+                    "revision out, or name a checkpoint of the Hub"
+                )
+        elif folder.exists():
+            raise InputError(f"{source} is a file; give the folder that the checkpoint is in")
+        elif isinstance(source, Path) or not _HUB_NAME.fullmatch(source):
+            raise InputError(
+                f"no such folder: {source}; give the folder of a checkpoint, or a Hub name such "
+                "as org/name"
+            )
+        else:
+            folder = _download(source, revision)
+        return cls(str(source), folder, _read_config(folder), _read_headers(folder))
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor, in the dtype that it is stored in."""
+        with _opened(self.tensors[name].file) as tensors:
+            return tensors.get_tensor(name)
+
+    def identity(self) -> str:
+        """A fingerprint that tells this checkpoint from any other fine-tune of its architecture.
+
+        It covers every tensor's name, dtype and shape, and the beginning and the end of its
+        values, but not all of them: it takes milliseconds, not a pass over gigabytes. How the
+        tensors are spread over files does not matter.
+
+        Returns:
+            `sha256:` and 64 hexadecimal digits.
+        """
+        digest = hashlib.sha256()
+        with ExitStack() as stack:
+            files = {
+                file: stack.enter_context(_opened(file))
+                for file in sorted({info.file for info in self.tensors.values()})
+            }
+            for name, info in sorted(self.tensors.items()):
+                header = json.dumps([name, info.dtype.name, info.shape])
+                digest.update(header.encode())
+                for sample in _samples(info.shape):
+                    values = files[info.file].get_slice(name)[sample]
+                    digest.update(np.asarray(values).tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+
+def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, role: str) -> None:
+    """Refuses a tensor with NaN or infinite values: it would spoil the whole merge.
+
+    Args:
+        array: The tensor's values.
+        tensor: Its name, for the message.
+        checkpoint: Where it was read from, for the message.
+        role: What the checkpoint is, for the message: `base`, `expert 'trec'`.
+
+    Raises:
+        InputError: With how many values are NaN or infinite, and where the first one is.
+    """
+    finite = np.isfinite(array)
+    if finite.all():
+        return
+    not_a_number = int(np.isnan(array).sum())
+    infinite = int(array.size - finite.sum()) - not_a_number
+    counts = [f"{not_a_number} NaN"] * (not_a_number > 0) + [f"{infinite} Inf"] * (infinite > 0)
+    first = [int(index) for index in np.unravel_index(np.argmin(finite), array.shape)]
+    raise InputError(
+        f"{role} ({checkpoint.source}): {tensor} holds {' and '.join(counts)} among its "
+        f"{array.size} values, the first at {first}; its training has probably diverged: use an "
+        "earlier checkpoint of it, or leave it out"
+    )
+
+
+def in_one_line(error: BaseException) -> str:
+    """What another library has to say about an error, as part of a one-line message."""
+    return textwrap.shorten(str(error), width=240, placeholder=" ...") or type(error).__name__
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Fetches the files of a Hub checkpoint that are needed, and no pickled ones."""
+    at_revision = f" at revision {revision!r}" if revision else ""
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_DOWNLOADED),
+            # Subfolders hold other formats of the same weights (onnx/, openvino/, ...).
+            ignore_patterns=["*/*"],
+        )
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated on the Hugging Face Hub: accept its terms at "
+            f"https://huggingface.co/{name} and set HF_TOKEN to a token that may read it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name} is neither a local folder nor a checkpoint on the Hugging Face Hub; check "
+            "the name, and set HF_TOKEN if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"{name} on the Hugging Face Hub has no revision {revision!r}; give one of its "
+            "branches, tags or commits"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is unreachable"
+        raise InputError(
+            f"{name}{at_revision} is neither a local folder nor in the Hub's cache "
+            f"({constants.HF_HUB_CACHE}), and {reason}; download it while online, or give a folder"
+        ) from error
+    # The client also lets through whatever its transport, the disk and its own checks raise.
+    except Exception as error:
+        raise InputError(
+            f"cannot download {name}{at_revision} from the Hugging Face Hub: {in_one_line(error)}"
+        ) from error
+    return Path(folder)
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(
+            f"{folder} has no config.json; give the folder that `save_pretrained` wrote"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # A config's own validation raises errors of many types.
+    except Exception as error:
+        raise InputError(
+            f"{file} is not a configuration that transformers knows: {in_one_line(error)}"
+        ) from error
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Finds the weight files of a checkpoint and lists their tensors."""
+    # In this order, like transformers: a folder that has both loads the single file.
+    if (folder / WEIGHTS_FILE).is_file():
+        return _read_header(folder / WEIGHTS_FILE)
+    if (folder / INDEX_FILE).is_file():
+        return _read_indexed_headers(folder / INDEX_FILE)
+    for pattern in _PICKLED:
+        for file in sorted(folder.glob(pattern)):
+            if file.name not in _TRAINER_FILES:
+                raise InputError(
+                    f"{folder} has only pickled weights ({file.name}), which are never opened "
+                    "because unpickling can run any code; load it with transformers once and "
+                    "write it as safetensors with model.save_pretrained(folder)"
+                )
+    raise InputError(
+        f"{folder} has no safetensors weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a "
+        "folder that `save_pretrained` wrote"
+    )
+
+
+def _read_indexed_headers(index_file: Path) -> dict[str, TensorInfo]:
+    weight_map = _read_weight_map(index_file)
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    for shard in sorted(set(weight_map.values())):
+        # The name is judged, not what it resolves to: in the Hub's cache every file is a link to
+        # a blob outside of the folder.
+        if Path(shard).name != shard or shard == ".." or "\\" in shard:
+            raise InputError(
+                f"{index_file} names {shard!r}, which is not a file in its own folder; do not use "
+                "this checkpoint unless you know why"
+            )
+        if not (index_file.parent / shard).is_file():
+            raise InputError(
+                f"{index_file} names {shard}, which is missing; copy or download it again"
+            )
+        shards[shard] = _read_header(index_file.parent / shard)
+    lacking = [name for name, shard in weight_map.items() if name not in shards[shard]]
+    if lacking:
+        raise InputError(
+            f"{index_file.parent / weight_map[lacking[0]]} lacks {lacking[0]}, which "
+            f"{index_file.name} says it holds{and_more(len(lacking) - 1)}; copy or download the "
+            "checkpoint again"
+        )
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _read_weight_map(index_file: Path) -> dict[str, str]:
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{index_file} is not JSON: {in_one_line(error)}; copy or download it again"
+        ) from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not (
+        isinstance(weight_map, dict)
+        and weight_map
+        and all(isinstance(shard, str) for shard in weight_map.values())
+    ):
+        raise InputError(
+            f"{index_file} has no weight_map from tensor names to file names; copy or download it "
+            "again"
+        )
+    return weight_map
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    with _opened(file) as tensors:
+        headers = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        unknown = [name for name in headers if headers[name].get_dtype() not in _DTYPES]
+        if unknown:
+            raise InputError(
+                f"{file}: {unknown[0]} is stored as {headers[unknown[0]].get_dtype()}"
+                f"{and_more(len(unknown) - 1)}, which cannot be read; save the model in float32, "
+                "float16 or bfloat16"
+            )
+        return {
+            name: TensorInfo(tuple(header.get_shape()), np.dtype(_DTYPES[header.get_dtype()]), file)
+            for name, header in headers.items()
+        }
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Opens a safetensors file; what is wrong with it becomes an InputError."""
+    try:
+        tensors = safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise InputError(f"{file} {_why_unreadable(file, error)}") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {in_one_line(error)}") from error
+    with tensors:
+        yield tensors
+
+
+def _why_unreadable(file: Path, error: SafetensorError) -> str:
+    """Says what is wrong with a file that safetensors refused: cut off, a pointer, or corrupt."""
+    # The format: 8 bytes with the length of the header, the header as JSON, the values.
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start == b"version ":
+            return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+        values_start = 8 + int.from_bytes(start, "little")
+        header = stream.read(values_start - 8) if values_start <= size else b""
+    if not header:
+        return (
+            f"has {size} bytes and ends within its header: it is cut off, or no safetensors "
+            "file; copy or download it again"
+        )
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name[:2] != "__"]
+        expected = values_start + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        expected = size
+    if size != expected:
+        return f"has {size} bytes where its header describes {expected}; copy or download it again"
+    return f"is corrupt ({in_one_line(error)}); copy or download it again"
+
+
+def _samples(shape: tuple[int, ...]) -> Iterator[tuple[int | slice, ...]]:
+    """The indices of the first and the last few values of a tensor."""
+    if 0 in shape:
+        return
+    if not shape:
+        yield ()
+        return
+    *leading, last = shape
+    yield (*(0 for _ in leading), slice(0, min(last, _SAMPLED_VALUES)))
+    yield (*(length - 1 for length in leading), slice(max(0, last - _SAMPLED_VALUES), last))
+
+
+def and_more(count: int) -> str:
+    """The rest of a list of which a message names only the first."""
+    return f" (and {count} more)" if count else ""

@@ -1,0 +1,67 @@
+"""Parameters as an Orbax checkpoint, for whoever goes on in JAX.
+
+It is a flat dictionary: the keys are the parameters' names, dots and `*` included.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from adamerge_jax.checkpoints.folders import new_folder
+from adamerge_jax.checkpoints.huggingface import in_one_line
+from adamerge_jax.errors import InputError
+
+
+def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array]) -> None:
+    """Writes parameters; the folder appears when it is complete.
+
+    Args:
+        folder: The folder to make; it may exist if it is empty.
+        parameters: Arrays by name, such as `bert.encoder.layer.*.output.dense.weight`.
+
+    Raises:
+        InputError: The folder is in use or cannot be made, or the disk becomes full.
+    """
+    with new_folder(folder) as partial:
+        # One level down, so that what Orbax keeps next to its target is removed on failure too.
+        target = partial / "parameters"
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(target, dict(parameters))
+        for entry in target.iterdir():
+            entry.rename(partial / entry.name)
+        target.rmdir()
+
+
+def load_parameters(folder: str | Path) -> dict[str, jax.Array]:
+    """Reads what `save_parameters` wrote, to the first device of this machine.
+
+    Args:
+        folder: The folder that `save_parameters` made.
+
+    Returns:
+        The arrays by name, each in the dtype that it was saved in.
+
+    Raises:
+        InputError: There is no such folder, or no complete checkpoint of this kind in it.
+    """
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise InputError(f"no such folder: {folder}; give one that save_parameters wrote")
+    # Where the arrays go is said here, because Orbax would ask for the devices they came from.
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            saved = checkpointer.metadata(path).item_metadata.tree
+            target = {
+                name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+                for name, array in saved.items()
+            }
+            return checkpointer.restore(path, target)
+        # A missing file, broken metadata and arrays in another structure all end up here.
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{folder} is not a complete checkpoint of parameters: {in_one_line(error)}; give "
+                "a folder that save_parameters wrote"
+            ) from error

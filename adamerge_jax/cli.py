@@ -1,0 +1,180 @@
+"""The `adamerge` command.
+
+A recipe's fields are the options of the command: the file gives their defaults, the command line
+overrides them. So the recipe is read first, then the command line is parsed.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+# Said on import, and of no use here: PyTorch is not needed.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import transformers
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+
+from adamerge_jax import jobs, report
+from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.errors import InputError
+from adamerge_jax.learning import NonFiniteObjectiveError
+from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe
+
+RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass
+class Learn:
+    """Learn merge coefficients, compare the merge with its baselines, and export one checkpoint."""
+
+    file: tyro.conf.Positional[Path]
+    """The recipe, a YAML file."""
+    recipe: RecipeFields
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+    out: Path | None = None
+    """Run folder to make; by default runs/<recipe name>."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        out = self.out or Path("runs") / self.recipe.name
+        run = jobs.learn(self.recipe, root=_root(self.file, self.root), out=out, console=console)
+        console.print(
+            f"merged checkpoint {out / jobs.CHECKPOINT_FOLDER}\n"
+            f"coefficients      {out / jobs.COEFFICIENTS_FILE} (best after "
+            f"{run.coefficients.step} steps)\n"
+            f"heat map          {out / jobs.HEAT_MAP_FILE}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@dataclasses.dataclass
+class Fold:
+    """Export the merge of a coefficients file, without learning."""
+
+    coefficients: tyro.conf.Positional[Path]
+    """The coefficients.safetensors of a run."""
+    recipe_file: Annotated[Path, tyro.conf.arg(name="recipe")]
+    """The recipe, a YAML file: where base and experts are, how to write the result."""
+    out: Path
+    """Folder to make."""
+    recipe: RecipeFields
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        root = _root(self.recipe_file, self.root)
+        jobs.fold_file(self.coefficients, self.recipe, root=root, out=self.out, console=console)
+        console.print(f"merged checkpoint {self.out / jobs.CHECKPOINT_FOLDER}", soft_wrap=True)
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Evaluate a checkpoint on a recipe's test data, with the heads of its experts."""
+
+    file: tyro.conf.Positional[Path]
+    """The recipe, a YAML file."""
+    checkpoint: str
+    """Folder or Hub id of a model of the same architecture, e.g. a merged one."""
+    recipe: RecipeFields
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        root = _root(self.file, self.root)
+        jobs.evaluate(self.recipe, self.checkpoint, root=root, console=console)
+
+
+@dataclasses.dataclass
+class Inspect:
+    """Show what a coefficients file says."""
+
+    coefficients: tyro.conf.Positional[Path]
+    """The coefficients.safetensors of a run."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        report.print_coefficients(Coefficients.load(self.coefficients), console)
+
+
+_DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
+
+COMMANDS = {"learn": Learn, "fold": Fold, "evaluate": Evaluate, "inspect": Inspect}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; bad input ends in one line on standard error and exit status 2."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    transformers.logging.set_verbosity_error()
+    try:
+        _parse(sys.argv[1:] if arguments is None else list(arguments)).run(Console())
+    except InputError as error:
+        _exit(f"error: {error}", 2)
+    except NonFiniteObjectiveError as error:
+        _exit(f"error: {error}; the run folder keeps the last good coefficients", 1)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+
+
+def learn(arguments: Sequence[str] | None = None) -> None:
+    """`adamerge learn`, for launchers."""
+    main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
+    """Parses the command line, with the recipe that it names as the default of all fields.
+
+    Raises:
+        InputError: The recipe, or a field given on the command line, cannot be used.
+    """
+    if not arguments or arguments[0] not in COMMANDS:
+        return tyro.extras.subcommand_cli_from_dict(
+            dict(COMMANDS), prog="adamerge", description=_DESCRIPTION, args=arguments
+        )
+    name, *options = arguments
+    command = COMMANDS[name]
+    default = None
+    if command is not Inspect:
+        file = next((Path(o) for o in options if Path(o).suffix in (".yaml", ".yml")), None)
+        if file is not None:
+            required = {
+                field.name: tyro.MISSING
+                for field in dataclasses.fields(command)
+                if field.default is dataclasses.MISSING
+            }
+            default = command(**required | {"recipe": load_recipe(file)})
+        elif not {"-h", "--help"} & set(options):
+            raise InputError(f"adamerge {name}: give a recipe, a .yaml file")
+    parsed = tyro.cli(
+        command,
+        default=default,
+        args=options,
+        prog=f"adamerge {name}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if default is not None:
+        # Once more as a whole: what a field may be can depend on another.
+        parsed.recipe = parse_recipe(parsed.recipe.model_dump(), "command line")
+    return parsed
+
+
+def _root(recipe_file: Path, root: Path | None) -> Path:
+    return (root or recipe_file.parent).expanduser().resolve()
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,80 @@
+"""How good a model is: accuracy per task, with each task's own head."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from adamerge_jax.data import Examples
+from adamerge_jax.models import Network
+
+Parameters = Mapping[str, Array]
+
+
+class Evaluator:
+    """Runs models of one architecture on the examples of their tasks.
+
+    The trunk is compiled once per input shape and shared by all models and tasks.
+    """
+
+    def __init__(
+        self,
+        trunk: Network,
+        heads: Mapping[str, Network],
+        head_parameters: Mapping[str, Parameters],
+        batch_size: int,
+    ):
+        self._trunk = jax.jit(trunk)
+        self._heads = {task: jax.jit(head) for task, head in heads.items()}
+        self._head_parameters = head_parameters
+        self._batch_size = batch_size
+
+    def logits(
+        self, parameters: Parameters, task: str, examples: Examples
+    ) -> Float[np.ndarray, "N C"]:
+        """What a model says of each example.
+
+        Args:
+            parameters: Of the trunk, arrays by name.
+            task: Whose head to use.
+            examples: N examples.
+        """
+        # Examples of like length share a batch, so that little is computed on padding.
+        lengths = [examples.padded_length(np.array([i])) for i in range(len(examples))]
+        order = np.argsort(lengths, kind="stable")
+        rows = []
+        for start in range(0, len(order), self._batch_size):
+            chosen = np.resize(order[start : start + self._batch_size], self._batch_size)
+            inputs = examples.take(chosen, examples.padded_length(chosen))
+            outputs = self._trunk(parameters, inputs)
+            rows.append(np.asarray(self._heads[task](self._head_parameters[task], outputs)))
+        sorted_logits = np.concatenate(rows)[: len(order)]
+        return sorted_logits[np.argsort(order)]
+
+    def accuracy(self, parameters: Parameters, task: str, examples: Examples) -> float:
+        """The share of labelled examples, from 0 to 1, that a model gives their own class."""
+        predicted = self.logits(parameters, task, examples).argmax(-1)
+        return float((predicted == examples.labels).mean())
+
+
+class Row(NamedTuple):
+    """One line of the table of results.
+
+    Attributes:
+        method: What was evaluated.
+        tasks: Accuracy by task, from 0 to 1.
+    """
+
+    method: str
+    tasks: dict[str, float]
+
+    @property
+    def average(self) -> float:
+        """Mean accuracy over the tasks."""
+        return float(np.mean(list(self.tasks.values())))
+
+    def as_json(self) -> dict:
+        """The row as `results.json` holds it."""
+        return {"method": self.method, "tasks": self.tasks, "average": self.average}

@@ -1,0 +1,93 @@
+"""Mixing: `theta(lambda) = theta_base + sum_k lambda_k * tau_k`, as a lazy leaf of a pytree.
+
+A `Mixture` goes wherever an array of parameters would go, also through `jax.lax.scan` over
+stacked layers. It becomes an array only where a layer asks for its weights, so that the merged
+model never exists as a whole.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PyTree
+
+from adamerge_jax.names import is_stacked, leaf_name
+from adamerge_jax.task_vectors import Delta
+
+MERGED_WEIGHT = "merged_weight"
+"""What a materialised mixture is called in a rematerialisation policy."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """One merged parameter that has not been computed yet.
+
+    Attributes:
+        base: The base model's parameter, `[*shape]`.
+        delta: What the K experts changed in it.
+        scale: The coefficients, `[K, ...]`, broadcasting against `[K, *shape]`.
+
+    A stacked parameter has a leading axis of length L on all three.
+    """
+
+    base: Float[Array, "..."]
+    delta: Delta
+    scale: Float[Array, "K ..."]
+
+    def materialize(self) -> Float[Array, "..."]:
+        """The merged parameter, summed in float32, in the base's dtype."""
+        merged = self.base.astype(jnp.float32) + self.delta.weighted_sum(self.scale)
+        return checkpoint_name(merged.astype(self.base.dtype), MERGED_WEIGHT)
+
+    def rows(self, index: Int[Array, "..."]) -> Float[Array, "..."]:
+        """`materialize()[index]`, mixing whichever is less: the rows asked for, or all of them."""
+        if index.size >= self.base.shape[0]:
+            return self.materialize()[index]
+        scale = self.scale
+        if scale.shape[1] != 1:
+            scale = jnp.take(scale, index, axis=1)
+        else:
+            scale = scale.reshape(scale.shape[0], *(1 for _ in index.shape), *scale.shape[2:])
+        return Mixture(self.base[index], self.delta.rows(index), scale).materialize()
+
+
+def is_mixture(leaf: object) -> bool:
+    """Whether a leaf is a `Mixture`; for `jax.tree.map(..., is_leaf=is_mixture)`."""
+    return isinstance(leaf, Mixture)
+
+
+def mix(
+    base: PyTree[Array], deltas: Mapping[str, Delta], scales: Mapping[str, Float[Array, "K ..."]]
+) -> PyTree[Array | Mixture]:
+    """Replaces every parameter that has a delta by its lazy mixture.
+
+    Args:
+        base: Parameters of the base model, any pytree.
+        deltas: The experts' deltas by parameter name; parameters without one stay the base's.
+        scales: One scale per entry of `deltas`, from a granularity.
+
+    Returns:
+        A pytree of the base's structure.
+    """
+
+    def leaf(path: tuple, parameter: Array) -> Array | Mixture:
+        name = leaf_name(path)
+        return Mixture(parameter, deltas[name], scales[name]) if name in deltas else parameter
+
+    return jax.tree_util.tree_map_with_path(leaf, base)
+
+
+def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
+    """Turns every `Mixture` in the tree into an array, layer by layer where it is stacked."""
+
+    def leaf(path: tuple, parameter: Array | Mixture) -> Array:
+        if not is_mixture(parameter):
+            return parameter
+        if is_stacked(leaf_name(path)):
+            return jax.lax.map(Mixture.materialize, parameter)
+        return parameter.materialize()
+
+    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_mixture)

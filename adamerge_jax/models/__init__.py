@@ -1,0 +1,154 @@
+"""Model families: the trunk that is merged, the head that each task keeps.
+
+A model is described by its `transformers` config. `family_of(config)` finds its family; the
+family builds the trunk and the head as `Network`s, pure functions of flat parameter dictionaries
+whose keys are the names in a Hugging Face checkpoint (`*` where layers are stacked).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, PyTree
+from transformers import PretrainedConfig
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.models.bert import BertHead, BertTrunk
+from adamerge_jax.models.clip import ClipVisionTrunk, ZeroShotHead
+from adamerge_jax.models.layers import Outputs, Rematerialize
+from adamerge_jax.models.roberta import RobertaHead, RobertaTrunk
+from adamerge_jax.models.vit import VitHead, VitTrunk
+
+__all__ = ["Family", "Network", "Outputs", "Rematerialize", "family_of"]
+
+
+class Network:
+    """An NNX module as a pure function of its parameters.
+
+    Attributes:
+        shapes: Shape and dtype of every parameter by name, `[L, *shape]` where stacked.
+    """
+
+    def __init__(self, make_module: Callable[[], nnx.Module]):
+        """Builds the module abstractly: no parameter is allocated."""
+        self._graph, state = nnx.split(nnx.eval_shape(make_module))
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {
+            ".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)
+        }
+
+    def __call__(self, parameters: Mapping[str, Array], *arguments: PyTree, **options: Any) -> Any:
+        """Calls the module with the given parameters, arrays or `Mixture`s by name."""
+        nested: dict[str, Any] = {}
+        for name, leaf in parameters.items():
+            *modules, attribute = name.split(".")
+            module = nested
+            for key in modules:
+                module = module.setdefault(key, {})
+            module[attribute] = leaf
+        return nnx.merge(self._graph, nnx.State(nested))(*arguments, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture family.
+
+    Attributes:
+        trunk: Makes the module that is merged, from a config.
+        head: Makes the module that each task keeps, from a config.
+        prefixes: What a checkpoint saved without its head may lack in front of trunk names.
+        inputs: Names of the arrays in a batch, the first one required.
+        max_tokens: The longest text that a model of this config can read; None for images.
+        auto_class: The `transformers` class that loads a task's model, or None where a head is
+            no part of a checkpoint.
+        base_only: Name patterns of trunk parameters that an expert may lack, and which then stay
+            the base's. A CLIP expert is a vision tower, without the projection behind it.
+        ignored: Name patterns of tensors in a checkpoint that are no parameters.
+        ignored_in_experts: Name patterns of parameters outside the trunk that an expert may bring
+            and that are not used.
+    """
+
+    trunk: Callable[[PretrainedConfig, Rematerialize], nnx.Module]
+    head: Callable[[PretrainedConfig], nnx.Module]
+    prefixes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    max_tokens: Callable[[PretrainedConfig], int | None]
+    auto_class: str | None
+    base_only: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ("*.position_ids",)
+    ignored_in_experts: tuple[str, ...] = ()
+
+    def build_trunk(
+        self, config: PretrainedConfig, rematerialize: Rematerialize = "elementwise"
+    ) -> Network:
+        """The trunk as a function `(parameters, inputs, hidden_states=False) -> Outputs`."""
+        return Network(partial(self.trunk, config, rematerialize))
+
+    def build_head(self, config: PretrainedConfig) -> Network:
+        """The head as a function `(parameters, outputs) -> logits [B, C]`."""
+        return Network(partial(self.head, config))
+
+
+_ROBERTA = Family(
+    trunk=RobertaTrunk,
+    head=RobertaHead,
+    prefixes=("roberta.",),
+    inputs=("input_ids", "attention_mask", "token_type_ids"),
+    max_tokens=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+    auto_class="AutoModelForSequenceClassification",
+)
+
+FAMILIES = {
+    "bert": Family(
+        trunk=BertTrunk,
+        head=BertHead,
+        prefixes=("bert.",),
+        inputs=("input_ids", "attention_mask", "token_type_ids"),
+        max_tokens=lambda config: config.max_position_embeddings,
+        auto_class="AutoModelForSequenceClassification",
+    ),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "vit": Family(
+        trunk=VitTrunk,
+        head=VitHead,
+        prefixes=("vit.",),
+        inputs=("pixel_values",),
+        max_tokens=lambda config: None,
+        auto_class="AutoModelForImageClassification",
+    ),
+    "clip": Family(
+        trunk=ClipVisionTrunk,
+        head=ZeroShotHead,
+        prefixes=("vision_model.",),
+        inputs=("pixel_values",),
+        max_tokens=lambda config: None,
+        auto_class=None,
+        base_only=("visual_projection.*",),
+        ignored_in_experts=("text_model.*", "text_projection.*", "logit_scale"),
+    ),
+}
+"""Families by the `model_type` of their configs."""
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a base model's config.
+
+    Raises:
+        InputError: No family here has that `model_type`, or it is that of one tower of a CLIP,
+            which is no base: a base brings the projection and the text tower too.
+    """
+    if config.model_type in ("clip_vision_model", "clip_text_model"):
+        raise InputError(
+            f"config.json: model_type {config.model_type!r} is one tower of a CLIP; the base must "
+            "be a whole CLIP (model_type 'clip'), only experts may be vision towers"
+        )
+    if config.model_type not in FAMILIES:
+        raise InputError(
+            f"config.json: model_type {config.model_type!r} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[config.model_type]

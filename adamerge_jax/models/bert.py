@@ -1,0 +1,149 @@
+"""BERT (Devlin et al., 2019) for sequence classification, as `transformers` builds it."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from transformers import BertConfig
+
+from adamerge_jax.models.inputs import text_inputs
+from adamerge_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Outputs,
+    Rematerialize,
+    Stack,
+    attention,
+    padding_bias,
+)
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: BertConfig):
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B T"],
+        token_types: Int[Array, "B T"],
+        positions: Int[Array, "... T"],
+    ) -> Float[Array, "B T H"]:
+        embedded = self.word_embeddings(token_ids) + self.token_type_embeddings(token_types)
+        return self.LayerNorm(embedded + self.position_embeddings(positions))
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: BertConfig):
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
+        self.heads = config.num_attention_heads
+
+    def __call__(
+        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 1 T"]
+    ) -> Float[Array, "B T H"]:
+        return attention(self.query(x), self.key(x), self.value(x), self.heads, bias)
+
+
+class AddAndNorm(nnx.Module):
+    """A projection added to the residual stream and normalised after it."""
+
+    def __init__(self, inputs: int, config: BertConfig):
+        self.dense = Linear(inputs, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(
+        self, x: Float[Array, "B T inputs"], residual: Float[Array, "B T H"]
+    ) -> Float[Array, "B T H"]:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: BertConfig):
+        self.self = SelfAttention(config)
+        self.output = AddAndNorm(config.hidden_size, config)
+
+    def __call__(
+        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 1 T"]
+    ) -> Float[Array, "B T H"]:
+        return self.output(self.self(x, bias), x)
+
+
+class Intermediate(nnx.Module):
+    def __init__(self, config: BertConfig):
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T intermediate"]:
+        return ACTIVATIONS[self.activation](self.dense(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: BertConfig):
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = AddAndNorm(config.intermediate_size, config)
+
+    def __call__(
+        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 1 T"]
+    ) -> Float[Array, "B T H"]:
+        x = self.attention(x, bias)
+        return self.output(self.intermediate(x), x)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: BertConfig, rematerialize: Rematerialize):
+        self.layer = Stack(lambda: Layer(config), config.num_hidden_layers, rematerialize)
+
+
+class Pooler(nnx.Module):
+    def __init__(self, config: BertConfig):
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B H"]:
+        return jnp.tanh(self.dense(hidden[:, 0]))
+
+
+class Bert(nnx.Module):
+    """Embeddings, encoder and pooler; the parameters under `bert.` in a checkpoint."""
+
+    def __init__(self, config: BertConfig, rematerialize: Rematerialize):
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config, rematerialize)
+        self.pooler = Pooler(config)
+        self.longest = config.max_position_embeddings
+
+    def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
+        token_ids, mask, token_types = text_inputs(inputs, self.longest)
+        embedded = self.embeddings(token_ids, token_types, jnp.arange(token_ids.shape[1]))
+        bias = padding_bias(mask)
+        last, every = self.encoder.layer(embedded, bias, hidden_states=hidden_states)
+        return Outputs(self.pooler(last), last, every)
+
+
+class BertTrunk(nnx.Module):
+    """What is merged in a `BertForSequenceClassification`."""
+
+    def __init__(self, config: BertConfig, rematerialize: Rematerialize):
+        self.bert = Bert(config, rematerialize)
+
+    def __call__(
+        self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool = False
+    ) -> Outputs:
+        return self.bert(inputs, hidden_states)
+
+
+class BertHead(nnx.Module):
+    """What each task keeps of a `BertForSequenceClassification`."""
+
+    def __init__(self, config: BertConfig):
+        self.classifier = Linear(config.hidden_size, config.num_labels)
+
+    def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
+        return self.classifier(outputs.pooled)

@@ -1,0 +1,106 @@
+"""What the families expect of a batch: what may be absent, and sizes that must fit the config.
+
+Shapes are known when a model is traced, so a batch that does not fit fails there with a message,
+rather than reading position embeddings that do not exist.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from transformers import PretrainedConfig
+
+from adamerge_jax.errors import InputError
+
+
+class TextInputs(NamedTuple):
+    """A batch of token sequences, complete."""
+
+    token_ids: Int[Array, "B T"]
+    attention_mask: Int[Array, "B T"]
+    token_types: Int[Array, "B T"]
+
+
+def text_inputs(inputs: Mapping[str, Int[Array, "B T"]], longest: int) -> TextInputs:
+    """Completes a batch of text: without a mask nothing is padding, without types all are 0.
+
+    Args:
+        inputs: `input_ids`, and optionally `attention_mask` and `token_type_ids`.
+        longest: The number of tokens that the model has positions for.
+
+    Raises:
+        InputError: The sequences are longer than that.
+    """
+    token_ids = inputs["input_ids"]
+    if token_ids.shape[1] > longest:
+        raise InputError(
+            f"input_ids: sequences have {token_ids.shape[1]} tokens, the model has positions for "
+            f"{longest}; truncate them to {longest}"
+        )
+    return TextInputs(
+        token_ids,
+        inputs.get("attention_mask", jnp.ones_like(token_ids)),
+        inputs.get("token_type_ids", jnp.zeros_like(token_ids)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageGeometry:
+    """The images that a model reads, and the patches it cuts them into.
+
+    Attributes:
+        channels: Colour channels.
+        height: In pixels.
+        width: In pixels.
+        patch: The side of a square patch, in pixels.
+    """
+
+    channels: int
+    height: int
+    width: int
+    patch: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "ImageGeometry":
+        """The geometry that a vision config says.
+
+        Raises:
+            InputError: The patches are not square.
+        """
+        patch, patch_width = _pair(config.patch_size)
+        if patch != patch_width:
+            raise InputError(
+                f"config.json: patch_size is {patch} x {patch_width}; only square patches are "
+                "supported"
+            )
+        return cls(config.num_channels, *_pair(config.image_size), patch)
+
+    @property
+    def patches(self) -> int:
+        """How many whole patches an image has."""
+        return (self.height // self.patch) * (self.width // self.patch)
+
+    def whole_patches(
+        self, pixels: Float[Array, "B channels height width"]
+    ) -> Float[Array, "B channels rows*patch columns*patch"]:
+        """Checks the images' size and cuts off the pixels that fill no whole patch.
+
+        Raises:
+            InputError: The images have another size or number of channels.
+        """
+        expected = (self.channels, self.height, self.width)
+        if pixels.shape[1:] != expected:
+            raise InputError(
+                f"pixel_values: images have (channels, height, width) {pixels.shape[1:]}, the "
+                f"model expects {expected}; prepare them with the model's image processor"
+            )
+        height, width = (side - side % self.patch for side in (self.height, self.width))
+        return pixels[:, :, :height, :width]
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width from a config's size, one number where both are the same."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

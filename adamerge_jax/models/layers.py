@@ -1,0 +1,222 @@
+"""What the model files share: modules whose paths are the names of a Hugging Face checkpoint.
+
+Checkpoint tensors keep PyTorch's layout, `(out, in)` for a linear layer. A parameter is an array
+or a `Mixture`; modules read it through `value`, which mixes it at the place of its use.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
+from adamerge_jax.names import STACKED
+
+LINEAR_OUTPUT = "linear_output"
+"""What the output of a linear layer is called in a rematerialisation policy."""
+
+Rematerialize = Literal["nothing", "weights", "elementwise", "layer"]
+"""What the backward pass computes again rather than keeps, from fastest to smallest.
+
+- `nothing`: every intermediate value is kept, merged weights included.
+- `weights`: merged weights are mixed again.
+- `elementwise`: only outputs of linear layers are kept; mixing, normalisation, activations and
+  attention are computed again.
+- `layer`: only the input of each layer is kept.
+"""
+
+_POLICIES = {
+    "weights": jax.checkpoint_policies.save_anything_except_these_names(MERGED_WEIGHT),
+    "elementwise": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+"""Activation functions by their names in `transformers` configs."""
+
+
+class Outputs(NamedTuple):
+    """What a trunk computes.
+
+    Attributes:
+        pooled: `[B, H]`, what the task heads read.
+        last_hidden_state: `[B, T, H]`.
+        hidden_states: `[L + 1, B, T, H]`, the embeddings and the output of each layer, or None
+            where they were not asked for.
+    """
+
+    pooled: Float[Array, "B H"]
+    last_hidden_state: Float[Array, "B T H"]
+    hidden_states: Float[Array, "L+1 B T H"] | None
+
+    def examples(self, chosen: slice) -> "Outputs":
+        """The outputs of some of the examples."""
+        states = None if self.hidden_states is None else self.hidden_states[:, chosen]
+        return Outputs(self.pooled[chosen], self.last_hidden_state[chosen], states)
+
+
+def value(parameter: nnx.Param) -> Float[Array, "..."]:
+    """The parameter's array, mixed here and now if it is a `Mixture`."""
+    leaf = parameter.get_value()
+    return leaf.materialize() if is_mixture(leaf) else leaf
+
+
+def parameter(*shape: int) -> nnx.Param:
+    """A parameter of the given shape; its values come from a checkpoint."""
+    return nnx.Param(jnp.zeros(shape))
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias`, weight `(out, in)`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True):
+        self.weight = parameter(outputs, inputs)
+        if bias:
+            self.bias = parameter(outputs)
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        # Flat, because XLA's CPU backend contracts the weight's gradient over one axis faster than
+        # over two.
+        y = x.reshape(-1, x.shape[-1]) @ value(self.weight).T
+        if hasattr(self, "bias"):
+            y = y + value(self.bias)
+        return checkpoint_name(y, LINEAR_OUTPUT).reshape(*x.shape[:-1], -1)
+
+
+class Embedding(nnx.Module):
+    """Rows of `weight`, `(entries, features)`, by index."""
+
+    def __init__(self, entries: int, features: int):
+        self.weight = parameter(entries, features)
+
+    def __call__(self, index: Int[Array, "..."]) -> Float[Array, "... H"]:
+        leaf = self.weight.get_value()
+        return leaf.rows(index) if is_mixture(leaf) else leaf[index]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    def __init__(self, features: int, epsilon: float):
+        self.weight = parameter(features)
+        self.bias = parameter(features)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        normalised = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normalised * value(self.weight) + value(self.bias)).astype(x.dtype)
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
+
+    def __init__(self, channels: int, features: int, patch: int, *, bias: bool):
+        self.weight = parameter(features, channels, patch, patch)
+        if bias:
+            self.bias = parameter(features)
+        self.patch = patch
+
+    def __call__(self, pixels: Float[Array, "B channels height width"]) -> Float[Array, "B T H"]:
+        batch, channels, height, width = pixels.shape
+        rows, columns = height // self.patch, width // self.patch
+        patches = pixels.reshape(batch, channels, rows, self.patch, columns, self.patch)
+        patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+        weight = value(self.weight)
+        embedded = patches.astype(weight.dtype) @ weight.reshape(weight.shape[0], -1).T
+        return embedded + value(self.bias) if hasattr(self, "bias") else embedded
+
+
+class Stack(nnx.Module):
+    """L layers of one shape as one module, its parameters stacked along a leading axis.
+
+    The layer sits at the attribute `*`, so that its parameters are called
+    `encoder.layer.*.output.dense.weight`. Compile time does not grow with L.
+    """
+
+    def __init__(
+        self, make_layer: Callable[[], nnx.Module], length: int, rematerialize: Rematerialize
+    ):
+        graph, state = nnx.split(make_layer())
+        stacked = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), state)
+        setattr(self, STACKED, nnx.merge(graph, stacked))
+        self.rematerialize = rematerialize
+
+    def __call__(
+        self, hidden: Float[Array, "B T H"], *arguments: Array, hidden_states: bool = False
+    ) -> tuple[Float[Array, "B T H"], Float[Array, "L+1 B T H"] | None]:
+        """Runs `layer(hidden, *arguments)` for each layer in turn.
+
+        Returns:
+            The last layer's output and, if asked for, the input followed by every layer's output.
+        """
+        graph, parameters = nnx.split(getattr(self, STACKED))
+
+        def run_layer(hidden: Array, parameters: nnx.State) -> Array:
+            return nnx.merge(graph, parameters)(hidden, *arguments)
+
+        if self.rematerialize != "nothing":
+            # A scan's body is not subject to the common-subexpression elimination that
+            # `prevent_cse` guards against, and the guard costs time.
+            run_layer = jax.checkpoint(
+                run_layer, policy=_POLICIES[self.rematerialize], prevent_cse=False
+            )
+
+        def body(hidden: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
+            hidden = run_layer(hidden, parameters)
+            return hidden, hidden if hidden_states else None
+
+        last, every = jax.lax.scan(body, hidden, parameters)
+        return last, jnp.concatenate([hidden[None], every]) if hidden_states else None
+
+
+def attention(
+    query: Float[Array, "B T H"],
+    key: Float[Array, "B S H"],
+    value: Float[Array, "B S H"],
+    heads: int,
+    bias: Float[Array, "B 1 T S"] | None = None,
+) -> Float[Array, "B T H"]:
+    """Scaled dot-product attention over `heads` heads, the softmax in float32.
+
+    Args:
+        query: Projected queries, heads side by side in the last axis.
+        key: Projected keys.
+        value: Projected values.
+        heads: Number of heads; H is divisible by it.
+        bias: Added to the scores before the softmax (`padding_bias`, `causal_bias`).
+    """
+    query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
+    scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bnts,bsnd->btnd", weights, value)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def padding_bias(attention_mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
+    """Zero where the mask is 1, the lowest finite float32 where it is 0."""
+    lowest = jnp.finfo(jnp.float32).min
+    return jnp.where(attention_mask[:, None, None, :] > 0, 0.0, lowest)
+
+
+def causal_bias(length: int) -> Float[Array, "1 1 T T"]:
+    """Zero at and before each position, the lowest finite float32 after it."""
+    lowest = jnp.finfo(jnp.float32).min
+    return jnp.where(jnp.tri(length, dtype=bool), 0.0, lowest)[None, None]

@@ -1,0 +1,135 @@
+"""ViT (Dosovitskiy et al., 2021) for image classification, as `transformers` saves it.
+
+The paths are the names in a saved checkpoint. The attributes of recent `transformers` classes are
+called otherwise and are renamed to these on saving.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from transformers import ViTConfig
+
+from adamerge_jax.models.bert import Intermediate
+from adamerge_jax.models.inputs import ImageGeometry
+from adamerge_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    Outputs,
+    PatchEmbedding,
+    Rematerialize,
+    Stack,
+    attention,
+    parameter,
+    value,
+)
+
+
+class PatchEmbeddings(nnx.Module):
+    def __init__(self, geometry: ImageGeometry, features: int):
+        self.projection = PatchEmbedding(geometry.channels, features, geometry.patch, bias=True)
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: ViTConfig):
+        self.geometry = ImageGeometry.of(config)
+        self.cls_token = parameter(1, 1, config.hidden_size)
+        self.position_embeddings = parameter(1, self.geometry.patches + 1, config.hidden_size)
+        self.patch_embeddings = PatchEmbeddings(self.geometry, config.hidden_size)
+
+    def __call__(
+        self, pixels: Float[Array, "B channels height width"]
+    ) -> Float[Array, "B patches+1 H"]:
+        patches = self.patch_embeddings.projection(self.geometry.whole_patches(pixels))
+        first = jnp.broadcast_to(value(self.cls_token), (len(patches), 1, patches.shape[-1]))
+        return jnp.concatenate([first, patches], axis=1) + value(self.position_embeddings)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: ViTConfig):
+        width, bias = config.hidden_size, config.qkv_bias
+        self.query = Linear(width, width, bias=bias)
+        self.key = Linear(width, width, bias=bias)
+        self.value = Linear(width, width, bias=bias)
+        self.heads = config.num_attention_heads
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        return attention(self.query(x), self.key(x), self.value(x), self.heads)
+
+
+class Projection(nnx.Module):
+    """A linear layer back to the width of the residual stream."""
+
+    def __init__(self, inputs: int, config: ViTConfig):
+        self.dense = Linear(inputs, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B T inputs"]) -> Float[Array, "B T H"]:
+        return self.dense(x)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ViTConfig):
+        self.attention = SelfAttention(config)
+        self.output = Projection(config.hidden_size, config)
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        return self.output(self.attention(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ViTConfig):
+        self.layernorm_before = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.layernorm_after = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.intermediate = Intermediate(config)
+        self.output = Projection(config.intermediate_size, config)
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        x = x + self.attention(self.layernorm_before(x))
+        return x + self.output(self.intermediate(self.layernorm_after(x)))
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: ViTConfig, rematerialize: Rematerialize):
+        self.layer = Stack(lambda: Layer(config), config.num_hidden_layers, rematerialize)
+
+
+class Vit(nnx.Module):
+    """Embeddings, encoder and the last normalisation; the parameters under `vit.`."""
+
+    def __init__(self, config: ViTConfig, rematerialize: Rematerialize):
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config, rematerialize)
+        self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(
+        self, pixels: Float[Array, "B channels height width"], hidden_states: bool
+    ) -> Outputs:
+        last, every = self.encoder.layer(self.embeddings(pixels), hidden_states=hidden_states)
+        last = self.layernorm(last)
+        return Outputs(last[:, 0], last, every)
+
+
+class VitTrunk(nnx.Module):
+    """What is merged in a `ViTForImageClassification`."""
+
+    def __init__(self, config: ViTConfig, rematerialize: Rematerialize):
+        self.vit = Vit(config, rematerialize)
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Float[Array, "B channels height width"]],
+        hidden_states: bool = False,
+    ) -> Outputs:
+        return self.vit(inputs["pixel_values"], hidden_states)
+
+
+class VitHead(nnx.Module):
+    """What each task keeps of a `ViTForImageClassification`."""
+
+    def __init__(self, config: ViTConfig):
+        self.classifier = Linear(config.hidden_size, config.num_labels)
+
+    def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
+        return self.classifier(outputs.pooled)

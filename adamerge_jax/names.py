@@ -1,0 +1,33 @@
+"""Parameter names: those of the Hugging Face checkpoint, with `*` where layers are stacked.
+
+`encoder.layer.*.output.dense.weight` is one array with a leading axis of length L; it stands for
+the L tensors `encoder.layer.0.output.dense.weight`, `encoder.layer.1.output.dense.weight`, ...
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import jax
+
+STACKED = "*"
+
+
+def is_stacked(name: str) -> bool:
+    """Whether the name stands for L tensors along a leading axis."""
+    return STACKED in name.split(".")
+
+
+def unstack(name: str, length: int) -> list[str]:
+    """The names of the `length` tensors that a stacked name stands for, in order."""
+    before, _, after = name.partition(STACKED)
+    return [f"{before}{index}{after}" for index in range(length)]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits one of the shell-style patterns (`classifier.*`, `*.bias`)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def leaf_name(path: tuple) -> str:
+    """The dotted name of a pytree leaf, from its `jax.tree_util` key path."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,82 @@
+"""How a run shows its progress: a bar for people, JSON lines for programs."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+from adamerge_jax.learning import Progress
+
+
+@contextmanager
+def show_progress(
+    tasks: Sequence[str], steps: int, metrics: Path, console: Console
+) -> Iterator[Callable[[Progress], None]]:
+    """Shows each step as it is done, and appends it to a file.
+
+    On a terminal: a bar with the loss, the objective of each task, the time of a step and the time
+    left. Elsewhere: a line for every look at the held-out data.
+
+    Args:
+        tasks: Names of the tasks.
+        steps: How many steps there will be.
+        metrics: A JSONL file to write, one object per step.
+        console: Where to show it.
+
+    Yields:
+        What to call with every step's progress.
+    """
+    bar = Bar(
+        TextColumn("learning"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with metrics.open("w", encoding="utf-8") as file, bar:
+        shown = bar.add_task("learning", total=steps, numbers="compiling")
+
+        def show(progress: Progress) -> None:
+            record = {
+                "step": progress.step,
+                "objective": _by_task(tasks, progress.per_task),
+                "held_out": _by_task(tasks, progress.held_out),
+                "seconds": round(progress.seconds, 4),
+            }
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            if progress.per_task is not None:
+                each = zip(tasks, progress.per_task, strict=True)
+                numbers = (
+                    f"loss {progress.per_task.sum():.3f} "
+                    f"({' '.join(f'{task} {value:.2f}' for task, value in each)}) "
+                    f"{1000 * progress.seconds:.0f} ms/step"
+                )
+                bar.update(shown, completed=progress.step, numbers=numbers)
+            if progress.held_out is not None and not console.is_terminal:
+                console.print(
+                    f"step {progress.step}/{steps}: held-out loss {progress.held_out.sum():.4f}"
+                )
+
+        yield show
+
+
+def _by_task(tasks: Sequence[str], values: np.ndarray | None) -> dict[str, float] | None:
+    if values is None:
+        return None
+    return {task: float(value) for task, value in zip(tasks, values, strict=True)}

@@ -1,0 +1,311 @@
+"""Recipes: typed YAML files that say what to merge, how to learn it and where the result goes.
+
+Every field is documented by the string below it; the command line shows these with the defaults.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+import optax
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adamerge_jax.checkpoints.huggingface_export import require_task_name
+from adamerge_jax.coefficients import CONSTRAINTS
+from adamerge_jax.errors import InputError
+from adamerge_jax.models import Rematerialize
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class _PathSection(Section):
+    """A section that may be written as its path alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class ModelSource(_PathSection):
+    """A Hugging Face checkpoint."""
+
+    path: str
+    """Folder, or id on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+
+
+class DataSource(_PathSection):
+    """Examples of one task."""
+
+    path: str
+    """JSONL, CSV, Parquet or .npz file, folder of images, or id of a data set on the Hub."""
+    config: str | None = None
+    """Configuration of a data set on the Hub."""
+    split: str = "train"
+    """Split of a data set on the Hub, or of a folder of images."""
+    text: str | tuple[str, str] = "text"
+    """Column of the text, or the two columns of a text pair."""
+    image: str = "image"
+    """Column of the image."""
+    label: str | None = None
+    """Column of the class index; unlabeled without it."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use at most this many examples, drawn with the recipe's seed."""
+
+
+class TaskRecipe(Section):
+    """One task: its expert and its data."""
+
+    expert: ModelSource
+    """The model fine-tuned on the task."""
+    calibration: DataSource
+    """Examples to learn coefficients from; labels are never read."""
+    validation: DataSource | None = None
+    """Labelled examples to choose task arithmetic's single coefficient with."""
+    test: DataSource | None = None
+    """Labelled examples for the table of results."""
+    class_names: list[str] | None = None
+    """Names of the classes, for zero-shot heads; by default those that the data set carries."""
+    templates: list[str] = ["a photo of a {}."]
+    """Prompts with {} for the class name, for zero-shot heads."""
+
+
+class CoefficientsRecipe(Section):
+    """What is learned."""
+
+    granularity: Literal["task", "layer", "tensor"] = "tensor"
+    """Which parameters share a coefficient."""
+    constraint: Literal["free", "clip", "sigmoid", "softmax"] = "clip"
+    """Which values coefficients may take."""
+    initial: float | None = None
+    """Where every coefficient starts; by default 0.3, or 1/K under softmax."""
+
+
+class ObjectiveRecipe(Section):
+    """One term of what is minimised."""
+
+    name: Literal["entropy", "logit_alignment"] = "entropy"
+    """Which objective."""
+    weight: float = 1.0
+    """Its factor in the sum."""
+
+
+class OptimizerRecipe(Section):
+    """How the objective is minimised."""
+
+    name: str = "adam"
+    """An optax optimizer, e.g. adam, adamw, sgd."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Step size; where a schedule starts."""
+    schedule: str | None = None
+    """An optax schedule, e.g. cosine_decay_schedule; by default the learning rate is constant."""
+    schedule_options: dict[str, Any] = {}
+    """Arguments of the schedule, e.g. decay_steps."""
+    options: dict[str, Any] = {}
+    """Further arguments of the optimizer, e.g. b1."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient."""
+
+    def build(self) -> optax.GradientTransformation:
+        """The optax transformation.
+
+        Raises:
+            InputError: optax has no such optimizer or schedule, or refuses an option.
+        """
+        rate = self.learning_rate
+        if self.schedule is not None:
+            rate = _call_optax(
+                "learning.optimizer.schedule",
+                self.schedule,
+                [optax.schedules],
+                {"init_value": rate} | self.schedule_options,
+            )
+        options = self.options | {"learning_rate": rate}
+        field = "learning.optimizer.name"
+        optimizer = _call_optax(field, self.name, [optax, optax.contrib], options)
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise InputError(f"{field}: optax.{self.name} is no optimizer; use e.g. adam")
+        if self.clip_norm is None:
+            return optimizer
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+
+
+class LearningRecipe(Section):
+    """How long and on what."""
+
+    steps: int = Field(default=500, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = Field(default=16, ge=1)
+    """Examples of every task per step."""
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    """Part of the calibration data that chooses which coefficients are kept."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between looks at the held-out part; by default a twentieth of all steps."""
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    rematerialize: Rematerialize = "elementwise"
+    """What the backward pass computes again rather than keeps, from fastest to smallest."""
+
+
+class EvaluationRecipe(Section):
+    """How the table of results is made."""
+
+    batch_size: int = Field(default=128, ge=1)
+    """Examples per batch."""
+    task_arithmetic: list[float] = Field(
+        default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], min_length=1
+    )
+    """Coefficients that task arithmetic chooses from, where every task has validation data."""
+
+
+class ExportRecipe(Section):
+    """How the merged checkpoint is written."""
+
+    dtype: Dtype | None = None
+    """Of the weights; by default each tensor's in the base."""
+    shard_megabytes: int = Field(default=5000, ge=1)
+    """Largest size of one safetensors file."""
+
+
+class Recipe(Section):
+    """A merge: base, experts, data, coefficients, objective, optimizer, export."""
+
+    name: str = "merge"
+    """Name of the run; by default that of the file."""
+    base: ModelSource
+    """The model that all experts were fine-tuned from."""
+    tasks: dict[str, TaskRecipe] = Field(min_length=1)
+    """Tasks by name."""
+    keep_from_base: list[str] = []
+    """Name patterns of parameters that are not merged but stay the base's."""
+    coefficients: CoefficientsRecipe = CoefficientsRecipe()
+    objectives: list[ObjectiveRecipe] = Field(default=[ObjectiveRecipe()], min_length=1)
+    """Terms of what is minimised."""
+    learning: LearningRecipe = LearningRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    export: ExportRecipe = ExportRecipe()
+    max_length: int = Field(default=128, ge=2)
+    """Longest text in tokens; longer ones are cut, and the run says how many."""
+    dtype: Dtype | None = None
+    """Of weights and activations while learning; by default the checkpoint's."""
+    seed: int = Field(default=0, ge=0)
+    """All randomness comes from it."""
+
+    @property
+    def initial_coefficient(self) -> float:
+        """Where every coefficient starts."""
+        if self.coefficients.initial is not None:
+            return self.coefficients.initial
+        return 1 / len(self.tasks) if self.coefficients.constraint == "softmax" else 0.3
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for task in self.tasks:
+            require_task_name(task)
+        if "base" in self.tasks:
+            raise ValueError("tasks: no task can be called 'base'; rename it")
+        constraint = CONSTRAINTS[self.coefficients.constraint]
+        if not constraint.allows(np.full(len(self.tasks), self.initial_coefficient)):
+            raise ValueError(
+                f"coefficients.initial: {self.initial_coefficient:g} is not {constraint.range}, "
+                f"as the constraint {self.coefficients.constraint!r} asks; change one of the two"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 has it; to YAML 1.1 it is a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads and validates a recipe.
+
+    Raises:
+        InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such recipe; expected a YAML file")
+    try:
+        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: expected fields such as base and tasks, found {fields!r}")
+    return parse_recipe({"name": path.stem} | fields, str(path))
+
+
+def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validates a recipe given as nested dictionaries; `where` begins the error message.
+
+    Raises:
+        InputError: A field is unknown, missing or wrong.
+    """
+    try:
+        recipe = Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise InputError(f"{where}: {describe_validation_error(error)}") from error
+    recipe.learning.optimizer.build()
+    return recipe
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """The first problem in one line: the field, what was found, what was expected."""
+    problem = error.errors()[0]
+    field = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        *section, unknown = problem["loc"]
+        known = _fields_at(section)
+        nearest = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.0)
+        message = f"unknown field {field}; nearest valid name is {nearest[0]!r}"
+    elif problem["type"] == "missing":
+        message = f"field {field} is missing"
+    elif problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+    else:
+        message = f"field {field}: found {problem['input']!r}; {problem['msg']}"
+    others = error.error_count() - 1
+    return message + (f" (and {others} more)" if others else "")
+
+
+def _fields_at(location: list[str | int]) -> list[str]:
+    """Names of the fields of the section at a location of the recipe."""
+    section: type[BaseModel] = Recipe
+    steps = iter(location)
+    for step in steps:
+        annotation = section.model_fields[step].annotation
+        if get_origin(annotation) in (dict, list):
+            next(steps)  # the key or the position
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def _call_optax(field: str, name: str, modules: list[Any], options: dict[str, Any]) -> Any:
+    """Calls a function of optax by name."""
+    function = next((getattr(m, name) for m in modules if callable(getattr(m, name, None))), None)
+    if function is None or name.startswith("_"):
+        public = [n for module in modules for n in dir(module) if not n.startswith("_")]
+        nearest = difflib.get_close_matches(name, public, n=1, cutoff=0.0)
+        raise InputError(f"{field}: optax has no {name!r}; did you mean {nearest[0]!r}?")
+    try:
+        return function(**options)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{field}: optax.{name} says: {reason}") from error

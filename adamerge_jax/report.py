@@ -1,0 +1,184 @@
+"""What people look at: the table of results, the map of coefficients, the model card."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from adamerge_jax.coefficients import Coefficients, layer_of
+from adamerge_jax.evaluation import Row
+
+_COLOURS = "viridis"  # even in lightness, and told apart by colour-blind readers
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """Accuracies in percent: one line per method, one column per task, the average last.
+
+    The last row is the merge that the run learned and stands out.
+    """
+    table = Table(title="Accuracy (%)", title_style="bold")
+    table.add_column("method", no_wrap=True)
+    for task in rows[0].tasks:
+        table.add_column(task, justify="right")
+    table.add_column("average", justify="right", style="bold")
+    for row in rows:
+        cells = [*row.tasks.values(), row.average]
+        table.add_row(
+            row.method,
+            *(f"{100 * cell:.1f}" for cell in cells),
+            style="bold green" if row is rows[-1] else None,
+        )
+    return table
+
+
+def write_results(rows: Sequence[Row], path: Path) -> None:
+    """Writes the table as JSON: `{"rows": [{"method", "tasks": {task: accuracy}, "average"}]}`."""
+    path.write_text(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2) + "\n")
+
+
+def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
+    """Draws how much of each expert goes where, as a PNG.
+
+    Coarse coefficients: one map, groups down and experts across. One coefficient per tensor: one
+    map per expert, layers down and the kinds of tensors across.
+    """
+    experts = [expert.name for expert in coefficients.experts]
+    low, high = _value_range(coefficients)
+    if coefficients.granularity == "tensor":
+        maps, rows, columns = _by_layer_and_kind(coefficients)
+        across = min(len(experts), 3)
+        down = -(-len(experts) // across)
+        cell = 0.24
+        size = (
+            across * (cell * len(columns) + 0.4) + 3.2,
+            down * (cell * len(rows) + 0.5) + 2.2,
+        )
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+        for axis, name, values in zip(axes, experts, maps, strict=False):
+            image = _draw_map(axis, values, low, high)
+            axis.set_title(name, fontsize=9)
+            axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+            axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        for axis in axes[len(experts) :]:
+            axis.set_axis_off()
+    else:
+        groups = sorted(coefficients.values, key=_natural_order)
+        values = np.stack([coefficients.values[group] for group in groups])
+        size = (0.7 * len(experts) + 3.4, 0.3 * len(groups) + 1.6)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        image = _draw_map(axes, values, low, high)
+        axes.set_xticks(range(len(experts)), experts, rotation=30, ha="right", fontsize=8)
+        axes.set_yticks(range(len(groups)), groups, fontsize=8)
+        for row, column in np.ndindex(*values.shape):
+            bright = (values[row, column] - low) / (high - low) > 0.6
+            colour = "black" if bright else "white"
+            text = f"{values[row, column]:.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    figure.suptitle(f"Merge coefficients ({coefficients.granularity})", fontsize=11)
+    figure.colorbar(image, ax=axes, label="coefficient", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def print_coefficients(coefficients: Coefficients, console: Console) -> None:
+    """Prints where the coefficients come from and, layer by layer, their mean per expert."""
+    fields = {
+        "base": coefficients.base.source,
+        "experts": ", ".join(f"{e.name} ({e.source})" for e in coefficients.experts),
+        "coefficients": sum(values.size for values in coefficients.values.values()),
+        "granularity": coefficients.granularity,
+        "constraint": coefficients.constraint,
+        "objective": coefficients.objective,
+        "learned in": f"{coefficients.step} steps, seed {coefficients.seed}",
+        "merged tensors": len(coefficients.parameters),
+    }
+    for name, field in fields.items():
+        console.print(f"{name:14} {field}", highlight=False, soft_wrap=True)
+    layers: dict[str, list[np.ndarray]] = {}
+    for group, values in coefficients.values.items():
+        layers.setdefault(layer_of(group, coefficients.values), []).append(values)
+    table = Table(title="Mean coefficient")
+    table.add_column("layer", no_wrap=True)
+    for expert in coefficients.experts:
+        table.add_column(expert.name, justify="right")
+    for layer in sorted(layers, key=_natural_order):
+        means = np.mean([values.reshape(len(values), -1).mean(1) for values in layers[layer]], 0)
+        table.add_row(layer, *(f"{mean:.3f}" for mean in means))
+    console.print(table)
+
+
+def _draw_map(axis: Axes, values: np.ndarray, low: float, high: float):
+    colours = matplotlib.colormaps[_COLOURS].with_extremes(bad="#dddddd")
+    return axis.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+
+
+def _value_range(coefficients: Coefficients) -> tuple[float, float]:
+    """From 0 to 1, or as far as the coefficients go beyond."""
+    values = np.concatenate([array.ravel() for array in coefficients.values.values()])
+    return min(0.0, float(values.min())), max(1.0, float(values.max()))
+
+
+def _by_layer_and_kind(
+    coefficients: Coefficients,
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Coefficients per tensor as one map `[K, layers, kinds]`; NaN where a layer lacks a kind."""
+    names = list(coefficients.values)
+    places = {}
+    for name in names:
+        layer = layer_of(name, names)
+        places[name] = layer, name.removeprefix(layer).lstrip(".") or layer
+    rows = sorted({layer for layer, _ in places.values()}, key=_natural_order)
+    blocks = [row for row in rows if row.rpartition(".")[2].isdigit()]
+    of_blocks = [kind for layer, kind in places.values() if layer in blocks]
+    others = [kind for layer, kind in places.values() if layer not in blocks]
+    columns = list(dict.fromkeys(sorted(of_blocks) + sorted(others)))
+    maps = np.full((len(coefficients.experts), len(rows), len(columns)), np.nan)
+    for name, (layer, kind) in places.items():
+        maps[:, rows.index(layer), columns.index(kind)] = coefficients.values[name]
+    return maps, rows, columns
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sorts `layer.10` after `layer.9`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def model_card(coefficients: Coefficients, rows: Sequence[Row]) -> str:
+    """A README.md for the merged checkpoint, with the Hub's metadata."""
+    table = ""
+    if rows:
+        tasks = list(rows[0].tasks)
+        lines = [["method", *tasks, "average"], ["---"] * (len(tasks) + 2)]
+        for row in rows:
+            accuracies = [*row.tasks.values(), row.average]
+            lines.append([row.method, *(f"{100 * value:.1f}" for value in accuracies)])
+        table = "\n## Accuracy (%)\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    experts = "\n".join(f"- {expert.name}: `{expert.source}`" for expert in coefficients.experts)
+    count = sum(values.size for values in coefficients.values.values())
+    return f"""---
+tags:
+- merge
+- adamerge_jax
+---
+
+# Merged model
+
+One checkpoint of `{coefficients.base.source}` and {len(coefficients.experts)} experts,
+merged by adamerge_jax.
+
+Experts:
+
+{experts}
+
+Coefficients: {count}, one per {coefficients.granularity} and expert, constraint
+{coefficients.constraint}, learned by minimising {coefficients.objective} (seed
+{coefficients.seed}, best after {coefficients.step} steps).
+{table}
+"""

@@ -1,0 +1,167 @@
+"""How far each model family is from `transformers`: the largest absolute differences, in a table.
+
+    python experiments/benchmarks/parity.py
+
+Tiny models with random parameters, in float32; PyTorch is needed for the reference. A difference
+is that of the computation alone, since both sides read the same file.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file
+from transformers import PreTrainedModel
+
+from adamerge_jax.models import Network, Outputs, family_of
+from adamerge_jax.names import is_stacked, unstack
+
+TOLERANCE = 1e-4
+"""What counts as the same computation in float32 (DESIGN.md)."""
+
+SIZES = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
+TEXT = dict(vocab_size=100, max_position_embeddings=64, num_labels=5, **SIZES)
+IMAGES = dict(image_size=32, patch_size=8, num_labels=5, **SIZES)
+
+Reference = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Logits `[B, C]`, pooled `[B, H]`, hidden states `[L + 1, B, T, H]`."""
+
+
+def classifier(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Reference:
+    """What a classifier of `transformers` computes."""
+    outputs = model(**batch, output_hidden_states=True)
+    inner = model.base_model(**batch)
+    pooled = inner.get("pooler_output")
+    if pooled is None:
+        pooled = inner.last_hidden_state[:, 0]
+    return outputs.logits.numpy(), pooled.numpy(), torch.stack(outputs.hidden_states).numpy()
+
+
+def zero_shot_classifier(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Reference:
+    """What a CLIP computes for five texts and the batch's images."""
+    text = torch.arange(50).reshape(5, 10)
+    outputs = model(input_ids=text, **batch)
+    features = model.get_image_features(**batch, output_hidden_states=True)
+    states = torch.stack(features.hidden_states).numpy()
+    return outputs.logits_per_image.numpy(), features.pooler_output.numpy(), states
+
+
+def head_of_checkpoint(
+    model: PreTrainedModel, head: Network, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The head's parameters, which are in the file."""
+    return {name: tensors[name] for name in head.shapes}
+
+
+def zero_shot_head(
+    model: PreTrainedModel, head: Network, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The reference's text embeddings of the same five texts, so that the trunk is compared."""
+    text = torch.arange(50).reshape(5, 10)
+    embeddings = model.get_text_features(text).pooler_output
+    normalised = torch.nn.functional.normalize(embeddings, dim=-1)
+    return {"text_embeddings": normalised.numpy(), "logit_scale": tensors["logit_scale"]}
+
+
+def text_batch() -> dict[str, np.ndarray]:
+    """8 sequences of up to 48 tokens, padded on the right."""
+    generator = np.random.default_rng(0)
+    token_ids = generator.integers(5, 100, (8, 48))
+    mask = (np.arange(48) < np.arange(6, 54, 6)[:, None]).astype(np.int64)
+    return {"input_ids": np.where(mask, token_ids, 1), "attention_mask": mask}
+
+
+def image_batch() -> dict[str, np.ndarray]:
+    """8 images of noise."""
+    pixels = np.random.default_rng(0).normal(size=(8, 3, 32, 32))
+    return {"pixel_values": pixels.astype(np.float32)}
+
+
+def differences(
+    model: PreTrainedModel,
+    batch: Mapping[str, np.ndarray],
+    reference: Callable[..., Reference],
+    head_parameters: Callable[..., dict[str, np.ndarray]],
+) -> tuple[float, float, float]:
+    """The largest absolute differences of logits, pooled and hidden states."""
+    family = family_of(model.config)
+    trunk, head = family.build_trunk(model.config), family.build_head(model.config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tensors = load_file(Path(folder) / "model.safetensors")
+    parameters = {
+        name: np.stack([tensors[each] for each in unstack(name, shape.shape[0])])
+        if is_stacked(name)
+        else tensors[name]
+        for name, shape in trunk.shapes.items()
+    }
+    with torch.no_grad():
+        expected = reference(model, {name: torch.from_numpy(x) for name, x in batch.items()})
+        of_head = head_parameters(model, head, tensors)
+
+    @jax.jit
+    def run(parameters: dict, of_head: dict, batch: dict) -> tuple[jax.Array, Outputs]:
+        outputs = trunk(parameters, batch, hidden_states=True)
+        return head(of_head, outputs), outputs
+
+    logits, outputs = run(parameters, of_head, dict(batch))
+    actual = logits, outputs.pooled, outputs.hidden_states
+    return tuple(float(np.abs(a - e).max()) for a, e in zip(actual, expected, strict=True))
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Draws every parameter anew, so that no bias is 0 and no norm is 1; CLIP's logits keep
+    their scale.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "logit_scale":
+                continue
+            mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            parameter.normal_(mean, 0.1, generator=generator)
+    return model.eval()
+
+
+def main() -> None:
+    """Prints the table; exits with 1 if a difference is above the tolerance."""
+    # Sharing a thread count makes two runs on one machine comparable to the last digit.
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    text, images = text_batch(), image_batch()
+    clip = transformers.CLIPConfig(
+        vision_config=IMAGES,
+        text_config=dict(TEXT, bos_token_id=98, eos_token_id=99),
+        projection_dim=32,
+    )
+    checkpoint = classifier, head_of_checkpoint
+    cases = [
+        (transformers.BertForSequenceClassification, TEXT, text, *checkpoint),
+        (transformers.RobertaForSequenceClassification, TEXT, text, *checkpoint),
+        (transformers.XLMRobertaForSequenceClassification, TEXT, text, *checkpoint),
+        (transformers.CamembertForSequenceClassification, TEXT, text, *checkpoint),
+        (transformers.ViTForImageClassification, IMAGES, images, *checkpoint),
+        (transformers.CLIPModel, clip.to_dict(), images, zero_shot_classifier, zero_shot_head),
+    ]
+    table = Table(title="Largest absolute difference to transformers, float32")
+    table.add_column("model")
+    for column in ("logits", "pooled", "hidden states"):
+        table.add_column(column, justify="right")
+    worst = 0.0
+    for model_class, settings, batch, reference, head_parameters in cases:
+        model = randomise(model_class(model_class.config_class(**settings)))
+        found = differences(model, batch, reference, head_parameters)
+        table.add_row(model_class.__name__, *(f"{difference:.1e}" for difference in found))
+        worst = max(worst, *found)
+    Console().print(table)
+    raise SystemExit(worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    main()

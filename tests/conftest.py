@@ -1,0 +1,60 @@
+"""What every test starts from: an empty Hugging Face cache, no network, the same random draws."""
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+# Read when `datasets` and `huggingface_hub` are imported, so set before any test is.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adamerge_jax-tests-")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["HF_HOME"], "datasets")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import pytest
+
+from tests import references
+
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hugging_face_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def text_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return references.save_text_merge(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def image_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return references.save_image_merge(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def clip_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return references.save_clip_merge(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def text_recipe(text_fields: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for a BERT and three experts; a test may change it as it likes."""
+    return copy.deepcopy(text_fields)
+
+
+@pytest.fixture
+def image_recipe(image_fields: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for a ViT and two experts on NumPy files."""
+    return copy.deepcopy(image_fields)
+
+
+@pytest.fixture
+def clip_recipe(clip_fields: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for a CLIP and two vision-only experts on folders of images."""
+    return copy.deepcopy(clip_fields)

@@ -1,0 +1,60 @@
+"""A batch that does not fit the config is refused when the model is traced."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import pytest
+from transformers import BertConfig, CLIPConfig, PretrainedConfig, RobertaConfig, ViTConfig
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.models import Network, family_of
+from adamerge_jax.zero_shot import text_network
+
+SIZES = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+TEXT = dict(vocab_size=20, max_position_embeddings=10, **SIZES)
+VIT = ViTConfig(image_size=8, patch_size=4, **SIZES)
+CLIP = CLIPConfig(
+    vision_config=dict(image_size=8, patch_size=4, **SIZES),
+    text_config=dict(TEXT, eos_token_id=19, bos_token_id=18),
+)
+
+
+def trace(network: Network, inputs: Mapping[str, np.ndarray]) -> None:
+    jax.eval_shape(network, network.shapes, inputs)
+
+
+def tokens(length: int) -> dict[str, np.ndarray]:
+    return {"input_ids": np.ones((2, length), np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("network", "longest"),
+    [
+        (family_of(config).build_trunk(config), longest)
+        # RoBERTa's first positions, up to that of padding, are those of no token.
+        for config, longest in [(BertConfig(**TEXT), 10), (RobertaConfig(**TEXT), 8)]
+    ]
+    + [(text_network(CLIP), 10)],
+    ids=["bert", "roberta", "clip text"],
+)
+def test_sequences_longer_than_the_positions(network: Network, longest: int) -> None:
+    trace(network, tokens(longest))
+    with pytest.raises(InputError, match=rf"have {longest + 1} tokens.* positions for {longest}"):
+        trace(network, tokens(longest + 1))
+
+
+@pytest.mark.parametrize("config", [VIT, CLIP], ids=["vit", "clip"])
+@pytest.mark.parametrize("shape", [(3, 8, 12), (3, 4, 8), (1, 8, 8)])
+def test_images_of_another_size(config: PretrainedConfig, shape: tuple[int, ...]) -> None:
+    network = family_of(config).build_trunk(config)
+    trace(network, {"pixel_values": np.zeros((2, 3, 8, 8), np.float32)})
+    pattern = rf"\({', '.join(map(str, shape))}\).*expects \(3, 8, 8\)"
+    with pytest.raises(InputError, match=pattern):
+        trace(network, {"pixel_values": np.zeros((2, *shape), np.float32)})
+
+
+def test_oblong_patches() -> None:
+    config = ViTConfig(image_size=8, patch_size=(4, 2), **SIZES)
+    with pytest.raises(InputError, match="patch_size is 4 x 2"):
+        family_of(config).build_trunk(config)

@@ -1,0 +1,93 @@
+"""The path is the name: a network's parameters are those of the files of `transformers`."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import CLIPConfig, CLIPVisionConfig, GPT2Config
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.models import FAMILIES, family_of
+from adamerge_jax.names import matches
+from adamerge_jax.zero_shot import text_network
+from tests.references import saved_parameters, unstacked_shapes
+
+SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
+TEXT = dict(vocab_size=20, max_position_embeddings=10, num_labels=3, **SIZES)
+IMAGES = dict(image_size=8, patch_size=4, **SIZES)
+CLIP = CLIPConfig(
+    vision_config=dict(IMAGES, hidden_size=12),
+    text_config=dict(TEXT, eos_token_id=19, bos_token_id=18),
+    projection_dim=6,
+)
+
+
+def saved_shapes(model: transformers.PreTrainedModel, folder: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in saved_parameters(model, folder).items()}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "settings"),
+    [
+        ("BertForSequenceClassification", TEXT),
+        ("RobertaForSequenceClassification", TEXT),
+        ("XLMRobertaForSequenceClassification", TEXT),
+        ("CamembertForSequenceClassification", TEXT),
+        ("ViTForImageClassification", IMAGES),
+        ("ViTForImageClassification", dict(IMAGES, qkv_bias=False, num_channels=1)),
+    ],
+)
+def test_classifiers_have_the_names_of_their_files(
+    model_class: str, settings: dict, tmp_path: Path
+) -> None:
+    model_class = getattr(transformers, model_class)
+    config = model_class.config_class(**settings)
+    family = family_of(config)
+    trunk = unstacked_shapes(family.build_trunk(config))
+    head = unstacked_shapes(family.build_head(config))
+    assert not trunk.keys() & head.keys()
+    assert trunk | head == saved_shapes(model_class(config), tmp_path)
+    assert all(name.startswith(family.prefixes) for name in trunk)
+    auto_class = getattr(transformers, family.auto_class)
+    assert auto_class._model_mapping[type(config)] is model_class
+
+
+def test_both_clip_towers_have_the_names_of_the_file(tmp_path: Path) -> None:
+    vision = unstacked_shapes(family_of(CLIP).build_trunk(CLIP))
+    text = unstacked_shapes(text_network(CLIP))
+    assert not vision.keys() & text.keys()
+    assert vision | text == saved_shapes(transformers.CLIPModel(CLIP), tmp_path)
+
+
+def test_a_clip_expert_lacks_only_what_stays_the_base_s(tmp_path: Path) -> None:
+    family = family_of(CLIP)
+    trunk = unstacked_shapes(family.build_trunk(CLIP))
+    expert = saved_shapes(transformers.CLIPVisionModel(CLIP.vision_config), tmp_path)
+    (prefix,) = family.prefixes
+    assert {name for name in trunk if not matches(name, family.base_only)} == {
+        # Files of older releases have the prefix, recent ones do not.
+        prefix + name.removeprefix(prefix)
+        for name in expert
+    }
+
+
+def test_zero_shot_head_shapes() -> None:
+    assert unstacked_shapes(family_of(CLIP).build_head(CLIP)) == {
+        "text_embeddings": (2, 6),
+        "logit_scale": (),
+    }
+
+
+def test_one_tower_is_no_base() -> None:
+    with pytest.raises(InputError, match=r"'clip_vision_model'.*must be a whole CLIP"):
+        family_of(CLIPVisionConfig(**IMAGES))
+
+
+def test_unknown_families_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"'gpt2' is not supported; .* bert, .*clip.*vit"):
+        family_of(GPT2Config())
+
+
+def test_only_clip_experts_may_lack_parameters() -> None:
+    lacking = {name for name, family in FAMILIES.items() if family.base_only}
+    assert lacking == {"clip"}

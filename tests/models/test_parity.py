@@ -1,0 +1,332 @@
+"""Every family computes what `transformers` computes with PyTorch, hidden states included.
+
+The tolerance: both sides compute in float32 and order their sums differently, which leaves a few
+units in the last place (1e-7 relative) per operation; the measured differences of these models,
+whose values are of the order of 1 to 10, are a few 1e-6. 1e-4 is well above that and below the
+smallest slip that is likely: taking one GELU for the other shows as 2.4e-4 here, a wrong mask or
+position as 1.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.func import functional_call
+from transformers import PretrainedConfig
+
+from adamerge_jax.mixing import Mixture
+from adamerge_jax.models import Rematerialize, family_of
+from adamerge_jax.names import is_stacked, unstack
+from adamerge_jax.task_vectors import DenseDelta, task_vectors
+from adamerge_jax.zero_shot import text_network
+from tests.references import parameters_of, randomise, saved_parameters
+
+TOLERANCE = 1e-4
+
+SIZES = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40)
+TEXT = dict(vocab_size=50, max_position_embeddings=20, num_labels=5, **SIZES)
+IMAGES = dict(image_size=12, patch_size=4, **SIZES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A batch of 3 sequences: `padding` pads 0, 2 and 5 tokens of them on that side."""
+
+    length: int = 12
+    padding: str | None = "right"
+    token_types: bool = False
+
+    def batch(self, config: PretrainedConfig) -> dict[str, np.ndarray]:
+        generator = np.random.default_rng(0)
+        token_ids = generator.integers(5, config.vocab_size, (3, self.length))
+        mask = np.ones_like(token_ids)
+        for row, count in enumerate((0, 2, 5) if self.padding else ()):
+            where = slice(0, count) if self.padding == "left" else slice(self.length - count, None)
+            mask[row, where] = 0
+            token_ids[row, where] = config.pad_token_id
+        batch = {"input_ids": token_ids, "attention_mask": mask}
+        if self.token_types:
+            batch["token_type_ids"] = generator.integers(0, config.type_vocab_size, mask.shape)
+        return batch
+
+
+CASES = {
+    "bert": ("BertForSequenceClassification", dict(TEXT), Text()),
+    "bert left padding, token types": (
+        "BertForSequenceClassification",
+        dict(TEXT, hidden_act="gelu_new", type_vocab_size=3),
+        Text(length=13, padding="left", token_types=True),
+    ),
+    "bert one token": ("BertForSequenceClassification", dict(TEXT), Text(length=1, padding=None)),
+    "bert relu": (
+        "BertForSequenceClassification",
+        dict(TEXT, hidden_act="relu", layer_norm_eps=1e-3),
+        Text(length=7, padding=None, token_types=True),
+    ),
+    "roberta": ("RobertaForSequenceClassification", dict(TEXT), Text()),
+    "roberta left padding": (
+        "RobertaForSequenceClassification",
+        dict(TEXT, hidden_act="silu", pad_token_id=3),
+        Text(length=15, padding="left", token_types=True),
+    ),
+    "xlm-roberta": ("XLMRobertaForSequenceClassification", dict(TEXT), Text(length=11)),
+    "camembert": ("CamembertForSequenceClassification", dict(TEXT), Text(padding="left")),
+    "vit": ("ViTForImageClassification", dict(IMAGES, num_labels=5), None),
+    "vit no qkv bias": (
+        "ViTForImageClassification",
+        dict(IMAGES, num_labels=5, qkv_bias=False, hidden_act="gelu_pytorch_tanh", num_channels=1),
+        None,
+    ),
+    "vit oblong image": (
+        "ViTForImageClassification",
+        # 14 is no multiple of 4: two columns of pixels fill no patch.
+        dict(IMAGES | dict(image_size=(8, 14), patch_size=(4, 4)), num_labels=5),
+        None,
+    ),
+}
+
+
+def images(config: PretrainedConfig) -> np.ndarray:
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (3, config.num_channels, height, width)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def torch_batch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def assert_close(actual: Any, expected: torch.Tensor) -> None:
+    assert actual.shape == tuple(expected.shape)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_classifiers(case: str, tmp_path: Path) -> None:
+    class_name, settings, text = CASES[case]
+    model_class = getattr(transformers, class_name)
+    config = model_class.config_class(**settings)
+    model = randomise(model_class(config))
+    batch = text.batch(config) if text else {"pixel_values": images(config)}
+
+    family = family_of(config)
+    trunk, head = family.build_trunk(config), family.build_head(config)
+    tensors = saved_parameters(model, tmp_path)
+
+    @jax.jit
+    def run(trunk_parameters: dict, head_parameters: dict, batch: dict) -> tuple:
+        outputs = trunk(trunk_parameters, batch, hidden_states=True)
+        return outputs, head(head_parameters, outputs)
+
+    outputs, logits = run(parameters_of(trunk, tensors), parameters_of(head, tensors), batch)
+
+    with torch.no_grad():
+        expected = model(**torch_batch(batch), output_hidden_states=True)
+        inner = model.base_model(**torch_batch(batch))
+    assert_close(logits, expected.logits)
+    assert_close(outputs.last_hidden_state, inner.last_hidden_state)
+    assert len(outputs.hidden_states) == len(expected.hidden_states) == 4
+    for actual, state in zip(outputs.hidden_states, expected.hidden_states, strict=True):
+        assert_close(actual, state)
+    pooled = inner.pooler_output if class_name.startswith("Bert") else inner.last_hidden_state[:, 0]
+    assert_close(outputs.pooled, pooled)
+    assert family.inputs[0] in batch and set(batch) <= set(family.inputs)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_clip_vision(activation: str, tmp_path: Path) -> None:
+    config = transformers.CLIPConfig(
+        vision_config=dict(IMAGES, hidden_act=activation),
+        text_config=dict(TEXT, eos_token_id=49, bos_token_id=48),
+        projection_dim=10,
+        num_labels=3,
+    )
+    model = randomise(transformers.CLIPModel(config))
+    family = family_of(config)
+    trunk, head = family.build_trunk(config), family.build_head(config)
+    batch = {"pixel_values": images(config.vision_config)}
+    token_ids = torch.arange(36).reshape(3, 12)
+    with torch.no_grad():
+        expected = model(input_ids=token_ids, **torch_batch(batch))
+        features = model.get_image_features(**torch_batch(batch), output_hidden_states=True)
+
+    @jax.jit
+    def run(parameters: dict, head_parameters: dict, batch: dict) -> tuple:
+        outputs = trunk(parameters, batch, hidden_states=True)
+        return outputs, head(head_parameters, outputs)
+
+    head_parameters = {
+        "text_embeddings": expected.text_embeds.numpy(),
+        "logit_scale": model.logit_scale.detach().numpy(),
+    }
+    parameters = parameters_of(trunk, saved_parameters(model, tmp_path))
+    outputs, logits = run(parameters, head_parameters, batch)
+    assert_close(logits, expected.logits_per_image)
+    assert_close(outputs.pooled, features.pooler_output)
+    assert_close(outputs.last_hidden_state, features.last_hidden_state)
+    for actual, state in zip(outputs.hidden_states, features.hidden_states, strict=True):
+        assert_close(actual, state)
+
+
+@pytest.mark.parametrize("end_of_text", [2, 40])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_clip_text(end_of_text: int, padding: str, tmp_path: Path) -> None:
+    text_config = dict(TEXT, eos_token_id=end_of_text, bos_token_id=48, pad_token_id=1)
+    config = transformers.CLIPConfig(
+        vision_config=IMAGES, text_config=text_config, projection_dim=10
+    )
+    model = randomise(transformers.CLIPModel(config))
+    batch = Text(length=13, padding=padding).batch(config.text_config)
+    # Two of them in the row without padding: the first counts.
+    batch["input_ids"][:, 6] = batch["input_ids"][0, 9] = 40
+    network = text_network(config)
+    parameters = parameters_of(network, saved_parameters(model, tmp_path))
+    with torch.no_grad():
+        expected = model.get_text_features(**torch_batch(batch)).pooler_output
+    assert_close(jax.jit(network)(parameters, batch), expected)
+
+
+def test_batch_without_mask_and_types(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**TEXT)
+    trunk = family_of(config).build_trunk(config)
+    model = randomise(transformers.BertForSequenceClassification(config))
+    parameters = parameters_of(trunk, saved_parameters(model, tmp_path))
+    batch = Text(padding=None).batch(config)
+    token_ids = {"input_ids": batch["input_ids"]}
+    run = jax.jit(trunk)
+    np.testing.assert_array_equal(
+        run(parameters, token_ids).pooled, run(parameters, batch).pooled, strict=True
+    )
+    assert run(parameters, token_ids).hidden_states is None
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "vit", "clip"])
+def test_outputs_have_the_dtype_of_the_parameters(model_type: str) -> None:
+    config = transformers.AutoConfig.for_model(model_type)
+    trunk = family_of(config).build_trunk(config)
+    parameters = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for name, leaf in trunk.shapes.items()
+    }
+    batch = (
+        {"pixel_values": jax.ShapeDtypeStruct((2, 3, 224, 224), jnp.float32)}
+        if model_type in ("vit", "clip")
+        else {"input_ids": jax.ShapeDtypeStruct((2, 12), jnp.int32)}
+    )
+    outputs = jax.eval_shape(trunk, parameters, batch)
+    assert outputs.pooled.dtype == outputs.last_hidden_state.dtype == jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """A merge of two experts in random proportions, and what PyTorch makes of it in float64."""
+
+    parameters: dict[str, np.ndarray]
+    head: dict[str, np.ndarray]
+    deltas: dict[str, DenseDelta]
+    scales: dict[str, np.ndarray]
+    batch: dict[str, np.ndarray]
+    expected_pooled: torch.Tensor
+    expected_gradients: dict[str, np.ndarray]
+
+
+MERGE_CONFIG = transformers.BertConfig(**TEXT)
+
+
+def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One coefficient per row of a matrix and expert, one per vector and expert."""
+    layers, shape = (shape[:1], shape[1:]) if is_stacked(name) else ((), shape)
+    return (*layers, 2, *((shape[0], 1) if len(shape) == 2 else (1,)))
+
+
+@pytest.fixture(scope="module")
+def merge(tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    base, *experts = (
+        randomise(transformers.BertForSequenceClassification(MERGE_CONFIG), seed)
+        for seed in range(3)
+    )
+    folder = tmp_path_factory.mktemp("merge")
+    tensors = [
+        saved_parameters(model, folder / str(position))
+        for position, model in enumerate([base, *experts])
+    ]
+    family = family_of(MERGE_CONFIG)
+    trunk, head = family.build_trunk(MERGE_CONFIG), family.build_head(MERGE_CONFIG)
+    base_parameters, *expert_parameters = (parameters_of(trunk, each) for each in tensors)
+    generator = np.random.default_rng(0)
+    scales = {
+        name: generator.uniform(0, 0.6, scale_shape(name, leaf.shape)).astype(np.float32)
+        for name, leaf in base_parameters.items()
+    }
+    batch = Text(token_types=True).batch(MERGE_CONFIG)
+
+    reference_scales = {
+        name: torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+        for name, scale in scales.items()
+    }
+    merged = {name: torch.from_numpy(tensor).double() for name, tensor in tensors[0].items()}
+    for name, scale in reference_scales.items():
+        pairs = (
+            zip(unstack(name, len(scale)), scale, strict=True)
+            if is_stacked(name)
+            else [(name, scale)]
+        )
+        for each, coefficients in pairs:
+            start = torch.from_numpy(tensors[0][each]).double()
+            for coefficient, expert in zip(coefficients, tensors[1:], strict=True):
+                merged[each] = merged[each] + coefficient * (torch.from_numpy(expert[each]) - start)
+    outputs = functional_call(
+        base.double(), merged, kwargs=dict(torch_batch(batch), output_hidden_states=True)
+    )
+    outputs.logits.square().sum().backward()
+    last = outputs.hidden_states[-1][:, 0]
+    pooler = merged["bert.pooler.dense.weight"], merged["bert.pooler.dense.bias"]
+
+    return Merge(
+        parameters=base_parameters,
+        head=parameters_of(head, tensors[0]),
+        deltas=task_vectors(base_parameters, expert_parameters),
+        scales=scales,
+        batch=batch,
+        expected_pooled=torch.tanh(torch.nn.functional.linear(last, *pooler)),
+        expected_gradients={name: scale.grad.numpy() for name, scale in reference_scales.items()},
+    )
+
+
+@pytest.mark.parametrize("rematerialize", ["nothing", "weights", "elementwise", "layer"])
+def test_mixtures_and_their_gradients(rematerialize: Rematerialize, merge: Merge) -> None:
+    """A trunk of Mixtures against PyTorch in float64, which merges first and differentiates.
+
+    The tolerance on gradients is relative to the largest one: they are sums of products over
+    whole rows, whose rounding in float32 is relative to the largest terms.
+    """
+    family = family_of(MERGE_CONFIG)
+    trunk = family.build_trunk(MERGE_CONFIG, rematerialize)
+    head = family.build_head(MERGE_CONFIG)
+
+    def loss(
+        scales: dict, parameters: dict, deltas: dict, head_parameters: dict, batch: dict
+    ) -> tuple:
+        mixtures = {
+            name: Mixture(leaf, deltas[name], scales[name]) for name, leaf in parameters.items()
+        }
+        outputs = trunk(mixtures, batch)
+        return jnp.square(head(head_parameters, outputs)).sum(), outputs.pooled
+
+    gradients, pooled = jax.jit(jax.grad(loss, has_aux=True))(
+        merge.scales, merge.parameters, merge.deltas, merge.head, merge.batch
+    )
+    assert_close(pooled, merge.expected_pooled)
+    assert gradients.keys() == merge.expected_gradients.keys()
+    largest = max(np.abs(expected).max() for expected in merge.expected_gradients.values())
+    for name, expected in merge.expected_gradients.items():
+        np.testing.assert_allclose(
+            gradients[name], expected, rtol=0, atol=1e-5 * largest, err_msg=name
+        )

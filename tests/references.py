@@ -1,0 +1,307 @@
+"""What the tests compare with and learn from: tiny `transformers` models, saved as users save them.
+
+The files are the reference for names: a test reads what `save_pretrained` wrote.
+"""
+
+import copy
+import json
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from adamerge_jax.models import Network
+from adamerge_jax.names import is_stacked, unstack
+
+TEXT_TASKS = {"tone": 2, "topic": 3, "mood": 4}
+"""Number of classes of each text task."""
+
+IMAGE_TASKS = {"shape": 2, "colour": 3}
+"""Number of classes of each image task."""
+
+# A bit over 2 MB in float32, so that files of 1 MB are several.
+BERT = dict(
+    vocab_size=512,
+    hidden_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=384,
+    max_position_embeddings=32,
+)
+VIT = dict(
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    image_size=8,
+    patch_size=4,
+)
+CLIP_TOWER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+CLIP_MERGES = ["c a", "ca t</w>", "d o", "do g</w>"]
+
+LEARNING = dict(steps=3, batch_size=4, optimizer=dict(learning_rate=0.02))
+
+
+def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Draws every parameter anew: `transformers` starts biases at 0 and norms at 1, which would
+    hide that one of them is missing. CLIP's scale of logits is left at what it starts with."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "logit_scale":
+                continue
+            mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            parameter.normal_(mean, 0.2, generator=generator)
+    return model.eval()
+
+
+def fine_tune(model: PreTrainedModel, base: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Makes an expert: the base's parameters and small changes to them, a head of its own.
+
+    Biases of keys stay the base's. They cancel in the softmax of attention, so their gradient is
+    rounding noise, which Adam would scale up to whole steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    started = base.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            bare = name.removeprefix(f"{model.base_model_prefix}.")
+            shared = started.get(bare, started.get(f"vision_model.{bare}"))
+            if shared is None:
+                parameter.normal_(0.0, 0.5, generator=generator)
+                continue
+            parameter.copy_(shared)
+            if "key.bias" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.08)
+    return model.eval()
+
+
+def saved_parameters(model: PreTrainedModel, folder: Path) -> dict[str, np.ndarray]:
+    """Saves a model and reads its tensors back under the names in the file."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def parameters_of(network: Network, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters of a network from a file's tensors, stacked where names are."""
+    return {
+        name: (
+            np.stack([tensors[each] for each in unstack(name, shape.shape[0])])
+            if is_stacked(name)
+            else tensors[name]
+        )
+        for name, shape in network.shapes.items()
+    }
+
+
+def unstacked_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names in a file, one per layer."""
+    shapes = {}
+    for name, shape in network.shapes.items():
+        if is_stacked(name):
+            shapes |= {each: shape.shape[1:] for each in unstack(name, shape.shape[0])}
+        else:
+            shapes[name] = shape.shape
+    return shapes
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Rewrites the weights of a saved model after `edit` has changed their dictionary."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def rename_weights(folder: Path, rename: Callable[[str], str]) -> None:
+    """Rewrites the weights of a saved model under other names."""
+
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        renamed = {rename(name): array for name, array in tensors.items()}
+        tensors.clear()
+        tensors |= renamed
+
+    edit_weights(folder, edit)
+
+
+def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes one JSON object per line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def write_recipe(folder: Path, fields: Mapping[str, Any]) -> Path:
+    """Writes a recipe."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(dict(fields), sort_keys=False))
+    return file
+
+
+def bert_tokenizer(folder: Path) -> BertTokenizer:
+    """A tokenizer for words of one letter."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *string.ascii_lowercase]))
+    return BertTokenizer(vocab=str(folder / "vocab.txt"))
+
+
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A tokenizer that knows letters, `cat`, `dog` and a little punctuation."""
+    letters = [*string.ascii_lowercase, *".,{}"]
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(merge.replace(" ", "") for merge in CLIP_MERGES),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *CLIP_MERGES, ""]))
+    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+
+
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """A CLIP for images of 8 x 8 pixels and sentences of 48 tokens."""
+    return CLIPConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=48,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **CLIP_TOWER,
+        ),
+        vision_config=dict(image_size=8, patch_size=4, **CLIP_TOWER),
+        projection_dim=10,
+    )
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Random sentences of 2 to 25 words of one letter."""
+    generator = np.random.default_rng(seed)
+    letters = list(string.ascii_lowercase)
+    return [" ".join(generator.choice(letters, generator.integers(2, 26))) for _ in range(count)]
+
+
+def predictions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> np.ndarray:
+    """The class that a PyTorch model gives each example."""
+    with torch.no_grad():
+        return model(**inputs).logits.argmax(-1).numpy()
+
+
+def save_text_merge(root: Path) -> dict[str, Any]:
+    """Saves a BERT without a head, an expert per task of `TEXT_TASKS` and their data.
+
+    Test examples are labelled with what their expert predicts, so that an expert's accuracy is 1.
+
+    Returns:
+        The fields of a recipe; all its paths are absolute.
+    """
+    tokenizer = bert_tokenizer(root)
+    base = randomise(BertModel(BertConfig(**BERT)))
+    base.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    tasks = {}
+    for seed, (task, classes) in enumerate(TEXT_TASKS.items(), start=1):
+        config = BertConfig(**BERT, num_labels=classes)
+        expert = fine_tune(BertForSequenceClassification(config), base, seed)
+        expert.save_pretrained(root / "experts" / task)
+        tokenizer.save_pretrained(root / "experts" / task)
+        texts = sentences(24, seed)
+        labels = predictions(expert, tokenizer(texts, padding=True, return_tensors="pt"))
+        rows = [{"text": t, "label": int(c)} for t, c in zip(texts, labels, strict=True)]
+        test = write_json_lines(root / "data" / f"{task}.test.jsonl", rows[:12])
+        unlabeled = [{"text": row["text"]} for row in rows]
+        tasks[task] = {
+            "expert": str(root / "experts" / task),
+            "calibration": str(write_json_lines(root / "data" / f"{task}.jsonl", unlabeled)),
+            "test": {"path": str(test), "label": "label"},
+        }
+    return {"base": str(root / "base"), "tasks": tasks, "learning": copy.deepcopy(LEARNING)}
+
+
+def save_image_merge(root: Path) -> dict[str, Any]:
+    """Saves a ViT without a head, an expert per task of `IMAGE_TASKS` and images as NumPy files.
+
+    Returns:
+        The fields of a recipe; all its paths are absolute.
+    """
+    base = randomise(ViTModel(ViTConfig(**VIT), add_pooling_layer=False))
+    base.save_pretrained(root / "base")
+    tasks = {}
+    for seed, (task, classes) in enumerate(IMAGE_TASKS.items(), start=1):
+        config = ViTConfig(**VIT, num_labels=classes)
+        expert = fine_tune(ViTForImageClassification(config), base, seed)
+        expert.save_pretrained(root / task)
+        pixels = np.random.default_rng(seed).normal(size=(20, 3, 8, 8)).astype(np.float32)
+        labels = predictions(expert, {"pixel_values": torch.from_numpy(pixels)})
+        np.savez(root / f"{task}.npz", pixel_values=pixels, labels=labels)
+        tasks[task] = {
+            "expert": str(root / task),
+            "calibration": str(root / f"{task}.npz"),
+            "test": {"path": str(root / f"{task}.npz"), "label": "labels"},
+        }
+    return {"base": str(root / "base"), "tasks": tasks, "learning": copy.deepcopy(LEARNING)}
+
+
+def save_clip_merge(root: Path) -> dict[str, Any]:
+    """Saves a CLIP, two experts that are vision towers, and folders of images named by class.
+
+    The first expert's tensors begin with `vision_model.`, as those of older `transformers` do; the
+    second's do not.
+
+    Returns:
+        The fields of a recipe; all its paths are absolute.
+    """
+    tokenizer = clip_tokenizer(root)
+    base = randomise(CLIPModel(clip_config(tokenizer)))
+    base.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    size = dict(height=8, width=8)
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(root / "base")
+    classes = {"animals": ["cat", "dog"], "birds": ["big_bird", "crow", "owl"]}
+    tasks = {}
+    for seed, (task, names) in enumerate(classes.items(), start=1):
+        expert = fine_tune(CLIPVisionModel(base.config.vision_config), base, seed)
+        expert.save_pretrained(root / task)
+        if task == "animals":
+            rename_weights(root / task, lambda name: f"vision_model.{name}")
+        generator = np.random.default_rng(seed)
+        for name in names:
+            for index in range(4):
+                file = root / "images" / task / "test" / name / f"{index}.png"
+                save_image(file, generator.integers(0, 256, (8, 8, 3)))
+        images = {"path": str(root / "images" / task), "split": "test"}
+        tasks[task] = {
+            "expert": str(root / task),
+            "calibration": images,
+            "test": images | {"label": "label"},
+            "templates": ["a photo of a {}.", "the {}, or a {}."],
+        }
+    return {"base": str(root / "base"), "tasks": tasks, "learning": copy.deepcopy(LEARNING)}
+
+
+def save_image(file: Path, pixels: np.ndarray) -> None:
+    """Writes `[height, width, channels]` as a PNG."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(file)

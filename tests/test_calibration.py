@@ -1,0 +1,105 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from adamerge_jax.calibration import Calibration, calibrate
+from adamerge_jax.data import ArrayExamples, TextExamples
+from adamerge_jax.errors import InputError
+from tests.references import bert_tokenizer, sentences
+
+SIZES = {"small": 11, "large": 30}
+
+
+def numbered(sizes: dict[str, int] = SIZES) -> dict[str, ArrayExamples]:
+    """Examples that say which they are: 0, 1, ... of the first task, 1000, ... of the next."""
+    return {
+        task: ArrayExamples({"pixel_values": np.arange(size) + 1000 * position})
+        for position, (task, size) in enumerate(sizes.items())
+    }
+
+
+def calibration(seed: int = 0, batch_size: int = 4, held_out: float = 0.2) -> Calibration:
+    return calibrate(numbered(), batch_size=batch_size, held_out=held_out, seed=seed)
+
+
+def seen(calibration: Calibration, count: int) -> np.ndarray:
+    """What the first batches hold, `[count, tasks, B]`."""
+    batches = [batch.inputs["pixel_values"] for batch in islice(calibration.batches(), count)]
+    return np.stack(batches).reshape(count, 2, calibration.batch_size)
+
+
+@pytest.mark.parametrize("held_out", [0.01, 0.2, 0.5])
+def test_every_example_is_on_one_side_of_the_split(held_out):
+    split = calibration(held_out=held_out)
+    for task, size in SIZES.items():
+        assert len(split.held_out[task]) == max(1, round(held_out * size))
+        both = np.concatenate([split.learning[task], split.held_out[task]])
+        assert sorted(both) == list(range(size))
+
+
+def test_batches_have_one_shape_and_the_weights_of_a_mean():
+    for batch in islice(calibration().batches(), 12):
+        assert batch.inputs["pixel_values"].shape == (8,)
+        np.testing.assert_array_equal(batch.weights, np.full((2, 4), 0.25, np.float32))
+        # First the examples of the first task, then those of the second.
+        assert (batch.inputs["pixel_values"] >= 1000).tolist() == [False] * 4 + [True] * 4
+
+
+def test_batches_hold_only_examples_to_learn_from():
+    split = calibration()
+    assert set(seen(split, 30).ravel()) == set(split.learning["small"]) | {
+        1000 + index for index in split.learning["large"]
+    }
+
+
+def test_every_epoch_is_complete_and_in_another_order():
+    split = calibration()
+    small = seen(split, 9)[:, 0].ravel()  # 9 examples to learn from, 36 drawn: four epochs
+    epochs = small.reshape(4, 9)
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(split.learning["small"])
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_seed_decides():
+    np.testing.assert_array_equal(seen(calibration(3), 20), seen(calibration(3), 20))
+    assert not np.array_equal(seen(calibration(3), 20), seen(calibration(4), 20))
+    assert calibration(3).held_out["large"].tolist() != calibration(4).held_out["large"].tolist()
+    # Looking twice starts from the beginning twice.
+    split = calibration(3)
+    np.testing.assert_array_equal(seen(split, 5), seen(split, 5))
+
+
+@pytest.mark.parametrize(("batch_size", "held_out"), [(4, 0.2), (1, 0.2), (3, 0.5), (5, 0.5)])
+def test_held_out_batches_are_the_mean_over_every_held_out_example(batch_size, held_out):
+    split = calibration(batch_size=batch_size, held_out=held_out)
+    batches = list(split.held_out_batches())
+    numbers = np.stack([b.inputs["pixel_values"].reshape(2, batch_size) for b in batches], axis=1)
+    weights = np.stack([batch.weights for batch in batches], axis=1)
+    for position, task in enumerate(SIZES):
+        counted = numbers[position][weights[position] > 0]
+        assert sorted(counted - 1000 * position) == split.held_out[task].tolist()
+        np.testing.assert_allclose(weights[position].sum(), 1, rtol=1e-6)
+        mean = (numbers[position] * weights[position]).sum()
+        expected = split.held_out[task].mean() + 1000 * position
+        np.testing.assert_allclose(mean, expected, rtol=1e-5)
+
+
+def test_texts_of_all_tasks_are_padded_to_one_bucket(tmp_path):
+    tokenizer = bert_tokenizer(tmp_path)
+    examples = {
+        "short": TextExamples(["a b"] * 10, tokenizer, 32, "short"),
+        "mixed": TextExamples(sentences(20, 0), tokenizer, 32, "mixed"),
+    }
+    split = calibrate(examples, batch_size=2, held_out=0.2, seed=0)
+    shapes = {batch.inputs["input_ids"].shape for batch in islice(split.batches(), 40)}
+    assert shapes == {(4, 16), (4, 24), (4, 32)}
+    for batch in islice(split.batches(), 5):
+        assert {array.shape for array in batch.inputs.values()} == {batch.inputs["input_ids"].shape}
+
+
+def test_too_few_examples():
+    calibrate(numbered({"a": 5}), batch_size=4, held_out=0.2, seed=0)
+    with pytest.raises(InputError, match=r"task 'b': 4 example.* 1 of them .* 4 of one batch"):
+        calibrate(numbered({"a": 5, "b": 4}), batch_size=4, held_out=0.2, seed=0)
