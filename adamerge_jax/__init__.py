@@ -1,5 +1,12 @@
 """Learn how much of each fine-tuned expert goes where, and fold it into one checkpoint."""
 
+import logging
+
+# Said on import wherever PyTorch is missing, and of no use here: nothing needs PyTorch.
+logging.getLogger("transformers").addFilter(
+    lambda record: "PyTorch was not found" not in record.getMessage()
+)
+
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import Frozen, Learned, Learner, learn, make_learner

@@ -113,5 +113,8 @@ def calibrate(
                 "learning.batch_size"
             )
         order = np.random.default_rng([seed, 0, position]).permutation(len(data))
-        kept[task], learning[task] = np.sort(order[:size]), np.sort(order[size:])
+        # Held-out examples of like length share a batch: there is no need to mix them, and less
+        # is computed on padding.
+        kept[task] = order[:size][np.argsort(data.padded_lengths()[order[:size]], kind="stable")]
+        learning[task] = np.sort(order[size:])
     return Calibration(learning, kept, examples, batch_size, seed, {})

@@ -6,14 +6,10 @@ overrides them. So the recipe is read first, then the command line is parsed.
 
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
-
-# Said on import, and of no use here: PyTorch is not needed.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import transformers
 import tyro
@@ -108,6 +104,9 @@ class Inspect:
 
 _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 
+# Whose fields `--help` shows when no recipe is given.
+_EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration": "DATA"}}}
+
 COMMANDS = {"learn": Learn, "fold": Fold, "evaluate": Evaluate, "inspect": Inspect}
 
 
@@ -140,24 +139,29 @@ def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
     Raises:
         InputError: The recipe, or a field given on the command line, cannot be used.
     """
-    if not arguments or arguments[0] not in COMMANDS:
-        return tyro.extras.subcommand_cli_from_dict(
-            dict(COMMANDS), prog="adamerge", description=_DESCRIPTION, args=arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="adamerge", description=_DESCRIPTION, args=["--help"]
         )
     name, *options = arguments
+    if name not in COMMANDS:
+        raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     default = None
     if command is not Inspect:
         file = next((Path(o) for o in options if Path(o).suffix in (".yaml", ".yml")), None)
         if file is not None:
-            required = {
-                field.name: tyro.MISSING
-                for field in dataclasses.fields(command)
-                if field.default is dataclasses.MISSING
-            }
-            default = command(**required | {"recipe": load_recipe(file)})
-        elif not {"-h", "--help"} & set(options):
+            recipe = load_recipe(file)
+        elif {"-h", "--help"} & set(options):
+            recipe = parse_recipe(_EXAMPLE)
+        else:
             raise InputError(f"adamerge {name}: give a recipe, a .yaml file")
+        required = {
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(command)
+            if field.default is dataclasses.MISSING
+        }
+        default = command(**required | {"recipe": recipe})
     parsed = tyro.cli(
         command,
         default=default,

@@ -75,7 +75,10 @@ def _shared(shapes: Shapes, group_of: Callable[[str], str]) -> Granularity:
     sizes = {group: shapes[name][0] if is_stacked(group) else 1 for name, group in groups.items()}
 
     def init(experts: int, value: float) -> Values:
-        return {group: jnp.full((size, experts), value) for group, size in sorted(sizes.items())}
+        return {
+            group: jnp.full((size, experts), value, jnp.float32)
+            for group, size in sorted(sizes.items())
+        }
 
     def scale(name: str, values: Values) -> Float[Array, "..."]:
         shape, shared = shapes[name], values[groups[name]]

@@ -43,6 +43,10 @@ class Examples(ABC):
         """Tokens that the chosen examples are to be padded to; 0 where inputs have one shape."""
         return 0
 
+    def padded_lengths(self) -> Int[np.ndarray, " N"]:
+        """Tokens that each example alone is to be padded to."""
+        return np.array([self.padded_length(np.array([i])) for i in range(len(self))])
+
     @abstractmethod
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
         """Model inputs of the chosen examples, `[B, ...]`, texts padded to `length` tokens."""

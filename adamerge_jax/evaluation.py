@@ -42,8 +42,7 @@ class Evaluator:
             examples: N examples.
         """
         # Examples of like length share a batch, so that little is computed on padding.
-        lengths = [examples.padded_length(np.array([i])) for i in range(len(examples))]
-        order = np.argsort(lengths, kind="stable")
+        order = np.argsort(examples.padded_lengths(), kind="stable")
         rows = []
         for start in range(0, len(order), self._batch_size):
             chosen = np.resize(order[start : start + self._batch_size], self._batch_size)

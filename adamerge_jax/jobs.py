@@ -155,7 +155,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
                 calibration,
                 steps=recipe.learning.steps,
                 evaluate_every=recipe.learning.evaluate_every
-                or max(1, recipe.learning.steps // 20),
+                or max(1, recipe.learning.steps // 10),
                 report=show,
             )
     except learning.NonFiniteObjectiveError as error:

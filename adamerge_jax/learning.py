@@ -107,7 +107,10 @@ def make_learner(
         )
 
     def init(values: Values) -> State:
-        raw = {group: constraint.invert(jnp.asarray(array)) for group, array in values.items()}
+        raw = {
+            group: constraint.invert(jnp.asarray(array, jnp.float32))
+            for group, array in values.items()
+        }
         return State(raw, optimizer.init(raw))
 
     @jax.jit

@@ -151,7 +151,7 @@ class LearningRecipe(Section):
     held_out: float = Field(default=0.2, gt=0, lt=1)
     """Part of the calibration data that chooses which coefficients are kept."""
     evaluate_every: int | None = Field(default=None, ge=1)
-    """Steps between looks at the held-out part; by default a twentieth of all steps."""
+    """Steps between looks at the held-out part; by default a tenth of all steps."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     rematerialize: Rematerialize = "elementwise"
     """What the backward pass computes again rather than keeps, from fastest to smallest."""

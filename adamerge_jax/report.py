@@ -52,7 +52,7 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     low, high = _value_range(coefficients)
     if coefficients.granularity == "tensor":
         maps, rows, columns = _by_layer_and_kind(coefficients)
-        across = min(len(experts), 3)
+        across = 2 if len(experts) == 4 else min(len(experts), 3)
         down = -(-len(experts) // across)
         cell = 0.24
         size = (

@@ -11,6 +11,9 @@ from typing import Any
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adamerge_jax-tests-")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["HF_HOME"], "datasets")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Many tests run the same tiny models: each is compiled once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["HF_HOME"], "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hypothesis
 import pytest

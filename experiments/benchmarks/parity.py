@@ -116,8 +116,9 @@ def differences(
 
 
 def randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """Draws every parameter anew, so that no bias is 0 and no norm is 1; CLIP's logits keep
-    their scale.
+    """Draws every parameter anew, so that no bias is 0 and no norm is 1.
+
+    CLIP's logits keep their scale.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

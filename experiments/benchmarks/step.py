@@ -196,8 +196,9 @@ def main() -> None:
         shapes = family_of(config).build_trunk(config).shapes
         parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
         table = Table(
-            title=f"{size}: {parameters / 1e6:.1f} M parameters, {experts} experts, "
-            f"{experts * IMAGES_PER_TASK} images; task vectors {experts * parameters * 4 / 1e9:.2f} GB"
+            title=f"{size}: {parameters / 1e6:.1f} M parameters, {experts} experts "
+            f"(task vectors {experts * parameters * 4 / 1e9:.2f} GB), "
+            f"{experts * IMAGES_PER_TASK} images"
         )
         for column in ("", "ms/step", "times a", "peak GB"):
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
