@@ -13,14 +13,20 @@ from typing import Annotated, NoReturn
 
 import transformers
 import tyro
+from pydantic import ValidationError
 from rich.console import Console
 from rich.logging import RichHandler
 
-from adamerge_jax import jobs, report
+from adamerge_jax import exporting, jobs, report
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import NonFiniteObjectiveError
-from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe
+from adamerge_jax.recipes import (
+    Recipe,
+    describe_validation_error,
+    load_recipe,
+    parse_recipe,
+)
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 
@@ -42,7 +48,7 @@ class Learn:
         out = self.out or Path("runs") / self.recipe.name
         run = jobs.learn(self.recipe, root=_root(self.file, self.root), out=out, console=console)
         console.print(
-            f"merged checkpoint {out / jobs.CHECKPOINT_FOLDER}\n"
+            f"merged checkpoint {out / exporting.CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / jobs.COEFFICIENTS_FILE} (best after "
             f"{run.coefficients.step} steps)\n"
             f"heat map          {out / jobs.HEAT_MAP_FILE}",
@@ -69,7 +75,7 @@ class Fold:
         """Runs the command."""
         root = _root(self.recipe_file, self.root)
         jobs.fold_file(self.coefficients, self.recipe, root=root, out=self.out, console=console)
-        console.print(f"merged checkpoint {self.out / jobs.CHECKPOINT_FOLDER}", soft_wrap=True)
+        console.print(f"merged checkpoint {self.out / exporting.CHECKPOINT_FOLDER}", soft_wrap=True)
 
 
 @dataclasses.dataclass
@@ -123,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         _exit(f"error: {error}", 2)
     except NonFiniteObjectiveError as error:
-        _exit(f"error: {error}; the run folder keeps the last good coefficients", 1)
+        kept = "; the run folder keeps the last good coefficients" if error.learned else ""
+        _exit(f"error: {error}{kept}", 1)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
 
@@ -162,13 +169,16 @@ def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
             if field.default is dataclasses.MISSING
         }
         default = command(**required | {"recipe": recipe})
-    parsed = tyro.cli(
-        command,
-        default=default,
-        args=options,
-        prog=f"adamerge {name}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    try:
+        parsed = tyro.cli(
+            command,
+            default=default,
+            args=options,
+            prog=f"adamerge {name}",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValidationError as error:
+        raise InputError(f"command line: {describe_validation_error(error)}") from error
     if default is not None:
         # Once more as a whole: what a field may be can depend on another.
         parsed.recipe = parse_recipe(parsed.recipe.model_dump(), "command line")

@@ -1,6 +1,5 @@
 """What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +11,13 @@ import yaml
 from jaxtyping import Array
 from rich.console import Console
 from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from adamerge_jax import learning, report
 from adamerge_jax.baselines import average, task_arithmetic
 from adamerge_jax.calibration import Calibration, calibrate
 from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
 from adamerge_jax.checkpoints.matching import require_same_architecture
-from adamerge_jax.checkpoints.orbax import save_parameters
 from adamerge_jax.coefficients import (
     CONSTRAINTS,
     GRANULARITIES,
@@ -33,10 +29,10 @@ from adamerge_jax.coefficients import (
 from adamerge_jax.data import Examples, load_examples
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Evaluator, Row
+from adamerge_jax.exporting import export, export_bytes
 from adamerge_jax.loading import (
     DTYPES,
     Models,
-    fold,
     load_head,
     load_task_vectors,
     load_trunk,
@@ -50,8 +46,6 @@ from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe, TaskRecipe
 
 COEFFICIENTS_FILE = "coefficients.safetensors"
-CHECKPOINT_FOLDER = "checkpoint"
-ORBAX_FOLDER = "orbax"
 HEAT_MAP_FILE = "coefficients.png"
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
@@ -89,7 +83,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
     with console.status("opening checkpoints and data"):
         models = open_models(recipe, root)
         # The Hugging Face checkpoint and the Orbax checkpoint.
-        require_new(out, expected_bytes=2 * _export_bytes(models, recipe))
+        require_new(out, expected_bytes=2 * export_bytes(models, recipe))
         data = _load_data(recipe, models, root)
         calibration = calibrate(
             data.calibration,
@@ -100,6 +94,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
     with console.status("reading task vectors"):
         dtype = DTYPES[recipe.dtype] if recipe.dtype else None
         heads = _load_heads(recipe, models, data, dtype)
+        _require_labels_in_range(models, heads, data)
         base = load_trunk(models, models.base, dtype)
         deltas, mixed = load_task_vectors(models, dtype)
     if not deltas:
@@ -208,66 +203,6 @@ def fold_file(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Con
     export(recipe, models, coefficients, out, rows=[], console=console)
 
 
-def export(
-    recipe: Recipe,
-    models: Models,
-    coefficients: Coefficients,
-    out: Path,
-    *,
-    rows: list[Row],
-    console: Console,
-) -> None:
-    """Writes the merged model as a Hugging Face and as an Orbax checkpoint.
-
-    Args:
-        recipe: Says in which dtype and in files of which size.
-        models: The base and its experts.
-        coefficients: How much of each expert goes where.
-        out: The folder that gets `checkpoint/` and `orbax/`.
-        rows: Results for the model card.
-        console: Where progress is printed.
-    """
-
-    def cast(array: np.ndarray) -> np.ndarray:
-        is_weight = jnp.issubdtype(array.dtype, jnp.floating)
-        return (
-            array.astype(DTYPES[recipe.export.dtype])
-            if recipe.export.dtype and is_weight
-            else array
-        )
-
-    config = copy.deepcopy(models.config)
-    # A head of the base's own would stand beside each task's head under the same name.
-    replaced = {name for task in models.experts for name in models.head_names(task)}
-    carried = [name for name in models.base.extra if name not in replaced]
-    if len(carried) < len(models.base.extra):
-        config.architectures = [MODEL_MAPPING_NAMES[config.model_type]]
-    writer = CheckpointWriter(
-        out / CHECKPOINT_FOLDER,
-        max_shard_bytes=recipe.export.shard_megabytes * 10**6,
-        expected_bytes=_export_bytes(models, recipe),
-    )
-    with console.status("writing the checkpoint"), writer:
-        for name, array in fold(models, coefficients):
-            writer.add(name, cast(array))
-        for name in carried:
-            writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
-        writer.write_config(config)
-        writer.copy_assets(models.base.checkpoint)
-        writer.write_text("README.md", report.model_card(coefficients, rows))
-        for task, expert in models.experts.items():
-            if head := load_head(models, task):
-                writer.add_task_model(
-                    task,
-                    config=expert.checkpoint.config,
-                    head={name: cast(array) for name, array in head.items()},
-                    assets=expert.checkpoint,
-                )
-    with console.status("writing the Orbax checkpoint"):
-        merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
-        save_parameters(out / ORBAX_FOLDER, load_trunk(models, merged, None))
-
-
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:
     """Evaluates a checkpoint on the recipe's test data, with the heads of its experts.
 
@@ -288,13 +223,15 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     if not data.test:
         raise InputError("tasks: every task needs test data to evaluate on")
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    heads = _load_heads(recipe, models, data, dtype)
+    _require_labels_in_range(models, heads, data)
     evaluator = Evaluator(
         models.family.build_trunk(models.config),
         {
             task: models.family.build_head(expert.checkpoint.config)
             for task, expert in models.experts.items()
         },
-        _load_heads(recipe, models, data, dtype),
+        heads,
         recipe.evaluation.batch_size,
     )
     parameters = load_trunk(models, matched, dtype)
@@ -373,6 +310,25 @@ def _load_heads(
             head = load_zero_shot_head(models, names, task_recipe.templates)
         heads[task] = {name: jnp.asarray(array, dtype) for name, array in head.items()}
     return heads
+
+
+def _require_labels_in_range(
+    models: Models, heads: Mapping[str, Mapping[str, Array]], data: _Data
+) -> None:
+    """Refuses labelled data with a class that the task's head does not have."""
+    for part in ("validation", "test"):
+        for task, examples in getattr(data, part).items():
+            if models.family.auto_class is None:
+                classes = len(heads[task]["text_embeddings"])
+            else:
+                classes = models.experts[task].checkpoint.config.num_labels
+            if examples.labels.max() >= classes:
+                row = int(np.argmax(examples.labels >= classes))
+                raise InputError(
+                    f"{part} data of task {task!r}: example {row} has label "
+                    f"{examples.labels[row]}, the task's head has classes 0 to {classes - 1}; "
+                    "check that data and expert belong together"
+                )
 
 
 def _class_names(task: str, recipe: TaskRecipe, data: _Data) -> list[str]:
@@ -482,12 +438,3 @@ def _summary(
         f"{count} coefficients (one per {recipe.coefficients.granularity} and expert); "
         f"{examples} examples to learn from, {held_out} held out; on {jax.devices()[0]}"
     )
-
-
-def _export_bytes(models: Models, recipe: Recipe) -> int:
-    """Size of the merged weights on disk."""
-    total = 0
-    for tensor in models.base.checkpoint.tensors.values():
-        dtype = DTYPES[recipe.export.dtype] if recipe.export.dtype else tensor.dtype
-        total += int(np.prod(tensor.shape)) * dtype.itemsize
-    return total

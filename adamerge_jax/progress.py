@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from adamerge_jax.learning import Progress
 
@@ -25,8 +27,8 @@ def show_progress(
 ) -> Iterator[Callable[[Progress], None]]:
     """Shows each step as it is done, and appends it to a file.
 
-    On a terminal: a bar with the loss, the objective of each task, the time of a step and the time
-    left. Elsewhere: a line for every look at the held-out data.
+    On a terminal: a bar with the loss, the time of a step and the time left, and below it the
+    objective of each task. Elsewhere: a line for every look at the held-out data.
 
     Args:
         tasks: Names of the tasks.
@@ -45,11 +47,13 @@ def show_progress(
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
     )
-    with metrics.open("w", encoding="utf-8") as file, bar:
-        shown = bar.add_task("learning", total=steps, numbers="compiling")
+    shown = bar.add_task("learning", total=steps, numbers="compiling")
+    live = Live(bar, console=console)
+    with (
+        metrics.open("w", encoding="utf-8") as file,
+        live if console.is_terminal else nullcontext(),
+    ):
 
         def show(progress: Progress) -> None:
             record = {
@@ -63,11 +67,12 @@ def show_progress(
             if progress.per_task is not None:
                 each = zip(tasks, progress.per_task, strict=True)
                 numbers = (
-                    f"loss {progress.per_task.sum():.3f} "
-                    f"({' '.join(f'{task} {value:.2f}' for task, value in each)}) "
-                    f"{1000 * progress.seconds:.0f} ms/step"
+                    f"loss {progress.per_task.sum():.3f} {1000 * progress.seconds:.0f} ms/step"
                 )
                 bar.update(shown, completed=progress.step, numbers=numbers)
+                live.update(
+                    Group(bar, Text("  ".join(f"{task} {value:.2f}" for task, value in each)))
+                )
             if progress.held_out is not None and not console.is_terminal:
                 console.print(
                     f"step {progress.step}/{steps}: held-out loss {progress.held_out.sum():.4f}"

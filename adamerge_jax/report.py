@@ -23,10 +23,11 @@ def results_table(rows: Sequence[Row]) -> Table:
     The last row is the merge that the run learned and stands out.
     """
     table = Table(title="Accuracy (%)", title_style="bold")
-    table.add_column("method", no_wrap=True)
+    # A method may be called by a long path: that is broken into lines, numbers never are.
+    table.add_column("method", overflow="fold")
     for task in rows[0].tasks:
-        table.add_column(task, justify="right")
-    table.add_column("average", justify="right", style="bold")
+        table.add_column(task, justify="right", no_wrap=True)
+    table.add_column("average", justify="right", style="bold", no_wrap=True)
     for row in rows:
         cells = [*row.tasks.values(), row.average]
         table.add_row(
