@@ -31,6 +31,8 @@ from transformers import (
     ViTModel,
 )
 
+from adamerge_jax.coefficients import GRANULARITIES, Coefficients, unstack_values
+from adamerge_jax.loading import Models, load_task_vectors
 from adamerge_jax.models import Network
 from adamerge_jax.names import is_stacked, unstack
 
@@ -91,7 +93,7 @@ def fine_tune(model: PreTrainedModel, base: PreTrainedModel, seed: int) -> PreTr
         for name, parameter in model.named_parameters():
             bare = name.removeprefix(f"{model.base_model_prefix}.")
             shared = started.get(bare, started.get(f"vision_model.{bare}"))
-            if shared is None:
+            if shared is None or shared.shape != parameter.shape:
                 parameter.normal_(0.0, 0.5, generator=generator)
                 continue
             parameter.copy_(shared)
@@ -146,6 +148,29 @@ def rename_weights(folder: Path, rename: Callable[[str], str]) -> None:
         tensors |= renamed
 
     edit_weights(folder, edit)
+
+
+def random_coefficients(models: Models, granularity: str = "tensor") -> Coefficients:
+    """Coefficients of all that `models` mix, drawn between -0.5 and 1.5."""
+    deltas, mixed = load_task_vectors(models, None)
+    init, _ = GRANULARITIES[granularity]({name: models.shapes[name] for name in deltas})
+    generator = np.random.default_rng(0)
+    values = {
+        group: generator.uniform(-0.5, 1.5, array.shape)
+        for group, array in init(len(models.experts), 0.0).items()
+    }
+    base, *experts = models.sources
+    return Coefficients(
+        values=unstack_values(values),
+        granularity=granularity,
+        constraint="free",
+        parameters=tuple(mixed),
+        base=base,
+        experts=tuple(experts),
+        objective="entropy",
+        seed=0,
+        step=0,
+    )
 
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> Path:

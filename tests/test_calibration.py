@@ -79,11 +79,26 @@ def test_held_out_batches_are_the_mean_over_every_held_out_example(batch_size, h
     weights = np.stack([batch.weights for batch in batches], axis=1)
     for position, task in enumerate(SIZES):
         counted = numbers[position][weights[position] > 0]
-        assert sorted(counted - 1000 * position) == split.held_out[task].tolist()
+        assert sorted(counted - 1000 * position) == sorted(split.held_out[task])
         np.testing.assert_allclose(weights[position].sum(), 1, rtol=1e-6)
         mean = (numbers[position] * weights[position]).sum()
         expected = split.held_out[task].mean() + 1000 * position
         np.testing.assert_allclose(mean, expected, rtol=1e-5)
+
+
+def test_expert_logits_go_with_their_examples():
+    split = calibration()
+    assert all(not batch.expert_logits for batch in islice(split.batches(), 2))
+    logits = {
+        task: np.stack([np.arange(size) + 1000 * position] * (position + 2), axis=1)
+        for position, (task, size) in enumerate(SIZES.items())
+    }
+    asked = split._replace(expert_logits=logits)
+    for batch in [*islice(asked.batches(), 5), *asked.held_out_batches()]:
+        numbers = batch.inputs["pixel_values"].reshape(2, 4)
+        assert [array.shape for array in batch.expert_logits] == [(4, 2), (4, 3)]
+        for row, array in zip(numbers, batch.expert_logits, strict=True):
+            np.testing.assert_array_equal(array, np.stack([row] * array.shape[1], axis=1))
 
 
 def test_texts_of_all_tasks_are_padded_to_one_bucket(tmp_path):

@@ -301,6 +301,7 @@ def test_what_the_hub_refuses(error, match, monkeypatch):
     def download(*_, **__):
         raise error
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface, "snapshot_download", download)
     refused(match, "org/name", revision="v2")
 

@@ -1,0 +1,276 @@
+"""From checkpoints to task vectors, and from coefficients back to tensors."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from adamerge_jax.coefficients import GRANULARITIES
+from adamerge_jax.errors import InputError
+from adamerge_jax.loading import (
+    Models,
+    fold,
+    load_head,
+    load_task_vectors,
+    load_trunk,
+    load_zero_shot_head,
+    open_models,
+    resolve,
+    tensors_of,
+)
+from adamerge_jax.mixing import materialize, mix
+from adamerge_jax.names import is_stacked
+from adamerge_jax.recipes import parse_recipe
+from tests.references import (
+    BERT,
+    TEXT_TASKS,
+    edit_weights,
+    fine_tune,
+    random_coefficients,
+    randomise,
+    rename_weights,
+)
+
+
+def opened(fields: dict[str, Any]) -> Models:
+    return open_models(parse_recipe(fields), Path("/"))
+
+
+def files(fields: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    """The tensors of the base, and of each expert, as they are in their files."""
+    folders = [fields["base"], *(task["expert"] for task in fields["tasks"].values())]
+    base, *experts = (load_file(f"{folder}/model.safetensors") for folder in folders)
+    return base, experts
+
+
+def unstacked(models: Models, parameters: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays by the names of tensors."""
+    tensors = {}
+    for name, array in parameters.items():
+        names = tensors_of(name, models.shapes[name])
+        tensors |= dict(zip(names, array if is_stacked(name) else [array], strict=True))
+    return {name: np.asarray(array) for name, array in tensors.items()}
+
+
+def test_a_base_without_head_and_prefix(text_recipe):
+    models = opened(text_recipe)
+    base, experts = files(text_recipe)
+    assert not any(name.startswith("bert.") for name in base)
+    assert models.prefix == "bert."
+    trunk = unstacked(models, load_trunk(models, models.base, None))
+    assert {f"bert.{name}" for name in base} == trunk.keys()
+    for name, array in base.items():
+        np.testing.assert_array_equal(trunk[f"bert.{name}"], array)
+    for expert, (task, classes) in zip(experts, TEXT_TASKS.items(), strict=True):
+        head = load_head(models, task)
+        assert head.keys() == {"classifier.weight", "classifier.bias"}
+        assert head["classifier.weight"].shape == (classes, BERT["hidden_size"])
+        np.testing.assert_array_equal(head["classifier.bias"], expert["classifier.bias"])
+    assert [source.name for source in models.sources] == ["base", *TEXT_TASKS]
+    assert len({source.identity for source in models.sources}) == 4
+
+
+def test_task_vectors_are_differences(text_recipe):
+    models = opened(text_recipe)
+    base, experts = files(text_recipe)
+    deltas, mixed = load_task_vectors(models, None)
+    changed = [
+        name
+        for name in models.base.names
+        if any((expert[name] != base[name.removeprefix("bert.")]).any() for expert in experts)
+    ]
+    assert sorted(mixed) == sorted(changed)
+    # The experts' keys have the base's biases.
+    keys = {f"bert.encoder.layer.{layer}.attention.self.key.bias" for layer in range(4)}
+    assert set(models.base.names) - set(mixed) == keys
+    assert "bert.encoder.layer.*.attention.self.key.bias" not in deltas
+    for name, delta in deltas.items():
+        values = delta.values if is_stacked(name) else [delta.values]
+        for tensor, array in zip(models.tensors(name), values, strict=True):
+            expected = [e[tensor] - base[tensor.removeprefix("bert.")] for e in experts]
+            np.testing.assert_array_equal(array, expected)
+
+
+def test_a_tensor_that_changed_in_one_layer_only(text_recipe, tmp_path):
+    folders = {}
+    for task, fields in text_recipe["tasks"].items():
+        folders[task] = shutil.copytree(fields["expert"], tmp_path / task)
+        fields["expert"] = str(folders[task])
+    name = "bert.encoder.layer.2.attention.self.key.bias"
+    edit_weights(folders["topic"], lambda tensors: tensors[name].__iadd__(1.0))
+    deltas, mixed = load_task_vectors(opened(text_recipe), None)
+    assert name in mixed
+    assert name.replace("2", "1") not in mixed
+    values = np.asarray(deltas[name.replace("2", "*")].values)
+    assert values.shape == (4, 3, BERT["hidden_size"])
+    assert np.argwhere(values.any(-1)).tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("task", TEXT_TASKS)
+def test_an_expert_is_the_base_and_a_one_hot_coefficient(text_recipe, task):
+    models = opened(text_recipe)
+    base = load_trunk(models, models.base, None)
+    expert = load_trunk(models, models.experts[task], None)
+    deltas, _ = load_task_vectors(models, None)
+    granularity = GRANULARITIES["task"]({name: models.shapes[name] for name in deltas})
+    one_hot = np.eye(3, dtype=np.float32)[[list(TEXT_TASKS).index(task)]]
+    merged = jax.jit(lambda *trees: materialize(mix(*trees)))(
+        base, deltas, granularity.scales({"all": one_hot})
+    )
+    assert merged.keys() == expert.keys() == models.shapes.keys()
+    for name, array in merged.items():
+        np.testing.assert_allclose(array, expert[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_fold(text_recipe, granularity):
+    models = opened(text_recipe)
+    coefficients = random_coefficients(models, granularity)
+    base, experts = files(text_recipe)
+    merged = dict(fold(models, coefficients))
+    assert list(merged) == list(models.base.names)
+    assert {name.removeprefix("bert.") for name in merged} == base.keys()
+    for name, array in merged.items():
+        start = base[name.removeprefix("bert.")]
+        assert array.dtype == start.dtype
+        expected = start.astype(np.float64)
+        if name in coefficients.parameters:
+            group = {
+                "task": "all",
+                "tensor": name,
+                "layer": ".".join(name.split(".")[: 4 if ".layer." in name else 2]),
+            }[granularity]
+            for scale, expert in zip(coefficients.values[group], experts, strict=True):
+                expected = expected + np.float64(scale) * (expert[name] - start)
+        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_fold_rounds_once(tmp_path):
+    sizes = BERT | dict(hidden_size=16, num_hidden_layers=1, intermediate_size=24)
+    base = randomise(BertModel(BertConfig(**sizes)))
+    tasks = {}
+    for seed in (1, 2, 3):
+        config = BertConfig(**sizes, num_labels=2)
+        expert = fine_tune(BertForSequenceClassification(config), base, seed)
+        expert.bfloat16().save_pretrained(tmp_path / f"e{seed}")
+        tasks[f"e{seed}"] = {"expert": str(tmp_path / f"e{seed}"), "calibration": "none"}
+    base.bfloat16().save_pretrained(tmp_path / "base")
+    fields = {"base": str(tmp_path / "base"), "tasks": tasks}
+    models = opened(fields)
+    coefficients = random_coefficients(models)
+    start, experts = files(fields)
+    differing = 0
+    for name, array in fold(models, coefficients):
+        assert array.dtype == ml_dtypes.bfloat16
+        of_base = start[name.removeprefix("bert.")].astype(np.float64)
+        exact = of_base.copy()
+        for index, expert in enumerate(experts):
+            scale = coefficients.values[name][index] if name in coefficients.values else 0.0
+            exact += np.float64(scale) * (expert[name].astype(np.float64) - of_base)
+        differing += int((array != exact.astype(ml_dtypes.bfloat16)).sum())
+        # A sum that float32 puts on the other side of a tie may be one unit off, and no more.
+        wide = array.astype(np.float64)
+        np.testing.assert_allclose(wide, exact, rtol=2**-8, atol=1e-6)
+    assert differing <= 3
+
+
+@pytest.mark.parametrize(
+    ("patterns", "kept"),
+    [
+        (["bert.embeddings.*"], lambda name: ".embeddings." in name),
+        (
+            ["*.bias", "bert.pooler.dense.weight"],
+            lambda name: name.endswith("bias") or name == "bert.pooler.dense.weight",
+        ),
+        (["*.layer.0.*"], lambda name: ".layer.0." in name),
+    ],
+)
+def test_keep_from_base(text_recipe, patterns, kept):
+    models = opened(text_recipe | {"keep_from_base": patterns})
+    assert models.kept == {name for name in models.base.names if kept(name)}
+    _, mixed = load_task_vectors(models, None)
+    everything = set(load_task_vectors(opened(text_recipe), None)[1])
+    assert set(mixed) == everything - models.kept
+    coefficients = random_coefficients(models)
+    base, _ = files(text_recipe)
+    for name, array in fold(models, coefficients):
+        same = np.array_equal(array, base[name.removeprefix("bert.")])
+        assert same == (name not in mixed)
+
+
+def test_a_pattern_that_fits_nothing(text_recipe):
+    fields = text_recipe | {"keep_from_base": ["*.bias", "embeddings.*"]}
+    with pytest.raises(InputError, match=r"keep_from_base: 'embeddings\.\*' fits no parameter"):
+        opened(fields)
+
+
+def test_coefficients_of_another_architecture(text_recipe, image_recipe):
+    coefficients = random_coefficients(opened(image_recipe))
+    with pytest.raises(InputError, match=r"coefficients mix vit\..*does not have"):
+        list(fold(opened(text_recipe), coefficients))
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_a_whole_clip_and_vision_only_experts(clip_recipe, tmp_path, prefixed):
+    """The prefix of a CLIP's vision tower comes and goes with versions of `transformers`."""
+
+    def with_prefix(name: str) -> str:
+        return name if name.startswith("vision_model.") else f"vision_model.{name}"
+
+    def without_prefix(name: str) -> str:
+        return name.removeprefix("vision_model.")
+
+    references, _ = files(clip_recipe)
+    for task, fields in clip_recipe["tasks"].items():
+        folder = shutil.copytree(fields["expert"], tmp_path / task)
+        rename_weights(folder, with_prefix if prefixed else without_prefix)
+        fields["expert"] = str(folder)
+    models = opened(clip_recipe)
+    assert models.prefix == ""
+    assert models.kept == {"visual_projection.weight"}
+    deltas, mixed = load_task_vectors(models, None)
+    assert "visual_projection.weight" not in deltas
+    assert all(name.startswith("vision_model.") for name in mixed)
+    assert all(load_head(models, task) == {} for task in models.experts)
+    # An expert is evaluated with the base's projection.
+    for task, expert in models.experts.items():
+        tensors = load_file(f"{clip_recipe['tasks'][task]['expert']}/model.safetensors")
+        tensors = {with_prefix(name): array for name, array in tensors.items()}
+        trunk = unstacked(models, load_trunk(models, expert, None))
+        projection = trunk.pop("visual_projection.weight")
+        np.testing.assert_array_equal(projection, references["visual_projection.weight"])
+        for name, array in trunk.items():
+            np.testing.assert_array_equal(array, tensors[name], err_msg=name)
+    merged = dict(fold(models, random_coefficients(models)))
+    assert merged.keys() == {n for n in references if n.startswith(("vision_", "visual_"))}
+
+
+def test_zero_shot_heads_come_from_the_base(clip_recipe):
+    head = load_zero_shot_head(opened(clip_recipe), ["cat", "dog"], ["a photo of a {}."])
+    assert head["text_embeddings"].shape == (2, 10)
+    base, _ = files(clip_recipe)
+    assert head["logit_scale"] == base["logit_scale"]
+
+
+def test_paths(tmp_path):
+    (tmp_path / "base").mkdir()
+    assert resolve("base", tmp_path) == str(tmp_path / "base")
+    assert resolve("org/base", tmp_path) == "org/base"
+    assert resolve(str(tmp_path / "base"), Path("/elsewhere")) == str(tmp_path / "base")
+
+
+def test_loading_in_another_dtype(text_recipe):
+    models = opened(text_recipe)
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    base, _ = files(text_recipe)
+    trunk = unstacked(models, load_trunk(models, models.base, dtype))
+    for name, array in base.items():
+        np.testing.assert_array_equal(trunk[f"bert.{name}"], array.astype(dtype))
+    deltas, _ = load_task_vectors(models, dtype)
+    assert {delta.values.dtype for delta in deltas.values()} == {dtype}
