@@ -99,7 +99,7 @@ def make_learner(
         experts = batch.expert_logits or [None] * len(outputs)
         return jnp.stack(
             [
-                jnp.vdot(weights, objective.value(task_outputs, Targets(expert_logits)))
+                (weights * objective.value(task_outputs, Targets(expert_logits))).sum()
                 for weights, task_outputs, expert_logits in zip(
                     batch.weights, outputs, experts, strict=True
                 )

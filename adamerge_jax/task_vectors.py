@@ -47,23 +47,24 @@ class DenseDelta:
         A contraction rather than a product and a sum: it never holds K scaled copies, and its
         gradient with respect to `scale` is a contraction too.
         """
-        axes = ascii_lowercase[: self.values.ndim]
+        shape = self.values.shape
         varying = [
-            axis
-            for axis in range(self.values.ndim)
-            if axis == 0 or scale.shape[axis] == self.values.shape[axis] != 1
+            axis for axis, size in enumerate(scale.shape) if axis == 0 or size == shape[axis] != 1
         ]
         if any(scale.shape[axis] != 1 for axis in range(scale.ndim) if axis not in varying):
-            raise ValueError(
-                f"scale {scale.shape} does not broadcast against deltas {self.values.shape}"
-            )
-        return jnp.einsum(
+            raise ValueError(f"scale {scale.shape} does not broadcast against deltas {shape}")
+        # The axes behind the last varying one are one to the contraction, and as one axis they
+        # make its gradient several times as fast on CPU.
+        kept = varying[-1] + 1
+        axes = ascii_lowercase[: kept + 1]
+        summed = jnp.einsum(
             f"{''.join(axes[axis] for axis in varying)},{axes}->{axes[1:]}",
             scale.reshape([scale.shape[axis] for axis in varying]).astype(jnp.float32),
-            self.values,
+            self.values.reshape(*shape[:kept], -1),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
+        return summed.reshape(shape[1:])
 
     def rows(self, index: Int[Array, "..."]) -> "DenseDelta":
         """The deltas of `parameter[index]`, `[K, *index.shape, *shape[1:]]`."""

@@ -17,15 +17,15 @@ from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
 from adamerge_jax.names import STACKED
 
 LINEAR_OUTPUT = "linear_output"
-"""What the output of a linear layer is called in a rematerialisation policy."""
+"""What outputs of linear layers and of attention are called in a rematerialisation policy."""
 
 Rematerialize = Literal["nothing", "weights", "elementwise", "layer"]
 """What the backward pass computes again rather than keeps, from fastest to smallest.
 
 - `nothing`: every intermediate value is kept, merged weights included.
 - `weights`: merged weights are mixed again.
-- `elementwise`: only outputs of linear layers are kept; mixing, normalisation, activations and
-  attention are computed again.
+- `elementwise`: only outputs of linear layers and of attention are kept; mixing, normalisation,
+  activations and attention scores are computed again.
 - `layer`: only the input of each layer is kept.
 """
 
@@ -200,14 +200,24 @@ def attention(
         heads: Number of heads; H is divisible by it.
         bias: Added to the scores before the softmax (`padding_bias`, `causal_bias`).
     """
-    query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
-    scores = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=jnp.float32)
+    batch, length, _ = query.shape
+
+    def split(x: Float[Array, "B S H"]) -> Float[Array, "B*heads S H/heads"]:
+        x = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+        return x.reshape(batch * heads, *x.shape[2:])
+
+    # One leading batch axis, because XLA's CPU backend runs products with two of them, or with one
+    # in the middle, at half the speed.
+    query, key, value = split(query), split(key), split(value)
+    scores = jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if bias is not None:
-        scores = scores + bias
+        by_head = scores.reshape(batch, heads, *scores.shape[1:]) + bias
+        scores = by_head.reshape(scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bnts,bsnd->btnd", weights, value)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    mixed = jnp.einsum("bts,bsd->btd", weights, value)
+    mixed = mixed.reshape(batch, heads, length, -1).swapaxes(1, 2).reshape(batch, length, -1)
+    return checkpoint_name(mixed, LINEAR_OUTPUT)
 
 
 def padding_bias(attention_mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:

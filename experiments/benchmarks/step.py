@@ -159,7 +159,6 @@ def torch_step(size: str) -> Callable[[], object]:
 VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
     "a: plain forward+backward": plain_step,
     "b: learning step (elementwise)": partial(learning_step, rematerialize="elementwise"),
-    "b: learning step (weights)": partial(learning_step, rematerialize="weights"),
     "b: learning step (layer)": partial(learning_step, rematerialize="layer"),
     "c: PyTorch, merge once": torch_step,
 }
