@@ -12,7 +12,6 @@ What helps with one of them hurts with another, so that adding up the experts is
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def main() -> None:
     try:
         require_new(arguments.out)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     prepare(arguments.out, arguments.seed, Console())
     recipe = arguments.out / "recipe.yaml"
     adamerge(["learn", str(recipe), "--out", str(arguments.out / "run")])
