@@ -41,6 +41,7 @@ from adamerge_jax.loading import (
     open_models,
 )
 from adamerge_jax.mixing import materialize, mix
+from adamerge_jax.models import Network
 from adamerge_jax.objectives import OBJECTIVES, weighted_sum
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe, TaskRecipe
@@ -106,10 +107,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
     initial = granularity.init(len(models.experts), recipe.initial_coefficient)
     console.print(_summary(recipe, models, mixed, initial, calibration))
     trunk = models.family.build_trunk(models.config, recipe.learning.rematerialize)
-    head_networks = {
-        task: models.family.build_head(expert.checkpoint.config)
-        for task, expert in models.experts.items()
-    }
+    head_networks = _head_networks(models)
     evaluator = Evaluator(trunk, head_networks, heads, recipe.evaluation.batch_size)
     objective = weighted_sum([(term.weight, OBJECTIVES[term.name]) for term in recipe.objectives])
     if objective.needs_expert:
@@ -227,10 +225,7 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     _require_labels_in_range(models, heads, data)
     evaluator = Evaluator(
         models.family.build_trunk(models.config),
-        {
-            task: models.family.build_head(expert.checkpoint.config)
-            for task, expert in models.experts.items()
-        },
+        _head_networks(models),
         heads,
         recipe.evaluation.batch_size,
     )
@@ -310,6 +305,14 @@ def _load_heads(
             head = load_zero_shot_head(models, names, task_recipe.templates)
         heads[task] = {name: jnp.asarray(array, dtype) for name, array in head.items()}
     return heads
+
+
+def _head_networks(models: Models) -> dict[str, Network]:
+    """The head of each task as a function of its parameters."""
+    return {
+        task: models.family.build_head(expert.checkpoint.config)
+        for task, expert in models.experts.items()
+    }
 
 
 def _require_labels_in_range(
