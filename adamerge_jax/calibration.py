@@ -1,9 +1,11 @@
-"""Unlabeled batches of fixed shape: every batch holds the same number of examples of every task.
+"""Batches of fixed shape: every batch holds the same number of examples of every task.
 
-Texts are padded to one of a few bucket lengths, so that few shapes are compiled.
+Texts are padded to one of a few bucket lengths, so that few shapes are compiled, and texts of like
+length share a batch, so that little is computed on padding.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,13 @@ from jaxtyping import Float, Int
 
 from adamerge_jax.data import Examples
 from adamerge_jax.errors import InputError
+from adamerge_jax.objectives import Targets
+from adamerge_jax.targets import StoredTargets
+from adamerge_jax.views import strong_view
+
+BATCHES_SORTED_TOGETHER = 16
+"""Of so many batches in a row, the shortest texts of all tasks make one, the next longer ones the
+next, and so on."""
 
 
 class Batch(NamedTuple):
@@ -20,12 +29,14 @@ class Batch(NamedTuple):
         inputs: Model inputs, `[tasks * B, ...]`: B examples of the first task, of the second, ...
         weights: `[tasks, B]`, the share of each example in its task's mean; rows sum to 1, or to
             less where the mean is spread over several batches.
-        expert_logits: `[B, C]` for each task, or an empty list where no objective needs them.
+        targets: What each task's examples are compared with.
+        strong_inputs: A strong view of the same examples, or None where no objective needs one.
     """
 
     inputs: dict[str, np.ndarray]
     weights: Float[np.ndarray, "tasks B"]
-    expert_logits: Sequence[Float[np.ndarray, "B C"]] = ()
+    targets: Sequence[Targets]
+    strong_inputs: dict[str, np.ndarray] | None = None
 
 
 class Calibration(NamedTuple):
@@ -37,8 +48,10 @@ class Calibration(NamedTuple):
         examples: The examples by task.
         batch_size: B, examples of every task in a batch.
         seed: Decides on the split and on the order.
-        expert_logits: What each task's expert says of its examples, `[N, C]`; empty where no
-            objective needs it.
+        targets: What each task's examples are compared with.
+        strong_view: Whether batches hold a strong view of their examples.
+        elsewhere: By task, what its expert says of the examples of each other task, `[N, C]`;
+            batches to learn from have it as a target.
     """
 
     learning: dict[str, Int[np.ndarray, " N"]]
@@ -46,22 +59,55 @@ class Calibration(NamedTuple):
     examples: Mapping[str, Examples]
     batch_size: int
     seed: int
-    expert_logits: Mapping[str, Float[np.ndarray, "N C"]]
+    targets: Mapping[str, StoredTargets]
+    strong_view: bool = False
+    elsewhere: Mapping[str, Mapping[str, Float[np.ndarray, "N C"]]] = {}
 
     def batches(self) -> Iterator[Batch]:
         """Endless batches for learning; a task's examples are reshuffled when they are used up."""
-        orders = {task: np.empty(0, int) for task in self.examples}
-        epochs = dict.fromkeys(self.examples, 0)
         weights = np.full((len(self.examples), self.batch_size), 1 / self.batch_size, np.float32)
+        lengths = {task: examples.padded_lengths() for task, examples in self.examples.items()}
+        together = 1
+        if any(len(np.unique(each)) > 1 for each in lengths.values()):
+            together = BATCHES_SORTED_TOGETHER
+        draws = {
+            task: self._draws(position, together * self.batch_size)
+            for position, task in enumerate(self.examples)
+        }
+        generator = np.random.default_rng([self.seed, 2])
         while True:
-            chosen = {}
-            for position, (task, index) in enumerate(self.learning.items()):
-                while len(orders[task]) < self.batch_size:
-                    generator = np.random.default_rng([self.seed, 1, position, epochs[task]])
-                    orders[task] = np.concatenate([orders[task], generator.permutation(index)])
-                    epochs[task] += 1
-                chosen[task], orders[task] = np.split(orders[task], [self.batch_size])
-            yield self._batch(chosen, weights)
+            parts = {}
+            for task, drawn in draws.items():
+                index = next(drawn)
+                index = index[np.argsort(lengths[task][index], kind="stable")]
+                parts[task] = index.reshape(together, self.batch_size)
+            for part in generator.permutation(together):
+                chosen = {task: rows[part] for task, rows in parts.items()}
+                batch = self._batch(chosen, weights, generator)
+                yield batch._replace(targets=self._with_elsewhere(batch.targets, chosen))
+
+    def _with_elsewhere(
+        self, targets: Sequence[Targets], chosen: Mapping[str, Int[np.ndarray, " B"]]
+    ) -> list[Targets]:
+        """Adds what each expert says of the chosen examples of the other tasks, in their order."""
+        added = []
+        for task, own in zip(chosen, targets, strict=True):
+            if task in self.elsewhere:
+                said = [rows[chosen[other]] for other, rows in self.elsewhere[task].items()]
+                own = own._replace(expert_elsewhere=np.concatenate(said))
+            added.append(own)
+        return added
+
+    def _draws(self, position: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
+        """Endless draws of one task's examples; they are reshuffled when they are used up."""
+        index = list(self.learning.values())[position]
+        order = np.empty(0, int)
+        for epoch in count():
+            generator = np.random.default_rng([self.seed, 1, position, epoch])
+            order = np.concatenate([order, generator.permutation(index)])
+            while len(order) >= size:
+                drawn, order = np.split(order, [size])
+                yield drawn
 
     def held_out_batches(self) -> Iterator[Batch]:
         """Batches that together hold every held-out example once."""
@@ -73,16 +119,20 @@ class Calibration(NamedTuple):
                 part = index[start : start + self.batch_size]
                 row[: len(part)] = 1 / len(index)
                 chosen[task] = np.resize(part if len(part) else index, self.batch_size)
-            yield self._batch(chosen, weights)
+            yield self._batch(chosen, weights, np.random.default_rng([self.seed, 3, start]))
 
     def _batch(
-        self, chosen: Mapping[str, Int[np.ndarray, " B"]], weights: Float[np.ndarray, "tasks B"]
+        self,
+        chosen: Mapping[str, Int[np.ndarray, " B"]],
+        weights: Float[np.ndarray, "tasks B"],
+        generator: np.random.Generator,
     ) -> Batch:
         length = max(self.examples[task].padded_length(index) for task, index in chosen.items())
         parts = [self.examples[task].take(index, length) for task, index in chosen.items()]
         inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        logits = [self.expert_logits[task][chosen[task]] for task in self.expert_logits]
-        return Batch(inputs, weights, logits)
+        targets = [self.targets[task].take(index, length) for task, index in chosen.items()]
+        strong = strong_view(inputs, generator) if self.strong_view else None
+        return Batch(inputs, weights, targets, strong)
 
 
 def calibrate(
@@ -115,6 +165,8 @@ def calibrate(
         order = np.random.default_rng([seed, 0, position]).permutation(len(data))
         # Held-out examples of like length share a batch: there is no need to mix them, and less
         # is computed on padding.
-        kept[task] = order[:size][np.argsort(data.padded_lengths()[order[:size]], kind="stable")]
+        lengths = data.padded_lengths()[order[:size]]
+        kept[task] = order[:size][np.argsort(lengths, kind="stable")]
         learning[task] = np.sort(order[size:])
-    return Calibration(learning, kept, examples, batch_size, seed, {})
+    targets = {task: StoredTargets(labels=data.labels) for task, data in examples.items()}
+    return Calibration(learning, kept, examples, batch_size, seed, targets)

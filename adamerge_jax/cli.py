@@ -158,7 +158,7 @@ def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
     if command is not Inspect:
         file = next((Path(o) for o in options if Path(o).suffix in (".yaml", ".yml")), None)
         if file is not None:
-            recipe = load_recipe(file)
+            recipe = load_recipe(file, _preset(options))
         elif {"-h", "--help"} & set(options):
             recipe = parse_recipe(_EXAMPLE)
         else:
@@ -183,6 +183,16 @@ def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
         # Once more as a whole: what a field may be can depend on another.
         parsed.recipe = parse_recipe(parsed.recipe.model_dump(), "command line")
     return parsed
+
+
+def _preset(options: Sequence[str]) -> str | None:
+    """The preset on the command line: it decides on the defaults of all other options."""
+    for option, following in zip(options, [*options[1:], ""], strict=True):
+        if option == "--preset":
+            return following
+        if option.startswith("--preset="):
+            return option.removeprefix("--preset=")
+    return None
 
 
 def _root(recipe_file: Path, root: Path | None) -> Path:

@@ -1,13 +1,11 @@
-"""Merge coefficients: which parameters share one, which values it may take, and their file.
+"""Merge coefficients: which values they may take, and the file that holds learned ones.
 
-Coefficients live in a dictionary from group name to an array `[G, K, ...]`: G groups of one
-stack of layers (1 where nothing is stacked), K experts. A *granularity* decides on the groups, a
-*constraint* on the values. Both are small pairs of pure functions.
+Which parameters share a coefficient is the granularity's business (`granularities.py`).
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,111 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import STACKED, is_stacked, unstack
-
-Values = Mapping[str, Float[Array, "G K ..."]]
-"""Coefficients (or what a constraint maps to them) by group."""
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Parameter shapes by name, `(L, *shape)` where the name is stacked."""
-
-
-class Granularity(NamedTuple):
-    """Which parameters share a coefficient.
-
-    Attributes:
-        init: `(experts, value) -> Values`, every coefficient set to `value`.
-        scales: `Values -> {parameter name: scale}`, each scale `[K, ...]` (`[L, K, ...]` where the
-            parameter is stacked), broadcasting against the K deltas of the parameter.
-    """
-
-    init: Callable[[int, float], Values]
-    scales: Callable[[Values], dict[str, Float[Array, "..."]]]
-
-
-def task(shapes: Shapes) -> Granularity:
-    """One coefficient per expert: task-wise AdaMerging (Yang et al., 2024, eq. 5)."""
-    return _shared(shapes, lambda name: "all")
-
-
-def layer(shapes: Shapes) -> Granularity:
-    """One coefficient per expert and layer.
-
-    A numbered block is a layer. So is each module beside the blocks: embeddings, a final norm, a
-    pooler, a projection.
-    """
-    return _shared(shapes, lambda name: layer_of(name, shapes))
-
-
-def tensor(shapes: Shapes) -> Granularity:
-    """One coefficient per expert and parameter tensor: AdaMerging's "layer-wise" (eq. 6)."""
-    return _shared(shapes, lambda name: name)
-
-
-GRANULARITIES: dict[str, Callable[[Shapes], Granularity]] = {
-    "task": task,
-    "layer": layer,
-    "tensor": tensor,
-}
-"""Granularities by their names in a recipe."""
-
-
-def _shared(shapes: Shapes, group_of: Callable[[str], str]) -> Granularity:
-    """A granularity with whole tensors in its groups."""
-    groups = {name: group_of(name) for name in shapes}
-    sizes = {group: shapes[name][0] if is_stacked(group) else 1 for name, group in groups.items()}
-
-    def init(experts: int, value: float) -> Values:
-        return {
-            group: jnp.full((size, experts), value, jnp.float32)
-            for group, size in sorted(sizes.items())
-        }
-
-    def scale(name: str, values: Values) -> Float[Array, "..."]:
-        shape, shared = shapes[name], values[groups[name]]
-        if not is_stacked(name):
-            return shared[0].reshape(-1, *(1 for _ in shape))
-        shared = jnp.broadcast_to(shared, (shape[0], shared.shape[1]))
-        return shared.reshape(*shared.shape, *(1 for _ in shape[1:]))
-
-    return Granularity(init, lambda values: {name: scale(name, values) for name in shapes})
-
-
-def layer_of(name: str, names: Iterable[str]) -> str:
-    """The layer that a parameter belongs to, among the parameters `names` of one model.
-
-    `encoder.layer.*.output.dense.weight` is in `encoder.layer.*`; a parameter outside the numbered
-    blocks is in the outermost module that holds none of them.
-    """
-    block = _numbered_block(name)
-    if block:
-        return block
-    holders = {
-        ".".join(parts[:depth])
-        for other in names
-        if (parts := _numbered_block(other).split(".")[:-1])
-        for depth in range(1, len(parts) + 1)
-    }
-    parts = name.split(".")
-    for depth in range(1, len(parts)):
-        module = ".".join(parts[:depth])
-        if module not in holders:
-            return module
-    return name
-
-
-def _numbered_block(name: str) -> str:
-    """The name up to its first number (or `*`), or nothing where it has none."""
-    parts = name.split(".")
-    for depth, part in enumerate(parts, start=1):
-        if part == STACKED or part.isdigit():
-            return ".".join(parts[:depth])
-    return ""
+from adamerge_jax.granularities import Granularity, Shapes, Values, make_granularity
+from adamerge_jax.interference import FittedStep
+from adamerge_jax.names import is_stacked, unstack
 
 
 class Constraint(NamedTuple):
@@ -144,6 +45,15 @@ def _clip(raw: Array) -> Array:
     return jnp.where(inside, raw, jax.lax.stop_gradient(jnp.clip(raw, 0, 1)))
 
 
+_SMALLEST = 1e-6
+"""How close to the ends of an open range a coefficient may start, so that it can leave again."""
+
+
+def _logit(values: Array) -> Array:
+    inside = jnp.clip(values, _SMALLEST, 1 - _SMALLEST)
+    return jnp.log(inside) - jnp.log1p(-inside)
+
+
 CONSTRAINTS: dict[str, Constraint] = {
     "free": Constraint(lambda raw: raw, lambda values: values, lambda values: True, "any number"),
     "clip": Constraint(
@@ -154,13 +64,13 @@ CONSTRAINTS: dict[str, Constraint] = {
     ),
     "sigmoid": Constraint(
         jax.nn.sigmoid,
-        lambda values: jnp.log(values) - jnp.log1p(-values),
+        _logit,
         lambda values: bool(((values > 0) & (values < 1)).all()),
         "between 0 and 1, both excluded",
     ),
     "softmax": Constraint(
         lambda raw: jax.nn.softmax(raw, axis=1),
-        jnp.log,
+        lambda values: jnp.log(jnp.maximum(values, _SMALLEST)),
         lambda values: bool((values > 0).all() and np.isclose(values.sum(), 1)),
         "positive and summing to 1 over the experts (1/K each)",
     ),
@@ -192,6 +102,8 @@ class Coefficients:
     Attributes:
         values: `[K, ...]` by group, float32; groups are named without `*`, one per layer.
         granularity: Name of the granularity.
+        granularity_options: Its options.
+        interference: What was done to the task vectors before mixing, in this order.
         constraint: Name of the constraint that they were learned under.
         parameters: Names of the mixed parameters, without `*`; all others stay the base's.
         base: The base model.
@@ -203,6 +115,8 @@ class Coefficients:
 
     values: Mapping[str, np.ndarray]
     granularity: str
+    granularity_options: Mapping[str, Any]
+    interference: tuple[FittedStep, ...]
     constraint: str
     parameters: tuple[str, ...]
     base: Source
@@ -211,15 +125,17 @@ class Coefficients:
     seed: int
     step: int
 
-    def scales(self, shapes: Shapes) -> dict[str, np.ndarray]:
-        """The scale `[K, ...]` of every mixed parameter, from the shapes of those parameters.
+    def make_granularity(self, shapes: Shapes) -> Granularity:
+        """The granularity for parameters of the given shapes.
 
         Args:
             shapes: Shapes of `self.parameters`, by names without `*`.
         """
-        granularity = GRANULARITIES[self.granularity](shapes)
-        values = {group: jnp.asarray(values)[None] for group, values in self.values.items()}
-        return {name: np.asarray(scale) for name, scale in granularity.scales(values).items()}
+        return make_granularity(self.granularity, self.granularity_options, shapes)
+
+    def stacked_once(self) -> Values:
+        """The values `[1, K, ...]` as a granularity of parameters without `*` takes them."""
+        return {group: jnp.asarray(values)[None] for group, values in self.values.items()}
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file: one `[K, ...]` tensor per group, the rest as metadata."""
@@ -254,12 +170,13 @@ class Coefficients:
         del metadata["version"]
         fields: dict[str, Any] = {name: json.loads(text) for name, text in metadata.items()}
         fields["parameters"] = tuple(fields["parameters"])
+        fields["interference"] = tuple(FittedStep(**step) for step in fields["interference"])
         fields["base"] = Source(**fields["base"])
         fields["experts"] = tuple(Source(**expert) for expert in fields["experts"])
         return cls(values=values, **fields)
 
 
-_FORMAT = "adamerge_jax coefficients 1"
+_FORMAT = "adamerge_jax coefficients 2"
 
 
 def unstack_values(values: Values) -> dict[str, np.ndarray]:

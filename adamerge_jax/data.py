@@ -150,6 +150,14 @@ class Subset(Examples):
         self.class_names = examples.class_names
         self.labels = None if examples.labels is None else examples.labels[index]
 
+    @classmethod
+    def draw(cls, examples: Examples, limit: int, seed: int) -> Examples:
+        """At most `limit` of the examples, drawn at random, in their order."""
+        if limit >= len(examples):
+            return examples
+        chosen = np.random.default_rng(seed).permutation(len(examples))[:limit]
+        return cls(examples, np.sort(chosen))
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -198,10 +206,7 @@ def load_examples(
     else:
         table = _load_table(path, source, name)
         examples = _preprocess(table, source, inputs[0], preprocessor, max_length, name)
-    if source.limit is not None and source.limit < len(examples):
-        chosen = np.random.default_rng(seed).permutation(len(examples))[: source.limit]
-        examples = Subset(examples, np.sort(chosen))
-    return examples
+    return examples if source.limit is None else Subset.draw(examples, source.limit, seed)
 
 
 _READERS = {

@@ -1,6 +1,6 @@
 """How good a model is: accuracy per task, with each task's own head."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,51 +11,6 @@ from adamerge_jax.data import Examples
 from adamerge_jax.models import Network
 
 Parameters = Mapping[str, Array]
-
-
-class Evaluator:
-    """Runs models of one architecture on the examples of their tasks.
-
-    The trunk is compiled once per input shape and shared by all models and tasks.
-    """
-
-    def __init__(
-        self,
-        trunk: Network,
-        heads: Mapping[str, Network],
-        head_parameters: Mapping[str, Parameters],
-        batch_size: int,
-    ):
-        self._trunk = jax.jit(trunk)
-        self._heads = {task: jax.jit(head) for task, head in heads.items()}
-        self._head_parameters = head_parameters
-        self._batch_size = batch_size
-
-    def logits(
-        self, parameters: Parameters, task: str, examples: Examples
-    ) -> Float[np.ndarray, "N C"]:
-        """What a model says of each example.
-
-        Args:
-            parameters: Of the trunk, arrays by name.
-            task: Whose head to use.
-            examples: N examples.
-        """
-        # Examples of like length share a batch, so that little is computed on padding.
-        order = np.argsort(examples.padded_lengths(), kind="stable")
-        rows = []
-        for start in range(0, len(order), self._batch_size):
-            chosen = np.resize(order[start : start + self._batch_size], self._batch_size)
-            inputs = examples.take(chosen, examples.padded_length(chosen))
-            outputs = self._trunk(parameters, inputs)
-            rows.append(np.asarray(self._heads[task](self._head_parameters[task], outputs)))
-        sorted_logits = np.concatenate(rows)[: len(order)]
-        return sorted_logits[np.argsort(order)]
-
-    def accuracy(self, parameters: Parameters, task: str, examples: Examples) -> float:
-        """The share of labelled examples, from 0 to 1, that a model gives their own class."""
-        predicted = self.logits(parameters, task, examples).argmax(-1)
-        return float((predicted == examples.labels).mean())
 
 
 class Row(NamedTuple):
@@ -77,3 +32,70 @@ class Row(NamedTuple):
     def as_json(self) -> dict:
         """The row as `results.json` holds it."""
         return {"method": self.method, "tasks": self.tasks, "average": self.average}
+
+
+class Evaluator:
+    """Runs models of one architecture on the examples of their tasks.
+
+    The trunk is compiled once per input shape and shared by all models and tasks.
+    """
+
+    def __init__(
+        self,
+        trunk: Network,
+        heads: Mapping[str, Network],
+        head_parameters: Mapping[str, Parameters],
+        batch_size: int,
+    ):
+        self._trunk = jax.jit(trunk, static_argnames="hidden_states")
+        self._heads = {task: jax.jit(head) for task, head in heads.items()}
+        self._head_parameters = head_parameters
+        self._batch_size = batch_size
+
+    def run(
+        self,
+        parameters: Parameters,
+        task: str,
+        inputs: Mapping[str, np.ndarray],
+        hidden_states: Sequence[int] = (),
+    ) -> tuple[Float[Array, "B C"], dict[int, Float[Array, "B T H"]]]:
+        """The logits of one batch, and the hidden states of the layers asked for.
+
+        Args:
+            parameters: Of the trunk, arrays by name.
+            task: Whose head to use.
+            inputs: Of the model, `[B, ...]`.
+            hidden_states: Layers, 0 for the embeddings.
+        """
+        outputs = self._trunk(parameters, inputs, hidden_states=bool(hidden_states))
+        logits = self._heads[task](self._head_parameters[task], outputs)
+        return logits, {layer: outputs.hidden_states[layer] for layer in hidden_states}
+
+    def logits(
+        self, parameters: Parameters, task: str, examples: Examples
+    ) -> Float[np.ndarray, "N C"]:
+        """What a model says of each example.
+
+        Args:
+            parameters: Of the trunk, arrays by name.
+            task: Whose head to use.
+            examples: N examples.
+        """
+        # Examples of like length share a batch, so that little is computed on padding.
+        order = np.argsort(examples.padded_lengths(), kind="stable")
+        rows = []
+        for start in range(0, len(order), self._batch_size):
+            chosen = np.resize(order[start : start + self._batch_size], self._batch_size)
+            inputs = examples.take(chosen, examples.padded_length(chosen))
+            rows.append(np.asarray(self.run(parameters, task, inputs)[0]))
+        sorted_logits = np.concatenate(rows)[: len(order)]
+        return sorted_logits[np.argsort(order)]
+
+    def accuracy(self, parameters: Parameters, task: str, examples: Examples) -> float:
+        """The share of labelled examples, from 0 to 1, that a model gives their own class."""
+        predicted = self.logits(parameters, task, examples).argmax(-1)
+        return float((predicted == examples.labels).mean())
+
+    def row(self, method: str, parameters: Parameters, data: Mapping[str, Examples]) -> Row:
+        """A model's accuracy on labelled examples of each task."""
+        return Row(method, {task: self.accuracy(parameters, task, data[task]) for task in data})

@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from adamerge_jax.calibration import Batch, Calibration
-from adamerge_jax.coefficients import Constraint, Granularity, Values
+from adamerge_jax.coefficients import Constraint
+from adamerge_jax.granularities import Granularity, Values
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network
-from adamerge_jax.objectives import Objective, Targets, TaskOutputs
+from adamerge_jax.objectives import Objective, TaskOutputs
+from adamerge_jax.regularizers import Regularizer
 from adamerge_jax.task_vectors import Delta
 
 Forward = Callable[[PyTree, PyTree, PyTree], Sequence[TaskOutputs]]
@@ -31,7 +33,7 @@ class Frozen(NamedTuple):
 
     Attributes:
         base: Parameters of the base model, any pytree.
-        deltas: The experts' deltas by parameter name.
+        deltas: The experts' deltas by parameter name, as the granularity prepared them.
         heads: What each task keeps for itself, any pytree.
     """
 
@@ -46,10 +48,24 @@ class State(NamedTuple):
     Attributes:
         raw: Unconstrained arrays, which the constraint turns into coefficients.
         optimizer: The optimizer's own state.
+        start: The coefficients that learning started from, for regularizers.
     """
 
     raw: Values
     optimizer: optax.OptState
+    start: Values
+
+
+class Evaluation(NamedTuple):
+    """What is known of some examples without learning from them.
+
+    Attributes:
+        objective: Of each task, `[tasks]`.
+        predicted: Class that the merged model gives each example, `[tasks, B]`.
+    """
+
+    objective: Float[Array, " tasks"]
+    predicted: Int[Array, "tasks B"]
 
 
 class Learner(NamedTuple):
@@ -59,13 +75,13 @@ class Learner(NamedTuple):
         init: `coefficients -> State`.
         step: `(state, frozen, batch) -> (State, objective of each task [tasks])`, compiled; the
             objective is that of the state before the step.
-        evaluate: `(state, frozen, batch) -> objective of each task [tasks]`, compiled.
+        evaluate: `(state, frozen, batch) -> Evaluation`, compiled.
         coefficients: `state -> coefficients` by group, `[G, K, ...]`.
     """
 
     init: Callable[[Values], State]
     step: Callable[[State, Frozen, Batch], tuple[State, Float[Array, " tasks"]]]
-    evaluate: Callable[[State, Frozen, Batch], Float[Array, " tasks"]]
+    evaluate: Callable[[State, Frozen, Batch], Evaluation]
     coefficients: Callable[[State], Values]
 
 
@@ -73,8 +89,9 @@ def make_learner(
     forward: Forward,
     granularity: Granularity,
     constraint: Constraint,
-    objective: Objective,
+    objective: Objective | Sequence[Objective],
     optimizer: optax.GradientTransformation,
+    regularizers: Sequence[tuple[float, Regularizer]] = (),
 ) -> Learner:
     """Puts the choices of a recipe together.
 
@@ -86,68 +103,160 @@ def make_learner(
         forward: Runs the merged model on the examples of all tasks and applies each task's head.
         granularity: Which parameters share a coefficient.
         constraint: Which values coefficients may take.
-        objective: What is minimised.
+        objective: What is minimised, for all tasks or for each.
         optimizer: Any optax transformation.
+        regularizers: What is added to the sum over tasks, with their weights.
     """
 
     def coefficients(raw: Values) -> Values:
         return {group: constraint.apply(array) for group, array in raw.items()}
 
-    def objectives(raw: Values, frozen: Frozen, batch: Batch) -> Float[Array, " tasks"]:
+    def run(raw: Values, frozen: Frozen, batch: Batch) -> Evaluation:
         scales = granularity.scales(coefficients(raw))
-        outputs = forward(mix(frozen.base, frozen.deltas, scales), frozen.heads, batch.inputs)
-        experts = batch.expert_logits or [None] * len(outputs)
-        return jnp.stack(
-            [
-                (weights * objective.value(task_outputs, Targets(expert_logits))).sum()
-                for weights, task_outputs, expert_logits in zip(
-                    batch.weights, outputs, experts, strict=True
-                )
-            ]
-        )
+        mixed = mix(frozen.base, frozen.deltas, scales)
+        outputs = forward(mixed, frozen.heads, batch.inputs)
+        if batch.strong_inputs is not None:
+            strong = forward(mixed, frozen.heads, batch.strong_inputs)
+            pairs = zip(outputs, strong, strict=True)
+            outputs = [weak._replace(strong=view.logits) for weak, view in pairs]
+        each = [objective] * len(outputs) if isinstance(objective, Objective) else objective
+        per_task = [
+            (weights * own.value(task_outputs, targets)).sum()
+            for own, weights, task_outputs, targets in zip(
+                each, batch.weights, outputs, batch.targets, strict=True
+            )
+        ]
+        predicted = [task_outputs.logits.argmax(-1) for task_outputs in outputs]
+        return Evaluation(jnp.stack(per_task), jnp.stack(predicted))
 
     def init(values: Values) -> State:
         raw = {
             group: constraint.invert(jnp.asarray(array, jnp.float32))
             for group, array in values.items()
         }
-        return State(raw, optimizer.init(raw))
+        # Not the given values, which may differ from these by rounding.
+        return State(raw, optimizer.init(raw), coefficients(raw))
 
     @jax.jit
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
         def total(raw: Values) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
-            per_task = objectives(raw, frozen, batch)
-            return per_task.sum(), per_task
+            per_task = run(raw, frozen, batch).objective
+            added = sum(
+                weight * regularizer(coefficients(raw), state.start)
+                for weight, regularizer in regularizers
+            )
+            return per_task.sum() + added, per_task
 
         gradient, per_task = jax.grad(total, has_aux=True)(state.raw)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.raw)
-        return State(optax.apply_updates(state.raw, updates), optimizer_state), per_task
+        raw = optax.apply_updates(state.raw, updates)
+        return State(raw, optimizer_state, state.start), per_task
 
     @jax.jit
-    def evaluate(state: State, frozen: Frozen, batch: Batch) -> Float[Array, " tasks"]:
-        return objectives(state.raw, frozen, batch)
+    def evaluate(state: State, frozen: Frozen, batch: Batch) -> Evaluation:
+        return run(state.raw, frozen, batch)
 
     return Learner(init, step, evaluate, lambda state: coefficients(state.raw))
 
 
-def forward_with_heads(trunk: Network, heads: Sequence[Network]) -> Forward:
+def forward_with_heads(
+    trunk: Network,
+    heads: Sequence[Network],
+    hidden_states: Sequence[int] = (),
+    elsewhere: bool = False,
+) -> Forward:
     """Runs one trunk on the examples of all tasks in one batch, then each task's head on its own.
 
     Args:
         trunk: From parameters and inputs `[tasks * B, ...]` to outputs.
         heads: One per task, from its parameters and the outputs of its B examples to logits.
+        hidden_states: Layers whose hidden states the outputs are to hold.
+        elsewhere: Whether they are to hold each head's logits on the other tasks' examples.
     """
 
     def forward(parameters: PyTree, head_parameters: PyTree, inputs: PyTree) -> list[TaskOutputs]:
-        outputs = trunk(parameters, inputs)
+        outputs = trunk(parameters, inputs, hidden_states=bool(hidden_states))
         size = outputs.pooled.shape[0] // len(heads)
-        logits = [
-            head(own, outputs.examples(slice(position * size, (position + 1) * size)))
-            for position, (head, own) in enumerate(zip(heads, head_parameters, strict=True))
-        ]
-        return [TaskOutputs(task_logits) for task_logits in logits]
+        mask = inputs.get("attention_mask")
+        by_task = []
+        for position, (head, own) in enumerate(zip(heads, head_parameters, strict=True)):
+            chosen = slice(position * size, (position + 1) * size)
+            task_outputs = outputs.examples(chosen)
+            every = head(own, outputs) if elsewhere else None
+            by_task.append(
+                TaskOutputs(
+                    head(own, task_outputs) if every is None else every[chosen],
+                    {layer: task_outputs.hidden_states[layer] for layer in hidden_states},
+                    None if mask is None else mask[chosen],
+                    elsewhere=None if every is None else _without(every, chosen),
+                )
+            )
+        return by_task
 
     return forward
+
+
+def _without(rows: Float[Array, "N C"], chosen: slice) -> Float[Array, "M C"]:
+    return jnp.concatenate([rows[: chosen.start], rows[chosen.stop :]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What the held-out calibration data says of some coefficients.
+
+    Attributes:
+        objective: Of each task, `[tasks]`.
+        agreement: Part of each task's examples that get their label, or where there are no labels
+            the class that the expert gives them, `[tasks]`; NaN where there is neither.
+        commonest: Part of each task's examples that get its commonest class, `[tasks]`.
+        examples: Number of each task's examples, `[tasks]`.
+    """
+
+    objective: np.ndarray
+    agreement: np.ndarray
+    commonest: np.ndarray
+    examples: np.ndarray
+
+    def collapsed(self, start: "Look") -> np.ndarray:
+        """Which tasks' predictions have fallen onto one class since the start, `[tasks]`.
+
+        That is: nearly all examples get one class, which they did not at the start, while the
+        objective went down. Under `FEWEST_TO_JUDGE` examples nothing can be said.
+        """
+        return (
+            (self.commonest >= COLLAPSED)
+            & (start.commonest < SPREAD)
+            & (self.objective < start.objective)
+            & (self.examples >= FEWEST_TO_JUDGE)
+        )
+
+
+COLLAPSED = 0.95
+"""Part of a task's examples in one class from which on its predictions have collapsed, ..."""
+
+SPREAD = 0.85
+"""... if it was under this part at the start."""
+
+FEWEST_TO_JUDGE = 16
+"""Held-out examples of a task under which a collapse cannot be told from chance."""
+
+
+class Control(NamedTuple):
+    """What must not suffer while something else is forgotten.
+
+    Attributes:
+        tasks: Position of each control task.
+        fraction: Learning stops before the mean agreement of these tasks falls below this part of
+            what it was at the start.
+    """
+
+    tasks: tuple[int, ...]
+    fraction: float
+
+    def allows(self, look: Look, start: Look) -> bool:
+        """Whether the control tasks are still good enough."""
+        chosen = list(self.tasks)
+        return bool(look.agreement[chosen].mean() >= self.fraction * start.agreement[chosen].mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +267,18 @@ class Progress:
         step: Number of optimizer steps taken.
         per_task: The objective of each task on the step's batch, before the step, `[tasks]`;
             None at step 0.
-        held_out: The objective of each task on the held-out data after the step, `[tasks]`, or
-            None where this step did not look.
+        held_out: What the held-out data says after the step, or None where this step did not look.
         seconds: Wall-clock time of the step, compilation included where there was one.
+        collapsed: Tasks whose predictions fell onto one class, at this look.
+        best: The coefficients after this step, if they are the best so far.
     """
 
     step: int
     per_task: np.ndarray | None
-    held_out: np.ndarray | None
+    held_out: Look | None
     seconds: float
+    collapsed: tuple[str, ...] = ()
+    best: "Learned | None" = None
 
 
 class Learned(NamedTuple):
@@ -175,12 +287,12 @@ class Learned(NamedTuple):
     Attributes:
         values: Coefficients by group, `[G, K, ...]`.
         step: After how many steps; 0 is the starting point.
-        held_out: The objective of each task there, `[tasks]`.
+        held_out: What the held-out data says of them.
     """
 
     values: Values
     step: int
-    held_out: np.ndarray
+    held_out: Look
 
 
 class NonFiniteObjectiveError(RuntimeError):
@@ -203,9 +315,13 @@ def learn(
     *,
     steps: int,
     evaluate_every: int,
+    control: Control | None = None,
     report: Callable[[Progress], Any] = lambda progress: None,
 ) -> Learned:
     """Runs the steps and keeps the coefficients that do best on the held-out data.
+
+    Coefficients under which a task's predictions have collapsed onto one class are never kept:
+    their objective is low for the wrong reason.
 
     Args:
         learner: How coefficients are learned.
@@ -215,6 +331,7 @@ def learn(
         steps: Number of optimizer steps.
         evaluate_every: Steps between two looks at the held-out data; the start and the end are
             always looked at.
+        control: Stops learning early, where something is to be forgotten.
         report: Called with each step's `Progress`, and once before the first step.
 
     Returns:
@@ -237,24 +354,68 @@ def learn(
                     best,
                 )
 
-    def look(step: int) -> np.ndarray:
-        nonlocal best
-        batches = calibration.held_out_batches()
-        per_task = np.sum([learner.evaluate(state, frozen, batch) for batch in batches], axis=0)
-        require_finite(per_task, step, "the held-out data")
-        if best is None or per_task.sum() < best.held_out.sum():
-            best = Learned(jax.device_get(learner.coefficients(state)), step, per_task)
-        return per_task
+    def look(step: int) -> Look:
+        seen = _look(learner, state, frozen, calibration)
+        require_finite(seen.objective, step, "the held-out data")
+        return seen
 
-    started = time.perf_counter()
-    report(Progress(0, None, look(0), time.perf_counter() - started))
+    def keep(step: int, seen: Look) -> None:
+        nonlocal best
+        best = Learned(jax.device_get(learner.coefficients(state)), step, seen)
+
+    began = time.perf_counter()
+    start = look(0)
+    keep(0, start)
+    report(Progress(0, None, start, time.perf_counter() - began, best=best))
     for step, batch in zip(range(1, steps + 1), calibration.batches(), strict=False):
-        started = time.perf_counter()
+        began = time.perf_counter()
         state, per_task = learner.step(state, frozen, batch)
         per_task = np.asarray(per_task)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - began
         require_finite(per_task, step, "the step's batch")
-        held_out = look(step) if step % evaluate_every == 0 or step == steps else None
-        report(Progress(step, per_task, held_out, seconds))
-    assert best is not None
+        if step % evaluate_every and step != steps:
+            report(Progress(step, per_task, None, seconds))
+            continue
+        seen = look(step)
+        allowed = control is None or control.allows(seen, start)
+        fallen = seen.collapsed(start)
+        is_best = (
+            allowed and not fallen.any() and seen.objective.sum() < best.held_out.objective.sum()
+        )
+        if is_best:
+            keep(step, seen)
+        collapsed = tuple(task for task, gone in zip(tasks, fallen, strict=True) if gone)
+        report(Progress(step, per_task, seen, seconds, collapsed, best if is_best else None))
+        if not allowed:
+            break
     return best
+
+
+def _look(learner: Learner, state: State, frozen: Frozen, calibration: Calibration) -> Look:
+    """Evaluates the held-out data, every example once."""
+    objective = np.zeros(len(calibration.examples))
+    predicted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
+    wanted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
+    for batch in calibration.held_out_batches():
+        evaluation = jax.device_get(learner.evaluate(state, frozen, batch))
+        objective += evaluation.objective
+        for position, (weights, targets) in enumerate(
+            zip(batch.weights, batch.targets, strict=True)
+        ):
+            counted = weights > 0
+            predicted[position].append(evaluation.predicted[position][counted])
+            if targets.labels is not None:
+                wanted[position].append(targets.labels[counted])
+            elif targets.expert_logits is not None:
+                wanted[position].append(targets.expert_logits.argmax(-1)[counted])
+    classes = [np.concatenate(each) for each in predicted]
+    agreement = [
+        (own == np.concatenate(right)).mean() if right else np.nan
+        for own, right in zip(classes, wanted, strict=True)
+    ]
+    return Look(
+        objective,
+        np.array(agreement),
+        np.array([np.bincount(own).max() / len(own) for own in classes]),
+        np.array([len(own) for own in classes]),
+    )

@@ -16,8 +16,10 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_same_architecture
-from adamerge_jax.coefficients import Coefficients, Shapes, Source
+from adamerge_jax.coefficients import Coefficients, Source
 from adamerge_jax.errors import InputError
+from adamerge_jax.granularities import Shapes
+from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Family, family_of
 from adamerge_jax.names import is_stacked, matches, unstack
@@ -193,19 +195,21 @@ def load_zero_shot_head(
 
 
 def load_task_vectors(
-    models: Models, dtype: np.dtype | None
-) -> tuple[dict[str, DenseDelta], list[str]]:
+    models: Models, dtype: np.dtype | None, interference: Sequence[FittedStep] = ()
+) -> tuple[dict[str, DenseDelta], list[str], tuple[FittedStep, ...]]:
     """Reads what every expert changed in the base.
 
     Args:
         models: The base and its experts.
         dtype: Of the deltas; by default each tensor's in the base.
+        interference: What is done to the task vectors.
 
     Returns:
-        Deltas by name, `[K, *shape]`, or `[L, K, *shape]` where stacked, and the names without
-        `*` of the tensors that are mixed. Parameters that no expert changed are in neither.
+        Deltas by name, `[K, *shape]`, or `[L, K, *shape]` where stacked; the names without `*` of
+        the tensors that are mixed; and the interference steps with what they learned. Parameters
+        that no expert changed are in neither.
     """
-    deltas, mixed = {}, []
+    read, mixed = {}, {}
     for name, shape in models.shapes.items():
         tensors = models.tensors(name)
         layers = (shape[0],) if is_stacked(name) else ()
@@ -213,14 +217,20 @@ def load_task_vectors(
             (*layers, len(models.experts), *shape[len(layers) :]),
             dtype or models.base.dtype(tensors[0]),
         )
-        changed = []
-        for row, tensor in zip(values if layers else [values], tensors, strict=True):
-            if _fill_delta(models, tensor, row):
-                changed.append(tensor)
+        rows = values if layers else [values]
+        changed = {
+            tensor: row
+            for row, tensor in zip(rows, tensors, strict=True)
+            if _fill_delta(models, tensor, row)
+        }
         if changed:
-            deltas[name] = DenseDelta(jax.device_put(values, may_alias=True))
-            mixed += changed
-    return deltas, mixed
+            read[name] = values
+            mixed |= changed
+    fitted = fit_steps(interference, mixed)
+    deltas = {
+        name: DenseDelta(jax.device_put(values, may_alias=True)) for name, values in read.items()
+    }
+    return deltas, list(mixed), fitted
 
 
 def load_head(models: Models, task: str) -> dict[str, np.ndarray]:
@@ -251,15 +261,17 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
             f"the coefficients mix {missing[0]}, which the base ({models.base.checkpoint.source}) "
             "does not have; fold them with the recipe that they were learned with"
         )
-    scales = coefficients.scales(shapes)
+    granularity = coefficients.make_granularity(shapes)
+    scales = granularity.scales(coefficients.stacked_once())
     for name in models.base.names:
         tensor = models.base.read(name)
         if name in scales:
             values = np.empty((len(models.experts), *tensor.shape), np.float32)
             _fill_delta(models, name, values)
-            wide = tensor.astype(np.float32)
-            merged = np.asarray(_materialize(Mixture(wide, DenseDelta(values), scales[name])))
-            tensor = merged.astype(tensor.dtype)
+            values = apply_steps(coefficients.interference, name, values)
+            delta = granularity.prepare(name, DenseDelta(values))
+            mixture = Mixture(tensor.astype(np.float32), delta, scales[name])
+            tensor = np.asarray(_materialize(mixture)).astype(tensor.dtype)
         yield name, tensor
 
 

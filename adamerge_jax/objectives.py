@@ -1,14 +1,18 @@
 """What is minimised: pure functions from a task's outputs to one value per example.
 
-The value of a task is the mean over its examples, the value of a step the sum over its tasks.
+An objective is a function of options that returns an `Objective`. The value of a task is the mean
+over its examples, the value of a step the sum over its tasks. To use one of your own, pass it to
+`make_learner`, or name it in a recipe as `package.module:function`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from adamerge_jax.registries import call_registered
 
 
 class TaskOutputs(NamedTuple):
@@ -16,11 +20,20 @@ class TaskOutputs(NamedTuple):
 
     Attributes:
         logits: `[B, C]`, from the task's own head.
-        hidden_states: `[L + 1, B, T, H]`, or None where no objective asks for them.
+        hidden_states: `[B, T, H]` by layer (0 is the embeddings), for the layers that some
+            objective asks for.
+        mask: `[B, T]`, 1 where a position is no padding, or None where nothing is padded.
+        strong: The logits `[B, C]` of the strong view of the examples, or None where no objective
+            asks for them.
+        elsewhere: The logits `[(tasks - 1) B, C]` of the task's head on the examples of all other
+            tasks, or None where no objective asks for them.
     """
 
     logits: Float[Array, "B C"]
-    hidden_states: Float[Array, "L+1 B T H"] | None = None
+    hidden_states: Mapping[int, Float[Array, "B T H"]] = {}
+    mask: Int[Array, "B T"] | None = None
+    strong: Float[Array, "B C"] | None = None
+    elsewhere: Float[Array, "N C"] | None = None
 
 
 class Targets(NamedTuple):
@@ -28,9 +41,41 @@ class Targets(NamedTuple):
 
     Attributes:
         expert_logits: `[B, C]`, what the task's own expert says, or None.
+        expert_hidden_states: `[B, T, H]` by layer, the expert's own.
+        labels: `[B]`, class indices, or None.
+        expert_elsewhere: `[(tasks - 1) B, C]`, what the task's own expert says of the examples of
+            all other tasks, or None.
     """
 
     expert_logits: Float[Array, "B C"] | None = None
+    expert_hidden_states: Mapping[int, Float[Array, "B T H"]] = {}
+    labels: Int[Array, " B"] | None = None
+    expert_elsewhere: Float[Array, "N C"] | None = None
+
+
+class Needs(NamedTuple):
+    """What an objective must be given beside the merged model's logits.
+
+    Attributes:
+        expert_logits: Whether the targets must hold the expert's logits.
+        labels: Whether they must hold labels.
+        strong_view: Whether the outputs must hold the logits of a strong view.
+        hidden_states: Layers that outputs and targets must hold, from 0 (the embeddings) to L,
+            or -1 for the last.
+        elsewhere: Whether outputs and targets are to hold the logits of the task's head on the
+            examples of all other tasks while coefficients are learned.
+    """
+
+    expert_logits: bool = False
+    labels: bool = False
+    strong_view: bool = False
+    hidden_states: tuple[int, ...] = ()
+    elsewhere: bool = False
+
+    @property
+    def expert(self) -> bool:
+        """Whether an expert must be asked."""
+        return self.expert_logits or bool(self.hidden_states)
 
 
 class Objective(NamedTuple):
@@ -38,41 +83,187 @@ class Objective(NamedTuple):
 
     Attributes:
         value: `(outputs, targets) -> one value per example [B]`.
-        needs_expert: Whether the targets must hold the expert's logits.
+        needs: What it must be given.
     """
 
     value: Callable[[TaskOutputs, Targets], Float[Array, " B"]]
-    needs_expert: bool = False
+    needs: Needs = Needs()
 
 
-def entropy(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
+def entropy() -> Objective:
     """Shannon entropy of the predicted class distribution, in nats (AdaMerging, eq. 7)."""
-    log_probabilities = jax.nn.log_softmax(outputs.logits.astype(jnp.float32))
-    return -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
+
+    def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
+        return _entropy(_log_softmax(outputs.logits))
+
+    return Objective(value)
 
 
-def logit_alignment(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
+def logit_alignment(
+    temperature: float = 1.0, form: str = "soft", elsewhere: float = 0.0
+) -> Objective:
     """Cross-entropy from the expert's class distribution to the merged model's, in nats.
 
-    The same gradient as the Kullback-Leibler divergence (Hinton et al., 2015, temperature 1).
+    With z the merged model's logits, e the expert's and T the temperature:
+
+    - `soft`: `-T^2 sum_c softmax(e / T)_c log softmax(z / T)_c` (Hinton et al., 2015).
+    - `kl`: the same less the expert's own entropy, so that 0 is perfect; the same gradient.
+    - `hard`: cross-entropy to the class that the expert predicts (SyMerge, Jung et al., 2026).
+
+    Args:
+        temperature: T; over 1 asks for the order of unlikely classes too.
+        form: One of these three.
+        elsewhere: Weight of the mean of the same over the examples of all other tasks: an expert
+            has an opinion on any example, so that each task is learned from the examples of all.
+            It counts while learning, not on the held-out data.
     """
-    assert targets.expert_logits is not None
-    expert = jax.nn.softmax(targets.expert_logits.astype(jnp.float32))
-    return -(expert * jax.nn.log_softmax(outputs.logits.astype(jnp.float32))).sum(-1)
+    if form not in ("soft", "kl", "hard"):
+        raise ValueError(f"form is {form!r}, expected 'soft', 'kl' or 'hard'")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected over 0")
+
+    if elsewhere < 0:
+        raise ValueError(f"elsewhere is {elsewhere}, expected from 0")
+
+    def divergence(logits: Float[Array, "N C"], experts: Float[Array, "N C"]) -> Float[Array, " N"]:
+        if form == "hard":
+            return -_pick(_log_softmax(logits), experts.argmax(-1))
+        expert = _log_softmax(experts / temperature)
+        cross_entropy = -(jnp.exp(expert) * _log_softmax(logits / temperature)).sum(-1)
+        if form == "kl":
+            cross_entropy -= _entropy(expert)
+        return temperature**2 * cross_entropy
+
+    def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
+        own = divergence(outputs.logits, targets.expert_logits)
+        if not elsewhere or targets.expert_elsewhere is None:
+            return own
+        return own + elsewhere * divergence(outputs.elsewhere, targets.expert_elsewhere).mean()
+
+    return Objective(value, Needs(expert_logits=True, elsewhere=elsewhere > 0))
 
 
-OBJECTIVES: Mapping[str, Objective] = {
-    "entropy": Objective(entropy),
-    "logit_alignment": Objective(logit_alignment, needs_expert=True),
+def hidden_state_alignment(layers: Sequence[int], relative: bool = False) -> Objective:
+    """Mean squared error to the expert's hidden states (Expert Merging, Zhang et al., 2025).
+
+    The mean is over positions that are no padding, features, and the chosen layers.
+
+    Args:
+        layers: Which; 0 is the embeddings, L (or -1) the output of the last of L layers.
+        relative: Divide each layer's error by the mean square of the expert's hidden states, so
+            that layers of unlike scale count alike.
+    """
+    chosen = tuple(layers)
+    if not chosen or not all(isinstance(layer, int) for layer in chosen):
+        raise ValueError(f"layers is {layers}, expected a list of numbers")
+
+    def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
+        errors = []
+        for layer in chosen:
+            expert = targets.expert_hidden_states[layer].astype(jnp.float32)
+            merged = outputs.hidden_states[layer].astype(jnp.float32)
+            error = _masked_mean(jnp.square(merged - expert).mean(-1), outputs.mask)
+            if relative:
+                error /= _masked_mean(jnp.square(expert).mean(-1), outputs.mask).mean()
+            errors.append(error)
+        return jnp.stack(errors).mean(0)
+
+    return Objective(value, Needs(hidden_states=chosen))
+
+
+def cross_entropy() -> Objective:
+    """Cross-entropy to the labels, in nats: few-shot learning of coefficients (aTLAS)."""
+
+    def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
+        return -_pick(_log_softmax(outputs.logits), targets.labels)
+
+    return Objective(value, Needs(labels=True))
+
+
+def pseudo_labels(threshold: float = 0.95) -> Objective:
+    """Cross-entropy of a strong view to the class that the merged model gives the plain one.
+
+    FixMatch (Sohn et al., NeurIPS 2020) without labels, as in aTLAS's test-time adaptation. An
+    example counts if the confidence in its class, `max_c softmax(z)_c`, reaches the lower of
+    `threshold` and the mean confidence over the task's examples in the batch. So the bar rises as
+    the model gets surer, and there is always something to learn from (the global threshold of
+    FreeMatch, Wang et al., ICLR 2023, of one batch). Pseudo-labels are not differentiated.
+
+    Args:
+        threshold: The highest bar, from 0 to 1.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}, expected from 0 to 1")
+
+    def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
+        probabilities = jax.lax.stop_gradient(jnp.exp(_log_softmax(outputs.logits)))
+        confidence = probabilities.max(-1)
+        # The rounded mean of equal values may lie above them.
+        bar = jnp.minimum(confidence.mean(), confidence.max())
+        counts = confidence >= jnp.minimum(threshold, bar)
+        loss = -_pick(_log_softmax(outputs.strong), probabilities.argmax(-1))
+        return jnp.where(counts, loss, 0) * counts.size / counts.sum()
+
+    return Objective(value, Needs(strong_view=True))
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "entropy": entropy,
+    "logit_alignment": logit_alignment,
+    "hidden_state_alignment": hidden_state_alignment,
+    "cross_entropy": cross_entropy,
+    "pseudo_labels": pseudo_labels,
 }
 """Objectives by their names in a recipe."""
 
 
+def make_objective(name: str, options: Mapping[str, Any]) -> Objective:
+    """The objective of a recipe.
+
+    Args:
+        name: A key of `OBJECTIVES`, or `package.module:function`.
+        options: Arguments of the function.
+
+    Raises:
+        InputError: There is no such objective, or it refuses an option.
+    """
+    return call_registered("objectives", OBJECTIVES, name, options)
+
+
 def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
-    """The objective `sum_i weight_i * objective_i`."""
+    """The objective `sum_i weight_i * objective_i`; a negative weight raises what it is for."""
+    each = [objective.needs for _, objective in terms]
+
+    def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
+        zero = jnp.zeros(outputs.logits.shape[0])
+        return sum((w * objective.value(outputs, targets) for w, objective in terms), zero)
+
     return Objective(
-        lambda outputs, targets: sum(
-            weight * objective.value(outputs, targets) for weight, objective in terms
+        value,
+        Needs(
+            expert_logits=any(needs.expert_logits for needs in each),
+            labels=any(needs.labels for needs in each),
+            strong_view=any(needs.strong_view for needs in each),
+            hidden_states=tuple(sorted({k for needs in each for k in needs.hidden_states})),
+            elsewhere=any(needs.elsewhere for needs in each),
         ),
-        needs_expert=any(objective.needs_expert for _, objective in terms),
     )
+
+
+def _log_softmax(logits: Float[Array, "B C"]) -> Float[Array, "B C"]:
+    return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+
+def _entropy(log_probabilities: Float[Array, "B C"]) -> Float[Array, " B"]:
+    return -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
+
+
+def _pick(values: Float[Array, "B C"], index: Int[Array, " B"]) -> Float[Array, " B"]:
+    return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+
+
+def _masked_mean(values: Float[Array, "B T"], mask: Int[Array, "B T"] | None) -> Float[Array, " B"]:
+    """The mean over positions that are no padding."""
+    if mask is None:
+        return values.mean(-1)
+    return jnp.where(mask == 1, values, 0).sum(-1) / jnp.maximum(mask.sum(-1), 1)

@@ -33,7 +33,7 @@ def show_progress(
     Args:
         tasks: Names of the tasks.
         steps: How many steps there will be.
-        metrics: A JSONL file to write, one object per step.
+        metrics: A JSONL file to append to, one object per step.
         console: Where to show it.
 
     Yields:
@@ -51,15 +51,17 @@ def show_progress(
     shown = bar.add_task("learning", total=steps, numbers="compiling")
     live = Live(bar, console=console)
     with (
-        metrics.open("w", encoding="utf-8") as file,
+        metrics.open("a", encoding="utf-8") as file,
         live if console.is_terminal else nullcontext(),
     ):
 
         def show(progress: Progress) -> None:
+            seen = progress.held_out
             record = {
                 "step": progress.step,
                 "objective": _by_task(tasks, progress.per_task),
-                "held_out": _by_task(tasks, progress.held_out),
+                "held_out": _by_task(tasks, seen and seen.objective),
+                "agreement": _by_task(tasks, seen and seen.agreement),
                 "seconds": round(progress.seconds, 4),
             }
             file.write(json.dumps(record) + "\n")
@@ -73,15 +75,28 @@ def show_progress(
                 live.update(
                     Group(bar, Text("  ".join(f"{task} {value:.2f}" for task, value in each)))
                 )
-            if progress.held_out is not None and not console.is_terminal:
+            for task in progress.collapsed:
+                part = 100 * seen.commonest[tasks.index(task)]
                 console.print(
-                    f"step {progress.step}/{steps}: held-out loss {progress.held_out.sum():.4f}"
+                    f"step {progress.step}: the predictions of {task} have collapsed: one class "
+                    f"gets {part:.0f}% of its held-out examples while its objective falls; these "
+                    "coefficients are not kept"
+                )
+            if seen is not None and not console.is_terminal:
+                known = seen.agreement[~np.isnan(seen.agreement)]
+                console.print(
+                    f"step {progress.step}/{steps}: held-out loss {seen.objective.sum():.4f}"
+                    + (f", agreement {100 * known.mean():.1f}%" if known.size else "")
                 )
 
         yield show
 
 
-def _by_task(tasks: Sequence[str], values: np.ndarray | None) -> dict[str, float] | None:
+def _by_task(tasks: Sequence[str], values: np.ndarray | None) -> dict[str, float | None] | None:
     if values is None:
         return None
-    return {task: float(value) for task, value in zip(tasks, values, strict=True)}
+    # JSON has no NaN: where there is nothing to agree with, there is no number.
+    return {
+        task: None if np.isnan(value) else float(value)
+        for task, value in zip(tasks, values, strict=True)
+    }

@@ -4,6 +4,7 @@ Every field is documented by the string below it; the command line shows these w
 """
 
 import difflib
+import inspect
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -13,10 +14,17 @@ import optax
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from adamerge_jax import schedules
 from adamerge_jax.checkpoints.huggingface_export import require_task_name
 from adamerge_jax.coefficients import CONSTRAINTS
 from adamerge_jax.errors import InputError
+from adamerge_jax.granularities import GRANULARITIES
+from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.models import Rematerialize
+from adamerge_jax.objectives import Objective, make_objective, weighted_sum
+from adamerge_jax.presets import DEFAULT_PRESET, apply_preset
+from adamerge_jax.registries import find_registered
+from adamerge_jax.regularizers import Regularizer, make_regularizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -70,7 +78,7 @@ class TaskRecipe(Section):
     expert: ModelSource
     """The model fine-tuned on the task."""
     calibration: DataSource
-    """Examples to learn coefficients from; labels are never read."""
+    """Examples to learn coefficients from; labels are read only for objectives that need them."""
     validation: DataSource | None = None
     """Labelled examples to choose task arithmetic's single coefficient with."""
     test: DataSource | None = None
@@ -81,24 +89,70 @@ class TaskRecipe(Section):
     """Prompts with {} for the class name, for zero-shot heads."""
 
 
-class CoefficientsRecipe(Section):
-    """What is learned."""
+IMPORTANCE_CHUNK = "importance_chunk"
+"""The granularity that is `chunk` with as many pieces as importance says."""
+
+
+class CoarseRecipe(Section):
+    """Coarser coefficients that are learned first."""
 
     granularity: Literal["task", "layer", "tensor"] = "tensor"
     """Which parameters share a coefficient."""
+    steps: int = Field(default=100, ge=1)
+    """Number of optimizer steps."""
+
+
+class CoefficientsRecipe(Section):
+    """What is learned."""
+
+    granularity: str = "tensor"
+    """Which parameters share a coefficient: task, layer, tensor, groups, row, column, head, chunk,
+    importance_chunk, partition, singular, or package.module:function."""
+    granularity_options: dict[str, Any] = {}
+    """Arguments of the granularity, e.g. pieces of chunk."""
     constraint: Literal["free", "clip", "sigmoid", "softmax"] = "clip"
     """Which values coefficients may take."""
     initial: float | None = None
     """Where every coefficient starts; by default 0.3, or 1/K under softmax."""
+    coarse: CoarseRecipe | None = None
+    """Coarser coefficients that are learned first and from which these start."""
+
+
+class InterferenceRecipe(Section):
+    """One step of what is done to task vectors before mixing."""
+
+    name: str
+    """Which: trim, elect_sign, disjoint_mean or drop_and_rescale."""
+    options: dict[str, Any] = {}
+    """Its arguments, e.g. density of trim."""
 
 
 class ObjectiveRecipe(Section):
     """One term of what is minimised."""
 
-    name: Literal["entropy", "logit_alignment"] = "entropy"
-    """Which objective."""
+    name: str
+    """Which objective: entropy, logit_alignment, hidden_state_alignment, cross_entropy,
+    pseudo_labels, or package.module:function."""
+    weight: float | dict[str, float] = 1.0
+    """Its factor in the sum, for all tasks or by task; tasks that are not named have none. Below 0
+    the objective is raised: the task is to be forgotten."""
+    options: dict[str, Any] = {}
+    """Arguments of the objective, e.g. temperature of logit_alignment."""
+
+    def weight_of(self, task: str) -> float:
+        """Its factor for one task."""
+        return self.weight.get(task, 0.0) if isinstance(self.weight, dict) else self.weight
+
+
+class RegularizerRecipe(Section):
+    """One term that keeps coefficients where they should be."""
+
+    name: str
+    """Which regularizer: distance, lp_norm, expert_entropy, or package.module:function."""
     weight: float = 1.0
     """Its factor in the sum."""
+    options: dict[str, Any] = {}
+    """Its arguments, e.g. p of distance."""
 
 
 class OptimizerRecipe(Section):
@@ -109,28 +163,29 @@ class OptimizerRecipe(Section):
     learning_rate: float = Field(default=1e-3, gt=0)
     """Step size; where a schedule starts."""
     schedule: str | None = None
-    """An optax schedule, e.g. cosine_decay_schedule; by default the learning rate is constant."""
+    """An optax schedule, e.g. cosine_decay_schedule, or cosine_warm_restarts; by default the
+    learning rate is constant."""
     schedule_options: dict[str, Any] = {}
-    """Arguments of the schedule, e.g. decay_steps."""
+    """Arguments of the schedule; decay_steps is by default the number of steps."""
     options: dict[str, Any] = {}
     """Further arguments of the optimizer, e.g. b1."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient."""
 
-    def build(self) -> optax.GradientTransformation:
-        """The optax transformation.
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optax transformation for so many steps.
 
         Raises:
             InputError: optax has no such optimizer or schedule, or refuses an option.
         """
         rate = self.learning_rate
         if self.schedule is not None:
-            rate = _call_optax(
-                "learning.optimizer.schedule",
-                self.schedule,
-                [optax.schedules],
-                {"init_value": rate} | self.schedule_options,
-            )
+            options = {"init_value": rate} | self.schedule_options
+            modules = [schedules, optax.schedules]
+            function = _find(modules, self.schedule)
+            if function and "decay_steps" in inspect.signature(function).parameters:
+                options = {"decay_steps": steps} | options
+            rate = _call_optax("learning.optimizer.schedule", self.schedule, modules, options)
         options = self.options | {"learning_rate": rate}
         field = "learning.optimizer.name"
         optimizer = _call_optax(field, self.name, [optax, optax.contrib], options)
@@ -148,10 +203,15 @@ class LearningRecipe(Section):
     """Number of optimizer steps."""
     batch_size: int = Field(default=16, ge=1)
     """Examples of every task per step."""
+    examples: int | None = Field(default=None, ge=2)
+    """Use at most so many calibration examples of each task, drawn with the recipe's seed."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
     """Part of the calibration data that chooses which coefficients are kept."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between looks at the held-out part; by default a tenth of all steps."""
+    control: float | None = Field(default=None, gt=0, le=1)
+    """Where an objective has a weight below 0: learning stops before the accuracy of the other
+    tasks on the held-out part falls below this fraction of where it started."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     rematerialize: Rematerialize = "elementwise"
     """What the backward pass computes again rather than keeps, from fastest to smallest."""
@@ -182,15 +242,22 @@ class Recipe(Section):
 
     name: str = "merge"
     """Name of the run; by default that of the file."""
+    preset: str = DEFAULT_PRESET
+    """Where all fields that a recipe leaves out come from: recommended, adamerging-task,
+    adamerging, adamerging++, atlas, atlas-k, expert-merging or expert-merging++."""
     base: ModelSource
     """The model that all experts were fine-tuned from."""
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
     """Tasks by name."""
     keep_from_base: list[str] = []
     """Name patterns of parameters that are not merged but stay the base's."""
+    interference: list[InterferenceRecipe] = []
+    """What is done to task vectors before mixing, step by step."""
     coefficients: CoefficientsRecipe = CoefficientsRecipe()
-    objectives: list[ObjectiveRecipe] = Field(default=[ObjectiveRecipe()], min_length=1)
+    objectives: list[ObjectiveRecipe] = Field(min_length=1)
     """Terms of what is minimised."""
+    regularizers: list[RegularizerRecipe] = []
+    """Terms that keep coefficients where they should be."""
     learning: LearningRecipe = LearningRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
@@ -208,6 +275,52 @@ class Recipe(Section):
             return self.coefficients.initial
         return 1 / len(self.tasks) if self.coefficients.constraint == "softmax" else 0.3
 
+    def build_objectives(self) -> dict[str, Objective]:
+        """What is minimised, by task.
+
+        Raises:
+            InputError: There is no such objective, or it refuses an option.
+        """
+        terms = [(term, make_objective(term.name, term.options)) for term in self.objectives]
+        return {
+            task: weighted_sum(
+                [
+                    (term.weight_of(task), objective)
+                    for term, objective in terms
+                    if term.weight_of(task)
+                ]
+            )
+            for task in self.tasks
+        }
+
+    def build_regularizers(self) -> list[tuple[float, Regularizer]]:
+        """What is added to the objective, with its weights.
+
+        Raises:
+            InputError: There is no such regularizer, or it refuses an option.
+        """
+        return [
+            (term.weight, make_regularizer(term.name, term.options)) for term in self.regularizers
+        ]
+
+    def build_interference(self) -> list[FittedStep]:
+        """What is done to task vectors before mixing.
+
+        Raises:
+            InputError: There is no such step, or it refuses an option.
+        """
+        steps = []
+        for step in self.interference:
+            drawn = {"seed": self.seed} if step.name == "drop_and_rescale" else {}
+            steps.append(FittedStep(step.name, drawn | step.options))
+            make_step(step.name, steps[-1].options)
+        return steps
+
+    @property
+    def forgotten(self) -> list[str]:
+        """Tasks for which some objective is to be raised."""
+        return [t for t in self.tasks if any(term.weight_of(t) < 0 for term in self.objectives)]
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         for task in self.tasks:
@@ -220,7 +333,54 @@ class Recipe(Section):
                 f"coefficients.initial: {self.initial_coefficient:g} is not {constraint.range}, "
                 f"as the constraint {self.coefficients.constraint!r} asks; change one of the two"
             )
+        for position, term in enumerate(self.objectives):
+            unknown = set(term.weight) - set(self.tasks) if isinstance(term.weight, dict) else ()
+            if unknown:
+                raise ValueError(
+                    f"objectives.{position}.weight: {min(unknown)!r} is no task; "
+                    f"the tasks are {', '.join(self.tasks)}"
+                )
+        if self.learning.control is not None and not self.forgotten:
+            raise ValueError(
+                "learning.control: nothing is to be forgotten; give the objective of a task a "
+                "weight below 0, or leave it out"
+            )
+        if self.learning.control is not None and len(self.forgotten) == len(self.tasks):
+            raise ValueError(
+                "learning.control: every task is to be forgotten, none is left to control"
+            )
+        if self.coefficients.granularity == IMPORTANCE_CHUNK:
+            if self.coefficients.coarse is None:
+                raise ValueError(
+                    "coefficients.coarse: is missing; importance_chunk scores tensors by "
+                    "coefficients that are learned first"
+                )
+            if list(self.coefficients.granularity_options) != ["budget"]:
+                raise ValueError(
+                    "coefficients.granularity_options: importance_chunk takes one option, budget: "
+                    "the largest number of coefficients"
+                )
         return self
+
+    def require_sensible(self) -> None:
+        """Refuses what names no function, an option that one does not take, and missing labels.
+
+        Raises:
+            InputError: Says which field, and what to change.
+        """
+        if self.coefficients.granularity != IMPORTANCE_CHUNK:
+            find_registered(
+                "coefficients.granularity", GRANULARITIES, self.coefficients.granularity
+            )
+        self.learning.optimizer.build(self.learning.steps)
+        self.build_regularizers()
+        self.build_interference()
+        for task, objective in self.build_objectives().items():
+            if objective.needs.labels and self.tasks[task].calibration.label is None:
+                raise InputError(
+                    f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
+                    "name the column of the class index, or choose an objective that needs none"
+                )
 
 
 class _Loader(yaml.SafeLoader):
@@ -234,8 +394,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, preset: str | None = None) -> Recipe:
     """Reads and validates a recipe.
+
+    Args:
+        path: A YAML file.
+        preset: Takes the place of the preset that the file names.
 
     Raises:
         InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
@@ -248,7 +412,8 @@ def load_recipe(path: Path) -> Recipe:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected fields such as base and tasks, found {fields!r}")
-    return parse_recipe({"name": path.stem} | fields, str(path))
+    chosen = {} if preset is None else {"preset": preset}
+    return parse_recipe({"name": path.stem} | fields | chosen, str(path))
 
 
 def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -258,10 +423,12 @@ def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
         InputError: A field is unknown, missing or wrong.
     """
     try:
-        recipe = Recipe.model_validate(fields)
+        recipe = Recipe.model_validate(apply_preset(fields))
+        recipe.require_sensible()
     except ValidationError as error:
         raise InputError(f"{where}: {describe_validation_error(error)}") from error
-    recipe.learning.optimizer.build()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     return recipe
 
 
@@ -299,8 +466,8 @@ def _fields_at(location: list[str | int]) -> list[str]:
 
 def _call_optax(field: str, name: str, modules: list[Any], options: dict[str, Any]) -> Any:
     """Calls a function of optax by name."""
-    function = next((getattr(m, name) for m in modules if callable(getattr(m, name, None))), None)
-    if function is None or name.startswith("_"):
+    function = _find(modules, name)
+    if function is None:
         public = [n for module in modules for n in dir(module) if not n.startswith("_")]
         nearest = difflib.get_close_matches(name, public, n=1, cutoff=0.0)
         raise InputError(f"{field}: optax has no {name!r}; did you mean {nearest[0]!r}?")
@@ -309,3 +476,9 @@ def _call_optax(field: str, name: str, modules: list[Any], options: dict[str, An
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{field}: optax.{name} says: {reason}") from error
+
+
+def _find(modules: list[Any], name: str) -> Any:
+    """The public function of that name in the first module that has one, or None."""
+    found = (getattr(m, name) for m in modules if callable(getattr(m, name, None)))
+    return None if name.startswith("_") else next(found, None)

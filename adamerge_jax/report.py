@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from adamerge_jax.coefficients import Coefficients, layer_of
+from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.evaluation import Row
+from adamerge_jax.granularities import layer_of
 
 _COLOURS = "viridis"  # even in lightness, and told apart by colour-blind readers
 
@@ -46,12 +47,12 @@ def write_results(rows: Sequence[Row], path: Path) -> None:
 def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     """Draws how much of each expert goes where, as a PNG.
 
-    Coarse coefficients: one map, groups down and experts across. One coefficient per tensor: one
-    map per expert, layers down and the kinds of tensors across.
+    Coarse coefficients: one map, groups down and experts across. One coefficient per tensor, or
+    finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
     """
     experts = [expert.name for expert in coefficients.experts]
     low, high = _value_range(coefficients)
-    if coefficients.granularity == "tensor":
+    if set(coefficients.values) == set(coefficients.parameters):
         maps, rows, columns = _by_layer_and_kind(coefficients)
         across = 2 if len(experts) == 4 else min(len(experts), 3)
         down = -(-len(experts) // across)
@@ -121,15 +122,15 @@ def _draw_map(axis: Axes, values: np.ndarray, low: float, high: float):
 
 
 def _value_range(coefficients: Coefficients) -> tuple[float, float]:
-    """From 0 to 1, or as far as the coefficients go beyond."""
-    values = np.concatenate([array.ravel() for array in coefficients.values.values()])
-    return min(0.0, float(values.min())), max(1.0, float(values.max()))
+    """From 0 to 1, or as far as the means of groups go beyond."""
+    means = np.array([a.reshape(len(a), -1).mean(1) for a in coefficients.values.values()])
+    return min(0.0, float(means.min())), max(1.0, float(means.max()))
 
 
 def _by_layer_and_kind(
     coefficients: Coefficients,
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """Coefficients per tensor as one map `[K, layers, kinds]`; NaN where a layer lacks a kind."""
+    """Mean coefficients of tensors as one map `[K, layers, kinds]`; NaN where there is none."""
     names = list(coefficients.values)
     places = {}
     for name in names:
@@ -142,7 +143,8 @@ def _by_layer_and_kind(
     columns = list(dict.fromkeys(sorted(of_blocks) + sorted(others)))
     maps = np.full((len(coefficients.experts), len(rows), len(columns)), np.nan)
     for name, (layer, kind) in places.items():
-        maps[:, rows.index(layer), columns.index(kind)] = coefficients.values[name]
+        values = coefficients.values[name]
+        maps[:, rows.index(layer), columns.index(kind)] = values.reshape(len(values), -1).mean(1)
     return maps, rows, columns
 
 

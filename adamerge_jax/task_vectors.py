@@ -6,12 +6,14 @@ representation of its own. A representation is a pytree node with two methods, `
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from string import ascii_lowercase
+from math import ceil, prod
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from adamerge_jax.errors import InputError
@@ -42,33 +44,135 @@ class DenseDelta:
     values: Float[Array, "K ..."]
 
     def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
-        """`sum_k scale[k] * values[k]` as one contraction over the experts.
-
-        A contraction rather than a product and a sum: it never holds K scaled copies, and its
-        gradient with respect to `scale` is a contraction too.
-        """
+        """`sum_k scale[k] * values[k]`, without K scaled copies in memory."""
         shape = self.values.shape
-        varying = [
-            axis for axis, size in enumerate(scale.shape) if axis == 0 or size == shape[axis] != 1
-        ]
-        if any(scale.shape[axis] != 1 for axis in range(scale.ndim) if axis not in varying):
+        if any(size not in (1, shape[axis]) for axis, size in enumerate(scale.shape)):
             raise ValueError(f"scale {scale.shape} does not broadcast against deltas {shape}")
-        # The axes behind the last varying one are one to the contraction, and as one axis they
-        # make its gradient several times as fast on CPU.
-        kept = varying[-1] + 1
-        axes = ascii_lowercase[: kept + 1]
-        summed = jnp.einsum(
-            f"{''.join(axes[axis] for axis in varying)},{axes}->{axes[1:]}",
-            scale.reshape([scale.shape[axis] for axis in varying]).astype(jnp.float32),
-            self.values.reshape(*shape[:kept], -1),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
+        scale = scale.astype(jnp.float32)
+        if scale.size == shape[0]:
+            # One matrix product; flat, because its gradient is several times as fast on CPU.
+            summed = jnp.dot(
+                scale.reshape(-1),
+                self.values.reshape(shape[0], -1),
+                precision=jax.lax.Precision.HIGHEST,
+                preferred_element_type=jnp.float32,
+            )
+            return summed.reshape(shape[1:])
+        # As a chain of sums XLA fuses it into one pass over the deltas; as an einsum it is a
+        # product for every entry of the scale, half as fast on CPU.
+        return functools.reduce(
+            jnp.add, (scale[k] * self.values[k].astype(jnp.float32) for k in range(shape[0]))
         )
-        return summed.reshape(shape[1:])
 
     def rows(self, index: Int[Array, "..."]) -> "DenseDelta":
         """The deltas of `parameter[index]`, `[K, *index.shape, *shape[1:]]`."""
         return DenseDelta(jnp.take(self.values, index, axis=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkedDelta:
+    """Dense deltas, their entries in pieces that have a coefficient each.
+
+    Attributes:
+        values: `[K, pieces, entries of a piece]`, zeros behind the last entry; `[L, K, ...]` for a
+            stacked parameter before it is sliced.
+        position: `[size]` (`[L, size]`), where each entry of the flattened parameter lies among the
+            pieces, or None where they follow each other.
+        shape: Of the parameter.
+    """
+
+    values: Float[Array, "K pieces entries"]
+    position: Int[Array, " size"] | None
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls, delta: DenseDelta, pieces: int, *, stacked: bool, seed: int | None = None
+    ) -> "ChunkedDelta":
+        """Cuts the flattened parameter into pieces of one length, the last one perhaps shorter.
+
+        Args:
+            delta: Dense deltas.
+            pieces: Their number.
+            stacked: Whether the delta has a leading axis of layers.
+            seed: Assigns entries to pieces at random, depending on it and the size alone.
+        """
+        lead = delta.values.shape[: 1 + stacked]
+        shape = delta.values.shape[1 + stacked :]
+        size, length = prod(shape), ceil(prod(shape) / pieces)
+        values = np.asarray(delta.values).reshape(*lead, size)
+        position = None
+        if seed is not None:
+            order = np.random.default_rng([seed, size]).permutation(size)
+            values = values[..., order]
+            position = np.empty(size, np.int32)
+            position[order] = np.arange(size)
+            position = jnp.asarray(np.broadcast_to(position, (*lead[:-1], size)))
+        padding = [(0, 0)] * len(lead) + [(0, pieces * length - size)]
+        values = np.pad(values, padding).reshape(*lead, pieces, length)
+        return cls(jnp.asarray(values), position, shape)
+
+    def weighted_sum(self, scale: Float[Array, "K pieces 1"]) -> Float[Array, "..."]:
+        """The sum over experts in the parameter's own shape."""
+        flat = DenseDelta(self.values).weighted_sum(scale).reshape(-1)
+        if self.position is None:
+            return flat[: prod(self.shape)].reshape(self.shape)
+        return flat[self.position].reshape(self.shape)
+
+    def rows(self, index: Int[Array, "..."]) -> "Delta":
+        """Not there: tables that are read by rows are never cut into pieces."""
+        raise NotImplementedError("rows of a parameter in pieces; embedding tables stay whole")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactoredDelta:
+    """Deltas of a matrix as their leading singular directions and the rest.
+
+    Attributes:
+        left: `[K, m, r]`, left singular vectors times singular values.
+        right: `[K, r, n]`, right singular vectors.
+        rest: `[K, m, n]`, what is beyond rank r, or None where that is rounding for all experts.
+
+    A stacked parameter has a leading axis of length L on all of them.
+    """
+
+    left: Float[Array, "K m r"]
+    right: Float[Array, "K r n"]
+    rest: Float[Array, "K m n"] | None
+
+    @classmethod
+    def of(cls, delta: DenseDelta, rank: int) -> "FactoredDelta":
+        """The singular value decomposition of every delta."""
+        values = np.asarray(delta.values, np.float32)
+        u, s, v = np.linalg.svd(values, full_matrices=False)
+        left, right = u[..., :rank] * s[..., None, :rank], v[..., :rank, :]
+        rest = values - left @ right
+        negligible = np.linalg.norm(rest) <= _ROUNDING * np.linalg.norm(values)
+        return cls(jnp.asarray(left), jnp.asarray(right), None if negligible else jnp.asarray(rest))
+
+    def weighted_sum(self, scale: Float[Array, "K r+1"]) -> Float[Array, "m n"]:
+        """The sum over experts and directions; the last coefficient is that of the rest."""
+        scale = scale.astype(jnp.float32)
+        rank = self.left.shape[-1]
+        summed = jnp.einsum(
+            "kmr,krn->mn",
+            self.left * scale[:, None, :rank],
+            self.right,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        if self.rest is None:
+            return summed
+        return summed + DenseDelta(self.rest).weighted_sum(scale[:, rank, None, None])
+
+    def rows(self, index: Int[Array, "..."]) -> "Delta":
+        """Not there: tables that are read by rows are never factored."""
+        raise NotImplementedError("rows of a factored parameter; embedding tables stay whole")
+
+
+# Of a norm: what the decomposition of a float32 matrix leaves over.
+_ROUNDING = 1e-4
 
 
 def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[str, DenseDelta]:

@@ -134,9 +134,6 @@ def recipe(seed: int) -> dict:
             }
             for task in TASKS
         },
-        "coefficients": {"granularity": "tensor", "constraint": "clip"},
-        "objectives": [{"name": "logit_alignment"}],
-        "learning": {"steps": 300, "optimizer": {"name": "adam", "learning_rate": 0.01}},
         "seed": seed,
     }
 

@@ -6,7 +6,7 @@ The files are the reference for names: a test reads what `save_pretrained` wrote
 import copy
 import json
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from transformers import (
     ViTModel,
 )
 
-from adamerge_jax.coefficients import GRANULARITIES, Coefficients, unstack_values
+from adamerge_jax.coefficients import Coefficients, unstack_values
+from adamerge_jax.granularities import constant, make_granularity
+from adamerge_jax.interference import FittedStep
 from adamerge_jax.loading import Models, load_task_vectors
 from adamerge_jax.models import Network
 from adamerge_jax.names import is_stacked, unstack
@@ -150,19 +152,24 @@ def rename_weights(folder: Path, rename: Callable[[str], str]) -> None:
     edit_weights(folder, edit)
 
 
-def random_coefficients(models: Models, granularity: str = "tensor") -> Coefficients:
+def random_coefficients(
+    models: Models, granularity: str = "tensor", interference: Sequence[FittedStep] = (), **options
+) -> Coefficients:
     """Coefficients of all that `models` mix, drawn between -0.5 and 1.5."""
-    deltas, mixed = load_task_vectors(models, None)
-    init, _ = GRANULARITIES[granularity]({name: models.shapes[name] for name in deltas})
+    deltas, mixed, fitted = load_task_vectors(models, None, interference)
+    shapes = {name: models.shapes[name] for name in deltas}
+    start = constant(shapes, len(models.experts), 0.0)
     generator = np.random.default_rng(0)
     values = {
         group: generator.uniform(-0.5, 1.5, array.shape)
-        for group, array in init(len(models.experts), 0.0).items()
+        for group, array in make_granularity(granularity, options, shapes).init(start).items()
     }
     base, *experts = models.sources
     return Coefficients(
         values=unstack_values(values),
         granularity=granularity,
+        granularity_options=options,
+        interference=fitted,
         constraint="free",
         parameters=tuple(mixed),
         base=base,
@@ -265,7 +272,12 @@ def save_text_merge(root: Path) -> dict[str, Any]:
             "calibration": str(write_json_lines(root / "data" / f"{task}.jsonl", unlabeled)),
             "test": {"path": str(test), "label": "label"},
         }
-    return {"base": str(root / "base"), "tasks": tasks, "learning": copy.deepcopy(LEARNING)}
+    return {
+        "preset": "adamerging",
+        "base": str(root / "base"),
+        "tasks": tasks,
+        "learning": copy.deepcopy(LEARNING),
+    }
 
 
 def save_image_merge(root: Path) -> dict[str, Any]:
@@ -289,7 +301,12 @@ def save_image_merge(root: Path) -> dict[str, Any]:
             "calibration": str(root / f"{task}.npz"),
             "test": {"path": str(root / f"{task}.npz"), "label": "labels"},
         }
-    return {"base": str(root / "base"), "tasks": tasks, "learning": copy.deepcopy(LEARNING)}
+    return {
+        "preset": "adamerging",
+        "base": str(root / "base"),
+        "tasks": tasks,
+        "learning": copy.deepcopy(LEARNING),
+    }
 
 
 def save_clip_merge(root: Path) -> dict[str, Any]:
@@ -326,7 +343,12 @@ def save_clip_merge(root: Path) -> dict[str, Any]:
             "test": images | {"label": "label"},
             "templates": ["a photo of a {}.", "the {}, or a {}."],
         }
-    return {"base": str(root / "base"), "tasks": tasks, "learning": copy.deepcopy(LEARNING)}
+    return {
+        "preset": "adamerging",
+        "base": str(root / "base"),
+        "tasks": tasks,
+        "learning": copy.deepcopy(LEARNING),
+    }
 
 
 def save_image(file: Path, pixels: np.ndarray) -> None:

@@ -3,9 +3,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from adamerge_jax.calibration import Calibration, calibrate
+from adamerge_jax.calibration import BATCHES_SORTED_TOGETHER, Calibration, calibrate
 from adamerge_jax.data import ArrayExamples, TextExamples
 from adamerge_jax.errors import InputError
+from adamerge_jax.objectives import Targets
+from adamerge_jax.targets import StoredTargets
 from tests.references import bert_tokenizer
 
 SIZES = {"small": 11, "large": 30}
@@ -86,19 +88,61 @@ def test_held_out_batches_are_the_mean_over_every_held_out_example(batch_size, h
         np.testing.assert_allclose(mean, expected, rtol=1e-5)
 
 
-def test_expert_logits_go_with_their_examples():
+def test_targets_go_with_their_examples():
     split = calibration()
-    assert all(not batch.expert_logits for batch in islice(split.batches(), 2))
+    for batch in islice(split.batches(), 2):
+        assert all(target == Targets() for target in batch.targets)
+        assert batch.strong_inputs is None
     logits = {
         task: np.stack([np.arange(size) + 1000 * position] * (position + 2), axis=1)
         for position, (task, size) in enumerate(SIZES.items())
     }
-    asked = split._replace(expert_logits=logits)
+    asked = split._replace(
+        targets={
+            task: StoredTargets(labels=own[:, 0], expert_logits=own) for task, own in logits.items()
+        }
+    )
     for batch in [*islice(asked.batches(), 5), *asked.held_out_batches()]:
         numbers = batch.inputs["pixel_values"].reshape(2, 4)
-        assert [array.shape for array in batch.expert_logits] == [(4, 2), (4, 3)]
-        for row, array in zip(numbers, batch.expert_logits, strict=True):
-            np.testing.assert_array_equal(array, np.stack([row] * array.shape[1], axis=1))
+        assert [target.expert_logits.shape for target in batch.targets] == [(4, 2), (4, 3)]
+        for row, target in zip(numbers, batch.targets, strict=True):
+            np.testing.assert_array_equal(target.labels, row)
+            wanted = np.stack([row] * target.expert_logits.shape[1], axis=1)
+            np.testing.assert_array_equal(target.expert_logits, wanted)
+
+
+def test_texts_of_like_length_share_a_batch(tmp_path):
+    tokenizer = bert_tokenizer(tmp_path)
+    words = np.random.default_rng(0).integers(1, 29, 160)
+    examples = {
+        task: TextExamples([" ".join("a" * n) for n in words], tokenizer, 32, task)
+        for task in ("first", "second")
+    }
+    split = calibrate(examples, batch_size=4, held_out=0.2, seed=0)
+    batches = list(islice(split.batches(), BATCHES_SORTED_TOGETHER))
+    shown = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
+    computed = sum(batch.inputs["attention_mask"].size for batch in batches)
+    assert shown > 0.65 * computed
+    # Long and short batches alternate: the order says nothing of the length.
+    lengths = [batch.inputs["input_ids"].shape[1] for batch in batches]
+    assert lengths != sorted(lengths)
+    # Each example is drawn equally often.
+    epoch = len(split.learning["first"]) // 4
+    drawn = [b.inputs["attention_mask"].sum(1) for b in islice(split.batches(), epoch)]
+    expected = np.sort(words[split.learning["first"]] + 2)
+    np.testing.assert_array_equal(np.sort(np.concatenate([d[:4] for d in drawn])), expected)
+
+
+def test_strong_views(tmp_path):
+    tokenizer = bert_tokenizer(tmp_path)
+    examples = {"only": TextExamples(["a b c d e f g h"] * 20, tokenizer, 32, "only")}
+    split = calibrate(examples, batch_size=8, held_out=0.2, seed=0)._replace(strong_view=True)
+    first, again = (next(split.batches()) for _ in range(2))
+    np.testing.assert_array_equal(
+        first.strong_inputs["attention_mask"], again.strong_inputs["attention_mask"]
+    )
+    assert first.strong_inputs["attention_mask"].sum() < first.inputs["attention_mask"].sum()
+    np.testing.assert_array_equal(first.strong_inputs["input_ids"], first.inputs["input_ids"])
 
 
 def test_texts_of_all_tasks_are_padded_to_one_bucket(tmp_path):

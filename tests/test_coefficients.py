@@ -10,19 +10,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import BertConfig, CLIPConfig, ViTConfig
 
 from adamerge_jax.coefficients import (
     CONSTRAINTS,
-    GRANULARITIES,
     Coefficients,
     Source,
-    layer_of,
     unstack_values,
 )
 from adamerge_jax.errors import InputError
-from adamerge_jax.models import family_of
-from tests.references import unstacked_shapes
+from adamerge_jax.granularities import constant, make_granularity
+from adamerge_jax.interference import FittedStep
 
 SHAPES = {
     "bert.embeddings.word_embeddings.weight": (7, 4),
@@ -42,6 +39,11 @@ UNSTACKED = {
 COEFFICIENTS = Coefficients(
     values={name: np.full(3, index, np.float32) for index, name in enumerate(UNSTACKED)},
     granularity="tensor",
+    granularity_options={},
+    interference=(
+        FittedStep("trim", {"density": 0.2}, [0.1, 1 / 3, 0.25]),
+        FittedStep("elect_sign", {}),
+    ),
     constraint="clip",
     parameters=tuple(UNSTACKED),
     base=Source("base", "org/base", "v1", "sha256:0"),
@@ -53,95 +55,45 @@ COEFFICIENTS = Coefficients(
 
 
 @pytest.mark.parametrize(
-    ("granularity", "groups"),
+    ("granularity", "options"),
     [
-        ("task", {"all": 1}),
-        (
-            "layer",
-            {"bert.embeddings": 1, "bert.encoder.layer.*": 2, "bert.pooler": 1},
-        ),
-        ("tensor", {name: 2 if "*" in name else 1 for name in SHAPES}),
+        ("task", {}),
+        ("layer", {}),
+        ("tensor", {}),
+        ("row", {}),
+        ("chunk", {"pieces": {"*.layer.1.*": 4}}),
     ],
 )
-def test_groups(granularity, groups):
-    values = GRANULARITIES[granularity](SHAPES).init(3, 0.3)
-    assert {group: array.shape for group, array in values.items()} == {
-        group: (size, 3) for group, size in groups.items()
-    }
-    for array in values.values():
-        assert array.dtype == jnp.float32
-        np.testing.assert_array_equal(array, np.float32(0.3))
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_scales_of_stacked_and_single_layers_agree(granularity):
-    stacked = GRANULARITIES[granularity](SHAPES)
+def test_scales_of_stacked_and_single_layers_agree(granularity, options):
+    stacked = make_granularity(granularity, options, SHAPES)
     values = {
         group: np.random.default_rng(seed).normal(size=array.shape).astype(np.float32)
-        for seed, (group, array) in enumerate(stacked.init(3, 0.0).items())
+        for seed, (group, array) in enumerate(stacked.init(constant(SHAPES, 3, 0.0)).items())
     }
-    saved = replace(COEFFICIENTS, values=unstack_values(values), granularity=granularity)
-    single = saved.scales(UNSTACKED)
+    saved = replace(
+        COEFFICIENTS,
+        values=unstack_values(values),
+        granularity=granularity,
+        granularity_options=options,
+    )
+    single = saved.make_granularity(UNSTACKED).scales(saved.stacked_once())
     for name, scale in stacked.scales(values).items():
         assert scale.ndim == len(SHAPES[name]) + 1
         if "*" in name:
             for layer in range(2):
                 of_layer = single[name.replace("*", str(layer))]
-                np.testing.assert_array_equal(of_layer, scale[layer])
+                # Where layers are cut unlike, pieces of the stack share what one piece has here.
+                along = (
+                    np.broadcast_to(
+                        np.repeat(of_layer, scale[layer].size // of_layer.size, 1),
+                        scale[layer].shape,
+                    )
+                    if granularity == "chunk"
+                    else of_layer
+                )
+                np.testing.assert_array_equal(along, scale[layer])
         else:
             np.testing.assert_array_equal(single[name], scale)
-
-
-@pytest.mark.parametrize(
-    ("config", "layers"),
-    [
-        (
-            BertConfig(num_hidden_layers=2),
-            {
-                "bert.embeddings.word_embeddings.weight": "bert.embeddings",
-                "bert.embeddings.LayerNorm.bias": "bert.embeddings",
-                "bert.encoder.layer.1.attention.self.query.weight": "bert.encoder.layer.1",
-                "bert.pooler.dense.weight": "bert.pooler",
-            },
-        ),
-        (
-            ViTConfig(num_hidden_layers=2),
-            {
-                "vit.embeddings.cls_token": "vit.embeddings",
-                "vit.embeddings.patch_embeddings.projection.weight": "vit.embeddings",
-                "vit.layernorm.weight": "vit.layernorm",
-            },
-        ),
-        (
-            CLIPConfig(vision_config=dict(num_hidden_layers=2)),
-            {
-                "vision_model.embeddings.class_embedding": "vision_model.embeddings",
-                "vision_model.pre_layrnorm.weight": "vision_model.pre_layrnorm",
-                "vision_model.encoder.layers.0.mlp.fc1.bias": "vision_model.encoder.layers.0",
-                "vision_model.post_layernorm.bias": "vision_model.post_layernorm",
-                "visual_projection.weight": "visual_projection",
-            },
-        ),
-    ],
-)
-def test_layers_of_models(config, layers):
-    network = family_of(config).build_trunk(config)
-    names = unstacked_shapes(network)
-    found = {name: layer_of(name, names) for name in names}
-    assert {name: found[name] for name in layers} == layers
-    blocks = {layer for layer in found.values() if layer[-1].isdigit()}
-    # Two blocks, and only the modules named above beside them.
-    assert {layer.rpartition(".")[2] for layer in blocks} == {"0", "1"}
-    assert set(found.values()) == blocks | set(layers.values())
-    # The same layers where they are stacked.
-    for name in network.shapes:
-        layer = layer_of(name, network.shapes)
-        assert layer.replace("*", "1") == found[name.replace("*", "1")]
-
-
-def test_layers_without_numbered_blocks():
-    assert layer_of("logit_scale", ["logit_scale", "a.weight"]) == "logit_scale"
-    assert layer_of("a.b.weight", ["logit_scale", "a.b.weight"]) == "a"
 
 
 RANGES = {
@@ -208,15 +160,34 @@ def test_save_and_load(tmp_path: Path):
         np.testing.assert_array_equal(loaded.values[group], array)
 
 
+def test_granularity_options_are_saved(tmp_path: Path):
+    saved = replace(
+        COEFFICIENTS,
+        values={"bert.pooler.dense.weight": np.ones((3, 4), np.float32)},
+        granularity="head",
+        granularity_options={"heads": {"*.dense.weight": (1, 4)}},
+    )
+    saved.save(tmp_path / "c.safetensors")
+    loaded = Coefficients.load(tmp_path / "c.safetensors")
+    shapes = {"bert.pooler.dense.weight": (6, 8)}
+    (scale,) = loaded.make_granularity(shapes).scales(loaded.stacked_once()).values()
+    assert scale.shape == (3, 1, 8)
+
+
 def test_the_file_says_what_it_holds(tmp_path: Path):
     COEFFICIENTS.save(tmp_path / "c.safetensors")
     with safe_open(tmp_path / "c.safetensors", "np") as file:
         metadata = file.metadata()
         np.testing.assert_array_equal(file.get_tensor("bert.pooler.dense.bias"), [5, 5, 5])
     assert metadata["version"] == version("adamerge_jax")
-    assert metadata["format"] == "adamerge_jax coefficients 1"
+    assert metadata["format"] == "adamerge_jax coefficients 2"
     fields = {name: json.loads(metadata[name]) for name in metadata.keys() - {"version", "format"}}
     assert fields["granularity"] == "tensor"
+    assert fields["granularity_options"] == {}
+    assert fields["interference"] == [
+        {"name": "trim", "options": {"density": 0.2}, "fitted": [0.1, 1 / 3, 0.25]},
+        {"name": "elect_sign", "options": {}, "fitted": None},
+    ]
     assert fields["constraint"] == "clip"
     assert fields["objective"] == "entropy"
     assert fields["seed"] == 7
@@ -237,6 +208,7 @@ def test_files_that_are_no_coefficients(tmp_path: Path):
     file.write_bytes(b"not safetensors at all")
     with pytest.raises(InputError, match="not a readable safetensors file"):
         Coefficients.load(file)
-    save_file({"weight": np.zeros(2)}, file)
-    with pytest.raises(InputError, match="not a coefficients file"):
-        Coefficients.load(file)
+    for metadata in (None, {"format": "adamerge_jax coefficients 1", "version": "0.1"}):
+        save_file({"weight": np.zeros(2)}, file, metadata)
+        with pytest.raises(InputError, match="not a coefficients file"):
+            Coefficients.load(file)

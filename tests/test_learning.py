@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -18,13 +19,24 @@ from transformers import (
 
 from adamerge_jax import learning
 from adamerge_jax.calibration import Calibration, calibrate
-from adamerge_jax.coefficients import CONSTRAINTS, GRANULARITIES, Granularity, unstack_values
-from adamerge_jax.data import load_examples
-from adamerge_jax.learning import Frozen, Learner, NonFiniteObjectiveError, Progress
-from adamerge_jax.loading import load_head, load_task_vectors, load_trunk, open_models
-from adamerge_jax.objectives import OBJECTIVES
+from adamerge_jax.coefficients import CONSTRAINTS, unstack_values
+from adamerge_jax.data import ArrayExamples
+from adamerge_jax.granularities import Granularity, Values, constant, make_granularity
+from adamerge_jax.learning import (
+    Control,
+    Evaluation,
+    Frozen,
+    Learner,
+    NonFiniteObjectiveError,
+    Progress,
+    State,
+)
+from adamerge_jax.merging import merged_parameters, pose
+from adamerge_jax.objectives import make_objective
 from adamerge_jax.recipes import parse_recipe
-from tests.references import bert_tokenizer, edit_weights
+from adamerge_jax.targets import StoredTargets
+from adamerge_jax.workspace import open_workspace
+from tests.references import edit_weights
 
 STEPS = 20
 BATCH_SIZE = 4
@@ -36,13 +48,14 @@ class Setup(NamedTuple):
     granularity: Granularity
     learner: Learner
     frozen: Frozen
+    initial: Values
     calibration: Calibration
 
-    def learn(self, initial: float = 0.3, steps: int = STEPS, evaluate_every: int = 5, **options):
+    def learn(self, steps: int = STEPS, evaluate_every: int = 5, **options):
         return learning.learn(
             self.learner,
             self.frozen,
-            self.granularity.init(len(self.calibration.examples), initial),
+            self.initial,
             self.calibration,
             steps=steps,
             evaluate_every=evaluate_every,
@@ -57,48 +70,30 @@ def prepare(
     granularity: str = "tensor",
     constraint: str = "clip",
     objective: str = "entropy",
+    initial: float = 0.3,
     **optimizer: Any,
 ) -> Setup:
-    recipe = parse_recipe(fields | {"learning": {"optimizer": optimizer}})
-    models = open_models(recipe, folder)
-    deltas, _ = load_task_vectors(models, None)
-    heads = {
-        task: models.family.build_head(expert.checkpoint.config)
-        for task, expert in models.experts.items()
-    }
-    granularity_ = GRANULARITIES[granularity]({name: models.shapes[name] for name in deltas})
-    learner = learning.make_learner(
-        learning.forward_with_heads(models.family.build_trunk(models.config), list(heads.values())),
-        granularity_,
-        CONSTRAINTS[constraint],
-        OBJECTIVES[objective],
-        recipe.learning.optimizer.build(),
+    recipe = parse_recipe(
+        fields
+        | {
+            "preset": "adamerging",
+            "objectives": [{"name": objective}],
+            "learning": {"batch_size": BATCH_SIZE, "optimizer": optimizer},
+        }
     )
-    base = load_trunk(models, models.base, None)
-    frozen = Frozen(base, deltas, [load_head(models, task) for task in heads])
-    examples = {
-        task: load_examples(
-            task_recipe.calibration,
-            root=folder,
-            inputs=models.family.inputs,
-            preprocessor=bert_tokenizer(folder),
-            max_length=32,
-            seed=0,
-            name=task,
-        )
-        for task, task_recipe in recipe.tasks.items()
-    }
-    calibration = calibrate(examples, batch_size=BATCH_SIZE, held_out=0.2, seed=recipe.seed)
-    return Setup(granularity_, learner, frozen, calibration)
-
-
-def ask_experts(experts: list[PreTrainedModel], calibration: Calibration) -> Calibration:
-    """Adds what each task's expert says of its examples."""
-    logits = {}
-    for expert, (task, examples) in zip(experts, calibration.examples.items(), strict=True):
-        inputs = examples.take(np.arange(len(examples)), 16)
-        logits[task] = expert(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
-    return calibration._replace(expert_logits=logits)
+    problem = pose(recipe, open_workspace(recipe, folder))
+    workspace = problem.workspace
+    chosen = make_granularity(granularity, {}, problem.shapes)
+    learner = learning.make_learner(
+        learning.forward_with_heads(workspace.trunk, list(workspace.head_networks.values())),
+        chosen,
+        CONSTRAINTS[constraint],
+        make_objective(objective, {}),
+        recipe.learning.optimizer.build(STEPS),
+    )
+    frozen = Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
+    start = chosen.init(constant(problem.shapes, problem.experts, initial))
+    return Setup(chosen, learner, frozen, start, problem.calibration)
 
 
 def names_in_file(model: PreTrainedModel, folder: str) -> dict[str, str]:
@@ -115,6 +110,7 @@ def pytorch_loop(
     calibration: Calibration,
     granularity: str,
     initial: float,
+    objective: str,
 ) -> tuple[dict[str, np.ndarray], list[list[float]]]:
     """AdaMerging as a PyTorch user would write it: each task in turn, one merged state dict.
 
@@ -144,8 +140,9 @@ def pytorch_loop(
             inputs = {k: torch.from_numpy(v[own]).clone() for k, v in batch.inputs.items()}
             logits = functional_call(expert, state | merged, kwargs=inputs).logits.log_softmax(-1)
             weights = logits.exp()
-            if batch.expert_logits:
-                weights = torch.from_numpy(batch.expert_logits[position]).softmax(-1)
+            if objective == "logit_alignment":
+                with torch.no_grad():
+                    weights = expert(**inputs).logits.softmax(-1)
             losses.append(-(weights * logits).sum(-1).mean())
         optimizer.zero_grad()
         sum(losses).backward()
@@ -168,7 +165,7 @@ def test_same_coefficients_as_a_pytorch_loop(
     model, granularity, initial, objective, request, tmp_path
 ):
     fields = request.getfixturevalue(f"{model}_recipe")
-    setup = prepare(fields, tmp_path, granularity=granularity, objective=objective)
+    setup = prepare(fields, tmp_path, granularity=granularity, objective=objective, initial=initial)
     auto_class, prefix = {
         "text": (AutoModelForSequenceClassification, "bert."),
         "image": (AutoModelForImageClassification, "vit."),
@@ -177,10 +174,7 @@ def test_same_coefficients_as_a_pytorch_loop(
         auto_class.from_pretrained(task["expert"]).eval().requires_grad_(False)
         for task in fields["tasks"].values()
     ]
-    if objective == "logit_alignment":
-        setup = setup._replace(calibration=ask_experts(experts, setup.calibration))
-
-    state = setup.learner.init(setup.granularity.init(len(fields["tasks"]), initial))
+    state = setup.learner.init(setup.initial)
     objectives = []
     for batch in islice(setup.calibration.batches(), STEPS):
         state, per_task = setup.learner.step(state, setup.frozen, batch)
@@ -190,7 +184,9 @@ def test_same_coefficients_as_a_pytorch_loop(
     own = type(experts[0].base_model).from_pretrained(fields["base"]).state_dict()
     shared = experts[0].state_dict()
     base = {prefix + name: array for name, array in own.items() if prefix + name in shared}
-    expected, losses = pytorch_loop(experts, base, setup.calibration, granularity, initial)
+    expected, losses = pytorch_loop(
+        experts, base, setup.calibration, granularity, initial, objective
+    )
     if granularity == "tensor":
         in_file = names_in_file(experts[0], next(iter(fields["tasks"].values()))["expert"])
         expected = {in_file[name]: values for name, values in expected.items()}
@@ -213,18 +209,18 @@ def test_the_best_look_is_returned_and_never_worse_than_the_start(text_recipe, t
     assert [progress.step for progress in seen] == list(range(13))
     assert seen[0].per_task is None
     assert all(progress.per_task.shape == (3,) for progress in seen[1:])
-    looks = {p.step: p.held_out.sum() for p in seen if p.held_out is not None}
+    looks = {p.step: p.held_out.objective.sum() for p in seen if p.held_out is not None}
     assert list(looks) == [0, 2, 4, 6, 8, 10, 12]
     # Every step is the same compiled function.
     assert setup.learner.step._cache_size() == setup.learner.evaluate._cache_size() == 1
     best = min(looks, key=looks.get)
     assert learned.step == best
-    assert learned.held_out.sum() == looks[best] <= looks[0]
+    assert learned.held_out.objective.sum() == looks[best] <= looks[0]
     # The objective of the returned coefficients, computed anew.
     state = setup.learner.init(learned.values)
     batches = setup.calibration.held_out_batches()
-    again = sum(setup.learner.evaluate(state, setup.frozen, batch) for batch in batches)
-    np.testing.assert_allclose(again, learned.held_out, rtol=1e-5)
+    again = sum(setup.learner.evaluate(state, setup.frozen, batch).objective for batch in batches)
+    np.testing.assert_allclose(again, learned.held_out.objective, rtol=1e-5)
 
 
 def test_the_start_is_returned_when_nothing_is_better(text_recipe, tmp_path):
@@ -242,7 +238,7 @@ def test_the_start_is_returned_when_nothing_is_better(text_recipe, tmp_path):
         calibration=setup.calibration._replace(held_out=setup.calibration.learning),
     )
     learned = uphill.learn(steps=6, evaluate_every=3, report=seen.append)
-    assert seen[-1].held_out.sum() > seen[0].held_out.sum()
+    assert seen[-1].held_out.objective.sum() > seen[0].held_out.objective.sum()
     assert learned.step == 0
     assert all((values == np.float32(0.3)).all() for values in learned.values.values())
 
@@ -281,3 +277,115 @@ def test_an_expert_with_extreme_values(text_recipe, tmp_path):
     with pytest.raises(NonFiniteObjectiveError, match=r"step 0, task 'mood': .*held-out") as caught:
         setup.learn()
     assert caught.value.learned is None
+
+
+class Scripted:
+    """A learner whose objective and predictions at each step are given."""
+
+    def __init__(self, objectives: list[list[float]], wrong: list[list[int]]):
+        """`objectives[step][task]`, and how many of a task's examples get class 1, not their own.
+
+        Every example's own class is its index modulo 2.
+        """
+        self.objectives, self.wrong = objectives, wrong
+        self.learner = Learner(self.init, self.step, self.evaluate, lambda state: state.raw)
+
+    def init(self, values: Values) -> State:
+        return State({"all": jnp.zeros((1, 2))}, (), values)
+
+    def step(self, state: State, frozen: Frozen, batch: Any):
+        return state._replace(raw={"all": state.raw["all"] + 1}), jnp.zeros(2)
+
+    def evaluate(self, state: State, frozen: Frozen, batch: Any) -> Evaluation:
+        step = int(state.raw["all"][0, 0])
+        numbers = batch.inputs["pixel_values"].reshape(2, -1)
+        predicted = [
+            np.where(own // 2 < wrong, 1, own % 2)
+            for own, wrong in zip(numbers, self.wrong[step], strict=True)
+        ]
+        share = batch.weights.sum(1)
+        return Evaluation(np.array(self.objectives[step]) * share, np.stack(predicted))
+
+
+def run_script(script: Scripted, seen: list[Progress], control: Control | None = None):
+    examples = {t: ArrayExamples({"pixel_values": np.arange(40)}) for t in ("first", "second")}
+    calibration = calibrate(examples, batch_size=20, held_out=0.5, seed=0)
+    held_out = dict.fromkeys(examples, np.arange(20))
+    targets = dict.fromkeys(examples, StoredTargets(labels=np.arange(40) % 2))
+    return learning.learn(
+        script.learner,
+        Frozen({}, {}, []),
+        {},
+        calibration._replace(held_out=held_out, targets=targets),
+        steps=len(script.objectives) - 1,
+        evaluate_every=1,
+        control=control,
+        report=seen.append,
+    )
+
+
+def test_a_collapse_is_reported_and_not_kept():
+    seen: list[Progress] = []
+    # At step 2 all examples of the second task get class 1, while the objective falls.
+    script = Scripted([[1.0, 1.0], [0.9, 0.9], [0.5, 0.1]], [[0, 0], [0, 2], [0, 10]])
+    learned = run_script(script, seen)
+    assert learned.step == 1
+    assert [progress.collapsed for progress in seen] == [(), (), ("second",)]
+    assert [progress.best is not None for progress in seen] == [True, True, False]
+    np.testing.assert_allclose(seen[1].held_out.agreement, [1.0, 0.9])
+    np.testing.assert_allclose(seen[2].held_out.commonest, [0.5, 1.0])
+
+
+def test_one_class_from_the_start_is_no_collapse():
+    seen: list[Progress] = []
+    learned = run_script(Scripted([[1.0, 1.0], [0.5, 0.1]], [[0, 10], [0, 10]]), seen)
+    assert learned.step == 1
+    assert seen[-1].collapsed == ()
+
+
+def test_forgetting_stops_before_the_control_tasks_suffer():
+    seen: list[Progress] = []
+    objectives = [[0.0, 1.0], [-1.0, 1.0], [-2.0, 1.0], [-3.0, 1.0]]
+    script = Scripted(objectives, [[0, 0], [4, 0], [8, 2], [9, 0]])
+    learned = run_script(script, seen, Control(tasks=(1,), fraction=0.95))
+    # At step 2 the second task has lost a tenth: learning ends, and step 1 is the result.
+    assert learned.step == 1
+    assert len(seen) == 3
+
+
+def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
+    terms = [{"name": "logit_alignment", "options": {"elsewhere": 0.5}}]
+    recipe = parse_recipe(text_recipe | {"objectives": terms})
+    problem = pose(recipe, open_workspace(recipe, tmp_path))
+    workspace = problem.workspace
+    batch = next(problem.calibration.batches())
+    trunk, heads = workspace.trunk, workspace.head_networks
+    learner = learning.make_learner(
+        learning.forward_with_heads(trunk, list(heads.values()), elsewhere=True),
+        make_granularity("tensor", {}, problem.shapes),
+        CONSTRAINTS["clip"],
+        list(recipe.build_objectives().values()),
+        recipe.learning.optimizer.build(1),
+    )
+    frozen = Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
+    initial = make_granularity("tensor", {}, problem.shapes).init(
+        constant(problem.shapes, problem.experts, 0.3)
+    )
+    _, per_task = learner.step(learner.init(initial), frozen, batch)
+
+    # The same by hand, one task after the other.
+    scales = make_granularity("tensor", {}, problem.shapes).scales(initial)
+    merged = merged_parameters(problem.base, problem.deltas, scales)
+    size = recipe.learning.batch_size
+    for position, task in enumerate(recipe.tasks):
+
+        def log_softmax(parameters, task=task):
+            outputs = trunk(parameters, batch.inputs)
+            logits = heads[task](workspace.heads[task], outputs)
+            return torch.tensor(np.asarray(logits)).log_softmax(-1)
+
+        said, wanted = log_softmax(merged), log_softmax(workspace.expert(task))
+        losses = -(wanted.exp() * said).sum(-1)
+        own = losses[position * size : (position + 1) * size]
+        others = torch.cat([losses[: position * size], losses[(position + 1) * size :]])
+        np.testing.assert_allclose(per_task[position], own.mean() + 0.5 * others.mean(), rtol=1e-4)

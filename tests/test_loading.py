@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from adamerge_jax.coefficients import GRANULARITIES
 from adamerge_jax.errors import InputError
+from adamerge_jax.granularities import GRANULARITIES, constant, make_granularity
+from adamerge_jax.interference import FittedStep, apply_steps
 from adamerge_jax.loading import (
     Models,
     fold,
@@ -25,7 +26,7 @@ from adamerge_jax.loading import (
     tensors_of,
 )
 from adamerge_jax.mixing import materialize, mix
-from adamerge_jax.names import is_stacked
+from adamerge_jax.names import is_stacked, unstack
 from adamerge_jax.recipes import parse_recipe
 from tests.references import (
     BERT,
@@ -79,7 +80,7 @@ def test_a_base_without_head_and_prefix(text_recipe):
 def test_task_vectors_are_differences(text_recipe):
     models = opened(text_recipe)
     base, experts = files(text_recipe)
-    deltas, mixed = load_task_vectors(models, None)
+    deltas, mixed, _ = load_task_vectors(models, None)
     changed = [
         name
         for name in models.base.names
@@ -104,7 +105,7 @@ def test_a_tensor_that_changed_in_one_layer_only(text_recipe, tmp_path):
         fields["expert"] = str(folders[task])
     name = "bert.encoder.layer.2.attention.self.key.bias"
     edit_weights(folders["topic"], lambda tensors: tensors[name].__iadd__(1.0))
-    deltas, mixed = load_task_vectors(opened(text_recipe), None)
+    deltas, mixed, _ = load_task_vectors(opened(text_recipe), None)
     assert name in mixed
     assert name.replace("2", "1") not in mixed
     values = np.asarray(deltas[name.replace("2", "*")].values)
@@ -117,7 +118,7 @@ def test_an_expert_is_the_base_and_a_one_hot_coefficient(text_recipe, task):
     models = opened(text_recipe)
     base = load_trunk(models, models.base, None)
     expert = load_trunk(models, models.experts[task], None)
-    deltas, _ = load_task_vectors(models, None)
+    deltas, *_ = load_task_vectors(models, None)
     granularity = GRANULARITIES["task"]({name: models.shapes[name] for name in deltas})
     one_hot = np.eye(3, dtype=np.float32)[[list(TEXT_TASKS).index(task)]]
     merged = jax.jit(lambda *trees: materialize(mix(*trees)))(
@@ -128,7 +129,7 @@ def test_an_expert_is_the_base_and_a_one_hot_coefficient(text_recipe, task):
         np.testing.assert_allclose(array, expert[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ["task", "layer", "tensor"])
 def test_fold(text_recipe, granularity):
     models = opened(text_recipe)
     coefficients = random_coefficients(models, granularity)
@@ -149,6 +150,96 @@ def test_fold(text_recipe, granularity):
             for scale, expert in zip(coefficients.values[group], experts, strict=True):
                 expected = expected + np.float64(scale) * (expert[name] - start)
         np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+TIES = (FittedStep("trim", {"density": 0.3}), FittedStep("elect_sign", {}))
+UNEVEN = {
+    "*.layer.0.attention.attention.*": 8,
+    "*.layer.1.output.dense.weight": 3,
+    "*.layer.1.*": 4,
+}
+HEADS = {"*.attention.attention.*": (0, 2), "*.attention.output.dense.weight": (1, 2)}
+DARE = FittedStep("drop_and_rescale", {"drop": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("granularity", "options", "interference"),
+    [
+        ("row", {}, TIES),
+        ("chunk", {"pieces": 7}, ()),
+        ("chunk", {"pieces": UNEVEN}, TIES),
+        ("partition", {"groups": 7, "seed": 1}, TIES),
+        ("singular", {"rank": 4}, ()),
+        ("singular", {"rank": 4}, TIES),
+        ("head", {"heads": HEADS}, TIES),
+        ("groups", {"patterns": {"first": ["*.layer.0.*"], "biases": ["*.bias"]}}, TIES),
+        ("tensor", {}, (DARE, *TIES, FittedStep("disjoint_mean", {}))),
+    ],
+)
+def test_fold_is_the_merge_in_memory(image_recipe, granularity, options, interference):
+    models = opened(image_recipe)
+    coefficients = random_coefficients(models, granularity, interference, **options)
+    deltas, mixed, fitted = load_task_vectors(models, None, interference)
+    assert coefficients.interference == fitted
+    assert coefficients.parameters == tuple(mixed)
+    shapes = {name: models.shapes[name] for name in deltas}
+    stacked = make_granularity(granularity, options, shapes)
+    values = {
+        group: np.stack(
+            [
+                coefficients.values[each]
+                for each in (unstack(group, len(array)) if is_stacked(group) else [group])
+            ]
+        ).astype(np.float32)
+        for group, array in stacked.init(constant(shapes, 2, 0.0)).items()
+    }
+    assert sum(array.size for array in values.values()) == sum(
+        array.size for array in coefficients.values.values()
+    )
+    merged = jax.jit(lambda *trees: materialize(mix(*trees)))(
+        load_trunk(models, models.base, None),
+        {name: stacked.prepare(name, delta) for name, delta in deltas.items()},
+        stacked.scales(values),
+    )
+    in_memory = unstacked(models, merged)
+    folded = dict(fold(models, coefficients))
+    assert folded.keys() == in_memory.keys()
+    for name, array in folded.items():
+        np.testing.assert_allclose(array, in_memory[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_interference_changes_task_vectors(text_recipe):
+    models = opened(text_recipe)
+    before, mixed, none = load_task_vectors(models, None)
+    after, same, fitted = load_task_vectors(models, None, TIES)
+    assert none == ()
+    assert same == mixed
+    assert [step.name for step in fitted] == ["trim", "elect_sign"]
+    assert len(fitted[0].fitted) == 3
+    assert after.keys() == before.keys()
+    entries, kept = 0, np.zeros(3, int)
+    for name, delta in after.items():
+        values, stacked = np.asarray(delta.values), is_stacked(name)
+        start = np.asarray(before[name].values)
+        for tensor, found, given in zip(
+            models.tensors(name),
+            values if stacked else [values],
+            start if stacked else [start],
+            strict=True,
+        ):
+            np.testing.assert_array_equal(found, apply_steps(fitted, tensor, given))
+            trimmed = apply_steps(fitted[:1], tensor, given)
+            entries += trimmed[0].size
+            kept += np.count_nonzero(trimmed.reshape(3, -1), axis=1)
+    np.testing.assert_allclose(kept / entries, 0.3, atol=2e-5)
+
+
+@pytest.mark.parametrize("step", [*TIES, DARE, FittedStep("disjoint_mean", {})])
+def test_interference_where_no_expert_differs(text_recipe, step):
+    fields = text_recipe | {"keep_from_base": ["*"]}
+    deltas, mixed, _ = load_task_vectors(opened(fields), None, [step])
+    assert deltas == {}
+    assert mixed == []
 
 
 def test_fold_rounds_once(tmp_path):
@@ -194,7 +285,7 @@ def test_fold_rounds_once(tmp_path):
 def test_keep_from_base(text_recipe, patterns, kept):
     models = opened(text_recipe | {"keep_from_base": patterns})
     assert models.kept == {name for name in models.base.names if kept(name)}
-    _, mixed = load_task_vectors(models, None)
+    _, mixed, _ = load_task_vectors(models, None)
     everything = set(load_task_vectors(opened(text_recipe), None)[1])
     assert set(mixed) == everything - models.kept
     coefficients = random_coefficients(models)
@@ -234,7 +325,7 @@ def test_a_whole_clip_and_vision_only_experts(clip_recipe, tmp_path, prefixed):
     models = opened(clip_recipe)
     assert models.prefix == ""
     assert models.kept == {"visual_projection.weight"}
-    deltas, mixed = load_task_vectors(models, None)
+    deltas, mixed, _ = load_task_vectors(models, None)
     assert "visual_projection.weight" not in deltas
     assert all(name.startswith("vision_model.") for name in mixed)
     assert all(load_head(models, task) == {} for task in models.experts)
@@ -272,5 +363,5 @@ def test_loading_in_another_dtype(text_recipe):
     trunk = unstacked(models, load_trunk(models, models.base, dtype))
     for name, array in base.items():
         np.testing.assert_array_equal(trunk[f"bert.{name}"], array.astype(dtype))
-    deltas, _ = load_task_vectors(models, dtype)
+    deltas, *_ = load_task_vectors(models, dtype)
     assert {delta.values.dtype for delta in deltas.values()} == {dtype}

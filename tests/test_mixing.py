@@ -1,4 +1,4 @@
-"""Lazy mixtures under `jit`, for every granularity, against NumPy in float64."""
+"""Lazy mixtures under `jit`, for whole tensors, against NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adamerge_jax.coefficients import GRANULARITIES
+from adamerge_jax.granularities import GRANULARITIES, constant
 from adamerge_jax.mixing import Mixture, is_mixture, materialize, mix
 from adamerge_jax.names import is_stacked
 from adamerge_jax.task_vectors import DenseDelta
@@ -49,6 +49,10 @@ def expected(base: np.ndarray, delta: np.ndarray, scale: np.ndarray, stacked: bo
     return base + scaled.sum(experts)
 
 
+WHOLE = ["task", "layer", "tensor"]
+"""Granularities of whole tensors; the others are in test_granularities.py."""
+
+
 def group_of(name: str, granularity: str) -> str:
     """The group of a name in `SHAPES`."""
     if granularity == "layer":
@@ -56,12 +60,12 @@ def group_of(name: str, granularity: str) -> str:
     return {"task": "all", "tensor": name}[granularity]
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", WHOLE)
 def test_materialize(granularity):
-    init, scales = GRANULARITIES[granularity](SHAPES)
+    init, scales, *_ = GRANULARITIES[granularity](SHAPES)
     values = {
         group: draw(200 + seed, *array.shape)
-        for seed, (group, array) in enumerate(init(EXPERTS, 0.3).items())
+        for seed, (group, array) in enumerate(init(constant(SHAPES, EXPERTS, 0.3)).items())
     }
     merged = jax.jit(lambda base, deltas, values: materialize(mix(base, deltas, scales(values))))(
         BASE, DELTAS, values
@@ -78,10 +82,10 @@ def test_materialize(granularity):
         )
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", WHOLE)
 def test_gradients_of_coefficients(granularity):
-    init, scales = GRANULARITIES[granularity](SHAPES)
-    values = init(EXPERTS, 0.3)
+    init, scales, *_ = GRANULARITIES[granularity](SHAPES)
+    values = init(constant(SHAPES, EXPERTS, 0.3))
     cotangents = {name: draw(300 + seed, *SHAPES[name]) for seed, name in enumerate(SHAPES)}
 
     def loss(values, base, deltas, cotangents):
@@ -116,10 +120,11 @@ def test_a_scale_per_row():
 
 
 def test_parameters_without_a_delta_stay_the_base():
-    init, scales = GRANULARITIES["tensor"]({"encoder.*.bias": SHAPES["encoder.*.bias"]})
+    shapes = {"encoder.*.bias": SHAPES["encoder.*.bias"]}
+    init, scales, *_ = GRANULARITIES["tensor"](shapes)
     deltas = {"encoder.*.bias": DELTAS["encoder.*.bias"]}
     nested = {"encoder": {"*": {"bias": BASE["encoder.*.bias"]}}, "head": BASE["logit_scale"]}
-    mixed = mix(nested, deltas, scales(init(EXPERTS, 0.5)))
+    mixed = mix(nested, deltas, scales(init(constant(shapes, EXPERTS, 0.5))))
     assert is_mixture(mixed["encoder"]["*"]["bias"])
     assert mixed["head"] is nested["head"]
     merged = materialize(mixed)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.presets import PRESETS
 from adamerge_jax.recipes import OptimizerRecipe, load_recipe, parse_recipe
 from tests.references import write_recipe
 
@@ -34,14 +35,13 @@ def test_defaults():
     assert recipe.base.path == "base"
     assert recipe.tasks["b"].expert.path == "experts/b"
     assert recipe.tasks["a"].calibration.path == "a.jsonl"
-    assert recipe.coefficients.granularity == "tensor"
-    assert recipe.coefficients.constraint == "clip"
-    assert recipe.initial_coefficient == 0.3
-    assert [term.name for term in recipe.objectives] == ["entropy"]
+    assert recipe.preset == "recommended"
+    assert recipe.coefficients.granularity == PRESETS["recommended"]["coefficients"]["granularity"]
+    assert parse_recipe(recipe.model_dump()) == recipe
 
 
 def test_softmax_starts_at_the_average():
-    recipe = parse_recipe(fields(coefficients={"constraint": "softmax"}))
+    recipe = parse_recipe(fields(coefficients={"constraint": "softmax", "initial": None}))
     assert recipe.initial_coefficient == 0.5
 
 
@@ -64,7 +64,7 @@ def test_paths_may_be_sections():
             "learning.optimizer.lerning_rate",
             "learning_rate",
         ),
-        ({"objectives": [{"nam": "entropy"}]}, "objectives.0.nam", "name"),
+        ({"objectives": [{"name": "entropy", "wieght": 1}]}, "objectives.0.wieght", "weight"),
         ({"tasks": {"a": task(exprt="e")}}, "tasks.a.exprt", "expert"),
         ({"tasks": {"a": task(test={"path": "x", "lable": "y"})}}, "tasks.a.test.lable", "label"),
         # Tasks that are called like fields.
@@ -91,9 +91,10 @@ def test_unknown_fields(changes, unknown, nearest):
         ({"learning": {"steps": "many"}}, "field learning.steps: found 'many';.*integer"),
         ({"learning": {"steps": 0}}, "field learning.steps: found 0;"),
         ({"learning": {"held_out": 1.0}}, "field learning.held_out: found 1.0;"),
-        ({"coefficients": {"granularity": "atom"}}, "found 'atom';.*'task', 'layer' or 'tensor'"),
+        ({"coefficients": {"granularity": "atom"}}, "found 'atom'; expected one of task, layer, "),
+        ({"preset": "adamergin"}, "preset: found 'adamergin'; expected one of adamerging"),
         ({"objectives": []}, r"field objectives: found \[\];"),
-        ({"objectives": [{"name": "entropie"}]}, "found 'entropie';.*'entropy'"),
+        ({"objectives": [{"name": "entropie"}]}, "found 'entropie';.*nearest is 'entropy'"),
         ({"export": {"dtype": "int8"}}, "field export.dtype: found 'int8'"),
         ({"seed": -1}, "field seed: found -1"),
         ({"seed": 1.5, "max_length": 1}, r"field max_length: found 1;.* \(and 1 more\)"),
@@ -129,7 +130,7 @@ def test_a_start_outside_of_the_constraint(constraint, initial, allowed):
         ({"name": "__loader__"}, "optax has no '__loader__'"),
         ({"name": "sgd", "options": {"b1": 0.9}}, "optax.sgd says: .*b1"),
         ({"schedule": "cosine"}, "optimizer.schedule: optax has no 'cosine'; did you mean"),
-        ({"schedule": "cosine_decay_schedule"}, "cosine_decay_schedule says: .*decay_steps"),
+        ({"schedule": "linear_schedule"}, "linear_schedule says: .*end_value"),
         ({"learning_rate": 0}, "field learning.optimizer.learning_rate: found 0"),
     ],
 )
@@ -138,7 +139,7 @@ def test_unusable_optimizers(optimizer, message):
 
 
 def updates(optimizer: OptimizerRecipe, gradients: list[float]) -> list[float]:
-    transformation = optimizer.build()
+    transformation = optimizer.build(steps=10)
     raw = jnp.zeros(())
     state = transformation.init(raw)
     taken = []
@@ -177,6 +178,78 @@ def test_schedules_start_at_the_learning_rate():
     )
     taken = updates(recipe.learning.optimizer, [1.0, 1.0, 1.0])
     np.testing.assert_allclose(taken, [-1.0, -0.5, 0.0])
+
+
+def test_schedules_last_as_long_as_learning():
+    optimizer = {"name": "sgd", "learning_rate": 1.0, "schedule": "cosine_decay_schedule"}
+    recipe = parse_recipe(fields(learning={"steps": 10, "optimizer": optimizer}))
+    taken = updates(recipe.learning.optimizer, [1.0] * 11)
+    np.testing.assert_allclose(taken[5], -0.5, atol=1e-6)
+    np.testing.assert_allclose(taken[10], 0.0, atol=1e-6)
+
+
+def test_weights_by_task():
+    terms = [
+        {"name": "cross_entropy", "weight": {"a": -1}},
+        {"name": "logit_alignment", "weight": {"b": 2.0}},
+    ]
+    labelled = task(calibration={"path": "c", "label": "y"})
+    recipe = parse_recipe(
+        fields(objectives=terms, tasks={"a": labelled, "b": task()}, learning={"control": 0.9})
+    )
+    assert recipe.forgotten == ["a"]
+    objectives = recipe.build_objectives()
+    assert objectives["a"].needs.labels and not objectives["a"].needs.expert
+    assert objectives["b"].needs.expert_logits and not objectives["b"].needs.labels
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"objectives": [{"name": "cross_entropy"}]},
+            r"tasks\.a\.calibration\.label: is missing, and an objective needs labels",
+        ),
+        (
+            {"objectives": [{"name": "entropy", "weight": {"c": 1}}]},
+            r"objectives\.0\.weight: 'c' is no task; the tasks are a, b",
+        ),
+        (
+            {"objectives": [{"name": "entropy", "options": {"temperature": 2}}]},
+            "entropy says: .*temperature.*; its options are none",
+        ),
+        (
+            {"objectives": [{"name": "logit_alignment", "options": {"form": "sharp"}}]},
+            "form is 'sharp', expected 'soft', 'kl' or 'hard'",
+        ),
+        ({"learning": {"control": 0.9}}, "learning.control: nothing is to be forgotten"),
+        (
+            {"objectives": [{"name": "entropy", "weight": -1}], "learning": {"control": 0.9}},
+            "learning.control: every task is to be forgotten",
+        ),
+        (
+            {"coefficients": {"granularity": "importance_chunk"}},
+            "coefficients.coarse: is missing; importance_chunk",
+        ),
+        (
+            {"coefficients": {"granularity": "importance_chunk", "coarse": {"steps": 3}}},
+            "granularity_options: importance_chunk takes one option, budget",
+        ),
+        ({"coefficients": {"granularity": "no.such:thing"}}, "'no.such:thing' cannot be imported"),
+        ({"regularizers": [{"name": "l2"}]}, "regularizers: found 'l2'; expected one of distance"),
+        (
+            {"regularizers": [{"name": "distance", "options": {"p": 0}}]},
+            "p is 0, expected at least",
+        ),
+        ({"interference": [{"name": "ties"}]}, "interference: found 'ties'; expected one of trim"),
+        (
+            {"interference": [{"name": "trim", "options": {"density": 2}}]},
+            "density is 2, expected over 0 and up to 1",
+        ),
+    ],
+)
+def test_combinations_that_make_no_sense(changes, message):
+    refused(message, **changes)
 
 
 def test_files(tmp_path):

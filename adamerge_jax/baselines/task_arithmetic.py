@@ -2,8 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from adamerge_jax import coefficients
-from adamerge_jax.coefficients import Shapes
+from adamerge_jax.granularities import Shapes, constant, task
 
 
 def task_arithmetic(
@@ -19,8 +18,8 @@ def task_arithmetic(
     Returns:
         A scale `[K, ...]` per parameter (`[L, K, ...]` where stacked).
     """
-    granularity = coefficients.task(shapes)
-    return granularity.scales(granularity.init(experts, coefficient))
+    granularity = task(shapes)
+    return granularity.scales(granularity.init(constant(shapes, experts, coefficient)))
 
 
 def average(shapes: Shapes, experts: int) -> dict[str, Float[Array, "..."]]:

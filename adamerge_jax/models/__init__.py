@@ -61,6 +61,8 @@ class Family:
         prefixes: What a checkpoint saved without its head may lack in front of trunk names.
         inputs: Names of the arrays in a batch, the first one required.
         max_tokens: The longest text that a model of this config can read; None for images.
+        heads: Name patterns of parameters with attention heads side by side, and the axis they lie
+            along: 0 for projections to queries, keys and values, 1 for the output projection.
         auto_class: The `transformers` class that loads a task's model, or None where a head is
             no part of a checkpoint.
         base_only: Name patterns of trunk parameters that an expert may lack, and which then stay
@@ -68,6 +70,7 @@ class Family:
         ignored: Name patterns of tensors in a checkpoint that are no parameters.
         ignored_in_experts: Name patterns of parameters outside the trunk that an expert may bring
             and that are not used.
+        attention_heads: Number of attention heads, from a config.
     """
 
     trunk: Callable[[PretrainedConfig, Rematerialize], nnx.Module]
@@ -75,10 +78,12 @@ class Family:
     prefixes: tuple[str, ...]
     inputs: tuple[str, ...]
     max_tokens: Callable[[PretrainedConfig], int | None]
+    heads: Mapping[str, int]
     auto_class: str | None
     base_only: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("*.position_ids",)
     ignored_in_experts: tuple[str, ...] = ()
+    attention_heads: Callable[[PretrainedConfig], int] = lambda config: config.num_attention_heads
 
     def build_trunk(
         self, config: PretrainedConfig, rematerialize: Rematerialize = "elementwise"
@@ -91,12 +96,20 @@ class Family:
         return Network(partial(self.head, config))
 
 
+_BERT_HEADS = {
+    "*.attention.self.query.*": 0,
+    "*.attention.self.key.*": 0,
+    "*.attention.self.value.*": 0,
+    "*.attention.output.dense.weight": 1,
+}
+
 _ROBERTA = Family(
     trunk=RobertaTrunk,
     head=RobertaHead,
     prefixes=("roberta.",),
     inputs=("input_ids", "attention_mask", "token_type_ids"),
     max_tokens=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+    heads=_BERT_HEADS,
     auto_class="AutoModelForSequenceClassification",
 )
 
@@ -107,6 +120,7 @@ FAMILIES = {
         prefixes=("bert.",),
         inputs=("input_ids", "attention_mask", "token_type_ids"),
         max_tokens=lambda config: config.max_position_embeddings,
+        heads=_BERT_HEADS,
         auto_class="AutoModelForSequenceClassification",
     ),
     "roberta": _ROBERTA,
@@ -118,6 +132,12 @@ FAMILIES = {
         prefixes=("vit.",),
         inputs=("pixel_values",),
         max_tokens=lambda config: None,
+        heads={
+            "*.attention.attention.query.*": 0,
+            "*.attention.attention.key.*": 0,
+            "*.attention.attention.value.*": 0,
+            "*.attention.output.dense.weight": 1,
+        },
         auto_class="AutoModelForImageClassification",
     ),
     "clip": Family(
@@ -126,6 +146,13 @@ FAMILIES = {
         prefixes=("vision_model.",),
         inputs=("pixel_values",),
         max_tokens=lambda config: None,
+        heads={
+            "*.self_attn.q_proj.*": 0,
+            "*.self_attn.k_proj.*": 0,
+            "*.self_attn.v_proj.*": 0,
+            "*.self_attn.out_proj.weight": 1,
+        },
+        attention_heads=lambda config: config.vision_config.num_attention_heads,
         auto_class=None,
         base_only=("visual_projection.*",),
         ignored_in_experts=("text_model.*", "text_projection.*", "logit_scale"),

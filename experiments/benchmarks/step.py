@@ -31,10 +31,11 @@ from rich.table import Table
 from transformers import CLIPConfig, PretrainedConfig, ViTConfig
 
 from adamerge_jax.calibration import Batch
-from adamerge_jax.coefficients import CONSTRAINTS, tensor
+from adamerge_jax.coefficients import CONSTRAINTS
+from adamerge_jax.granularities import constant, tensor
 from adamerge_jax.learning import Frozen, forward_with_heads, make_learner
 from adamerge_jax.models import family_of
-from adamerge_jax.objectives import OBJECTIVES
+from adamerge_jax.objectives import Targets, entropy
 from adamerge_jax.task_vectors import DenseDelta
 
 IMAGES_PER_TASK = 16
@@ -79,12 +80,12 @@ def plain_step(size: str) -> Callable[[], object]:
     heads = jax.device_put([arrays(head.shapes, generator) for _ in range(experts)])
     forward = forward_with_heads(trunk, [head] * experts)
     inputs = {"pixel_values": jnp.asarray(pixels_of(config, experts))}
-    entropy = OBJECTIVES["entropy"].value
+    value = entropy().value
 
     @jax.jit
     def step(parameters, heads, inputs):
         def loss(parameters):
-            return sum(entropy(o, None).mean() for o in forward(parameters, heads, inputs))
+            return sum(value(o, Targets()).mean() for o in forward(parameters, heads, inputs))
 
         return jax.grad(loss)(parameters)
 
@@ -103,17 +104,19 @@ def learning_step(size: str, rematerialize: str) -> Callable[[], object]:
         name: DenseDelta(jax.device_put(array))
         for name, array in arrays(trunk.shapes, generator, (experts,)).items()
     }
-    granularity = tensor({name: leaf.shape for name, leaf in trunk.shapes.items()})
+    shapes = {name: leaf.shape for name, leaf in trunk.shapes.items()}
+    granularity = tensor(shapes)
     learner = make_learner(
         forward_with_heads(trunk, [head] * experts),
         granularity,
         CONSTRAINTS["clip"],
-        OBJECTIVES["entropy"],
+        entropy(),
         optax.adam(1e-3),
     )
-    state = learner.init(granularity.init(experts, 0.3))
+    state = learner.init(granularity.init(constant(shapes, experts, 0.3)))
     weights = np.full((experts, IMAGES_PER_TASK), 1 / IMAGES_PER_TASK, np.float32)
-    batch = Batch({"pixel_values": jnp.asarray(pixels_of(config, experts))}, weights)
+    pixels = {"pixel_values": jnp.asarray(pixels_of(config, experts))}
+    batch = Batch(pixels, weights, [Targets()] * experts)
     frozen = Frozen(base, deltas, heads)
     return lambda: jax.block_until_ready(learner.step(state, frozen, batch))
 

@@ -1,0 +1,593 @@
+"""Granularities: which parameters share a merge coefficient, from one per expert to one per row.
+
+A granularity is a function of the parameters' shapes, and perhaps options, that returns a
+`Granularity`: how coefficients start, and which scale they are for each parameter. It knows names
+and shapes, never models. To use one of your own, pass it to `make_learner`, or name it in a recipe
+as `package.module:function`.
+
+Coefficients live in a dictionary from group name to an array `[G, K, ...]`: G layers of a stack (1
+where nothing is stacked), K experts.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.names import STACKED, is_stacked, matches, unstack
+from adamerge_jax.registries import call_registered
+from adamerge_jax.task_vectors import ChunkedDelta, Delta, FactoredDelta
+
+Values = Mapping[str, Float[Array, "G K ..."]]
+"""Coefficients (or what a constraint maps to them) by group."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Parameter shapes by name, `(L, *shape)` where the name is stacked."""
+
+PerTensor = Mapping[str, Float[Array, "G K"]]
+"""One coefficient per parameter and expert: `[L, K]` where the name is stacked, else `[1, K]`."""
+
+
+class Granularity(NamedTuple):
+    """Which parameters share a coefficient.
+
+    Attributes:
+        init: `PerTensor -> Values`, where every coefficient is that of the tensors it is for, on
+            average.
+        scales: `Values -> {parameter name: scale}`, each scale `[K, ...]` (`[L, K, ...]` where the
+            parameter is stacked), for the delta that `prepare` returns.
+        prepare: `(name, delta) -> delta`, in the representation that the scale is for.
+        units: How tensors share coefficients, in words, by parameter name: `whole`, `by row`, ...
+    """
+
+    init: Callable[[PerTensor], Values]
+    scales: Callable[[Values], dict[str, Float[Array, "..."]]]
+    prepare: Callable[[str, Delta], Delta] = lambda name, delta: delta
+    units: Mapping[str, str] = {}
+
+
+def task(shapes: Shapes) -> Granularity:
+    """One coefficient per expert: task-wise AdaMerging (Yang et al., 2024, eq. 5)."""
+    return _shared(shapes, lambda name: "all", "all together")
+
+
+def layer(shapes: Shapes) -> Granularity:
+    """One coefficient per expert and layer.
+
+    A numbered block is a layer. So is each module beside the blocks: embeddings, a final norm, a
+    pooler, a projection.
+    """
+    return _shared(shapes, lambda name: layer_of(name, shapes), "by layer")
+
+
+def tensor(shapes: Shapes) -> Granularity:
+    """One coefficient per expert and parameter tensor: AdaMerging's "layer-wise" (eq. 6)."""
+    return _shared(shapes, lambda name: name, "whole")
+
+
+def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity:
+    """One coefficient per expert and group of parameters that name patterns pick.
+
+    Args:
+        shapes: Of the parameters.
+        patterns: By group, patterns such as `*.attention.*` or `encoder.layer.3.*`; the first
+            group that fits a parameter's name (without `*`) takes it. What fits none is in the
+            group `others`.
+
+    Raises:
+        InputError: A group's patterns are no list.
+    """
+    for group, own in patterns.items():
+        if isinstance(own, str):
+            raise InputError(f"the patterns of {group!r} are {own!r}, expected a list")
+
+    def group_of(name: str) -> str:
+        return next((group for group in patterns if matches(name, patterns[group])), "others")
+
+    members = {name: [group_of(each) for each in _tensors(name, shapes)] for name in shapes}
+    used = {group for groups in members.values() for group in groups}
+
+    def init(start: PerTensor) -> Values:
+        collected: dict[str, list[Array]] = {group: [] for group in sorted(used)}
+        for name, groups in members.items():
+            for group, values in zip(groups, start[name], strict=True):
+                collected[group].append(values)
+        return {group: _mean(jnp.stack(each))[None] for group, each in collected.items()}
+
+    def scales(values: Values) -> dict[str, Array]:
+        return {
+            name: _broadcastable(
+                name, shapes[name], jnp.concatenate([values[group] for group in groups])
+            )
+            for name, groups in members.items()
+        }
+
+    return Granularity(init, scales, units=dict.fromkeys(shapes, "by group"))
+
+
+def row(shapes: Shapes) -> Granularity:
+    """One coefficient per expert and output unit: the rows of each weight matrix.
+
+    Vectors and embedding tables have one coefficient each.
+    """
+    return _split(shapes, lambda name, shape: _along(shape, 0, shape[0], "by row"))
+
+
+def column(shapes: Shapes) -> Granularity:
+    """One coefficient per expert and input unit: the columns of each weight matrix.
+
+    Vectors and embedding tables have one coefficient each.
+    """
+    return _split(shapes, lambda name, shape: _along(shape, 1, shape[1], "by column"))
+
+
+def head(shapes: Shapes, heads: Mapping[str, tuple[int, int]]) -> Granularity:
+    """One coefficient per expert and attention head, one per tensor elsewhere.
+
+    Args:
+        shapes: Of the parameters.
+        heads: By name pattern, the axis along which the heads lie side by side and their number:
+            axis 0 (rows) for projections to queries, keys and values, 1 for the output projection.
+
+    Raises:
+        InputError: No parameter has heads, or the axis is no multiple of their number.
+    """
+    if any(count < 1 for _, count in heads.values()):
+        raise InputError("heads: their number must be at least 1")
+
+    def split(name: str, shape: tuple[int, ...]) -> "_Split | None":
+        for pattern, (axis, count) in heads.items():
+            if matches(name, [pattern]) and axis < len(shape):
+                if shape[axis] % count:
+                    raise InputError(
+                        f"{name} has {shape[axis]} units along axis {axis}, "
+                        f"which is no multiple of {count} heads"
+                    )
+                return _along(shape, axis, count, "by head")
+        return None
+
+    granularity = _split(shapes, split, vectors=True)
+    if "by head" not in granularity.units.values():
+        raise InputError("no merged parameter has attention heads; take another granularity")
+    return granularity
+
+
+def chunk(shapes: Shapes, pieces: int | Mapping[str, int]) -> Granularity:
+    """One coefficient per expert and contiguous piece of the flattened tensor (Expert Merging).
+
+    A piece holds `ceil(size / pieces)` entries, the last one perhaps fewer. Vectors and embedding
+    tables have one coefficient each.
+
+    Args:
+        shapes: Of the parameters.
+        pieces: How many pieces, or how many by name pattern: the first that fits counts, and what
+            fits none is not cut. Layers of one stack that differ in their number of pieces must
+            have numbers that divide the largest, and that one the tensor's size.
+
+    Raises:
+        InputError: A tensor has fewer entries than pieces, or a stack cannot be cut as asked.
+    """
+    counts = {name: _pieces_of(name, shapes, pieces) for name in shapes}
+
+    def split(name: str, shape: tuple[int, ...]) -> "_Split | None":
+        most = max(counts[name])
+        return _pieces(most) if most > 1 else None
+
+    uniform = _split(
+        shapes,
+        split,
+        prepare=lambda name, delta: ChunkedDelta.of(
+            delta, max(counts[name]), stacked=is_stacked(name)
+        ),
+    )
+    uneven = {name: counts[name] for name in shapes if len(set(counts[name])) > 1}
+    if not uneven:
+        return uniform
+
+    # Layers of one stack with unlike numbers of pieces: a group for each, and in the scan as many
+    # pieces as the most finely cut layer has, some of which share their coefficient.
+    even = [name for name in shapes if name not in uneven]
+
+    def init(start: PerTensor) -> Values:
+        values = uniform.init(start)
+        ragged = {
+            each: jnp.broadcast_to(own[None, :, None], (1, len(own), count))
+            for name in uneven
+            for each, own, count in zip(
+                _tensors(name, shapes), start[name], counts[name], strict=True
+            )
+        }
+        return {name: values[name] for name in even} | ragged
+
+    def scales(values: Values) -> dict[str, Array]:
+        stacked = {name: values[name] for name in even}
+        for name in uneven:
+            most = max(counts[name])
+            layers = [
+                jnp.repeat(values[each], most // count, axis=2)
+                for each, count in zip(_tensors(name, shapes), counts[name], strict=True)
+            ]
+            stacked[name] = jnp.concatenate(layers)
+        return uniform.scales(stacked)
+
+    units = {name: f"in up to {max(counts[name])} pieces" for name in uneven}
+    return uniform._replace(init=init, scales=scales, units=dict(uniform.units) | units)
+
+
+def partition(shapes: Shapes, groups: int, seed: int = 0) -> Granularity:
+    """One coefficient per expert and random group of a tensor's entries: aTLAS xK.
+
+    (Zhang et al., NeurIPS 2024, section 5.3.) Groups are of one size, up to rounding; tensors of
+    one shape are split alike, as in the paper. Vectors and embedding tables have one coefficient
+    each.
+
+    Args:
+        shapes: Of the parameters.
+        groups: Number of groups of every tensor.
+        seed: Of the assignment.
+
+    Raises:
+        InputError: A tensor has fewer entries than groups.
+    """
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected at least 0")
+    for name in shapes:
+        _pieces_of(name, shapes, groups)
+    return _split(
+        shapes,
+        lambda name, shape: _pieces(groups)._replace(unit=f"in {groups} random parts"),
+        prepare=lambda name, delta: ChunkedDelta.of(
+            delta, groups, stacked=is_stacked(name), seed=seed
+        ),
+    )
+
+
+def singular(shapes: Shapes, rank: int) -> Granularity:
+    """One coefficient per expert and leading singular direction of what it changed in a matrix.
+
+    With `tau_k = sum_i s_ki u_ki v_ki^T`, the directions `i <= rank` have a coefficient each and
+    the rest of the sum has one more. (Cf. AdaRank, Lee et al., 2025, which learns which directions
+    to keep, and TSV, Gargiulo et al., CVPR 2025.) Vectors, embedding tables and what is no matrix
+    have one coefficient each.
+
+    Args:
+        shapes: Of the parameters.
+        rank: Number of leading directions.
+
+    Raises:
+        InputError: A matrix has fewer than `rank` singular directions.
+    """
+    if rank < 1:
+        raise InputError(f"rank is {rank}, expected at least 1")
+
+    def split(name: str, shape: tuple[int, ...]) -> "_Split | None":
+        if len(shape) != 2:
+            return None
+        if rank > min(shape):
+            raise InputError(
+                f"{name} of shape {shape} has {min(shape)} singular "
+                f"directions, fewer than rank {rank}"
+            )
+        return _Split(rank + 1, lambda values: values, "by singular direction")
+
+    return _split(shapes, split, prepare=lambda name, delta: FactoredDelta.of(delta, rank))
+
+
+GRANULARITIES: dict[str, Callable[..., Granularity]] = {
+    "task": task,
+    "layer": layer,
+    "tensor": tensor,
+    "groups": groups,
+    "row": row,
+    "column": column,
+    "head": head,
+    "chunk": chunk,
+    "partition": partition,
+    "singular": singular,
+}
+"""Granularities by their names in a recipe."""
+
+
+def make_granularity(name: str, options: Mapping[str, Any], shapes: Shapes) -> Granularity:
+    """The granularity of a recipe.
+
+    Args:
+        name: A key of `GRANULARITIES`, or `package.module:function`.
+        options: Further arguments of the function.
+        shapes: Of the parameters.
+
+    Raises:
+        InputError: There is no such granularity, or it refuses an option or a shape.
+    """
+    return call_registered(
+        "coefficients.granularity", GRANULARITIES, name, options, arguments=(shapes,)
+    )
+
+
+def constant(shapes: Shapes, experts: int, value: float) -> PerTensor:
+    """The same coefficient for all experts and tensors."""
+    return {
+        name: jnp.full((_layers(name, shape), experts), value, jnp.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def per_tensor(
+    granularity: Granularity, values: Values, shapes: Shapes, experts: int
+) -> dict[str, Float[Array, "G K"]]:
+    """The mean coefficient of each tensor and expert, from coefficients of any granularity.
+
+    A piece of a tensor counts by the number of scales it has, which is that of its pieces.
+    """
+    return {
+        name: scale.reshape(_layers(name, shapes[name]), experts, -1).mean(-1)
+        for name, scale in granularity.scales(values).items()
+    }
+
+
+def count_units(granularity: Granularity, values: Values, shapes: Shapes) -> str:
+    """How many coefficients there are and where, in words."""
+    total = sum(array.size for array in values.values())
+    tensors: dict[str, int] = {}
+    for name, unit in granularity.units.items():
+        tensors[unit] = tensors.get(unit, 0) + _layers(name, shapes[name])
+    where = ", ".join(f"{count} tensors {unit}" for unit, count in tensors.items())
+    return f"{total:,} coefficients" + (f" ({where})" if where else "")
+
+
+def importance_pieces(
+    shapes: Shapes,
+    coefficients: Mapping[str, Float[np.ndarray, " K"]],
+    magnitudes: Mapping[str, Float[np.ndarray, " K"]],
+    budget: int,
+) -> dict[str, int]:
+    """How many pieces each tensor is cut into, by its importance: the ++ of Expert Merging.
+
+    The importance of tensor t is
+
+        s_t = c_t / sum(c) + m_t / sum(m) + p_t / sum(p)
+
+    with `c_t` the mean over experts of its learned `|lambda|`, `m_t` the mean over experts of the
+    norm `||tau||_2` of its task vectors, and `p_t` its number of entries. Every tensor starts as
+    one piece. Again and again the one with the largest importance per piece, `s_t / n_t`, is cut
+    twice as finely, as long as the budget lasts and the pieces stay of one size; unimportant
+    tensors are never cut. (Zhang et al., 2025, score a layer by the same three quantities.)
+
+    Args:
+        shapes: Of the tensors, by names without `*`.
+        coefficients: Learned ones, per tensor.
+        magnitudes: Norms of the task vectors, per tensor.
+        budget: Largest number of coefficients of all K experts together.
+
+    Raises:
+        InputError: The budget is under one coefficient per tensor and expert.
+    """
+    names = list(shapes)
+    experts = len(coefficients[names[0]])
+    require_budget(budget, experts, len(names))
+    quantities = (
+        np.array([np.abs(coefficients[name]).mean() for name in names]),
+        np.array([magnitudes[name].mean() for name in names]),
+        np.array([prod(shapes[name]) for name in names], float),
+    )
+    score = sum(each / max(each.sum(), np.finfo(float).tiny) for each in quantities)
+    pieces = np.ones(len(names), int)
+    open_ = np.array([_can_be_split(name, shapes[name]) for name in names])
+    sizes = quantities[2].astype(int)
+    while True:
+        open_ &= (sizes % (2 * pieces) == 0) & (experts * (pieces.sum() + pieces) <= budget)
+        if not open_.any():
+            return dict(zip(names, pieces.tolist(), strict=True))
+        pieces[np.argmax(np.where(open_, score / pieces, -1))] *= 2
+
+
+def require_budget(budget: int, experts: int, tensors: int) -> None:
+    """Refuses a budget under one coefficient per tensor and expert.
+
+    Raises:
+        InputError: Says how large it must be.
+    """
+    if budget < experts * tensors:
+        raise InputError(
+            f"coefficients.granularity_options.budget: {budget} is under one coefficient for each "
+            f"of {experts} experts and {tensors} merged tensors; raise it to at least "
+            f"{experts * tensors}"
+        )
+
+
+class _Split(NamedTuple):
+    """How one tensor is split.
+
+    Attributes:
+        count: Number of coefficients of an expert.
+        expand: From `[..., K, count]` to the scale.
+        unit: How the tensor shares coefficients, in words.
+    """
+
+    count: int
+    expand: Callable[[Array], Array]
+    unit: str
+
+
+def _along(shape: tuple[int, ...], axis: int, count: int, unit: str) -> _Split:
+    """`count` equal parts along an axis."""
+
+    def expand(values: Array) -> Array:
+        if count != shape[axis]:
+            values = jnp.repeat(values, shape[axis] // count, axis=-1)
+        tail = [size if position == axis else 1 for position, size in enumerate(shape)]
+        return values.reshape(*values.shape[:-1], *tail)
+
+    return _Split(count, expand, unit)
+
+
+def _pieces(count: int) -> _Split:
+    """Pieces of a `ChunkedDelta`."""
+    return _Split(count, lambda values: values[..., None], f"in {count} pieces")
+
+
+def _split(
+    shapes: Shapes,
+    split: Callable[[str, tuple[int, ...]], _Split | None],
+    prepare: Callable[[str, Delta], Delta] = lambda name, delta: delta,
+    vectors: bool = False,
+) -> Granularity:
+    """A granularity with tensors split into parts, one group per parameter.
+
+    Args:
+        shapes: Of the parameters.
+        split: From name and shape (without L) to how it is split, or None for not at all.
+        prepare: For the deltas of parameters that are split.
+        vectors: Whether vectors may be split too.
+    """
+    splits = {}
+    for name, shape in shapes.items():
+        own = shape[1:] if is_stacked(name) else shape
+        if (found := _can_be_split(name, own, vectors) and split(name, own)) and found.count > 1:
+            splits[name] = found
+
+    def init(start: PerTensor) -> Values:
+        return {
+            name: jnp.asarray(
+                jnp.repeat(start[name][..., None], splits[name].count, axis=-1)
+                if name in splits
+                else start[name],
+                jnp.float32,
+            )
+            for name in sorted(shapes)
+        }
+
+    def scale(name: str, values: Array) -> Array:
+        if name not in splits:
+            return _broadcastable(name, shapes[name], values)
+        return splits[name].expand(values if is_stacked(name) else values[0])
+
+    return Granularity(
+        init,
+        lambda values: {name: scale(name, values[name]) for name in shapes},
+        lambda name, delta: prepare(name, delta) if name in splits else delta,
+        {name: splits[name].unit if name in splits else "whole" for name in shapes},
+    )
+
+
+def _shared(shapes: Shapes, group_of: Callable[[str], str], unit: str) -> Granularity:
+    """A granularity with whole parameters in its groups."""
+    members: dict[str, list[str]] = {}
+    for name in sorted(shapes, key=group_of):
+        members.setdefault(group_of(name), []).append(name)
+
+    def init(start: PerTensor) -> Values:
+        values = {}
+        for group, names in members.items():
+            own = [start[name] for name in names]
+            stacked = is_stacked(group)
+            mean = _mean(jnp.stack(own)) if stacked else _mean(jnp.concatenate(own))[None]
+            values[group] = mean.astype(jnp.float32)
+        return values
+
+    def scales(values: Values) -> dict[str, Array]:
+        return {
+            name: _broadcastable(name, shapes[name], values[group])
+            for group, names in members.items()
+            for name in names
+        }
+
+    return Granularity(init, scales, units=dict.fromkeys(shapes, unit))
+
+
+def _mean(values: Float[Array, "N ..."]) -> Float[Array, "..."]:
+    """The mean over the first axis; exact where all are equal, as at a constant start."""
+    return values[0] + (values - values[0]).mean(0)
+
+
+def _broadcastable(
+    name: str, shape: tuple[int, ...], values: Float[Array, "G K"]
+) -> Float[Array, "..."]:
+    """The scale of a parameter that is not split: `[K, 1, ...]`, or `[L, K, 1, ...]`."""
+    if not is_stacked(name):
+        return values[0].reshape(-1, *(1 for _ in shape))
+    values = jnp.broadcast_to(values, (shape[0], values.shape[1]))
+    return values.reshape(*values.shape, *(1 for _ in shape[1:]))
+
+
+def _can_be_split(name: str, shape: tuple[int, ...], vectors: bool = False) -> bool:
+    """Whether parts of a tensor may have coefficients of their own.
+
+    Rows of an embedding table are tokens, most of which the calibration data never shows; entries
+    of a vector are too few examples of anything.
+    """
+    return "embed" not in name and (len(shape) >= 2 or (vectors and len(shape) == 1))
+
+
+def _pieces_of(name: str, shapes: Shapes, pieces: int | Mapping[str, int]) -> list[int]:
+    """The number of pieces of each tensor that a parameter stands for."""
+    numbers = pieces.values() if isinstance(pieces, Mapping) else [pieces]
+    if not all(isinstance(number, int) for number in numbers):
+        raise InputError(f"the number of pieces is {pieces!r}, expected a whole number")
+    shape = shapes[name]
+    own = shape[1:] if is_stacked(name) else shape
+    if not _can_be_split(name, own):
+        return [1] * _layers(name, shape)
+    counts = []
+    for each in _tensors(name, shapes):
+        count = pieces
+        if not isinstance(pieces, int):
+            count = next((n for pattern, n in pieces.items() if matches(each, [pattern])), 1)
+        if not 1 <= count <= prod(own):
+            raise InputError(
+                f"{each} has {prod(own)} entries and cannot be cut into {count} pieces"
+            )
+        counts.append(count)
+    most = max(counts)
+    if len(set(counts)) > 1 and (prod(own) % most or any(most % count for count in counts)):
+        raise InputError(
+            f"the layers of {name} cannot be cut into "
+            f"{', '.join(map(str, counts))} pieces; each number must divide the largest, and that "
+            f"one the tensor's {prod(own)} entries"
+        )
+    return counts
+
+
+def _layers(name: str, shape: tuple[int, ...]) -> int:
+    return shape[0] if is_stacked(name) else 1
+
+
+def _tensors(name: str, shapes: Shapes) -> list[str]:
+    """The names without `*` that a parameter stands for."""
+    return unstack(name, shapes[name][0]) if is_stacked(name) else [name]
+
+
+def layer_of(name: str, names: Iterable[str]) -> str:
+    """The layer that a parameter belongs to, among the parameters `names` of one model.
+
+    `encoder.layer.*.output.dense.weight` is in `encoder.layer.*`; a parameter outside the numbered
+    blocks is in the outermost module that holds none of them.
+    """
+    block = _numbered_block(name)
+    if block:
+        return block
+    holders = {
+        ".".join(parts[:depth])
+        for other in names
+        if (parts := _numbered_block(other).split(".")[:-1])
+        for depth in range(1, len(parts) + 1)
+    }
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        module = ".".join(parts[:depth])
+        if module not in holders:
+            return module
+    return name
+
+
+def _numbered_block(name: str) -> str:
+    """The name up to its first number (or `*`), or nothing where it has none."""
+    parts = name.split(".")
+    for depth, part in enumerate(parts, start=1):
+        if part == STACKED or part.isdigit():
+            return ".".join(parts[:depth])
+    return ""

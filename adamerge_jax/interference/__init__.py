@@ -1,0 +1,96 @@
+"""What is done to task vectors before mixing, so that experts are less in each other's way.
+
+A step is a pair of pure functions, and steps are chained as optax chains transformations:
+
+    ties = [trim(density=0.2), elect_sign(), disjoint_mean()]
+
+`fit` looks once at all task vectors, where a step needs to know something of the whole model;
+`apply` changes one tensor. So learning and folding, which reads tensor by tensor, do the same.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adamerge_jax.interference.dare import drop_and_rescale
+from adamerge_jax.interference.step import Step
+from adamerge_jax.interference.ties import disjoint_mean, elect_sign, trim
+from adamerge_jax.registries import call_registered
+
+__all__ = [
+    "STEPS",
+    "FittedStep",
+    "Step",
+    "apply_steps",
+    "disjoint_mean",
+    "drop_and_rescale",
+    "elect_sign",
+    "fit_steps",
+    "make_step",
+    "trim",
+]
+
+STEPS: dict[str, Callable[..., Step]] = {
+    "trim": trim,
+    "elect_sign": elect_sign,
+    "disjoint_mean": disjoint_mean,
+    "drop_and_rescale": drop_and_rescale,
+}
+"""Interference steps by their names in a recipe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedStep:
+    """A step that has seen all task vectors, as a coefficients file keeps it.
+
+    Attributes:
+        name: Its name in a recipe.
+        options: Its options.
+        fitted: What it learned of the whole model: plain numbers.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    fitted: Any = None
+
+
+def make_step(name: str, options: Mapping[str, Any]) -> Step:
+    """The step of a recipe.
+
+    Raises:
+        InputError: There is no such step, or it refuses an option.
+    """
+    return call_registered("interference", STEPS, name, options)
+
+
+def fit_steps(
+    steps: Sequence[FittedStep], task_vectors: Mapping[str, np.ndarray]
+) -> tuple[FittedStep, ...]:
+    """Runs the steps one after the other, in place.
+
+    Args:
+        steps: In their order; what they were fitted to before is forgotten.
+        task_vectors: `[K, *shape]` by tensor name; each is changed in place.
+
+    Returns:
+        The steps with what they learned.
+    """
+    if not task_vectors:
+        return tuple(steps)
+    done = []
+    for step in steps:
+        function = make_step(step.name, step.options)
+        fitted = function.fit(task_vectors)
+        for name, values in task_vectors.items():
+            values[...] = function.apply(name, values, fitted)
+        done.append(dataclasses.replace(step, fitted=fitted))
+    return tuple(done)
+
+
+def apply_steps(steps: Sequence[FittedStep], name: str, values: np.ndarray) -> np.ndarray:
+    """What fitted steps make of one tensor's task vectors, `[K, *shape]`."""
+    for step in steps:
+        values = make_step(step.name, step.options).apply(name, values, step.fitted)
+    return values

@@ -1,0 +1,29 @@
+"""DARE (Yu et al., ICML 2024): drop entries at random and rescale the others."""
+
+from zlib import crc32
+
+import numpy as np
+
+from adamerge_jax.interference.step import Step
+
+
+def drop_and_rescale(drop: float = 0.9, seed: int = 0) -> Step:
+    """Sets a random part of each task vector to 0 and divides the rest by the part that stays.
+
+    Args:
+        drop: Probability with which an entry is dropped, from 0 and under 1.
+        seed: Of the draw, which depends on it, the tensor's name and the expert's position alone.
+    """
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop is {drop}, expected from 0 and under 1")
+
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, expected at least 0")
+
+    def apply(name: str, values: np.ndarray, fitted: None) -> np.ndarray:
+        generator = np.random.default_rng([seed, crc32(name.encode())])
+        kept = generator.random(values.shape, dtype=np.float32) >= drop
+        rescaled = values.astype(np.float32) / np.float32(1 - drop)
+        return np.where(kept, rescaled, 0).astype(values.dtype)
+
+    return Step(apply)

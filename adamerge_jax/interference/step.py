@@ -1,0 +1,23 @@
+"""What an interference step is."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def _nothing_to_fit(task_vectors: Mapping[str, np.ndarray]) -> None:
+    return None
+
+
+class Step(NamedTuple):
+    """One change of task vectors.
+
+    Attributes:
+        apply: `(tensor name, values [K, *shape], fitted) -> values [K, *shape]`.
+        fit: From all task vectors `[K, *shape]` by tensor name to what `apply` must know of the
+            whole model, as numbers and lists that JSON can hold.
+    """
+
+    apply: Callable[[str, np.ndarray, Any], np.ndarray]
+    fit: Callable[[Mapping[str, np.ndarray]], Any] = _nothing_to_fit

@@ -1,0 +1,349 @@
+"""From a recipe and its workspace to learned coefficients: the steps of a merge in their order."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from adamerge_jax import learning
+from adamerge_jax.calibration import Calibration, calibrate
+from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, unstack_values
+from adamerge_jax.errors import InputError
+from adamerge_jax.granularities import (
+    Granularity,
+    PerTensor,
+    Shapes,
+    Values,
+    constant,
+    count_units,
+    importance_pieces,
+    make_granularity,
+    require_budget,
+)
+from adamerge_jax.interference import FittedStep
+from adamerge_jax.loading import Models, load_task_vectors, load_trunk
+from adamerge_jax.mixing import materialize, mix
+from adamerge_jax.names import is_stacked, matches
+from adamerge_jax.objectives import Needs
+from adamerge_jax.recipes import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
+from adamerge_jax.targets import StoredTargets, ask_expert
+from adamerge_jax.task_vectors import Delta, DenseDelta
+from adamerge_jax.workspace import Workspace
+
+Watch = Callable[[str, int], AbstractContextManager[Callable[[learning.Progress], None]]]
+"""`(what is learned, steps) -> what is called with every step's progress`."""
+
+
+class Problem(NamedTuple):
+    """All that learning starts from.
+
+    Attributes:
+        recipe: Says how to learn.
+        workspace: Models and data.
+        base: Parameters of the base.
+        deltas: The experts' dense task vectors, after the interference steps.
+        mixed: Names without `*` of the tensors that are mixed.
+        interference: The interference steps, with what they learned of the task vectors.
+        calibration: Batches, with the targets that the objective needs.
+    """
+
+    recipe: Recipe
+    workspace: Workspace
+    base: dict[str, Array]
+    deltas: dict[str, DenseDelta]
+    mixed: list[str]
+    interference: tuple[FittedStep, ...]
+    calibration: Calibration
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of the mixed parameters, `(L, *shape)` where stacked."""
+        return {name: self.workspace.models.shapes[name] for name in self.deltas}
+
+    @property
+    def experts(self) -> int:
+        """K."""
+        return len(self.workspace.models.experts)
+
+
+class Merge(NamedTuple):
+    """A learned merge.
+
+    Attributes:
+        coefficients: The artefact.
+        granularity: Which parameters share a coefficient.
+        values: The coefficients by group, `[G, K, ...]`.
+        deltas: Task vectors as the granularity prepared them.
+    """
+
+    coefficients: Coefficients
+    granularity: Granularity
+    values: Values
+    deltas: Mapping[str, Delta]
+
+    @property
+    def scales(self) -> dict[str, Array]:
+        """The scale of each parameter, for `deltas`."""
+        return self.granularity.scales({g: jnp.asarray(v) for g, v in self.values.items()})
+
+    def parameters(self, base: Mapping[str, Array]) -> dict[str, Array]:
+        """The merged model's parameters."""
+        return merged_parameters(base, self.deltas, self.scales)
+
+
+merged_parameters = jax.jit(lambda base, deltas, scales: materialize(mix(base, deltas, scales)))
+"""`(base, deltas, scales) -> parameters` of the merged model, all at once."""
+
+
+def pose(recipe: Recipe, workspace: Workspace) -> Problem:
+    """Reads task vectors and asks the experts for what the objective needs.
+
+    Raises:
+        InputError: No expert differs from the base, an objective asks for a layer that the model
+            does not have, or there are too few calibration examples.
+    """
+    models = workspace.models
+    calibration = calibrate(
+        workspace.data.calibration,
+        batch_size=recipe.learning.batch_size,
+        held_out=recipe.learning.held_out,
+        seed=recipe.seed,
+    )
+    needs = {task: objective.needs for task, objective in recipe.build_objectives().items()}
+    _require_layers(needs, models.shapes)
+    deltas, mixed, interference = load_task_vectors(
+        models, workspace.dtype, recipe.build_interference()
+    )
+    if not deltas:
+        raise InputError("no expert differs from the base in any parameter that is merged")
+    # What does not fit is to be known before anything is learned or written.
+    if recipe.coefficients.granularity == IMPORTANCE_CHUNK:
+        require_budget(
+            recipe.coefficients.granularity_options["budget"], len(models.experts), len(mixed)
+        )
+    else:
+        shapes = {name: models.shapes[name] for name in deltas}
+        make_granularity(*_granularity(recipe, models), shapes)
+        _require_used_patterns(recipe, mixed)
+    if recipe.learning.control is not None:
+        # What is controlled without labels is the agreement with the experts.
+        needs = {task: own._replace(expert_logits=True) for task, own in needs.items()}
+    targets, elsewhere = dict(calibration.targets), {}
+    for task, own in needs.items():
+        if own.expert:
+            parameters = workspace.expert(task)
+            targets[task] = _ask_expert(recipe, workspace, parameters, task, own)
+        if own.elsewhere:
+            elsewhere[task] = {
+                other: workspace.evaluator.logits(parameters, task, examples)
+                for other, examples in workspace.data.calibration.items()
+                if other != task
+            }
+    calibration = calibration._replace(
+        targets=targets,
+        strong_view=any(own.strong_view for own in needs.values()),
+        elsewhere=elsewhere,
+    )
+    base = load_trunk(models, models.base, workspace.dtype)
+    return Problem(recipe, workspace, base, deltas, mixed, interference, calibration)
+
+
+def learn_coefficients(
+    problem: Problem, *, watch: Watch, keep: Callable[[Coefficients], None] = lambda found: None
+) -> Merge:
+    """Learns the coefficients of a recipe, coarse ones first where it says so.
+
+    Args:
+        problem: What to learn from.
+        watch: Shows progress.
+        keep: Called with the result; where learning diverges, with the last good coefficients.
+
+    Raises:
+        InputError: The granularity does not fit the parameters.
+        NonFiniteObjectiveError: Learning diverged.
+    """
+    recipe = problem.recipe
+    chosen = recipe.coefficients
+    start = constant(problem.shapes, problem.experts, recipe.initial_coefficient)
+    name, options = _granularity(recipe, problem.workspace.models)
+    if chosen.coarse is not None:
+        stage = _Stage("coarse", chosen.coarse.granularity, {}, chosen.coarse.steps)
+        coarse = _learn_stage(problem, stage, start, watch, keep)
+        # Coarse scales are one number per tensor and expert.
+        start = {each: s.reshape(-1, problem.experts) for each, s in coarse.scales.items()}
+        if name == IMPORTANCE_CHUNK:
+            name, options = "chunk", {"pieces": _importance(problem, start, options["budget"])}
+    stage = _Stage("learning", name, options, recipe.learning.steps)
+    return _learn_stage(problem, stage, start, watch, keep)
+
+
+def _granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
+    """The granularity of a recipe, with the recipe's seed and the model's attention heads."""
+    name, options = recipe.coefficients.granularity, recipe.coefficients.granularity_options
+    if name == "partition":
+        options = {"seed": recipe.seed} | options
+    if name == "head" and not options:
+        count = models.family.attention_heads(models.config)
+        heads = {pattern: (axis, count) for pattern, axis in models.family.heads.items()}
+        options = {"heads": heads}
+    return name, options
+
+
+def _require_used_patterns(recipe: Recipe, mixed: list[str]) -> None:
+    """Refuses name patterns of a granularity that fit no tensor."""
+    options = recipe.coefficients.granularity_options
+    patterns = []
+    if recipe.coefficients.granularity == "groups":
+        patterns = [pattern for own in options["patterns"].values() for pattern in own]
+    elif isinstance(options.get("pieces"), Mapping):
+        patterns = list(options["pieces"])
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in mixed):
+            raise InputError(
+                f"coefficients.granularity_options: {pattern!r} fits no merged tensor; "
+                f"tensors are called e.g. {mixed[0]!r}"
+            )
+
+
+class _Stage(NamedTuple):
+    """One run of the learning loop: what it is called, what it learns, for how long."""
+
+    name: str
+    granularity: str
+    options: Mapping[str, object]
+    steps: int
+
+
+def _learn_stage(
+    problem: Problem,
+    stage: _Stage,
+    start: PerTensor,
+    watch: Watch,
+    keep: Callable[[Coefficients], None],
+) -> Merge:
+    recipe, workspace = problem.recipe, problem.workspace
+    granularity = make_granularity(stage.granularity, stage.options, problem.shapes)
+    deltas = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
+    objectives = recipe.build_objectives()
+    layers = sorted({layer for own in objectives.values() for layer in own.needs.hidden_states})
+    learner = learning.make_learner(
+        learning.forward_with_heads(
+            workspace.trunk,
+            list(workspace.head_networks.values()),
+            layers,
+            elsewhere=any(own.needs.elsewhere for own in objectives.values()),
+        ),
+        granularity,
+        CONSTRAINTS[recipe.coefficients.constraint],
+        list(objectives.values()),
+        recipe.learning.optimizer.build(stage.steps),
+        recipe.build_regularizers(),
+    )
+    control = None
+    if recipe.learning.control is not None:
+        kept = tuple(k for k, task in enumerate(recipe.tasks) if task not in recipe.forgotten)
+        control = learning.Control(kept, recipe.learning.control)
+
+    def describe(learned: learning.Learned) -> Coefficients:
+        return _describe(problem, stage, learned)
+
+    initial = granularity.init(start)
+    summary = f"{stage.name}: {count_units(granularity, initial, problem.shapes)}"
+    try:
+        with watch(summary, stage.steps) as show:
+            learned = learning.learn(
+                learner,
+                learning.Frozen(problem.base, deltas, list(workspace.heads.values())),
+                initial,
+                problem.calibration,
+                steps=stage.steps,
+                evaluate_every=recipe.learning.evaluate_every or max(1, stage.steps // 10),
+                control=control,
+                report=show,
+            )
+    except learning.NonFiniteObjectiveError as error:
+        if error.learned is not None:
+            keep(describe(error.learned))
+        raise
+    coefficients = describe(learned)
+    keep(coefficients)
+    return Merge(coefficients, granularity, learned.values, deltas)
+
+
+def _describe(problem: Problem, stage: _Stage, learned: learning.Learned) -> Coefficients:
+    """The learned coefficients with all that a later merge must know of them."""
+    recipe, models = problem.recipe, problem.workspace.models
+    shapes = {name: models.base.shape(name) for name in problem.mixed}
+    # A layer that no expert changed is in a stack with those that some did, but is not mixed.
+    used = make_granularity(stage.granularity, stage.options, shapes).init(constant(shapes, 1, 0.0))
+    values = unstack_values(learned.values)
+    base, *experts = models.sources
+    return Coefficients(
+        values={group: values[group] for group in used},
+        granularity=stage.granularity,
+        granularity_options=stage.options,
+        interference=problem.interference,
+        constraint=recipe.coefficients.constraint,
+        parameters=tuple(problem.mixed),
+        base=base,
+        experts=tuple(experts),
+        objective=" + ".join(map(_in_words, recipe.objectives)),
+        seed=recipe.seed,
+        step=learned.step,
+    )
+
+
+def _in_words(term: ObjectiveRecipe) -> str:
+    if isinstance(term.weight, dict):
+        return f"{term.name} ({', '.join(f'{task} {w:g}' for task, w in term.weight.items())})"
+    return term.name if term.weight == 1 else f"{term.weight:g} {term.name}"
+
+
+def _ask_expert(
+    recipe: Recipe,
+    workspace: Workspace,
+    parameters: Mapping[str, Array],
+    task: str,
+    needs: Needs,
+) -> StoredTargets:
+    """What a task's expert says of its calibration examples."""
+
+    def ask(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        logits, states = workspace.evaluator.run(
+            parameters, task, inputs, hidden_states=needs.hidden_states
+        )
+        return np.asarray(logits), {k: np.asarray(state) for k, state in states.items()}
+
+    examples = workspace.data.calibration[task]
+    return ask_expert(ask, examples, needs, batch_size=recipe.evaluation.batch_size)
+
+
+def _require_layers(needs: Mapping[str, Needs], shapes: Shapes) -> None:
+    """Refuses hidden states of a layer that the model does not have."""
+    count = max((shape[0] for name, shape in shapes.items() if is_stacked(name)), default=0)
+    for own in needs.values():
+        for layer in own.hidden_states:
+            if not -count - 1 <= layer <= count:
+                raise InputError(
+                    f"objectives: hidden states of layer {layer} are asked for; the model has "
+                    f"layers 0 (the embeddings) to {count}, or -1 (the last) to {-count - 1}"
+                )
+
+
+def _importance(problem: Problem, coefficients: PerTensor, budget: int) -> dict[str, int]:
+    """How many pieces every tensor is cut into, from coarse coefficients."""
+    shapes, learned, magnitudes = {}, {}, {}
+    for name, delta in problem.deltas.items():
+        tensors = problem.workspace.models.tensors(name)
+        values = delta.values if is_stacked(name) else delta.values[None]
+        norms = jnp.linalg.norm(values.reshape(*values.shape[:2], -1).astype(jnp.float32), axis=-1)
+        for layer, tensor in enumerate(tensors):
+            if tensor in problem.mixed:
+                shapes[tensor] = problem.workspace.models.base.shape(tensor)
+                learned[tensor] = np.asarray(coefficients[name][layer])
+                magnitudes[tensor] = np.asarray(norms[layer])
+    return importance_pieces(shapes, learned, magnitudes, budget)

@@ -1,0 +1,184 @@
+"""What a recipe is about, opened and loaded: models, task heads and data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from adamerge_jax.data import Examples, Subset, load_examples
+from adamerge_jax.errors import InputError
+from adamerge_jax.evaluation import Evaluator
+from adamerge_jax.loading import (
+    DTYPES,
+    Models,
+    load_head,
+    load_trunk,
+    load_zero_shot_head,
+    open_models,
+)
+from adamerge_jax.models import Network
+from adamerge_jax.recipes import Recipe, TaskRecipe
+
+
+class Data(NamedTuple):
+    """Examples by task; validation and test are empty unless every task has them."""
+
+    calibration: dict[str, Examples]
+    validation: dict[str, Examples]
+    test: dict[str, Examples]
+
+
+class Workspace(NamedTuple):
+    """The models and the data of a recipe.
+
+    Attributes:
+        models: The base and its experts, opened; their weights are read when they are asked for.
+        data: Examples by task.
+        dtype: Of weights and activations; None for the checkpoint's.
+        trunk: What is merged, as a function of its parameters.
+        heads: Parameters of each task's head.
+        head_networks: Each task's head as a function of its parameters.
+        evaluator: Runs models of this architecture on examples.
+    """
+
+    models: Models
+    data: Data
+    dtype: np.dtype | None
+    trunk: Network
+    heads: dict[str, dict[str, Array]]
+    head_networks: dict[str, Network]
+    evaluator: Evaluator
+
+    def expert(self, task: str) -> dict[str, Array]:
+        """Parameters of a task's expert, without its head."""
+        return load_trunk(self.models, self.models.experts[task], self.dtype)
+
+
+def open_workspace(recipe: Recipe, root: Path) -> Workspace:
+    """Opens and checks all that a recipe names.
+
+    Args:
+        recipe: Says which models and data.
+        root: Folder that relative paths start from.
+
+    Raises:
+        InputError: Something cannot be read, or models and data do not belong together.
+    """
+    models = open_models(recipe, root)
+    data = _load_data(recipe, models, root)
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    trunk = models.family.build_trunk(models.config, recipe.learning.rematerialize)
+    heads = _load_heads(recipe, models, data, dtype)
+    _require_labels_in_range(models, heads, data)
+    networks = {
+        task: models.family.build_head(expert.checkpoint.config)
+        for task, expert in models.experts.items()
+    }
+    evaluator = Evaluator(trunk, networks, heads, recipe.evaluation.batch_size)
+    return Workspace(models, data, dtype, trunk, heads, networks, evaluator)
+
+
+def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
+    inputs = models.family.inputs
+    preprocessor = _preprocessor(models)
+    lengths = [recipe.max_length, models.family.max_tokens(models.config)]
+    lengths.append(getattr(preprocessor, "model_max_length", None))
+    max_length = min(length for length in lengths if length is not None)
+
+    def load(part: str) -> dict[str, Examples]:
+        sources = {task: getattr(recipe.tasks[task], part) for task in recipe.tasks}
+        given = [task for task, source in sources.items() if source is not None]
+        missing = [task for task in sources if task not in given]
+        if given and missing:
+            raise InputError(
+                f"tasks.{missing[0]}.{part}: is missing while {given[0]} has {part} data; "
+                "give it for every task or for none"
+            )
+        return {
+            task: load_examples(
+                source,
+                root=root,
+                inputs=inputs,
+                preprocessor=preprocessor,
+                max_length=max_length,
+                seed=recipe.seed,
+                name=f"{part} data of task {task!r}",
+            )
+            for task, source in sources.items()
+            if source is not None
+        }
+
+    calibration = load("calibration")
+    if recipe.learning.examples is not None:
+        calibration = {
+            task: Subset.draw(examples, recipe.learning.examples, recipe.seed)
+            for task, examples in calibration.items()
+        }
+    data = Data(calibration, load("validation"), load("test"))
+    for part in ("validation", "test"):
+        for task, examples in getattr(data, part).items():
+            if examples.labels is None:
+                raise InputError(
+                    f"tasks.{task}.{part}.label: is missing; name the column of the class index"
+                )
+    return data
+
+
+def _preprocessor(models: Models):
+    """The tokenizer or image processor of the base, or of the first expert that has one."""
+    loader = AutoTokenizer if models.family.inputs[0] == "input_ids" else AutoImageProcessor
+    files = {AutoTokenizer: "tokenizer_config.json", AutoImageProcessor: "preprocessor_config.json"}
+    for model in (models.base, *models.experts.values()):
+        if (model.checkpoint.folder / files[loader]).is_file():
+            return loader.from_pretrained(model.checkpoint.folder)
+    return None
+
+
+def _load_heads(
+    recipe: Recipe, models: Models, data: Data, dtype: np.dtype | None
+) -> dict[str, dict[str, Array]]:
+    heads = {}
+    for task, task_recipe in recipe.tasks.items():
+        if models.family.auto_class is not None:
+            head = load_head(models, task)
+        else:
+            names = _class_names(task, task_recipe, data)
+            head = load_zero_shot_head(models, names, task_recipe.templates)
+        heads[task] = {name: jnp.asarray(array, dtype) for name, array in head.items()}
+    return heads
+
+
+def _require_labels_in_range(
+    models: Models, heads: Mapping[str, Mapping[str, Array]], data: Data
+) -> None:
+    """Refuses labelled data with a class that the task's head does not have."""
+    for part in Data._fields:
+        for task, examples in getattr(data, part).items():
+            if examples.labels is None:
+                continue
+            if models.family.auto_class is None:
+                classes = len(heads[task]["text_embeddings"])
+            else:
+                classes = models.experts[task].checkpoint.config.num_labels
+            if examples.labels.max() >= classes:
+                row = int(np.argmax(examples.labels >= classes))
+                raise InputError(
+                    f"{part} data of task {task!r}: example {row} has label "
+                    f"{examples.labels[row]}, the task's head has classes 0 to {classes - 1}; "
+                    "check that data and expert belong together"
+                )
+
+
+def _class_names(task: str, recipe: TaskRecipe, data: Data) -> list[str]:
+    if recipe.class_names is not None:
+        return recipe.class_names
+    for part in (data.test, data.calibration):
+        if task in part and part[task].class_names is not None:
+            return part[task].class_names
+    raise InputError(
+        f"tasks.{task}.class_names: is missing, and the data set does not name its classes"
+    )

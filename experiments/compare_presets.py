@@ -1,0 +1,228 @@
+"""Every preset on the same experts: `python experiments/compare_presets.py RECIPE [RECIPE ...]`.
+
+Of each recipe the models and the data are taken; how to learn comes from the presets. A preset
+that needs labels learns from the recipe's validation data. Every run is a process of its own, so
+that its peak memory is its own. Results are written after each run and runs that are already there
+are not repeated: a comparison that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import transformers
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from adamerge_jax import jobs, learning
+from adamerge_jax.errors import InputError
+from adamerge_jax.merging import Problem, learn_coefficients, pose
+from adamerge_jax.presets import PRESETS
+from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe
+from adamerge_jax.workspace import open_workspace
+
+BASELINES = "baselines"
+HOW_TO_LEARN = {
+    "preset",
+    "keep_from_base",
+    "interference",
+    "coefficients",
+    "objectives",
+    "regularizers",
+    "learning",
+}
+"""Fields that are the preset's and not the recipe's."""
+
+REFERENCE, CHALLENGER = "adamerging", "recommended"
+"""How long does the challenger take to what the reference reaches?"""
+
+
+def main() -> None:
+    """Runs what is missing, prints the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipes", nargs="+", type=Path, help="recipes with test data")
+    parser.add_argument("--root", type=Path, help="where paths start; by default each recipe's own")
+    parser.add_argument("--out", type=Path, default=Path("results.json"), help="file to write")
+    parser.add_argument("--presets", nargs="+", default=sorted(PRESETS), help="by default all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="by default 0 1 2")
+    parser.add_argument("--one", nargs=2, metavar=("PRESET", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    try:
+        if arguments.one:
+            preset, seed = arguments.one
+            recipe = arguments.recipes[0]
+            result = run_one(recipe, _root(recipe, arguments), preset, int(seed), arguments.until)
+            print(json.dumps(result))
+            return
+        for preset in arguments.presets:
+            if preset not in PRESETS:
+                raise InputError(f"--presets: no {preset!r}; there are {', '.join(PRESETS)}")
+        for recipe in arguments.recipes:
+            load_recipe(recipe)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Starts a process for each run that the results file lacks."""
+    console = Console()
+    results: dict[str, Any] = {}
+    if arguments.out.exists():
+        results = json.loads(arguments.out.read_text())
+    for recipe in arguments.recipes:
+        runs = results.setdefault(str(recipe), {})
+        wanted = [(BASELINES, 0)]
+        # The reference first: what it reaches is what the challenger is timed to.
+        ordered = sorted(arguments.presets, key=lambda preset: preset != REFERENCE)
+        wanted += [(preset, seed) for preset in ordered for seed in arguments.seeds]
+        for preset, seed in wanted:
+            key = f"{preset} {seed}"
+            if key in runs:
+                continue
+            console.print(f"{recipe}: {preset}, seed {seed}")
+            command = [sys.executable, __file__, str(recipe), "--one", preset, str(seed)]
+            command += ["--root", str(_root(recipe, arguments))]
+            reference = runs.get(f"{REFERENCE} {seed}") or runs.get(f"{REFERENCE} 0")
+            if preset == CHALLENGER and reference:
+                command += ["--until", str(reference["average"])]
+            process = subprocess.run(command, capture_output=True, text=True)
+            if process.returncode:
+                console.print(process.stderr, markup=False)
+                sys.exit(process.returncode)
+            runs[key] = json.loads(process.stdout.splitlines()[-1])
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        console.print(summarise(str(recipe), runs, arguments.presets))
+
+
+def run_one(file: Path, root: Path, preset: str, seed: int, until: float | None) -> dict[str, Any]:
+    """One preset with one seed, or the baselines.
+
+    Args:
+        file: The recipe.
+        root: Folder that its paths start from.
+        preset: Which, or `baselines`.
+        seed: Of the run.
+        until: An accuracy; the result says after how many seconds it was reached.
+    """
+    fields = {
+        name: value
+        for name, value in yaml.safe_load(file.read_text()).items()
+        if name not in HOW_TO_LEARN
+    }
+    if preset == BASELINES:
+        problem = pose(parse_recipe(fields), open_workspace(parse_recipe(fields), root))
+        return {row.method: row.as_json() for row in jobs.baselines(problem)}
+    recipe = recipe_for(fields, preset, seed)
+    workspace = open_workspace(recipe, root)
+    began = time.perf_counter()
+    problem = pose(recipe, workspace)
+    bests: list[tuple[float, str, learning.Learned]] = []
+
+    @contextmanager
+    def watch(what: str, steps: int) -> Iterator[Any]:
+        print(what, file=sys.stderr)
+
+        def show(progress: learning.Progress) -> None:
+            if progress.best is not None:
+                bests.append((time.perf_counter() - began, what, progress.best))
+
+        yield show
+
+    merge = learn_coefficients(problem, watch=watch)
+    seconds = time.perf_counter() - began
+    row = jobs.evaluate_merge(problem, merge)
+    result = row.as_json() | {
+        "coefficients": sum(array.size for array in merge.coefficients.values.values()),
+        "steps": recipe.learning.steps,
+        "kept_step": merge.coefficients.step,
+        "seconds": seconds,
+        "peak_gigabytes": peak_gigabytes(),
+        "device": str(jax.devices()[0].device_kind),
+    }
+    if until is not None:
+        last = bests[-1][1]
+        for elapsed, what, best in bests:
+            if what == last and accuracy_of(problem, merge, best) >= until:
+                return result | {"seconds_to_reference": elapsed}
+    return result
+
+
+def recipe_for(fields: dict[str, Any], preset: str, seed: int) -> Recipe:
+    """The recipe with a preset; where that needs labels, with the validation data to learn from."""
+    chosen = fields | {"preset": preset, "seed": seed}
+    if any(term["name"] == "cross_entropy" for term in PRESETS[preset]["objectives"]):
+        tasks = {t: own | {"calibration": own["validation"]} for t, own in fields["tasks"].items()}
+        chosen |= {"tasks": tasks}
+    return parse_recipe(chosen)
+
+
+def accuracy_of(problem: Problem, merge: Any, best: learning.Learned) -> float:
+    """Average test accuracy of coefficients that were the best for a while."""
+    return jobs.evaluate_merge(problem, merge._replace(values=best.values)).average
+
+
+def peak_gigabytes() -> float:
+    """Peak memory of the device, or of this process where the device is the CPU."""
+    statistics = jax.devices()[0].memory_stats()
+    if jax.default_backend() != "cpu" and statistics:
+        return statistics["peak_bytes_in_use"] / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def summarise(recipe: str, runs: dict[str, Any], presets: list[str]) -> Table:
+    """One line per preset: means over seeds, and the standard deviation of the average."""
+    baselines = runs[f"{BASELINES} 0"]
+    experts = baselines["experts (one model each)"]["average"]
+    arithmetic = next(row["average"] for name, row in baselines.items() if "arithmetic" in name)
+    table = Table(title=f"{recipe}: accuracy (%), means over seeds")
+    tasks = list(baselines["base"]["tasks"])
+    for column in ("method", *tasks, "average", "gap closed", "coefficients", "steps"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("seconds", "to adamerging (s)", "peak GB", "seeds"):
+        table.add_column(column, justify="right")
+    for name, row in baselines.items():
+        cells = [f"{100 * row['tasks'][task]:.1f}" for task in tasks]
+        table.add_row(name, *cells, f"{100 * row['average']:.1f}")
+    for preset in presets:
+        own = [run for key, run in runs.items() if key.rpartition(" ")[0] == preset]
+        if not own:
+            continue
+        average = np.array([run["average"] for run in own])
+        reached = [run["seconds_to_reference"] for run in own if "seconds_to_reference" in run]
+        table.add_row(
+            preset,
+            *(f"{100 * np.mean([run['tasks'][task] for run in own]):.1f}" for task in tasks),
+            f"{100 * average.mean():.1f} ± {100 * average.std():.1f}",
+            f"{100 * (average.mean() - arithmetic) / (experts - arithmetic):.0f}%",
+            f"{own[0]['coefficients']:,}",
+            str(own[0]["steps"]),
+            f"{np.mean([run['seconds'] for run in own]):.0f}",
+            f"{np.mean(reached):.0f}" if reached else "",
+            f"{max(run['peak_gigabytes'] for run in own):.1f}",
+            str(len(own)),
+            style="bold" if preset == CHALLENGER else None,
+        )
+    return table
+
+
+def _root(recipe: Path, arguments: argparse.Namespace) -> Path:
+    return (arguments.root or recipe.parent).expanduser().resolve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+
+from adamerge_jax.data import ArrayExamples, Examples, TextExamples
+from adamerge_jax.objectives import Needs
+from adamerge_jax.targets import MEMORY_BYTES, StoredTargets, ask_expert
+from tests.references import bert_tokenizer, sentences
+
+LAYERS = (0, -1)
+BOTH = Needs(expert_logits=True, hidden_states=LAYERS)
+
+
+def ask(inputs: dict[str, np.ndarray]):
+    """An expert whose outputs say which example, layer and position they are of.
+
+    What it says of padding is 7: nothing that may be kept.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    own = (ids * mask * np.arange(1, ids.shape[1] + 1)).sum(1)
+    logits = np.stack([own, own + 1, own + 2], 1).astype(np.float32)
+    state = np.stack([ids, np.broadcast_to(np.arange(ids.shape[1]), ids.shape)], -1)
+    state = np.where(mask[..., None] == 1, state, 7).astype(np.float32)
+    return logits, {layer: state + layer for layer in LAYERS}
+
+
+@pytest.fixture
+def examples(tmp_path) -> Examples:
+    # From 2 to 29 words: padded to 16, 24 and 32 tokens.
+    texts = [f"{a} {b}" for a, b in zip(sentences(23, 0), sentences(23, 1), strict=True)]
+    texts[:3] = ["a", "b c", "d " * 29]
+    own = TextExamples(texts, bert_tokenizer(tmp_path), 32, "texts")
+    assert len(set(own.padded_lengths())) == 3
+    own.labels = np.arange(23, dtype=np.int32) % 3
+    return own
+
+
+def require_right(stored: StoredTargets, examples: Examples, index: np.ndarray) -> None:
+    length = examples.padded_length(index)
+    for padded_to in (length, length + 8):
+        inputs = examples.take(index, padded_to)
+        logits, states = ask(inputs)
+        targets = stored.take(index, padded_to)
+        np.testing.assert_array_equal(targets.expert_logits, logits)
+        np.testing.assert_array_equal(targets.labels, examples.labels[index])
+        assert list(targets.expert_hidden_states) == list(LAYERS)
+        shown = inputs["attention_mask"][..., None]
+        for layer, state in targets.expert_hidden_states.items():
+            assert state.dtype == np.float32
+            np.testing.assert_array_equal(state, states[layer] * shown)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 50])
+@pytest.mark.parametrize("memory_bytes", [MEMORY_BYTES, 2000, 0])
+def test_targets_are_those_of_the_chosen_examples(examples, batch_size, memory_bytes):
+    done = []
+    stored = ask_expert(
+        ask, examples, BOTH, batch_size=batch_size, memory_bytes=memory_bytes, on_batch=done.append
+    )
+    assert done == sorted(set(done)) and done[-1] == len(examples)
+    for index in ([0], [22, 0, 2, 2], [1, 0], np.random.default_rng(0).permutation(23)):
+        require_right(stored, examples, np.array(index))
+
+
+def test_nothing_is_kept_that_nobody_needs(examples):
+    stored = ask_expert(ask, examples, Needs(expert_logits=True), batch_size=4)
+    assert stored.take(np.array([1, 2]), 32).expert_hidden_states == {}
+    stored = ask_expert(ask, examples, Needs(hidden_states=LAYERS), batch_size=4)
+    assert stored.expert_logits is None
+    targets = stored.take(np.array([1, 2]), 32)
+    assert targets.expert_logits is None
+    assert list(targets.expert_hidden_states) == list(LAYERS)
+
+
+@pytest.mark.parametrize("memory_bytes", [MEMORY_BYTES, 100])
+def test_examples_of_one_shape_keep_it(memory_bytes):
+    pixels = np.random.default_rng(0).normal(size=(7, 3, 4, 4)).astype(np.float32)
+
+    def ask_image(inputs):
+        states = inputs["pixel_values"].reshape(-1, 3, 16)
+        return states.sum((1, 2))[:, None], {2: states}
+
+    examples = ArrayExamples({"pixel_values": pixels})
+    needs = Needs(expert_logits=True, hidden_states=(2,))
+    stored = ask_expert(ask_image, examples, needs, batch_size=3, memory_bytes=memory_bytes)
+    targets = stored.take(np.array([5, 0]), 0)
+    np.testing.assert_array_equal(targets.expert_hidden_states[2], pixels[[5, 0]].reshape(2, 3, 16))
+    assert targets.labels is None
+
+
+def test_labels_alone():
+    targets = StoredTargets(labels=np.array([2, 0, 1])).take(np.array([2, 2, 0]), 16)
+    np.testing.assert_array_equal(targets.labels, [1, 1, 2])
+    assert targets.expert_logits is None and targets.expert_hidden_states == {}
