@@ -96,6 +96,7 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
         "experts": ", ".join(f"{e.name} ({e.source})" for e in coefficients.experts),
         "coefficients": sum(values.size for values in coefficients.values.values()),
         "granularity": coefficients.granularity,
+        "interference": _interference_in_words(coefficients) or "none",
         "constraint": coefficients.constraint,
         "objective": coefficients.objective,
         "learned in": f"{coefficients.step} steps, seed {coefficients.seed}",
@@ -153,6 +154,15 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+def _interference_in_words(coefficients: Coefficients) -> str:
+    """The interference steps with their options: `trim (density 0.2), elect_sign`."""
+    words = []
+    for step in coefficients.interference:
+        options = ", ".join(f"{name} {value}" for name, value in step.options.items())
+        words.append(f"{step.name} ({options})" if options else step.name)
+    return ", ".join(words)
+
+
 def model_card(coefficients: Coefficients, rows: Sequence[Row]) -> str:
     """A README.md for the merged checkpoint, with the Hub's metadata."""
     table = ""
@@ -165,6 +175,8 @@ def model_card(coefficients: Coefficients, rows: Sequence[Row]) -> str:
         table = "\n## Accuracy (%)\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
     experts = "\n".join(f"- {expert.name}: `{expert.source}`" for expert in coefficients.experts)
     count = sum(values.size for values in coefficients.values.values())
+    steps = _interference_in_words(coefficients)
+    interference = f" Task vectors were changed before mixing: {steps}." if steps else ""
     return f"""---
 tags:
 - merge
@@ -182,6 +194,6 @@ Experts:
 
 Coefficients: {count}, one per {coefficients.granularity} and expert, constraint
 {coefficients.constraint}, learned by minimising {coefficients.objective} (seed
-{coefficients.seed}, best after {coefficients.step} steps).
+{coefficients.seed}, best after {coefficients.step} steps).{interference}
 {table}
 """

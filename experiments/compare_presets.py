@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results.json"), help="file to write")
     parser.add_argument("--presets", nargs="+", default=sorted(PRESETS), help="by default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="by default 0 1 2")
+    parser.add_argument("--examples", type=int, help="use at most so many of each task to learn")
     parser.add_argument("--one", nargs=2, metavar=("PRESET", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
         if arguments.one:
             preset, seed = arguments.one
             recipe = arguments.recipes[0]
-            result = run_one(recipe, _root(recipe, arguments), preset, int(seed), arguments.until)
+            result = run_one(arguments, recipe, preset, int(seed))
             print(json.dumps(result))
             return
         for preset in arguments.presets:
@@ -85,7 +86,10 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
     for recipe in arguments.recipes:
-        runs = results.setdefault(str(recipe), {})
+        title = str(recipe)
+        if arguments.examples is not None:
+            title += f", {arguments.examples} examples of each task"
+        runs = results.setdefault(title, {})
         wanted = [(BASELINES, 0)]
         # The reference first: what it reaches is what the challenger is timed to.
         ordered = sorted(arguments.presets, key=lambda preset: preset != REFERENCE)
@@ -94,9 +98,11 @@ def compare(arguments: argparse.Namespace) -> None:
             key = f"{preset} {seed}"
             if key in runs:
                 continue
-            console.print(f"{recipe}: {preset}, seed {seed}")
+            console.print(f"{title}: {preset}, seed {seed}")
             command = [sys.executable, __file__, str(recipe), "--one", preset, str(seed)]
             command += ["--root", str(_root(recipe, arguments))]
+            if arguments.examples is not None:
+                command += ["--examples", str(arguments.examples)]
             reference = runs.get(f"{REFERENCE} {seed}") or runs.get(f"{REFERENCE} 0")
             if preset == CHALLENGER and reference:
                 command += ["--until", str(reference["average"])]
@@ -106,19 +112,20 @@ def compare(arguments: argparse.Namespace) -> None:
                 sys.exit(process.returncode)
             runs[key] = json.loads(process.stdout.splitlines()[-1])
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-        console.print(summarise(str(recipe), runs, arguments.presets))
+        console.print(summarise(title, runs, arguments.presets))
 
 
-def run_one(file: Path, root: Path, preset: str, seed: int, until: float | None) -> dict[str, Any]:
+def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -> dict[str, Any]:
     """One preset with one seed, or the baselines.
 
     Args:
+        arguments: Of the command. With `until`, an accuracy, the result says after how many seconds
+            it was reached.
         file: The recipe.
-        root: Folder that its paths start from.
         preset: Which, or `baselines`.
         seed: Of the run.
-        until: An accuracy; the result says after how many seconds it was reached.
     """
+    root, until = _root(file, arguments), arguments.until
     fields = {
         name: value
         for name, value in yaml.safe_load(file.read_text()).items()
@@ -127,7 +134,7 @@ def run_one(file: Path, root: Path, preset: str, seed: int, until: float | None)
     if preset == BASELINES:
         problem = pose(parse_recipe(fields), open_workspace(parse_recipe(fields), root))
         return {row.method: row.as_json() for row in jobs.baselines(problem)}
-    recipe = recipe_for(fields, preset, seed)
+    recipe = recipe_for(fields, preset, seed, arguments.examples)
     workspace = open_workspace(recipe, root)
     began = time.perf_counter()
     problem = pose(recipe, workspace)
@@ -162,9 +169,13 @@ def run_one(file: Path, root: Path, preset: str, seed: int, until: float | None)
     return result
 
 
-def recipe_for(fields: dict[str, Any], preset: str, seed: int) -> Recipe:
+def recipe_for(fields: dict[str, Any], preset: str, seed: int, examples: int | None) -> Recipe:
     """The recipe with a preset; where that needs labels, with the validation data to learn from."""
     chosen = fields | {"preset": preset, "seed": seed}
+    if examples is not None:
+        # One example of each task at least is held out.
+        batch_size = min(examples - 1, PRESETS[preset]["learning"]["batch_size"])
+        chosen |= {"learning": {"examples": examples, "batch_size": batch_size, "held_out": 0.1}}
     if any(term["name"] == "cross_entropy" for term in PRESETS[preset]["objectives"]):
         tasks = {t: own | {"calibration": own["validation"]} for t, own in fields["tasks"].items()}
         chosen |= {"tasks": tasks}
@@ -184,12 +195,12 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def summarise(recipe: str, runs: dict[str, Any], presets: list[str]) -> Table:
+def summarise(title: str, runs: dict[str, Any], presets: list[str]) -> Table:
     """One line per preset: means over seeds, and the standard deviation of the average."""
     baselines = runs[f"{BASELINES} 0"]
     experts = baselines["experts (one model each)"]["average"]
     arithmetic = next(row["average"] for name, row in baselines.items() if "arithmetic" in name)
-    table = Table(title=f"{recipe}: accuracy (%), means over seeds")
+    table = Table(title=f"{title}: accuracy (%), means over seeds")
     tasks = list(baselines["base"]["tasks"])
     for column in ("method", *tasks, "average", "gap closed", "coefficients", "steps"):
         table.add_column(column, justify="left" if column == "method" else "right")
