@@ -168,6 +168,30 @@ class Subset(Examples):
         return self._examples.take(self._index[index], length)
 
 
+class Concatenated(Examples):
+    """Examples of several sets, one set after the other."""
+
+    def __init__(self, parts: Sequence[Examples]):
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _places(self, index: Int[np.ndarray, " B"]) -> list[tuple[Examples, np.ndarray]]:
+        """The set of each example and its index there, as arrays of one."""
+        which = np.searchsorted(self._starts, index, side="right") - 1
+        own = index - self._starts[which]
+        return [(self._parts[part], own[[row]]) for row, part in enumerate(which)]
+
+    def padded_length(self, index: Int[np.ndarray, " B"]) -> int:
+        return max(part.padded_length(own) for part, own in self._places(index))
+
+    def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
+        rows = [part.take(own, length) for part, own in self._places(index)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
 def bucket_length(length: int) -> int:
     """The shortest of 16, 24, 32, 48, 64, 96, 128, ... that holds `length` tokens."""
     size = 16

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from adamerge_jax import learning
 from adamerge_jax.calibration import Calibration, calibrate
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, unstack_values
+from adamerge_jax.data import Concatenated
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import (
     Granularity,
@@ -138,11 +139,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
             parameters = workspace.expert(task)
             targets[task] = _ask_expert(recipe, workspace, parameters, task, own)
         if own.elsewhere:
-            elsewhere[task] = {
-                other: workspace.evaluator.logits(parameters, task, examples)
-                for other, examples in workspace.data.calibration.items()
-                if other != task
-            }
+            elsewhere[task] = _ask_elsewhere(workspace, parameters, task)
     calibration = calibration._replace(
         targets=targets,
         strong_view=any(own.strong_view for own in needs.values()),
@@ -320,6 +317,17 @@ def _ask_expert(
 
     examples = workspace.data.calibration[task]
     return ask_expert(ask, examples, needs, batch_size=recipe.evaluation.batch_size)
+
+
+def _ask_elsewhere(
+    workspace: Workspace, parameters: Mapping[str, Array], task: str
+) -> dict[str, np.ndarray]:
+    """What a task's expert says of the calibration examples of each other task, `[N, C]`."""
+    others = {o: own for o, own in workspace.data.calibration.items() if o != task}
+    # All at once, so that texts of like length share a batch across tasks.
+    said = workspace.evaluator.logits(parameters, task, Concatenated(list(others.values())))
+    ends = np.cumsum([len(examples) for examples in others.values()])
+    return dict(zip(others, np.split(said, ends[:-1]), strict=True))
 
 
 def _require_layers(needs: Mapping[str, Needs], shapes: Shapes) -> None:

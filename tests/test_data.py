@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import BertTokenizer, ViTImageProcessorPil
 
-from adamerge_jax.data import Examples, bucket_length, load_examples
+from adamerge_jax.data import Concatenated, Examples, TextExamples, bucket_length, load_examples
 from adamerge_jax.errors import InputError
 from adamerge_jax.recipes import DataSource
 from tests.references import bert_tokenizer, save_image, write_json_lines
@@ -266,3 +266,17 @@ def test_progress_bars_stay_as_they_were(tmp_path, tokenizer):
     datasets.enable_progress_bars()
     load(tmp_path, tokenizer, path="data.jsonl")
     assert datasets.utils.logging.is_progress_bar_enabled()
+
+
+def test_concatenated_examples(tmp_path):
+    tokenizer = bert_tokenizer(tmp_path)
+    short = TextExamples(["a", "b c"], tokenizer, 32, "short")
+    long = TextExamples(["d " * 20, "e"], tokenizer, 32, "long")
+    both = Concatenated([short, long])
+    assert len(both) == 4
+    assert both.padded_lengths().tolist() == [16, 16, 24, 16]
+    index = np.array([3, 0, 2])
+    taken = both.take(index, both.padded_length(index))
+    for row, (part, own) in enumerate([(long, 1), (short, 0), (long, 0)]):
+        for name, array in part.take(np.array([own]), 24).items():
+            np.testing.assert_array_equal(taken[name][row], array[0])
