@@ -245,16 +245,18 @@ class Control(NamedTuple):
     """What must not suffer while something else is forgotten.
 
     Attributes:
-        tasks: Position of each control task.
+        tasks: Position of each control task; only their predictions are watched for a collapse.
         fraction: Learning stops before the mean agreement of these tasks falls below this part of
-            what it was at the start.
+            what it was at the start; None for never.
     """
 
     tasks: tuple[int, ...]
-    fraction: float
+    fraction: float | None
 
     def allows(self, look: Look, start: Look) -> bool:
         """Whether the control tasks are still good enough."""
+        if self.fraction is None:
+            return True
         chosen = list(self.tasks)
         return bool(look.agreement[chosen].mean() >= self.fraction * start.agreement[chosen].mean())
 
@@ -331,7 +333,7 @@ def learn(
         steps: Number of optimizer steps.
         evaluate_every: Steps between two looks at the held-out data; the start and the end are
             always looked at.
-        control: Stops learning early, where something is to be forgotten.
+        control: What must not suffer, where something is to be forgotten.
         report: Called with each step's `Progress`, and once before the first step.
 
     Returns:
@@ -379,6 +381,8 @@ def learn(
         seen = look(step)
         allowed = control is None or control.allows(seen, start)
         fallen = seen.collapsed(start)
+        if control is not None:
+            fallen &= np.isin(np.arange(len(tasks)), control.tasks)
         is_best = (
             allowed and not fallen.any() and seen.objective.sum() < best.held_out.objective.sum()
         )

@@ -241,7 +241,7 @@ def _learn_stage(
         recipe.build_regularizers(),
     )
     control = None
-    if recipe.learning.control is not None:
+    if recipe.forgotten:
         kept = tuple(k for k, task in enumerate(recipe.tasks) if task not in recipe.forgotten)
         control = learning.Control(kept, recipe.learning.control)
 

@@ -81,7 +81,8 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Starts a process for each run that the results file lacks."""
-    console = Console()
+    # A table of many columns: a log file takes it as wide as it is.
+    console = Console() if sys.stdout.isatty() else Console(width=220)
     results: dict[str, Any] = {}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
