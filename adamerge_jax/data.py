@@ -6,7 +6,7 @@ kept while there is room. NumPy files hold model inputs as they are.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,22 @@ class ArrayExamples(Examples):
 
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
         return {name: array[index] for name, array in self._inputs.items()}
+
+
+def sorted_batches(
+    examples: Examples, batch_size: int
+) -> Iterator[tuple[Int[np.ndarray, " n"], dict[str, np.ndarray]]]:
+    """All examples in batches of one size, those of like length together: little is padding.
+
+    Yields:
+        The indices of n examples, and model inputs `[batch_size, ...]`, of which the first n count:
+        the last batch repeats some of its own.
+    """
+    order = np.argsort(examples.padded_lengths(), kind="stable")
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        full = np.resize(index, batch_size)
+        yield index, examples.take(full, examples.padded_length(full))
 
 
 class Subset(Examples):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from adamerge_jax.data import Examples
+from adamerge_jax.data import Examples, sorted_batches
 from adamerge_jax.models import Network
 
 Parameters = Mapping[str, Array]
@@ -81,15 +81,11 @@ class Evaluator:
             task: Whose head to use.
             examples: N examples.
         """
-        # Examples of like length share a batch, so that little is computed on padding.
-        order = np.argsort(examples.padded_lengths(), kind="stable")
-        rows = []
-        for start in range(0, len(order), self._batch_size):
-            chosen = np.resize(order[start : start + self._batch_size], self._batch_size)
-            inputs = examples.take(chosen, examples.padded_length(chosen))
-            rows.append(np.asarray(self.run(parameters, task, inputs)[0]))
-        sorted_logits = np.concatenate(rows)[: len(order)]
-        return sorted_logits[np.argsort(order)]
+        order, rows = [], []
+        for index, inputs in sorted_batches(examples, self._batch_size):
+            order.append(index)
+            rows.append(np.asarray(self.run(parameters, task, inputs)[0])[: len(index)])
+        return np.concatenate(rows)[np.argsort(np.concatenate(order))]
 
     def accuracy(self, parameters: Parameters, task: str, examples: Examples) -> float:
         """The share of labelled examples, from 0 to 1, that a model gives their own class."""

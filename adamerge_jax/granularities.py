@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import STACKED, is_stacked, matches, unstack
+from adamerge_jax.names import STACKED, is_stacked, matches, tensor_shape, tensors_of
 from adamerge_jax.registries import call_registered
 from adamerge_jax.task_vectors import ChunkedDelta, Delta, FactoredDelta
 
@@ -88,7 +88,7 @@ def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity
     def group_of(name: str) -> str:
         return next((group for group in patterns if matches(name, patterns[group])), "others")
 
-    members = {name: [group_of(each) for each in _tensors(name, shapes)] for name in shapes}
+    members = {name: [group_of(each) for each in tensors_of(name, shapes[name])] for name in shapes}
     used = {group for groups in members.values() for group in groups}
 
     def init(start: PerTensor) -> Values:
@@ -198,7 +198,7 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int]) -> Granularity:
             each: jnp.broadcast_to(own[None, :, None], (1, len(own), count))
             for name in uneven
             for each, own, count in zip(
-                _tensors(name, shapes), start[name], counts[name], strict=True
+                tensors_of(name, shapes[name]), start[name], counts[name], strict=True
             )
         }
         return {name: values[name] for name in even} | ragged
@@ -209,7 +209,7 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int]) -> Granularity:
             most = max(counts[name])
             layers = [
                 jnp.repeat(values[each], most // count, axis=2)
-                for each, count in zip(_tensors(name, shapes), counts[name], strict=True)
+                for each, count in zip(tensors_of(name, shapes[name]), counts[name], strict=True)
             ]
             stacked[name] = jnp.concatenate(layers)
         return uniform.scales(stacked)
@@ -446,7 +446,7 @@ def _split(
     """
     splits = {}
     for name, shape in shapes.items():
-        own = shape[1:] if is_stacked(name) else shape
+        own = tensor_shape(name, shape)
         if (found := _can_be_split(name, own, vectors) and split(name, own)) and found.count > 1:
             splits[name] = found
 
@@ -529,11 +529,11 @@ def _pieces_of(name: str, shapes: Shapes, pieces: int | Mapping[str, int]) -> li
     if not all(isinstance(number, int) for number in numbers):
         raise InputError(f"the number of pieces is {pieces!r}, expected a whole number")
     shape = shapes[name]
-    own = shape[1:] if is_stacked(name) else shape
+    own = tensor_shape(name, shape)
     if not _can_be_split(name, own):
         return [1] * _layers(name, shape)
     counts = []
-    for each in _tensors(name, shapes):
+    for each in tensors_of(name, shape):
         count = pieces
         if not isinstance(pieces, int):
             count = next((n for pattern, n in pieces.items() if matches(each, [pattern])), 1)
@@ -554,11 +554,6 @@ def _pieces_of(name: str, shapes: Shapes, pieces: int | Mapping[str, int]) -> li
 
 def _layers(name: str, shape: tuple[int, ...]) -> int:
     return shape[0] if is_stacked(name) else 1
-
-
-def _tensors(name: str, shapes: Shapes) -> list[str]:
-    """The names without `*` that a parameter stands for."""
-    return unstack(name, shapes[name][0]) if is_stacked(name) else [name]
 
 
 def layer_of(name: str, names: Iterable[str]) -> str:

@@ -240,25 +240,28 @@ SPREAD = 0.85
 FEWEST_TO_JUDGE = 16
 """Held-out examples of a task under which a collapse cannot be told from chance."""
 
+FEWEST_TO_CHOOSE = 32
+"""Held-out examples of all tasks under which one good step cannot be told from another."""
+
 
 class Control(NamedTuple):
     """What must not suffer while something else is forgotten.
 
     Attributes:
         tasks: Position of each control task; only their predictions are watched for a collapse.
-        fraction: Learning stops before the mean agreement of these tasks falls below this part of
-            what it was at the start; None for never.
+        fraction: Learning stops before the agreement of one of these tasks falls below this part
+            of what it was at the start; None for never.
     """
 
     tasks: tuple[int, ...]
     fraction: float | None
 
     def allows(self, look: Look, start: Look) -> bool:
-        """Whether the control tasks are still good enough."""
+        """Whether each control task is still good enough."""
         if self.fraction is None:
             return True
         chosen = list(self.tasks)
-        return bool(look.agreement[chosen].mean() >= self.fraction * start.agreement[chosen].mean())
+        return bool((look.agreement[chosen] >= self.fraction * start.agreement[chosen]).all())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +287,7 @@ class Progress:
 
 
 class Learned(NamedTuple):
-    """The coefficients that did best on the held-out calibration data.
+    """The coefficients that the held-out calibration data chose.
 
     Attributes:
         values: Coefficients by group, `[G, K, ...]`.
@@ -322,8 +325,10 @@ def learn(
 ) -> Learned:
     """Runs the steps and keeps the coefficients that do best on the held-out data.
 
-    Coefficients under which a task's predictions have collapsed onto one class are never kept:
-    their objective is low for the wrong reason.
+    Where under `FEWEST_TO_CHOOSE` examples are held out, chance would decide which step does best:
+    there the last look that is better than the start is kept. Coefficients under which a task's
+    predictions have collapsed onto one class are never kept: their objective is low for the wrong
+    reason.
 
     Args:
         learner: How coefficients are learned.
@@ -383,9 +388,8 @@ def learn(
         fallen = seen.collapsed(start)
         if control is not None:
             fallen &= np.isin(np.arange(len(tasks)), control.tasks)
-        is_best = (
-            allowed and not fallen.any() and seen.objective.sum() < best.held_out.objective.sum()
-        )
+        to_beat = best.held_out if seen.examples.sum() >= FEWEST_TO_CHOOSE else start
+        is_best = allowed and not fallen.any() and seen.objective.sum() < to_beat.objective.sum()
         if is_best:
             keep(step, seen)
         collapsed = tuple(task for task, gone in zip(tasks, fallen, strict=True) if gone)

@@ -22,7 +22,7 @@ from adamerge_jax.granularities import Shapes
 from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Family, family_of
-from adamerge_jax.names import is_stacked, matches, unstack
+from adamerge_jax.names import is_stacked, matches, tensor_shape, tensors_of
 from adamerge_jax.recipes import ModelSource, Recipe
 from adamerge_jax.task_vectors import DenseDelta
 from adamerge_jax.zero_shot import text_network, zero_shot_head
@@ -314,7 +314,7 @@ def _match_trunk(
 def _unstacked_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Shapes by the names of checkpoint tensors, from those of (stacked) parameters."""
     return {
-        tensor: shape[1:] if is_stacked(name) else shape
+        tensor: tensor_shape(name, shape)
         for name, shape in shapes.items()
         for tensor in tensors_of(name, shape)
     }
@@ -325,11 +325,6 @@ def _open(source: ModelSource, root: Path, role: str) -> Checkpoint:
         return Checkpoint.open(resolve(source.path, root), revision=source.revision)
     except InputError as error:
         raise InputError(f"{role}: {error} (relative paths start at {root})") from error
-
-
-def tensors_of(name: str, shape: tuple[int, ...]) -> list[str]:
-    """The checkpoint tensors that a parameter of the given (stacked) shape consists of."""
-    return unstack(name, shape[0]) if is_stacked(name) else [name]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

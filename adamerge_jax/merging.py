@@ -23,6 +23,7 @@ from adamerge_jax.granularities import (
     count_units,
     importance_pieces,
     make_granularity,
+    per_tensor,
     require_budget,
 )
 from adamerge_jax.interference import FittedStep
@@ -170,8 +171,7 @@ def learn_coefficients(
     if chosen.coarse is not None:
         stage = _Stage("coarse", chosen.coarse.granularity, {}, chosen.coarse.steps)
         coarse = _learn_stage(problem, stage, start, watch, keep)
-        # Coarse scales are one number per tensor and expert.
-        start = {each: s.reshape(-1, problem.experts) for each, s in coarse.scales.items()}
+        start = per_tensor(coarse.granularity, coarse.values, problem.shapes, problem.experts)
         if name == IMPORTANCE_CHUNK:
             name, options = "chunk", {"pieces": _importance(problem, start, options["budget"])}
     stage = _Stage("learning", name, options, recipe.learning.steps)

@@ -23,6 +23,16 @@ def unstack(name: str, length: int) -> list[str]:
     return [f"{before}{index}{after}" for index in range(length)]
 
 
+def tensors_of(name: str, shape: tuple[int, ...]) -> list[str]:
+    """The checkpoint tensors that a parameter of the given (stacked) shape consists of."""
+    return unstack(name, shape[0]) if is_stacked(name) else [name]
+
+
+def tensor_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of each tensor that a parameter of the given (stacked) shape consists of."""
+    return shape[1:] if is_stacked(name) else shape
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name fits one of the shell-style patterns (`classifier.*`, `*.bias`)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -121,7 +121,6 @@ def logit_alignment(
         raise ValueError(f"form is {form!r}, expected 'soft', 'kl' or 'hard'")
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected over 0")
-
     if elsewhere < 0:
         raise ValueError(f"elsewhere is {elsewhere}, expected from 0")
 

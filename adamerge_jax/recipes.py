@@ -210,8 +210,8 @@ class LearningRecipe(Section):
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between looks at the held-out part; by default a tenth of all steps."""
     control: float | None = Field(default=None, gt=0, le=1)
-    """Where an objective has a weight below 0: learning stops before the accuracy of the other
-    tasks on the held-out part falls below this fraction of where it started."""
+    """Where an objective has a weight below 0: learning stops before the accuracy of one of the
+    other tasks on the held-out part falls below this fraction of where it started."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     rematerialize: Rematerialize = "elementwise"
     """What the backward pass computes again rather than keeps, from fastest to smallest."""
@@ -404,6 +404,16 @@ def load_recipe(path: Path, preset: str | None = None) -> Recipe:
     Raises:
         InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
     """
+    chosen = {} if preset is None else {"preset": preset}
+    return parse_recipe({"name": path.stem} | read_fields(path) | chosen, str(path))
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Reads a recipe file without validating what it says.
+
+    Raises:
+        InputError: The file is missing or holds no YAML mapping.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such recipe; expected a YAML file")
     try:
@@ -412,8 +422,7 @@ def load_recipe(path: Path, preset: str | None = None) -> Recipe:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected fields such as base and tasks, found {fields!r}")
-    chosen = {} if preset is None else {"preset": preset}
-    return parse_recipe({"name": path.stem} | fields | chosen, str(path))
+    return fields
 
 
 def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:

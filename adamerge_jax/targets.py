@@ -7,7 +7,7 @@ from typing import IO
 import numpy as np
 from jaxtyping import Float, Int
 
-from adamerge_jax.data import Examples
+from adamerge_jax.data import Examples, sorted_batches
 from adamerge_jax.objectives import Needs, Targets
 
 MEMORY_BYTES = 2**30
@@ -54,7 +54,6 @@ def ask_expert(
     *,
     batch_size: int,
     memory_bytes: int = MEMORY_BYTES,
-    on_batch: Callable[[int], object] = lambda done: None,
 ) -> StoredTargets:
     """Asks a task's expert for what the objective needs of its examples.
 
@@ -64,26 +63,17 @@ def ask_expert(
         needs: Which targets.
         batch_size: Examples per call; the last call repeats some.
         memory_bytes: Hidden states over this size go to a temporary file.
-        on_batch: Called after each batch with the number of examples done.
     """
-    # Examples of like length share a batch, so that little is computed on padding.
-    order = np.argsort(examples.padded_lengths(), kind="stable")
     logits: np.ndarray | None = None
-    states: _HiddenStates | None = None
-    for start in range(0, len(order), batch_size):
-        chosen = np.resize(order[start : start + batch_size], batch_size)
-        inputs = examples.take(chosen, examples.padded_length(chosen))
+    states = _HiddenStates(memory_bytes) if needs.hidden_states else None
+    for index, inputs in sorted_batches(examples, batch_size):
         batch_logits, hidden = ask(inputs)
-        count = min(batch_size, len(order) - start)
         if logits is None:
-            logits = np.empty((len(order), batch_logits.shape[1]), batch_logits.dtype)
-        logits[chosen[:count]] = batch_logits[:count]
-        if needs.hidden_states:
-            if states is None:
-                states = _HiddenStates(memory_bytes)
+            logits = np.empty((len(examples), batch_logits.shape[1]), batch_logits.dtype)
+        logits[index] = batch_logits[: len(index)]
+        if states is not None:
             lengths = _lengths(inputs, next(iter(hidden.values())).shape[1])
-            states.add(chosen[:count], hidden, lengths)
-        on_batch(start + count)
+            states.add(index, hidden, lengths)
     return StoredTargets(examples.labels, logits if needs.expert_logits else None, states)
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 import transformers
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +27,7 @@ from adamerge_jax import jobs, learning
 from adamerge_jax.errors import InputError
 from adamerge_jax.merging import Problem, learn_coefficients, pose
 from adamerge_jax.presets import PRESETS
-from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe
+from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe, read_fields
 from adamerge_jax.workspace import open_workspace
 
 BASELINES = "baselines"
@@ -127,13 +126,11 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
         seed: Of the run.
     """
     root, until = _root(file, arguments), arguments.until
-    fields = {
-        name: value
-        for name, value in yaml.safe_load(file.read_text()).items()
-        if name not in HOW_TO_LEARN
-    }
+    fields = {name: value for name, value in read_fields(file).items() if name not in HOW_TO_LEARN}
     if preset == BASELINES:
-        problem = pose(parse_recipe(fields), open_workspace(parse_recipe(fields), root))
+        # Whatever the preset; this one does not ask the experts.
+        recipe = parse_recipe(fields | {"preset": REFERENCE})
+        problem = pose(recipe, open_workspace(recipe, root))
         return {row.method: row.as_json() for row in jobs.baselines(problem)}
     recipe = recipe_for(fields, preset, seed, arguments.examples)
     workspace = open_workspace(recipe, root)

@@ -201,7 +201,10 @@ def test_same_coefficients_as_a_pytorch_loop(
     assert moved > 1e-3
 
 
-def test_the_best_look_is_returned_and_never_worse_than_the_start(text_recipe, tmp_path):
+def test_the_best_look_is_returned_and_never_worse_than_the_start(
+    text_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(learning, "FEWEST_TO_CHOOSE", 1)
     # Far too large a step: held-out entropy goes up and down.
     setup = prepare(text_recipe, tmp_path, granularity="task", name="sgd", learning_rate=3.0)
     seen: list[Progress] = []
@@ -307,16 +310,18 @@ class Scripted:
         return Evaluation(np.array(self.objectives[step]) * share, np.stack(predicted))
 
 
-def run_script(script: Scripted, seen: list[Progress], control: Control | None = None):
+def run_script(
+    script: Scripted, seen: list[Progress], control: Control | None = None, held_out: int = 20
+):
     examples = {t: ArrayExamples({"pixel_values": np.arange(40)}) for t in ("first", "second")}
     calibration = calibrate(examples, batch_size=20, held_out=0.5, seed=0)
-    held_out = dict.fromkeys(examples, np.arange(20))
+    chosen_by = dict.fromkeys(examples, np.arange(held_out))
     targets = dict.fromkeys(examples, StoredTargets(labels=np.arange(40) % 2))
     return learning.learn(
         script.learner,
         Frozen({}, {}, []),
         {},
-        calibration._replace(held_out=held_out, targets=targets),
+        calibration._replace(held_out=chosen_by, targets=targets),
         steps=len(script.objectives) - 1,
         evaluate_every=1,
         control=control,
@@ -352,6 +357,21 @@ def test_forgetting_stops_before_the_control_tasks_suffer():
     # At step 2 the second task has lost a tenth: learning ends, and step 1 is the result.
     assert learned.step == 1
     assert len(seen) == 3
+
+
+def test_each_control_task_is_kept():
+    seen: list[Progress] = []
+    # The mean of the two stays over 0.95, but the second task falls to 0.9.
+    script = Scripted([[1.0, 1.0], [0.5, 0.5], [0.2, 0.2]], [[2, 0], [0, 0], [0, 2]])
+    learned = run_script(script, seen, Control(tasks=(0, 1), fraction=0.95))
+    assert learned.step == 1
+
+
+def test_few_examples_choose_no_step():
+    # Better than the start at steps 1 and 2, worse at step 3.
+    script = Scripted([[1.0, 1.0], [0.2, 0.2], [0.5, 0.5], [1.0, 1.1]], np.zeros((4, 2), int))
+    assert run_script(script, [], held_out=20).step == 1
+    assert run_script(script, [], held_out=10).step == 2
 
 
 def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
