@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adamerge_jax.data import Examples, sorted_batches
-from adamerge_jax.models import Network
+from adamerge_jax.models import Network, head_parameters
 
 Parameters = Mapping[str, Array]
 
@@ -44,12 +44,13 @@ class Evaluator:
         self,
         trunk: Network,
         heads: Mapping[str, Network],
-        head_parameters: Mapping[str, Parameters],
+        kept_by_tasks: Mapping[str, Parameters],
         batch_size: int,
     ):
         self._trunk = jax.jit(trunk, static_argnames="hidden_states")
         self._heads = {task: jax.jit(head) for task, head in heads.items()}
-        self._head_parameters = head_parameters
+        self._networks = heads
+        self._kept_by_tasks = kept_by_tasks
         self._batch_size = batch_size
 
     def run(
@@ -68,7 +69,8 @@ class Evaluator:
             hidden_states: Layers, 0 for the embeddings.
         """
         outputs = self._trunk(parameters, inputs, hidden_states=bool(hidden_states))
-        logits = self._heads[task](self._head_parameters[task], outputs)
+        own = head_parameters(self._networks[task], self._kept_by_tasks[task], parameters)
+        logits = self._heads[task](own, outputs)
         return logits, {layer: outputs.hidden_states[layer] for layer in hidden_states}
 
     def logits(

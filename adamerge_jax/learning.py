@@ -19,7 +19,7 @@ from adamerge_jax.calibration import Batch, Calibration
 from adamerge_jax.coefficients import Constraint
 from adamerge_jax.granularities import Granularity, Values
 from adamerge_jax.mixing import mix
-from adamerge_jax.models import Network
+from adamerge_jax.models import Network, head_parameters
 from adamerge_jax.objectives import Objective, TaskOutputs
 from adamerge_jax.regularizers import Regularizer
 from adamerge_jax.task_vectors import Delta
@@ -174,12 +174,13 @@ def forward_with_heads(
         elsewhere: Whether they are to hold each head's logits on the other tasks' examples.
     """
 
-    def forward(parameters: PyTree, head_parameters: PyTree, inputs: PyTree) -> list[TaskOutputs]:
+    def forward(parameters: PyTree, kept_by_tasks: PyTree, inputs: PyTree) -> list[TaskOutputs]:
         outputs = trunk(parameters, inputs, hidden_states=bool(hidden_states))
-        size = outputs.pooled.shape[0] // len(heads)
+        size = len(outputs.last_hidden_state) // len(heads)
         mask = inputs.get("attention_mask")
         by_task = []
-        for position, (head, own) in enumerate(zip(heads, head_parameters, strict=True)):
+        for position, (head, own) in enumerate(zip(heads, kept_by_tasks, strict=True)):
+            own = head_parameters(head, own, parameters)
             chosen = slice(position * size, (position + 1) * size)
             task_outputs = outputs.examples(chosen)
             every = head(own, outputs) if elsewhere else None

@@ -118,7 +118,7 @@ def open_models(recipe: Recipe, root: Path) -> Models:
             role=role,
             prefixes=family.prefixes,
             optional=family.base_only,
-            ignored=(*family.ignored, *family.ignored_in_experts),
+            ignored=(*family.ignored(base.config), *family.ignored_in_experts),
         )
     kept = {
         name
@@ -306,7 +306,7 @@ def _match_trunk(
         trunk,
         role=role,
         prefixes=family.prefixes,
-        ignored=family.ignored,
+        ignored=family.ignored(checkpoint.config),
         allow_extra=True,
     )
 

@@ -184,9 +184,7 @@ def _granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, obje
     if name == "partition":
         options = {"seed": recipe.seed} | options
     if name == "head" and not options:
-        count = models.family.attention_heads(models.config)
-        heads = {pattern: (axis, count) for pattern, axis in models.family.heads.items()}
-        options = {"heads": heads}
+        options = {"heads": models.family.heads(models.config)}
     return name, options
 
 

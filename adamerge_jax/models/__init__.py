@@ -22,7 +22,7 @@ from adamerge_jax.models.layers import Outputs, Rematerialize
 from adamerge_jax.models.roberta import RobertaHead, RobertaTrunk
 from adamerge_jax.models.vit import VitHead, VitTrunk
 
-__all__ = ["Family", "Network", "Outputs", "Rematerialize", "family_of"]
+__all__ = ["Family", "Network", "Outputs", "Rematerialize", "family_of", "head_parameters"]
 
 
 class Network:
@@ -51,6 +51,13 @@ class Network:
         return nnx.merge(self._graph, nnx.State(nested))(*arguments, **options)
 
 
+def head_parameters(
+    head: Network, own: Mapping[str, Array], trunk: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The parameters of a head: what the task keeps for itself, and for the rest the trunk's."""
+    return {name: own[name] if name in own else trunk[name] for name in head.shapes}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture family.
@@ -61,16 +68,18 @@ class Family:
         prefixes: What a checkpoint saved without its head may lack in front of trunk names.
         inputs: Names of the arrays in a batch, the first one required.
         max_tokens: The longest text that a model of this config can read; None for images.
-        heads: Name patterns of parameters with attention heads side by side, and the axis they lie
-            along: 0 for projections to queries, keys and values, 1 for the output projection.
+        heads: From a config, name patterns of parameters with attention heads side by side, the
+            axis they lie along (0 for projections to queries, keys and values, 1 for the output
+            projection) and their number.
         auto_class: The `transformers` class that loads a task's model, or None where a head is
             no part of a checkpoint.
         base_only: Name patterns of trunk parameters that an expert may lack, and which then stay
             the base's. A CLIP expert is a vision tower, without the projection behind it.
-        ignored: Name patterns of tensors in a checkpoint that are no parameters.
+        ignored: From a config, name patterns of tensors in a checkpoint that are no parameters.
         ignored_in_experts: Name patterns of parameters outside the trunk that an expert may bring
             and that are not used.
-        attention_heads: Number of attention heads, from a config.
+        language: Whether it predicts tokens, with an output layer that is merged like all others,
+            rather than classes, with a head of each task's own.
     """
 
     trunk: Callable[[PretrainedConfig, Rematerialize], nnx.Module]
@@ -78,12 +87,12 @@ class Family:
     prefixes: tuple[str, ...]
     inputs: tuple[str, ...]
     max_tokens: Callable[[PretrainedConfig], int | None]
-    heads: Mapping[str, int]
+    heads: Callable[[PretrainedConfig], Mapping[str, tuple[int, int]]]
     auto_class: str | None
     base_only: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ("*.position_ids",)
+    ignored: Callable[[PretrainedConfig], tuple[str, ...]] = lambda config: ("*.position_ids",)
     ignored_in_experts: tuple[str, ...] = ()
-    attention_heads: Callable[[PretrainedConfig], int] = lambda config: config.num_attention_heads
+    language: bool = False
 
     def build_trunk(
         self, config: PretrainedConfig, rematerialize: Rematerialize = "elementwise"
@@ -92,16 +101,36 @@ class Family:
         return Network(partial(self.trunk, config, rematerialize))
 
     def build_head(self, config: PretrainedConfig) -> Network:
-        """The head as a function `(parameters, outputs) -> logits [B, C]`."""
+        """The head as a function `(parameters, outputs) -> logits [B, C]`, or `[B, T, V]`.
+
+        What a task does not keep for itself of these parameters is the trunk's.
+        """
         return Network(partial(self.head, config))
 
 
-_BERT_HEADS = {
-    "*.attention.self.query.*": 0,
-    "*.attention.self.key.*": 0,
-    "*.attention.self.value.*": 0,
-    "*.attention.output.dense.weight": 1,
-}
+def _heads(
+    query: str, key: str, value: str, output: str, part: str | None = None
+) -> Callable[[PretrainedConfig], Mapping[str, tuple[int, int]]]:
+    """Where attention heads are, from the name patterns of the four projections.
+
+    Keys and values may have fewer heads than queries. `part` is that of the config which says.
+    """
+
+    def heads(config: PretrainedConfig) -> Mapping[str, tuple[int, int]]:
+        config = getattr(config, part) if part else config
+        count = config.num_attention_heads
+        key_value = getattr(config, "num_key_value_heads", None) or count
+        return {query: (0, count), key: (0, key_value), value: (0, key_value), output: (1, count)}
+
+    return heads
+
+
+_BERT_HEADS = _heads(
+    "*.attention.self.query.*",
+    "*.attention.self.key.*",
+    "*.attention.self.value.*",
+    "*.attention.output.dense.weight",
+)
 
 _ROBERTA = Family(
     trunk=RobertaTrunk,
@@ -132,12 +161,12 @@ FAMILIES = {
         prefixes=("vit.",),
         inputs=("pixel_values",),
         max_tokens=lambda config: None,
-        heads={
-            "*.attention.attention.query.*": 0,
-            "*.attention.attention.key.*": 0,
-            "*.attention.attention.value.*": 0,
-            "*.attention.output.dense.weight": 1,
-        },
+        heads=_heads(
+            "*.attention.attention.query.*",
+            "*.attention.attention.key.*",
+            "*.attention.attention.value.*",
+            "*.attention.output.dense.weight",
+        ),
         auto_class="AutoModelForImageClassification",
     ),
     "clip": Family(
@@ -146,13 +175,13 @@ FAMILIES = {
         prefixes=("vision_model.",),
         inputs=("pixel_values",),
         max_tokens=lambda config: None,
-        heads={
-            "*.self_attn.q_proj.*": 0,
-            "*.self_attn.k_proj.*": 0,
-            "*.self_attn.v_proj.*": 0,
-            "*.self_attn.out_proj.weight": 1,
-        },
-        attention_heads=lambda config: config.vision_config.num_attention_heads,
+        heads=_heads(
+            "*.self_attn.q_proj.*",
+            "*.self_attn.k_proj.*",
+            "*.self_attn.v_proj.*",
+            "*.self_attn.out_proj.weight",
+            part="vision_config",
+        ),
         auto_class=None,
         base_only=("visual_projection.*",),
         ignored_in_experts=("text_model.*", "text_projection.*", "logit_scale"),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
 from adamerge_jax.names import STACKED
@@ -51,20 +51,21 @@ class Outputs(NamedTuple):
     """What a trunk computes.
 
     Attributes:
-        pooled: `[B, H]`, what the task heads read.
-        last_hidden_state: `[B, T, H]`.
+        pooled: `[B, H]`, what classification heads read, or None for a language model.
+        last_hidden_state: `[B, T, H]`, after the last norm.
         hidden_states: `[L + 1, B, T, H]`, the embeddings and the output of each layer, or None
             where they were not asked for.
     """
 
-    pooled: Float[Array, "B H"]
+    pooled: Float[Array, "B H"] | None
     last_hidden_state: Float[Array, "B T H"]
     hidden_states: Float[Array, "L+1 B T H"] | None
 
     def examples(self, chosen: slice) -> "Outputs":
         """The outputs of some of the examples."""
         states = None if self.hidden_states is None else self.hidden_states[:, chosen]
-        return Outputs(self.pooled[chosen], self.last_hidden_state[chosen], states)
+        pooled = None if self.pooled is None else self.pooled[chosen]
+        return Outputs(pooled, self.last_hidden_state[chosen], states)
 
 
 def value(parameter: nnx.Param) -> Float[Array, "..."]:
@@ -157,17 +158,27 @@ class Stack(nnx.Module):
         self.rematerialize = rematerialize
 
     def __call__(
-        self, hidden: Float[Array, "B T H"], *arguments: Array, hidden_states: bool = False
+        self,
+        hidden: Float[Array, "B T H"],
+        *arguments: PyTree,
+        per_layer: PyTree[Shaped[Array, "L ..."]] = (),
+        hidden_states: bool = False,
     ) -> tuple[Float[Array, "B T H"], Float[Array, "L+1 B T H"] | None]:
-        """Runs `layer(hidden, *arguments)` for each layer in turn.
+        """Runs `layer(hidden, *arguments, *own)` for each layer in turn.
+
+        Args:
+            hidden: The first layer's input.
+            *arguments: What all layers are given.
+            per_layer: Further arguments, of which each layer is given its own row.
+            hidden_states: Whether to return every layer's output.
 
         Returns:
             The last layer's output and, if asked for, the input followed by every layer's output.
         """
         graph, parameters = nnx.split(getattr(self, STACKED))
 
-        def run_layer(hidden: Array, parameters: nnx.State) -> Array:
-            return nnx.merge(graph, parameters)(hidden, *arguments)
+        def run_layer(hidden: Array, parameters: nnx.State, own: PyTree) -> Array:
+            return nnx.merge(graph, parameters)(hidden, *arguments, *own)
 
         if self.rematerialize != "nothing":
             # A scan's body is not subject to the common-subexpression elimination that
@@ -176,11 +187,11 @@ class Stack(nnx.Module):
                 run_layer, policy=_POLICIES[self.rematerialize], prevent_cse=False
             )
 
-        def body(hidden: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
-            hidden = run_layer(hidden, parameters)
+        def body(hidden: Array, layer: tuple[nnx.State, PyTree]) -> tuple[Array, Array | None]:
+            hidden = run_layer(hidden, *layer)
             return hidden, hidden if hidden_states else None
 
-        last, every = jax.lax.scan(body, hidden, parameters)
+        last, every = jax.lax.scan(body, hidden, (parameters, per_layer))
         return last, jnp.concatenate([hidden[None], every]) if hidden_states else None
 
 
