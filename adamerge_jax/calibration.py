@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from adamerge_jax.data import Examples
 from adamerge_jax.errors import InputError
+from adamerge_jax.examples import Examples
 from adamerge_jax.objectives import Targets
 from adamerge_jax.targets import StoredTargets
 from adamerge_jax.views import strong_view
@@ -168,5 +168,5 @@ def calibrate(
         lengths = data.padded_lengths()[order[:size]]
         kept[task] = order[:size][np.argsort(lengths, kind="stable")]
         learning[task] = np.sort(order[size:])
-    targets = {task: StoredTargets(labels=data.labels) for task, data in examples.items()}
+    targets = {task: StoredTargets(data) for task, data in examples.items()}
     return Calibration(learning, kept, examples, batch_size, seed, targets)

@@ -1,14 +1,15 @@
-"""How good a model is: accuracy per task, with each task's own head."""
+"""How good a model is: accuracy per task with its own head, or a language model's loss per task."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from adamerge_jax.data import Examples, sorted_batches
+from adamerge_jax.examples import Examples, sorted_batches
 from adamerge_jax.models import Network, head_parameters
+from adamerge_jax.objectives import NOT_PREDICTED, token_losses
 
 Parameters = Mapping[str, Array]
 
@@ -18,20 +19,32 @@ class Row(NamedTuple):
 
     Attributes:
         method: What was evaluated.
-        tasks: Accuracy by task, from 0 to 1.
+        tasks: Accuracy by task, from 0 to 1; or loss by task, in nats per token.
+        metric: Which of the two.
     """
 
     method: str
     tasks: dict[str, float]
+    metric: Literal["accuracy", "loss"] = "accuracy"
 
     @property
     def average(self) -> float:
-        """Mean accuracy over the tasks."""
+        """Mean over the tasks."""
         return float(np.mean(list(self.tasks.values())))
+
+    @property
+    def goodness(self) -> float:
+        """The average, with its sign turned where less is better."""
+        return self.average if self.metric == "accuracy" else -self.average
 
     def as_json(self) -> dict:
         """The row as `results.json` holds it."""
-        return {"method": self.method, "tasks": self.tasks, "average": self.average}
+        return {
+            "method": self.method,
+            "metric": self.metric,
+            "tasks": self.tasks,
+            "average": self.average,
+        }
 
 
 class Evaluator:
@@ -46,7 +59,18 @@ class Evaluator:
         heads: Mapping[str, Network],
         kept_by_tasks: Mapping[str, Parameters],
         batch_size: int,
+        metric: Literal["accuracy", "loss"] = "accuracy",
     ):
+        """Compiles nothing yet.
+
+        Args:
+            trunk: What all models share.
+            heads: By task.
+            kept_by_tasks: Parameters of each task's head.
+            batch_size: Examples per batch.
+            metric: What a score is.
+        """
+        self.metric = metric
         self._trunk = jax.jit(trunk, static_argnames="hidden_states")
         self._heads = {task: jax.jit(head) for task, head in heads.items()}
         self._networks = heads
@@ -61,6 +85,8 @@ class Evaluator:
         hidden_states: Sequence[int] = (),
     ) -> tuple[Float[Array, "B C"], dict[int, Float[Array, "B T H"]]]:
         """The logits of one batch, and the hidden states of the layers asked for.
+
+        A language model's logits are `[B, T, V]`.
 
         Args:
             parameters: Of the trunk, arrays by name.
@@ -89,11 +115,33 @@ class Evaluator:
             rows.append(np.asarray(self.run(parameters, task, inputs)[0])[: len(index)])
         return np.concatenate(rows)[np.argsort(np.concatenate(order))]
 
-    def accuracy(self, parameters: Parameters, task: str, examples: Examples) -> float:
-        """The share of labelled examples, from 0 to 1, that a model gives their own class."""
-        predicted = self.logits(parameters, task, examples).argmax(-1)
-        return float((predicted == examples.labels).mean())
+    def score(self, parameters: Parameters, task: str, examples: Examples) -> float:
+        """How good a model is on labelled examples.
+
+        Returns:
+            The share of examples that get their own class, from 0 to 1; or for a language model
+            the mean loss over all tokens to be predicted, in nats per token.
+        """
+        if self.metric == "accuracy":
+            predicted = self.logits(parameters, task, examples).argmax(-1)
+            return float((predicted == examples.labels).mean())
+        total, count = 0.0, 0
+        for index, inputs in sorted_batches(examples, self._batch_size):
+            logits, _ = self.run(parameters, task, inputs)
+            labels = examples.take_labels(index, logits.shape[1])
+            # The last batch repeats examples, which do not count.
+            missing = [(0, len(logits) - len(labels)), (0, 0)]
+            labels = np.pad(labels, missing, constant_values=NOT_PREDICTED)
+            total += float(_total_loss(logits, labels))
+            count += int((labels != NOT_PREDICTED).sum())
+        return total / count
 
     def row(self, method: str, parameters: Parameters, data: Mapping[str, Examples]) -> Row:
-        """A model's accuracy on labelled examples of each task."""
-        return Row(method, {task: self.accuracy(parameters, task, data[task]) for task in data})
+        """A model's score on labelled examples of each task."""
+        scores = {task: self.score(parameters, task, data[task]) for task in data}
+        return Row(method, scores, self.metric)
+
+
+@jax.jit
+def _total_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    return token_losses(logits, labels).sum()

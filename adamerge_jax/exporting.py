@@ -6,12 +6,19 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from adamerge_jax import report
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
+from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.orbax import save_parameters
+from adamerge_jax.checkpoints.peft import MatchedAdapter
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.evaluation import Row
 from adamerge_jax.loading import DTYPES, Models, fold, load_head, load_trunk, match_trunk
@@ -68,15 +75,30 @@ def export(
         writer.write_text("README.md", report.model_card(coefficients, rows))
         for task, expert in models.experts.items():
             if head := load_head(models, task):
+                whole = isinstance(expert, MatchedCheckpoint)
                 writer.add_task_model(
                     task,
-                    config=expert.checkpoint.config,
+                    config=expert.checkpoint.config if whole else _task_config(models, expert),
                     head={name: cast(array) for name, array in head.items()},
-                    assets=expert.checkpoint,
+                    assets=expert.checkpoint if whole else models.base.checkpoint,
                 )
     with console.status("writing the Orbax checkpoint"):
         merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
         save_parameters(out / ORBAX_FOLDER, load_trunk(models, merged, None))
+
+
+def _task_config(models: Models, adapter: MatchedAdapter) -> PretrainedConfig:
+    """The config of the model that an adapter makes of the base, with the class that loads it."""
+    config = copy.deepcopy(adapter.checkpoint.config)
+    config.architectures = [_CLASSES[models.family.auto_class][config.model_type]]
+    return config
+
+
+_CLASSES = {
+    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForImageClassification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+}
+"""Names of the classes of `transformers`, by auto class and model type."""
 
 
 def export_bytes(models: Models, recipe: Recipe) -> int:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from adamerge_jax.errors import InputError
 from adamerge_jax.names import STACKED, is_stacked, matches, tensor_shape, tensors_of
 from adamerge_jax.registries import call_registered
-from adamerge_jax.task_vectors import ChunkedDelta, Delta, FactoredDelta
+from adamerge_jax.task_vectors import Delta, LoadedDelta
 
 Values = Mapping[str, Float[Array, "G K ..."]]
 """Coefficients (or what a constraint maps to them) by group."""
@@ -46,7 +46,7 @@ class Granularity(NamedTuple):
 
     init: Callable[[PerTensor], Values]
     scales: Callable[[Values], dict[str, Float[Array, "..."]]]
-    prepare: Callable[[str, Delta], Delta] = lambda name, delta: delta
+    prepare: Callable[[str, LoadedDelta], Delta] = lambda name, delta: delta
     units: Mapping[str, str] = {}
 
 
@@ -180,9 +180,7 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int]) -> Granularity:
     uniform = _split(
         shapes,
         split,
-        prepare=lambda name, delta: ChunkedDelta.of(
-            delta, max(counts[name]), stacked=is_stacked(name)
-        ),
+        prepare=lambda name, delta: delta.in_pieces(max(counts[name]), stacked=is_stacked(name)),
     )
     uneven = {name: counts[name] for name in shapes if len(set(counts[name])) > 1}
     if not uneven:
@@ -240,9 +238,7 @@ def partition(shapes: Shapes, groups: int, seed: int = 0) -> Granularity:
     return _split(
         shapes,
         lambda name, shape: _pieces(groups)._replace(unit=f"in {groups} random parts"),
-        prepare=lambda name, delta: ChunkedDelta.of(
-            delta, groups, stacked=is_stacked(name), seed=seed
-        ),
+        prepare=lambda name, delta: delta.in_pieces(groups, stacked=is_stacked(name), seed=seed),
     )
 
 
@@ -274,7 +270,7 @@ def singular(shapes: Shapes, rank: int) -> Granularity:
             )
         return _Split(rank + 1, lambda values: values, "by singular direction")
 
-    return _split(shapes, split, prepare=lambda name, delta: FactoredDelta.of(delta, rank))
+    return _split(shapes, split, prepare=lambda name, delta: delta.by_direction(rank))
 
 
 GRANULARITIES: dict[str, Callable[..., Granularity]] = {
@@ -426,14 +422,14 @@ def _along(shape: tuple[int, ...], axis: int, count: int, unit: str) -> _Split:
 
 
 def _pieces(count: int) -> _Split:
-    """Pieces of a `ChunkedDelta`."""
+    """Pieces of the flattened tensor."""
     return _Split(count, lambda values: values[..., None], f"in {count} pieces")
 
 
 def _split(
     shapes: Shapes,
     split: Callable[[str, tuple[int, ...]], _Split | None],
-    prepare: Callable[[str, Delta], Delta] = lambda name, delta: delta,
+    prepare: Callable[[str, LoadedDelta], Delta] = lambda name, delta: delta,
     vectors: bool = False,
 ) -> Granularity:
     """A granularity with tensors split into parts, one group per parameter.

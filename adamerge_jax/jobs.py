@@ -169,19 +169,23 @@ def baselines(problem: Problem) -> list[Row]:
         return merged(task_arithmetic(problem.shapes, problem.experts, coefficient))
 
     def of_expert(task: str) -> float:
-        return workspace.evaluator.accuracy(workspace.expert(task), task, test[task])
+        return workspace.evaluator.score(workspace.expert(task, problem.base), task, test[task])
 
     coefficient = PLAIN_TASK_ARITHMETIC
     if validation:
         coefficient = max(
             recipe.evaluation.task_arithmetic,
-            key=lambda value: workspace.evaluator.row("", scaled(value), validation).average,
+            key=lambda value: workspace.evaluator.row("", scaled(value), validation).goodness,
         )
     row = workspace.evaluator.row
     after = " after interference steps" if problem.interference else ""
     return [
         row("base", problem.base, test),
-        Row("experts (one model each)", {task: of_expert(task) for task in test}),
+        Row(
+            "experts (one model each)",
+            {task: of_expert(task) for task in test},
+            workspace.evaluator.metric,
+        ),
         row(f"average{after}", merged(average(problem.shapes, problem.experts)), test),
         row(f"task arithmetic ({coefficient:g}){after}", scaled(coefficient), test),
     ]

@@ -20,7 +20,7 @@ from adamerge_jax.coefficients import Constraint
 from adamerge_jax.granularities import Granularity, Values
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, head_parameters
-from adamerge_jax.objectives import Objective, TaskOutputs
+from adamerge_jax.objectives import NOT_PREDICTED, Objective, TaskOutputs
 from adamerge_jax.regularizers import Regularizer
 from adamerge_jax.task_vectors import Delta
 
@@ -61,11 +61,12 @@ class Evaluation(NamedTuple):
 
     Attributes:
         objective: Of each task, `[tasks]`.
-        predicted: Class that the merged model gives each example, `[tasks, B]`.
+        predicted: Class that the merged model gives each example, `[tasks, B]`, or each position
+            of it, `[tasks, B, T]`.
     """
 
     objective: Float[Array, " tasks"]
-    predicted: Int[Array, "tasks B"]
+    predicted: Int[Array, "tasks B ..."]
 
 
 class Learner(NamedTuple):
@@ -177,7 +178,7 @@ def forward_with_heads(
     def forward(parameters: PyTree, kept_by_tasks: PyTree, inputs: PyTree) -> list[TaskOutputs]:
         outputs = trunk(parameters, inputs, hidden_states=bool(hidden_states))
         size = len(outputs.last_hidden_state) // len(heads)
-        mask = inputs.get("attention_mask")
+        mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
         by_task = []
         for position, (head, own) in enumerate(zip(heads, kept_by_tasks, strict=True)):
             own = head_parameters(head, own, parameters)
@@ -207,10 +208,11 @@ class Look:
 
     Attributes:
         objective: Of each task, `[tasks]`.
-        agreement: Part of each task's examples that get their label, or where there are no labels
-            the class that the expert gives them, `[tasks]`; NaN where there is neither.
+        agreement: Part of each task's examples (of a language model, of the tokens to predict)
+            that get their label, or where there are no labels the class that the expert gives
+            them, `[tasks]`; NaN where there is neither.
         commonest: Part of each task's examples that get its commonest class, `[tasks]`.
-        examples: Number of each task's examples, `[tasks]`.
+        examples: Number of each task's examples, or of tokens, `[tasks]`.
     """
 
     objective: np.ndarray
@@ -411,10 +413,13 @@ def _look(learner: Learner, state: State, frozen: Frozen, calibration: Calibrati
         for position, (weights, targets) in enumerate(
             zip(batch.weights, batch.targets, strict=True)
         ):
+            labels = targets.labels
             counted = weights > 0
+            if labels is not None and labels.ndim == 2:
+                counted = counted[:, None] & (labels != NOT_PREDICTED)
             predicted[position].append(evaluation.predicted[position][counted])
-            if targets.labels is not None:
-                wanted[position].append(targets.labels[counted])
+            if labels is not None:
+                wanted[position].append(labels[counted])
             elif targets.expert_logits is not None:
                 wanted[position].append(targets.expert_logits.argmax(-1)[counted])
     classes = [np.concatenate(each) for each in predicted]

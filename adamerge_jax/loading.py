@@ -3,8 +3,10 @@
 Peak host memory is what is returned plus one tensor of one expert: no expert is ever loaded whole.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -14,17 +16,18 @@ import numpy as np
 from jaxtyping import Array
 from transformers import AutoTokenizer, PretrainedConfig
 
-from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.huggingface import Checkpoint, locate
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_same_architecture
+from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.coefficients import Coefficients, Source
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import Shapes
+from adamerge_jax.granularities import Shapes, constant, make_granularity
 from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
-from adamerge_jax.mixing import Mixture
+from adamerge_jax.mixing import Mixture, mix
 from adamerge_jax.models import Family, family_of
 from adamerge_jax.names import is_stacked, matches, tensor_shape, tensors_of
 from adamerge_jax.recipes import ModelSource, Recipe
-from adamerge_jax.task_vectors import DenseDelta
+from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
 from adamerge_jax.zero_shot import text_network, zero_shot_head
 
 DTYPES = {
@@ -33,6 +36,11 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 """NumPy dtypes by their names in a recipe."""
+
+FLOAT32 = DTYPES["float32"]
+
+Expert = MatchedCheckpoint | MatchedAdapter
+"""A whole fine-tuned model, or an adapter."""
 
 # XLA's CPU backend takes over host memory without a copy where it is aligned to this.
 _ALIGNMENT_BYTES = 64
@@ -54,7 +62,7 @@ class Models:
     family: Family
     shapes: Shapes
     base: MatchedCheckpoint
-    experts: Mapping[str, MatchedCheckpoint]
+    experts: Mapping[str, Expert]
     sources: tuple[Source, ...]
     kept: frozenset[str]
 
@@ -104,22 +112,10 @@ def open_models(recipe: Recipe, root: Path) -> Models:
                 f"parameters are called e.g. {next(iter(trunk))!r}"
             )
     base_match = _match_trunk(family, trunk, base, "base")
-    experts = {}
-    for task, task_recipe in recipe.tasks.items():
-        role = f"expert {task!r}"
-        expert = _open(task_recipe.expert, root, role)
-        require_same_architecture(base, expert, role=role)
-        head = {}
-        if family.auto_class is not None:
-            head = family.build_head(expert.config).shapes
-        experts[task] = match(
-            expert,
-            trunk | {name: leaf.shape for name, leaf in head.items()},
-            role=role,
-            prefixes=family.prefixes,
-            optional=family.base_only,
-            ignored=(*family.ignored(base.config), *family.ignored_in_experts),
-        )
+    experts = {
+        task: _open_expert(family, trunk, base_match, task_recipe.expert, root, f"expert {task!r}")
+        for task, task_recipe in recipe.tasks.items()
+    }
     kept = {
         name
         for name in trunk
@@ -144,9 +140,28 @@ def match_trunk(models: Models, checkpoint: Checkpoint, role: str) -> MatchedChe
     return _match_trunk(models.family, _unstacked_shapes(models.shapes), checkpoint, role)
 
 
-def load_trunk(
-    models: Models, checkpoint: MatchedCheckpoint, dtype: np.dtype | None
-) -> dict[str, Array]:
+def load_expert(
+    models: Models, task: str, base: Mapping[str, Array], dtype: np.dtype | None
+) -> dict[str, Array | Mixture]:
+    """The trunk of one expert: its own arrays, or for an adapter the base's with lazy factors.
+
+    Args:
+        models: The base and its experts.
+        task: Whose expert.
+        base: The base's trunk.
+        dtype: Of the arrays; by default each tensor's in the base.
+    """
+    expert = models.experts[task]
+    if isinstance(expert, MatchedCheckpoint):
+        return load_trunk(models, expert, dtype)
+    alone = dataclasses.replace(models, experts={task: expert}, kept=frozenset())
+    deltas, _, _ = load_task_vectors(alone, dtype)
+    shapes = {name: models.shapes[name] for name in deltas}
+    whole = make_granularity("tensor", {}, shapes)
+    return mix(base, deltas, whole.scales(whole.init(constant(shapes, 1, 1.0))))
+
+
+def load_trunk(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> dict[str, Array]:
     """Reads the trunk of the base or of one expert; what an expert lacks is the base's.
 
     Args:
@@ -196,41 +211,42 @@ def load_zero_shot_head(
 
 def load_task_vectors(
     models: Models, dtype: np.dtype | None, interference: Sequence[FittedStep] = ()
-) -> tuple[dict[str, DenseDelta], list[str], tuple[FittedStep, ...]]:
+) -> tuple[dict[str, LoadedDelta], list[str], tuple[FittedStep, ...]]:
     """Reads what every expert changed in the base.
+
+    Adapters stay factors, unless interference steps ask for entries.
 
     Args:
         models: The base and its experts.
-        dtype: Of the deltas; by default each tensor's in the base.
+        dtype: Of the deltas; by default each tensor's in the base, float32 for factors.
         interference: What is done to the task vectors.
 
     Returns:
-        Deltas by name, `[K, *shape]`, or `[L, K, *shape]` where stacked; the names without `*` of
-        the tensors that are mixed; and the interference steps with what they learned. Parameters
-        that no expert changed are in neither.
+        Deltas by name, stacked where the name is; the names without `*` of the tensors that are
+        mixed; and the interference steps with what they learned. Parameters that no expert
+        changed are in neither.
     """
-    read, mixed = {}, {}
-    for name, shape in models.shapes.items():
-        tensors = models.tensors(name)
-        layers = (shape[0],) if is_stacked(name) else ()
-        values = _aligned_empty(
-            (*layers, len(models.experts), *shape[len(layers) :]),
-            dtype or models.base.dtype(tensors[0]),
-        )
-        rows = values if layers else [values]
-        changed = {
-            tensor: row
-            for row, tensor in zip(rows, tensors, strict=True)
-            if _fill_delta(models, tensor, row)
-        }
+    if not interference:
+        read, mixed = {}, []
+        for name in models.shapes:
+            delta, changed = _read_delta(models, name, models.tensors(name), dtype)
+            if changed:
+                read[name] = delta
+                mixed += changed
+        return read, mixed, ()
+    read, entries = {}, {}
+    for name in models.shapes:
+        values, changed = _read_entries(models, name, models.tensors(name), dtype)
         if changed:
             read[name] = values
-            mixed |= changed
-    fitted = fit_steps(interference, mixed)
+            rows = values if is_stacked(name) else [values]
+            by_tensor = zip(models.tensors(name), rows, strict=True)
+            entries |= {tensor: row for tensor, row in by_tensor if tensor in changed}
+    fitted = fit_steps(interference, entries)
     deltas = {
         name: DenseDelta(jax.device_put(values, may_alias=True)) for name, values in read.items()
     }
-    return deltas, list(mixed), fitted
+    return deltas, list(entries), fitted
 
 
 def load_head(models: Models, task: str) -> dict[str, np.ndarray]:
@@ -266,10 +282,12 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
     for name in models.base.names:
         tensor = models.base.read(name)
         if name in scales:
-            values = np.empty((len(models.experts), *tensor.shape), np.float32)
-            _fill_delta(models, name, values)
-            values = apply_steps(coefficients.interference, name, values)
-            delta = granularity.prepare(name, DenseDelta(values))
+            if coefficients.interference:
+                values, _ = _read_entries(models, name, [name], FLOAT32)
+                delta = DenseDelta(apply_steps(coefficients.interference, name, values))
+            else:
+                delta, _ = _read_delta(models, name, [name], FLOAT32)
+            delta = granularity.prepare(name, delta)
             mixture = Mixture(tensor.astype(np.float32), delta, scales[name])
             tensor = np.asarray(_materialize(mixture)).astype(tensor.dtype)
         yield name, tensor
@@ -284,18 +302,112 @@ def resolve(path: str, root: Path) -> str:
 _materialize = jax.jit(Mixture.materialize)
 
 
-def _fill_delta(models: Models, tensor: str, out: np.ndarray) -> bool:
-    """Writes `tau_k` of all experts into `out`, `[K, *shape]`; whether any differs from 0."""
+def _read_delta(
+    models: Models, name: str, tensors: Sequence[str], dtype: np.dtype | None
+) -> tuple[LoadedDelta, list[str]]:
+    """The deltas of all experts for one parameter, and which of its tensors they change.
+
+    Args:
+        models: The base and its experts.
+        name: Of the parameter; stacked if `tensors` are L.
+        tensors: Those that it consists of.
+        dtype: Of the deltas; by default that of the base, float32 for factors.
+    """
+    experts = list(models.experts.values())
+    open_tensors = [tensor for tensor in tensors if tensor not in models.kept]
+    low_rank = [
+        position
+        for position, expert in enumerate(experts)
+        if any(expert.low_rank(tensor) is not None for tensor in open_tensors)
+    ]
+    if not low_rank:
+        values, changed = _read_entries(models, name, tensors, dtype)
+        return DenseDelta(jax.device_put(values, may_alias=True)), changed
+    parts: list[tuple[LoadedDelta, tuple[int, ...]]] = []
+    factors, changed = _read_factors(models, name, tensors, [experts[k] for k in low_rank], dtype)
+    parts.append((factors, tuple(low_rank)))
+    # An expert that saved a tensor whole has no factors for it.
+    whole = [position for position in range(len(experts)) if position not in low_rank]
+    whole = [k for k in whole if any(experts[k].changes(tensor) for tensor in open_tensors)]
+    if whole:
+        values, also = _read_entries(models, name, tensors, dtype, [experts[k] for k in whole])
+        if also:
+            parts.append((DenseDelta(jax.device_put(values, may_alias=True)), tuple(whole)))
+            changed = [tensor for tensor in tensors if tensor in {*changed, *also}]
+    if len(parts) == 1 and len(low_rank) == len(experts):
+        return factors, changed
+    deltas, positions = zip(*parts, strict=True)
+    return JoinedDelta(deltas, positions, len(experts)), changed
+
+
+def _read_entries(
+    models: Models,
+    name: str,
+    tensors: Sequence[str],
+    dtype: np.dtype | None,
+    experts: Sequence[Expert] | None = None,
+) -> tuple[np.ndarray, list[str]]:
+    """Deltas entry by entry, `[K, *shape]` or `[L, K, *shape]`, and the tensors they change."""
+    experts = list(models.experts.values()) if experts is None else experts
+    layers = (len(tensors),) if is_stacked(name) else ()
+    shape = (*layers, len(experts), *models.base.shape(tensors[0]))
+    values = _aligned_empty(shape, dtype or models.base.dtype(tensors[0]))
+    rows = values if layers else [values]
+    changed = [
+        tensor
+        for tensor, row in zip(tensors, rows, strict=True)
+        if _fill_entries(models, tensor, experts, row)
+    ]
+    return values, changed
+
+
+def _fill_entries(models: Models, tensor: str, experts: Sequence[Expert], out: np.ndarray) -> bool:
+    """Writes `tau_k` of some experts into `out`, `[K, *shape]`; whether any differs from 0."""
+    out[...] = 0
     if tensor in models.kept:
-        out[...] = 0
         return False
     base = models.base.read(tensor).astype(np.float32)
     changed = False
-    for row, expert in zip(out, models.experts.values(), strict=True):
-        difference = expert.read(tensor).astype(np.float32) - base
+    for row, expert in zip(out, experts, strict=True):
+        if not expert.changes(tensor):
+            continue
+        factors = expert.low_rank(tensor)
+        if factors is None:
+            difference = expert.read(tensor).astype(np.float32) - base
+        else:
+            difference = factors.left @ factors.right
         changed |= bool(difference.any())
         row[...] = difference
     return changed
+
+
+def _read_factors(
+    models: Models,
+    name: str,
+    tensors: Sequence[str],
+    experts: Sequence[Expert],
+    dtype: np.dtype | None,
+) -> tuple[LowRankDelta, list[str]]:
+    """Deltas as factors of the largest rank among experts and layers; zeros beyond their own."""
+    found = {
+        (layer, position): factors
+        for layer, tensor in enumerate(tensors)
+        if tensor not in models.kept
+        for position, expert in enumerate(experts)
+        if (factors := expert.low_rank(tensor)) is not None
+    }
+    rank = max(factors.right.shape[0] for factors in found.values())
+    height, width = models.base.shape(tensors[0])
+    left = np.zeros((len(tensors), len(experts), height, rank), dtype or np.float32)
+    right = np.zeros((len(tensors), len(experts), rank, width), dtype or np.float32)
+    for (layer, position), factors in found.items():
+        own = factors.right.shape[0]
+        left[layer, position, :, :own] = factors.left
+        right[layer, position, :own] = factors.right
+    if not is_stacked(name):
+        left, right = left[0], right[0]
+    changed = [tensors[layer] for layer in sorted({layer for layer, _ in found})]
+    return LowRankDelta(jnp.asarray(left), jnp.asarray(right)), changed
 
 
 def _match_trunk(
@@ -320,9 +432,61 @@ def _unstacked_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _open_expert(
+    family: Family,
+    trunk: Shapes,
+    base: MatchedCheckpoint,
+    source: ModelSource,
+    root: Path,
+    role: str,
+) -> Expert:
+    """Opens a whole fine-tuned model or a LoRA adapter."""
+
+    def head(config: PretrainedConfig) -> Shapes:
+        if family.auto_class is None or family.language:
+            return {}
+        return {name: leaf.shape for name, leaf in family.build_head(config).shapes.items()}
+
+    def head_of_classes(classes: int) -> Shapes:
+        config = copy.deepcopy(base.checkpoint.config)
+        config.num_labels = classes
+        return head(config)
+
+    with _explained(role, root):
+        folder = locate(resolve(source.path, root), revision=source.revision)
+    if is_adapter(folder):
+        adapter = open_adapter(
+            source.path, folder, base, role=role, head=head_of_classes, prefixes=family.prefixes
+        )
+        missing = [name for name in head(adapter.checkpoint.config) if name not in adapter.names]
+        if missing:
+            raise InputError(
+                f"{role} ({source.path}) lacks {missing[0]}: an adapter for classification must "
+                "bring its head; train it with modules_to_save"
+            )
+        return adapter
+    expert = _open(source, root, role)
+    require_same_architecture(base.checkpoint, expert, role=role)
+    return match(
+        expert,
+        trunk | head(expert.config),
+        role=role,
+        prefixes=family.prefixes,
+        optional=family.base_only,
+        ignored=(*family.ignored(expert.config), *family.ignored_in_experts),
+    )
+
+
 def _open(source: ModelSource, root: Path, role: str) -> Checkpoint:
-    try:
+    with _explained(role, root):
         return Checkpoint.open(resolve(source.path, root), revision=source.revision)
+
+
+@contextmanager
+def _explained(role: str, root: Path) -> Iterator[None]:
+    """Says in error messages what cannot be opened, and where relative paths start."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"{role}: {error} (relative paths start at {root})") from error
 

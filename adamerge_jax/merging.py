@@ -12,8 +12,8 @@ from jaxtyping import Array
 from adamerge_jax import learning
 from adamerge_jax.calibration import Calibration, calibrate
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, unstack_values
-from adamerge_jax.data import Concatenated
 from adamerge_jax.errors import InputError
+from adamerge_jax.examples import Concatenated
 from adamerge_jax.granularities import (
     Granularity,
     PerTensor,
@@ -27,13 +27,13 @@ from adamerge_jax.granularities import (
     require_budget,
 )
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import Models, load_task_vectors, load_trunk
+from adamerge_jax.loading import Models, load_task_vectors
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.names import is_stacked, matches
 from adamerge_jax.objectives import Needs
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
 from adamerge_jax.targets import StoredTargets, ask_expert
-from adamerge_jax.task_vectors import Delta, DenseDelta
+from adamerge_jax.task_vectors import Delta, LoadedDelta
 from adamerge_jax.workspace import Workspace
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[learning.Progress], None]]]
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
         recipe: Says how to learn.
         workspace: Models and data.
         base: Parameters of the base.
-        deltas: The experts' dense task vectors, after the interference steps.
+        deltas: The experts' task vectors, after the interference steps.
         mixed: Names without `*` of the tensors that are mixed.
         interference: The interference steps, with what they learned of the task vectors.
         calibration: Batches, with the targets that the objective needs.
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
     recipe: Recipe
     workspace: Workspace
     base: dict[str, Array]
-    deltas: dict[str, DenseDelta]
+    deltas: dict[str, LoadedDelta]
     mixed: list[str]
     interference: tuple[FittedStep, ...]
     calibration: Calibration
@@ -117,6 +117,9 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
     )
     needs = {task: objective.needs for task, objective in recipe.build_objectives().items()}
     _require_layers(needs, models.shapes)
+    _require_labels(recipe, models, needs)
+    if models.family.language:
+        needs = {task: own._replace(elsewhere=False) for task, own in needs.items()}
     deltas, mixed, interference = load_task_vectors(
         models, workspace.dtype, recipe.build_interference()
     )
@@ -134,10 +137,11 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
     if recipe.learning.control is not None:
         # What is controlled without labels is the agreement with the experts.
         needs = {task: own._replace(expert_logits=True) for task, own in needs.items()}
+    base = workspace.base()
     targets, elsewhere = dict(calibration.targets), {}
     for task, own in needs.items():
         if own.expert:
-            parameters = workspace.expert(task)
+            parameters = workspace.expert(task, base)
             targets[task] = _ask_expert(recipe, workspace, parameters, task, own)
         if own.elsewhere:
             elsewhere[task] = _ask_elsewhere(workspace, parameters, task)
@@ -146,7 +150,6 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         strong_view=any(own.strong_view for own in needs.values()),
         elsewhere=elsewhere,
     )
-    base = load_trunk(models, models.base, workspace.dtype)
     return Problem(recipe, workspace, base, deltas, mixed, interference, calibration)
 
 
@@ -225,12 +228,13 @@ def _learn_stage(
     deltas = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
     objectives = recipe.build_objectives()
     layers = sorted({layer for own in objectives.values() for layer in own.needs.hidden_states})
+    elsewhere = any(own.needs.elsewhere for own in objectives.values())
     learner = learning.make_learner(
         learning.forward_with_heads(
             workspace.trunk,
             list(workspace.head_networks.values()),
             layers,
-            elsewhere=any(own.needs.elsewhere for own in objectives.values()),
+            elsewhere=elsewhere and not workspace.models.family.language,
         ),
         granularity,
         CONSTRAINTS[recipe.coefficients.constraint],
@@ -307,11 +311,8 @@ def _ask_expert(
 ) -> StoredTargets:
     """What a task's expert says of its calibration examples."""
 
-    def ask(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        logits, states = workspace.evaluator.run(
-            parameters, task, inputs, hidden_states=needs.hidden_states
-        )
-        return np.asarray(logits), {k: np.asarray(state) for k, state in states.items()}
+    def ask(inputs: dict[str, np.ndarray]) -> tuple[Array, dict[int, Array]]:
+        return workspace.evaluator.run(parameters, task, inputs, hidden_states=needs.hidden_states)
 
     examples = workspace.data.calibration[task]
     return ask_expert(ask, examples, needs, batch_size=recipe.evaluation.batch_size)
@@ -326,6 +327,24 @@ def _ask_elsewhere(
     said = workspace.evaluator.logits(parameters, task, Concatenated(list(others.values())))
     ends = np.cumsum([len(examples) for examples in others.values()])
     return dict(zip(others, np.split(said, ends[:-1]), strict=True))
+
+
+def _require_labels(recipe: Recipe, models: Models, needs: Mapping[str, Needs]) -> None:
+    """Refuses objectives that do not go with this kind of model, and labels that are missing."""
+    for task, own in needs.items():
+        if models.family.language:
+            if own.strong_view:
+                raise InputError(
+                    "objectives: pseudo_labels is for classes; a language model has none"
+                )
+            continue
+        if own.top_tokens is not None:
+            raise InputError("objectives: top_tokens is for language models")
+        if own.labels and recipe.tasks[task].calibration.label is None:
+            raise InputError(
+                f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
+                "name the column of the class index, or choose an objective that needs none"
+            )
 
 
 def _require_layers(needs: Mapping[str, Needs], shapes: Shapes) -> None:
@@ -345,8 +364,7 @@ def _importance(problem: Problem, coefficients: PerTensor, budget: int) -> dict[
     shapes, learned, magnitudes = {}, {}, {}
     for name, delta in problem.deltas.items():
         tensors = problem.workspace.models.tensors(name)
-        values = delta.values if is_stacked(name) else delta.values[None]
-        norms = jnp.linalg.norm(values.reshape(*values.shape[:2], -1).astype(jnp.float32), axis=-1)
+        norms = jnp.atleast_2d(delta.norms(stacked=is_stacked(name)))
         for layer, tensor in enumerate(tensors):
             if tensor in problem.mixed:
                 shapes[tensor] = problem.workspace.models.base.shape(tensor)

@@ -42,6 +42,13 @@ class Mixture:
         merged = self.base.astype(jnp.float32) + self.delta.weighted_sum(self.scale)
         return checkpoint_name(merged.astype(self.base.dtype), MERGED_WEIGHT)
 
+    def apply(self, x: Float[Array, "N n"]) -> Float[Array, "N m"]:
+        """`x @ materialize().T`, without the merged matrix where that is less work."""
+        product = self.delta.product(x, self.scale)
+        if product is None:
+            return x @ self.materialize().T
+        return x @ self.base.T + product
+
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "..."]:
         """`materialize()[index]`, mixing whichever is less: the rows asked for, or all of them."""
         if index.size >= self.base.shape[0]:

@@ -1,8 +1,9 @@
 """What is minimised: pure functions from a task's outputs to one value per example.
 
 An objective is a function of options that returns an `Objective`. The value of a task is the mean
-over its examples, the value of a step the sum over its tasks. To use one of your own, pass it to
-`make_learner`, or name it in a recipe as `package.module:function`.
+over its examples, the value of a step the sum over its tasks. A language model predicts a class,
+the next token, at each of T positions; an example's value is the mean over those that count. To use
+one of your own, pass it to `make_learner`, or name it in a recipe as `package.module:function`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,15 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.registries import call_registered
 
+NOT_PREDICTED = -100
+"""The label of a position where no token is to be predicted, as in `transformers`."""
+
 
 class TaskOutputs(NamedTuple):
     """What the merged model says about one task's examples.
 
     Attributes:
-        logits: `[B, C]`, from the task's own head.
+        logits: `[B, C]`, from the task's own head; `[B, T, V]` from a language model.
         hidden_states: `[B, T, H]` by layer (0 is the embeddings), for the layers that some
             objective asks for.
         mask: `[B, T]`, 1 where a position is no padding, or None where nothing is padded.
@@ -29,28 +33,43 @@ class TaskOutputs(NamedTuple):
             tasks, or None where no objective asks for them.
     """
 
-    logits: Float[Array, "B C"]
+    logits: Float[Array, "B ... C"]
     hidden_states: Mapping[int, Float[Array, "B T H"]] = {}
     mask: Int[Array, "B T"] | None = None
     strong: Float[Array, "B C"] | None = None
     elsewhere: Float[Array, "N C"] | None = None
 
 
+class TopTokens(NamedTuple):
+    """What an expert says of the next token, without the unlikely ones.
+
+    Attributes:
+        tokens: `[B, T, k]`, the most likely ones, most likely first.
+        log_probabilities: `[B, T, k]`, of these; the rest shares what is missing to 1.
+    """
+
+    tokens: Int[Array, "B T k"]
+    log_probabilities: Float[Array, "B T k"]
+
+
 class Targets(NamedTuple):
     """What a task's examples are compared with, where an objective asks for it.
 
     Attributes:
-        expert_logits: `[B, C]`, what the task's own expert says, or None.
+        expert_logits: `[B, C]` or `[B, T, V]`, what the task's own expert says, or None.
         expert_hidden_states: `[B, T, H]` by layer, the expert's own.
-        labels: `[B]`, class indices, or None.
+        labels: `[B]`, class indices, or None; `[B, T]`, the token to be predicted at each position
+            or `NOT_PREDICTED`, for a language model.
         expert_elsewhere: `[(tasks - 1) B, C]`, what the task's own expert says of the examples of
             all other tasks, or None.
+        expert_top: The likely tokens, in place of `expert_logits`, or None.
     """
 
-    expert_logits: Float[Array, "B C"] | None = None
+    expert_logits: Float[Array, "B ... C"] | None = None
     expert_hidden_states: Mapping[int, Float[Array, "B T H"]] = {}
-    labels: Int[Array, " B"] | None = None
+    labels: Int[Array, "B ..."] | None = None
     expert_elsewhere: Float[Array, "N C"] | None = None
+    expert_top: TopTokens | None = None
 
 
 class Needs(NamedTuple):
@@ -64,6 +83,7 @@ class Needs(NamedTuple):
             or -1 for the last.
         elsewhere: Whether outputs and targets are to hold the logits of the task's head on the
             examples of all other tasks while coefficients are learned.
+        top_tokens: How many likely tokens of the expert stand for its logits; None for all.
     """
 
     expert_logits: bool = False
@@ -71,6 +91,7 @@ class Needs(NamedTuple):
     strong_view: bool = False
     hidden_states: tuple[int, ...] = ()
     elsewhere: bool = False
+    top_tokens: int | None = None
 
     @property
     def expert(self) -> bool:
@@ -94,13 +115,16 @@ def entropy() -> Objective:
     """Shannon entropy of the predicted class distribution, in nats (AdaMerging, eq. 7)."""
 
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
-        return _entropy(_log_softmax(outputs.logits))
+        return _per_example(_entropy(_log_softmax(outputs.logits)), targets)
 
     return Objective(value)
 
 
 def logit_alignment(
-    temperature: float = 1.0, form: str = "soft", elsewhere: float = 0.0
+    temperature: float = 1.0,
+    form: str = "soft",
+    elsewhere: float = 0.0,
+    top_tokens: int | None = None,
 ) -> Objective:
     """Cross-entropy from the expert's class distribution to the merged model's, in nats.
 
@@ -115,7 +139,10 @@ def logit_alignment(
         form: One of these three.
         elsewhere: Weight of the mean of the same over the examples of all other tasks: an expert
             has an opinion on any example, so that each task is learned from the examples of all.
-            It counts while learning, not on the held-out data.
+            It counts while learning, not on the held-out data. Language models have no heads of
+            their tasks, so that experts would contradict each other: there it does not count.
+        top_tokens: k: keep the k likeliest tokens of a language model's expert at each position,
+            and what is left as the probability of one more token.
     """
     if form not in ("soft", "kl", "hard"):
         raise ValueError(f"form is {form!r}, expected 'soft', 'kl' or 'hard'")
@@ -123,8 +150,12 @@ def logit_alignment(
         raise ValueError(f"temperature is {temperature}, expected over 0")
     if elsewhere < 0:
         raise ValueError(f"elsewhere is {elsewhere}, expected from 0")
+    if top_tokens is not None and (top_tokens < 1 or temperature != 1):
+        raise ValueError(f"top_tokens is {top_tokens}, expected from 1, and temperature 1 with it")
 
-    def divergence(logits: Float[Array, "N C"], experts: Float[Array, "N C"]) -> Float[Array, " N"]:
+    def divergence(
+        logits: Float[Array, "N ... C"], experts: Float[Array, "N ... C"]
+    ) -> Float[Array, "N ..."]:
         if form == "hard":
             return -_pick(_log_softmax(logits), experts.argmax(-1))
         expert = _log_softmax(experts / temperature)
@@ -134,12 +165,17 @@ def logit_alignment(
         return temperature**2 * cross_entropy
 
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
-        own = divergence(outputs.logits, targets.expert_logits)
+        if targets.expert_top is not None:
+            own = divergence(*_with_rest(outputs.logits, targets.expert_top))
+        else:
+            own = divergence(outputs.logits, targets.expert_logits)
+        own = _per_example(own, targets)
         if not elsewhere or targets.expert_elsewhere is None:
             return own
         return own + elsewhere * divergence(outputs.elsewhere, targets.expert_elsewhere).mean()
 
-    return Objective(value, Needs(expert_logits=True, elsewhere=elsewhere > 0))
+    needs = Needs(expert_logits=True, elsewhere=elsewhere > 0, top_tokens=top_tokens)
+    return Objective(value, needs)
 
 
 def hidden_state_alignment(layers: Sequence[int], relative: bool = False) -> Objective:
@@ -171,10 +207,13 @@ def hidden_state_alignment(layers: Sequence[int], relative: bool = False) -> Obj
 
 
 def cross_entropy() -> Objective:
-    """Cross-entropy to the labels, in nats: few-shot learning of coefficients (aTLAS)."""
+    """Cross-entropy to the labels, in nats: few-shot learning of coefficients (aTLAS).
+
+    The labels of a language model are the text's own next tokens.
+    """
 
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
-        return -_pick(_log_softmax(outputs.logits), targets.labels)
+        return _per_example(token_losses(outputs.logits, targets.labels), targets)
 
     return Objective(value, Needs(labels=True))
 
@@ -245,24 +284,59 @@ def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
             strong_view=any(needs.strong_view for needs in each),
             hidden_states=tuple(sorted({k for needs in each for k in needs.hidden_states})),
             elsewhere=any(needs.elsewhere for needs in each),
+            top_tokens=_largest([needs.top_tokens for needs in each if needs.expert_logits]),
         ),
     )
 
 
-def _log_softmax(logits: Float[Array, "B C"]) -> Float[Array, "B C"]:
+def token_losses(
+    logits: Float[Array, "B ... C"], labels: Int[Array, "B ..."]
+) -> Float[Array, "B ..."]:
+    """Cross-entropy to each label, in nats; 0 where the label is `NOT_PREDICTED`."""
+    loss = -_pick(_log_softmax(logits), jnp.maximum(labels, 0))
+    return jnp.where(labels == NOT_PREDICTED, 0, loss)
+
+
+def _largest(numbers: Sequence[int | None]) -> int | None:
+    """The largest number of tokens asked for; None if someone asks for all."""
+    return None if None in numbers else max(numbers, default=None)
+
+
+def _log_softmax(logits: Float[Array, "... C"]) -> Float[Array, "... C"]:
     return jax.nn.log_softmax(logits.astype(jnp.float32))
 
 
-def _entropy(log_probabilities: Float[Array, "B C"]) -> Float[Array, " B"]:
+def _entropy(log_probabilities: Float[Array, "... C"]) -> Float[Array, "..."]:
     return -(jnp.exp(log_probabilities) * log_probabilities).sum(-1)
 
 
-def _pick(values: Float[Array, "B C"], index: Int[Array, " B"]) -> Float[Array, " B"]:
-    return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+def _pick(values: Float[Array, "... C"], index: Int[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+
+def _with_rest(
+    logits: Float[Array, "B T V"], expert: TopTokens
+) -> tuple[Float[Array, "B T k+1"], Float[Array, "B T k+1"]]:
+    """Log-probabilities of the expert's likely tokens and of all others as one: ours, its own."""
+    ours = jnp.take_along_axis(_log_softmax(logits), expert.tokens, axis=-1)
+
+    def with_rest(log_probabilities: Float[Array, "B T k"]) -> Float[Array, "B T k+1"]:
+        rest = 1 - jnp.exp(log_probabilities).sum(-1, keepdims=True)
+        smallest = jnp.finfo(jnp.float32).tiny
+        return jnp.concatenate([log_probabilities, jnp.log(jnp.maximum(rest, smallest))], -1)
+
+    return with_rest(ours), with_rest(expert.log_probabilities)
+
+
+def _per_example(values: Float[Array, "B ..."], targets: Targets) -> Float[Array, " B"]:
+    """Values of examples as they are; of positions, the mean over those to be predicted."""
+    if values.ndim == 1:
+        return values
+    return _masked_mean(values, targets.labels != NOT_PREDICTED)
 
 
 def _masked_mean(values: Float[Array, "B T"], mask: Int[Array, "B T"] | None) -> Float[Array, " B"]:
-    """The mean over positions that are no padding."""
+    """The mean over positions where the mask is 1."""
     if mask is None:
         return values.mean(-1)
     return jnp.where(mask == 1, values, 0).sum(-1) / jnp.maximum(mask.sum(-1), 1)

@@ -64,6 +64,17 @@ class DataSource(_PathSection):
     """Split of a data set on the Hub, or of a folder of images."""
     text: str | tuple[str, str] = "text"
     """Column of the text, or the two columns of a text pair."""
+    prompt: str = "prompt"
+    """Column of the prompt, for language models."""
+    response: str = "response"
+    """Column of the response to it."""
+    messages: str = "messages"
+    """Column of a conversation, a list of role and content, for the tokenizer's chat template. A
+    language model's data has one of the three: messages, prompt and response, or text."""
+    predict: Literal["response", "all"] = "response"
+    """Which tokens of prompts with responses and of conversations count."""
+    packed: bool = False
+    """Whether to put a language model's texts one behind the other and cut them at max_length."""
     image: str = "image"
     """Column of the image."""
     label: str | None = None
@@ -363,7 +374,7 @@ class Recipe(Section):
         return self
 
     def require_sensible(self) -> None:
-        """Refuses what names no function, an option that one does not take, and missing labels.
+        """Refuses what names no function, and an option that one does not take.
 
         Raises:
             InputError: Says which field, and what to change.
@@ -375,12 +386,7 @@ class Recipe(Section):
         self.learning.optimizer.build(self.learning.steps)
         self.build_regularizers()
         self.build_interference()
-        for task, objective in self.build_objectives().items():
-            if objective.needs.labels and self.tasks[task].calibration.label is None:
-                raise InputError(
-                    f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
-                    "name the column of the class index, or choose an objective that needs none"
-                )
+        self.build_objectives()
 
 
 class _Loader(yaml.SafeLoader):

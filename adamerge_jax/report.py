@@ -19,11 +19,11 @@ _COLOURS = "viridis"  # even in lightness, and told apart by colour-blind reader
 
 
 def results_table(rows: Sequence[Row]) -> Table:
-    """Accuracies in percent: one line per method, one column per task, the average last.
+    """Scores: one line per method, one column per task, the average last.
 
     The last row is the merge that the run learned and stands out.
     """
-    table = Table(title="Accuracy (%)", title_style="bold")
+    table = Table(title=_TITLES[rows[0].metric], title_style="bold")
     # A method may be called by a long path: that is broken into lines, numbers never are.
     table.add_column("method", overflow="fold")
     for task in rows[0].tasks:
@@ -33,14 +33,24 @@ def results_table(rows: Sequence[Row]) -> Table:
         cells = [*row.tasks.values(), row.average]
         table.add_row(
             row.method,
-            *(f"{100 * cell:.1f}" for cell in cells),
+            *(_in_words(cell, row.metric) for cell in cells),
             style="bold green" if row is rows[-1] else None,
         )
     return table
 
 
+_TITLES = {"accuracy": "Accuracy (%)", "loss": "Loss (nats per token)"}
+
+
+def _in_words(score: float, metric: str) -> str:
+    return f"{100 * score:.1f}" if metric == "accuracy" else f"{score:.3f}"
+
+
 def write_results(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table as JSON: `{"rows": [{"method", "tasks": {task: accuracy}, "average"}]}`."""
+    """Writes the table as JSON.
+
+    That is `{"rows": [{"method", "metric", "tasks": {task: score}, "average"}]}`.
+    """
     path.write_text(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2) + "\n")
 
 
@@ -170,9 +180,11 @@ def model_card(coefficients: Coefficients, rows: Sequence[Row]) -> str:
         tasks = list(rows[0].tasks)
         lines = [["method", *tasks, "average"], ["---"] * (len(tasks) + 2)]
         for row in rows:
-            accuracies = [*row.tasks.values(), row.average]
-            lines.append([row.method, *(f"{100 * value:.1f}" for value in accuracies)])
-        table = "\n## Accuracy (%)\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            scores = [*row.tasks.values(), row.average]
+            lines.append([row.method, *(_in_words(score, row.metric) for score in scores)])
+        table = f"\n## {_TITLES[rows[0].metric]}\n\n" + "\n".join(
+            f"| {' | '.join(line)} |" for line in lines
+        )
     experts = "\n".join(f"- {expert.name}: `{expert.source}`" for expert in coefficients.experts)
     count = sum(values.size for values in coefficients.values.values())
     steps = _interference_in_words(coefficients)

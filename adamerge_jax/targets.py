@@ -1,50 +1,54 @@
 """What calibration examples are compared with: computed once, kept, and taken batch by batch."""
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from typing import IO
+from typing import IO, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from adamerge_jax.data import Examples, sorted_batches
-from adamerge_jax.objectives import Needs, Targets
+from adamerge_jax.examples import Examples, sorted_batches
+from adamerge_jax.objectives import Needs, Targets, TopTokens
 
 MEMORY_BYTES = 2**30
-"""Hidden states of one task over this size are kept on disk."""
+"""What an expert says of the positions of one task's texts is kept on disk beyond this size."""
 
-AskExpert = Callable[
-    [dict[str, np.ndarray]],
-    tuple[Float[np.ndarray, "B C"], Mapping[int, Float[np.ndarray, "B T H"]]],
-]
-"""From model inputs to the expert's logits and its hidden states by layer."""
+AskExpert = Callable[[dict[str, np.ndarray]], tuple[Array, Mapping[int, Float[Array, "B T H"]]]]
+"""From model inputs to the expert's logits, `[B, C]` or `[B, T, V]`, and its hidden states."""
 
 
 class StoredTargets:
     """Targets of all examples of one task.
 
     Attributes:
-        labels: Class indices `[N]`, or None.
+        examples: Whose labels are targets too.
         expert_logits: `[N, C]`, or None.
     """
 
     def __init__(
         self,
-        labels: Int[np.ndarray, " N"] | None = None,
+        examples: Examples,
         expert_logits: Float[np.ndarray, "N C"] | None = None,
-        hidden_states: "_HiddenStates | None" = None,
+        by_position: "_ByPosition | None" = None,
     ):
-        self.labels = labels
+        self.examples = examples
         self.expert_logits = expert_logits
-        self._hidden_states = hidden_states
+        self._by_position = by_position
 
     def take(self, index: Int[np.ndarray, " B"], length: int) -> Targets:
         """The targets of the chosen examples, texts padded to `length` tokens with zeros."""
-        return Targets(
-            None if self.expert_logits is None else self.expert_logits[index],
-            {} if self._hidden_states is None else self._hidden_states.take(index, length),
-            None if self.labels is None else self.labels[index],
-        )
+        labels = self.examples.take_labels(index, length)
+        logits = None if self.expert_logits is None else self.expert_logits[index]
+        if self._by_position is None:
+            return Targets(logits, {}, labels)
+        found = self._by_position.take(index, length)
+        top = None
+        if _TOKENS in found:
+            top = TopTokens(found.pop(_TOKENS), found.pop(_LOG_PROBABILITIES))
+        return Targets(found.pop(_LOGITS, logits), found, labels, expert_top=top)
 
 
 def ask_expert(
@@ -59,85 +63,117 @@ def ask_expert(
 
     Args:
         ask: The expert, compiled.
-        examples: N examples; their labels are kept too.
+        examples: N examples; their labels are targets too.
         needs: Which targets.
         batch_size: Examples per call; the last call repeats some.
-        memory_bytes: Hidden states over this size go to a temporary file.
+        memory_bytes: What is said of positions goes to a temporary file beyond this size.
     """
     logits: np.ndarray | None = None
-    states = _HiddenStates(memory_bytes) if needs.hidden_states else None
+    by_position = _ByPosition(memory_bytes)
     for index, inputs in sorted_batches(examples, batch_size):
         batch_logits, hidden = ask(inputs)
-        if logits is None:
-            logits = np.empty((len(examples), batch_logits.shape[1]), batch_logits.dtype)
-        logits[index] = batch_logits[: len(index)]
-        if states is not None:
-            lengths = _lengths(inputs, next(iter(hidden.values())).shape[1])
-            states.add(index, hidden, lengths)
-    return StoredTargets(examples.labels, logits if needs.expert_logits else None, states)
+        said: dict[Any, Array] = {layer: hidden[layer] for layer in needs.hidden_states}
+        if needs.expert_logits and batch_logits.ndim == 3:
+            said |= _of_tokens(batch_logits, needs.top_tokens)
+        elif needs.expert_logits:
+            if logits is None:
+                logits = np.empty((len(examples), batch_logits.shape[1]), batch_logits.dtype)
+            logits[index] = np.asarray(batch_logits)[: len(index)]
+        if said:
+            arrays = {key: np.asarray(array) for key, array in said.items()}
+            lengths = _lengths(inputs, next(iter(arrays.values())).shape[1])
+            by_position.add(index, arrays, lengths)
+    return StoredTargets(examples, logits, by_position if by_position.filled else None)
+
+
+_LOGITS, _TOKENS, _LOG_PROBABILITIES = "logits", "tokens", "log_probabilities"
+
+
+def _of_tokens(logits: Float[Array, "B T V"], top: int | None) -> dict[str, Array]:
+    """What is kept of a language model's logits: all, or the likely tokens."""
+    if top is None:
+        return {_LOGITS: logits}
+    values, tokens = _most_likely(logits, min(top, logits.shape[-1]))
+    return {_TOKENS: tokens, _LOG_PROBABILITIES: values}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _most_likely(logits: Float[Array, "B T V"], count: int) -> tuple[Array, Array]:
+    return jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), count)
 
 
 def _lengths(inputs: Mapping[str, np.ndarray], positions: int) -> Int[np.ndarray, " B"]:
     """Positions of each example that are no padding behind it."""
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     if mask is None:
         return np.full(len(next(iter(inputs.values()))), positions)
     return positions - np.argmax(mask[:, ::-1] == 1, axis=1)
 
 
-class _HiddenStates:
-    """Hidden states of the positions that are no padding, one example after the other.
+class _ByPosition:
+    """Arrays with one row per position that is no padding, one example after the other.
 
     They are kept in memory up to a limit, then in a temporary file, which the system removes with
     the process.
+
+    Attributes:
+        filled: Whether there is anything.
     """
 
     def __init__(self, memory_bytes: int):
-        self._parts: dict[int, np.ndarray] = {}
+        self.filled = False
+        self._kept: dict[int, dict[Any, np.ndarray]] = {}
         self._memory_bytes = memory_bytes
         self._kept_bytes = 0
         self._file: IO[bytes] | None = None
-        self._in_file: dict[int, tuple[int, tuple[int, ...], np.dtype]] = {}
-        self._layers: list[int] = []
+        self._in_file: dict[int, dict[Any, tuple[int, tuple[int, ...], np.dtype]]] = {}
 
     def add(
         self,
         index: Iterable[int],
-        hidden: Mapping[int, Float[np.ndarray, "B T H"]],
+        arrays: Mapping[Any, Float[np.ndarray, "B T ..."]],
         lengths: Int[np.ndarray, " B"],
     ) -> None:
-        """Keeps the hidden states of some examples."""
-        self._layers = list(hidden)
-        stacked = np.stack([np.asarray(hidden[layer]) for layer in self._layers], axis=1)
+        """Keeps the arrays of some examples."""
+        self.filled = True
         for row, example in enumerate(index):
-            states = np.ascontiguousarray(stacked[row, :, : lengths[row]])
-            if self._kept_bytes + states.nbytes <= self._memory_bytes:
-                self._kept_bytes += states.nbytes
-                self._parts[int(example)] = states
+            own = {
+                key: np.ascontiguousarray(array[row, : lengths[row]])
+                for key, array in arrays.items()
+            }
+            size = sum(array.nbytes for array in own.values())
+            if self._kept_bytes + size <= self._memory_bytes:
+                self._kept_bytes += size
+                self._kept[int(example)] = own
                 continue
             if self._file is None:
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this)
-            self._in_file[int(example)] = (self._file.tell(), states.shape, states.dtype)
-            self._file.write(states.tobytes())
+            places = self._in_file.setdefault(int(example), {})
+            for key, array in own.items():
+                places[key] = (self._file.tell(), array.shape, array.dtype)
+                self._file.write(array.tobytes())
 
     def take(
         self, index: Int[np.ndarray, " B"], length: int
-    ) -> dict[int, Float[np.ndarray, "B T H"]]:
-        """By layer, padded with zeros to `length` positions, or as they are where it is 0."""
-        rows = [self._row(int(example)) for example in index]
-        length = length or rows[0].shape[1]
-        first = rows[0]
-        padded = np.zeros((len(first), len(rows), length, first.shape[2]), first.dtype)
-        for position, row in enumerate(rows):
-            padded[:, position, : row.shape[1]] = row
-        return dict(zip(self._layers, padded, strict=True))
+    ) -> dict[Any, Float[np.ndarray, "B T ..."]]:
+        """Padded with zeros to `length` positions, or as they are where it is 0."""
+        rows = [self._read(int(example)) for example in index]
+        taken = {}
+        for key, first in rows[0].items():
+            shape = (len(rows), length or len(first), *first.shape[1:])
+            taken[key] = np.zeros(shape, first.dtype)
+            for position, row in enumerate(rows):
+                taken[key][position, : len(row[key])] = row[key]
+        return taken
 
-    def _row(self, example: int) -> Float[np.ndarray, "layers T H"]:
-        if example in self._parts:
-            return self._parts[example]
+    def _read(self, example: int) -> Mapping[Any, Float[np.ndarray, "T ..."]]:
+        if example in self._kept:
+            return self._kept[example]
         assert self._file is not None
-        offset, shape, dtype = self._in_file[example]
-        self._file.seek(offset)
-        data = self._file.read(int(np.prod(shape)) * dtype.itemsize)
+        arrays = {}
+        for key, (offset, shape, dtype) in self._in_file[example].items():
+            self._file.seek(offset)
+            data = self._file.read(int(np.prod(shape)) * dtype.itemsize)
+            arrays[key] = np.frombuffer(data, dtype).reshape(shape)
         self._file.seek(0, 2)
-        return np.frombuffer(data, dtype).reshape(shape)
+        return arrays

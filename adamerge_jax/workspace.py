@@ -9,17 +9,20 @@ import numpy as np
 from jaxtyping import Array
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from adamerge_jax.data import Examples, Subset, load_examples
+from adamerge_jax.data import load_examples
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Evaluator
+from adamerge_jax.examples import Examples, Subset
 from adamerge_jax.loading import (
     DTYPES,
     Models,
+    load_expert,
     load_head,
     load_trunk,
     load_zero_shot_head,
     open_models,
 )
+from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Network
 from adamerge_jax.recipes import Recipe, TaskRecipe
 
@@ -53,9 +56,18 @@ class Workspace(NamedTuple):
     head_networks: dict[str, Network]
     evaluator: Evaluator
 
-    def expert(self, task: str) -> dict[str, Array]:
-        """Parameters of a task's expert, without its head."""
-        return load_trunk(self.models, self.models.experts[task], self.dtype)
+    def base(self) -> dict[str, Array]:
+        """Reads the parameters of the base."""
+        return load_trunk(self.models, self.models.base, self.dtype)
+
+    def expert(self, task: str, base: Mapping[str, Array]) -> dict[str, Array | Mixture]:
+        """Reads the parameters of a task's expert, without its head.
+
+        Args:
+            task: Whose expert.
+            base: The base's parameters, which an adapter shares.
+        """
+        return load_expert(self.models, task, base, self.dtype)
 
 
 def open_workspace(recipe: Recipe, root: Path) -> Workspace:
@@ -78,7 +90,8 @@ def open_workspace(recipe: Recipe, root: Path) -> Workspace:
         task: models.family.build_head(expert.checkpoint.config)
         for task, expert in models.experts.items()
     }
-    evaluator = Evaluator(trunk, networks, heads, recipe.evaluation.batch_size)
+    metric = "loss" if models.family.language else "accuracy"
+    evaluator = Evaluator(trunk, networks, heads, recipe.evaluation.batch_size, metric)
     return Workspace(models, data, dtype, trunk, heads, networks, evaluator)
 
 
@@ -107,6 +120,8 @@ def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
                 max_length=max_length,
                 seed=recipe.seed,
                 name=f"{part} data of task {task!r}",
+                language=models.family.language,
+                decoder_start=getattr(models.config, "decoder_start_token_id", None),
             )
             for task, source in sources.items()
             if source is not None
@@ -121,7 +136,7 @@ def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
     data = Data(calibration, load("validation"), load("test"))
     for part in ("validation", "test"):
         for task, examples in getattr(data, part).items():
-            if examples.labels is None:
+            if examples.labels is None and not models.family.language:
                 raise InputError(
                     f"tasks.{task}.{part}.label: is missing; name the column of the class index"
                 )

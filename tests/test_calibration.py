@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from adamerge_jax.calibration import BATCHES_SORTED_TOGETHER, Calibration, calibrate
-from adamerge_jax.data import ArrayExamples, TextExamples
 from adamerge_jax.errors import InputError
+from adamerge_jax.examples import ArrayExamples, TextExamples
 from adamerge_jax.objectives import Targets
 from adamerge_jax.targets import StoredTargets
 from tests.references import bert_tokenizer
@@ -97,10 +97,10 @@ def test_targets_go_with_their_examples():
         task: np.stack([np.arange(size) + 1000 * position] * (position + 2), axis=1)
         for position, (task, size) in enumerate(SIZES.items())
     }
+    for task, own in logits.items():
+        split.examples[task].labels = own[:, 0]
     asked = split._replace(
-        targets={
-            task: StoredTargets(labels=own[:, 0], expert_logits=own) for task, own in logits.items()
-        }
+        targets={t: StoredTargets(split.examples[t], own) for t, own in logits.items()}
     )
     for batch in [*islice(asked.batches(), 5), *asked.held_out_batches()]:
         numbers = batch.inputs["pixel_values"].reshape(2, 4)

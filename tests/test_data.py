@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from transformers import BertTokenizer, ViTImageProcessorPil
 
-from adamerge_jax.data import Concatenated, Examples, TextExamples, bucket_length, load_examples
+from adamerge_jax.data import load_examples
 from adamerge_jax.errors import InputError
+from adamerge_jax.examples import Concatenated, Examples, TextExamples, bucket_length
 from adamerge_jax.recipes import DataSource
 from tests.references import bert_tokenizer, save_image, write_json_lines
 

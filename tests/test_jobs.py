@@ -230,7 +230,7 @@ def test_results(text_run):
     file = json.loads((text_run.folder / "results.json").read_text())
     assert file.keys() == {"rows"}
     for row in file["rows"]:
-        assert list(row) == ["method", "tasks", "average"]
+        assert list(row) == ["method", "metric", "tasks", "average"]
         assert list(row["tasks"]) == list(TEXT_TASKS)
         assert row["average"] == pytest.approx(np.mean(list(row["tasks"].values())))
     rows = {row["method"]: row for row in file["rows"]}

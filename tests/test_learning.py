@@ -20,7 +20,7 @@ from transformers import (
 from adamerge_jax import learning
 from adamerge_jax.calibration import Calibration, calibrate
 from adamerge_jax.coefficients import CONSTRAINTS, unstack_values
-from adamerge_jax.data import ArrayExamples
+from adamerge_jax.examples import ArrayExamples
 from adamerge_jax.granularities import Granularity, Values, constant, make_granularity
 from adamerge_jax.learning import (
     Control,
@@ -316,7 +316,9 @@ def run_script(
     examples = {t: ArrayExamples({"pixel_values": np.arange(40)}) for t in ("first", "second")}
     calibration = calibrate(examples, batch_size=20, held_out=0.5, seed=0)
     chosen_by = dict.fromkeys(examples, np.arange(held_out))
-    targets = dict.fromkeys(examples, StoredTargets(labels=np.arange(40) % 2))
+    for data in examples.values():
+        data.labels = np.arange(40) % 2
+    targets = {task: StoredTargets(data) for task, data in examples.items()}
     return learning.learn(
         script.learner,
         Frozen({}, {}, []),
@@ -405,7 +407,7 @@ def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
             logits = heads[task](workspace.heads[task], outputs)
             return torch.tensor(np.asarray(logits)).log_softmax(-1)
 
-        said, wanted = log_softmax(merged), log_softmax(workspace.expert(task))
+        said, wanted = log_softmax(merged), log_softmax(workspace.expert(task, problem.base))
         losses = -(wanted.exp() * said).sum(-1)
         own = losses[position * size : (position + 1) * size]
         others = torch.cat([losses[: position * size], losses[(position + 1) * size :]])

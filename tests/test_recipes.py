@@ -207,10 +207,6 @@ def test_weights_by_task():
     ("changes", "message"),
     [
         (
-            {"objectives": [{"name": "cross_entropy"}]},
-            r"tasks\.a\.calibration\.label: is missing, and an objective needs labels",
-        ),
-        (
             {"objectives": [{"name": "entropy", "weight": {"c": 1}}]},
             r"objectives\.0\.weight: 'c' is no task; the tasks are a, b",
         ),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from adamerge_jax.data import ArrayExamples, Examples, TextExamples
+from adamerge_jax.examples import ArrayExamples, Examples, TextExamples
 from adamerge_jax.objectives import Needs
 from adamerge_jax.targets import MEMORY_BYTES, StoredTargets, ask_expert
 from tests.references import bert_tokenizer, sentences
@@ -84,6 +84,8 @@ def test_examples_of_one_shape_keep_it(memory_bytes):
 
 
 def test_labels_alone():
-    targets = StoredTargets(labels=np.array([2, 0, 1])).take(np.array([2, 2, 0]), 16)
+    examples = ArrayExamples({"pixel_values": np.zeros((3, 1))})
+    examples.labels = np.array([2, 0, 1])
+    targets = StoredTargets(examples).take(np.array([2, 2, 0]), 16)
     np.testing.assert_array_equal(targets.labels, [1, 1, 2])
     assert targets.expert_logits is None and targets.expert_hidden_states == {}

@@ -88,32 +88,14 @@ class Checkpoint:
     def open(cls, source: str | Path, *, revision: str | None = None) -> "Checkpoint":
         """Opens a local folder, or a checkpoint of the Hugging Face Hub.
 
-        What exists as a folder is that folder; otherwise `name` and `org/name` are Hub names. The
-        Hub client's own conventions hold: its cache, `HF_TOKEN`, `HF_HUB_OFFLINE`.
-
         Args:
-            source: A folder, or a Hub name such as `google-bert/bert-base-uncased`.
+            source: As for `locate`.
             revision: A branch, tag or commit of a Hub checkpoint.
 
         Raises:
             InputError: There is no such checkpoint, or it is incomplete, corrupt or pickled.
         """
-        folder = Path(source).expanduser()
-        if folder.is_dir():
-            if revision is not None:
-                raise InputError(
-                    f"{source} is a local folder, so it has no revision {revision!r}; leave the "
-                    "revision out, or name a checkpoint of the Hub"
-                )
-        elif folder.exists():
-            raise InputError(f"{source} is a file; give the folder that the checkpoint is in")
-        elif isinstance(source, Path) or not _HUB_NAME.fullmatch(source):
-            raise InputError(
-                f"no such folder: {source}; give the folder of a checkpoint, or a Hub name such "
-                "as org/name"
-            )
-        else:
-            folder = _download(source, revision)
+        folder = locate(source, revision=revision)
         return cls(str(source), folder, _read_config(folder), _read_headers(folder))
 
     def read(self, name: str) -> np.ndarray:
@@ -144,6 +126,37 @@ class Checkpoint:
                     values = files[info.file].get_slice(name)[sample]
                     digest.update(np.asarray(values).tobytes())
         return f"sha256:{digest.hexdigest()}"
+
+
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
+    """The folder that holds a checkpoint or an adapter, downloaded where it is on the Hub.
+
+    What exists as a folder is that folder; otherwise `name` and `org/name` are Hub names. The
+    Hub client's own conventions hold: its cache, `HF_TOKEN`, `HF_HUB_OFFLINE`.
+
+    Args:
+        source: A folder, or a Hub name such as `google-bert/bert-base-uncased`.
+        revision: A branch, tag or commit of what is on the Hub.
+
+    Raises:
+        InputError: There is no such thing.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"{source} is a local folder, so it has no revision {revision!r}; leave the "
+                "revision out, or name a checkpoint of the Hub"
+            )
+        return folder
+    if folder.exists():
+        raise InputError(f"{source} is a file; give the folder that the checkpoint is in")
+    if isinstance(source, Path) or not _HUB_NAME.fullmatch(source):
+        raise InputError(
+            f"no such folder: {source}; give the folder of a checkpoint, or a Hub name such as "
+            "org/name"
+        )
+    return _download(source, revision)
 
 
 def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, role: str) -> None:
@@ -236,7 +249,7 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Finds the weight files of a checkpoint and lists their tensors."""
     # In this order, like transformers: a folder that has both loads the single file.
     if (folder / WEIGHTS_FILE).is_file():
-        return _read_header(folder / WEIGHTS_FILE)
+        return read_header(folder / WEIGHTS_FILE)
     if (folder / INDEX_FILE).is_file():
         return _read_indexed_headers(folder / INDEX_FILE)
     for pattern in _PICKLED:
@@ -268,7 +281,7 @@ def _read_indexed_headers(index_file: Path) -> dict[str, TensorInfo]:
             raise InputError(
                 f"{index_file} names {shard}, which is missing; copy or download it again"
             )
-        shards[shard] = _read_header(index_file.parent / shard)
+        shards[shard] = read_header(index_file.parent / shard)
     lacking = [name for name, shard in weight_map.items() if name not in shards[shard]]
     if lacking:
         raise InputError(
@@ -299,7 +312,12 @@ def _read_weight_map(index_file: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Lists the tensors of a safetensors file.
+
+    Raises:
+        InputError: The file is damaged, or holds a dtype that cannot be read.
+    """
     with _opened(file) as tensors:
         headers = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         unknown = [name for name in headers if headers[name].get_dtype() not in _DTYPES]

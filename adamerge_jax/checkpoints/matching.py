@@ -1,6 +1,6 @@
 """Which tensor of a checkpoint is which parameter of a model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,16 @@ _ARCHITECTURE_FIELDS = (
     "rope_parameters",
     "partial_rotary_factor",
     "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "hidden_activation",
+    "tie_word_embeddings",
+    "scale_decoder_outputs",
+    "feed_forward_proj",
+    "relative_attention_max_distance",
+    "num_decoder_layers",
     "is_decoder",
     "add_cross_attention",
 )
@@ -92,6 +102,14 @@ class MatchedCheckpoint:
         array = self.checkpoint.read(self.names[name])
         require_finite(array, tensor=name, checkpoint=self.checkpoint, role=self.role)
         return array
+
+    def low_rank(self, name: str) -> None:
+        """The factors of a parameter's task vector: a whole model has none."""
+        return None
+
+    def changes(self, name: str) -> bool:
+        """Whether a parameter may differ from the base's: any may."""
+        return name in self.names
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that a parameter is stored in."""
@@ -136,13 +154,7 @@ def match(
         InputError: A tensor is missing, unexpected, of another shape or not of floating point.
     """
     tensors = [name for name in checkpoint.tensors if not matches(name, ignored)]
-    in_file = {_current(name): name for name in tensors}
-    names = {
-        name: in_file[candidate]
-        for name in expected
-        for candidate in _candidates(name, prefixes, expected)
-        if candidate in in_file
-    }
+    names = find_names(tensors, expected, prefixes)
     found = MatchedCheckpoint(
         checkpoint, role, names, tuple(sorted(set(tensors) - set(names.values())))
     )
@@ -169,6 +181,25 @@ def match(
             "of this architecture; check that it is a fine-tune of the base model"
         )
     return found
+
+
+def find_names(
+    in_file: Iterable[str], expected: Mapping[str, tuple[int, ...]], prefixes: Sequence[str] = ()
+) -> dict[str, str]:
+    """The name in a file of every parameter that the file has, by the parameter's own name.
+
+    Args:
+        in_file: Names of a file's tensors.
+        expected: The shape of every parameter, by name.
+        prefixes: Prefixes of expected names that the file may lack.
+    """
+    by_current_name = {_current(name): name for name in in_file}
+    return {
+        name: by_current_name[candidate]
+        for name in expected
+        for candidate in _candidates(name, prefixes, expected)
+        if candidate in by_current_name
+    }
 
 
 def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str) -> None:

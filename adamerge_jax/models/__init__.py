@@ -18,8 +18,16 @@ from transformers import PretrainedConfig
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.bert import BertHead, BertTrunk
 from adamerge_jax.models.clip import ClipVisionTrunk, ZeroShotHead
+from adamerge_jax.models.decoder_layers import CausalHead, ignored_decoder_tensors
+from adamerge_jax.models.gemma2 import Gemma2Trunk, GemmaHead
+from adamerge_jax.models.gemma3 import Gemma3Trunk
 from adamerge_jax.models.layers import Outputs, Rematerialize
+from adamerge_jax.models.llama import LlamaTrunk
+from adamerge_jax.models.mistral import MistralTrunk
+from adamerge_jax.models.qwen2 import Qwen2Trunk
+from adamerge_jax.models.qwen3 import Qwen3Trunk
 from adamerge_jax.models.roberta import RobertaHead, RobertaTrunk
+from adamerge_jax.models.t5 import T5Head, T5Trunk, ignored_tensors
 from adamerge_jax.models.vit import VitHead, VitTrunk
 
 __all__ = ["Family", "Network", "Outputs", "Rematerialize", "family_of", "head_parameters"]
@@ -142,6 +150,30 @@ _ROBERTA = Family(
     auto_class="AutoModelForSequenceClassification",
 )
 
+
+def _decoder(
+    trunk: Callable[[PretrainedConfig, Rematerialize], nnx.Module],
+    head: Callable[[PretrainedConfig], nnx.Module] = CausalHead,
+) -> Family:
+    """A family of decoder language models."""
+    return Family(
+        trunk=trunk,
+        head=head,
+        prefixes=("model.",),
+        inputs=("input_ids", "attention_mask"),
+        max_tokens=lambda config: config.max_position_embeddings,
+        heads=_heads(
+            "*.self_attn.q_proj.*",
+            "*.self_attn.k_proj.*",
+            "*.self_attn.v_proj.*",
+            "*.self_attn.o_proj.weight",
+        ),
+        auto_class="AutoModelForCausalLM",
+        ignored=ignored_decoder_tensors,
+        language=True,
+    )
+
+
 FAMILIES = {
     "bert": Family(
         trunk=BertTrunk,
@@ -186,6 +218,23 @@ FAMILIES = {
         base_only=("visual_projection.*",),
         ignored_in_experts=("text_model.*", "text_projection.*", "logit_scale"),
     ),
+    "t5": Family(
+        trunk=T5Trunk,
+        head=T5Head,
+        prefixes=(),
+        inputs=("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"),
+        max_tokens=lambda config: None,
+        heads=_heads("*.q.weight", "*.k.weight", "*.v.weight", "*.o.weight"),
+        auto_class="AutoModelForSeq2SeqLM",
+        ignored=ignored_tensors,
+        language=True,
+    ),
+    "llama": _decoder(LlamaTrunk),
+    "mistral": _decoder(MistralTrunk),
+    "qwen2": _decoder(Qwen2Trunk),
+    "qwen3": _decoder(Qwen3Trunk),
+    "gemma2": _decoder(Gemma2Trunk, GemmaHead),
+    "gemma3_text": _decoder(Gemma3Trunk, GemmaHead),
 }
 """Families by the `model_type` of their configs."""
 

@@ -54,7 +54,8 @@ class Outputs(NamedTuple):
         pooled: `[B, H]`, what classification heads read, or None for a language model.
         last_hidden_state: `[B, T, H]`, after the last norm.
         hidden_states: `[L + 1, B, T, H]`, the embeddings and the output of each layer, or None
-            where they were not asked for.
+            where they were not asked for. As in `transformers`, a decoder's last entry is the
+            last hidden state.
     """
 
     pooled: Float[Array, "B H"] | None
@@ -90,7 +91,9 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         # Flat, because XLA's CPU backend contracts the weight's gradient over one axis faster than
         # over two.
-        y = x.reshape(-1, x.shape[-1]) @ value(self.weight).T
+        flat = x.reshape(-1, x.shape[-1])
+        leaf = self.weight.get_value()
+        y = leaf.apply(flat) if is_mixture(leaf) else flat @ leaf.T
         if hasattr(self, "bias"):
             y = y + value(self.bias)
         return checkpoint_name(y, LINEAR_OUTPUT).reshape(*x.shape[:-1], -1)
@@ -197,38 +200,57 @@ class Stack(nnx.Module):
 
 def attention(
     query: Float[Array, "B T H"],
-    key: Float[Array, "B S H"],
-    value: Float[Array, "B S H"],
+    key: Float[Array, "B S shared"],
+    value: Float[Array, "B S shared"],
     heads: int,
     bias: Float[Array, "B 1 T S"] | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T H"]:
     """Scaled dot-product attention over `heads` heads, the softmax in float32.
 
     Args:
         query: Projected queries, heads side by side in the last axis.
-        key: Projected keys.
-        value: Projected values.
-        heads: Number of heads; H is divisible by it.
+        key: Projected keys. There may be fewer heads of them than of queries, which their width
+            tells; neighbouring heads of queries then share one.
+        value: Projected values, as many heads as of keys.
+        heads: Number of heads of queries; H is divisible by it.
         bias: Added to the scores before the softmax (`padding_bias`, `causal_bias`).
+        scale: What products of queries and keys are multiplied by, `(H / heads)**-0.5` if None.
+        soft_cap: Scaled scores are bent by `soft_cap * tanh(score / soft_cap)`, unless None.
     """
-    batch, length, _ = query.shape
+    batch, length, width = query.shape
+    features = width // heads
+    groups = key.shape[-1] // features
+    sharing = heads // groups
 
-    def split(x: Float[Array, "B S H"]) -> Float[Array, "B*heads S H/heads"]:
-        x = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-        return x.reshape(batch * heads, *x.shape[2:])
+    def split(x: Float[Array, "B S shared"]) -> Float[Array, "B*groups S features"]:
+        x = x.reshape(*x.shape[:2], groups, features).swapaxes(1, 2)
+        return x.reshape(batch * groups, *x.shape[2:])
 
     # One leading batch axis, because XLA's CPU backend runs products with two of them, or with one
-    # in the middle, at half the speed.
-    query, key, value = split(query), split(key), split(value)
+    # in the middle, at half the speed. The queries of heads that share keys are further rows of
+    # one product, so that no key is repeated.
+    query = query.reshape(batch, length, groups, sharing, features).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(batch * groups, sharing * length, features)
+    key, value = split(key), split(value)
     scores = jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
+    scores = scores * (features**-0.5 if scale is None else scale)
+    if soft_cap is not None:
+        scores = capped(scores, soft_cap)
     if bias is not None:
-        by_head = scores.reshape(batch, heads, *scores.shape[1:]) + bias
+        by_head = scores.reshape(batch, heads, length, -1) + bias
         scores = by_head.reshape(scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bts,bsd->btd", weights, value)
-    mixed = mixed.reshape(batch, heads, length, -1).swapaxes(1, 2).reshape(batch, length, -1)
-    return checkpoint_name(mixed, LINEAR_OUTPUT)
+    mixed = mixed.reshape(batch, heads, length, features).swapaxes(1, 2)
+    return checkpoint_name(mixed.reshape(batch, length, width), LINEAR_OUTPUT)
+
+
+def capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Values bent smoothly into the range from -cap to cap, small ones almost as they were."""
+    return jnp.tanh(x / cap) * cap
 
 
 def padding_bias(attention_mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:

@@ -52,6 +52,43 @@ def test_classifiers_have_the_names_of_their_files(
     assert auto_class._model_mapping[type(config)] is model_class
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("model_class", "settings"),
+    [
+        ("LlamaForCausalLM", dict(attention_bias=True, mlp_bias=True)),
+        ("MistralForCausalLM", {}),
+        ("Qwen2ForCausalLM", {}),
+        ("Qwen3ForCausalLM", dict(head_dim=6)),
+        ("Gemma2ForCausalLM", dict(head_dim=6)),
+        ("Gemma3ForCausalLM", dict(head_dim=6, attention_bias=True)),
+    ],
+)
+def test_decoders_have_the_names_of_their_files(
+    model_class: str, settings: dict, tied: bool, tmp_path: Path
+) -> None:
+    model_class = getattr(transformers, model_class)
+    config = model_class.config_class(
+        **TEXT, **settings, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=tied
+    )
+    family = family_of(config)
+    trunk = unstacked_shapes(family.build_trunk(config))
+    head = unstacked_shapes(family.build_head(config))
+    output = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert trunk == saved_shapes(model_class(config), tmp_path)
+    assert head == {output: (20, 8)} and head.items() <= trunk.items()
+    assert all(name.startswith(family.prefixes) for name in trunk if name != "lm_head.weight")
+    auto_class = getattr(transformers, family.auto_class)
+    assert auto_class._model_mapping[type(config)] is model_class
+
+    assert matches("lm_head.weight", family.ignored(config)) == tied
+    assert matches("model.layers.1.self_attn.rotary_emb.inv_freq", family.ignored(config))
+    assert not any(matches(name, family.ignored(config)) for name in trunk)
+    for pattern, (axis, count) in family.heads(config).items():
+        shapes = [shape for name, shape in trunk.items() if matches(name, [pattern])]
+        assert shapes and all(shape[axis] % count == 0 for shape in shapes)
+
+
 def test_both_clip_towers_have_the_names_of_the_file(tmp_path: Path) -> None:
     vision = unstacked_shapes(family_of(CLIP).build_trunk(CLIP))
     text = unstacked_shapes(text_network(CLIP))

@@ -1,0 +1,386 @@
+"""What decoder language models share: normalisation, rotary positions, attention, the skeleton.
+
+A family is a layer and what differs from the usual: how far a layer sees, how its positions
+rotate, how it is normalised. All layers of a model run in one scan, so what differs between them
+is an array with an entry per layer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from transformers import PretrainedConfig
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.models.inputs import text_inputs
+from adamerge_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    Outputs,
+    Rematerialize,
+    Stack,
+    attention,
+    parameter,
+    value,
+)
+
+MakeNorm = Callable[[int, float], nnx.Module]
+"""Makes a normalisation from a number of features and the epsilon under its root."""
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis in float32, then `weight`."""
+
+    def __init__(self, features: int, epsilon: float):
+        self.weight = parameter(features)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        # Rounded before the product with the weight, which is where Gemma's differs.
+        normalised = unit_mean_square(x, self.epsilon).astype(x.dtype)
+        return (normalised * value(self.weight)).astype(x.dtype)
+
+
+def unit_mean_square(x: Float[Array, "... H"], epsilon: float) -> Float[Array, "... H"]:
+    """The vectors along the last axis divided by their root mean square, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+
+
+def head_features(config: PretrainedConfig) -> int:
+    """Features of one attention head, which need not be the hidden size divided by the heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary position embeddings (Su et al., 2021): how fast each pair of features turns.
+
+    Attributes:
+        features: Features of an attention head.
+        theta: The base of the geometric series of wavelengths.
+        factor: How many times longer wavelengths are than `theta` makes them.
+        band: Which wavelengths that holds for (Llama 3.1), or None for all: it holds for those
+            that fit less than `band[0]` times into the context of pretraining, not for those that
+            fit more than `band[1]` times, and in between the frequency is interpolated.
+        context: The context of pretraining, in tokens; read only with a `band`.
+    """
+
+    features: int
+    theta: float
+    factor: float = 1.0
+    band: tuple[float, float] | None = None
+    context: int | None = None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, layer_type: str | None = None) -> "Rotary":
+        """What a config says, of the layers of one type where they differ.
+
+        Raises:
+            InputError: The config asks for another kind of scaling than `linear` and `llama3`.
+        """
+        settings = config.rope_parameters
+        settings = settings[layer_type] if layer_type else settings
+        kind = settings["rope_type"]
+        known = ("default", "linear", "llama3")
+        if kind not in known:
+            raise InputError(
+                f"config.json: rope_type {kind!r} is not supported; "
+                f"supported are {', '.join(known)}"
+            )
+        rotary = cls(head_features(config), settings["rope_theta"])
+        if kind == "default":
+            return rotary
+        rotary = dataclasses.replace(rotary, factor=settings["factor"])
+        if kind == "linear":
+            return rotary
+        return dataclasses.replace(
+            rotary,
+            band=(settings["low_freq_factor"], settings["high_freq_factor"]),
+            context=settings["original_max_position_embeddings"],
+        )
+
+    def frequencies(self) -> Float[np.ndarray, "features/2"]:
+        """Radians per position, in float32 because PyTorch computes them so."""
+        exponents = np.arange(0, self.features, 2, dtype=np.float32) / np.float32(self.features)
+        fast = 1 / np.float32(self.theta) ** exponents
+        slow = fast / np.float32(self.factor)
+        if self.band is None:
+            return slow
+        low, high = self.band
+        turns = self.context * fast / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return ((1 - kept) * slow + kept * fast).astype(np.float32)
+
+    def table(self, length: int) -> Float[Array, "2 T features/2"]:
+        """Cosines and sines of the angles at positions 0 to `length - 1`."""
+        positions = jnp.arange(length, dtype=jnp.float32)
+        angles = positions[:, None] * self.frequencies()
+        return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(
+    x: Float[Array, "B T heads features"], table: Float[Array, "2 T features/2"]
+) -> Float[Array, "B T heads features"]:
+    """Turns each feature of the first half together with its partner in the second half."""
+    cosine, sine = table.astype(x.dtype)[:, :, None]
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = first * cosine - second * sine, second * cosine + first * sine
+    return jnp.concatenate(turned, axis=-1)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention in which neighbouring heads of queries may share keys and values.
+
+    Args:
+        config: Says the numbers of heads and their features.
+        bias: Whether queries, keys and values have one.
+        output_bias: Whether the output has one.
+        norm: Normalises queries and keys head by head, or None.
+        scale: As in `layers.attention`.
+        soft_cap: As in `layers.attention`.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        bias: bool = False,
+        output_bias: bool = False,
+        norm: MakeNorm | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+    ):
+        width, features = config.hidden_size, head_features(config)
+        self.heads, shared = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(width, self.heads * features, bias=bias)
+        self.k_proj = Linear(width, shared * features, bias=bias)
+        self.v_proj = Linear(width, shared * features, bias=bias)
+        self.o_proj = Linear(self.heads * features, width, bias=output_bias)
+        self.features, self.scale, self.soft_cap = features, scale, soft_cap
+        if norm is not None:
+            self.q_norm = norm(features, config.rms_norm_eps)
+            self.k_norm = norm(features, config.rms_norm_eps)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T H"],
+        mask: Int[Array, "B T"],
+        tables: Float[Array, "rotaries 2 T features/2"],
+        window: Int[Array, ""],
+        rotary: Int[Array, ""],
+    ) -> Float[Array, "B T H"]:
+        """Attends to the tokens before each position.
+
+        Args:
+            x: The layer's input.
+            mask: 1 for tokens, 0 for padding.
+            tables: What the model's layers rotate by.
+            window: How many positions this layer sees, counted back from each, itself included.
+            rotary: Which of the tables this layer rotates by.
+        """
+        query, key = self._by_head(self.q_proj(x)), self._by_head(self.k_proj(x))
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, tables[rotary]), rotate(key, tables[rotary])
+        mixed = attention(
+            query.reshape(*x.shape[:2], -1),
+            key.reshape(*x.shape[:2], -1),
+            self.v_proj(x),
+            self.heads,
+            window_bias(mask, window),
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+        )
+        return self.o_proj(mixed)
+
+    def _by_head(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads features"]:
+        return x.reshape(*x.shape[:2], -1, self.features)
+
+
+def window_bias(mask: Int[Array, "B T"], window: Int[Array, ""]) -> Float[Array, "B 1 T T"]:
+    """Zero at a position's last `window` tokens, itself included, elsewhere the lowest float32.
+
+    Finite, so that the softmax of a position that sees no token, as padding on the left, is one.
+    """
+    positions = jnp.arange(mask.shape[1])
+    back = positions[:, None] - positions
+    seen = (back >= 0) & (back < window) & (mask[:, None, None, :] > 0)
+    return jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
+
+
+class GatedMLP(nnx.Module):
+    """`down(activation(gate(x)) * up(x))` (Shazeer, 2020)."""
+
+    def __init__(self, config: PretrainedConfig, activation: str, *, bias: bool = False):
+        width, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(width, intermediate, bias=bias)
+        self.up_proj = Linear(width, intermediate, bias=bias)
+        self.down_proj = Linear(intermediate, width, bias=bias)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        gate = ACTIVATIONS[self.activation](self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class PreNormLayer(nnx.Module):
+    """The usual layer: attention and MLP, each normalised before and added to its input."""
+
+    def __init__(self, config: PretrainedConfig, attention: Attention, *, mlp_bias: bool = False):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config, config.hidden_act, bias=mlp_bias)
+
+    def __call__(self, x: Float[Array, "B T H"], *positions: Array) -> Float[Array, "B T H"]:
+        """Runs the layer; `positions` are the further arguments of `Attention`."""
+        x = x + self.self_attn(self.input_layernorm(x), *positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nnx.Module):
+    """Embeddings, layers and the last normalisation; the parameters under `model.`."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        rematerialize: Rematerialize,
+        layer: Callable[[PretrainedConfig], nnx.Module],
+        windows: Sequence[int | None],
+        rotaries: Sequence[Rotary],
+        norm: MakeNorm,
+        embedding_scale: float,
+    ):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = Stack(lambda: layer(config), config.num_hidden_layers, rematerialize)
+        self.norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.windows, self.rotaries = tuple(windows), tuple(rotaries)
+        self.embedding_scale = embedding_scale
+        self.longest = config.max_position_embeddings
+
+    def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
+        token_ids, mask, _ = text_inputs(inputs, self.longest)
+        length = token_ids.shape[1]
+        embedded = self.embed_tokens(token_ids)
+        embedded = embedded * jnp.asarray(self.embedding_scale, embedded.dtype)
+
+        different = list(dict.fromkeys(self.rotaries))
+        tables = jnp.stack([rotary.table(length) for rotary in different])
+        windows = jnp.array([window or length for window in self.windows])
+        chosen = jnp.array([different.index(rotary) for rotary in self.rotaries])
+
+        last, every = self.layers(
+            embedded, mask, tables, per_layer=(windows, chosen), hidden_states=hidden_states
+        )
+        last = self.norm(last)
+        # As `transformers` returns them: of the last layer, what comes after the norm.
+        return Outputs(None, last, every.at[-1].set(last) if hidden_states else None)
+
+
+class DecoderTrunk(nnx.Module):
+    """What is merged in a decoder language model: all of it.
+
+    Args:
+        config: The model's config.
+        rematerialize: What the backward pass computes again.
+        layer: Makes a layer; it is called with its input and the other arguments of `Attention`.
+        windows: How many tokens each layer sees, None for all; if not given, all layers see all.
+        rotaries: What each layer rotates by; if not given, all by what the config says.
+        norm: Makes the last normalisation.
+        embedding_scale: What embeddings are multiplied by.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        rematerialize: Rematerialize,
+        layer: Callable[[PretrainedConfig], nnx.Module],
+        *,
+        windows: Sequence[int | None] | None = None,
+        rotaries: Sequence[Rotary] | None = None,
+        norm: MakeNorm = RMSNorm,
+        embedding_scale: float = 1.0,
+    ):
+        _require_causal(config)
+        length = config.num_hidden_layers
+        self.model = Decoder(
+            config,
+            rematerialize,
+            layer,
+            windows or [None] * length,
+            rotaries or [Rotary.of(config)] * length,
+            norm,
+            embedding_scale,
+        )
+        if not config.tie_word_embeddings:
+            # Read by the head, which is given the trunk's parameters.
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool = False
+    ) -> Outputs:
+        return self.model(inputs, hidden_states)
+
+
+class TiedOutput(nnx.Module):
+    """The embeddings' matrix as an output layer."""
+
+    def __init__(self, config: PretrainedConfig):
+        self.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class CausalHead(nnx.Module):
+    """Logits of the next token, in float32, by a parameter of the trunk."""
+
+    def __init__(self, config: PretrainedConfig):
+        if config.tie_word_embeddings:
+            self.model = TiedOutput(config)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, outputs: Outputs) -> Float[Array, "B T V"]:
+        output = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
+        return output(outputs.last_hidden_state).astype(jnp.float32)
+
+
+def windows_by_type(config: PretrainedConfig) -> list[int | None]:
+    """How many tokens each layer sees, by `layer_types`: `sliding_window` or all.
+
+    Raises:
+        InputError: A layer is of another type, or there is no window for those that slide.
+    """
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    for kind in config.layer_types:
+        if kind not in windows:
+            raise InputError(
+                f"config.json: layer_types has {kind!r}, which is not supported; "
+                f"supported are {', '.join(windows)}"
+            )
+    if config.sliding_window is None and "sliding_attention" in config.layer_types:
+        raise InputError(
+            "config.json: layer_types has 'sliding_attention', but there is no sliding_window"
+        )
+    return [windows[kind] for kind in config.layer_types]
+
+
+def ignored_decoder_tensors(config: PretrainedConfig) -> tuple[str, ...]:
+    """Name patterns of tensors in a checkpoint that are no parameters of their own."""
+    computed = ("*.position_ids", "*.rotary_emb.inv_freq")
+    return (*computed, "lm_head.weight") if config.tie_word_embeddings else computed
+
+
+def _require_causal(config: PretrainedConfig) -> None:
+    """Refuses configs whose tokens see later ones, as those of embedding models do."""
+    if not getattr(config, "is_causal", True) or getattr(
+        config, "use_bidirectional_attention", False
+    ):
+        raise InputError(
+            "config.json: attention is bidirectional (is_causal, use_bidirectional_attention); "
+            "only causal language models are supported"
+        )

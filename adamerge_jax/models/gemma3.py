@@ -1,0 +1,38 @@
+"""Gemma 3 (Gemma Team, 2025), text only: a Gemma 2 that normalises the queries and keys of heads.
+
+Layers that see a window of the text rotate positions faster than those that see all of it. There
+is no soft cap on attention.
+"""
+
+from transformers import Gemma3TextConfig
+
+from adamerge_jax.models.decoder_layers import Attention, DecoderTrunk, Rotary, windows_by_type
+from adamerge_jax.models.gemma2 import GemmaLayer, GemmaNorm
+from adamerge_jax.models.layers import Rematerialize
+
+
+class Gemma3Layer(GemmaLayer):
+    def __init__(self, config: Gemma3TextConfig):
+        attention = Attention(
+            config,
+            bias=config.attention_bias,
+            output_bias=config.attention_bias,
+            norm=GemmaNorm,
+            scale=config.query_pre_attn_scalar**-0.5,
+        )
+        super().__init__(config, attention)
+
+
+class Gemma3Trunk(DecoderTrunk):
+    """What is merged in a `Gemma3ForCausalLM`."""
+
+    def __init__(self, config: Gemma3TextConfig, rematerialize: Rematerialize):
+        super().__init__(
+            config,
+            rematerialize,
+            Gemma3Layer,
+            windows=windows_by_type(config),
+            rotaries=[Rotary.of(config, kind) for kind in config.layer_types],
+            norm=GemmaNorm,
+            embedding_scale=config.hidden_size**0.5,
+        )

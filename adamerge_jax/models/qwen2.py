@@ -1,0 +1,26 @@
+"""Qwen 2 and 2.5 (Qwen Team, 2024): a Llama with biases on queries, keys and values.
+
+Its upper layers may see only a window of the text; the published models do not use it.
+"""
+
+from transformers import Qwen2Config
+
+from adamerge_jax.models.decoder_layers import (
+    Attention,
+    DecoderTrunk,
+    PreNormLayer,
+    windows_by_type,
+)
+from adamerge_jax.models.layers import Rematerialize
+
+
+class Qwen2Layer(PreNormLayer):
+    def __init__(self, config: Qwen2Config):
+        super().__init__(config, Attention(config, bias=True))
+
+
+class Qwen2Trunk(DecoderTrunk):
+    """What is merged in a `Qwen2ForCausalLM`."""
+
+    def __init__(self, config: Qwen2Config, rematerialize: Rematerialize):
+        super().__init__(config, rematerialize, Qwen2Layer, windows=windows_by_type(config))

@@ -1,0 +1,25 @@
+"""Qwen 3 (Qwen Team, 2025): a Llama that normalises the queries and keys of each head."""
+
+from transformers import Qwen3Config
+
+from adamerge_jax.models.decoder_layers import (
+    Attention,
+    DecoderTrunk,
+    PreNormLayer,
+    RMSNorm,
+    windows_by_type,
+)
+from adamerge_jax.models.layers import Rematerialize
+
+
+class Qwen3Layer(PreNormLayer):
+    def __init__(self, config: Qwen3Config):
+        bias = config.attention_bias
+        super().__init__(config, Attention(config, bias=bias, output_bias=bias, norm=RMSNorm))
+
+
+class Qwen3Trunk(DecoderTrunk):
+    """What is merged in a `Qwen3ForCausalLM`."""
+
+    def __init__(self, config: Qwen3Config, rematerialize: Rematerialize):
+        super().__init__(config, rematerialize, Qwen3Layer, windows=windows_by_type(config))

@@ -1,0 +1,395 @@
+"""T5 (Raffel et al., 2020) for conditional generation, as `transformers` builds it.
+
+Version 1.0 has ReLU and one matrix for embeddings and logits; version 1.1 and Flan-T5 have a gated
+GELU and an output layer of their own.
+
+Padding may be on either side: positions are relative.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+from transformers import T5Config
+
+from adamerge_jax.models.layers import (
+    ACTIVATIONS,
+    LINEAR_OUTPUT,
+    Embedding,
+    Linear,
+    Outputs,
+    Rematerialize,
+    Stack,
+    parameter,
+    value,
+)
+
+_UNUSED = (
+    # Other names of `shared.weight`.
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    # The first checkpoints of version 1.0 have it, no implementation reads it.
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+)
+
+
+def has_tied_head(config: T5Config) -> bool:
+    """Whether the output layer is the embeddings' matrix, its input scaled by `d_model**-0.5`.
+
+    What `tie_word_embeddings` says in a config.json, the config in memory calls
+    `scale_decoder_outputs`: `transformers` 5 sets `tie_word_embeddings` to true for every T5.
+    """
+    return config.scale_decoder_outputs
+
+
+def ignored_tensors(config: T5Config) -> tuple[str, ...]:
+    """Tensors in a checkpoint that are no parameters of their own."""
+    return (*_UNUSED, "lm_head.weight") if has_tied_head(config) else _UNUSED
+
+
+def relative_buckets(
+    distances: Int[np.ndarray, "..."], count: int, furthest: int, *, bidirectional: bool
+) -> Int[np.ndarray, "..."]:
+    """The bucket of each distance.
+
+    Short distances have a bucket each. Longer ones share buckets whose widths grow geometrically
+    up to `furthest`; all that is further off is in the last one.
+
+    Args:
+        distances: Position of the key less that of the query.
+        count: Number of buckets.
+        furthest: The distance from which on they are no longer told apart.
+        bidirectional: Whether later keys have half of the buckets to themselves (encoder), or are
+            all in bucket 0 because they are masked (decoder).
+    """
+    if bidirectional:
+        count //= 2
+        first = np.where(distances > 0, count, 0)
+        distances = np.abs(distances)
+    else:
+        first = 0
+        distances = np.maximum(-distances, 0)
+    exact = count // 2
+    # In float32, like PyTorch: where a bucket begins at an integer, rounding decides.
+    octaves = np.log(np.maximum(distances, 1).astype(np.float32) / exact)
+    share = octaves / math.log(furthest / exact)
+    shared = np.minimum(exact + (share * (count - exact)).astype(np.int32), count - 1)
+    return first + np.where(distances < exact, distances, shared)
+
+
+def attention(
+    query: Float[Array, "B T inner"],
+    key: Float[Array, "B S inner"],
+    value: Float[Array, "B S inner"],
+    heads: int,
+    mask: Bool[Array, "#B 1 #T S"],
+    bias: Float[Array, "1 heads T S"] | None,
+) -> Float[Array, "B T inner"]:
+    """Dot-product attention without scaling of the scores, the softmax in float32.
+
+    Where nothing is left of a row of the mask, the result is the mean of all values.
+    """
+    batch, length, _ = query.shape
+
+    def split(x: Float[Array, "B S inner"]) -> Float[Array, "B*heads S inner/heads"]:
+        x = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+        return x.reshape(batch * heads, *x.shape[2:])
+
+    # One leading batch axis, as in `layers.attention`.
+    query, key, value = split(query), split(key), split(value)
+    scores = jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=jnp.float32)
+    by_head = scores.reshape(batch, heads, *scores.shape[1:])
+    if bias is not None:
+        by_head = by_head + bias
+    by_head = jnp.where(mask, by_head, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(by_head, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bts,bsd->btd", weights.reshape(scores.shape), value)
+    mixed = mixed.reshape(batch, heads, length, -1).swapaxes(1, 2).reshape(batch, length, -1)
+    return checkpoint_name(mixed, LINEAR_OUTPUT)
+
+
+class RmsNorm(nnx.Module):
+    """Division by the root mean square over the last axis, computed in float32.
+
+    The result has the weight's dtype, which the residual stream does not always have.
+    """
+
+    def __init__(self, config: T5Config):
+        self.weight = parameter(config.d_model)
+        self.epsilon = config.layer_norm_epsilon
+
+    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.square(wide).mean(-1, keepdims=True)
+        weight = value(self.weight)
+        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * weight).astype(weight.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: T5Config):
+        # Heads need not fill the hidden size, nor fit into it.
+        inner = config.num_heads * config.d_kv
+        self.q = Linear(config.d_model, inner, bias=False)
+        self.k = Linear(config.d_model, inner, bias=False)
+        self.v = Linear(config.d_model, inner, bias=False)
+        self.o = Linear(inner, config.d_model, bias=False)
+        self.heads = config.num_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "B T H"],
+        source: Float[Array, "B S H"],
+        mask: Bool[Array, "#B 1 #T S"],
+        bias: Float[Array, "1 heads T S"] | None = None,
+    ) -> Float[Array, "B T H"]:
+        mixed = attention(self.q(x), self.k(source), self.v(source), self.heads, mask, bias)
+        return self.o(mixed)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: T5Config):
+        names = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
+        for name in names:
+            setattr(self, name, Linear(config.d_model, config.d_ff, bias=False))
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
+        self.gated = config.is_gated_act
+        self.activation = config.dense_act_fn
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        activation = ACTIVATIONS[self.activation]
+        if self.gated:
+            return self.wo(activation(self.wi_0(x)) * self.wi_1(x))
+        return self.wo(activation(self.wi(x)))
+
+
+class SelfAttentionLayer(nnx.Module):
+    def __init__(self, config: T5Config):
+        self.SelfAttention = Attention(config)
+        self.layer_norm = RmsNorm(config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T H"],
+        mask: Bool[Array, "#B 1 #T T"],
+        bias: Float[Array, "1 heads T T"],
+    ) -> Float[Array, "B T H"]:
+        normalised = self.layer_norm(x)
+        return x + self.SelfAttention(normalised, normalised, mask, bias).astype(x.dtype)
+
+
+class CrossAttentionLayer(nnx.Module):
+    def __init__(self, config: T5Config):
+        self.EncDecAttention = Attention(config)
+        self.layer_norm = RmsNorm(config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T H"],
+        encoded: Float[Array, "B S H"],
+        mask: Bool[Array, "B 1 1 S"],
+    ) -> Float[Array, "B T H"]:
+        return x + self.EncDecAttention(self.layer_norm(x), encoded, mask).astype(x.dtype)
+
+
+class FeedForwardLayer(nnx.Module):
+    def __init__(self, config: T5Config):
+        self.DenseReluDense = FeedForward(config)
+        self.layer_norm = RmsNorm(config)
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        return x + self.DenseReluDense(self.layer_norm(x)).astype(x.dtype)
+
+
+class EncoderBlock(nnx.Module):
+    def __init__(self, config: T5Config):
+        self.layer = nnx.Dict({"0": SelfAttentionLayer(config), "1": FeedForwardLayer(config)})
+
+    def __call__(
+        self,
+        x: Float[Array, "B T H"],
+        mask: Bool[Array, "#B 1 #T T"],
+        bias: Float[Array, "1 heads T T"],
+    ) -> Float[Array, "B T H"]:
+        return self.layer["1"](self.layer["0"](x, mask, bias))
+
+
+class DecoderBlock(nnx.Module):
+    def __init__(self, config: T5Config):
+        self.layer = nnx.Dict(
+            {
+                "0": SelfAttentionLayer(config),
+                "1": CrossAttentionLayer(config),
+                "2": FeedForwardLayer(config),
+            }
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T H"],
+        mask: Bool[Array, "#B 1 #T T"],
+        bias: Float[Array, "1 heads T T"],
+        encoded: Float[Array, "B S H"],
+        encoded_mask: Bool[Array, "B 1 1 S"],
+    ) -> Float[Array, "B T H"]:
+        x = self.layer["0"](x, mask, bias)
+        return self.layer["2"](self.layer["1"](x, encoded, encoded_mask))
+
+
+class SelfAttentionBias(nnx.Module):
+    def __init__(self, config: T5Config):
+        self.relative_attention_bias = Embedding(
+            config.relative_attention_num_buckets, config.num_heads
+        )
+
+
+class SelfAttentionBiasLayer(nnx.Module):
+    def __init__(self, config: T5Config):
+        self.SelfAttention = SelfAttentionBias(config)
+
+
+class BlockBias(nnx.Module):
+    """What block 0 has and the others have not: the position bias that all of them add."""
+
+    def __init__(self, config: T5Config):
+        self.layer = nnx.Dict({"0": SelfAttentionBiasLayer(config)})
+
+
+class Blocks(Stack):
+    """Stacked blocks, and at the attribute `0` what is not stacked because only one has it."""
+
+    def __init__(
+        self,
+        block: type[EncoderBlock] | type[DecoderBlock],
+        config: T5Config,
+        length: int,
+        rematerialize: Rematerialize,
+    ):
+        super().__init__(lambda: block(config), length, rematerialize)
+        setattr(self, "0", BlockBias(config))
+        self.buckets = config.relative_attention_num_buckets
+        self.furthest = config.relative_attention_max_distance
+        self.bidirectional = block is EncoderBlock
+
+    def position_bias(self, length: int) -> Float[Array, "1 heads T T"]:
+        """What is added to the scores of self-attention over `length` tokens, in float32."""
+        buckets = relative_buckets(
+            np.arange(1 - length, length),
+            self.buckets,
+            self.furthest,
+            bidirectional=self.bidirectional,
+        )
+        embedding = getattr(self, "0").layer["0"].SelfAttention.relative_attention_bias
+        by_distance = embedding(jnp.asarray(buckets)).astype(jnp.float32)
+        positions = jnp.arange(length)
+        distances = positions[None, :] - positions[:, None]
+        return by_distance.T[None, :, distances + length - 1]
+
+
+class Tower(nnx.Module):
+    """Encoder or decoder: the blocks and the norm after them."""
+
+    def __init__(
+        self,
+        block: type[EncoderBlock] | type[DecoderBlock],
+        config: T5Config,
+        length: int,
+        rematerialize: Rematerialize,
+    ):
+        self.block = Blocks(block, config, length, rematerialize)
+        self.final_layer_norm = RmsNorm(config)
+
+    def __call__(
+        self,
+        embedded: Float[Array, "B T H"],
+        mask: Bool[Array, "#B 1 #T T"],
+        *source: Array,
+        hidden_states: bool,
+    ) -> Outputs:
+        """Runs the blocks.
+
+        Args:
+            embedded: The embedded tokens.
+            mask: Which keys each query attends to.
+            *source: For a decoder, the encoder's output `[B, S, H]` and its mask `[B, 1, 1, S]`.
+            hidden_states: Whether to return every block's output, the last one after the norm.
+        """
+        # The sums of large T5 models exceed what float16 can hold.
+        stream = embedded.astype(jnp.float32) if embedded.dtype == jnp.float16 else embedded
+        bias = self.block.position_bias(embedded.shape[1])
+        last, every = self.block(stream, mask, bias, *source, hidden_states=hidden_states)
+        last = self.final_layer_norm(last)
+        return Outputs(None, last, every if every is None else every.at[-1].set(last))
+
+
+class T5Trunk(nnx.Module):
+    """What is merged in a `T5ForConditionalGeneration`: all of it, the output layer included."""
+
+    def __init__(self, config: T5Config, rematerialize: Rematerialize):
+        self.shared = Embedding(config.vocab_size, config.d_model)
+        self.encoder = Tower(EncoderBlock, config, config.num_layers, rematerialize)
+        self.decoder = Tower(DecoderBlock, config, config.num_decoder_layers, rematerialize)
+        if not has_tied_head(config):
+            # Read by the head only, but shared by all tasks.
+            self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+
+    def __call__(
+        self, inputs: Mapping[str, Int[Array, "B _"]], hidden_states: bool = False
+    ) -> Outputs:
+        """Encodes a batch and decodes what is given of its continuation.
+
+        Args:
+            inputs: Of the encoder `input_ids` and optionally `attention_mask`, `[B, S]`; of the
+                decoder `decoder_input_ids`, which begin with the config's
+                `decoder_start_token_id`, and optionally `decoder_attention_mask`, `[B, T]`.
+            hidden_states: Whether to return the decoder's states.
+
+        Returns:
+            The decoder's output after its last norm, and its states if asked for: embeddings and
+            every layer's output, the last one after the norm.
+        """
+        encoded = self.encode(inputs).last_hidden_state
+        token_ids = inputs["decoder_input_ids"]
+        length = token_ids.shape[1]
+        mask = jnp.tri(length, dtype=bool)[None, None]
+        if "decoder_attention_mask" in inputs:
+            mask = mask & _padding_mask(inputs["decoder_attention_mask"])
+        return self.decoder(
+            self.shared(token_ids),
+            mask,
+            encoded,
+            _encoder_mask(inputs),
+            hidden_states=hidden_states,
+        )
+
+    def encode(
+        self, inputs: Mapping[str, Int[Array, "B _"]], hidden_states: bool = False
+    ) -> Outputs:
+        """The encoder's outputs, its states in the same way as the decoder's."""
+        embedded = self.shared(inputs["input_ids"])
+        return self.encoder(embedded, _encoder_mask(inputs), hidden_states=hidden_states)
+
+
+class T5Head(nnx.Module):
+    """The output layer of a `T5ForConditionalGeneration`, a parameter of the trunk."""
+
+    def __init__(self, config: T5Config):
+        self.name = "shared" if has_tied_head(config) else "lm_head"
+        setattr(self, self.name, Linear(config.d_model, config.vocab_size, bias=False))
+        self.scale = config.d_model**-0.5 if has_tied_head(config) else 1.0
+
+    def __call__(self, outputs: Outputs) -> Float[Array, "B T V"]:
+        """The logits of the next token after each one, float32."""
+        return getattr(self, self.name)(outputs.last_hidden_state * self.scale).astype(jnp.float32)
+
+
+def _padding_mask(attention_mask: Int[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
+    return attention_mask[:, None, None, :] > 0
+
+
+def _encoder_mask(inputs: Mapping[str, Int[Array, "B _"]]) -> Bool[Array, "B 1 1 S"]:
+    return _padding_mask(inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"])))

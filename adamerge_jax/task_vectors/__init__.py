@@ -1,0 +1,75 @@
+"""Task vectors: what each expert changed in the base model, `tau_k = theta_k - theta_base`.
+
+A task vector is frozen. One leaf holds the deltas of all K experts for one parameter, in a
+representation of its own: entry by entry, as low-rank factors that are never multiplied out, or
+some experts one way and some the other. A granularity may lay it out anew.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.names import is_stacked, leaf_name
+from adamerge_jax.task_vectors.delta import Delta, LoadedDelta
+from adamerge_jax.task_vectors.dense import ChunkedDelta, DenseDelta
+from adamerge_jax.task_vectors.factored import FactoredDelta
+from adamerge_jax.task_vectors.joined import JoinedDelta
+from adamerge_jax.task_vectors.low_rank import LowRankDelta, LowRankPieces
+
+__all__ = [
+    "ChunkedDelta",
+    "Delta",
+    "DenseDelta",
+    "FactoredDelta",
+    "JoinedDelta",
+    "LoadedDelta",
+    "LowRankDelta",
+    "LowRankPieces",
+    "task_vectors",
+]
+
+
+def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[str, DenseDelta]:
+    """Subtracts the base model from each of its experts.
+
+    Args:
+        base: Parameters of the base model, any pytree.
+        experts: K pytrees of the same structure and shapes.
+
+    Returns:
+        One delta per parameter name, `[K, *shape]`, or `[L, K, *shape]` where the name is stacked.
+        Parameters that no expert changed have no entry: nothing is to be mixed there.
+
+    Raises:
+        InputError: An expert's structure or a shape differs from the base's.
+    """
+    deltas = {}
+    base_leaves = _named_leaves(base)
+    expert_leaves = [_named_leaves(expert) for expert in experts]
+    for position, leaves in enumerate(expert_leaves):
+        if difference := sorted(base_leaves.keys() ^ leaves.keys()):
+            where = "base" if difference[0] in base_leaves else f"expert {position}"
+            raise InputError(
+                f"expert {position}: parameter {difference[0]!r} is only in the {where}; "
+                "experts must have the base's parameters"
+            )
+    for name, base_leaf in base_leaves.items():
+        for position, leaves in enumerate(expert_leaves):
+            if leaves[name].shape != base_leaf.shape:
+                raise InputError(
+                    f"expert {position}: parameter {name!r} has shape {leaves[name].shape}, "
+                    f"the base has {base_leaf.shape}"
+                )
+        start = jnp.asarray(base_leaf, jnp.float32)
+        differences = [jnp.asarray(leaves[name], jnp.float32) - start for leaves in expert_leaves]
+        values = jnp.stack(differences, axis=1 if is_stacked(name) else 0)
+        if values.any():
+            deltas[name] = DenseDelta(values.astype(base_leaf.dtype))
+    return deltas
+
+
+def _named_leaves(tree: PyTree[Array]) -> Mapping[str, Array]:
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

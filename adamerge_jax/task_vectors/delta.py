@@ -1,0 +1,50 @@
+"""What a representation of task vectors must be able to do."""
+
+from typing import Protocol
+
+from jaxtyping import Array, Float, Int
+
+
+class Delta(Protocol):
+    """The deltas of K experts for one parameter, in any representation: what mixing asks of it."""
+
+    def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
+        """`sum_k scale[k] * tau_k` in float32; `scale` broadcasts against `[K, *shape]`."""
+        ...
+
+    def product(
+        self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]
+    ) -> Float[Array, "N m"] | None:
+        """`x @ weighted_sum(scale).T` without the sum, or None where the sum is less work."""
+        ...
+
+    def rows(self, index: Int[Array, "..."]) -> "Delta":
+        """The same deltas for the rows `parameter[index]` alone."""
+        ...
+
+
+class LoadedDelta(Delta, Protocol):
+    """Deltas as they come from checkpoints, with what granularities ask of them.
+
+    A scale for them is one number for each expert, row or column. A stacked parameter has a
+    leading axis of length L until it is sliced.
+    """
+
+    def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> Delta:
+        """The same deltas for scales `[K, pieces, 1]`, one for each piece of the parameter.
+
+        Args:
+            pieces: Their number; all have one length, the last one perhaps less.
+            stacked: Whether there is a leading axis of layers.
+            seed: Assigns entries to pieces at random, depending on it and the parameter's size
+                alone; by default a piece is contiguous in the flattened parameter.
+        """
+        ...
+
+    def by_direction(self, rank: int) -> Delta:
+        """The same deltas for scales `[K, rank + 1]`: the leading singular directions, the rest."""
+        ...
+
+    def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
+        """Frobenius norm of each expert's delta, `[K]`, or `[L, K]` where stacked."""
+        ...

@@ -1,0 +1,64 @@
+"""Task vectors of which some experts have one representation and some another."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from adamerge_jax.task_vectors.delta import Delta
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class JoinedDelta:
+    """Deltas of some experts here and of others there.
+
+    Attributes:
+        parts: Deltas, each of some of the experts; those of an expert in several parts add up.
+        experts: For each part, which experts, as positions among all K.
+        count: K.
+    """
+
+    parts: tuple[Delta, ...]
+    experts: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+    count: int = dataclasses.field(metadata={"static": True})
+
+    def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
+        """The sum of the parts' sums."""
+        sums = [part.weighted_sum(own) for part, own in self._with_scales(scale)]
+        return functools.reduce(jnp.add, sums)
+
+    def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
+        """None: a part that must be summed is there, so the others are summed with it."""
+        return None
+
+    def rows(self, index: Int[Array, "..."]) -> "JoinedDelta":
+        """The parts' rows."""
+        return self._each(lambda part: part.rows(index))
+
+    def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> "JoinedDelta":
+        """The parts in pieces."""
+        return self._each(lambda part: part.in_pieces(pieces, stacked=stacked, seed=seed))
+
+    def by_direction(self, rank: int) -> "JoinedDelta":
+        """The parts by singular direction."""
+        return self._each(lambda part: part.by_direction(rank))
+
+    def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
+        """Frobenius norm of each expert's delta; an expert is in one part only."""
+        found = [part.norms(stacked=stacked) for part in self.parts]
+        norms = jnp.zeros((*found[0].shape[:-1], self.count))
+        for own, experts in zip(found, self.experts, strict=True):
+            norms = norms.at[..., np.array(experts)].add(own)
+        return norms
+
+    def _with_scales(self, scale: Float[Array, "K ..."]) -> list[tuple[Delta, Array]]:
+        chosen = zip(self.parts, self.experts, strict=True)
+        return [(part, scale[np.array(experts)]) for part, experts in chosen]
+
+    def _each(self, change: Callable[[Delta], Delta]) -> "JoinedDelta":
+        return dataclasses.replace(self, parts=tuple(map(change, self.parts)))
