@@ -51,7 +51,7 @@ class Learn:
             f"merged checkpoint {out / exporting.CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / jobs.COEFFICIENTS_FILE} (best after "
             f"{run.coefficients.step} steps)\n"
-            f"heat map          {out / jobs.HEAT_MAP_FILE}",
+            f"heat map          {out / jobs.HEAT_MAP_FILE}{_adapter(self.recipe, out)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -75,7 +75,11 @@ class Fold:
         """Runs the command."""
         root = _root(self.recipe_file, self.root)
         jobs.fold_file(self.coefficients, self.recipe, root=root, out=self.out, console=console)
-        console.print(f"merged checkpoint {self.out / exporting.CHECKPOINT_FOLDER}", soft_wrap=True)
+        console.print(
+            f"merged checkpoint {self.out / exporting.CHECKPOINT_FOLDER}"
+            f"{_adapter(self.recipe, self.out)}",
+            soft_wrap=True,
+        )
 
 
 @dataclasses.dataclass
@@ -193,6 +197,11 @@ def _preset(options: Sequence[str]) -> str | None:
         if option.startswith("--preset="):
             return option.removeprefix("--preset=")
     return None
+
+
+def _adapter(recipe: Recipe, out: Path) -> str:
+    """The line that says where the adapter is, if there is one."""
+    return f"\nadapter           {out / exporting.ADAPTER_FOLDER}" if recipe.export.adapter else ""
 
 
 def _root(recipe_file: Path, root: Path | None) -> Path:

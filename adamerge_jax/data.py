@@ -45,7 +45,12 @@ def load_examples(
         InputError: The data cannot be found or read, lacks a column, or is empty.
     """
     path = root / Path(source.path).expanduser()
-    if path.suffix == ".npz" and not language:
+    if path.suffix == ".npz":
+        if language:
+            raise InputError(
+                f"{name}: {source.path}: a language model's data are texts, not NumPy arrays; give "
+                "a table (.jsonl, .csv, .parquet) with messages, prompts and responses, or texts"
+            )
         examples = _load_arrays(path, source, inputs, name)
     else:
         table = _load_table(path, source, name)

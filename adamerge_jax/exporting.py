@@ -1,6 +1,10 @@
-"""Writing a merge: the Hugging Face checkpoint, a model for every task, the Orbax checkpoint."""
+"""Writing a merge: the Hugging Face checkpoint, a model for every task, the Orbax checkpoint.
+
+Where all experts are LoRA adapters the merge may be one too, written beside them for PEFT.
+"""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,14 +22,28 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.orbax import save_parameters
-from adamerge_jax.checkpoints.peft import MatchedAdapter
+from adamerge_jax.checkpoints.peft import AdapterWeights, MatchedAdapter, save_adapter
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
 from adamerge_jax.loading import DTYPES, Models, fold, load_head, load_trunk, match_trunk
 from adamerge_jax.recipes import Recipe
+from adamerge_jax.tokenizers import tokenizer_owner
 
 CHECKPOINT_FOLDER = "checkpoint"
 ORBAX_FOLDER = "orbax"
+ADAPTER_FOLDER = "adapter"
+
+_OF_ROWS_OR_COLUMNS = ("task", "layer", "tensor", "groups", "row", "column", "head")
+"""Granularities whose scale goes into one of the two factors of every expert."""
+
+_TASK_TYPES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    # PEFT's for a model without a head; images have none.
+    "AutoModelForSequenceClassification": "FEATURE_EXTRACTION",
+}
+"""What PEFT calls a task, by the class that loads its model."""
 
 
 def export(
@@ -37,16 +55,21 @@ def export(
     rows: list[Row],
     console: Console,
 ) -> None:
-    """Writes the merged model as a Hugging Face and as an Orbax checkpoint.
+    """Writes the merged model as a Hugging Face and as an Orbax checkpoint, perhaps as an adapter.
 
     Args:
-        recipe: Says in which dtype and in files of which size.
+        recipe: Says in which dtype, in files of which size, and whether as an adapter too.
         models: The base and its experts.
         coefficients: How much of each expert goes where.
-        out: The folder that gets `checkpoint/` and `orbax/`.
+        out: The folder that gets `checkpoint/` and `orbax/`, and `adapter/` where asked for.
         rows: Results for the model card.
         console: Where progress is printed.
+
+    Raises:
+        InputError: It cannot be an adapter, or what is read or written cannot be.
     """
+    if recipe.export.adapter:
+        require_adapters(models, coefficients.granularity, coefficients.interference)
 
     def cast(array: np.ndarray) -> np.ndarray:
         is_weight = jnp.issubdtype(array.dtype, jnp.floating)
@@ -71,7 +94,8 @@ def export(
         for name in carried:
             writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
         writer.write_config(config)
-        writer.copy_assets(models.base.checkpoint)
+        owner = tokenizer_owner(models, recipe.tokenizer) or models.base
+        writer.copy_assets(owner.checkpoint)
         writer.write_text("README.md", report.model_card(coefficients, rows))
         for task, expert in models.experts.items():
             if head := load_head(models, task):
@@ -85,6 +109,98 @@ def export(
     with console.status("writing the Orbax checkpoint"):
         merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
         save_parameters(out / ORBAX_FOLDER, load_trunk(models, merged, None))
+    if recipe.export.adapter:
+        with console.status("writing the adapter"):
+            export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
+
+
+def require_adapters(models: Models, granularity: str, interference: Sequence[object]) -> None:
+    """Refuses a merge that is no sum of low-rank factors, so that no adapter says what it is.
+
+    Args:
+        models: The base and its experts.
+        granularity: Of the coefficients, by its name in a recipe.
+        interference: What is done to the task vectors.
+
+    Raises:
+        InputError: Says why.
+    """
+
+    def refuse(why: str) -> InputError:
+        return InputError(f"export.adapter: {why}; leave it out, the checkpoint is written anyway")
+
+    if granularity not in _OF_ROWS_OR_COLUMNS:
+        raise refuse(
+            f"coefficients of granularity {granularity!r} make the merge more than a sum of the "
+            f"experts' factors; that needs one of {', '.join(_OF_ROWS_OR_COLUMNS)}"
+        )
+    if interference:
+        raise refuse("interference steps change entries, and factors have none")
+    for task, expert in models.experts.items():
+        if isinstance(expert, MatchedCheckpoint):
+            raise refuse(f"expert {task!r} is a whole model; only adapters merge to an adapter")
+        for name in models.family.tied(models.config):
+            if expert.has_factors(name) and name not in models.kept:
+                raise refuse(
+                    f"expert {task!r} changes {name}, the embeddings and the output layer in one, "
+                    "which PEFT does not merge right; keep_from_base leaves it unmerged"
+                )
+        for name in expert.saved:
+            if name not in models.base.names or name in models.kept:
+                continue
+            if (expert.read(name) != models.base.read(name)).any():
+                raise refuse(
+                    f"expert {task!r} saved {name} whole rather than as factors "
+                    "(modules_to_save, or a bias); keep_from_base leaves it unmerged"
+                )
+
+
+def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, out: Path) -> None:
+    """Writes the merge as one LoRA adapter of the base: `b = [s_1 B_1 | s_2 B_2 ...]`, `a` below.
+
+    The factors are float32, their rank is the sum of the experts'. A language model is loaded as
+    PEFT does it, with `AutoPeftModelForCausalLM.from_pretrained(out)` for example. The adapter of a
+    classifier is that of its trunk and brings no head, as each task has its own: it is for the base
+    as `AutoModel` loads it (`AutoPeftModelForFeatureExtraction`, or `PeftModel.from_pretrained` on
+    any base in memory), and its task type is `FEATURE_EXTRACTION` for texts and none for images.
+
+    Args:
+        recipe: Says which revision the base is.
+        models: The base and its experts, for whom `require_adapters` found nothing to refuse.
+        coefficients: How much of each expert goes where.
+        out: The folder to make.
+
+    Raises:
+        InputError: A factor has NaN or infinite values, or the folder cannot be written.
+    """
+    shapes = {name: models.base.shape(name) for name in coefficients.parameters}
+    scales = coefficients.make_granularity(shapes).scales(coefficients.stacked_once())
+    # AutoModel's own names lack what a class with a head puts in front of its trunk's.
+    headed = models.family.auto_class is not None and not models.family.language
+    prefix = models.family.prefixes[0] if headed else ""
+    modules = {}
+    for name in coefficients.parameters:
+        a, b, embedding = [], [], False
+        for expert, scale in zip(models.experts.values(), np.asarray(scales[name]), strict=True):
+            factors = expert.low_rank(name)
+            if factors is None:
+                continue
+            by_column = scale.shape[1] > 1
+            a.append(factors.right * scale if by_column else factors.right)
+            b.append(factors.left if by_column else factors.left * scale)
+            embedding = factors.embedding
+        module = name.removesuffix(".weight").removeprefix(prefix)
+        for of_checkpoint, of_model in models.family.renamed:
+            module = module.replace(of_checkpoint, of_model)
+        modules[module] = AdapterWeights(np.concatenate(a), np.concatenate(b, axis=1), embedding)
+    source = models.base.checkpoint.source
+    save_adapter(
+        out,
+        modules,
+        base=str(Path(source).resolve()) if Path(source).is_dir() else source,
+        task_type=_TASK_TYPES.get(models.family.auto_class),
+        revision=recipe.base.revision,
+    )
 
 
 def _task_config(models: Models, adapter: MatchedAdapter) -> PretrainedConfig:

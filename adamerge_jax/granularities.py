@@ -516,7 +516,11 @@ def _can_be_split(name: str, shape: tuple[int, ...], vectors: bool = False) -> b
     Rows of an embedding table are tokens, most of which the calibration data never shows; entries
     of a vector are too few examples of anything.
     """
-    return "embed" not in name and (len(shape) >= 2 or (vectors and len(shape) == 1))
+    return not matches(name, _TABLES) and (len(shape) >= 2 or (vectors and len(shape) == 1))
+
+
+_TABLES = ("*embed*", "shared.weight", "*relative_attention_bias.weight")
+"""What tables that are read by rows are called; the last two are T5's."""
 
 
 def _pieces_of(name: str, shapes: Shapes, pieces: int | Mapping[str, int]) -> list[int]:

@@ -19,7 +19,7 @@ from adamerge_jax.checkpoints.matching import require_same_architecture
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.exporting import export, export_bytes
+from adamerge_jax.exporting import export, export_bytes, require_adapters
 from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
@@ -66,6 +66,8 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
         models = workspace.models
         # The Hugging Face checkpoint and the Orbax checkpoint.
         require_new(out, expected_bytes=2 * export_bytes(models, recipe))
+        if recipe.export.adapter:
+            require_adapters(models, recipe.coefficients.granularity, recipe.interference)
     with console.status("reading task vectors, asking the experts"):
         problem = pose(recipe, workspace)
     console.print(_summary(problem))
@@ -103,11 +105,11 @@ def fold_file(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Con
         file: The coefficients.
         recipe: Says where base and experts are, and how to write the result.
         root: Folder that relative paths of the recipe start from.
-        out: The folder to make; it gets `checkpoint/` and `orbax/`.
+        out: The folder to make; it gets `checkpoint/` and `orbax/`, and `adapter/` if asked for.
         console: Where progress is printed.
 
     Raises:
-        InputError: The file cannot be read, or was learned for other models.
+        InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
     require_new(out)
     coefficients = Coefficients.load(file)

@@ -128,13 +128,19 @@ def load_language_examples(
     if decoder_start is not None:
         if not {source.prompt, source.response} <= columns:
             raise _no_columns(table, source, name, [f"{source.prompt!r} and {source.response!r}"])
-        prompts = tokenizer(_strings(table, source.prompt, source, name))["input_ids"]
-        responses = tokenizer(_strings(table, source.response, source, name))["input_ids"]
-        cut = sum(max(map(len, pair)) > max_length for pair in zip(prompts, responses, strict=True))
-        _tell_cut(name, cut, len(table), max_length)
-        prompts, responses = ([row[:max_length] for row in rows] for rows in (prompts, responses))
+        if source.packed:
+            raise InputError(
+                f"{name}: packed is for decoders; an encoder-decoder reads one prompt at a time"
+            )
+        pairs = _pairs(table, source, tokenizer, max_length, name)
+        prompts, responses = map(list, zip(*pairs, strict=True))
         return EncoderDecoderExamples(prompts, responses, decoder_start, padding, max_length)
     if source.messages in columns:
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"{name}: the tokenizer ({type(tokenizer).__name__}) does not say which characters "
+                "a token stands for, so conversations cannot be used; give prompts and responses"
+            )
         sequences = [
             _conversation(messages, row, source, tokenizer, name)
             for row, messages in enumerate(table[source.messages])
@@ -158,20 +164,29 @@ def load_language_examples(
         _tell_cut(name, cut, len(sequences), max_length)
         sequences = [Tokens(ids[:max_length], counts[:max_length]) for ids, counts in sequences]
     kept = [sequence for sequence in sequences if any(sequence.predicted[1:])]
-    if not kept:
-        raise InputError(
-            f"{name}: no example of {source.path} has a token to predict within "
-            f"max_length={max_length}; raise max_length"
-        )
-    if len(kept) < len(sequences):
-        log.warning(
-            "%s: %d of %d examples are left out: no token to predict within max_length=%d",
-            name,
-            len(sequences) - len(kept),
-            len(sequences),
-            max_length,
-        )
+    _tell_left_out(name, source, len(kept), len(sequences), max_length)
     return DecoderExamples(kept, padding, max_length)
+
+
+def _pairs(
+    table: datasets.Dataset,
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    name: str,
+) -> list[tuple[list[int], list[int]]]:
+    """Prompts for an encoder with the responses to them, each cut to `max_length` tokens."""
+    prompts = tokenizer(_strings(table, source.prompt, source, name))["input_ids"]
+    responses = [
+        _ended(Tokens(ids, [True] * len(ids)), tokenizer).ids
+        for ids in tokenizer(_strings(table, source.response, source, name))["input_ids"]
+    ]
+    pairs = list(zip(prompts, responses, strict=True))
+    cut = sum(max(map(len, pair)) > max_length for pair in pairs)
+    _tell_cut(name, cut, len(pairs), max_length)
+    kept = [(prompt[:max_length], response[:max_length]) for prompt, response in pairs if response]
+    _tell_left_out(name, source, len(kept), len(pairs), max_length)
+    return kept
 
 
 def _prompts_and_responses(
@@ -199,36 +214,52 @@ def _conversation(
 ) -> Tokens:
     """A conversation in the tokenizer's chat template; the assistant's turns are predicted."""
     where = f"{name}: {source.path}, row {row}"
+    roles = [
+        message.get("role") if isinstance(message, Mapping) else None
+        for message in (messages if isinstance(messages, list) else [messages])
+    ]
+    if not roles or not all(isinstance(role, str) for role in roles):
+        raise InputError(
+            f"{where}: column {source.messages!r} is to hold a list of messages, each with a role "
+            f"and content; it holds {messages!r:.80}"
+        )
 
     def render(count: int, asked: bool) -> str:
         return tokenizer.apply_chat_template(
             list(messages[:count]), tokenize=False, add_generation_prompt=asked
         )
 
+    answers = []
+    if source.predict == "response":
+        # What a conversation opens with answers nothing.
+        answers = [turn for turn, role in enumerate(roles) if role == "assistant" and turn > 0]
     try:
         whole = render(len(messages), asked=False)
-        spans = [
-            (len(render(turn, asked=True)), len(render(turn + 1, asked=False)))
-            for turn, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        starts = [render(turn + 1, asked=False) for turn in range(len(messages) - 1)]
+        parts = [(render(turn, asked=True), render(turn + 1, asked=False)) for turn in answers]
     except Exception as error:  # jinja's own, the template's raise_exception, KeyError, TypeError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{where}: the tokenizer's chat template cannot write this conversation: {reason}"
         ) from error
-    if source.predict == "response" and not all(whole.startswith(start) for start in starts):
+    if not all(whole.startswith(answered) for _, answered in parts):
         raise InputError(
             f"{where}: the chat template rewrites earlier turns, so the assistant's tokens cannot "
             "be told; give one turn per example, or set predict: all"
         )
+    # What asks for an answer may go on where the answer itself does not, e.g. with `<think>`.
+    spans = [(_count_shared(asked, whole), len(answered)) for asked, answered in parts]
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     predicted = [
-        source.predict == "all" or any(first <= start < last for first, last in spans)
-        for start, _ in encoded["offset_mapping"]
+        source.predict == "all" or any(first < end and start < last for first, last in spans)
+        for start, end in encoded["offset_mapping"]
     ]
     return Tokens(encoded["input_ids"], predicted)
+
+
+def _count_shared(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _ended(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> Tokens:
@@ -265,6 +296,22 @@ def _no_columns(
         f"{name}: {source.path} has no column {', or '.join(expected)}; "
         f"its columns are {', '.join(table.column_names)}"
     )
+
+
+def _tell_left_out(name: str, source: DataSource, kept: int, count: int, max_length: int) -> None:
+    if not kept:
+        raise InputError(
+            f"{name}: no example of {source.path} has a token to predict within "
+            f"max_length={max_length}; raise max_length"
+        )
+    if kept < count:
+        log.warning(
+            "%s: %d of %d examples are left out: no token to predict within max_length=%d",
+            name,
+            count - kept,
+            count,
+            max_length,
+        )
 
 
 def _tell_cut(name: str, cut: int, count: int, max_length: int) -> None:

@@ -5,6 +5,7 @@ arguments of the compiled functions; none is closed over.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,12 +21,15 @@ from adamerge_jax.coefficients import Constraint
 from adamerge_jax.granularities import Granularity, Values
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, head_parameters
-from adamerge_jax.objectives import NOT_PREDICTED, Objective, TaskOutputs
+from adamerge_jax.objectives import NOT_PREDICTED, Objective, Targets, TaskOutputs
 from adamerge_jax.regularizers import Regularizer
 from adamerge_jax.task_vectors import Delta
 
 Forward = Callable[[PyTree, PyTree, PyTree], Sequence[TaskOutputs]]
-"""`(parameters, heads, inputs) -> outputs` of each task, from parameters that may be mixtures."""
+"""`(parameters, heads, inputs) -> outputs` of each task, from parameters that may be mixtures.
+
+In place of a task's logits there may be a function that computes them.
+"""
 
 
 class Frozen(NamedTuple):
@@ -121,13 +125,13 @@ def make_learner(
             pairs = zip(outputs, strong, strict=True)
             outputs = [weak._replace(strong=view.logits) for weak, view in pairs]
         each = [objective] * len(outputs) if isinstance(objective, Objective) else objective
-        per_task = [
-            (weights * own.value(task_outputs, targets)).sum()
+        tasks = [
+            _evaluate_task(own, task_outputs, targets, weights)
             for own, weights, task_outputs, targets in zip(
                 each, batch.weights, outputs, batch.targets, strict=True
             )
         ]
-        predicted = [task_outputs.logits.argmax(-1) for task_outputs in outputs]
+        per_task, predicted = zip(*tasks, strict=True)
         return Evaluation(jnp.stack(per_task), jnp.stack(predicted))
 
     def init(values: Values) -> State:
@@ -160,11 +164,27 @@ def make_learner(
     return Learner(init, step, evaluate, lambda state: coefficients(state.raw))
 
 
+def _evaluate_task(
+    objective: Objective, outputs: TaskOutputs, targets: Targets, weights: Float[Array, " B"]
+) -> tuple[Float[Array, ""], Int[Array, "B ..."]]:
+    """The objective of one task, and the classes predicted."""
+
+    def evaluate() -> tuple[Array, Array]:
+        known = outputs
+        if callable(outputs.logits):
+            known = outputs._replace(logits=outputs.logits())
+        return (weights * objective.value(known, targets)).sum(), known.logits.argmax(-1)
+
+    # Logits that come as a function are those of one task at a time, forwards and backwards.
+    return jax.checkpoint(evaluate)() if callable(outputs.logits) else evaluate()
+
+
 def forward_with_heads(
     trunk: Network,
     heads: Sequence[Network],
     hidden_states: Sequence[int] = (),
     elsewhere: bool = False,
+    logits_again: bool = False,
 ) -> Forward:
     """Runs one trunk on the examples of all tasks in one batch, then each task's head on its own.
 
@@ -173,6 +193,8 @@ def forward_with_heads(
         heads: One per task, from its parameters and the outputs of its B examples to logits.
         hidden_states: Layers whose hidden states the outputs are to hold.
         elsewhere: Whether they are to hold each head's logits on the other tasks' examples.
+        logits_again: Whether a task's logits are computed again in the backward pass rather than
+            kept: those of a language model are the largest arrays of a step.
     """
 
     def forward(parameters: PyTree, kept_by_tasks: PyTree, inputs: PyTree) -> list[TaskOutputs]:
@@ -185,9 +207,13 @@ def forward_with_heads(
             chosen = slice(position * size, (position + 1) * size)
             task_outputs = outputs.examples(chosen)
             every = head(own, outputs) if elsewhere else None
+            if logits_again:
+                logits = functools.partial(head, own, task_outputs)
+            else:
+                logits = head(own, task_outputs) if every is None else every[chosen]
             by_task.append(
                 TaskOutputs(
-                    head(own, task_outputs) if every is None else every[chosen],
+                    logits,
                     {layer: task_outputs.hidden_states[layer] for layer in hidden_states},
                     None if mask is None else mask[chosen],
                     elsewhere=None if every is None else _without(every, chosen),

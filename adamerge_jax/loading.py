@@ -26,6 +26,7 @@ from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
 from adamerge_jax.mixing import Mixture, mix
 from adamerge_jax.models import Family, family_of
 from adamerge_jax.names import is_stacked, matches, tensor_shape, tensors_of
+from adamerge_jax.presets import PRESETS
 from adamerge_jax.recipes import ModelSource, Recipe
 from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
 from adamerge_jax.zero_shot import text_network, zero_shot_head
@@ -105,8 +106,10 @@ def open_models(recipe: Recipe, root: Path) -> Models:
     family = family_of(base.config)
     shapes = {name: leaf.shape for name, leaf in family.build_trunk(base.config).shapes.items()}
     trunk = _unstacked_shapes(shapes)
+    in_preset = PRESETS[recipe.preset].get("keep_from_base", [])
     for pattern in recipe.keep_from_base:
-        if not any(matches(name, [pattern]) for name in trunk):
+        # A preset's patterns are for models of any kind.
+        if pattern not in in_preset and not any(matches(name, [pattern]) for name in trunk):
             raise InputError(
                 f"keep_from_base: {pattern!r} fits no parameter; "
                 f"parameters are called e.g. {next(iter(trunk))!r}"
@@ -123,10 +126,9 @@ def open_models(recipe: Recipe, root: Path) -> Models:
         or any(name not in expert.names for expert in experts.values())
     }
     said = {"base": recipe.base} | {task: t.expert for task, t in recipe.tasks.items()}
-    checkpoints = {"base": base} | {task: expert.checkpoint for task, expert in experts.items()}
     sources = tuple(
-        Source(name, said[name].path, said[name].revision, checkpoint.identity())
-        for name, checkpoint in checkpoints.items()
+        Source(name, said[name].path, said[name].revision, model.identity())
+        for name, model in {"base": base, **experts}.items()
     )
     return Models(family, shapes, base_match, experts, sources, frozenset(kept))
 
@@ -318,7 +320,7 @@ def _read_delta(
     low_rank = [
         position
         for position, expert in enumerate(experts)
-        if any(expert.low_rank(tensor) is not None for tensor in open_tensors)
+        if any(expert.has_factors(tensor) for tensor in open_tensors)
     ]
     if not low_rank:
         values, changed = _read_entries(models, name, tensors, dtype)
@@ -326,11 +328,16 @@ def _read_delta(
     parts: list[tuple[LoadedDelta, tuple[int, ...]]] = []
     factors, changed = _read_factors(models, name, tensors, [experts[k] for k in low_rank], dtype)
     parts.append((factors, tuple(low_rank)))
-    # An expert that saved a tensor whole has no factors for it.
-    whole = [position for position in range(len(experts)) if position not in low_rank]
-    whole = [k for k in whole if any(experts[k].changes(tensor) for tensor in open_tensors)]
+    # An adapter may have factors in one layer of a stack and another layer whole: it is in both.
+    whole = [
+        position
+        for position, expert in enumerate(experts)
+        if any(expert.changes(each) and not expert.has_factors(each) for each in open_tensors)
+    ]
     if whole:
-        values, also = _read_entries(models, name, tensors, dtype, [experts[k] for k in whole])
+        values, also = _read_entries(
+            models, name, tensors, dtype, [experts[k] for k in whole], factors=False
+        )
         if also:
             parts.append((DenseDelta(jax.device_put(values, may_alias=True)), tuple(whole)))
             changed = [tensor for tensor in tensors if tensor in {*changed, *also}]
@@ -346,8 +353,13 @@ def _read_entries(
     tensors: Sequence[str],
     dtype: np.dtype | None,
     experts: Sequence[Expert] | None = None,
+    *,
+    factors: bool = True,
 ) -> tuple[np.ndarray, list[str]]:
-    """Deltas entry by entry, `[K, *shape]` or `[L, K, *shape]`, and the tensors they change."""
+    """Deltas entry by entry, `[K, *shape]` or `[L, K, *shape]`, and the tensors they change.
+
+    Those that are stored as factors are multiplied out; without `factors`, they stay 0.
+    """
     experts = list(models.experts.values()) if experts is None else experts
     layers = (len(tensors),) if is_stacked(name) else ()
     shape = (*layers, len(experts), *models.base.shape(tensors[0]))
@@ -356,12 +368,14 @@ def _read_entries(
     changed = [
         tensor
         for tensor, row in zip(tensors, rows, strict=True)
-        if _fill_entries(models, tensor, experts, row)
+        if _fill_entries(models, tensor, experts, row, factors)
     ]
     return values, changed
 
 
-def _fill_entries(models: Models, tensor: str, experts: Sequence[Expert], out: np.ndarray) -> bool:
+def _fill_entries(
+    models: Models, tensor: str, experts: Sequence[Expert], out: np.ndarray, with_factors: bool
+) -> bool:
     """Writes `tau_k` of some experts into `out`, `[K, *shape]`; whether any differs from 0."""
     out[...] = 0
     if tensor in models.kept:
@@ -369,7 +383,7 @@ def _fill_entries(models: Models, tensor: str, experts: Sequence[Expert], out: n
     base = models.base.read(tensor).astype(np.float32)
     changed = False
     for row, expert in zip(out, experts, strict=True):
-        if not expert.changes(tensor):
+        if not expert.changes(tensor) or (expert.has_factors(tensor) and not with_factors):
             continue
         factors = expert.low_rank(tensor)
         if factors is None:
@@ -406,7 +420,9 @@ def _read_factors(
         right[layer, position, :own] = factors.right
     if not is_stacked(name):
         left, right = left[0], right[0]
-    changed = [tensors[layer] for layer in sorted({layer for layer, _ in found})]
+    # The B that PEFT starts with is 0, and stays so where nothing was trained.
+    layers = {layer for (layer, _), own in found.items() if own.left.any() and own.right.any()}
+    changed = [tensors[layer] for layer in sorted(layers)]
     return LowRankDelta(jnp.asarray(left), jnp.asarray(right)), changed
 
 
@@ -456,7 +472,16 @@ def _open_expert(
         folder = locate(resolve(source.path, root), revision=source.revision)
     if is_adapter(folder):
         adapter = open_adapter(
-            source.path, folder, base, role=role, head=head_of_classes, prefixes=family.prefixes
+            source.path,
+            folder,
+            base,
+            role=role,
+            head=head_of_classes,
+            prefixes=family.prefixes,
+            ignored=family.ignored(base.checkpoint.config),
+            unused=family.ignored_in_experts,
+            renamed=family.renamed,
+            tied=family.tied(base.checkpoint.config),
         )
         missing = [name for name in head(adapter.checkpoint.config) if name not in adapter.names]
         if missing:

@@ -134,7 +134,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         shapes = {name: models.shapes[name] for name in deltas}
         make_granularity(*_granularity(recipe, models), shapes)
         _require_used_patterns(recipe, mixed)
-    if recipe.learning.control is not None:
+    if recipe.learning.control is not None and not models.family.language:
         # What is controlled without labels is the agreement with the experts.
         needs = {task: own._replace(expert_logits=True) for task, own in needs.items()}
     base = workspace.base()
@@ -235,6 +235,7 @@ def _learn_stage(
             list(workspace.head_networks.values()),
             layers,
             elsewhere=elsewhere and not workspace.models.family.language,
+            logits_again=workspace.models.family.language,
         ),
         granularity,
         CONSTRAINTS[recipe.coefficients.constraint],
@@ -338,8 +339,6 @@ def _require_labels(recipe: Recipe, models: Models, needs: Mapping[str, Needs]) 
                     "objectives: pseudo_labels is for classes; a language model has none"
                 )
             continue
-        if own.top_tokens is not None:
-            raise InputError("objectives: top_tokens is for language models")
         if own.labels and recipe.tasks[task].calibration.label is None:
             raise InputError(
                 f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "

@@ -124,7 +124,7 @@ def logit_alignment(
     temperature: float = 1.0,
     form: str = "soft",
     elsewhere: float = 0.0,
-    top_tokens: int | None = None,
+    top_tokens: int | None = 64,
 ) -> Objective:
     """Cross-entropy from the expert's class distribution to the merged model's, in nats.
 
@@ -142,7 +142,8 @@ def logit_alignment(
             It counts while learning, not on the held-out data. Language models have no heads of
             their tasks, so that experts would contradict each other: there it does not count.
         top_tokens: k: keep the k likeliest tokens of a language model's expert at each position,
-            and what is left as the probability of one more token.
+            and what is left as the probability of one more token; None for all. Classes are always
+            kept all.
     """
     if form not in ("soft", "kl", "hard"):
         raise ValueError(f"form is {form!r}, expected 'soft', 'kl' or 'hard'")
@@ -150,8 +151,8 @@ def logit_alignment(
         raise ValueError(f"temperature is {temperature}, expected over 0")
     if elsewhere < 0:
         raise ValueError(f"elsewhere is {elsewhere}, expected from 0")
-    if top_tokens is not None and (top_tokens < 1 or temperature != 1):
-        raise ValueError(f"top_tokens is {top_tokens}, expected from 1, and temperature 1 with it")
+    if top_tokens is not None and top_tokens < 1:
+        raise ValueError(f"top_tokens is {top_tokens}, expected from 1")
 
     def divergence(
         logits: Float[Array, "N ... C"], experts: Float[Array, "N ... C"]
@@ -165,7 +166,10 @@ def logit_alignment(
         return temperature**2 * cross_entropy
 
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
-        if targets.expert_top is not None:
+        if targets.expert_top is not None and form == "hard":
+            # Not the rest, even where it is likelier than any one token.
+            own = token_losses(outputs.logits, targets.expert_top.tokens[..., 0])
+        elif targets.expert_top is not None:
             own = divergence(*_with_rest(outputs.logits, targets.expert_top))
         else:
             own = divergence(outputs.logits, targets.expert_logits)

@@ -246,6 +246,10 @@ class ExportRecipe(Section):
     """Of the weights; by default each tensor's in the base."""
     shard_megabytes: int = Field(default=5000, ge=1)
     """Largest size of one safetensors file."""
+    adapter: bool = False
+    """Whether to write the merge as one LoRA adapter of the base too, of the summed rank; exact
+    where coefficients are per tensor or coarser, row, column or head, and every expert is an
+    adapter."""
 
 
 class Recipe(Section):
@@ -260,6 +264,9 @@ class Recipe(Section):
     """The model that all experts were fine-tuned from."""
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
     """Tasks by name."""
+    tokenizer: str | None = None
+    """Whose tokenizer, chat template and generation settings the merge takes: base, or a task. By
+    default those of the first model that has a tokenizer; then all must have its special tokens."""
     keep_from_base: list[str] = []
     """Name patterns of parameters that are not merged but stay the base's."""
     interference: list[InterferenceRecipe] = []

@@ -1,5 +1,6 @@
 """What a recipe is about, opened and loaded: models, task heads and data."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +8,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from adamerge_jax.data import load_examples
 from adamerge_jax.errors import InputError
@@ -25,6 +27,7 @@ from adamerge_jax.loading import (
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Network
 from adamerge_jax.recipes import Recipe, TaskRecipe
+from adamerge_jax.tokenizers import find_tokenizer
 
 
 class Data(NamedTuple):
@@ -97,10 +100,11 @@ def open_workspace(recipe: Recipe, root: Path) -> Workspace:
 
 def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
     inputs = models.family.inputs
-    preprocessor = _preprocessor(models)
+    preprocessor = _preprocessor(models, recipe.tokenizer)
     lengths = [recipe.max_length, models.family.max_tokens(models.config)]
     lengths.append(getattr(preprocessor, "model_max_length", None))
     max_length = min(length for length in lengths if length is not None)
+    decoder_start = _decoder_start(models) if models.config.is_encoder_decoder else None
 
     def load(part: str) -> dict[str, Examples]:
         sources = {task: getattr(recipe.tasks[task], part) for task in recipe.tasks}
@@ -121,7 +125,7 @@ def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
                 seed=recipe.seed,
                 name=f"{part} data of task {task!r}",
                 language=models.family.language,
-                decoder_start=getattr(models.config, "decoder_start_token_id", None),
+                decoder_start=decoder_start,
             )
             for task, source in sources.items()
             if source is not None
@@ -143,14 +147,30 @@ def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
     return data
 
 
-def _preprocessor(models: Models):
+def _preprocessor(
+    models: Models, chosen: str | None
+) -> PreTrainedTokenizerBase | BaseImageProcessor | None:
     """The tokenizer or image processor of the base, or of the first expert that has one."""
-    loader = AutoTokenizer if models.family.inputs[0] == "input_ids" else AutoImageProcessor
-    files = {AutoTokenizer: "tokenizer_config.json", AutoImageProcessor: "preprocessor_config.json"}
+    if models.family.inputs[0] == "input_ids":
+        return find_tokenizer(models, chosen)
     for model in (models.base, *models.experts.values()):
-        if (model.checkpoint.folder / files[loader]).is_file():
-            return loader.from_pretrained(model.checkpoint.folder)
+        if (model.checkpoint.folder / "preprocessor_config.json").is_file():
+            return AutoImageProcessor.from_pretrained(model.checkpoint.folder)
     return None
+
+
+def _decoder_start(models: Models) -> int:
+    """The token that an encoder-decoder's responses start with."""
+    start = getattr(models.config, "decoder_start_token_id", None)
+    file = models.base.checkpoint.folder / "generation_config.json"
+    if start is None and file.is_file():
+        start = json.loads(file.read_text(encoding="utf-8")).get("decoder_start_token_id")
+    if not isinstance(start, int):
+        raise InputError(
+            f"base ({models.base.checkpoint.source}): decoder_start_token_id is neither in its "
+            "config.json nor in its generation_config.json; add it (T5 has that of its padding, 0)"
+        )
+    return start
 
 
 def _load_heads(

@@ -28,11 +28,11 @@ from sklearn.model_selection import train_test_split
 from transformers import ViTConfig
 
 from adamerge_jax.checkpoints.folders import require_new
-from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
+from adamerge_jax.checkpoints.huggingface_export import save_model
 from adamerge_jax.cli import main as adamerge
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
-from adamerge_jax.names import is_stacked, unstack
+from adamerge_jax.names import is_stacked
 
 Images = Float[np.ndarray, "N height width"]
 Parameters = dict[str, Array]
@@ -96,7 +96,7 @@ def prepare(folder: Path, seed: int, console: Console) -> None:
         np.random.default_rng([seed, 1]),
         "training the base",
     )
-    save(folder / "base", base)
+    save_model(folder / "base", CONFIG, base)
     (folder / "data").mkdir()
     for number, (task, transform) in enumerate(TASKS.items()):
         expert = train(
@@ -109,7 +109,7 @@ def prepare(folder: Path, seed: int, console: Console) -> None:
             np.random.default_rng([seed, 2, number]),
             f"training {task}",
         )
-        save(folder / "experts" / task, expert)
+        save_model(folder / "experts" / task, CONFIG, expert)
         for part, (images, labels) in parts.items():
             np.savez(
                 folder / "data" / f"{task}.{part}.npz",
@@ -235,16 +235,6 @@ def make_trainer() -> Callable[..., Parameters]:
         return parameters
 
     return train
-
-
-def save(folder: Path, parameters: Parameters) -> None:
-    """Writes a checkpoint that `ViTForImageClassification.from_pretrained` loads."""
-    with CheckpointWriter(folder) as writer:
-        for name, array in parameters.items():
-            names = unstack(name, len(array)) if is_stacked(name) else [name]
-            for tensor, values in zip(names, array if is_stacked(name) else [array], strict=True):
-                writer.add(tensor, np.asarray(values))
-        writer.write_config(CONFIG)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
-# Read when `datasets` and `huggingface_hub` are imported, so set before any test is.
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adamerge_jax-tests-")
+# Read when `datasets` and `huggingface_hub` are imported, so set before any test is. The processes
+# that share the tests share the caches too.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adamerge_jax-tests-")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["HF_HOME"], "datasets")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests run the same tiny models: each is compiled once.
@@ -24,10 +25,9 @@ hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("tests")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _hugging_face_cache() -> Iterator[None]:
-    yield
-    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

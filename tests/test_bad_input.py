@@ -79,11 +79,6 @@ def test_an_objective_that_needs_labels(text_recipe, refused):
     refused(text_recipe, "calibration.label: is missing, and an objective needs labels")
 
 
-def test_top_tokens_of_a_classifier(text_recipe, refused):
-    text_recipe["objectives"] = [{"name": "logit_alignment", "options": {"top_tokens": 2}}]
-    refused(text_recipe, "top_tokens is for language models")
-
-
 def test_a_missing_expert(text_recipe, refused):
     text_recipe["tasks"]["topic"]["expert"] = "experts/none/here"
     refused(text_recipe, "expert 'topic'", "experts/none/here")

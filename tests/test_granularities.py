@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from transformers import BertConfig, CLIPConfig, ViTConfig
+from transformers import BertConfig, CLIPConfig, T5Config, ViTConfig
 
 from adamerge_jax.coefficients import unstack_values
 from adamerge_jax.errors import InputError
@@ -34,7 +34,7 @@ from adamerge_jax.granularities import (
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import family_of
 from adamerge_jax.names import is_stacked, matches, unstack
-from adamerge_jax.task_vectors import DenseDelta
+from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
 from tests.references import unstacked_shapes
 
 EXPERTS = 3
@@ -287,6 +287,61 @@ def test_bfloat16(case):
     for name, array in merged.items():
         total = halves[name].astype(np.float64).sum(1 if is_stacked(name) else 0)
         np.testing.assert_allclose(array, base[name] + total, rtol=1e-5, atol=1e-5)
+
+
+def adapters() -> tuple[dict[str, LoadedDelta], dict[str, LoadedDelta]]:
+    """Task vectors of LoRA experts, as factors and multiplied out.
+
+    Of some parameters one expert was saved whole or not changed; the stacked `kernel` and the
+    vectors are those of whole models.
+    """
+    factored: dict[str, LoadedDelta] = {name: DenseDelta(DELTAS[name]) for name in SHAPES}
+    dense = dict(factored)
+    experts = {"pooler.weight": (0, 2), "encoder.*.output.weight": (0, 2)}
+    for seed, name in enumerate(SHAPES):
+        if len(SHAPES[name]) - is_stacked(name) != 2:
+            continue
+        own = experts.get(name, tuple(range(EXPERTS)))
+        *lead, _, m, n = delta_shape(name)
+        low_rank = LowRankDelta(
+            draw(500 + seed, *lead, len(own), m, 2), draw(600 + seed, *lead, len(own), 2, n)
+        )
+        factored[name] = low_rank
+        values = np.zeros(delta_shape(name), np.float32)
+        values[..., own, :, :] = low_rank.left @ low_rank.right
+        if len(own) < EXPERTS:
+            parts, positions = [low_rank], [own]
+            if name == "encoder.*.output.weight":
+                values[:, 1] = DELTAS[name][:, 1]
+                parts.append(DenseDelta(values[:, 1:2]))
+                positions.append((1,))
+            factored[name] = JoinedDelta(tuple(parts), tuple(positions), EXPERTS)
+        dense[name] = DenseDelta(values)
+    return factored, dense
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_are_merged_as_their_products_are(case):
+    granularity = made(case)
+    scales = granularity.scales(random_values(granularity))
+    merged, expected = (
+        mixed(BASE, {name: granularity.prepare(name, own) for name, own in deltas.items()}, scales)
+        for deltas in adapters()
+    )
+    for name, array in merged.items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_tables_that_are_read_by_rows_stay_whole():
+    """Also where their names do not say that they are embeddings, as T5's."""
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    shapes = {n: leaf.shape for n, leaf in family_of(config).build_trunk(config).shapes.items()}
+    for name, options in (("row", {}), ("chunk", {"pieces": 4}), ("singular", {"rank": 2})):
+        units = make_granularity(name, options, shapes).units
+        assert units["shared.weight"] == "whole"
+        tables = [table for table in shapes if "relative_attention_bias" in table]
+        assert len(tables) == 2
+        assert {units[table] for table in tables} == {"whole"}
 
 
 def random_start() -> dict[str, np.ndarray]:

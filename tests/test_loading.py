@@ -1,8 +1,9 @@
 """From checkpoints to task vectors, and from coefficients back to tensors."""
 
+import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -17,6 +18,7 @@ from adamerge_jax.interference import FittedStep, apply_steps
 from adamerge_jax.loading import (
     Models,
     fold,
+    load_expert,
     load_head,
     load_task_vectors,
     load_trunk,
@@ -28,6 +30,8 @@ from adamerge_jax.loading import (
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.names import is_stacked, unstack
 from adamerge_jax.recipes import parse_recipe
+from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
+from tests.adapter_references import PLAIN, Adapters, save_experts
 from tests.references import (
     BERT,
     TEXT_TASKS,
@@ -365,3 +369,168 @@ def test_loading_in_another_dtype(text_recipe):
         np.testing.assert_array_equal(trunk[f"bert.{name}"], array.astype(dtype))
     deltas, *_ = load_task_vectors(models, dtype)
     assert {delta.values.dtype for delta in deltas.values()} == {dtype}
+
+
+SAVED = dict(
+    r=2, target_modules=["q_proj", "up_proj", "embed_tokens"], modules_to_save=["model.norm"]
+)
+# Of the stacked `up_proj`, the first layer has factors and the second is saved whole.
+MIXED = dict(
+    r=2,
+    target_modules=["q_proj", "up_proj"],
+    layers_to_transform=[0],
+    modules_to_save=["layers.1.mlp.up_proj", "layers.1.input_layernorm"],
+)
+WITH_SAVED: Adapters = {"one": PLAIN["one"], "saved": SAVED, "mixed": MIXED}
+UP = "model.layers.*.mlp.up_proj.weight"
+
+
+class Pair(NamedTuple):
+    """One merge of adapters, and the same of the models that PEFT makes of them."""
+
+    adapters: Models
+    whole: Models
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Pair:
+    """Adapters only, with nothing saved whole."""
+    fields = save_experts("llama", tmp_path_factory.mktemp("plain"))
+    return Pair(*map(opened, fields))
+
+
+@pytest.fixture(scope="module")
+def mixed_forms(tmp_path_factory) -> Pair:
+    """One whole model and two adapters, with tensors saved whole."""
+    adapters, whole = save_experts("llama", tmp_path_factory.mktemp("mixed"), WITH_SAVED)
+    adapters["tasks"]["one"] = whole["tasks"]["one"]
+    return Pair(opened(adapters), opened(whole))
+
+
+@pytest.fixture(params=["plain", "mixed_forms"])
+def pair(request) -> Pair:
+    return request.getfixturevalue(request.param)
+
+
+def entries(delta: LoadedDelta, stacked: bool) -> np.ndarray:
+    """Deltas of any representation as `[K, *shape]` or `[L, K, *shape]`."""
+    if isinstance(delta, DenseDelta):
+        return np.asarray(delta.values)
+    if isinstance(delta, LowRankDelta):
+        return np.asarray(delta.left) @ np.asarray(delta.right)
+    parts = [entries(part, stacked) for part in delta.parts]
+    shape = list(parts[0].shape)
+    shape[int(stacked)] = delta.count
+    values = np.zeros(shape)
+    for part, experts in zip(parts, delta.experts, strict=True):
+        values[(slice(None), list(experts)) if stacked else list(experts)] += part
+    return values
+
+
+# The built-out experts round the sums of weights of the order of 1 to float32.
+BUILT_OUT = dict(rtol=1e-5, atol=1e-6)
+
+
+def test_task_vectors_of_adapters(pair):
+    deltas, mixed, _ = load_task_vectors(pair.adapters, None)
+    expected, same, _ = load_task_vectors(pair.whole, None)
+    assert mixed == same
+    assert deltas.keys() == expected.keys()
+    for name, delta in deltas.items():
+        found, wanted = entries(delta, is_stacked(name)), expected[name].values
+        np.testing.assert_allclose(found, wanted, err_msg=name, **BUILT_OUT)
+        norms = [each.norms(stacked=is_stacked(name)) for each in (delta, expected[name])]
+        np.testing.assert_allclose(*norms, rtol=1e-5, atol=1e-5)
+
+
+def test_task_vectors_stay_factors(plain, mixed_forms):
+    deltas, *_ = load_task_vectors(plain.adapters, None)
+    query = deltas["model.layers.*.self_attn.q_proj.weight"]
+    assert isinstance(query, LowRankDelta)
+    assert query.left.shape == (2, 3, 16, 3)
+    # Expert `two` has none of these; no dense deltas are made for it.
+    assert [type(part) for part in deltas[UP].parts] == [LowRankDelta]
+    assert deltas[UP].experts == ((0, 2),)
+    deltas, mixed, _ = load_task_vectors(mixed_forms.adapters, None)
+    assert [type(part) for part in deltas[UP].parts] == [LowRankDelta, DenseDelta]
+    assert deltas[UP].experts == ((1, 2), (0, 2))
+    assert isinstance(deltas["model.norm.weight"], DenseDelta)
+    assert isinstance(deltas["model.embed_tokens.weight"], JoinedDelta)
+    assert "model.layers.0.input_layernorm.weight" not in mixed
+    assert "model.layers.1.input_layernorm.weight" in mixed
+
+
+def test_experts_of_adapters(pair):
+    base = load_trunk(pair.adapters, pair.adapters.base, None)
+    for task in pair.adapters.experts:
+        found, expected = (
+            materialize(load_expert(models, task, base, None))
+            for models in (pair.adapters, pair.whole)
+        )
+        assert found.keys() == expected.keys()
+        for name, array in found.items():
+            np.testing.assert_allclose(array, expected[name], err_msg=name, **BUILT_OUT)
+
+
+def test_an_adapter_is_an_expert_whatever_is_kept_from_the_base(mixed_forms):
+    kept = dataclasses.replace(
+        mixed_forms.adapters, kept=frozenset(mixed_forms.adapters.base.names)
+    )
+    assert load_task_vectors(kept, None)[0] == {}
+    base = load_trunk(kept, kept.base, None)
+    found = materialize(load_expert(kept, "saved", base, None))
+    expected = load_trunk(mixed_forms.whole, mixed_forms.whole.experts["saved"], None)
+    for name, array in found.items():
+        np.testing.assert_allclose(array, expected[name], err_msg=name, **BUILT_OUT)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "options", "interference"),
+    [
+        ("tensor", {}, ()),
+        ("row", {}, ()),
+        ("column", {}, ()),
+        ("partition", {"groups": 5, "seed": 1}, ()),
+        ("singular", {"rank": 3}, ()),
+        # Not `trim`: rounding decides which side of the threshold the entry that sets it is on.
+        ("tensor", {}, TIES[1:]),
+    ],
+)
+def test_fold_of_adapters(pair, granularity, options, interference):
+    coefficients = random_coefficients(pair.whole, granularity, interference, **options)
+    merged = dict(fold(pair.adapters, coefficients))
+    expected = dict(fold(pair.whole, coefficients))
+    assert merged.keys() == expected.keys()
+    for name, array in merged.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=5e-6, err_msg=name)
+
+
+def test_interference_multiplies_out(plain):
+    deltas, mixed, fitted = load_task_vectors(plain.adapters, None, TIES)
+    expected, same, of_whole = load_task_vectors(plain.whole, None, TIES)
+    assert mixed == same
+    assert all(isinstance(delta, DenseDelta) for delta in deltas.values())
+    np.testing.assert_allclose(fitted[0].fitted, of_whole[0].fitted, rtol=1e-4)
+    for name, delta in deltas.items():
+        np.testing.assert_allclose(delta.values, expected[name].values, rtol=1e-4, atol=1e-6)
+
+
+def test_factors_in_another_dtype(plain):
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    deltas, *_ = load_task_vectors(plain.adapters, dtype)
+    arrays = jax.tree.leaves(deltas)
+    assert {array.dtype for array in arrays} == {dtype}
+    default, *_ = load_task_vectors(plain.adapters, None)
+    assert {array.dtype for array in jax.tree.leaves(default)} == {np.dtype(np.float32)}
+
+
+def test_unused_towers_and_heads_of_adapters(tmp_path):
+    """A CLIP's adapter may change the text tower; the vision tower is what is merged."""
+    options = dict(r=2, target_modules=["q_proj", "fc1"])
+    adapters, whole = map(opened, save_experts("clip", tmp_path, {"one": options}))
+    file = load_file(tmp_path / "adapters" / "one" / "adapter_model.safetensors")
+    assert any("text_model" in name for name in file)
+    _, mixed, _ = load_task_vectors(adapters, None)
+    assert mixed == load_task_vectors(whole, None)[1]
+    assert len(mixed) == 4

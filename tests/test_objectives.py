@@ -8,12 +8,15 @@ from torch.nn.functional import kl_div
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import (
+    NOT_PREDICTED,
     Needs,
     Objective,
     Targets,
     TaskOutputs,
+    TopTokens,
     entropy,
     make_objective,
+    token_losses,
     weighted_sum,
 )
 
@@ -63,7 +66,7 @@ def test_logit_alignment(form, temperature, spread):
 
     targets = Targets(expert_logits=jnp.asarray(expert.numpy()))
     require_same(lambda x: objective.value(TaskOutputs(x), targets), draw(0, spread), reference)
-    assert objective.needs == Needs(expert_logits=True) and objective.needs.expert
+    assert objective.needs == Needs(expert_logits=True, top_tokens=64) and objective.needs.expert
 
 
 @pytest.mark.parametrize("form", ["soft", "kl"])
@@ -160,6 +163,173 @@ def test_equally_sure_examples_all_count():
     assert np.isfinite(values).all() and values.sum() > 0
 
 
+# Other positions count in every example; in the last one none does.
+TOKEN_LABELS = np.array(
+    [
+        [NOT_PREDICTED, 3, 0, 6],
+        [1, 1, 1, NOT_PREDICTED],
+        [NOT_PREDICTED, NOT_PREDICTED, NOT_PREDICTED, 2],
+        [5, 0, 4, 6],
+        [2, NOT_PREDICTED, NOT_PREDICTED, 5],
+        [NOT_PREDICTED, NOT_PREDICTED, NOT_PREDICTED, NOT_PREDICTED],
+    ]
+)
+VOCABULARY = 7
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def mean_over_tokens(values: np.ndarray) -> np.ndarray:
+    """The mean of each example's `[T]` values over the positions that count; 0 where none does."""
+    means = []
+    for own, labels in zip(values, TOKEN_LABELS, strict=True):
+        chosen = [value for value, label in zip(own, labels, strict=True) if label >= 0]
+        means.append(sum(chosen) / len(chosen) if chosen else 0.0)
+    return np.array(means)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("entropy", {}),
+        ("cross_entropy", {}),
+        ("logit_alignment", {}),
+        ("logit_alignment", {"temperature": 2.0}),
+        ("logit_alignment", {"form": "kl"}),
+        ("logit_alignment", {"form": "hard"}),
+    ],
+)
+def test_means_over_the_tokens_that_count(name, options, spread):
+    logits = draw(0, spread, (6, 4, VOCABULARY))
+    expert = draw(1, spread + 0.5, (6, 4, VOCABULARY))
+    temperature = options.get("temperature", 1.0)
+    ours, theirs = log_softmax(logits / temperature), log_softmax(expert / temperature)
+    if name == "entropy":
+        values = -(np.exp(ours) * ours).sum(-1)
+    elif name == "cross_entropy":
+        values = -np.take_along_axis(ours, np.maximum(TOKEN_LABELS, 0)[..., None], -1)[..., 0]
+    elif options.get("form") == "hard":
+        values = -np.take_along_axis(ours, expert.argmax(-1)[..., None], -1)[..., 0]
+    else:
+        values = -(np.exp(theirs) * ours).sum(-1)
+        if options.get("form") == "kl":
+            values += (np.exp(theirs) * theirs).sum(-1)
+        values *= temperature**2
+    objective = make_objective(name, options)
+    targets = Targets(jnp.asarray(expert), labels=jnp.asarray(TOKEN_LABELS))
+    found = objective.value(TaskOutputs(jnp.asarray(logits)), targets)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, mean_over_tokens(values), rtol=1e-5, atol=1e-5)
+    # What does not count changes nothing, and is not learned from.
+    gradient = jax.grad(lambda x: objective.value(TaskOutputs(x), targets).sum())(logits)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[TOKEN_LABELS == NOT_PREDICTED], 0)
+    if spread and name != "entropy":
+        assert np.abs(gradient[TOKEN_LABELS != NOT_PREDICTED]).max(-1).all()
+
+
+def top_tokens(expert: np.ndarray, count: int) -> TopTokens:
+    """The likeliest tokens of an expert."""
+    values, tokens = jax.lax.top_k(jax.nn.log_softmax(jnp.asarray(expert)), count)
+    return TopTokens(tokens, values)
+
+
+@pytest.mark.parametrize("form", ["soft", "kl"])
+@pytest.mark.parametrize("count", [1, 3, VOCABULARY])
+def test_likely_tokens_and_the_rest_as_one(form, count):
+    logits, expert = draw(0, 1.0, (6, 4, VOCABULARY)), draw(1, 1.5, (6, 4, VOCABULARY))
+    ours, theirs = np.exp(log_softmax(logits)), np.exp(log_softmax(expert))
+    values = np.zeros((6, 4))
+    for place in np.ndindex(6, 4):
+        likely = np.argsort(-theirs[place])[:count]
+        p, q = ([*each[place][likely], 1 - each[place][likely].sum()] for each in (theirs, ours))
+        for wanted, own in zip(p, q, strict=True):
+            if wanted > 1e-12:
+                values[place] -= wanted * np.log(own)
+                values[place] += wanted * np.log(wanted) if form == "kl" else 0.0
+    objective = make_objective("logit_alignment", {"form": form, "top_tokens": count})
+    assert objective.needs == Needs(expert_logits=True, top_tokens=count)
+    labels = jnp.asarray(TOKEN_LABELS)
+    targets = Targets(labels=labels, expert_top=top_tokens(expert, count))
+    found = objective.value(TaskOutputs(jnp.asarray(logits)), targets)
+    # The rest is 1 less a sum in float32.
+    np.testing.assert_allclose(found, mean_over_tokens(values), rtol=2e-5, atol=2e-5)
+    if count == VOCABULARY:
+        full = make_objective("logit_alignment", {"form": form})
+        all_of_them = Targets(jnp.asarray(expert), labels=labels)
+        expected = full.value(TaskOutputs(jnp.asarray(logits)), all_of_them)
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_class_of_an_expert_is_a_token_and_never_the_rest():
+    # Ten tokens of equal probability but for one: all others together are far likelier.
+    expert = np.zeros((1, 1, 10), np.float32)
+    expert[..., 4] = 0.5
+    logits = draw(0, 1.0, (1, 1, 10))
+    objective = make_objective("logit_alignment", {"form": "hard", "top_tokens": 2})
+    targets = Targets(labels=jnp.array([[7]]), expert_top=top_tokens(expert, 2))
+    found = objective.value(TaskOutputs(jnp.asarray(logits)), targets)
+    np.testing.assert_allclose(found, [-log_softmax(logits)[0, 0, 4]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("of_expert", [1.0, 200.0])
+@pytest.mark.parametrize("of_model", [1.0, 200.0])
+def test_nothing_is_left_for_the_rest(of_expert, of_model):
+    """Probabilities that sum up to 1, or a little over it, leave no rest to take a logarithm of."""
+    logits, expert = (
+        draw(seed, spread, (6, 4, VOCABULARY)) for seed, spread in ((0, of_model), (1, of_expert))
+    )
+    labels = jnp.asarray(TOKEN_LABELS)
+    for count in (2, VOCABULARY):
+        objective = make_objective("logit_alignment", {"top_tokens": count})
+        targets = Targets(labels=labels, expert_top=top_tokens(expert, count))
+        value, gradient = jax.value_and_grad(
+            lambda x, objective=objective, targets=targets: objective.value(
+                TaskOutputs(x), targets
+            ).sum()
+        )(jnp.asarray(logits))
+        assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 100.0])
+def test_token_losses(spread):
+    logits = draw(0, spread, (6, 4, VOCABULARY))
+    expected = torch_cross_entropy(
+        torch.tensor(logits).transpose(1, 2),
+        torch.tensor(TOKEN_LABELS),
+        ignore_index=NOT_PREDICTED,
+        reduction="none",
+    )
+    losses = token_losses(jnp.asarray(logits), jnp.asarray(TOKEN_LABELS))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+    assert (np.asarray(losses)[TOKEN_LABELS == NOT_PREDICTED] == 0).all()
+    half = token_losses(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(TOKEN_LABELS))
+    assert half.dtype == jnp.float32
+    classes = token_losses(jnp.asarray(logits[:, 0]), jnp.asarray(LABELS))
+    wanted = torch_cross_entropy(torch.tensor(logits[:, 0]), torch.tensor(LABELS), reduction="none")
+    np.testing.assert_allclose(classes, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_most_top_tokens_that_a_term_asks_for():
+    def asked(*counts: int | None) -> int | None:
+        terms = [("logit_alignment", {"top_tokens": count}) for count in counts]
+        return weighted_sum([(1.0, make_objective(*term)) for term in terms]).needs.top_tokens
+
+    assert asked(8) == 8
+    assert asked(8, 3) == 8
+    # Some term needs all logits: they are kept once.
+    assert asked(8, None) is None
+    terms = [("logit_alignment", {"top_tokens": 4}), ("entropy", {}), ("cross_entropy", {})]
+    assert weighted_sum([(1.0, make_objective(*term)) for term in terms]).needs == Needs(
+        expert_logits=True, labels=True, top_tokens=4
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -207,7 +377,7 @@ def test_a_weighted_sum_needs_what_its_terms_need():
     assert needs == Needs(labels=True, hidden_states=(-1, 1, 3)) and needs.expert
     more = [("logit_alignment", {}), ("pseudo_labels", {})]
     terms += [(1.0, make_objective(*term)) for term in more]
-    assert weighted_sum(terms).needs == Needs(True, True, True, (-1, 1, 3))
+    assert weighted_sum(terms).needs == Needs(True, True, True, (-1, 1, 3), top_tokens=64)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +388,7 @@ def test_a_weighted_sum_needs_what_its_terms_need():
         ("logit_alignment", {"temperature": 0}, "temperature is 0, expected over 0"),
         ("logit_alignment", {"temperature": "hot"}, "logit_alignment says: "),
         ("logit_alignment", {"form": "firm"}, "form is 'firm', expected 'soft', 'kl' or 'hard'"),
+        ("logit_alignment", {"top_tokens": 0}, "top_tokens is 0, expected from 1"),
         ("hidden_state_alignment", {}, "'layers'; its options are layers, relative"),
         ("hidden_state_alignment", {"layers": []}, "expected a list of numbers"),
         ("hidden_state_alignment", {"layers": 3}, "hidden_state_alignment says: "),

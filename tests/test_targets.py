@@ -1,9 +1,13 @@
+import datasets
 import numpy as np
 import pytest
 
 from adamerge_jax.examples import ArrayExamples, Examples, TextExamples
-from adamerge_jax.objectives import Needs
+from adamerge_jax.language_data import load_language_examples
+from adamerge_jax.objectives import NOT_PREDICTED, Needs
+from adamerge_jax.recipes import DataSource
 from adamerge_jax.targets import MEMORY_BYTES, StoredTargets, ask_expert
+from tests.language_references import byte_tokenizer, split_sentences
 from tests.references import bert_tokenizer, sentences
 
 LAYERS = (0, -1)
@@ -89,3 +93,87 @@ def test_labels_alone():
     targets = StoredTargets(examples).take(np.array([2, 2, 0]), 16)
     np.testing.assert_array_equal(targets.labels, [1, 1, 2])
     assert targets.expert_logits is None and targets.expert_hidden_states == {}
+
+
+VOCABULARY = 11
+
+
+def ask_language(inputs: dict[str, np.ndarray]):
+    """A language model whose logits say which token and which position they are of."""
+    ids = inputs.get("decoder_input_ids", inputs["input_ids"])
+    mask = inputs.get("decoder_attention_mask", inputs["attention_mask"])
+    logits = np.sin(
+        ids[..., None] * np.arange(1, VOCABULARY + 1) + np.arange(ids.shape[1])[:, None]
+    )
+    states = np.stack([ids, ids * mask], -1).astype(np.float32)
+    return np.where(mask[..., None] == 1, 3 * logits, 7).astype(np.float32), {1: states}
+
+
+def language_examples(decoder_start: int | None) -> Examples:
+    rows = [{"prompt": p, "response": r} for p, r in split_sentences(9, seed=0)]
+    rows[0] = {"prompt": "the red cat ", "response": "runs " * 20}
+    rows[1] = {"prompt": "the red cat " * 8, "response": "x"}
+    return load_language_examples(
+        datasets.Dataset.from_list(rows),
+        DataSource(path="data"),
+        byte_tokenizer(),
+        max_length=40,
+        decoder_start=decoder_start,
+        name="data",
+    )
+
+
+@pytest.mark.parametrize("memory_bytes", [MEMORY_BYTES, 2000, 0])
+@pytest.mark.parametrize("decoder_start", [None, 0])
+@pytest.mark.parametrize("top", [None, 3, 99])
+def test_targets_of_language_models(top, decoder_start, memory_bytes):
+    examples = language_examples(decoder_start)
+    assert len(set(examples.padded_lengths())) > 1
+    needs = Needs(expert_logits=True, top_tokens=top, hidden_states=(1,))
+    stored = ask_expert(ask_language, examples, needs, batch_size=4, memory_bytes=memory_bytes)
+    assert stored.expert_logits is None
+    for index in ([0], [8, 0, 3, 3], [1, 0], range(9)):
+        index = np.array(index)
+        for length in (examples.padded_length(index), 40):
+            inputs = examples.take(index, length)
+            logits, states = ask_language(inputs)
+            mask = inputs.get("decoder_attention_mask", inputs["attention_mask"])
+            targets = stored.take(index, length)
+            shown = mask[..., None]
+            assert list(targets.expert_hidden_states) == [1]
+            np.testing.assert_array_equal(targets.expert_hidden_states[1], states[1] * shown)
+            np.testing.assert_array_equal(targets.labels, examples.take_labels(index, length))
+            assert (targets.labels[mask == 0] == NOT_PREDICTED).all()
+            if top is None:
+                assert targets.expert_top is None
+                np.testing.assert_array_equal(targets.expert_logits, logits * shown)
+                continue
+            assert targets.expert_logits is None
+            kept = min(top, VOCABULARY)
+            tokens, values = targets.expert_top
+            assert tokens.shape == values.shape == (*mask.shape, kept)
+            assert tokens.dtype == np.int32 and values.dtype == np.float32
+            # Zeros behind the text, where nothing counts.
+            order = np.argsort(-logits, -1)[..., :kept] * shown
+            np.testing.assert_array_equal(tokens, order)
+            wide = logits.astype(np.float64)
+            probabilities = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+            wanted = np.take_along_axis(probabilities, order, -1) * shown
+            np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_bytes", [MEMORY_BYTES, 0])
+def test_half_precision_of_an_expert_stays(memory_bytes):
+    """A language model's logits are most of what is kept."""
+    examples = language_examples(None)
+
+    def ask_half(inputs):
+        logits, states = ask_language(inputs)
+        return logits.astype(np.float16), states
+
+    stored = ask_expert(
+        ask_half, examples, Needs(expert_logits=True), batch_size=4, memory_bytes=memory_bytes
+    )
+    targets = stored.take(np.array([3, 1]), 40)
+    assert targets.expert_logits.dtype == np.float16
+    assert targets.expert_hidden_states == {} and targets.expert_top is None

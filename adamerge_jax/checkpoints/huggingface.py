@@ -103,17 +103,20 @@ class Checkpoint:
         with _opened(self.tensors[name].file) as tensors:
             return tensors.get_tensor(name)
 
-    def identity(self) -> str:
+    def identity(self, also: str = "") -> str:
         """A fingerprint that tells this checkpoint from any other fine-tune of its architecture.
 
         It covers every tensor's name, dtype and shape, and the beginning and the end of its
         values, but not all of them: it takes milliseconds, not a pass over gigabytes. How the
         tensors are spread over files does not matter.
 
+        Args:
+            also: What else decides what the tensors mean.
+
         Returns:
             `sha256:` and 64 hexadecimal digits.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(also.encode())
         with ExitStack() as stack:
             files = {
                 file: stack.enter_context(_opened(file))

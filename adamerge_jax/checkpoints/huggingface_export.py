@@ -28,12 +28,14 @@ from types import TracebackType
 
 import jax
 import numpy as np
+from jaxtyping import Array
 from safetensors.numpy import save_file
 from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.folders import new_folder, readable_size
 from adamerge_jax.checkpoints.huggingface import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from adamerge_jax.errors import InputError
+from adamerge_jax.names import is_stacked, tensors_of
 
 _ASSETS = (
     "tokenizer.json",
@@ -73,6 +75,28 @@ class _TaskModel:
     config: PretrainedConfig
     head: Mapping[str, np.ndarray]
     assets: Checkpoint
+
+
+def save_model(
+    folder: str | Path, config: PretrainedConfig, parameters: Mapping[str, Array]
+) -> None:
+    """Writes a whole model that `from_pretrained` reads.
+
+    Args:
+        folder: The folder to make.
+        config: Of the model.
+        parameters: Arrays by name, `[L, *shape]` where the name has a `*` for stacked layers.
+
+    Raises:
+        InputError: The folder is in use or cannot be made, or the disk is too full.
+    """
+    with CheckpointWriter(folder) as writer:
+        for name, array in parameters.items():
+            values = np.asarray(array)
+            rows = values if is_stacked(name) else [values]
+            for tensor, row in zip(tensors_of(name, values.shape), rows, strict=True):
+                writer.add(tensor, np.ascontiguousarray(row))
+        writer.write_config(config)
 
 
 class CheckpointWriter:

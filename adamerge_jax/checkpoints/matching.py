@@ -103,6 +103,14 @@ class MatchedCheckpoint:
         require_finite(array, tensor=name, checkpoint=self.checkpoint, role=self.role)
         return array
 
+    def identity(self) -> str:
+        """A fingerprint of its contents."""
+        return self.checkpoint.identity()
+
+    def has_factors(self, name: str) -> bool:
+        """Whether a parameter's task vector is stored as factors: a whole model has none."""
+        return False
+
     def low_rank(self, name: str) -> None:
         """The factors of a parameter's task vector: a whole model has none."""
         return None

@@ -86,6 +86,8 @@ class Family:
         ignored: From a config, name patterns of tensors in a checkpoint that are no parameters.
         ignored_in_experts: Name patterns of parameters outside the trunk that an expert may bring
             and that are not used.
+        renamed: Parts of names in a checkpoint, and what they are in the model that `transformers`
+            makes of it, whose names adapters have; in the order in which to replace them.
         language: Whether it predicts tokens, with an output layer that is merged like all others,
             rather than classes, with a head of each task's own.
     """
@@ -100,6 +102,7 @@ class Family:
     base_only: tuple[str, ...] = ()
     ignored: Callable[[PretrainedConfig], tuple[str, ...]] = lambda config: ("*.position_ids",)
     ignored_in_experts: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
     language: bool = False
 
     def build_trunk(
@@ -114,6 +117,12 @@ class Family:
         What a task does not keep for itself of these parameters is the trunk's.
         """
         return Network(partial(self.head, config))
+
+    def tied(self, config: PretrainedConfig) -> tuple[str, ...]:
+        """Names of the embedding tables that are the output layer too."""
+        if not self.language:
+            return ()
+        return tuple(name for name in self.build_head(config).shapes if name != "lm_head.weight")
 
 
 def _heads(
@@ -200,6 +209,15 @@ FAMILIES = {
             "*.attention.output.dense.weight",
         ),
         auto_class="AutoModelForImageClassification",
+        renamed=(
+            ("encoder.layer.", "layers."),
+            ("attention.attention.query", "attention.q_proj"),
+            ("attention.attention.key", "attention.k_proj"),
+            ("attention.attention.value", "attention.v_proj"),
+            ("attention.output.dense", "attention.o_proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+        ),
     ),
     "clip": Family(
         trunk=ClipVisionTrunk,

@@ -18,7 +18,9 @@ class JoinedDelta:
     """Deltas of some experts here and of others there.
 
     Attributes:
-        parts: Deltas, each of some of the experts; those of an expert in several parts add up.
+        parts: Deltas, each of some of the experts. An expert is in several parts where one layer
+            of a stack has one representation and another layer another; each is 0 in the other's
+            layers.
         experts: For each part, which experts, as positions among all K.
         count: K.
     """
@@ -32,9 +34,14 @@ class JoinedDelta:
         sums = [part.weighted_sum(own) for part, own in self._with_scales(scale)]
         return functools.reduce(jnp.add, sums)
 
-    def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
-        """None: a part that must be summed is there, so the others are summed with it."""
-        return None
+    def product(
+        self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]
+    ) -> Float[Array, "N m"] | None:
+        """The sum of the parts' products, or None where a part must be summed first."""
+        products = [part.product(x, own) for part, own in self._with_scales(scale)]
+        if any(product is None for product in products):
+            return None
+        return functools.reduce(jnp.add, products)
 
     def rows(self, index: Int[Array, "..."]) -> "JoinedDelta":
         """The parts' rows."""
@@ -49,7 +56,7 @@ class JoinedDelta:
         return self._each(lambda part: part.by_direction(rank))
 
     def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
-        """Frobenius norm of each expert's delta; an expert is in one part only."""
+        """Frobenius norm of each expert's delta; in one layer, an expert is in one part only."""
         found = [part.norms(stacked=stacked) for part in self.parts]
         norms = jnp.zeros((*found[0].shape[:-1], self.count))
         for own, experts in zip(found, self.experts, strict=True):

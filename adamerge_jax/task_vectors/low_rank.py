@@ -36,9 +36,19 @@ class LowRankDelta:
             precision=jax.lax.Precision.HIGHEST,
         )
 
-    def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> Float[Array, "N m"]:
-        """Through the narrow middle: 2 N K r (m + n) operations, and as few for the gradient."""
+    def product(
+        self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]
+    ) -> Float[Array, "N m"] | None:
+        """Through the narrow middle, or None where a step with the sum takes fewer operations.
+
+        A step is a forward and a backward pass. Through the middle that is `6 N K r (m + n)`; with
+        the sum it is `6 m n K r` to make it and to part its gradient, and `2 N m n` for that
+        gradient, which only the sum needs.
+        """
         left, right = self._scaled(scale)
+        (m, middle), n = left.shape, right.shape[1]
+        if 3 * len(x) * middle * (m + n) > 3 * m * n * middle + len(x) * m * n:
+            return None
         return (x @ right.astype(x.dtype).T) @ left.astype(x.dtype).T
 
     def rows(self, index: Int[Array, "..."]) -> "LowRankRows":
@@ -58,7 +68,7 @@ class LowRankDelta:
         """The singular value decomposition of every delta, from that of its factors."""
         q_left, r_left = np.linalg.qr(np.asarray(self.left, np.float32))
         q_right, r_right = np.linalg.qr(np.asarray(self.right, np.float32).swapaxes(-1, -2))
-        u, s, v = np.linalg.svd(r_left @ r_right.swapaxes(-1, -2))
+        u, s, v = np.linalg.svd(r_left @ r_right.swapaxes(-1, -2), full_matrices=False)
         left = (q_left @ u) * s[..., None, :]
         right = v @ q_right.swapaxes(-1, -2)
         found = left.shape[-1]
@@ -74,9 +84,10 @@ class LowRankDelta:
     def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
         """Frobenius norm of each expert's delta: `tr(left^T left right right^T)`, its root."""
         left, right = self.left.astype(jnp.float32), self.right.astype(jnp.float32)
+        exact = jax.lax.Precision.HIGHEST
         grams = (
-            jnp.einsum("...mr,...ms->...rs", left, left),
-            jnp.einsum("...rn,...sn->...rs", right, right),
+            jnp.einsum("...mr,...ms->...rs", left, left, precision=exact),
+            jnp.einsum("...rn,...sn->...rs", right, right, precision=exact),
         )
         return jnp.sqrt(jnp.maximum((grams[0] * grams[1]).sum((-1, -2)), 0))
 
@@ -111,10 +122,14 @@ class LowRankRows:
     right: Float[Array, "K r n"]
 
     def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "... n"]:
-        """The sum over experts of the rows."""
-        scaled = (self.left * scale.astype(jnp.float32)).astype(jnp.float32)
-        right = self.right.astype(jnp.float32)
-        return jnp.einsum("k...r,krn->...n", scaled, right, precision=jax.lax.Precision.HIGHEST)
+        """The sum over experts of the rows; the scale is one for each row, or for each column."""
+        scale = scale.astype(jnp.float32)
+        left, right = self.left.astype(jnp.float32), self.right.astype(jnp.float32)
+        if scale.shape[-1] == 1:
+            left = left * scale
+        else:
+            right = right * scale.reshape(scale.shape[0], 1, scale.shape[-1])
+        return jnp.einsum("k...r,krn->...n", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.tree_util.register_dataclass

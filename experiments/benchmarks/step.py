@@ -13,12 +13,6 @@ tower with 8 experts, 16 images of each. (c) needs PyTorch and transformers' mod
 `test` extra installs.
 """
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -26,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.table import Table
+import steps
 from transformers import CLIPConfig, PretrainedConfig, ViTConfig
 
 from adamerge_jax.calibration import Batch
@@ -167,58 +160,16 @@ VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
 }
 
 
-def measure(variant: str, size: str, repeats: int) -> dict[str, float]:
-    """Median seconds of a step after a first one, and the peak memory of this process."""
-    step = VARIANTS[variant](size)
-    step()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    stats = jax.devices()[0].memory_stats() or {}
-    return {"seconds": float(np.median(seconds)), "peak": stats.get("peak_bytes_in_use", peak)}
-
-
-def main() -> None:
-    """Measures every variant in a process of its own and prints a table per size."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def title(size: str) -> str:
+    """What a table is about."""
+    config, experts = config_of(size)
+    shapes = family_of(config).build_trunk(config).shapes
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
+    return (
+        f"{size}: {parameters / 1e6:.1f} M parameters, {experts} experts (task vectors "
+        f"{experts * parameters * 4 / 1e9:.2f} GB), {experts * IMAGES_PER_TASK} images"
     )
-    parser.add_argument("--size", choices=["small", "large"], help="one size only")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each variant")
-    parser.add_argument("--variant", choices=list(VARIANTS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.variant:
-        print(json.dumps(measure(arguments.variant, arguments.size, arguments.repeats)))
-        return
-    for size in [arguments.size] if arguments.size else ["small", "large"]:
-        config, experts = config_of(size)
-        shapes = family_of(config).build_trunk(config).shapes
-        parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
-        table = Table(
-            title=f"{size}: {parameters / 1e6:.1f} M parameters, {experts} experts "
-            f"(task vectors {experts * parameters * 4 / 1e9:.2f} GB), "
-            f"{experts * IMAGES_PER_TASK} images"
-        )
-        for column in ("", "ms/step", "times a", "peak GB"):
-            table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-        plain = None
-        for variant in VARIANTS:
-            command = [sys.executable, __file__, "--variant", variant, "--size", size]
-            command += ["--repeats", str(arguments.repeats)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            result = json.loads(output.splitlines()[-1])
-            plain = plain or result["seconds"]
-            table.add_row(
-                variant,
-                f"{1000 * result['seconds']:.1f}",
-                f"{result['seconds'] / plain:.2f}",
-                f"{result['peak'] / 1e9:.2f}",
-            )
-        Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    steps.run(__doc__, __file__, VARIANTS, {size: title(size) for size in ("small", "large")})

@@ -1,0 +1,76 @@
+"""What the benchmarks of steps share: each variant in a process of its own, one table per size."""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+MakeStep = Callable[[str], Callable[[], object]]
+"""From a size to a function that runs one step and waits for it."""
+
+
+def run(
+    description: str, file: str, variants: Mapping[str, MakeStep], titles: Mapping[str, str]
+) -> None:
+    """Measures every variant and prints a table for each size, against the first variant.
+
+    Args:
+        description: Of the command.
+        file: The benchmark, which is started anew for each variant, so that a peak is its own.
+        variants: What is measured.
+        titles: Of the tables, by size.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=list(titles), help="one size only")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each variant")
+    parser.add_argument("--variant", choices=list(variants), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        step = variants[arguments.variant](arguments.size)
+        print(json.dumps(measure(step, arguments.repeats)))
+        return
+    for size in [arguments.size] if arguments.size else titles:
+        table = Table(title=f"{titles[size]}; on {jax.devices()[0].device_kind}")
+        for column in ("", "ms/step", "times a", "peak GB", "times a"):
+            table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+        first = None
+        for variant in variants:
+            command = [sys.executable, file, "--variant", variant, "--size", size]
+            command += ["--repeats", str(arguments.repeats)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            result = json.loads(output.splitlines()[-1])
+            first = first or result
+            table.add_row(
+                variant,
+                f"{1000 * result['seconds']:.1f}",
+                f"{result['seconds'] / first['seconds']:.2f}",
+                f"{result['peak'] / 1e9:.2f}",
+                f"{result['peak'] / first['peak']:.2f}",
+            )
+        Console().print(table)
+
+
+def measure(step: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Median seconds of a step after a first one, and the peak memory in bytes.
+
+    The peak is the device's, or this process's where the device is the CPU.
+    """
+    step()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    statistics = jax.devices()[0].memory_stats() or {}
+    return {"seconds": float(np.median(seconds)), "peak": statistics.get("peak_bytes_in_use", peak)}
