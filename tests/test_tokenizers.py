@@ -152,7 +152,7 @@ def test_a_recipe_may_say_whose_tokenizer(root, caplog):
     assert "has eos_token '<|end|>'" in caplog.text
     assert caplog.text.count("lacks 1 token(s)") == 3
     # A token of another model that the chosen tokenizer does not have stays an error.
-    with pytest.raises(InputError, match="'<name>' is .* in the expert and missing in the base"):
+    with pytest.raises(InputError, match=r"'<name>' is .* in the expert and missing in the base"):
         find_tokenizer(models_in(root), "base")
     with pytest.raises(InputError, match="tokenizer: 'nobody' is none of base, "):
         find_tokenizer(models_in(root), "nobody")
@@ -160,7 +160,7 @@ def test_a_recipe_may_say_whose_tokenizer(root, caplog):
 
 def test_a_chosen_model_without_a_tokenizer(root):
     drop(root, "counting")
-    with pytest.raises(InputError, match="tokenizer: counting .* has none"):
+    with pytest.raises(InputError, match=r"tokenizer: counting .* has none"):
         find_tokenizer(models_in(root), "counting")
 
 
