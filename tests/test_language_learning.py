@@ -248,7 +248,13 @@ def pytorch_loop(fields: Mapping[str, Any], batches: Sequence[Any]) -> tuple[dic
 
 def test_same_coefficients_as_a_pytorch_loop(llama, tmp_path):
     recipe = parse_recipe(
-        llama | {"objectives": [{"name": "cross_entropy"}, {"name": "logit_alignment"}]}
+        llama
+        | {
+            "objectives": [
+                {"name": "cross_entropy"},
+                {"name": "logit_alignment", "options": {"top_tokens": None}},
+            ]
+        }
     )
     problem = pose(recipe, open_workspace(recipe, tmp_path))
     workspace = problem.workspace
@@ -299,11 +305,11 @@ def test_the_recommended_preset_asks_nothing_elsewhere(llama, tmp_path):
     chosen = {"steps": 2, "batch_size": BATCH_SIZE}
     recommended = problem_of(fields, tmp_path, learning=chosen)
     assert recommended.recipe.preset == "recommended"
-    assert recommended.recipe.objectives[0].options == {"elsewhere": 0.4}
+    assert recommended.recipe.objectives[0].options == {"elsewhere": 0.1}
     assert recommended.calibration.elsewhere == {}
     batch = next(recommended.calibration.batches())
     assert all(targets.expert_elsewhere is None for targets in batch.targets)
-    assert all(targets.expert_logits.ndim == 3 for targets in batch.targets)
+    assert all(targets.expert_top.tokens.ndim == 3 for targets in batch.targets)
     plain = problem_of(fields, tmp_path, learning=chosen, objectives=[{"name": "logit_alignment"}])
     merges = []
     for problem in (recommended, plain):

@@ -22,6 +22,8 @@ def test_runs_from_text_to_the_merged_checkpoints(
     monkeypatch.setattr(experiment, "BASE_STEPS", 10)
     monkeypatch.setattr(experiment, "EXPERT_STEPS", 10)
     monkeypatch.setattr(experiment, "LENGTH", 32)
+    # Both kinds of experts are trained; one merge is enough.
+    monkeypatch.setattr(experiment, "KINDS", ("lora",))
     monkeypatch.setattr(experiment, "LEARNING", {"batch_size": 2, "steps": 2, "examples": 6})
     out = tmp_path / "made"
     monkeypatch.setattr(sys, "argv", ["language_model.py", "--out", str(out)])
