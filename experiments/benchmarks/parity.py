@@ -9,6 +9,7 @@ is that of the computation alone, since both sides read the same file.
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,6 +61,12 @@ def language_model(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) ->
     return outputs.logits.numpy(), None, torch.stack(outputs.hidden_states).numpy()
 
 
+def encoder_decoder(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Reference:
+    """What a T5 computes; hidden states are the decoder's."""
+    outputs = model(**batch, output_hidden_states=True)
+    return outputs.logits.numpy(), None, torch.stack(outputs.decoder_hidden_states).numpy()
+
+
 def zero_shot_classifier(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Reference:
     """What a CLIP computes for five texts and the batch's images."""
     text = torch.arange(50).reshape(5, 10)
@@ -92,6 +99,13 @@ def text_batch() -> dict[str, np.ndarray]:
     token_ids = generator.integers(5, 100, (8, 48))
     mask = (np.arange(48) < np.arange(6, 54, 6)[:, None]).astype(np.int64)
     return {"input_ids": np.where(mask, token_ids, 1), "attention_mask": mask}
+
+
+def pair_batch() -> dict[str, np.ndarray]:
+    """The same sequences for an encoder, and 8 shorter ones for a decoder."""
+    batch = text_batch()
+    shorter = {f"decoder_{name}": array[:, :24] for name, array in batch.items()}
+    return batch | shorter
 
 
 def image_batch() -> dict[str, np.ndarray]:
@@ -130,7 +144,10 @@ def differences(
     logits, outputs = run(parameters, of_head, dict(batch))
     actual = logits, outputs.pooled, outputs.hidden_states
     # A decoder's padding may have nothing to attend to, and what it computes then is arbitrary.
-    compared = (..., batch["attention_mask"] > 0, slice(None)) if family.language else ...
+    compared: Any = ...
+    if family.language:
+        mask = batch.get("decoder_attention_mask", batch["attention_mask"])
+        compared = (..., mask > 0, slice(None))
     return [
         None if e is None else float(np.abs(a - e)[compared].max())
         for a, e in zip(actual, expected, strict=True)
@@ -182,6 +199,13 @@ def main() -> None:
             transformers.Gemma3ForCausalLM,
             DECODER | WINDOW | dict(head_dim=24, sliding_window_pattern=2),
             *decoder,
+        ),
+        (
+            transformers.T5ForConditionalGeneration,
+            dict(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4),
+            pair_batch(),
+            encoder_decoder,
+            head_of_checkpoint,
         ),
     ]
     table = Table(title="Largest absolute difference to transformers, float32")
