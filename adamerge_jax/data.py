@@ -14,6 +14,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.examples import ArrayExamples, Examples, ImageExamples, Subset, TextExamples
 from adamerge_jax.language_data import load_language_examples
 from adamerge_jax.recipes import DataSource
+from adamerge_jax.tables import no_column, texts_of
 
 
 def load_examples(
@@ -120,21 +121,11 @@ def _preprocess(
         columns = [source.text] if isinstance(source.text, str) else list(source.text)
     for column in [*columns, *([source.label] if source.label else [])]:
         if column not in table.column_names:
-            raise InputError(
-                f"{name}: {source.path} has no column {column!r}; "
-                f"its columns are {', '.join(table.column_names)}"
-            )
+            raise no_column(table, source, name, [repr(column)])
     kind = "tokenizer" if is_text else "image processor (preprocessor_config.json)"
     _require_rows(table, source, preprocessor, kind, name)
     if is_text:
-        texts = [list(table[column]) for column in columns]
-        for column, values in zip(columns, texts, strict=True):
-            for row, text in enumerate(values):
-                if not isinstance(text, str):
-                    raise InputError(
-                        f"{name}: {source.path}, row {row}: column {column!r} holds {text!r}, "
-                        "expected a text"
-                    )
+        texts = [texts_of(table, column, source, name) for column in columns]
         pairs = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
         examples: Examples = TextExamples(pairs, preprocessor, max_length, name)
     else:

@@ -13,6 +13,9 @@ from adamerge_jax.objectives import NOT_PREDICTED, token_losses
 
 Parameters = Mapping[str, Array]
 
+Metric = Literal["accuracy", "loss"]
+"""What a score is: the share of right classes, or nats per token."""
+
 
 class Row(NamedTuple):
     """One line of the table of results.
@@ -25,7 +28,7 @@ class Row(NamedTuple):
 
     method: str
     tasks: dict[str, float]
-    metric: Literal["accuracy", "loss"] = "accuracy"
+    metric: Metric = "accuracy"
 
     @property
     def average(self) -> float:
@@ -59,7 +62,7 @@ class Evaluator:
         heads: Mapping[str, Network],
         kept_by_tasks: Mapping[str, Parameters],
         batch_size: int,
-        metric: Literal["accuracy", "loss"] = "accuracy",
+        metric: Metric = "accuracy",
     ):
         """Compiles nothing yet.
 

@@ -13,6 +13,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.examples import Examples, bucket_length, padded
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.recipes import DataSource
+from adamerge_jax.tables import no_column, texts_of
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def load_language_examples(
     columns = set(table.column_names)
     if decoder_start is not None:
         if not {source.prompt, source.response} <= columns:
-            raise _no_columns(table, source, name, [f"{source.prompt!r} and {source.response!r}"])
+            raise no_column(table, source, name, [f"{source.prompt!r} and {source.response!r}"])
         if source.packed:
             raise InputError(
                 f"{name}: packed is for decoders; an encoder-decoder reads one prompt at a time"
@@ -148,7 +149,7 @@ def load_language_examples(
     elif {source.prompt, source.response} <= columns:
         sequences = _prompts_and_responses(table, source, tokenizer, name)
     elif source.text in columns:
-        encoded = tokenizer(_strings(table, source.text, source, name))["input_ids"]
+        encoded = tokenizer(texts_of(table, source.text, source, name))["input_ids"]
         sequences = [_ended(Tokens(ids, [True] * len(ids)), tokenizer) for ids in encoded]
     else:
         expected = [
@@ -156,7 +157,7 @@ def load_language_examples(
             f"{source.prompt!r} and {source.response!r}",
             repr(source.text),
         ]
-        raise _no_columns(table, source, name, expected)
+        raise no_column(table, source, name, expected)
     if source.packed:
         sequences = _packed(sequences, max_length)
     else:
@@ -176,10 +177,10 @@ def _pairs(
     name: str,
 ) -> list[tuple[list[int], list[int]]]:
     """Prompts for an encoder with the responses to them, each cut to `max_length` tokens."""
-    prompts = tokenizer(_strings(table, source.prompt, source, name))["input_ids"]
+    prompts = tokenizer(texts_of(table, source.prompt, source, name))["input_ids"]
     responses = [
         _ended(Tokens(ids, [True] * len(ids)), tokenizer).ids
-        for ids in tokenizer(_strings(table, source.response, source, name))["input_ids"]
+        for ids in tokenizer(texts_of(table, source.response, source, name))["input_ids"]
     ]
     pairs = list(zip(prompts, responses, strict=True))
     cut = sum(max(map(len, pair)) > max_length for pair in pairs)
@@ -192,8 +193,8 @@ def _pairs(
 def _prompts_and_responses(
     table: datasets.Dataset, source: DataSource, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[Tokens]:
-    prompts = tokenizer(_strings(table, source.prompt, source, name))["input_ids"]
-    texts = _strings(table, source.response, source, name)
+    prompts = tokenizer(texts_of(table, source.prompt, source, name))["input_ids"]
+    texts = texts_of(table, source.response, source, name)
     responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
     sequences = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -276,26 +277,6 @@ def _packed(sequences: Sequence[Tokens], length: int) -> list[Tokens]:
     predicted = [counts for sequence in sequences for counts in sequence.predicted]
     starts = range(0, len(ids), length)
     return [Tokens(ids[at : at + length], predicted[at : at + length]) for at in starts]
-
-
-def _strings(table: datasets.Dataset, column: str, source: DataSource, name: str) -> list[str]:
-    values = list(table[column])
-    for row, text in enumerate(values):
-        if not isinstance(text, str):
-            raise InputError(
-                f"{name}: {source.path}, row {row}: column {column!r} holds {text!r}, "
-                "expected a text"
-            )
-    return values
-
-
-def _no_columns(
-    table: datasets.Dataset, source: DataSource, name: str, expected: Sequence[str]
-) -> InputError:
-    return InputError(
-        f"{name}: {source.path} has no column {', or '.join(expected)}; "
-        f"its columns are {', '.join(table.column_names)}"
-    )
 
 
 def _tell_left_out(name: str, source: DataSource, kept: int, count: int, max_length: int) -> None:

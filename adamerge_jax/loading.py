@@ -3,7 +3,6 @@
 Peak host memory is what is returned plus one tensor of one expert: no expert is ever loaded whole.
 """
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
 from adamerge_jax.mixing import Mixture, mix
 from adamerge_jax.models import Family, family_of
 from adamerge_jax.names import is_stacked, matches, tensor_shape, tensors_of
-from adamerge_jax.presets import PRESETS
 from adamerge_jax.recipes import ModelSource, Recipe
 from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
 from adamerge_jax.zero_shot import text_network, zero_shot_head
@@ -102,14 +100,13 @@ def open_models(recipe: Recipe, root: Path) -> Models:
         InputError: A checkpoint is missing, damaged or of another architecture, or a pattern in
             `keep_from_base` fits no parameter.
     """
-    base = _open(recipe.base, root, "base")
+    with _explained("base", root):
+        base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     family = family_of(base.config)
     shapes = {name: leaf.shape for name, leaf in family.build_trunk(base.config).shapes.items()}
     trunk = _unstacked_shapes(shapes)
-    in_preset = PRESETS[recipe.preset].get("keep_from_base", [])
-    for pattern in recipe.keep_from_base:
-        # A preset's patterns are for models of any kind.
-        if pattern not in in_preset and not any(matches(name, [pattern]) for name in trunk):
+    for pattern in recipe.own_keep_from_base:
+        if not any(matches(name, [pattern]) for name in trunk):
             raise InputError(
                 f"keep_from_base: {pattern!r} fits no parameter; "
                 f"parameters are called e.g. {next(iter(trunk))!r}"
@@ -306,8 +303,10 @@ _materialize = jax.jit(Mixture.materialize)
 
 def _read_delta(
     models: Models, name: str, tensors: Sequence[str], dtype: np.dtype | None
-) -> tuple[LoadedDelta, list[str]]:
+) -> tuple[LoadedDelta | None, list[str]]:
     """The deltas of all experts for one parameter, and which of its tensors they change.
+
+    None where no adapter touches it: of a table that only the base has, not a row is read.
 
     Args:
         models: The base and its experts.
@@ -322,6 +321,8 @@ def _read_delta(
         for position, expert in enumerate(experts)
         if any(expert.has_factors(tensor) for tensor in open_tensors)
     ]
+    if not any(expert.changes(tensor) for expert in experts for tensor in open_tensors):
+        return None, []
     if not low_rank:
         values, changed = _read_entries(models, name, tensors, dtype)
         return DenseDelta(jax.device_put(values, may_alias=True)), changed
@@ -463,20 +464,16 @@ def _open_expert(
             return {}
         return {name: leaf.shape for name, leaf in family.build_head(config).shapes.items()}
 
-    def head_of_classes(classes: int) -> Shapes:
-        config = copy.deepcopy(base.checkpoint.config)
-        config.num_labels = classes
-        return head(config)
-
+    path = resolve(source.path, root)
     with _explained(role, root):
-        folder = locate(resolve(source.path, root), revision=source.revision)
+        folder = locate(path, revision=source.revision)
     if is_adapter(folder):
         adapter = open_adapter(
             source.path,
             folder,
             base,
             role=role,
-            head=head_of_classes,
+            head=head,
             prefixes=family.prefixes,
             ignored=family.ignored(base.checkpoint.config),
             unused=family.ignored_in_experts,
@@ -490,7 +487,8 @@ def _open_expert(
                 "bring its head; train it with modules_to_save"
             )
         return adapter
-    expert = _open(source, root, role)
+    with _explained(role, root):
+        expert = Checkpoint.in_folder(path, folder)
     require_same_architecture(base.checkpoint, expert, role=role)
     return match(
         expert,
@@ -500,11 +498,6 @@ def _open_expert(
         optional=family.base_only,
         ignored=(*family.ignored(expert.config), *family.ignored_in_experts),
     )
-
-
-def _open(source: ModelSource, root: Path, role: str) -> Checkpoint:
-    with _explained(role, root):
-        return Checkpoint.open(resolve(source.path, root), revision=source.revision)
 
 
 @contextmanager

@@ -115,11 +115,9 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         held_out=recipe.learning.held_out,
         seed=recipe.seed,
     )
-    needs = {task: objective.needs for task, objective in recipe.build_objectives().items()}
+    needs = _needs(recipe, models)
     _require_layers(needs, models.shapes)
-    _require_labels(recipe, models, needs)
-    if models.family.language:
-        needs = {task: own._replace(elsewhere=False) for task, own in needs.items()}
+    _require_fitting_objectives(recipe, models, needs)
     deltas, mixed, interference = load_task_vectors(
         models, workspace.dtype, recipe.build_interference()
     )
@@ -151,6 +149,15 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         elsewhere=elsewhere,
     )
     return Problem(recipe, workspace, base, deltas, mixed, interference, calibration)
+
+
+def _needs(recipe: Recipe, models: Models) -> dict[str, Needs]:
+    """What the objective of each task must be given."""
+    needs = {task: objective.needs for task, objective in recipe.build_objectives().items()}
+    if models.family.language:
+        # One output layer for all tasks: experts would contradict each other.
+        needs = {task: own._replace(elsewhere=False) for task, own in needs.items()}
+    return needs
 
 
 def learn_coefficients(
@@ -226,20 +233,18 @@ def _learn_stage(
     recipe, workspace = problem.recipe, problem.workspace
     granularity = make_granularity(stage.granularity, stage.options, problem.shapes)
     deltas = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
-    objectives = recipe.build_objectives()
-    layers = sorted({layer for own in objectives.values() for layer in own.needs.hidden_states})
-    elsewhere = any(own.needs.elsewhere for own in objectives.values())
+    needs = _needs(recipe, workspace.models).values()
     learner = learning.make_learner(
         learning.forward_with_heads(
             workspace.trunk,
             list(workspace.head_networks.values()),
-            layers,
-            elsewhere=elsewhere and not workspace.models.family.language,
+            sorted({layer for own in needs for layer in own.hidden_states}),
+            elsewhere=any(own.elsewhere for own in needs),
             logits_again=workspace.models.family.language,
         ),
         granularity,
         CONSTRAINTS[recipe.coefficients.constraint],
-        list(objectives.values()),
+        list(recipe.build_objectives().values()),
         recipe.learning.optimizer.build(stage.steps),
         recipe.build_regularizers(),
     )
@@ -330,7 +335,7 @@ def _ask_elsewhere(
     return dict(zip(others, np.split(said, ends[:-1]), strict=True))
 
 
-def _require_labels(recipe: Recipe, models: Models, needs: Mapping[str, Needs]) -> None:
+def _require_fitting_objectives(recipe: Recipe, models: Models, needs: Mapping[str, Needs]) -> None:
     """Refuses objectives that do not go with this kind of model, and labels that are missing."""
     for task, own in needs.items():
         if models.family.language:

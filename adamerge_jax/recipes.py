@@ -22,7 +22,7 @@ from adamerge_jax.granularities import GRANULARITIES
 from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.models import Rematerialize
 from adamerge_jax.objectives import Objective, make_objective, weighted_sum
-from adamerge_jax.presets import DEFAULT_PRESET, apply_preset
+from adamerge_jax.presets import DEFAULT_PRESET, PRESETS, apply_preset
 from adamerge_jax.registries import find_registered
 from adamerge_jax.regularizers import Regularizer, make_regularizer
 
@@ -292,6 +292,12 @@ class Recipe(Section):
         if self.coefficients.initial is not None:
             return self.coefficients.initial
         return 1 / len(self.tasks) if self.coefficients.constraint == "softmax" else 0.3
+
+    @property
+    def own_keep_from_base(self) -> list[str]:
+        """Patterns that must fit a parameter: not those of the preset, which is for any model."""
+        of_preset = PRESETS[self.preset].get("keep_from_base", [])
+        return [pattern for pattern in self.keep_from_base if pattern not in of_preset]
 
     def build_objectives(self) -> dict[str, Objective]:
         """What is minimised, by task.

@@ -18,7 +18,7 @@ import hashlib
 import json
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import distributions
+from importlib.metadata import PackagePath, distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,12 +251,7 @@ def files_of(domain: str) -> Iterator[str]:
         files = [f for f in found if not {"site-packages", "test", "pydoc_data"} & set(f.parts)]
         texts = map(read, files)
     elif domain == GENERAL:
-        files = [
-            Path(file.locate())
-            for distribution in distributions()
-            for file in distribution.files or ()
-            if file.suffix == ".py" and "test" not in str(file)
-        ]
+        files = installed(lambda file: file.suffix == ".py" and "test" not in str(file))
         texts = map(read, sorted(files)[:: max(1, len(files) // 1000)])
     elif domain == "c":
         files = [*paths["include"].rglob("*.h"), *Path(np.get_include()).rglob("*.h")]
@@ -265,14 +260,18 @@ def files_of(domain: str) -> Iterator[str]:
         texts = [d.metadata.get_payload() for d in distributions() if d.metadata is not None]
     else:
         names = ("LICEN", "COPYING", "NOTICE")
-        files = [
-            Path(file.locate())
-            for distribution in distributions()
-            for file in distribution.files or ()
-            if file.name.upper().startswith(names) and Path(file.locate()).is_file()
-        ]
-        texts = map(read, files)
+        texts = map(read, installed(lambda file: file.name.upper().startswith(names)))
     return iter(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()))
+
+
+def installed(chosen: Callable[[PackagePath], bool]) -> list[Path]:
+    """Files of installed packages."""
+    return [
+        Path(file.locate())
+        for distribution in distributions()
+        for file in distribution.files or ()
+        if chosen(file) and Path(file.locate()).is_file()
+    ]
 
 
 def read(file: Path) -> str:

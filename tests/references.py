@@ -7,7 +7,9 @@ import copy
 import json
 import string
 from collections.abc import Callable, Mapping, Sequence
+from importlib import util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -102,6 +104,14 @@ def fine_tune(model: PreTrainedModel, base: PreTrainedModel, seed: int) -> PreTr
             if not name.endswith(("key.bias", "k_proj.bias")):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.08)
     return model.eval()
+
+
+def load_script(file: Path) -> ModuleType:
+    """A script as a module, so that a test can make it smaller."""
+    spec = util.spec_from_file_location(file.stem, file)
+    script = util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def saved_parameters(model: PreTrainedModel, folder: Path) -> dict[str, np.ndarray]:

@@ -2,12 +2,13 @@
 
 import json
 import sys
-from importlib import util
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.references import load_script
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "language_model.py"
 
@@ -15,9 +16,7 @@ EXPERIMENT = Path(__file__).parents[1] / "experiments" / "language_model.py"
 def test_runs_from_text_to_the_merged_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    spec = util.spec_from_file_location("language_model", EXPERIMENT)
-    experiment = util.module_from_spec(spec)
-    spec.loader.exec_module(experiment)
+    experiment = load_script(EXPERIMENT)
     monkeypatch.setattr(experiment, "CHARACTERS", 100_000)
     monkeypatch.setattr(experiment, "BASE_STEPS", 10)
     monkeypatch.setattr(experiment, "EXPERT_STEPS", 10)
@@ -46,9 +45,7 @@ def test_runs_from_text_to_the_merged_checkpoints(
 
 
 def test_no_text_is_in_two_parts():
-    spec = util.spec_from_file_location("language_model", EXPERIMENT)
-    experiment = util.module_from_spec(spec)
-    spec.loader.exec_module(experiment)
+    experiment = load_script(EXPERIMENT)
     corpus = experiment.read_corpus("c")
     paragraphs = [{p for text in part for p in text.split("\n\n")} for part in corpus]
     assert all(corpus)

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
 import pytest
+
+from tests.references import load_script
 
 QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
 
@@ -14,9 +15,7 @@ QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
 def test_runs_from_training_to_the_merged_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    spec = util.spec_from_file_location("quickstart", QUICKSTART)
-    quickstart = util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
+    quickstart = load_script(QUICKSTART)
     monkeypatch.setattr(quickstart, "BASE_STEPS", 10)
     monkeypatch.setattr(quickstart, "EXPERT_STEPS", 10)
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out", str(tmp_path / "made")])

@@ -95,8 +95,20 @@ class Checkpoint:
         Raises:
             InputError: There is no such checkpoint, or it is incomplete, corrupt or pickled.
         """
-        folder = locate(source, revision=revision)
-        return cls(str(source), folder, _read_config(folder), _read_headers(folder))
+        return cls.in_folder(str(source), locate(source, revision=revision))
+
+    @classmethod
+    def in_folder(cls, source: str, folder: Path) -> "Checkpoint":
+        """Opens what `locate` found.
+
+        Args:
+            source: What was looked for, as the user wrote it.
+            folder: Where its files are.
+
+        Raises:
+            InputError: It is incomplete, corrupt or pickled.
+        """
+        return cls(source, folder, _read_config(folder), _read_headers(folder))
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor, in the dtype that it is stored in."""

@@ -1,6 +1,7 @@
 """Reading and writing PEFT adapters: LoRA factors and what was saved whole beside them."""
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save_file
+from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.folders import new_folder
 from adamerge_jax.checkpoints.huggingface import (
@@ -177,7 +179,7 @@ def open_adapter(
     base: MatchedCheckpoint,
     *,
     role: str,
-    head: Callable[[int], Mapping[str, tuple[int, ...]]],
+    head: Callable[[PretrainedConfig], Mapping[str, tuple[int, ...]]],
     prefixes: Sequence[str] = (),
     ignored: Sequence[str] = (),
     unused: Sequence[str] = (),
@@ -191,7 +193,7 @@ def open_adapter(
         folder: Where its files are.
         base: The model that it changes.
         role: What it is in the merge, for messages: `expert 'trec'`.
-        head: Shapes of the parameters of a task's head, from the number of its classes.
+        head: Shapes of the parameters of a task's head, from a config with the number of classes.
         prefixes: Prefixes of parameter names that the adapter may lack.
         ignored: Name patterns of tensors that are no parameters but second names of tied weights.
         unused: Name patterns of what it may change and is not used: modules outside the trunk.
@@ -227,7 +229,8 @@ def open_adapter(
     if lost:
         # Of a head's names the last is its output layer's weight, which has a row for each class.
         classes = tensors[whole[lost[-1]]].shape[0] if lost[-1] in whole else 0
-        expected = head(classes)
+        checkpoint = dataclasses.replace(checkpoint, config=_with_classes(checkpoint, classes))
+        expected = head(checkpoint.config)
         if untrained := [name for name in lost if name in expected and name in factors]:
             raise InputError(
                 f"{where} has factors for {untrained[0]} and not what they are added to, the "
@@ -237,7 +240,6 @@ def open_adapter(
         saved |= own
         shapes |= expected
         lost = [name for name in lost if name not in own]
-        checkpoint = Checkpoint(source, folder, _with_classes(checkpoint, classes), tensors)
     if lost:
         raise InputError(
             f"{where} changes {lost[0]}{and_more(len(lost) - 1)}, which the base "
@@ -408,7 +410,7 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _with_classes(checkpoint: Checkpoint, classes: int) -> Any:
+def _with_classes(checkpoint: Checkpoint, classes: int) -> PretrainedConfig:
     config = copy.deepcopy(checkpoint.config)
     config.num_labels = classes
     return config

@@ -8,7 +8,6 @@ is an array with an entry per layer.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -26,6 +25,7 @@ from adamerge_jax.models.layers import (
     Stack,
     attention,
     parameter,
+    unit_mean_square,
     value,
 )
 
@@ -44,12 +44,6 @@ class RMSNorm(nnx.Module):
         # Rounded before the product with the weight, which is where Gemma's differs.
         normalised = unit_mean_square(x, self.epsilon).astype(x.dtype)
         return (normalised * value(self.weight)).astype(x.dtype)
-
-
-def unit_mean_square(x: Float[Array, "... H"], epsilon: float) -> Float[Array, "... H"]:
-    """The vectors along the last axis divided by their root mean square, in float32."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
 
 
 def head_features(config: PretrainedConfig) -> int:

@@ -14,10 +14,16 @@ from adamerge_jax.models.decoder_layers import (
     CausalHead,
     DecoderTrunk,
     GatedMLP,
-    unit_mean_square,
     windows_by_type,
 )
-from adamerge_jax.models.layers import Outputs, Rematerialize, capped, parameter, value
+from adamerge_jax.models.layers import (
+    Outputs,
+    Rematerialize,
+    capped,
+    parameter,
+    unit_mean_square,
+    value,
+)
 
 
 class GemmaNorm(nnx.Module):

@@ -126,6 +126,12 @@ class LayerNorm(nnx.Module):
         return (normalised * value(self.weight) + value(self.bias)).astype(x.dtype)
 
 
+def unit_mean_square(x: Float[Array, "... H"], epsilon: float) -> Float[Array, "... H"]:
+    """The vectors along the last axis divided by their root mean square, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+
+
 class PatchEmbedding(nnx.Module):
     """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
 
@@ -203,7 +209,7 @@ def attention(
     key: Float[Array, "B S shared"],
     value: Float[Array, "B S shared"],
     heads: int,
-    bias: Float[Array, "B 1 T S"] | None = None,
+    bias: Float[Array, "#B #heads #T S"] | None = None,
     *,
     scale: float | None = None,
     soft_cap: float | None = None,

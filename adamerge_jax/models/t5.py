@@ -9,23 +9,22 @@ Padding may be on either side: positions are relative.
 import math
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 from transformers import T5Config
 
 from adamerge_jax.models.layers import (
     ACTIVATIONS,
-    LINEAR_OUTPUT,
     Embedding,
     Linear,
     Outputs,
     Rematerialize,
     Stack,
+    attention,
     parameter,
+    unit_mean_square,
     value,
 )
 
@@ -82,37 +81,6 @@ def relative_buckets(
     return first + np.where(distances < exact, distances, shared)
 
 
-def attention(
-    query: Float[Array, "B T inner"],
-    key: Float[Array, "B S inner"],
-    value: Float[Array, "B S inner"],
-    heads: int,
-    mask: Bool[Array, "#B 1 #T S"],
-    bias: Float[Array, "1 heads T S"] | None,
-) -> Float[Array, "B T inner"]:
-    """Dot-product attention without scaling of the scores, the softmax in float32.
-
-    Where nothing is left of a row of the mask, the result is the mean of all values.
-    """
-    batch, length, _ = query.shape
-
-    def split(x: Float[Array, "B S inner"]) -> Float[Array, "B*heads S inner/heads"]:
-        x = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-        return x.reshape(batch * heads, *x.shape[2:])
-
-    # One leading batch axis, as in `layers.attention`.
-    query, key, value = split(query), split(key), split(value)
-    scores = jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=jnp.float32)
-    by_head = scores.reshape(batch, heads, *scores.shape[1:])
-    if bias is not None:
-        by_head = by_head + bias
-    by_head = jnp.where(mask, by_head, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(by_head, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bts,bsd->btd", weights.reshape(scores.shape), value)
-    mixed = mixed.reshape(batch, heads, length, -1).swapaxes(1, 2).reshape(batch, length, -1)
-    return checkpoint_name(mixed, LINEAR_OUTPUT)
-
-
 class RmsNorm(nnx.Module):
     """Division by the root mean square over the last axis, computed in float32.
 
@@ -124,10 +92,8 @@ class RmsNorm(nnx.Module):
         self.epsilon = config.layer_norm_epsilon
 
     def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.square(wide).mean(-1, keepdims=True)
         weight = value(self.weight)
-        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * weight).astype(weight.dtype)
+        return (unit_mean_square(x, self.epsilon) * weight).astype(weight.dtype)
 
 
 class Attention(nnx.Module):
@@ -147,7 +113,9 @@ class Attention(nnx.Module):
         mask: Bool[Array, "#B 1 #T S"],
         bias: Float[Array, "1 heads T S"] | None = None,
     ) -> Float[Array, "B T H"]:
-        mixed = attention(self.q(x), self.k(source), self.v(source), self.heads, mask, bias)
+        # Where nothing is left of a row of the mask, the result is the mean of all values.
+        seen = jnp.where(mask, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
+        mixed = attention(self.q(x), self.k(source), self.v(source), self.heads, seen, scale=1.0)
         return self.o(mixed)
 
 

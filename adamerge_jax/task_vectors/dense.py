@@ -62,7 +62,7 @@ class DenseDelta:
         if seed is not None:
             order = random_order(size, seed)
             values = values[..., order]
-            position = jnp.asarray(np.broadcast_to(np.argsort(order), (*lead[:-1], size)))
+            position = positions_in(order, lead[:-1])
         padding = [(0, 0)] * len(lead) + [(0, pieces * length - size)]
         values = np.pad(values, padding).reshape(*lead, pieces, length)
         return ChunkedDelta(jnp.asarray(values), position, shape)
@@ -123,3 +123,10 @@ class ChunkedDelta:
 def random_order(size: int, seed: int) -> Int[np.ndarray, " size"]:
     """The entries of a flattened parameter in the order in which pieces take them."""
     return np.random.default_rng([seed, size]).permutation(size).astype(np.int32)
+
+
+def positions_in(
+    order: Int[np.ndarray, " size"], layers: tuple[int, ...]
+) -> Int[Array, "... size"]:
+    """Where each entry stands in an order, the same for each of the layers."""
+    return jnp.asarray(np.broadcast_to(np.argsort(order), (*layers, len(order))))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from adamerge_jax.task_vectors.dense import random_order
+from adamerge_jax.task_vectors.dense import positions_in, random_order
 from adamerge_jax.task_vectors.factored import FactoredDelta
 
 
@@ -45,10 +45,11 @@ class LowRankDelta:
         the sum it is `6 m n K r` to make it and to part its gradient, and `2 N m n` for that
         gradient, which only the sum needs.
         """
-        left, right = self._scaled(scale)
-        (m, middle), n = left.shape, right.shape[1]
+        experts, m, rank = self.left.shape
+        middle, n = experts * rank, self.right.shape[-1]
         if 3 * len(x) * middle * (m + n) > 3 * m * n * middle + len(x) * m * n:
             return None
+        left, right = self._scaled(scale)
         return (x @ right.astype(x.dtype).T) @ left.astype(x.dtype).T
 
     def rows(self, index: Int[Array, "..."]) -> "LowRankRows":
@@ -57,11 +58,10 @@ class LowRankDelta:
 
     def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> "LowRankPieces":
         """The same factors; entries exist one expert and one layer at a time."""
-        lead, shape = self.left.shape[:stacked], (self.left.shape[-2], self.right.shape[-1])
         position = None
         if seed is not None:
-            position = np.argsort(random_order(prod(shape), seed)).astype(np.int32)
-            position = jnp.asarray(np.broadcast_to(position, (*lead, prod(shape))))
+            order = random_order(self.left.shape[-2] * self.right.shape[-1], seed)
+            position = positions_in(order, self.left.shape[:stacked])
         return LowRankPieces(self.left, self.right, position, pieces)
 
     def by_direction(self, rank: int) -> FactoredDelta:

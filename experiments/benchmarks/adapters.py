@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import steps
+import timing
 from transformers import LlamaConfig
 
 from adamerge_jax.calibration import Batch
@@ -129,7 +129,7 @@ def learning_step(
     return lambda: jax.block_until_ready(learner.step(state, frozen, batch))
 
 
-VARIANTS: dict[str, steps.MakeStep] = {
+VARIANTS: dict[str, timing.MakeStep] = {
     "a: plain forward+backward": plain_step,
     **{
         f"b: adapters, by {granularity} ({rematerialize})": partial(
@@ -158,4 +158,4 @@ def title(size: str) -> str:
 
 
 if __name__ == "__main__":
-    steps.run(__doc__, __file__, VARIANTS, {size: title(size) for size in CONFIGS})
+    timing.run(__doc__, __file__, VARIANTS, {size: title(size) for size in CONFIGS})

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import steps
+import timing
 from transformers import CLIPConfig, PretrainedConfig, ViTConfig
 
 from adamerge_jax.calibration import Batch
@@ -172,4 +172,4 @@ def title(size: str) -> str:
 
 
 if __name__ == "__main__":
-    steps.run(__doc__, __file__, VARIANTS, {size: title(size) for size in ("small", "large")})
+    timing.run(__doc__, __file__, VARIANTS, {size: title(size) for size in ("small", "large")})
