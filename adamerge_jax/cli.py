@@ -27,6 +27,7 @@ from adamerge_jax.recipes import (
     load_recipe,
     parse_recipe,
 )
+from adamerge_jax.reuse.folding import parse_scale
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 
@@ -70,11 +71,22 @@ class Fold:
     recipe: RecipeFields
     root: Path | None = None
     """Folder that relative paths of the recipe start from; by default the recipe's own."""
+    scale: tuple[str, ...] = ()
+    """What to multiply experts' coefficients with: trec=0.5 sst2=0; 0 leaves an expert out."""
+    allow_other_models: bool = False
+    """Whether to go on with models that the file was not learned for."""
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        root = _root(self.recipe_file, self.root)
-        jobs.fold_file(self.coefficients, self.recipe, root=root, out=self.out, console=console)
+        jobs.fold_file(
+            self.coefficients,
+            self.recipe,
+            root=_root(self.recipe_file, self.root),
+            out=self.out,
+            console=console,
+            scale=parse_scale(self.scale),
+            allow_other_models=self.allow_other_models,
+        )
         console.print(
             f"merged checkpoint {self.out / exporting.CHECKPOINT_FOLDER}"
             f"{_adapter(self.recipe, self.out)}",
@@ -112,12 +124,34 @@ class Inspect:
         report.print_coefficients(Coefficients.load(self.coefficients), console)
 
 
+@dataclasses.dataclass
+class Compare:
+    """Show what differs between two coefficients files: what, where, how much."""
+
+    first: tyro.conf.Positional[Path]
+    """A coefficients file."""
+    second: tyro.conf.Positional[Path]
+    """Another one; differences are this one's values less the first one's."""
+    out: Path | None = None
+    """A .png file to draw the map of differences to."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        jobs.compare_files(self.first, self.second, out=self.out, console=console)
+
+
 _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 
 # Whose fields `--help` shows when no recipe is given.
 _EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration": "DATA"}}}
 
-COMMANDS = {"learn": Learn, "fold": Fold, "evaluate": Evaluate, "inspect": Inspect}
+COMMANDS = {
+    "learn": Learn,
+    "fold": Fold,
+    "evaluate": Evaluate,
+    "inspect": Inspect,
+    "compare": Compare,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,7 +178,7 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
+def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect | Compare:
     """Parses the command line, with the recipe that it names as the default of all fields.
 
     Raises:
@@ -159,7 +193,7 @@ def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
         raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     default = None
-    if command is not Inspect:
+    if "recipe" in {field.name for field in dataclasses.fields(command)}:
         file = next((Path(o) for o in options if Path(o).suffix in (".yaml", ".yml")), None)
         if file is not None:
             recipe = load_recipe(file, _preset(options))

@@ -26,6 +26,7 @@ from adamerge_jax.checkpoints.peft import AdapterWeights, MatchedAdapter, save_a
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
+from adamerge_jax.granularities import ALONG_AXES
 from adamerge_jax.loading import DTYPES, Models, fold, load_head, load_trunk, match_trunk
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.tokenizers import tokenizer_owner
@@ -33,9 +34,6 @@ from adamerge_jax.tokenizers import tokenizer_owner
 CHECKPOINT_FOLDER = "checkpoint"
 ORBAX_FOLDER = "orbax"
 ADAPTER_FOLDER = "adapter"
-
-_OF_ROWS_OR_COLUMNS = ("task", "layer", "tensor", "groups", "row", "column", "head")
-"""Granularities whose scale goes into one of the two factors of every expert."""
 
 _TASK_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -98,6 +96,8 @@ def export(
         writer.copy_assets(owner.checkpoint)
         writer.write_text("README.md", report.model_card(coefficients, rows))
         for task, expert in models.experts.items():
+            if task in coefficients.left_out:
+                continue
             if head := load_head(models, task):
                 whole = isinstance(expert, MatchedCheckpoint)
                 writer.add_task_model(
@@ -129,10 +129,11 @@ def require_adapters(models: Models, granularity: str, interference: Sequence[ob
     def refuse(why: str) -> InputError:
         return InputError(f"export.adapter: {why}; leave it out, the checkpoint is written anyway")
 
-    if granularity not in _OF_ROWS_OR_COLUMNS:
+    # Along one axis at most, a scale goes into one of the two factors.
+    if granularity not in ALONG_AXES:
         raise refuse(
             f"coefficients of granularity {granularity!r} make the merge more than a sum of the "
-            f"experts' factors; that needs one of {', '.join(_OF_ROWS_OR_COLUMNS)}"
+            f"experts' factors; that needs one of {', '.join(ALONG_AXES)}"
         )
     if interference:
         raise refuse("interference steps change entries, and factors have none")
@@ -189,6 +190,8 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
             a.append(factors.right * scale if by_column else factors.right)
             b.append(factors.left if by_column else factors.left * scale)
             embedding = factors.embedding
+        if not a:
+            continue  # only experts that are left out changed it
         module = name.removesuffix(".weight").removeprefix(prefix)
         for of_checkpoint, of_model in models.family.renamed:
             module = module.replace(of_checkpoint, of_model)

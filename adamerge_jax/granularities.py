@@ -287,6 +287,9 @@ GRANULARITIES: dict[str, Callable[..., Granularity]] = {
 }
 """Granularities by their names in a recipe."""
 
+ALONG_AXES = ("task", "layer", "tensor", "groups", "row", "column", "head")
+"""Those whose scale broadcasts against the parameter itself, not against pieces of it."""
+
 
 def make_granularity(name: str, options: Mapping[str, Any], shapes: Shapes) -> Granularity:
     """The granularity of a recipe.

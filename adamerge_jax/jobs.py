@@ -1,6 +1,6 @@
 """What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,8 @@ from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
+from adamerge_jax.reuse import compare, prepare_fold
+from adamerge_jax.reuse.comparison_report import draw_comparison, print_comparison
 from adamerge_jax.workspace import open_workspace
 
 COEFFICIENTS_FILE = "coefficients.safetensors"
@@ -71,6 +73,8 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
     with console.status("reading task vectors, asking the experts"):
         problem = pose(recipe, workspace)
     console.print(_summary(problem))
+    if problem.start is not None:
+        _print_notes(problem.start.notes, console)
 
     out.mkdir(parents=True, exist_ok=True)
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -98,36 +102,65 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
     return Run(out, merge.coefficients, rows)
 
 
-def fold_file(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
+def fold_file(
+    file: Path,
+    recipe: Recipe,
+    *,
+    root: Path,
+    out: Path,
+    console: Console,
+    scale: Mapping[str, float] | None = None,
+    allow_other_models: bool = False,
+) -> None:
     """Exports a merge from learned coefficients, without learning.
 
     Args:
         file: The coefficients.
-        recipe: Says where base and experts are, and how to write the result.
+        recipe: Says where base and experts are, in any order, and how to write the result.
         root: Folder that relative paths of the recipe start from.
-        out: The folder to make; it gets `checkpoint/` and `orbax/`, and `adapter/` if asked for.
+        out: The folder to make; it gets `checkpoint/` and `orbax/`, `adapter/` if asked for, and
+            where experts are scaled the coefficients that were folded.
         console: Where progress is printed.
+        scale: What each expert's coefficients are multiplied with; 0 leaves the expert out, with
+            the model of its task.
+        allow_other_models: Whether to go on with models that the file was not learned for.
 
     Raises:
         InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
     require_new(out)
-    coefficients = Coefficients.load(file)
-    models = open_models(recipe, root)
-    learned_for = {source.name: source for source in (coefficients.base, *coefficients.experts)}
-    found = {source.name: source for source in models.sources}
-    if list(learned_for) != list(found):
-        raise InputError(
-            f"{file} was learned for {', '.join(learned_for)}; the recipe has {', '.join(found)}, "
-            "and it must have the same in the same order"
-        )
-    for name, source in learned_for.items():
-        if source.identity != found[name].identity:
-            raise InputError(
-                f"{file} was learned for {name} = {source.source} ({source.identity[:19]}); "
-                f"{found[name].source} has other contents ({found[name].identity[:19]})"
-            )
+    coefficients, models, notes = prepare_fold(
+        file,
+        open_models(recipe, root),
+        scale=scale,
+        allow_other_models=allow_other_models,
+    )
+    _print_notes(notes, console)
     export(recipe, models, coefficients, out, rows=[], console=console)
+    if scale:
+        coefficients.save(out / COEFFICIENTS_FILE)
+
+
+def compare_files(first: Path, second: Path, *, out: Path | None, console: Console) -> None:
+    """Prints what differs between two coefficients files, and draws it where asked to.
+
+    Args:
+        first: What is compared with.
+        second: What is compared.
+        out: The PNG file to write.
+        console: Where the tables are printed.
+
+    Raises:
+        InputError: A file cannot be read, they have nothing in common, or `out` is no PNG file in
+            a folder that exists.
+    """
+    if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
+        raise InputError(f"--out {out}: expected a .png file in a folder that exists")
+    comparison = compare(Coefficients.load(first), Coefficients.load(second))
+    print_comparison(comparison, console)
+    if out is not None:
+        draw_comparison(comparison, out)
+        console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
 
 
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:
@@ -214,3 +247,8 @@ def _summary(problem: Problem) -> str:
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
         f"{examples} examples to learn from, {held_out} held out; on {jax.devices()[0]}"
     )
+
+
+def _print_notes(notes: Sequence[str], console: Console) -> None:
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

@@ -264,7 +264,8 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
         The name of a tensor (without `*`) and its merged value.
 
     Raises:
-        InputError: The coefficients mix a parameter that these models do not have.
+        InputError: The coefficients mix a parameter that these models do not have, or have in
+            another shape.
     """
     shapes = {
         name: models.base.shape(name)
@@ -276,6 +277,13 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
             f"the coefficients mix {missing[0]}, which the base ({models.base.checkpoint.source}) "
             "does not have; fold them with the recipe that they were learned with"
         )
+    for name, shape in shapes.items():
+        if shape != coefficients.shapes[name]:
+            raise InputError(
+                f"the coefficients are for {name} of shape {coefficients.shapes[name]}, the base's "
+                f"({models.base.checkpoint.source}) has {shape}; to another size they carry only "
+                "as a starting point (coefficients.start)"
+            )
     granularity = coefficients.make_granularity(shapes)
     scales = granularity.scales(coefficients.stacked_once())
     for name in models.base.names:
@@ -286,6 +294,9 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
                 delta = DenseDelta(apply_steps(coefficients.interference, name, values))
             else:
                 delta, _ = _read_delta(models, name, [name], FLOAT32)
+            if delta is None:
+                yield name, tensor  # only experts that are left out changed it
+                continue
             delta = granularity.prepare(name, delta)
             mixture = Mixture(tensor.astype(np.float32), delta, scales[name])
             tensor = np.asarray(_materialize(mixture)).astype(tensor.dtype)

@@ -32,6 +32,7 @@ from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.names import is_stacked, matches
 from adamerge_jax.objectives import Needs
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
+from adamerge_jax.reuse import Start, begin, open_start
 from adamerge_jax.targets import StoredTargets, ask_expert
 from adamerge_jax.task_vectors import Delta, LoadedDelta
 from adamerge_jax.workspace import Workspace
@@ -51,6 +52,7 @@ class Problem(NamedTuple):
         mixed: Names without `*` of the tensors that are mixed.
         interference: The interference steps, with what they learned of the task vectors.
         calibration: Batches, with the targets that the objective needs.
+        start: Where coefficients start, if something was learned before.
     """
 
     recipe: Recipe
@@ -60,6 +62,7 @@ class Problem(NamedTuple):
     mixed: list[str]
     interference: tuple[FittedStep, ...]
     calibration: Calibration
+    start: Start | None = None
 
     @property
     def shapes(self) -> Shapes:
@@ -106,9 +109,11 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
 
     Raises:
         InputError: No expert differs from the base, an objective asks for a layer that the model
-            does not have, or there are too few calibration examples.
+            does not have, there are too few calibration examples, or the coefficients to start
+            from are not for these models.
     """
     models = workspace.models
+    start = open_start(recipe, models, _first_granularity(recipe, models), workspace.root)
     calibration = calibrate(
         workspace.data.calibration,
         batch_size=recipe.learning.batch_size,
@@ -148,7 +153,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         strong_view=any(own.strong_view for own in needs.values()),
         elsewhere=elsewhere,
     )
-    return Problem(recipe, workspace, base, deltas, mixed, interference, calibration)
+    return Problem(recipe, workspace, base, deltas, mixed, interference, calibration, start)
 
 
 def _needs(recipe: Recipe, models: Models) -> dict[str, Needs]:
@@ -176,7 +181,9 @@ def learn_coefficients(
     """
     recipe = problem.recipe
     chosen = recipe.coefficients
-    start = constant(problem.shapes, problem.experts, recipe.initial_coefficient)
+    start = problem.start
+    if start is None:
+        start = constant(problem.shapes, problem.experts, recipe.initial_coefficient)
     name, options = _granularity(recipe, problem.workspace.models)
     if chosen.coarse is not None:
         stage = _Stage("coarse", chosen.coarse.granularity, {}, chosen.coarse.steps)
@@ -186,6 +193,13 @@ def learn_coefficients(
             name, options = "chunk", {"pieces": _importance(problem, start, options["budget"])}
     stage = _Stage("learning", name, options, recipe.learning.steps)
     return _learn_stage(problem, stage, start, watch, keep)
+
+
+def _first_granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
+    """The granularity of what is learned first."""
+    if recipe.coefficients.coarse is not None:
+        return recipe.coefficients.coarse.granularity, {}
+    return _granularity(recipe, models)
 
 
 def _granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
@@ -226,7 +240,7 @@ class _Stage(NamedTuple):
 def _learn_stage(
     problem: Problem,
     stage: _Stage,
-    start: PerTensor,
+    start: Start | PerTensor,
     watch: Watch,
     keep: Callable[[Coefficients], None],
 ) -> Merge:
@@ -256,7 +270,13 @@ def _learn_stage(
     def describe(learned: learning.Learned) -> Coefficients:
         return _describe(problem, stage, learned)
 
-    initial = granularity.init(start)
+    if isinstance(start, Start):
+        chosen, constraint = (stage.granularity, stage.options), recipe.coefficients.constraint
+        initial = begin(
+            start, granularity, chosen, CONSTRAINTS[constraint], problem.shapes, problem.experts
+        )
+    else:
+        initial = granularity.init(start)
     summary = f"{stage.name}: {count_units(granularity, initial, problem.shapes)}"
     try:
         with watch(summary, stage.steps) as show:
@@ -293,12 +313,13 @@ def _describe(problem: Problem, stage: _Stage, learned: learning.Learned) -> Coe
         granularity_options=stage.options,
         interference=problem.interference,
         constraint=recipe.coefficients.constraint,
-        parameters=tuple(problem.mixed),
+        shapes=shapes,
         base=base,
         experts=tuple(experts),
         objective=" + ".join(map(_in_words, recipe.objectives)),
         seed=recipe.seed,
         step=learned.step,
+        started_from=problem.start.source if problem.start else None,
     )
 
 

@@ -41,3 +41,16 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def leaf_name(path: tuple) -> str:
     """The dotted name of a pytree leaf, from its `jax.tree_util` key path."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def place_in_stack(name: str) -> tuple[str, int] | None:
+    """The stacked name that a tensor belongs to and its layer, or None where it is in no stack.
+
+    A name's first number is its layer: `encoder.layer.3.output.dense.weight` is layer 3 of
+    `encoder.layer.*.output.dense.weight`.
+    """
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join([*parts[:position], STACKED, *parts[position + 1 :]]), int(part)
+    return None

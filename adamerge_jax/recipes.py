@@ -125,8 +125,15 @@ class CoefficientsRecipe(Section):
     """Which values coefficients may take."""
     initial: float | None = None
     """Where every coefficient starts; by default 0.3, or 1/K under softmax."""
+    start: str | None = None
+    """Coefficients file of an earlier run to start from instead, of any granularity. Experts are
+    matched by name; one that the file does not know starts at initial."""
+    other_base: bool = False
+    """Whether start may have been learned for another base: another version, or another size of
+    the same family, whose layers are then matched by relative depth."""
     coarse: CoarseRecipe | None = None
-    """Coarser coefficients that are learned first and from which these start."""
+    """Coarser coefficients that are learned first, from start where there is one, and from which
+    these start."""
 
 
 class InterferenceRecipe(Section):
@@ -364,6 +371,11 @@ class Recipe(Section):
                     f"objectives.{position}.weight: {min(unknown)!r} is no task; "
                     f"the tasks are {', '.join(self.tasks)}"
                 )
+        if self.coefficients.other_base and self.coefficients.start is None:
+            raise ValueError(
+                "coefficients.other_base: there is no coefficients.start that it allows; give one, "
+                "or leave it out"
+            )
         if self.learning.control is not None and not self.forgotten:
             raise ValueError(
                 "learning.control: nothing is to be forgotten; give the objective of a task a "

@@ -1,13 +1,15 @@
 """What people look at: the table of results, the map of coefficients, the model card."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from rich.console import Console
 from rich.table import Table
 
@@ -60,10 +62,44 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     Coarse coefficients: one map, groups down and experts across. One coefficient per tensor, or
     finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
     """
-    experts = [expert.name for expert in coefficients.experts]
-    low, high = _value_range(coefficients)
-    if set(coefficients.values) == set(coefficients.parameters):
-        maps, rows, columns = _by_layer_and_kind(coefficients)
+    means = {g: own.reshape(len(own), -1).mean(1) for g, own in coefficients.values.items()}
+    every = np.stack(list(means.values()))
+    # From 0 to 1, or as far as the means of groups go beyond.
+    low, high = min(0.0, float(every.min())), max(1.0, float(every.max()))
+    figure = draw_means(
+        means,
+        coefficients.names,
+        by_tensor=set(coefficients.values) == set(coefficients.shapes),
+        colours=_COLOURS,
+        limits=(low, high),
+        label="coefficient",
+    )
+    figure.suptitle(f"Merge coefficients ({coefficients.granularity})", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def draw_means(
+    means: Mapping[str, Float[np.ndarray, " K"]],
+    experts: Sequence[str],
+    *,
+    by_tensor: bool,
+    colours: str,
+    limits: tuple[float, float],
+    label: str,
+) -> Figure:
+    """Draws one number per group and expert.
+
+    Args:
+        means: By group, `[K]`.
+        experts: The K experts.
+        by_tensor: Whether groups are tensors: then there is one map per expert, layers down and
+            the kinds of tensors across; otherwise one map, groups down and experts across.
+        colours: A colour map of Matplotlib.
+        limits: The numbers at its two ends.
+        label: What the numbers are.
+    """
+    if by_tensor:
+        maps, rows, columns = _by_layer_and_kind(means)
         across = 2 if len(experts) == 4 else min(len(experts), 3)
         down = -(-len(experts) // across)
         cell = 0.24
@@ -74,29 +110,28 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
         for axis, name, values in zip(axes, experts, maps, strict=False):
-            image = _draw_map(axis, values, low, high)
+            image = _draw_map(axis, values, colours, limits)
             axis.set_title(name, fontsize=9)
             axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
             axis.set_yticks(range(len(rows)), rows, fontsize=7)
         for axis in axes[len(experts) :]:
             axis.set_axis_off()
     else:
-        groups = sorted(coefficients.values, key=_natural_order)
-        values = np.stack([coefficients.values[group] for group in groups])
+        groups = sorted(means, key=_natural_order)
+        values = np.stack([means[group] for group in groups])
         size = (0.7 * len(experts) + 3.4, 0.3 * len(groups) + 1.6)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
-        image = _draw_map(axes, values, low, high)
+        image = _draw_map(axes, values, colours, limits)
         axes.set_xticks(range(len(experts)), experts, rotation=30, ha="right", fontsize=8)
         axes.set_yticks(range(len(groups)), groups, fontsize=8)
         for row, column in np.ndindex(*values.shape):
-            bright = (values[row, column] - low) / (high - low) > 0.6
-            colour = "black" if bright else "white"
+            red, green, blue, _ = image.to_rgba(values[row, column])
+            colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
             text = f"{values[row, column]:.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
-    figure.suptitle(f"Merge coefficients ({coefficients.granularity})", fontsize=11)
-    figure.colorbar(image, ax=axes, label="coefficient", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+    return figure
 
 
 def print_coefficients(coefficients: Coefficients, console: Console) -> None:
@@ -110,6 +145,8 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
         "constraint": coefficients.constraint,
         "objective": coefficients.objective,
         "learned in": f"{coefficients.step} steps, seed {coefficients.seed}",
+        "started from": coefficients.started_from or "nothing learned before",
+        "scaled since": _scaled_in_words(coefficients) or "no",
         "merged tensors": len(coefficients.parameters),
     }
     for name, field in fields.items():
@@ -127,22 +164,19 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
     console.print(table)
 
 
-def _draw_map(axis: Axes, values: np.ndarray, low: float, high: float):
-    colours = matplotlib.colormaps[_COLOURS].with_extremes(bad="#dddddd")
-    return axis.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
-
-
-def _value_range(coefficients: Coefficients) -> tuple[float, float]:
-    """From 0 to 1, or as far as the means of groups go beyond."""
-    means = np.array([a.reshape(len(a), -1).mean(1) for a in coefficients.values.values()])
-    return min(0.0, float(means.min())), max(1.0, float(means.max()))
+def _draw_map(
+    axis: Axes, values: np.ndarray, colours: str, limits: tuple[float, float]
+) -> AxesImage:
+    colour_map = matplotlib.colormaps[colours].with_extremes(bad="#dddddd")
+    low, high = limits
+    return axis.imshow(values, cmap=colour_map, vmin=low, vmax=high, aspect="auto")
 
 
 def _by_layer_and_kind(
-    coefficients: Coefficients,
+    means: Mapping[str, np.ndarray],
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """Mean coefficients of tensors as one map `[K, layers, kinds]`; NaN where there is none."""
-    names = list(coefficients.values)
+    """Means of tensors as one map `[K, layers, kinds]`; NaN where there is none."""
+    names = list(means)
     places = {}
     for name in names:
         layer = layer_of(name, names)
@@ -152,10 +186,9 @@ def _by_layer_and_kind(
     of_blocks = [kind for layer, kind in places.values() if layer in blocks]
     others = [kind for layer, kind in places.values() if layer not in blocks]
     columns = list(dict.fromkeys(sorted(of_blocks) + sorted(others)))
-    maps = np.full((len(coefficients.experts), len(rows), len(columns)), np.nan)
+    maps = np.full((len(means[names[0]]), len(rows), len(columns)), np.nan)
     for name, (layer, kind) in places.items():
-        values = coefficients.values[name]
-        maps[:, rows.index(layer), columns.index(kind)] = values.reshape(len(values), -1).mean(1)
+        maps[:, rows.index(layer), columns.index(kind)] = means[name]
     return maps, rows, columns
 
 
@@ -171,6 +204,11 @@ def _interference_in_words(coefficients: Coefficients) -> str:
         options = ", ".join(f"{name} {value}" for name, value in step.options.items())
         words.append(f"{step.name} ({options})" if options else step.name)
     return ", ".join(words)
+
+
+def _scaled_in_words(coefficients: Coefficients) -> str:
+    """What coefficients were multiplied with after learning: `trec times 0.5`."""
+    return ", ".join(f"{name} times {factor:g}" for name, factor in coefficients.scaled.items())
 
 
 def model_card(coefficients: Coefficients, rows: Sequence[Row]) -> str:
@@ -189,6 +227,8 @@ def model_card(coefficients: Coefficients, rows: Sequence[Row]) -> str:
     count = sum(values.size for values in coefficients.values.values())
     steps = _interference_in_words(coefficients)
     interference = f" Task vectors were changed before mixing: {steps}." if steps else ""
+    factors = _scaled_in_words(coefficients)
+    scaled = f" Multiplied after learning: {factors}." if factors else ""
     return f"""---
 tags:
 - merge
@@ -206,6 +246,6 @@ Experts:
 
 Coefficients: {count}, one per {coefficients.granularity} and expert, constraint
 {coefficients.constraint}, learned by minimising {coefficients.objective} (seed
-{coefficients.seed}, best after {coefficients.step} steps).{interference}
+{coefficients.seed}, best after {coefficients.step} steps).{interference}{scaled}
 {table}
 """

@@ -49,6 +49,7 @@ class Workspace(NamedTuple):
         heads: Parameters of each task's head.
         head_networks: Each task's head as a function of its parameters.
         evaluator: Runs models of this architecture on examples.
+        root: Folder that relative paths of the recipe start from.
     """
 
     models: Models
@@ -58,6 +59,7 @@ class Workspace(NamedTuple):
     heads: dict[str, dict[str, Array]]
     head_networks: dict[str, Network]
     evaluator: Evaluator
+    root: Path
 
     def base(self) -> dict[str, Array]:
         """Reads the parameters of the base."""
@@ -95,7 +97,7 @@ def open_workspace(recipe: Recipe, root: Path) -> Workspace:
     }
     metric = "loss" if models.family.language else "accuracy"
     evaluator = Evaluator(trunk, networks, heads, recipe.evaluation.batch_size, metric)
-    return Workspace(models, data, dtype, trunk, heads, networks, evaluator)
+    return Workspace(models, data, dtype, trunk, heads, networks, evaluator, root)
 
 
 def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:

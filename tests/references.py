@@ -181,7 +181,7 @@ def random_coefficients(
         granularity_options=options,
         interference=fitted,
         constraint="free",
-        parameters=tuple(mixed),
+        shapes={name: models.base.shape(name) for name in mixed},
         base=base,
         experts=tuple(experts),
         objective="entropy",
