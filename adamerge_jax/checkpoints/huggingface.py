@@ -118,9 +118,16 @@ class Checkpoint:
     def identity(self, also: str = "") -> str:
         """A fingerprint that tells this checkpoint from any other fine-tune of its architecture.
 
-        It covers every tensor's name, dtype and shape, and the beginning and the end of its
-        values, but not all of them: it takes milliseconds, not a pass over gigabytes. How the
-        tensors are spread over files does not matter.
+        It covers what the headers say of every tensor, its name, dtype and shape, and of its
+        values a sample: the first 64 of its first row and the last 64 of its last one. So it takes
+        two small reads for each tensor, not a pass over gigabytes. How the tensors are spread over
+        files does not matter.
+
+        What it does not see: a change that leaves the sample of every tensor as it is, such as
+        weights edited by hand, or training of nothing but some rows of the embeddings. Training
+        with an optimizer that moves whole tensors is seen, also in bfloat16, where the smallest
+        changes round away: some of the sampled values of some tensor move. Nor does it see the
+        config, the tokenizer, or anything else beside the weights.
 
         Args:
             also: What else decides what the tensors mean.

@@ -258,15 +258,19 @@ def _as_learned(
 
 def _rearranged(coefficients: Coefficients, experts: Sequence[str]) -> Coefficients:
     """The coefficients of these experts in this order; NaN for those that they do not know."""
-    values = {}
-    for group, own in coefficients.values.items():
-        values[group] = np.full((len(experts), *own.shape[1:]), np.nan, np.float32)
-        for row, name in zip(values[group], experts, strict=True):
-            if name in coefficients.names:
-                row[...] = own[coefficients.names.index(name)]
-    known = {expert.name: expert for expert in coefficients.experts}
-    # Only names count from here on, and of those their number.
-    sources = tuple(known.get(name, coefficients.experts[0]) for name in experts)
+    positions = dict(zip(coefficients.names, range(len(coefficients.names)), strict=True))
+    values = {
+        group: np.stack(
+            [
+                own[positions[name]] if name in positions else np.full_like(own[0], np.nan)
+                for name in experts
+            ]
+        )
+        for group, own in coefficients.values.items()
+    }
+    # From here on only the number of experts counts.
+    known = dict(zip(coefficients.names, coefficients.experts, strict=True))
+    sources = tuple(known.get(name, coefficients.base) for name in experts)
     return dataclasses.replace(coefficients, values=values, experts=sources)
 
 

@@ -114,9 +114,8 @@ def test_interference_steps_need_every_expert(text_fields, file, tmp_path):
     random_coefficients(models, interference=steps).save(path)
     with pytest.raises(InputError, match="interference steps need every expert"):
         prepare_fold(path, models_of(text_fields, ["tone", "mood"]), scale={"topic": 0})
-    found = prepare_fold(
-        path, models_of(text_fields, ["mood", "topic", "tone"]), scale={"topic": 0}
-    )
+    reordered = models_of(text_fields, ["mood", "topic", "tone"])
+    found = prepare_fold(path, reordered, scale={"topic": 0})
     assert found.coefficients.left_out == {"topic"}
     in_order = fold(models, Coefficients.load(path).times({"topic": 0}))
     for (name, array), (_, expected) in zip(
@@ -126,15 +125,14 @@ def test_interference_steps_need_every_expert(text_fields, file, tmp_path):
 
 
 def test_other_models_are_refused_unless_told_to_go_on(text_fields, file, tmp_path):
-    folder = shutil.copytree(text_fields["tasks"]["topic"]["expert"], tmp_path / "newer")
+    topic = text_fields["tasks"]["topic"]
+    folder = shutil.copytree(topic["expert"], tmp_path / "newer")
     edit_weights(folder, lambda tensors: tensors["classifier.bias"].__iadd__(1.0))
-    tasks = text_fields["tasks"] | {
-        "topic": text_fields["tasks"]["topic"] | {"expert": str(folder)}
-    }
+    tasks = text_fields["tasks"] | {"topic": topic | {"expert": str(folder)}}
     models = models_of(text_fields | {"tasks": tasks})
     with pytest.raises(InputError, match="--allow-other-models folds all the same") as caught:
         prepare_fold(file, models)
-    assert f"learned for topic = {text_fields['tasks']['topic']['expert']}" in str(caught.value)
+    assert f"learned for topic = {topic['expert']}" in str(caught.value)
     assert str(folder) in str(caught.value)
     assert "base" not in str(caught.value).replace(str(folder), "")
     (note,) = prepare_fold(file, models, allow_other_models=True).notes
