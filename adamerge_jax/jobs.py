@@ -26,6 +26,7 @@ from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.reuse import compare, prepare_fold
 from adamerge_jax.reuse.comparison_report import draw_comparison, print_comparison
+from adamerge_jax.tokenizers import tokenizer_owner
 from adamerge_jax.workspace import open_workspace
 
 COEFFICIENTS_FILE = "coefficients.safetensors"
@@ -135,6 +136,7 @@ def fold_file(
         scale=scale,
         allow_other_models=allow_other_models,
     )
+    tokenizer_owner(models, recipe.tokenizer)  # refused before anything is written
     _print_notes(notes, console)
     export(recipe, models, coefficients, out, rows=[], console=console)
     if scale:

@@ -264,27 +264,10 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
         The name of a tensor (without `*`) and its merged value.
 
     Raises:
-        InputError: The coefficients mix a parameter that these models do not have, or have in
-            another shape.
+        InputError: See `require_fitting`.
     """
-    shapes = {
-        name: models.base.shape(name)
-        for name in coefficients.parameters
-        if name in models.base.names
-    }
-    if missing := [name for name in coefficients.parameters if name not in shapes]:
-        raise InputError(
-            f"the coefficients mix {missing[0]}, which the base ({models.base.checkpoint.source}) "
-            "does not have; fold them with the recipe that they were learned with"
-        )
-    for name, shape in shapes.items():
-        if shape != coefficients.shapes[name]:
-            raise InputError(
-                f"the coefficients are for {name} of shape {coefficients.shapes[name]}, the base's "
-                f"({models.base.checkpoint.source}) has {shape}; to another size they carry only "
-                "as a starting point (coefficients.start)"
-            )
-    granularity = coefficients.make_granularity(shapes)
+    require_fitting(models, coefficients)
+    granularity = coefficients.make_granularity(coefficients.shapes)
     scales = granularity.scales(coefficients.stacked_once())
     for name in models.base.names:
         tensor = models.base.read(name)
@@ -301,6 +284,27 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
             mixture = Mixture(tensor.astype(np.float32), delta, scales[name])
             tensor = np.asarray(_materialize(mixture)).astype(tensor.dtype)
         yield name, tensor
+
+
+def require_fitting(models: Models, coefficients: Coefficients) -> None:
+    """Refuses coefficients for other tensors than these models'.
+
+    Raises:
+        InputError: They mix a parameter that the base does not have, or has in another shape.
+    """
+    source = models.base.checkpoint.source
+    for name, shape in coefficients.shapes.items():
+        if name not in models.base.names:
+            raise InputError(
+                f"the coefficients mix {name}, which the base ({source}) does not have; fold them "
+                "with the recipe that they were learned with"
+            )
+        if shape != models.base.shape(name):
+            raise InputError(
+                f"the coefficients are for {name} of shape {shape}, the base's ({source}) has "
+                f"{models.base.shape(name)}; to another size they carry only as a starting point "
+                "(coefficients.start)"
+            )
 
 
 def resolve(path: str, root: Path) -> str:

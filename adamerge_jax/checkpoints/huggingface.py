@@ -124,10 +124,9 @@ class Checkpoint:
         files does not matter.
 
         What it does not see: a change that leaves the sample of every tensor as it is, such as
-        weights edited by hand, or training of nothing but some rows of the embeddings. Training
-        with an optimizer that moves whole tensors is seen, also in bfloat16, where the smallest
-        changes round away: some of the sampled values of some tensor move. Nor does it see the
-        config, the tokenizer, or anything else beside the weights.
+        weights edited by hand, or training of nothing but some rows of the embeddings. Fine-tuning
+        of whole matrices is seen as soon as one sampled value of one tensor moved by more than
+        rounding. Nor does it see the config, the tokenizer, or anything else beside the weights.
 
         Args:
             also: What else decides what the tensors mean.

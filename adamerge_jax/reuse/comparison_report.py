@@ -23,10 +23,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         for row in comparison.fields:
             table.add_row(*row)
         console.print(table)
-    groups = "tensors" if comparison.by_tensor else "groups"
+    groups = "tensors" if comparison.by_tensor else "groups of tensors"
     only_first, only_second = comparison.unmatched
     console.print(
-        f"{comparison.compared} {groups} compared"
+        f"compared: {comparison.compared} {groups}"
         f"{' by their means, as granularities differ' if comparison.per_tensor else ''}"
         f"{f', {only_first} only in the first' if only_first else ''}"
         f"{f', {only_second} only in the second' if only_second else ''}",
@@ -71,7 +71,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         by_tensor=comparison.by_tensor,
         colours=_COLOURS,
         limits=(-largest, largest),
-        label="coefficient, second less first",
+        label="change",
     )
-    figure.suptitle("What changed between two coefficients files", fontsize=11)
+    figure.suptitle("Coefficients, second file less first", fontsize=11)
     figure.savefig(path, dpi=150)

@@ -1,13 +1,13 @@
 """Folding a coefficients file again: with some experts scaled or left out, in any order."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
-from adamerge_jax.loading import Models
+from adamerge_jax.loading import Models, require_fitting
 from adamerge_jax.reuse.provenance import namesake, other_contents
 
 
@@ -44,8 +44,8 @@ def prepare_fold(
             learned for are a note rather than an error.
 
     Raises:
-        InputError: The file cannot be read, an expert is missing, unknown or another model, or a
-            factor is no number.
+        InputError: The file cannot be read, an expert is missing, unknown or another model, a
+            factor is no number, or the base has other tensors.
     """
     coefficients = Coefficients.load(file)
     if scale:
@@ -76,6 +76,7 @@ def prepare_fold(
             f"{file} was {'; it was '.join(differences.values())}; "
             "--allow-other-models folds all the same"
         )
+    require_fitting(models, coefficients)
     notes = [f"{file} was {difference}" for difference in differences.values()]
     order = [name for name in coefficients.names if name in needed]
     base, by_name = models.sources[0], {source.name: source for source in experts}
@@ -90,8 +91,8 @@ def prepare_fold(
     )
 
 
-def parse_scale(factors: tuple[str, ...]) -> dict[str, float]:
-    """Reads `trec=0.5` and the like.
+def parse_scale(factors: Sequence[str]) -> dict[str, float]:
+    """Reads factors by expert: `trec=0.5`.
 
     Raises:
         InputError: One is no name, `=` and number, or a name comes twice.

@@ -73,9 +73,12 @@ def open_start(
     chosen = recipe.coefficients
     if chosen.start is None:
         return None
-    file = root / Path(chosen.start).expanduser()
+    try:
+        coefficients = Coefficients.load(root / Path(chosen.start).expanduser())
+    except InputError as error:
+        raise InputError(f"coefficients.start: {error}") from error
     start = start_from_file(
-        Coefficients.load(file),
+        coefficients,
         models,
         initial=recipe.initial_coefficient,
         other_base=chosen.other_base,
@@ -84,6 +87,7 @@ def open_start(
     return start._replace(
         notes=(
             *start.notes,
+            *_other_interference(coefficients, recipe),
             _how(start, *granularity),
             *_out_of_range(start, chosen.constraint),
         )
@@ -304,10 +308,25 @@ def _notes_on_experts(
     return notes
 
 
+def _other_interference(coefficients: Coefficients, recipe: Recipe) -> list[str]:
+    """Says that task vectors were changed in another way when coefficients were learned."""
+    before, now = (
+        [(step.name, dict(step.options)) for step in steps]
+        for steps in (coefficients.interference, recipe.build_interference())
+    )
+    if before == now:
+        return []
+    words = [" and ".join(name for name, _ in steps) or "none" for steps in (before, now)]
+    return [
+        f"they were learned after other interference steps or options ({words[0]}; now "
+        f"{words[1]}), and may be too large or too small for these task vectors"
+    ]
+
+
 def _how(start: Start, name: str, options: Mapping[str, Any]) -> str:
     """How coefficients of one granularity become those of another."""
     if start.learned is None:
-        return f"{name} coefficients start at the carried mean of their tensors"
+        return f"{name} coefficients start at one number for each tensor and expert"
     if _is_same(start.learned, (name, options)):
         return f"{name} coefficients start as they were learned"
     before = start.learned.granularity

@@ -85,7 +85,7 @@ def test_the_command_scales_and_says_so(text_fields, file, reference, tmp_path, 
     assert "tone times 0.5" in capsys.readouterr().out
 
 
-def test_factors_multiply():
+def test_factors_are_read():
     with pytest.raises(InputError, match="found 'tone'; expected an expert and a factor"):
         parse_scale(("tone",))
     with pytest.raises(InputError, match="found '=2'"):
@@ -147,12 +147,15 @@ def test_an_expert_under_another_name(text_fields, file):
         prepare_fold(file, renamed)
 
 
-def test_a_base_of_another_shape(text_fields, file):
+def test_a_base_of_another_shape(text_fields, file, tmp_path):
     coefficients = Coefficients.load(file)
     shapes = dict(coefficients.shapes) | {"bert.pooler.dense.weight": (64, 64)}
     other = dataclasses.replace(coefficients, shapes=shapes)
     with pytest.raises(InputError, match=r"of shape \(64, 64\), the base's .* has \(96, 96\)"):
         list(fold(models_of(text_fields), other))
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="only as a starting point"):
+        prepare_fold(tmp_path / "other.safetensors", models_of(text_fields))
 
 
 def test_matrices_that_only_an_expert_that_is_left_out_changed(tmp_path):

@@ -19,7 +19,7 @@ from adamerge_jax.loading import open_models
 from adamerge_jax.merging import learn_coefficients, pose
 from adamerge_jax.names import is_stacked
 from adamerge_jax.recipes import parse_recipe
-from adamerge_jax.reuse import Start, begin, start_from_file
+from adamerge_jax.reuse import Start, begin, open_start, start_from_file
 from adamerge_jax.workspace import open_workspace
 from tests.references import (
     BERT,
@@ -267,9 +267,9 @@ def test_a_run_starts_from_a_file(text_recipe, tmp_path, capsys):
     two = {task: tasks[task] for task in ("mood", "tone")}
     before = random_coefficients(models_of(text_recipe, **two), "row")
     before.save(tmp_path / "two.safetensors")
-    changes = {"start": "two.safetensors", "initial": 0.4}
-    recipe = write_recipe(tmp_path, text_recipe | {"coefficients": changes})
-    cli.main(["learn", str(recipe), "--out", str(tmp_path / "run"), "--learning.steps", "1"])
+    recipe = write_recipe(tmp_path, text_recipe | {"coefficients": {"initial": 0.4}})
+    options = ["--coefficients.start", "two.safetensors", "--learning.steps", "1"]
+    cli.main(["learn", str(recipe), "--out", str(tmp_path / "run"), *options])
     printed = capsys.readouterr().out
     assert "starting from two.safetensors: tone, mood where they were learned" in printed
     assert "new, starting at 0.4: topic" in printed
@@ -302,6 +302,19 @@ def test_a_coarse_stage_starts_from_the_file_too(text_recipe, tmp_path):
         learn_coefficients(problem, watch=lambda what, steps: nullcontext(show))
     mean = before.per_tensor()["bert.pooler.dense.weight"].clip(0, 1)
     np.testing.assert_allclose(caught.value.args[0][0], mean, rtol=1e-5)
+
+
+def test_what_cannot_be_started_from(text_recipe, tmp_path):
+    chosen = {"coefficients": {"start": "none.safetensors"}}
+    recipe = parse_recipe(text_recipe | chosen)
+    models = open_models(recipe, tmp_path)
+    with pytest.raises(InputError, match=r"coefficients\.start: .*none\.safetensors: no such file"):
+        open_start(recipe, models, ("tensor", {}), tmp_path)
+    random_coefficients(models).save(tmp_path / "none.safetensors")
+    changed = parse_recipe(text_recipe | chosen | {"interference": [{"name": "elect_sign"}]})
+    notes = open_start(changed, models, ("tensor", {}), tmp_path).notes
+    assert "other interference steps or options (none; now elect_sign)" in notes[1]
+    assert notes[2] == "tensor coefficients start as they were learned"
 
 
 def test_permission_without_a_start(text_recipe):
