@@ -51,7 +51,8 @@ class Learn:
             f"merged checkpoint {out / exporting.CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / jobs.COEFFICIENTS_FILE} (best after "
             f"{run.coefficients.step} steps)\n"
-            f"heat map          {out / jobs.HEAT_MAP_FILE}{_adapter(self.recipe, out)}",
+            f"heat map          {out / jobs.HEAT_MAP_FILE}\n"
+            f"report            {out / report.PAGE_FILE}{_adapter(self.recipe, out)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -112,12 +113,31 @@ class Inspect:
         report.print_coefficients(Coefficients.load(self.coefficients), console)
 
 
+@dataclasses.dataclass
+class Report:
+    """Write the report of a run anew, finished or not: one HTML page that needs nothing else."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run folder."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        page = report.write_page(self.folder)
+        console.print(f"report {page}", highlight=False, soft_wrap=True)
+
+
 _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 
 # Whose fields `--help` shows when no recipe is given.
 _EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration": "DATA"}}}
 
-COMMANDS = {"learn": Learn, "fold": Fold, "evaluate": Evaluate, "inspect": Inspect}
+COMMANDS = {
+    "learn": Learn,
+    "fold": Fold,
+    "evaluate": Evaluate,
+    "inspect": Inspect,
+    "report": Report,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,7 +164,7 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
+def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect | Report:
     """Parses the command line, with the recipe that it names as the default of all fields.
 
     Raises:
@@ -159,7 +179,7 @@ def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
         raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     default = None
-    if command is not Inspect:
+    if command not in (Inspect, Report):
         file = next((Path(o) for o in options if Path(o).suffix in (".yaml", ".yml")), None)
         if file is not None:
             recipe = load_recipe(file, _preset(options))

@@ -24,9 +24,15 @@ from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
+from adamerge_jax.run_folder import (
+    COEFFICIENTS_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+)
+from adamerge_jax.run_record import RunRecord, describe_machine, describe_problem
 from adamerge_jax.workspace import open_workspace
 
-COEFFICIENTS_FILE = "coefficients.safetensors"
 HEAT_MAP_FILE = "coefficients.png"
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
@@ -61,38 +67,47 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
             coefficients.
     """
     require_new(out)
-    with console.status("opening checkpoints and data"):
+    record = RunRecord(out)
+    with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         workspace = open_workspace(recipe, root)
         models = workspace.models
         # The Hugging Face checkpoint and the Orbax checkpoint.
         require_new(out, expected_bytes=2 * export_bytes(models, recipe))
         if recipe.export.adapter:
             require_adapters(models, recipe.coefficients.granularity, recipe.interference)
-    with console.status("reading task vectors, asking the experts"):
+    with (
+        console.status("reading task vectors, asking the experts"),
+        record.phase("task vectors and the experts' answers"),
+    ):
         problem = pose(recipe, workspace)
     console.print(_summary(problem))
 
     out.mkdir(parents=True, exist_ok=True)
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (out / "recipe.yaml").write_text(resolved)
+    (out / RECIPE_FILE).write_text(resolved)
+    with record.phase("similarity of the task vectors"):
+        record.add(**describe_machine(), **describe_problem(problem))
 
     def watch(what: str, steps: int) -> AbstractContextManager:
         console.print(what)
-        return show_progress(list(recipe.tasks), steps, out / "metrics.jsonl", console)
+        return show_progress(list(recipe.tasks), steps, out / METRICS_FILE, console)
 
-    merge = learn_coefficients(
-        problem,
-        watch=watch,
-        keep=lambda coefficients: coefficients.save(out / COEFFICIENTS_FILE),
-    )
+    with record.phase("learning"):
+        merge = learn_coefficients(
+            problem,
+            watch=watch,
+            keep=lambda coefficients: coefficients.save(out / COEFFICIENTS_FILE),
+        )
     report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
 
     rows = []
     if workspace.data.test:
-        with console.status("evaluating"):
+        with console.status("evaluating"), record.phase("evaluating"):
             rows = [*baselines(problem), evaluate_merge(problem, merge)]
-        report.write_results(rows, out / "results.json")
-    export(recipe, models, merge.coefficients, out, rows=rows, console=console)
+        report.write_results(rows, out / RESULTS_FILE)
+    with record.phase("writing checkpoints"):
+        export(recipe, models, merge.coefficients, out, root=root, rows=rows, console=console)
+    report.write_page(out)
     if rows:
         console.print(report.results_table(rows))
     return Run(out, merge.coefficients, rows)
@@ -127,7 +142,7 @@ def fold_file(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Con
                 f"{file} was learned for {name} = {source.source} ({source.identity[:19]}); "
                 f"{found[name].source} has other contents ({found[name].identity[:19]})"
             )
-    export(recipe, models, coefficients, out, rows=[], console=console)
+    export(recipe, models, coefficients, out, root=root, rows=[], console=console)
 
 
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:

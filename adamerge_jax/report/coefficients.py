@@ -1,57 +1,19 @@
-"""What people look at: the table of results, the map of coefficients, the model card."""
+"""Coefficients to look at: heat maps of where each expert goes, and their means by layer."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from adamerge_jax.coefficients import Coefficients
-from adamerge_jax.evaluation import Row
 from adamerge_jax.granularities import layer_of
-
-_COLOURS = "viridis"  # even in lightness, and told apart by colour-blind readers
-
-
-def results_table(rows: Sequence[Row]) -> Table:
-    """Scores: one line per method, one column per task, the average last.
-
-    The last row is the merge that the run learned and stands out.
-    """
-    table = Table(title=_TITLES[rows[0].metric], title_style="bold")
-    # A method may be called by a long path: that is broken into lines, numbers never are.
-    table.add_column("method", overflow="fold")
-    for task in rows[0].tasks:
-        table.add_column(task, justify="right", no_wrap=True)
-    table.add_column("average", justify="right", style="bold", no_wrap=True)
-    for row in rows:
-        cells = [*row.tasks.values(), row.average]
-        table.add_row(
-            row.method,
-            *(_in_words(cell, row.metric) for cell in cells),
-            style="bold green" if row is rows[-1] else None,
-        )
-    return table
-
-
-_TITLES = {"accuracy": "Accuracy (%)", "loss": "Loss (nats per token)"}
-
-
-def _in_words(score: float, metric: str) -> str:
-    return f"{100 * score:.1f}" if metric == "accuracy" else f"{score:.3f}"
-
-
-def write_results(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table as JSON.
-
-    That is `{"rows": [{"method", "metric", "tasks": {task: score}, "average"}]}`.
-    """
-    path.write_text(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2) + "\n")
+from adamerge_jax.report.colours import SEQUENTIAL
 
 
 def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
@@ -61,7 +23,7 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
     """
     experts = [expert.name for expert in coefficients.experts]
-    low, high = _value_range(coefficients)
+    low, high = value_range(coefficients)
     if set(coefficients.values) == set(coefficients.parameters):
         maps, rows, columns = _by_layer_and_kind(coefficients)
         across = 2 if len(experts) == 4 else min(len(experts), 3)
@@ -99,6 +61,31 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_expert(coefficients: Coefficients, position: int) -> Figure | None:
+    """Draws how much of one expert goes where, narrow enough to be read on a phone.
+
+    Layers across, the kinds of tensors down, the mean of each tensor's coefficients; or None where
+    coefficients are coarser than tensors.
+
+    Args:
+        coefficients: Of all experts.
+        position: Of the expert.
+    """
+    if set(coefficients.values) != set(coefficients.parameters):
+        return None
+    maps, layers, kinds = _by_layer_and_kind(coefficients)
+    low, high = value_range(coefficients)
+    size = (0.24 * len(layers) + 3.2, 0.2 * len(kinds) + 1.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    image = _draw_map(axes, maps[position].T, low, high)
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, label="mean coefficient")
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
 def print_coefficients(coefficients: Coefficients, console: Console) -> None:
     """Prints where the coefficients come from and, layer by layer, their mean per expert."""
     fields = {
@@ -106,7 +93,7 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
         "experts": ", ".join(f"{e.name} ({e.source})" for e in coefficients.experts),
         "coefficients": sum(values.size for values in coefficients.values.values()),
         "granularity": coefficients.granularity,
-        "interference": _interference_in_words(coefficients) or "none",
+        "interference": interference_in_words(coefficients) or "none",
         "constraint": coefficients.constraint,
         "objective": coefficients.objective,
         "learned in": f"{coefficients.step} steps, seed {coefficients.seed}",
@@ -114,27 +101,62 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
     }
     for name, field in fields.items():
         console.print(f"{name:14} {field}", highlight=False, soft_wrap=True)
-    layers: dict[str, list[np.ndarray]] = {}
-    for group, values in coefficients.values.items():
-        layers.setdefault(layer_of(group, coefficients.values), []).append(values)
+    layers, means = layer_means(coefficients)
     table = Table(title="Mean coefficient")
     table.add_column("layer", no_wrap=True)
     for expert in coefficients.experts:
         table.add_column(expert.name, justify="right")
-    for layer in sorted(layers, key=_natural_order):
-        means = np.mean([values.reshape(len(values), -1).mean(1) for values in layers[layer]], 0)
-        table.add_row(layer, *(f"{mean:.3f}" for mean in means))
+    for layer, row in zip(layers, means, strict=True):
+        table.add_row(layer, *(f"{mean:.3f}" for mean in row))
     console.print(table)
 
 
+def layer_means(coefficients: Coefficients) -> tuple[list[str], Float[np.ndarray, "layers K"]]:
+    """How much of each expert goes into each layer: the mean over its groups of coefficients."""
+    layers: dict[str, list[np.ndarray]] = {}
+    for group, values in coefficients.values.items():
+        layers.setdefault(layer_of(group, coefficients.values), []).append(_group_mean(values))
+    names = sorted(layers, key=_natural_order)
+    return names, np.stack([np.mean(layers[name], axis=0) for name in names])
+
+
+class Spread(NamedTuple):
+    """How the coefficients of one expert are spread.
+
+    Attributes:
+        mean: Of all its coefficients.
+        deviation: Their standard deviation.
+        smallest: The smallest.
+        largest: The largest.
+    """
+
+    mean: float
+    deviation: float
+    smallest: float
+    largest: float
+
+
+def spreads(coefficients: Coefficients) -> list[Spread]:
+    """How the coefficients of each expert are spread, one line per expert."""
+    found = []
+    for position in range(len(coefficients.experts)):
+        own = np.concatenate([values[position].ravel() for values in coefficients.values.values()])
+        found.append(Spread(*(float(f(own)) for f in (np.mean, np.std, np.min, np.max))))
+    return found
+
+
+def _group_mean(values: Float[np.ndarray, "K ..."]) -> Float[np.ndarray, " K"]:
+    return values.reshape(len(values), -1).mean(1)
+
+
 def _draw_map(axis: Axes, values: np.ndarray, low: float, high: float):
-    colours = matplotlib.colormaps[_COLOURS].with_extremes(bad="#dddddd")
+    colours = matplotlib.colormaps[SEQUENTIAL].with_extremes(bad="#dddddd")
     return axis.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
 
 
-def _value_range(coefficients: Coefficients) -> tuple[float, float]:
+def value_range(coefficients: Coefficients) -> tuple[float, float]:
     """From 0 to 1, or as far as the means of groups go beyond."""
-    means = np.array([a.reshape(len(a), -1).mean(1) for a in coefficients.values.values()])
+    means = np.array([_group_mean(values) for values in coefficients.values.values()])
     return min(0.0, float(means.min())), max(1.0, float(means.max()))
 
 
@@ -155,7 +177,7 @@ def _by_layer_and_kind(
     maps = np.full((len(coefficients.experts), len(rows), len(columns)), np.nan)
     for name, (layer, kind) in places.items():
         values = coefficients.values[name]
-        maps[:, rows.index(layer), columns.index(kind)] = values.reshape(len(values), -1).mean(1)
+        maps[:, rows.index(layer), columns.index(kind)] = _group_mean(values)
     return maps, rows, columns
 
 
@@ -164,48 +186,10 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _interference_in_words(coefficients: Coefficients) -> str:
+def interference_in_words(coefficients: Coefficients) -> str:
     """The interference steps with their options: `trim (density 0.2), elect_sign`."""
     words = []
     for step in coefficients.interference:
         options = ", ".join(f"{name} {value}" for name, value in step.options.items())
         words.append(f"{step.name} ({options})" if options else step.name)
     return ", ".join(words)
-
-
-def model_card(coefficients: Coefficients, rows: Sequence[Row]) -> str:
-    """A README.md for the merged checkpoint, with the Hub's metadata."""
-    table = ""
-    if rows:
-        tasks = list(rows[0].tasks)
-        lines = [["method", *tasks, "average"], ["---"] * (len(tasks) + 2)]
-        for row in rows:
-            scores = [*row.tasks.values(), row.average]
-            lines.append([row.method, *(_in_words(score, row.metric) for score in scores)])
-        table = f"\n## {_TITLES[rows[0].metric]}\n\n" + "\n".join(
-            f"| {' | '.join(line)} |" for line in lines
-        )
-    experts = "\n".join(f"- {expert.name}: `{expert.source}`" for expert in coefficients.experts)
-    count = sum(values.size for values in coefficients.values.values())
-    steps = _interference_in_words(coefficients)
-    interference = f" Task vectors were changed before mixing: {steps}." if steps else ""
-    return f"""---
-tags:
-- merge
-- adamerge_jax
----
-
-# Merged model
-
-One checkpoint of `{coefficients.base.source}` and {len(coefficients.experts)} experts,
-merged by adamerge_jax.
-
-Experts:
-
-{experts}
-
-Coefficients: {count}, one per {coefficients.granularity} and expert, constraint
-{coefficients.constraint}, learned by minimising {coefficients.objective} (seed
-{coefficients.seed}, best after {coefficients.step} steps).{interference}
-{table}
-"""
