@@ -1,7 +1,7 @@
 """What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
 from adamerge_jax.exporting import export, export_bytes, require_adapters
+from adamerge_jax.learning import Progress
 from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
@@ -31,6 +32,7 @@ from adamerge_jax.run_folder import (
     RESULTS_FILE,
 )
 from adamerge_jax.run_record import RunRecord, describe_machine, describe_problem
+from adamerge_jax.tracking import require_installed, track
 from adamerge_jax.workspace import open_workspace
 
 HEAT_MAP_FILE = "coefficients.png"
@@ -67,6 +69,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
             coefficients.
     """
     require_new(out)
+    require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         workspace = open_workspace(recipe, root)
@@ -83,14 +86,20 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
     console.print(_summary(problem))
 
     out.mkdir(parents=True, exist_ok=True)
-    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (out / RECIPE_FILE).write_text(resolved)
+    resolved = recipe.model_dump(mode="json")
+    (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
     with record.phase("similarity of the task vectors"):
         record.add(**describe_machine(), **describe_problem(problem))
 
-    def watch(what: str, steps: int) -> AbstractContextManager:
+    @contextmanager
+    def watch(what: str, steps: int) -> Iterator[Callable[[Progress], None]]:
         console.print(what)
-        return show_progress(list(recipe.tasks), steps, out / METRICS_FILE, console)
+        stage, _, _ = what.partition(":")
+        with (
+            track(recipe.tracking, out, stage, resolved) as send,
+            show_progress(list(recipe.tasks), steps, out / METRICS_FILE, console, send) as show,
+        ):
+            yield show
 
     with record.phase("learning"):
         merge = learn_coefficients(

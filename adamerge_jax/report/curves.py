@@ -38,7 +38,8 @@ def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> Figure:
         axes.plot(*zip(*held_out, strict=True), "o--", label="held out", **line)
     axes.set_ylabel("objective", fontsize=8)
     _finish(axes, kept, f"kept: step {kept.step}" if kept is not None else None)
-    axes.legend(fontsize=7, frameon=False)
+    # Outside, where it hides no curve.
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7, frameon=False)
     below.set_xlabel("step", fontsize=8)
     return figure
 
