@@ -102,7 +102,7 @@ def export(
         card = report.model_card(
             coefficients,
             rows,
-            origins=model_origins(models),
+            origins=model_origins(models, root),
             datasets=hub_datasets(recipe, root),
             auto_class=models.family.auto_class,
             task_folders=[task for task in models.experts if models.head_names(task)],

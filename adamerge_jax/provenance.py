@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.data import is_on_hub
-from adamerge_jax.loading import Models
+from adamerge_jax.loading import Models, resolve
 from adamerge_jax.recipes import Recipe
 
 
@@ -31,15 +31,20 @@ class Origin(NamedTuple):
     license: str | None
 
 
-def model_origins(models: Models) -> list[Origin]:
-    """Where the base and the experts come from, the base first."""
+def model_origins(models: Models, root: Path) -> list[Origin]:
+    """Where the base and the experts come from, the base first.
+
+    Args:
+        models: The base and its experts.
+        root: Folder that relative paths of the recipe start from.
+    """
     opened = [models.base.checkpoint, *(own.checkpoint for own in models.experts.values())]
     return [
         Origin(
             source.name,
             source.source,
             source.revision,
-            on_hub=not Path(checkpoint.source).expanduser().is_dir(),
+            on_hub=not Path(resolve(source.source, root)).is_dir(),
             license=_license(checkpoint),
         )
         for source, checkpoint in zip(models.sources, opened, strict=True)

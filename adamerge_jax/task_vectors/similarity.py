@@ -43,22 +43,23 @@ def _inner_products(
     delta: Delta, shape: tuple[int, ...], experts: int, stacked: bool
 ) -> Float[Array, "... K K"]:
     if stacked:
-        return jax.lax.map(lambda layer: _gram(layer, shape[1:], experts), delta)
-    return _gram(delta, shape, experts)
+        return jax.lax.map(lambda layer: gram(layer, shape[1:], experts), delta)
+    return gram(delta, shape, experts)
 
 
-def _gram(delta: Delta, shape: tuple[int, ...], experts: int) -> Float[Array, "K K"]:
+def gram(delta: Delta, shape: tuple[int, ...], experts: int) -> Float[Array, "K K"]:
+    """`inner_products` of one parameter that is not stacked, on the device and to be compiled."""
     parts = list(_parts(delta, tuple(range(experts)), shape))
     if len(parts) == 1:
         return _block(parts[0][0], parts[0][0])
-    gram = jnp.zeros((experts, experts))
+    found = jnp.zeros((experts, experts))
     for position, (one, rows) in enumerate(parts):
         for other, columns in parts[position:]:
             block = _block(one, other)
-            gram = gram.at[np.ix_(rows, columns)].add(block)
+            found = found.at[np.ix_(rows, columns)].add(block)
             if other is not one:
-                gram = gram.at[np.ix_(columns, rows)].add(block.T)
-    return gram
+                found = found.at[np.ix_(columns, rows)].add(block.T)
+    return found
 
 
 def _parts(
@@ -90,15 +91,15 @@ def _block(one: LowRankDelta | Array, other: LowRankDelta | Array) -> Float[Arra
     return _contract("ji,ki->jk", flat, other_flat)
 
 
-def cosines(gram: Float[np.ndarray, "K K"]) -> Float[np.ndarray, "K K"]:
+def cosines(products: Float[np.ndarray, "K K"]) -> Float[np.ndarray, "K K"]:
     """Cosines of the angles between K task vectors, from their inner products.
 
     Args:
-        gram: Inner products, of one parameter or summed over several.
+        products: Inner products, of one parameter or summed over several.
 
     Returns:
         From -1 to 1; NaN where a task vector is 0.
     """
-    norms = np.sqrt(np.maximum(np.diag(gram), 0))
+    norms = np.sqrt(np.maximum(np.diag(products), 0))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.clip(gram / np.outer(norms, norms), -1, 1)
+        return np.clip(products / np.outer(norms, norms), -1, 1)
