@@ -52,7 +52,8 @@ class Learn:
             f"merged checkpoint {out / exporting.CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / jobs.COEFFICIENTS_FILE} (best after "
             f"{run.coefficients.step} steps)\n"
-            f"heat map          {out / jobs.HEAT_MAP_FILE}{_adapter(self.recipe, out)}",
+            f"heat map          {out / jobs.HEAT_MAP_FILE}\n"
+            f"report            {out / report.PAGE_FILE}{_adapter(self.recipe, out)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -140,6 +141,19 @@ class Compare:
         jobs.compare_files(self.first, self.second, out=self.out, console=console)
 
 
+@dataclasses.dataclass
+class Report:
+    """Write the report of a run anew, finished or not: one HTML page that needs nothing else."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run folder."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        page = report.write_page(self.folder)
+        console.print(f"report {page}", highlight=False, soft_wrap=True)
+
+
 _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 
 # Whose fields `--help` shows when no recipe is given.
@@ -151,6 +165,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "inspect": Inspect,
     "compare": Compare,
+    "report": Report,
 }
 
 
@@ -178,7 +193,10 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect | Compare:
+Command = Learn | Fold | Evaluate | Inspect | Compare | Report
+
+
+def _parse(arguments: list[str]) -> Command:
     """Parses the command line, with the recipe that it names as the default of all fields.
 
     Raises:

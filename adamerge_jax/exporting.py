@@ -28,6 +28,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
 from adamerge_jax.granularities import ALONG_AXES
 from adamerge_jax.loading import DTYPES, Models, fold, load_head, load_trunk, match_trunk
+from adamerge_jax.provenance import hub_datasets, model_origins
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.tokenizers import tokenizer_owner
 
@@ -50,6 +51,7 @@ def export(
     coefficients: Coefficients,
     out: Path,
     *,
+    root: Path,
     rows: list[Row],
     console: Console,
 ) -> None:
@@ -60,6 +62,7 @@ def export(
         models: The base and its experts.
         coefficients: How much of each expert goes where.
         out: The folder that gets `checkpoint/` and `orbax/`, and `adapter/` where asked for.
+        root: Folder that relative paths of the recipe start from.
         rows: Results for the model card.
         console: Where progress is printed.
 
@@ -94,7 +97,15 @@ def export(
         writer.write_config(config)
         owner = tokenizer_owner(models, recipe.tokenizer) or models.base
         writer.copy_assets(owner.checkpoint)
-        writer.write_text("README.md", report.model_card(coefficients, rows))
+        card = report.model_card(
+            coefficients,
+            rows,
+            origins=model_origins(models, root),
+            datasets=hub_datasets(recipe, root),
+            auto_class=models.family.auto_class,
+            task_folders=[task for task in models.experts if models.head_names(task)],
+        )
+        writer.write_text("README.md", card)
         for task, expert in models.experts.items():
             if task in coefficients.left_out:
                 continue

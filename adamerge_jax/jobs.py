@@ -1,7 +1,7 @@
 """What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +20,24 @@ from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
 from adamerge_jax.exporting import export, export_bytes, require_adapters
+from adamerge_jax.learning import Progress
 from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.reuse import compare, prepare_fold
 from adamerge_jax.reuse.comparison_report import draw_comparison, print_comparison
+from adamerge_jax.run_folder import (
+    COEFFICIENTS_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+)
+from adamerge_jax.run_record import RunRecord, describe_machine, describe_problem
 from adamerge_jax.tokenizers import tokenizer_owner
+from adamerge_jax.tracking import require_installed, track
 from adamerge_jax.workspace import open_workspace
 
-COEFFICIENTS_FILE = "coefficients.safetensors"
 HEAT_MAP_FILE = "coefficients.png"
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
@@ -64,40 +72,56 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
             coefficients.
     """
     require_new(out)
-    with console.status("opening checkpoints and data"):
+    require_installed(recipe.tracking)
+    record = RunRecord(out)
+    with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         workspace = open_workspace(recipe, root)
         models = workspace.models
         # The Hugging Face checkpoint and the Orbax checkpoint.
         require_new(out, expected_bytes=2 * export_bytes(models, recipe))
         if recipe.export.adapter:
             require_adapters(models, recipe.coefficients.granularity, recipe.interference)
-    with console.status("reading task vectors, asking the experts"):
+    with (
+        console.status("reading task vectors, asking the experts"),
+        record.phase("task vectors and the experts' answers"),
+    ):
         problem = pose(recipe, workspace)
     console.print(_summary(problem))
     if problem.start is not None:
         _print_notes(problem.start.notes, console)
 
     out.mkdir(parents=True, exist_ok=True)
-    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (out / "recipe.yaml").write_text(resolved)
+    resolved = recipe.model_dump(mode="json")
+    (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
+    with record.phase("similarity of the task vectors"):
+        record.add(**describe_machine(), **describe_problem(problem))
 
-    def watch(what: str, steps: int) -> AbstractContextManager:
+    @contextmanager
+    def watch(what: str, steps: int) -> Iterator[Callable[[Progress], None]]:
         console.print(what)
-        return show_progress(list(recipe.tasks), steps, out / "metrics.jsonl", console)
+        stage, _, _ = what.partition(":")
+        with (
+            track(recipe.tracking, out, stage, resolved) as send,
+            show_progress(list(recipe.tasks), steps, out / METRICS_FILE, console, send) as show,
+        ):
+            yield show
 
-    merge = learn_coefficients(
-        problem,
-        watch=watch,
-        keep=lambda coefficients: coefficients.save(out / COEFFICIENTS_FILE),
-    )
+    with record.phase("learning"):
+        merge = learn_coefficients(
+            problem,
+            watch=watch,
+            keep=lambda coefficients: coefficients.save(out / COEFFICIENTS_FILE),
+        )
     report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
 
     rows = []
     if workspace.data.test:
-        with console.status("evaluating"):
+        with console.status("evaluating"), record.phase("evaluating"):
             rows = [*baselines(problem), evaluate_merge(problem, merge)]
-        report.write_results(rows, out / "results.json")
-    export(recipe, models, merge.coefficients, out, rows=rows, console=console)
+        report.write_results(rows, out / RESULTS_FILE)
+    with record.phase("writing checkpoints"):
+        export(recipe, models, merge.coefficients, out, root=root, rows=rows, console=console)
+    report.write_page(out)
     if rows:
         console.print(report.results_table(rows))
     return Run(out, merge.coefficients, rows)
@@ -138,7 +162,7 @@ def fold_file(
     )
     tokenizer_owner(models, recipe.tokenizer)  # refused before anything is written
     _print_notes(notes, console)
-    export(recipe, models, coefficients, out, rows=[], console=console)
+    export(recipe, models, coefficients, out, root=root, rows=[], console=console)
     if scale:
         coefficients.save(out / COEFFICIENTS_FILE)
 

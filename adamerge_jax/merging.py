@@ -38,7 +38,10 @@ from adamerge_jax.task_vectors import Delta, LoadedDelta
 from adamerge_jax.workspace import Workspace
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[learning.Progress], None]]]
-"""`(what is learned, steps) -> what is called with every step's progress`."""
+"""`(what is learned, steps) -> what is called with every step's progress`.
+
+What is learned is the name of the stage, a colon, and the number of coefficients.
+"""
 
 
 class Problem(NamedTuple):

@@ -25,6 +25,7 @@ from adamerge_jax.objectives import Objective, make_objective, weighted_sum
 from adamerge_jax.presets import DEFAULT_PRESET, PRESETS, apply_preset
 from adamerge_jax.registries import find_registered
 from adamerge_jax.regularizers import Regularizer, make_regularizer
+from adamerge_jax.tracking import TrackerName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -286,6 +287,8 @@ class Recipe(Section):
     learning: LearningRecipe = LearningRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    tracking: list[TrackerName] = []
+    """Where the numbers of every step go beside metrics.jsonl: tensorboard, wandb."""
     max_length: int = Field(default=128, ge=2)
     """Longest text in tokens; longer ones are cut, and the run says how many."""
     dtype: Dtype | None = None

@@ -164,7 +164,7 @@ def folded(
     recipe = parse_recipe(fields | {"export": {"adapter": True}})
     opened = open_models(recipe, Path("/"))
     own = coefficients or random_coefficients(opened, **options)
-    export(recipe, opened, own, out, rows=[], console=quiet())
+    export(recipe, opened, own, out, root=Path("/"), rows=[], console=quiet())
     return opened
 
 

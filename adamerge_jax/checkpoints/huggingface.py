@@ -28,7 +28,10 @@ from adamerge_jax.errors import InputError
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
+_DOWNLOADED = (
+    *("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"),
+    "README.md",  # says under which licence
+)
 _PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
 # What a trainer leaves next to the weights; finding one does not make a pickled checkpoint.
 _TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt")

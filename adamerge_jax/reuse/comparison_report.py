@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from adamerge_jax.report import draw_means
+from adamerge_jax.report.coefficients import draw_means
 from adamerge_jax.reuse.comparing import Comparison
 
 _COLOURS = "PuOr"  # orange to violet with white between, told apart by colour-blind readers

@@ -1,8 +1,8 @@
-"""What people look at: the table of results, the map of coefficients, the model card."""
+"""Coefficients to look at: heat maps of where each expert goes, and their means by layer."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,46 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from adamerge_jax.coefficients import Coefficients
-from adamerge_jax.evaluation import Row
 from adamerge_jax.granularities import layer_of
-
-_COLOURS = "viridis"  # even in lightness, and told apart by colour-blind readers
-
-
-def results_table(rows: Sequence[Row]) -> Table:
-    """Scores: one line per method, one column per task, the average last.
-
-    The last row is the merge that the run learned and stands out.
-    """
-    table = Table(title=_TITLES[rows[0].metric], title_style="bold")
-    # A method may be called by a long path: that is broken into lines, numbers never are.
-    table.add_column("method", overflow="fold")
-    for task in rows[0].tasks:
-        table.add_column(task, justify="right", no_wrap=True)
-    table.add_column("average", justify="right", style="bold", no_wrap=True)
-    for row in rows:
-        cells = [*row.tasks.values(), row.average]
-        table.add_row(
-            row.method,
-            *(_in_words(cell, row.metric) for cell in cells),
-            style="bold green" if row is rows[-1] else None,
-        )
-    return table
-
-
-_TITLES = {"accuracy": "Accuracy (%)", "loss": "Loss (nats per token)"}
-
-
-def _in_words(score: float, metric: str) -> str:
-    return f"{100 * score:.1f}" if metric == "accuracy" else f"{score:.3f}"
-
-
-def write_results(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table as JSON.
-
-    That is `{"rows": [{"method", "metric", "tasks": {task: score}, "average"}]}`.
-    """
-    path.write_text(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2) + "\n")
+from adamerge_jax.report.colours import SEQUENTIAL
 
 
 def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
@@ -62,16 +24,12 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     Coarse coefficients: one map, groups down and experts across. One coefficient per tensor, or
     finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
     """
-    means = {g: own.reshape(len(own), -1).mean(1) for g, own in coefficients.values.items()}
-    every = np.stack(list(means.values()))
-    # From 0 to 1, or as far as the means of groups go beyond.
-    low, high = min(0.0, float(every.min())), max(1.0, float(every.max()))
     figure = draw_means(
-        means,
+        _group_means(coefficients),
         coefficients.names,
         by_tensor=set(coefficients.values) == set(coefficients.shapes),
-        colours=_COLOURS,
-        limits=(low, high),
+        colours=SEQUENTIAL,
+        limits=value_range(coefficients),
         label="coefficient",
     )
     figure.suptitle(f"Merge coefficients ({coefficients.granularity})", fontsize=11)
@@ -134,6 +92,30 @@ def draw_means(
     return figure
 
 
+def draw_expert(coefficients: Coefficients, position: int) -> Figure | None:
+    """Draws how much of one expert goes where, narrow enough to be read on a phone.
+
+    Layers across, the kinds of tensors down, the mean of each tensor's coefficients; or None where
+    coefficients are coarser than tensors.
+
+    Args:
+        coefficients: Of all experts.
+        position: Of the expert.
+    """
+    if set(coefficients.values) != set(coefficients.parameters):
+        return None
+    maps, layers, kinds = _by_layer_and_kind(_group_means(coefficients))
+    size = (0.24 * len(layers) + 3.2, 0.2 * len(kinds) + 1.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    image = _draw_map(axes, maps[position].T, SEQUENTIAL, value_range(coefficients))
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, label="mean coefficient")
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
 def print_coefficients(coefficients: Coefficients, console: Console) -> None:
     """Prints where the coefficients come from and, layer by layer, their mean per expert."""
     fields = {
@@ -141,27 +123,66 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
         "experts": ", ".join(f"{e.name} ({e.source})" for e in coefficients.experts),
         "coefficients": sum(values.size for values in coefficients.values.values()),
         "granularity": coefficients.granularity,
-        "interference": _interference_in_words(coefficients) or "none",
+        "interference": interference_in_words(coefficients) or "none",
         "constraint": coefficients.constraint,
         "objective": coefficients.objective,
         "learned in": f"{coefficients.step} steps, seed {coefficients.seed}",
         "started from": coefficients.started_from or "nothing learned before",
-        "scaled since": _scaled_in_words(coefficients) or "no",
+        "scaled since": scaled_in_words(coefficients) or "no",
         "merged tensors": len(coefficients.parameters),
     }
     for name, field in fields.items():
         console.print(f"{name:14} {field}", highlight=False, soft_wrap=True)
-    layers: dict[str, list[np.ndarray]] = {}
-    for group, values in coefficients.values.items():
-        layers.setdefault(layer_of(group, coefficients.values), []).append(values)
+    layers, means = layer_means(coefficients)
     table = Table(title="Mean coefficient")
     table.add_column("layer", no_wrap=True)
     for expert in coefficients.experts:
         table.add_column(expert.name, justify="right")
-    for layer in sorted(layers, key=_natural_order):
-        means = np.mean([values.reshape(len(values), -1).mean(1) for values in layers[layer]], 0)
-        table.add_row(layer, *(f"{mean:.3f}" for mean in means))
+    for layer, row in zip(layers, means, strict=True):
+        table.add_row(layer, *(f"{mean:.3f}" for mean in row))
     console.print(table)
+
+
+def layer_means(coefficients: Coefficients) -> tuple[list[str], Float[np.ndarray, "layers K"]]:
+    """How much of each expert goes into each layer: the mean over its groups of coefficients."""
+    layers: dict[str, list[np.ndarray]] = {}
+    for group, values in coefficients.values.items():
+        layers.setdefault(layer_of(group, coefficients.values), []).append(_group_mean(values))
+    names = sorted(layers, key=_natural_order)
+    return names, np.stack([np.mean(layers[name], axis=0) for name in names])
+
+
+class Spread(NamedTuple):
+    """How the coefficients of one expert are spread.
+
+    Attributes:
+        mean: Of all its coefficients.
+        deviation: Their standard deviation.
+        smallest: The smallest.
+        largest: The largest.
+    """
+
+    mean: float
+    deviation: float
+    smallest: float
+    largest: float
+
+
+def spreads(coefficients: Coefficients) -> list[Spread]:
+    """How the coefficients of each expert are spread, one line per expert."""
+    found = []
+    for position in range(len(coefficients.experts)):
+        own = np.concatenate([values[position].ravel() for values in coefficients.values.values()])
+        found.append(Spread(*(float(f(own)) for f in (np.mean, np.std, np.min, np.max))))
+    return found
+
+
+def _group_means(coefficients: Coefficients) -> dict[str, Float[np.ndarray, " K"]]:
+    return {group: _group_mean(values) for group, values in coefficients.values.items()}
+
+
+def _group_mean(values: Float[np.ndarray, "K ..."]) -> Float[np.ndarray, " K"]:
+    return values.reshape(len(values), -1).mean(1)
 
 
 def _draw_map(
@@ -170,6 +191,12 @@ def _draw_map(
     colour_map = matplotlib.colormaps[colours].with_extremes(bad="#dddddd")
     low, high = limits
     return axis.imshow(values, cmap=colour_map, vmin=low, vmax=high, aspect="auto")
+
+
+def value_range(coefficients: Coefficients) -> tuple[float, float]:
+    """From 0 to 1, or as far as the means of groups go beyond."""
+    means = np.array([_group_mean(values) for values in coefficients.values.values()])
+    return min(0.0, float(means.min())), max(1.0, float(means.max()))
 
 
 def _by_layer_and_kind(
@@ -197,7 +224,7 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _interference_in_words(coefficients: Coefficients) -> str:
+def interference_in_words(coefficients: Coefficients) -> str:
     """The interference steps with their options: `trim (density 0.2), elect_sign`."""
     words = []
     for step in coefficients.interference:
@@ -206,46 +233,6 @@ def _interference_in_words(coefficients: Coefficients) -> str:
     return ", ".join(words)
 
 
-def _scaled_in_words(coefficients: Coefficients) -> str:
+def scaled_in_words(coefficients: Coefficients) -> str:
     """What coefficients were multiplied with after learning: `trec times 0.5`."""
     return ", ".join(f"{name} times {factor:g}" for name, factor in coefficients.scaled.items())
-
-
-def model_card(coefficients: Coefficients, rows: Sequence[Row]) -> str:
-    """A README.md for the merged checkpoint, with the Hub's metadata."""
-    table = ""
-    if rows:
-        tasks = list(rows[0].tasks)
-        lines = [["method", *tasks, "average"], ["---"] * (len(tasks) + 2)]
-        for row in rows:
-            scores = [*row.tasks.values(), row.average]
-            lines.append([row.method, *(_in_words(score, row.metric) for score in scores)])
-        table = f"\n## {_TITLES[rows[0].metric]}\n\n" + "\n".join(
-            f"| {' | '.join(line)} |" for line in lines
-        )
-    experts = "\n".join(f"- {expert.name}: `{expert.source}`" for expert in coefficients.experts)
-    count = sum(values.size for values in coefficients.values.values())
-    steps = _interference_in_words(coefficients)
-    interference = f" Task vectors were changed before mixing: {steps}." if steps else ""
-    factors = _scaled_in_words(coefficients)
-    scaled = f" Multiplied after learning: {factors}." if factors else ""
-    return f"""---
-tags:
-- merge
-- adamerge_jax
----
-
-# Merged model
-
-One checkpoint of `{coefficients.base.source}` and {len(coefficients.experts)} experts,
-merged by adamerge_jax.
-
-Experts:
-
-{experts}
-
-Coefficients: {count}, one per {coefficients.granularity} and expert, constraint
-{coefficients.constraint}, learned by minimising {coefficients.objective} (seed
-{coefficients.seed}, best after {coefficients.step} steps).{interference}{scaled}
-{table}
-"""
