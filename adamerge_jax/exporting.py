@@ -5,6 +5,7 @@ Where all experts are LoRA adapters the merge may be one too, written beside the
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,12 +22,12 @@ from adamerge_jax import report
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
-from adamerge_jax.checkpoints.orbax import save_parameters
+from adamerge_jax.checkpoints.orbax import UnreadArray, save_parameters
 from adamerge_jax.checkpoints.peft import AdapterWeights, MatchedAdapter, save_adapter
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.loading import DTYPES, Models, fold, load_head, load_trunk, match_trunk
+from adamerge_jax.loading import DTYPES, Models, fold, load_head, match_trunk, read_parameter
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.tokenizers import tokenizer_owner
 
@@ -108,7 +109,17 @@ def export(
                 )
     with console.status("writing the Orbax checkpoint"):
         merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
-        save_parameters(out / ORBAX_FOLDER, load_trunk(models, merged, None))
+        save_parameters(
+            out / ORBAX_FOLDER,
+            {
+                name: UnreadArray(
+                    shape,
+                    models.base.dtype(models.tensors(name)[0]),
+                    partial(read_parameter, models, merged, name, None),
+                )
+                for name, shape in models.shapes.items()
+            },
+        )
     if recipe.export.adapter:
         with console.status("writing the adapter"):
             export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
