@@ -83,6 +83,28 @@ class Fold:
 
 
 @dataclasses.dataclass
+class Mergekit:
+    """Write the merge of a coefficients file as a YAML file that mergekit makes it from."""
+
+    coefficients: tyro.conf.Positional[Path]
+    """The coefficients.safetensors of a run: whole experts, one coefficient per tensor or
+    coarser, no interference steps."""
+    recipe_file: Annotated[Path, tyro.conf.arg(name="recipe")]
+    """The recipe, a YAML file: where base and experts are."""
+    out: Path
+    """YAML file to make."""
+    recipe: RecipeFields
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        root = _root(self.recipe_file, self.root)
+        jobs.write_mergekit(self.coefficients, self.recipe, root=root, out=self.out)
+        console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
+
+
+@dataclasses.dataclass
 class Evaluate:
     """Evaluate a checkpoint on a recipe's test data, with the heads of its experts."""
 
@@ -117,7 +139,13 @@ _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 # Whose fields `--help` shows when no recipe is given.
 _EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration": "DATA"}}}
 
-COMMANDS = {"learn": Learn, "fold": Fold, "evaluate": Evaluate, "inspect": Inspect}
+COMMANDS = {
+    "learn": Learn,
+    "fold": Fold,
+    "mergekit": Mergekit,
+    "evaluate": Evaluate,
+    "inspect": Inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,7 +172,7 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
+def _parse(arguments: list[str]) -> Learn | Fold | Mergekit | Evaluate | Inspect:
     """Parses the command line, with the recipe that it names as the default of all fields.
 
     Raises:
@@ -160,7 +188,7 @@ def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
     command = COMMANDS[name]
     default = None
     if command is not Inspect:
-        file = next((Path(o) for o in options if Path(o).suffix in (".yaml", ".yml")), None)
+        file = _recipe_file(options)
         if file is not None:
             recipe = load_recipe(file, _preset(options))
         elif {"-h", "--help"} & set(options):
@@ -189,13 +217,25 @@ def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
     return parsed
 
 
+def _recipe_file(options: Sequence[str]) -> Path | None:
+    """The recipe on the command line: its fields are the defaults of all other options."""
+    named = _value(options, "--recipe")
+    files = [named] if named else [o for o in options if Path(o).suffix in (".yaml", ".yml")]
+    return Path(files[0]) if files else None
+
+
 def _preset(options: Sequence[str]) -> str | None:
     """The preset on the command line: it decides on the defaults of all other options."""
+    return _value(options, "--preset")
+
+
+def _value(options: Sequence[str], name: str) -> str | None:
+    """What an option is given, before the command line is parsed."""
     for option, following in zip(options, [*options[1:], ""], strict=True):
-        if option == "--preset":
+        if option == name:
             return following
-        if option.startswith("--preset="):
-            return option.removeprefix("--preset=")
+        if option.startswith(f"{name}="):
+            return option.removeprefix(f"{name}=")
     return None
 
 

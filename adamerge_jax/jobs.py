@@ -19,8 +19,8 @@ from adamerge_jax.checkpoints.matching import require_same_architecture
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.exporting import export, export_bytes, require_adapters
-from adamerge_jax.loading import load_trunk, match_trunk, open_models
+from adamerge_jax.exporting import export, export_bytes, export_mergekit, require_adapters
+from adamerge_jax.loading import Models, load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
@@ -112,22 +112,25 @@ def fold_file(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Con
         InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
     require_new(out)
-    coefficients = Coefficients.load(file)
-    models = open_models(recipe, root)
-    learned_for = {source.name: source for source in (coefficients.base, *coefficients.experts)}
-    found = {source.name: source for source in models.sources}
-    if list(learned_for) != list(found):
-        raise InputError(
-            f"{file} was learned for {', '.join(learned_for)}; the recipe has {', '.join(found)}, "
-            "and it must have the same in the same order"
-        )
-    for name, source in learned_for.items():
-        if source.identity != found[name].identity:
-            raise InputError(
-                f"{file} was learned for {name} = {source.source} ({source.identity[:19]}); "
-                f"{found[name].source} has other contents ({found[name].identity[:19]})"
-            )
+    coefficients, models = _open_coefficients(file, recipe, root)
     export(recipe, models, coefficients, out, rows=[], console=console)
+
+
+def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path) -> None:
+    """Writes the YAML file with which mergekit makes the merge of learned coefficients.
+
+    Args:
+        file: The coefficients.
+        recipe: Says where base and experts are, and the merge's dtype.
+        root: Folder that relative paths of the recipe start from.
+        out: The file to make.
+
+    Raises:
+        InputError: The file cannot be read, was learned for other models, or is of a merge that
+            mergekit cannot make.
+    """
+    coefficients, models = _open_coefficients(file, recipe, root)
+    export_mergekit(recipe, models, coefficients, out)
 
 
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:
@@ -200,6 +203,26 @@ def evaluate_merge(problem: Problem, merge: Merge) -> Row:
         merge.parameters(problem.base),
         problem.workspace.data.test,
     )
+
+
+def _open_coefficients(file: Path, recipe: Recipe, root: Path) -> tuple[Coefficients, Models]:
+    """Reads a coefficients file and opens the models that it was learned for."""
+    coefficients = Coefficients.load(file)
+    models = open_models(recipe, root)
+    learned_for = {source.name: source for source in (coefficients.base, *coefficients.experts)}
+    found = {source.name: source for source in models.sources}
+    if list(learned_for) != list(found):
+        raise InputError(
+            f"{file} was learned for {', '.join(learned_for)}; the recipe has {', '.join(found)}, "
+            "and it must have the same in the same order"
+        )
+    for name, source in learned_for.items():
+        if source.identity != found[name].identity:
+            raise InputError(
+                f"{file} was learned for {name} = {source.source} ({source.identity[:19]}); "
+                f"{found[name].source} has other contents ({found[name].identity[:19]})"
+            )
+    return coefficients, models
 
 
 def _summary(problem: Problem) -> str:
