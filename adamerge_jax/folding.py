@@ -79,13 +79,15 @@ def _fold_block(
     """Folds the entries from `first` on into `out`; whether all sums are finite."""
     start = _read(base, name, first, out.shape)
     total = np.zeros(out.shape, np.float32)
-    for expert, own in zip(experts, scale, strict=True):
-        delta = _read(expert, name, first, out.shape)
-        np.subtract(delta, start, out=delta)
-        np.multiply(delta, own, out=delta)
-        np.add(total, delta, out=total)
-    np.add(start, total, out=total)
-    out[...] = total
+    # What is not finite is told at the end, with names.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for expert, own in zip(experts, scale, strict=True):
+            delta = _read(expert, name, first, out.shape)
+            np.subtract(delta, start, out=delta)
+            np.multiply(delta, own, out=delta)
+            np.add(total, delta, out=total)
+        np.add(start, total, out=total)
+        out[...] = total
     return bool(np.isfinite(total).all())
 
 

@@ -302,9 +302,9 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
     )
     with ThreadPoolExecutor(THREADS) as threads:
         for name in models.base.names:
-            if name not in scales:
+            if name not in scales or name in models.kept:
                 yield name, models.base.read(name)
-            elif stored and name not in models.kept:
+            elif stored:
                 scale = np.asarray(scales[name])
                 yield name, fold_tensor(name, models.base, experts, scale, threads)
             else:

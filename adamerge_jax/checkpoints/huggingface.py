@@ -123,7 +123,11 @@ class Checkpoint:
         return cls(source, folder, _read_config(folder), _read_headers(folder))
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor, in the dtype that it is stored in."""
+        """Reads one tensor, in the dtype that it is stored in.
+
+        Raises:
+            InputError: The file is gone, or was cut off after it was opened.
+        """
         info = self.tensors[name]
         values = np.empty(info.shape, info.dtype)
         self.read_part(name, 0, values.reshape(-1))

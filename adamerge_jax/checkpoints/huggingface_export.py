@@ -384,6 +384,7 @@ def _write_shard(
             array = tensors.pop(name)
             _write_all(stream, array.reshape(-1).view(np.uint8))
             written(array.nbytes)
+            del array
         # Here, so that the disk works while the next shard is made.
         os.fsync(stream.fileno())
     return _Shard(file, tuple(names), values_of)

@@ -11,14 +11,14 @@ folder. Then, each in a process of its own,
 Before each, all files are on the disk and dropped from the page cache, and each is timed until
 what it wrote is on the disk too, as a fold always waits for that; (a') does not wait. Seconds are
 those of the work, without the start of Python and its imports. Memory is the largest resident size
-of the process over that before the work, and in the last column its part of what is allowed: 1.5
-times a file of the checkpoint for the base and for every expert.
+of the process (of Linux), that over what it was before the work, and the part that this is of what
+is allowed: 1.5 times a file of the checkpoint for the base and for every expert.
 """
 
 import argparse
+import inspect
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -60,22 +60,21 @@ SHARD_MEGABYTES = {"bfloat16": 50, "float32": 100}
 """Of the experts' files and of the merge's: five files each."""
 
 MERGEKIT = """
-import json, os, pathlib, resource, sys, time, yaml
+import json, os, pathlib, sys, time, yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+{resident}
 config, out, shard = sys.argv[1:]
 merge = MergeConfiguration.model_validate(yaml.safe_load(open(config)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-started = time.perf_counter()
+floor, started = resident("VmRSS"), time.perf_counter()
 run_merge(merge, out, MergeOptions(out_shard_size=int(shard), copy_tokenizer=False, quiet=True))
 for file in pathlib.Path(out).rglob("*"):
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "floor": before * 1024, "peak": peak * 1024}))
+print(json.dumps({{"seconds": seconds, "floor": floor, "peak": resident("VmHWM")}}))
 """
 """Run by the interpreter beside `mergekit-yaml`: the merge that this would run, timed."""
 
@@ -170,15 +169,20 @@ def copy_experts(root: Path, out: Path, flush: bool) -> None:
                 os.fsync(stream.fileno())
 
 
+def resident(field: str) -> int:
+    """Bytes of this process in memory: `VmRSS` now, from which `VmHWM`, the peak, starts anew."""
+    if field == "VmRSS":
+        with open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")
+    with open("/proc/self/status") as stream:
+        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith(field))
+
+
 def measure(work: Callable[[], object]) -> Result:
     """Time and memory of some work in this process."""
-
-    def resident() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    floor, started = resident(), time.perf_counter()
+    floor, started = resident("VmRSS"), time.perf_counter()
     work()
-    return Result(time.perf_counter() - started, floor, resident())
+    return Result(time.perf_counter() - started, floor, resident("VmHWM"))
 
 
 def run_variant(variant: str, root: Path, dtype: str, out: Path) -> Result:
@@ -207,7 +211,8 @@ def compare(dtype: str, root: Path, mergekit: Path | None, console: Console) -> 
     if mergekit:
         config, shard = str(root / "mergekit.yaml"), str(SHARD_MEGABYTES[dtype] * 10**6)
         python = str(mergekit.absolute().parent / "python")
-        commands["c: mergekit"] = [python, "-c", MERGEKIT, config, str(out), shard]
+        script = MERGEKIT.format(resident=inspect.getsource(resident))
+        commands["c: mergekit"] = [python, "-c", script, config, str(out), shard]
     table = Table(
         title=f"{dtype}: {len(EXPERTS)} experts of {read / len(EXPERTS) / 1e6:.0f} MB in files of "
         f"up to {largest / 1e6:.0f} MB; {os.cpu_count()} CPU cores"
@@ -251,7 +256,7 @@ def main() -> None:
         result = run_variant(arguments.variant, root, arguments.dtype, root / "out")
         print(json.dumps(result._asdict()))
         return
-    console = Console(width=120)
+    console = Console(width=140)
     for dtype in [arguments.dtype] if arguments.dtype else SHARD_MEGABYTES:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             compare(dtype, Path(folder), arguments.mergekit, console)
