@@ -96,6 +96,28 @@ class Fold:
 
 
 @dataclasses.dataclass
+class Mergekit:
+    """Write the merge of a coefficients file as a YAML file that mergekit makes it from."""
+
+    coefficients: tyro.conf.Positional[Path]
+    """The coefficients.safetensors of a run: whole experts, one coefficient per tensor or
+    coarser, no interference steps."""
+    recipe_file: Annotated[Path, tyro.conf.arg(name="recipe")]
+    """The recipe, a YAML file: where base and experts are."""
+    out: Path
+    """YAML file to make."""
+    recipe: RecipeFields
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        root = _root(self.recipe_file, self.root)
+        jobs.write_mergekit(self.coefficients, self.recipe, root=root, out=self.out)
+        console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
+
+
+@dataclasses.dataclass
 class Evaluate:
     """Evaluate a checkpoint on a recipe's test data, with the heads of its experts."""
 
@@ -162,6 +184,7 @@ _EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration"
 COMMANDS = {
     "learn": Learn,
     "fold": Fold,
+    "mergekit": Mergekit,
     "evaluate": Evaluate,
     "inspect": Inspect,
     "compare": Compare,
@@ -193,7 +216,7 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-Command = Learn | Fold | Evaluate | Inspect | Compare | Report
+Command = Learn | Fold | Mergekit | Evaluate | Inspect | Compare | Report
 
 
 def _parse(arguments: list[str]) -> Command:
@@ -212,7 +235,7 @@ def _parse(arguments: list[str]) -> Command:
     command = COMMANDS[name]
     default = None
     if "recipe" in {field.name for field in dataclasses.fields(command)}:
-        file = next((Path(o) for o in options if Path(o).suffix in (".yaml", ".yml")), None)
+        file = _recipe_file(options)
         if file is not None:
             recipe = load_recipe(file, _preset(options))
         elif {"-h", "--help"} & set(options):
@@ -241,13 +264,25 @@ def _parse(arguments: list[str]) -> Command:
     return parsed
 
 
+def _recipe_file(options: Sequence[str]) -> Path | None:
+    """The recipe on the command line: its fields are the defaults of all other options."""
+    named = _value(options, "--recipe")
+    files = [named] if named else [o for o in options if Path(o).suffix in (".yaml", ".yml")]
+    return Path(files[0]) if files else None
+
+
 def _preset(options: Sequence[str]) -> str | None:
     """The preset on the command line: it decides on the defaults of all other options."""
+    return _value(options, "--preset")
+
+
+def _value(options: Sequence[str], name: str) -> str | None:
+    """What an option is given, before the command line is parsed."""
     for option, following in zip(options, [*options[1:], ""], strict=True):
-        if option == "--preset":
+        if option == name:
             return following
-        if option.startswith("--preset="):
-            return option.removeprefix("--preset=")
+        if option.startswith(f"{name}="):
+            return option.removeprefix(f"{name}=")
     return None
 
 

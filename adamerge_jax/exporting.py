@@ -1,10 +1,12 @@
 """Writing a merge: the Hugging Face checkpoint, a model for every task, the Orbax checkpoint.
 
-Where all experts are LoRA adapters the merge may be one too, written beside them for PEFT.
+Where all experts are LoRA adapters the merge may be one too, written beside them for PEFT. What
+mergekit can merge in the same way is written for it as a YAML file.
 """
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,13 +23,14 @@ from adamerge_jax import report
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
-from adamerge_jax.checkpoints.orbax import save_parameters
+from adamerge_jax.checkpoints.mergekit import inexpressible, write_merge
+from adamerge_jax.checkpoints.orbax import UnreadArray, save_parameters
 from adamerge_jax.checkpoints.peft import AdapterWeights, MatchedAdapter, save_adapter
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.granularities import ALONG_AXES
-from adamerge_jax.loading import DTYPES, Models, fold, load_head, load_trunk, match_trunk
+from adamerge_jax.granularities import ALONG_AXES, unprepared
+from adamerge_jax.loading import DTYPES, Models, fold, load_head, match_trunk, read_parameter
 from adamerge_jax.provenance import hub_datasets, model_origins
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.tokenizers import tokenizer_owner
@@ -119,7 +122,17 @@ def export(
                 )
     with console.status("writing the Orbax checkpoint"):
         merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
-        save_parameters(out / ORBAX_FOLDER, load_trunk(models, merged, None))
+        save_parameters(
+            out / ORBAX_FOLDER,
+            {
+                name: UnreadArray(
+                    shape,
+                    models.base.dtype(models.tensors(name)[0]),
+                    partial(read_parameter, models, merged, name, None),
+                )
+                for name, shape in models.shapes.items()
+            },
+        )
     if recipe.export.adapter:
         with console.status("writing the adapter"):
             export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
@@ -214,6 +227,44 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
         base=str(Path(source).resolve()) if Path(source).is_dir() else source,
         task_type=_TASK_TYPES.get(models.family.auto_class),
         revision=recipe.base.revision,
+    )
+
+
+def export_mergekit(recipe: Recipe, models: Models, coefficients: Coefficients, file: Path) -> None:
+    """Writes the YAML file with which mergekit makes the same merge of the same models.
+
+    Args:
+        recipe: Says in which dtype the merge is.
+        models: The base and its experts.
+        coefficients: How much of each expert goes where.
+        file: The file to make.
+
+    Raises:
+        InputError: Says why mergekit cannot make it, or why the file cannot be written.
+    """
+    if coefficients.interference:
+        raise inexpressible("it has interference steps, whose order and sums are other ones there")
+    shapes = {name: models.base.shape(name) for name in coefficients.parameters}
+    granularity = coefficients.make_granularity(shapes)
+    scales = granularity.scales(coefficients.stacked_once())
+    experts = len(models.experts)
+    finer = next((name for name, scale in scales.items() if scale.size != experts), None)
+    if finer is not None or granularity.prepare is not unprepared:
+        raise inexpressible(
+            f"coefficients of granularity {coefficients.granularity!r} are finer than tensors, "
+            "and its weights are not"
+        )
+    write_merge(
+        file,
+        models.base,
+        models.experts,
+        {
+            name: np.asarray(scale).reshape(experts)
+            for name, scale in scales.items()
+            if name not in models.kept
+        },
+        revisions={source.name: source.revision for source in models.sources},
+        dtype=recipe.export.dtype,
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import STACKED, is_stacked, matches, tensor_shape, tensors_of
+from adamerge_jax.names import is_stacked, matches, numbered_block, tensor_shape, tensors_of
 from adamerge_jax.registries import call_registered
 from adamerge_jax.task_vectors import Delta, LoadedDelta
 
@@ -30,6 +30,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PerTensor = Mapping[str, Float[Array, "G K"]]
 """One coefficient per parameter and expert: `[L, K]` where the name is stacked, else `[1, K]`."""
+
+
+def unprepared(name: str, delta: LoadedDelta) -> Delta:
+    """The delta as it was read: what `prepare` is where the scale is for its entries."""
+    return delta
 
 
 class Granularity(NamedTuple):
@@ -46,7 +51,7 @@ class Granularity(NamedTuple):
 
     init: Callable[[PerTensor], Values]
     scales: Callable[[Values], dict[str, Float[Array, "..."]]]
-    prepare: Callable[[str, LoadedDelta], Delta] = lambda name, delta: delta
+    prepare: Callable[[str, LoadedDelta], Delta] = unprepared
     units: Mapping[str, str] = {}
 
 
@@ -432,7 +437,7 @@ def _pieces(count: int) -> _Split:
 def _split(
     shapes: Shapes,
     split: Callable[[str, tuple[int, ...]], _Split | None],
-    prepare: Callable[[str, LoadedDelta], Delta] = lambda name, delta: delta,
+    prepare: Callable[[str, LoadedDelta], Delta] = unprepared,
     vectors: bool = False,
 ) -> Granularity:
     """A granularity with tensors split into parts, one group per parameter.
@@ -468,7 +473,9 @@ def _split(
     return Granularity(
         init,
         lambda values: {name: scale(name, values[name]) for name in shapes},
-        lambda name, delta: prepare(name, delta) if name in splits else delta,
+        unprepared
+        if prepare is unprepared
+        else lambda name, delta: prepare(name, delta) if name in splits else delta,
         {name: splits[name].unit if name in splits else "whole" for name in shapes},
     )
 
@@ -565,13 +572,13 @@ def layer_of(name: str, names: Iterable[str]) -> str:
     `encoder.layer.*.output.dense.weight` is in `encoder.layer.*`; a parameter outside the numbered
     blocks is in the outermost module that holds none of them.
     """
-    block = _numbered_block(name)
+    block = numbered_block(name)
     if block:
         return block
     holders = {
         ".".join(parts[:depth])
         for other in names
-        if (parts := _numbered_block(other).split(".")[:-1])
+        if (parts := numbered_block(other).split(".")[:-1])
         for depth in range(1, len(parts) + 1)
     }
     parts = name.split(".")
@@ -580,12 +587,3 @@ def layer_of(name: str, names: Iterable[str]) -> str:
         if module not in holders:
             return module
     return name
-
-
-def _numbered_block(name: str) -> str:
-    """The name up to its first number (or `*`), or nothing where it has none."""
-    parts = name.split(".")
-    for depth, part in enumerate(parts, start=1):
-        if part == STACKED or part.isdigit():
-            return ".".join(parts[:depth])
-    return ""

@@ -19,7 +19,7 @@ from adamerge_jax.checkpoints.matching import require_same_architecture
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.exporting import export, export_bytes, require_adapters
+from adamerge_jax.exporting import export, export_bytes, export_mergekit, require_adapters
 from adamerge_jax.learning import Progress
 from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
@@ -187,6 +187,23 @@ def compare_files(first: Path, second: Path, *, out: Path | None, console: Conso
     if out is not None:
         draw_comparison(comparison, out)
         console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
+
+
+def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path) -> None:
+    """Writes the YAML file with which mergekit makes the merge of learned coefficients.
+
+    Args:
+        file: The coefficients.
+        recipe: Says where base and experts are, and the merge's dtype.
+        root: Folder that relative paths of the recipe start from.
+        out: The file to make.
+
+    Raises:
+        InputError: The file cannot be read, was learned for other models, or is of a merge that
+            mergekit cannot make.
+    """
+    coefficients, models, _ = prepare_fold(file, open_models(recipe, root))
+    export_mergekit(recipe, models, coefficients, out)
 
 
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:

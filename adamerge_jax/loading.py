@@ -5,6 +5,7 @@ Peak host memory is what is returned plus one tensor of one expert: no expert is
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_
 from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.coefficients import Coefficients, Source
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import Shapes, constant, make_granularity
+from adamerge_jax.folding import THREADS, fold_tensor
+from adamerge_jax.granularities import (
+    Granularity,
+    Shapes,
+    constant,
+    make_granularity,
+    unprepared,
+)
 from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
 from adamerge_jax.mixing import Mixture, mix
 from adamerge_jax.models import Family, family_of
@@ -171,15 +179,22 @@ def load_trunk(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> di
     Returns:
         Arrays by name, `[L, *shape]` where stacked.
     """
-    parameters = {}
-    for name, shape in models.shapes.items():
-        tensors = models.tensors(name)
-        array = _aligned_empty(shape, dtype or models.base.dtype(tensors[0]))
-        for row, tensor in zip(array if is_stacked(name) else [array], tensors, strict=True):
-            source = checkpoint if tensor in checkpoint.names else models.base
-            row[...] = source.read(tensor)
-        parameters[name] = jax.device_put(array, may_alias=True)
-    return parameters
+    return {
+        name: jax.device_put(read_parameter(models, checkpoint, name, dtype), may_alias=True)
+        for name in models.shapes
+    }
+
+
+def read_parameter(
+    models: Models, checkpoint: Expert, name: str, dtype: np.dtype | None
+) -> np.ndarray:
+    """Reads one parameter of the trunk, `[L, *shape]` where stacked; see `load_trunk`."""
+    tensors = models.tensors(name)
+    array = _aligned_empty(models.shapes[name], dtype or models.base.dtype(tensors[0]))
+    for row, tensor in zip(array if is_stacked(name) else [array], tensors, strict=True):
+        source = checkpoint if tensor in checkpoint.names else models.base
+        row[...] = source.read(tensor)
+    return array
 
 
 def load_zero_shot_head(
@@ -258,7 +273,7 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
 
     Reads the checkpoints again rather than the task vectors in memory: sums are those of the
     stored weights whatever the representation while learning, and memory stays at one tensor of
-    every expert.
+    every expert, or at a few blocks of it where nothing else is asked for than entries.
 
     Yields:
         The name of a tensor (without `*`) and its merged value.
@@ -269,21 +284,22 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
     require_fitting(models, coefficients)
     granularity = coefficients.make_granularity(coefficients.shapes)
     scales = granularity.scales(coefficients.stacked_once())
-    for name in models.base.names:
-        tensor = models.base.read(name)
-        if name in scales:
-            if coefficients.interference:
-                values, _ = _read_entries(models, name, [name], FLOAT32)
-                delta = DenseDelta(apply_steps(coefficients.interference, name, values))
+    experts = list(models.experts.values())
+    # Only then is the sum one over entries as they lie in the files.
+    stored = (
+        granularity.prepare is unprepared
+        and not coefficients.interference
+        and all(isinstance(expert, MatchedCheckpoint) for expert in experts)
+    )
+    with ThreadPoolExecutor(THREADS) as threads:
+        for name in models.base.names:
+            if name not in scales or name in models.kept:
+                yield name, models.base.read(name)
+            elif stored:
+                scale = np.asarray(scales[name])
+                yield name, fold_tensor(name, models.base, experts, scale, threads)
             else:
-                delta, _ = _read_delta(models, name, [name], FLOAT32)
-            if delta is None:
-                yield name, tensor  # only experts that are left out changed it
-                continue
-            delta = granularity.prepare(name, delta)
-            mixture = Mixture(tensor.astype(np.float32), delta, scales[name])
-            tensor = np.asarray(_materialize(mixture)).astype(tensor.dtype)
-        yield name, tensor
+                yield name, _fold_delta(models, coefficients, granularity, name, scales[name])
 
 
 def require_fitting(models: Models, coefficients: Coefficients) -> None:
@@ -314,6 +330,22 @@ def resolve(path: str, root: Path) -> str:
 
 
 _materialize = jax.jit(Mixture.materialize)
+
+
+def _fold_delta(
+    models: Models, coefficients: Coefficients, granularity: Granularity, name: str, scale: Array
+) -> np.ndarray:
+    """One merged tensor from the representation that its granularity asks for."""
+    tensor = models.base.read(name)
+    if coefficients.interference:
+        values, _ = _read_entries(models, name, [name], FLOAT32)
+        delta = DenseDelta(apply_steps(coefficients.interference, name, values))
+    else:
+        delta, _ = _read_delta(models, name, [name], FLOAT32)
+    if delta is None:
+        return tensor  # only experts that are left out changed it
+    mixture = Mixture(tensor.astype(np.float32), granularity.prepare(name, delta), scale)
+    return np.asarray(_materialize(mixture)).astype(tensor.dtype)
 
 
 def _read_delta(

@@ -38,6 +38,15 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def numbered_block(name: str) -> str:
+    """The name up to its first number (or `*`), or nothing where it has none."""
+    parts = name.split(".")
+    for depth, part in enumerate(parts, start=1):
+        if part == STACKED or part.isdigit():
+            return ".".join(parts[:depth])
+    return ""
+
+
 def leaf_name(path: tuple) -> str:
     """The dotted name of a pytree leaf, from its `jax.tree_util` key path."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
