@@ -1,15 +1,15 @@
 """Peak memory against the number of experts: `python experiments/benchmarks/memory.py`.
 
-A CLIP-like vision transformer of 25 M parameters in float32 learns one coefficient per row from
-1, 2, 4, 8 and 16 experts, with the task vectors on the device, in the host's memory and on disk. The
-whole way is measured: experts are read from their checkpoints, the step is compiled and run. The
-batch is the same 16 images however many experts there are, so that what grows is what experts take.
+A vision transformer of 25 M parameters in float32 learns one coefficient per row from 1, 2, 4, 8 and
+16 experts, with the task vectors on the device, in the host's memory and on disk. The whole way is
+measured: experts are read from their checkpoints, the step is compiled and run. The batch is 16
+images however many experts there are, so that what grows is what experts take.
 
 Each row is a process of its own. `arguments` are the arrays that the compiled step is given, on the
 device and in the host's memory (JAX's memory kinds); `temporary` is what XLA says that the step
 needs beside them; `peak` is the largest memory in use on the device, where it says so, and the
-largest resident memory of the process. On the CPU both memories are the process's. At the end of each
-block: device memory (arguments and temporary) and peak with 16 experts over those with 2.
+largest resident memory of the process. On the CPU both memories are the process's. The last row of
+a block compares 16 experts with 2: arguments and temporary on the device, and the peaks.
 """
 
 import argparse
