@@ -34,7 +34,7 @@ from adamerge_jax.task_vectors import (
     QuantizedDelta,
 )
 from adamerge_jax.task_vectors.entries import Entries
-from adamerge_jax.task_vectors.memory import DeviceMemory, DiskMemory, Memory, aligned_empty
+from adamerge_jax.task_vectors.memory import DeviceMemory, Memory, aligned_empty
 from adamerge_jax.task_vectors.quantized import QuantizedEntries
 from adamerge_jax.zero_shot import text_network, zero_shot_head
 
@@ -264,11 +264,12 @@ def load_task_vectors(
     fitted = fit_steps(interference, entries)
     mixed = list(entries)
     entries.clear()
-    # One parameter after the other, so that only one is there twice where it must be moved.
-    deltas = {
-        name: _keep(_moved(read.pop(name), name, dtype, memory), name, memory)
-        for name in list(read)
-    }
+    deltas = {}
+    for name in list(read):
+        # One parameter after the other, so that only one is there twice where it is moved.
+        values = read.pop(name)
+        kept = _rounded(values, name, memory) if dtype == INT8 else values
+        deltas[name] = _keep(kept, name, memory)
     return deltas, mixed, fitted
 
 
@@ -425,12 +426,10 @@ def _keep(entries: Entries, name: str, memory: Memory) -> LoadedDelta:
     return memory.keep(delta, stacked=is_stacked(name))
 
 
-def _moved(values: np.ndarray, name: str, dtype: np.dtype | None, memory: Memory) -> Entries:
-    """Deltas that are in memory, where and in the dtype that they are to be kept."""
-    if dtype != INT8 and not isinstance(memory, DiskMemory):
-        return values
+def _rounded(values: np.ndarray, name: str, memory: Memory) -> Entries:
+    """Deltas that are in memory as 8-bit integers, where these are to be kept."""
     leading = 1 + is_stacked(name)
-    entries = _empty(values.shape[:leading], values.shape[leading:], dtype or values.dtype, memory)
+    entries = _empty(values.shape[:leading], values.shape[leading:], INT8, memory)
     layers = zip(entries, values, strict=True) if leading == 2 else [(entries, values)]
     for to, layer in layers:
         for row, delta in zip(to, layer, strict=True):

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.interference import FittedStep
+from adamerge_jax.loading import DELTA_DTYPES, load_task_vectors, open_models
 from adamerge_jax.merging import learn_coefficients, pose
 from adamerge_jax.mixing import Mixture, materialize
 from adamerge_jax.recipes import parse_recipe
@@ -227,3 +229,24 @@ def test_learned_coefficients_are_those_on_the_device(image_recipe, tmp_path):
         for name, values in found.items():
             # Three steps of Adam, which divides by the gradient's size, at 0.01 each.
             np.testing.assert_allclose(values, expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("place", "dtype"), [("device", "int8"), ("disk", None), ("disk", "int8")])
+def test_interference_steps_come_before_rounding_and_moving(image_recipe, tmp_path, place, dtype):
+    recipe = parse_recipe(image_recipe)
+    models = open_models(recipe, tmp_path)
+    steps = [FittedStep("trim", {"density": 0.5})]
+    plain, names, _ = load_task_vectors(models, None, steps)
+    deltas, same, _ = load_task_vectors(
+        models, DELTA_DTYPES[dtype] if dtype else None, steps, make_memory(place)
+    )
+    assert same == names and deltas.keys() == plain.keys()
+    for name, delta in deltas.items():
+        if isinstance(delta, StreamedDelta):
+            delta = delta.source.loaded()
+        expected, allowed = np.asarray(plain[name].values), 0.0
+        values = np.asarray(delta.values)
+        if dtype:
+            steps_of_rows = np.asarray(delta.steps)
+            values, allowed = values * steps_of_rows, steps_of_rows * (0.5 + 1e-4)
+        assert np.all(np.abs(values - expected) <= allowed), name

@@ -1,6 +1,6 @@
 """Peak memory against the number of experts: `python experiments/benchmarks/memory.py`.
 
-A vision transformer of 25 M parameters in float32 learns one coefficient per row from 1, 2, 4, 8 and
+A vision transformer of 25 M parameters in float32 learns one coefficient per row of 1, 2, 4, 8 and
 16 experts, with the task vectors on the device, in the host's memory and on disk. The whole way is
 measured: experts are read from their checkpoints, the step is compiled and run. The batch is 16
 images however many experts there are, so that what grows is what experts take.
