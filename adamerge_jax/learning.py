@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from adamerge_jax.calibration import Batch, Calibration
 from adamerge_jax.coefficients import Constraint
 from adamerge_jax.granularities import Granularity, Values
+from adamerge_jax.microbatches import split
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, head_parameters
 from adamerge_jax.objectives import NOT_PREDICTED, Objective, Targets, TaskOutputs
@@ -97,6 +98,7 @@ def make_learner(
     objective: Objective | Sequence[Objective],
     optimizer: optax.GradientTransformation,
     regularizers: Sequence[tuple[float, Regularizer]] = (),
+    microbatches: int = 1,
 ) -> Learner:
     """Puts the choices of a recipe together.
 
@@ -111,6 +113,7 @@ def make_learner(
         objective: What is minimised, for all tasks or for each.
         optimizer: Any optax transformation.
         regularizers: What is added to the sum over tasks, with their weights.
+        microbatches: In how many parts a step runs its batch, one after the other.
     """
 
     def coefficients(raw: Values) -> Values:
@@ -144,15 +147,27 @@ def make_learner(
 
     @jax.jit
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
-        def total(raw: Values) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
-            per_task = run(raw, frozen, batch).objective
-            added = sum(
-                weight * regularizer(coefficients(raw), state.start)
-                for weight, regularizer in regularizers
-            )
-            return per_task.sum() + added, per_task
+        def total(raw: Values, part: Batch) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
+            per_task = run(raw, frozen, part).objective
+            return per_task.sum(), per_task
 
-        gradient, per_task = jax.grad(total, has_aux=True)(state.raw)
+        def added(raw: Values) -> Float[Array, ""]:
+            found = (w * term(coefficients(raw), state.start) for w, term in regularizers)
+            return sum(found, jnp.zeros(()))
+
+        of_part = functools.partial(jax.grad(total, has_aux=True), state.raw)
+        if microbatches == 1:
+            gradient, per_task = of_part(batch)
+        else:
+
+            def add(sums: PyTree, part: Batch) -> tuple[PyTree, None]:
+                return jax.tree.map(jnp.add, sums, of_part(part)), None
+
+            parts = split(batch, microbatches)
+            first = jax.tree.map(lambda array: array[0], parts)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, first))
+            gradient, per_task = jax.lax.scan(add, zeros, parts)[0]
+        gradient = jax.tree.map(jnp.add, gradient, jax.grad(added)(state.raw))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.raw)
         raw = optax.apply_updates(state.raw, updates)
         return State(raw, optimizer_state, state.start), per_task

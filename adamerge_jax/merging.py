@@ -27,7 +27,7 @@ from adamerge_jax.granularities import (
     require_budget,
 )
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import Models, load_task_vectors
+from adamerge_jax.loading import DELTA_DTYPES, Models, load_task_vectors
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.names import is_stacked, matches
 from adamerge_jax.objectives import Needs
@@ -35,6 +35,7 @@ from adamerge_jax.recipes import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
 from adamerge_jax.reuse import Start, begin, open_start
 from adamerge_jax.targets import StoredTargets, ask_expert
 from adamerge_jax.task_vectors import Delta, LoadedDelta
+from adamerge_jax.task_vectors.memory import make_memory
 from adamerge_jax.workspace import Workspace
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[learning.Progress], None]]]
@@ -126,8 +127,12 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
     needs = _needs(recipe, models)
     _require_layers(needs, models.shapes)
     _require_fitting_objectives(recipe, models, needs)
+    kept = recipe.task_vectors
     deltas, mixed, interference = load_task_vectors(
-        models, workspace.dtype, recipe.build_interference()
+        models,
+        DELTA_DTYPES[kept.dtype] if kept.dtype else workspace.dtype,
+        recipe.build_interference(),
+        make_memory(kept.memory),
     )
     if not deltas:
         raise InputError("no expert differs from the base in any parameter that is merged")
@@ -264,6 +269,7 @@ def _learn_stage(
         list(recipe.build_objectives().values()),
         recipe.learning.optimizer.build(stage.steps),
         recipe.build_regularizers(),
+        recipe.learning.microbatches,
     )
     control = None
     if recipe.forgotten:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from adamerge_jax.names import is_stacked, leaf_name
 from adamerge_jax.task_vectors import Delta
+from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
 
 MERGED_WEIGHT = "merged_weight"
 """What a materialised mixture is called in a rematerialisation policy."""
@@ -94,7 +95,8 @@ def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
         if not is_mixture(parameter):
             return parameter
         if is_stacked(leaf_name(path)):
-            return jax.lax.map(Mixture.materialize, parameter)
+            layers, sources = apart_from_layers(parameter)
+            return jax.lax.map(lambda own: with_sources(own, sources).materialize(), layers)
         return parameter.materialize()
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_mixture)

@@ -84,6 +84,8 @@ class Needs(NamedTuple):
         elsewhere: Whether outputs and targets are to hold the logits of the task's head on the
             examples of all other tasks while coefficients are learned.
         top_tokens: How many likely tokens of the expert stand for its logits; None for all.
+        whole_batch: Whether the value of an example depends on the others in its batch, other than
+            by a mean over them that is added to it.
     """
 
     expert_logits: bool = False
@@ -92,6 +94,7 @@ class Needs(NamedTuple):
     hidden_states: tuple[int, ...] = ()
     elsewhere: bool = False
     top_tokens: int | None = None
+    whole_batch: bool = False
 
     @property
     def expert(self) -> bool:
@@ -207,7 +210,7 @@ def hidden_state_alignment(layers: Sequence[int], relative: bool = False) -> Obj
             errors.append(error)
         return jnp.stack(errors).mean(0)
 
-    return Objective(value, Needs(hidden_states=chosen))
+    return Objective(value, Needs(hidden_states=chosen, whole_batch=relative))
 
 
 def cross_entropy() -> Objective:
@@ -246,7 +249,7 @@ def pseudo_labels(threshold: float = 0.95) -> Objective:
         loss = -_pick(_log_softmax(outputs.strong), probabilities.argmax(-1))
         return jnp.where(counts, loss, 0) * counts.size / counts.sum()
 
-    return Objective(value, Needs(strong_view=True))
+    return Objective(value, Needs(strong_view=True, whole_batch=True))
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
@@ -289,6 +292,7 @@ def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
             hidden_states=tuple(sorted({k for needs in each for k in needs.hidden_states})),
             elsewhere=any(needs.elsewhere for needs in each),
             top_tokens=_largest([needs.top_tokens for needs in each if needs.expert_logits]),
+            whole_batch=any(needs.whole_batch for needs in each),
         ),
     )
 

@@ -25,6 +25,7 @@ from adamerge_jax.objectives import Objective, make_objective, weighted_sum
 from adamerge_jax.presets import DEFAULT_PRESET, PRESETS, apply_preset
 from adamerge_jax.registries import find_registered
 from adamerge_jax.regularizers import Regularizer, make_regularizer
+from adamerge_jax.task_vectors.memory import Place
 from adamerge_jax.tracking import TrackerName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -105,6 +106,9 @@ IMPORTANCE_CHUNK = "importance_chunk"
 """The granularity that is `chunk` with as many pieces as importance says."""
 
 
+_ACROSS_ROWS = ("chunk", IMPORTANCE_CHUNK, "partition", "singular")
+
+
 class CoarseRecipe(Section):
     """Coarser coefficients that are learned first."""
 
@@ -144,6 +148,19 @@ class InterferenceRecipe(Section):
     """Which: trim, elect_sign, disjoint_mean or drop_and_rescale."""
     options: dict[str, Any] = {}
     """Its arguments, e.g. density of trim."""
+
+
+class TaskVectorsRecipe(Section):
+    """How task vectors are kept while coefficients are learned; the merge is exact all the same."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    """Of what each expert changed; by default that of the weights. int8 has a step for each row of
+    a matrix, half of which is the largest error; LoRA factors then stay float32."""
+    memory: Place = "device"
+    """Where: device; host, the host's memory, from where the compiled step brings one expert's
+    piece of one layer at a time; or disk, a temporary file (under TMPDIR) that it reads. With the
+    last two, memory on the device does not grow with the number of experts. LoRA factors stay on
+    the device."""
 
 
 class ObjectiveRecipe(Section):
@@ -222,6 +239,9 @@ class LearningRecipe(Section):
     """Number of optimizer steps."""
     batch_size: int = Field(default=16, ge=1)
     """Examples of every task per step."""
+    microbatches: int = Field(default=1, ge=1)
+    """In how many equal parts a step runs its batch, one after the other: less memory for
+    activations, the same coefficients."""
     examples: int | None = Field(default=None, ge=2)
     """Use at most so many calibration examples of each task, drawn with the recipe's seed."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
@@ -279,6 +299,7 @@ class Recipe(Section):
     """Name patterns of parameters that are not merged but stay the base's."""
     interference: list[InterferenceRecipe] = []
     """What is done to task vectors before mixing, step by step."""
+    task_vectors: TaskVectorsRecipe = TaskVectorsRecipe()
     coefficients: CoefficientsRecipe = CoefficientsRecipe()
     objectives: list[ObjectiveRecipe] = Field(min_length=1)
     """Terms of what is minimised."""
@@ -388,6 +409,19 @@ class Recipe(Section):
             raise ValueError(
                 "learning.control: every task is to be forgotten, none is left to control"
             )
+        learning = self.learning
+        if learning.batch_size % learning.microbatches:
+            raise ValueError(
+                f"learning.microbatches: {learning.microbatches} equal parts cannot be made of "
+                f"learning.batch_size {learning.batch_size}; change one of the two"
+            )
+        granularity = self.coefficients.granularity
+        if self.task_vectors.dtype == "int8" and granularity in _ACROSS_ROWS:
+            raise ValueError(
+                "task_vectors.dtype: int8 has a step for each row, and the granularity "
+                f"{granularity!r} takes rows apart; take row, column, head, tensor or a coarser "
+                "one, or bfloat16 task vectors"
+            )
         if self.coefficients.granularity == IMPORTANCE_CHUNK:
             if self.coefficients.coarse is None:
                 raise ValueError(
@@ -414,7 +448,12 @@ class Recipe(Section):
         self.learning.optimizer.build(self.learning.steps)
         self.build_regularizers()
         self.build_interference()
-        self.build_objectives()
+        objectives = self.build_objectives().values()
+        if self.learning.microbatches > 1 and any(own.needs.whole_batch for own in objectives):
+            raise InputError(
+                "learning.microbatches: pseudo_labels, and hidden_state_alignment with relative, "
+                "look at the whole batch; set it to 1, or choose another objective"
+            )
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,8 +1,9 @@
 """Task vectors: what each expert changed in the base model, `tau_k = theta_k - theta_base`.
 
 A task vector is frozen. One leaf holds the deltas of all K experts for one parameter, in a
-representation of its own: entry by entry, as low-rank factors that are never multiplied out, or
-some experts one way and some the other. A granularity may lay it out anew.
+representation of its own: entry by entry, as 8-bit integers, as low-rank factors that are never
+multiplied out, or some experts one way and some the other. A granularity may lay it out anew. It
+lies on the device or outside of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from adamerge_jax.task_vectors.dense import ChunkedDelta, DenseDelta
 from adamerge_jax.task_vectors.factored import FactoredDelta
 from adamerge_jax.task_vectors.joined import JoinedDelta
 from adamerge_jax.task_vectors.low_rank import LowRankDelta, LowRankPieces
+from adamerge_jax.task_vectors.quantized import QuantizedDelta
+from adamerge_jax.task_vectors.streamed import StreamedDelta
 
 __all__ = [
     "ChunkedDelta",
@@ -28,6 +31,8 @@ __all__ = [
     "LoadedDelta",
     "LowRankDelta",
     "LowRankPieces",
+    "QuantizedDelta",
+    "StreamedDelta",
     "task_vectors",
 ]
 
