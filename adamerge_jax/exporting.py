@@ -24,6 +24,7 @@ from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.orbax import save_parameters
 from adamerge_jax.checkpoints.peft import AdapterWeights, MatchedAdapter, save_adapter
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
 from adamerge_jax.loading import DTYPES, Models, fold, load_head, load_trunk, match_trunk
@@ -33,6 +34,7 @@ from adamerge_jax.tokenizers import tokenizer_owner
 CHECKPOINT_FOLDER = "checkpoint"
 ORBAX_FOLDER = "orbax"
 ADAPTER_FOLDER = "adapter"
+EXPORTS = (CHECKPOINT_FOLDER, ORBAX_FOLDER, ADAPTER_FOLDER)
 
 _OF_ROWS_OR_COLUMNS = ("task", "layer", "tensor", "groups", "row", "column", "head")
 """Granularities whose scale goes into one of the two factors of every expert."""
@@ -57,6 +59,9 @@ def export(
 ) -> None:
     """Writes the merged model as a Hugging Face and as an Orbax checkpoint, perhaps as an adapter.
 
+    Where there are several processes all must call this; only the first one writes, but for the
+    Orbax checkpoint, of which each writes its own part, so that all must have one file system.
+
     Args:
         recipe: Says in which dtype, in files of which size, and whether as an adapter too.
         models: The base and its experts.
@@ -70,6 +75,23 @@ def export(
     """
     if recipe.export.adapter:
         require_adapters(models, coefficients.granularity, coefficients.interference)
+    first = is_first_process()
+    with console.status("writing the checkpoint"):
+        if first:
+            _export_checkpoint(recipe, models, coefficients, out, rows)
+        wait_for_all("checkpoint written")
+    with console.status("writing the Orbax checkpoint"):
+        merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
+        save_parameters(out / ORBAX_FOLDER, load_trunk(models, merged, None))
+    if recipe.export.adapter and first:
+        with console.status("writing the adapter"):
+            export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
+
+
+def _export_checkpoint(
+    recipe: Recipe, models: Models, coefficients: Coefficients, out: Path, rows: list[Row]
+) -> None:
+    """Writes the merged model and that of every task as `save_pretrained` would."""
 
     def cast(array: np.ndarray) -> np.ndarray:
         is_weight = jnp.issubdtype(array.dtype, jnp.floating)
@@ -88,7 +110,7 @@ def export(
         max_shard_bytes=recipe.export.shard_megabytes * 10**6,
         expected_bytes=export_bytes(models, recipe),
     )
-    with console.status("writing the checkpoint"), writer:
+    with writer:
         for name, array in fold(models, coefficients):
             writer.add(name, cast(array))
         for name in carried:
@@ -106,12 +128,6 @@ def export(
                     head={name: cast(array) for name, array in head.items()},
                     assets=expert.checkpoint if whole else models.base.checkpoint,
                 )
-    with console.status("writing the Orbax checkpoint"):
-        merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
-        save_parameters(out / ORBAX_FOLDER, load_trunk(models, merged, None))
-    if recipe.export.adapter:
-        with console.status("writing the adapter"):
-            export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
 
 
 def require_adapters(models: Models, granularity: str, interference: Sequence[object]) -> None:

@@ -1,11 +1,11 @@
 """What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
 
+import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import yaml
 from jaxtyping import Array
@@ -13,17 +13,27 @@ from rich.console import Console
 
 from adamerge_jax import report
 from adamerge_jax.baselines import average, task_arithmetic
-from adamerge_jax.checkpoints.folders import require_new
+from adamerge_jax.checkpoints.folders import require_new, require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import require_same_architecture
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.exporting import export, export_bytes, require_adapters
+from adamerge_jax.exporting import EXPORTS, export, export_bytes, require_adapters
+from adamerge_jax.learning import NonFiniteObjectiveError
 from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
+from adamerge_jax.resuming import (
+    METRICS_FILE,
+    RECIPE_FILE,
+    STATE_FOLDER,
+    as_fields,
+    put_right,
+    require_startable,
+)
 from adamerge_jax.workspace import open_workspace
 
 COEFFICIENTS_FILE = "coefficients.safetensors"
@@ -46,7 +56,7 @@ class Run(NamedTuple):
     rows: list[Row]
 
 
-def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
+def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bool = False) -> Run:
     """Learns coefficients, compares the merge with its baselines and exports it.
 
     Args:
@@ -54,47 +64,72 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
         root: Folder that relative paths of the recipe start from.
         out: The run folder to make. Nothing is written before all input has been checked.
         console: Where progress and results are printed.
+        resume: Whether to go on with the run in `out` from its last state; where there is none, the
+            run starts from the beginning.
 
     Raises:
-        InputError: Something in the recipe, the checkpoints or the data cannot be used.
+        InputError: Something in the recipe, the checkpoints or the data cannot be used, or `out`
+            holds something else than an unfinished run of this recipe.
         NonFiniteObjectiveError: Learning diverged; the run folder holds the last good
             coefficients.
     """
-    require_new(out)
+    devices = open_devices(recipe.devices)
+    first = is_first_process()
+    if not first:
+        console = Console(quiet=True)
+    require_startable(out, recipe, resume=resume, ended=COEFFICIENTS_FILE)
     with console.status("opening checkpoints and data"):
-        workspace = open_workspace(recipe, root)
+        workspace = open_workspace(recipe, root, devices)
         models = workspace.models
         # The Hugging Face checkpoint and the Orbax checkpoint.
-        require_new(out, expected_bytes=2 * export_bytes(models, recipe))
+        require_space(out, 2 * export_bytes(models, recipe))
         if recipe.export.adapter:
             require_adapters(models, recipe.coefficients.granularity, recipe.interference)
     with console.status("reading task vectors, asking the experts"):
         problem = pose(recipe, workspace)
     console.print(_summary(problem))
 
-    out.mkdir(parents=True, exist_ok=True)
-    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (out / "recipe.yaml").write_text(resolved)
+    # Nobody writes before everybody has checked.
+    wait_for_all("checked")
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and (steps := put_right(out, EXPORTS)) is not None:
+            console.print(f"going on after {steps} steps")
+        (out / RECIPE_FILE).write_text(yaml.safe_dump(as_fields(recipe), sort_keys=False))
+    wait_for_all("run folder made")
 
     def watch(what: str, steps: int) -> AbstractContextManager:
+        if not first:
+            return nullcontext(lambda progress: None)
         console.print(what)
-        return show_progress(list(recipe.tasks), steps, out / "metrics.jsonl", console)
+        return show_progress(list(recipe.tasks), steps, out / METRICS_FILE, console)
 
-    merge = learn_coefficients(
-        problem,
-        watch=watch,
-        keep=lambda coefficients: coefficients.save(out / COEFFICIENTS_FILE),
-    )
-    report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
+    def keep(coefficients: Coefficients) -> None:
+        if first:
+            coefficients.save(out / COEFFICIENTS_FILE)
+
+    try:
+        merge = learn_coefficients(problem, watch=watch, keep=keep, state=out / STATE_FOLDER)
+    except NonFiniteObjectiveError:
+        # It would diverge again.
+        if first:
+            shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
+        raise
+    if first:
+        report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
 
     rows = []
     if workspace.data.test:
         with console.status("evaluating"):
             rows = [*baselines(problem), evaluate_merge(problem, merge)]
-        report.write_results(rows, out / "results.json")
+        if first:
+            report.write_results(rows, out / "results.json")
     export(recipe, models, merge.coefficients, out, rows=rows, console=console)
     if rows:
         console.print(report.results_table(rows))
+    wait_for_all("exported")
+    if first:
+        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
     return Run(out, merge.coefficients, rows)
 
 
@@ -142,7 +177,9 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     Raises:
         InputError: Something cannot be used, or a task has no test data.
     """
-    workspace = open_workspace(recipe, root)
+    workspace = open_workspace(recipe, root, open_devices(recipe.devices))
+    if not is_first_process():
+        console = Console(quiet=True)
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
     matched = match_trunk(workspace.models, opened, "checkpoint")
@@ -212,5 +249,5 @@ def _summary(problem: Problem) -> str:
         f"{recipe.name} ({recipe.preset}): {problem.experts} experts of {recipe.base.path}, "
         f"{merged / 1e6:.1f} M parameters in {len(problem.mixed)} tensors merged"
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
-        f"{examples} examples to learn from, {held_out} held out; on {jax.devices()[0]}"
+        f"{examples} examples to learn from, {held_out} held out; on {problem.devices}"
     )

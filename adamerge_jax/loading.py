@@ -19,6 +19,7 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint, locate
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_same_architecture
 from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.coefficients import Coefficients, Source
+from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import Shapes, constant, make_granularity
 from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
@@ -56,6 +57,7 @@ class Models:
         experts: The experts' checkpoints by task.
         sources: Where they come from, for the coefficients file: the base, then the experts.
         kept: Names without `*` of the trunk's parameters that are not merged but stay the base's.
+        devices: Where the weights go when they are read.
     """
 
     family: Family
@@ -64,6 +66,7 @@ class Models:
     experts: Mapping[str, Expert]
     sources: tuple[Source, ...]
     kept: frozenset[str]
+    devices: Devices = ONE_DEVICE
 
     @property
     def config(self) -> PretrainedConfig:
@@ -178,7 +181,7 @@ def load_trunk(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> di
         for row, tensor in zip(array if is_stacked(name) else [array], tensors, strict=True):
             source = checkpoint if tensor in checkpoint.names else models.base
             row[...] = source.read(tensor)
-        parameters[name] = jax.device_put(array, may_alias=True)
+        parameters[name] = models.devices.parameter(name, array)
     return parameters
 
 
@@ -242,9 +245,7 @@ def load_task_vectors(
             by_tensor = zip(models.tensors(name), rows, strict=True)
             entries |= {tensor: row for tensor, row in by_tensor if tensor in changed}
     fitted = fit_steps(interference, entries)
-    deltas = {
-        name: DenseDelta(jax.device_put(values, may_alias=True)) for name, values in read.items()
-    }
+    deltas = {name: models.devices.delta(name, DenseDelta(values)) for name, values in read.items()}
     return deltas, list(entries), fitted
 
 
@@ -278,6 +279,8 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
         )
     granularity = coefficients.make_granularity(shapes)
     scales = granularity.scales(coefficients.stacked_once())
+    # A tensor at a time fits on one device, and other processes need not take part.
+    models = dataclasses.replace(models, devices=ONE_DEVICE)
     for name in models.base.names:
         tensor = models.base.read(name)
         if name in scales:
@@ -325,7 +328,7 @@ def _read_delta(
         return None, []
     if not low_rank:
         values, changed = _read_entries(models, name, tensors, dtype)
-        return DenseDelta(jax.device_put(values, may_alias=True)), changed
+        return models.devices.delta(name, DenseDelta(values)), changed
     parts: list[tuple[LoadedDelta, tuple[int, ...]]] = []
     factors, changed = _read_factors(models, name, tensors, [experts[k] for k in low_rank], dtype)
     parts.append((factors, tuple(low_rank)))
@@ -340,7 +343,7 @@ def _read_delta(
             models, name, tensors, dtype, [experts[k] for k in whole], factors=False
         )
         if also:
-            parts.append((DenseDelta(jax.device_put(values, may_alias=True)), tuple(whole)))
+            parts.append((models.devices.delta(name, DenseDelta(values)), tuple(whole)))
             changed = [tensor for tensor in tensors if tensor in {*changed, *also}]
     if len(parts) == 1 and len(low_rank) == len(experts):
         return factors, changed
@@ -424,7 +427,7 @@ def _read_factors(
     # The B that PEFT starts with is 0, and stays so where nothing was trained.
     layers = {layer for (layer, _), own in found.items() if own.left.any() and own.right.any()}
     changed = [tensors[layer] for layer in sorted(layers)]
-    return LowRankDelta(jnp.asarray(left), jnp.asarray(right)), changed
+    return models.devices.delta(name, LowRankDelta(left, right)), changed
 
 
 def _match_trunk(
