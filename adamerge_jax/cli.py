@@ -87,6 +87,8 @@ class Fold:
         """Runs the command."""
         root = _root(self.recipe_file, self.root)
         jobs.fold_file(self.coefficients, self.recipe, root=root, out=self.out, console=console)
+        if not is_first_process():
+            return
         console.print(
             f"merged checkpoint {self.out / exporting.CHECKPOINT_FOLDER}"
             f"{_adapter(self.recipe, self.out)}",

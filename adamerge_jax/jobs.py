@@ -1,5 +1,7 @@
 """What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
 
+import dataclasses
+import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -74,9 +76,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
             coefficients.
     """
     devices = open_devices(recipe.devices)
-    first = is_first_process()
-    if not first:
-        console = Console(quiet=True)
+    first, console = is_first_process(), _of_first_process(console)
     require_startable(out, recipe, resume=resume, ended=COEFFICIENTS_FILE)
     with console.status("opening checkpoints and data"):
         workspace = open_workspace(recipe, root, devices)
@@ -146,9 +146,11 @@ def fold_file(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Con
     Raises:
         InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
+    devices = open_devices(recipe.devices)
+    console = _of_first_process(console)
     require_new(out)
     coefficients = Coefficients.load(file)
-    models = open_models(recipe, root)
+    models = dataclasses.replace(open_models(recipe, root), devices=devices)
     learned_for = {source.name: source for source in (coefficients.base, *coefficients.experts)}
     found = {source.name: source for source in models.sources}
     if list(learned_for) != list(found):
@@ -162,6 +164,7 @@ def fold_file(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Con
                 f"{file} was learned for {name} = {source.source} ({source.identity[:19]}); "
                 f"{found[name].source} has other contents ({found[name].identity[:19]})"
             )
+    wait_for_all("checked")
     export(recipe, models, coefficients, out, rows=[], console=console)
 
 
@@ -178,8 +181,7 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
         InputError: Something cannot be used, or a task has no test data.
     """
     workspace = open_workspace(recipe, root, open_devices(recipe.devices))
-    if not is_first_process():
-        console = Console(quiet=True)
+    console = _of_first_process(console)
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
     matched = match_trunk(workspace.models, opened, "checkpoint")
@@ -237,6 +239,14 @@ def evaluate_merge(problem: Problem, merge: Merge) -> Row:
         merge.parameters(problem.base),
         problem.workspace.data.test,
     )
+
+
+def _of_first_process(console: Console) -> Console:
+    """The console, or one that prints nothing in all processes but the first."""
+    if is_first_process():
+        return console
+    logging.getLogger("adamerge_jax").setLevel(logging.ERROR)
+    return Console(quiet=True)
 
 
 def _summary(problem: Problem) -> str:

@@ -477,7 +477,7 @@ def learn(
 def _spread(batch: Batch, devices: Devices) -> Batch:
     """Gives every device its examples of a batch."""
     inputs, targets, strong = devices.examples((batch.inputs, batch.targets, batch.strong_inputs))
-    return Batch(inputs, batch.weights, targets, strong)
+    return batch._replace(inputs=inputs, targets=targets, strong_inputs=strong)
 
 
 def _look(

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from adamerge_jax.checkpoints.folders import require_new
-from adamerge_jax.checkpoints.snapshots import Snapshots
+from adamerge_jax.checkpoints.snapshots import last_step
 from adamerge_jax.errors import InputError
 from adamerge_jax.recipes import Recipe
 
@@ -77,12 +77,8 @@ def put_right(out: Path, exports: tuple[str, ...]) -> int | None:
     """
     for folder in (*(out / name for name in exports), *out.glob(".*.partial-*")):
         shutil.rmtree(folder, ignore_errors=True)
-    steps = []
-    for folder in (out / STATE_FOLDER).glob("*"):
-        snapshots = Snapshots(folder)
-        if snapshots.step is not None:
-            steps.append(snapshots.step)
-        snapshots.close()
+    stages = map(last_step, (out / STATE_FOLDER).glob("*"))
+    steps = [step for step in stages if step is not None]
     metrics = out / METRICS_FILE
     if metrics.is_file():
         with metrics.open("rb") as file:

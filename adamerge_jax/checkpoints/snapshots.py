@@ -32,11 +32,6 @@ class Snapshots:
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    @property
-    def step(self) -> int | None:
-        """Step of the last snapshot, or None where there is none."""
-        return self._manager.latest_step()
-
     def save(self, step: int, tree: PyTree) -> None:
         """Keeps a tree, and removes the one kept before.
 
@@ -70,11 +65,12 @@ class Snapshots:
         Raises:
             InputError: The snapshot cannot be read, or is of another structure.
         """
-        if self.step is None:
+        step = self._manager.latest_step()
+        if step is None:
             return None
         try:
             found = self._manager.restore(
-                self.step,
+                step,
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardRestore(), index=ocp.args.JsonRestore()
                 ),
@@ -102,3 +98,12 @@ class Snapshots:
     def close(self) -> None:
         """Frees what Orbax holds open."""
         self._manager.close()
+
+
+def last_step(folder: Path) -> int | None:
+    """Step of the last snapshot in a folder of `Snapshots`, or None where there is none.
+
+    Looks at nothing else, and one process alone may call it.
+    """
+    steps = [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
+    return max(steps, default=None)
