@@ -63,8 +63,12 @@ class Calibration(NamedTuple):
     strong_view: bool = False
     elsewhere: Mapping[str, Mapping[str, Float[np.ndarray, "N C"]]] = {}
 
-    def batches(self) -> Iterator[Batch]:
-        """Endless batches for learning; a task's examples are reshuffled when they are used up."""
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """Endless batches for learning; a task's examples are reshuffled when they are used up.
+
+        Args:
+            first: How many batches to leave out at the beginning; they are not put together.
+        """
         weights = np.full((len(self.examples), self.batch_size), 1 / self.batch_size, np.float32)
         lengths = {task: examples.padded_lengths() for task, examples in self.examples.items()}
         together = 1
@@ -75,6 +79,7 @@ class Calibration(NamedTuple):
             for position, task in enumerate(self.examples)
         }
         generator = np.random.default_rng([self.seed, 2])
+        numbers = count()
         while True:
             parts = {}
             for task, drawn in draws.items():
@@ -82,8 +87,12 @@ class Calibration(NamedTuple):
                 index = index[np.argsort(lengths[task][index], kind="stable")]
                 parts[task] = index.reshape(together, self.batch_size)
             for part in generator.permutation(together):
+                number = next(numbers)
+                if number < first:
+                    continue
                 chosen = {task: rows[part] for task, rows in parts.items()}
-                batch = self._batch(chosen, weights, generator)
+                views = np.random.default_rng([self.seed, 4, number])
+                batch = self._batch(chosen, weights, views)
                 yield batch._replace(targets=self._with_elsewhere(batch.targets, chosen))
 
     def _with_elsewhere(

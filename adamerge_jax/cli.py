@@ -19,6 +19,8 @@ from rich.logging import RichHandler
 
 from adamerge_jax import exporting, jobs, report
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.compilation import keep_compiled_programs
+from adamerge_jax.devices import is_first_process
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import NonFiniteObjectiveError
 from adamerge_jax.recipes import (
@@ -43,11 +45,21 @@ class Learn:
     """Folder that relative paths of the recipe start from; by default the recipe's own."""
     out: Path | None = None
     """Run folder to make; by default runs/<recipe name>."""
+    resume: bool = False
+    """Go on with the run in that folder from its last state, where it was interrupted."""
 
     def run(self, console: Console) -> None:
         """Runs the command."""
         out = self.out or Path("runs") / self.recipe.name
-        run = jobs.learn(self.recipe, root=_root(self.file, self.root), out=out, console=console)
+        run = jobs.learn(
+            self.recipe,
+            root=_root(self.file, self.root),
+            out=out,
+            console=console,
+            resume=self.resume,
+        )
+        if not is_first_process():
+            return
         console.print(
             f"merged checkpoint {out / exporting.CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / jobs.COEFFICIENTS_FILE} (best after "
@@ -88,6 +100,8 @@ class Fold:
             scale=parse_scale(self.scale),
             allow_other_models=self.allow_other_models,
         )
+        if not is_first_process():
+            return
         console.print(
             f"merged checkpoint {self.out / exporting.CHECKPOINT_FOLDER}"
             f"{_adapter(self.recipe, self.out)}",
@@ -200,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
     )
     transformers.logging.set_verbosity_error()
+    keep_compiled_programs()
     try:
         _parse(sys.argv[1:] if arguments is None else list(arguments)).run(Console())
     except InputError as error:

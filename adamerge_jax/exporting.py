@@ -27,10 +27,19 @@ from adamerge_jax.checkpoints.mergekit import inexpressible, write_merge
 from adamerge_jax.checkpoints.orbax import UnreadArray, save_parameters
 from adamerge_jax.checkpoints.peft import AdapterWeights, MatchedAdapter, save_adapter
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
 from adamerge_jax.granularities import ALONG_AXES, unprepared
-from adamerge_jax.loading import DTYPES, Models, fold, load_head, match_trunk, read_parameter
+from adamerge_jax.loading import (
+    DTYPES,
+    Models,
+    fold,
+    load_head,
+    load_trunk,
+    match_trunk,
+    read_parameter,
+)
 from adamerge_jax.provenance import hub_datasets, model_origins
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.tokenizers import tokenizer_owner
@@ -38,6 +47,7 @@ from adamerge_jax.tokenizers import tokenizer_owner
 CHECKPOINT_FOLDER = "checkpoint"
 ORBAX_FOLDER = "orbax"
 ADAPTER_FOLDER = "adapter"
+EXPORTS = (CHECKPOINT_FOLDER, ORBAX_FOLDER, ADAPTER_FOLDER)
 
 _TASK_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -60,6 +70,9 @@ def export(
 ) -> None:
     """Writes the merged model as a Hugging Face and as an Orbax checkpoint, perhaps as an adapter.
 
+    Where there are several processes all must call this; only the first one writes, but for the
+    Orbax checkpoint, of which each writes its own part, so that all must have one file system.
+
     Args:
         recipe: Says in which dtype, in files of which size, and whether as an adapter too.
         models: The base and its experts.
@@ -74,6 +87,23 @@ def export(
     """
     if recipe.export.adapter:
         require_adapters(models, coefficients.granularity, coefficients.interference)
+    first = is_first_process()
+    with console.status("writing the checkpoint"):
+        if first:
+            _export_checkpoint(recipe, models, coefficients, out, rows)
+        wait_for_all("checkpoint written")
+    with console.status("writing the Orbax checkpoint"):
+        merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
+        save_parameters(out / ORBAX_FOLDER, _orbax_parameters(models, merged))
+    if recipe.export.adapter and first:
+        with console.status("writing the adapter"):
+            export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
+
+
+def _export_checkpoint(
+    recipe: Recipe, models: Models, coefficients: Coefficients, out: Path, rows: list[Row]
+) -> None:
+    """Writes the merged model and that of every task as `save_pretrained` would."""
 
     def cast(array: np.ndarray) -> np.ndarray:
         is_weight = jnp.issubdtype(array.dtype, jnp.floating)
@@ -92,7 +122,7 @@ def export(
         max_shard_bytes=recipe.export.shard_megabytes * 10**6,
         expected_bytes=export_bytes(models, recipe),
     )
-    with console.status("writing the checkpoint"), writer:
+    with writer:
         for name, array in fold(models, coefficients):
             writer.add(name, cast(array))
         for name in carried:
@@ -120,22 +150,22 @@ def export(
                     head={name: cast(array) for name, array in head.items()},
                     assets=expert.checkpoint if whole else models.base.checkpoint,
                 )
-    with console.status("writing the Orbax checkpoint"):
-        merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
-        save_parameters(
-            out / ORBAX_FOLDER,
-            {
-                name: UnreadArray(
-                    shape,
-                    models.base.dtype(models.tensors(name)[0]),
-                    partial(read_parameter, models, merged, name, None),
-                )
-                for name, shape in models.shapes.items()
-            },
+
+
+def _orbax_parameters(
+    models: Models, merged: MatchedCheckpoint
+) -> dict[str, Array] | dict[str, UnreadArray]:
+    """The merged trunk: of several processes each has its part, a single one reads in its turn."""
+    if jax.process_count() > 1:
+        return load_trunk(models, merged, None)
+    return {
+        name: UnreadArray(
+            shape,
+            models.base.dtype(models.tensors(name)[0]),
+            partial(read_parameter, models, merged, name, None),
         )
-    if recipe.export.adapter:
-        with console.status("writing the adapter"):
-            export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
+        for name, shape in models.shapes.items()
+    }
 
 
 def require_adapters(models: Models, granularity: str, interference: Sequence[object]) -> None:

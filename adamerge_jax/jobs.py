@@ -1,11 +1,13 @@
 """What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
 
+import dataclasses
+import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import yaml
 from jaxtyping import Array
@@ -13,18 +15,20 @@ from rich.console import Console
 
 from adamerge_jax import report
 from adamerge_jax.baselines import average, task_arithmetic
-from adamerge_jax.checkpoints.folders import require_new
+from adamerge_jax.checkpoints.folders import require_new, require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import require_same_architecture
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.exporting import export, export_bytes, export_mergekit, require_adapters
-from adamerge_jax.learning import Progress
+from adamerge_jax.exporting import EXPORTS, export, export_bytes, export_mergekit, require_adapters
+from adamerge_jax.learning import NonFiniteObjectiveError, Progress
 from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
+from adamerge_jax.resuming import STATE_FOLDER, as_fields, put_right, require_startable
 from adamerge_jax.reuse import compare, prepare_fold
 from adamerge_jax.reuse.comparison_report import draw_comparison, print_comparison
 from adamerge_jax.run_folder import (
@@ -57,7 +61,7 @@ class Run(NamedTuple):
     rows: list[Row]
 
 
-def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
+def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bool = False) -> Run:
     """Learns coefficients, compares the merge with its baselines and exports it.
 
     Args:
@@ -65,20 +69,25 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
         root: Folder that relative paths of the recipe start from.
         out: The run folder to make. Nothing is written before all input has been checked.
         console: Where progress and results are printed.
+        resume: Whether to go on with the run in `out` from its last state; where there is none, the
+            run starts from the beginning.
 
     Raises:
-        InputError: Something in the recipe, the checkpoints or the data cannot be used.
+        InputError: Something in the recipe, the checkpoints or the data cannot be used, or `out`
+            holds something else than an unfinished run of this recipe.
         NonFiniteObjectiveError: Learning diverged; the run folder holds the last good
             coefficients.
     """
-    require_new(out)
+    devices = open_devices(recipe.devices)
+    first, console = is_first_process(), _of_first_process(console)
+    require_startable(out, recipe, resume=resume, ended=COEFFICIENTS_FILE)
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
-        workspace = open_workspace(recipe, root)
+        workspace = open_workspace(recipe, root, devices)
         models = workspace.models
         # The Hugging Face checkpoint and the Orbax checkpoint.
-        require_new(out, expected_bytes=2 * export_bytes(models, recipe))
+        require_space(out, 2 * export_bytes(models, recipe))
         if recipe.export.adapter:
             require_adapters(models, recipe.coefficients.granularity, recipe.interference)
     with (
@@ -90,14 +99,23 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
     if problem.start is not None:
         _print_notes(problem.start.notes, console)
 
-    out.mkdir(parents=True, exist_ok=True)
-    resolved = recipe.model_dump(mode="json")
-    (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
+    # Nobody writes before everybody has checked.
+    wait_for_all("checked")
+    resolved = as_fields(recipe)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and (steps := put_right(out, EXPORTS)) is not None:
+            console.print(f"going on after {steps} steps")
+        (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
+    wait_for_all("run folder made")
     with record.phase("similarity of the task vectors"):
         record.add(**describe_machine(), **describe_problem(problem))
 
     @contextmanager
     def watch(what: str, steps: int) -> Iterator[Callable[[Progress], None]]:
+        if not first:
+            yield lambda progress: None
+            return
         console.print(what)
         stage, _, _ = what.partition(":")
         with (
@@ -106,24 +124,36 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
         ):
             yield show
 
-    with record.phase("learning"):
-        merge = learn_coefficients(
-            problem,
-            watch=watch,
-            keep=lambda coefficients: coefficients.save(out / COEFFICIENTS_FILE),
-        )
-    report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
+    def keep(coefficients: Coefficients) -> None:
+        if first:
+            coefficients.save(out / COEFFICIENTS_FILE)
+
+    try:
+        with record.phase("learning"):
+            merge = learn_coefficients(problem, watch=watch, keep=keep, state=out / STATE_FOLDER)
+    except NonFiniteObjectiveError:
+        # It would diverge again.
+        if first:
+            shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
+        raise
+    if first:
+        report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
 
     rows = []
     if workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
             rows = [*baselines(problem), evaluate_merge(problem, merge)]
-        report.write_results(rows, out / RESULTS_FILE)
+        if first:
+            report.write_results(rows, out / RESULTS_FILE)
     with record.phase("writing checkpoints"):
         export(recipe, models, merge.coefficients, out, root=root, rows=rows, console=console)
-    report.write_page(out)
+    if first:
+        report.write_page(out)
     if rows:
         console.print(report.results_table(rows))
+    wait_for_all("exported")
+    if first:
+        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
     return Run(out, merge.coefficients, rows)
 
 
@@ -153,17 +183,20 @@ def fold_file(
     Raises:
         InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
+    devices = open_devices(recipe.devices)
+    console = _of_first_process(console)
     require_new(out)
     coefficients, models, notes = prepare_fold(
         file,
-        open_models(recipe, root),
+        dataclasses.replace(open_models(recipe, root), devices=devices),
         scale=scale,
         allow_other_models=allow_other_models,
     )
     tokenizer_owner(models, recipe.tokenizer)  # refused before anything is written
     _print_notes(notes, console)
+    wait_for_all("checked")
     export(recipe, models, coefficients, out, root=root, rows=[], console=console)
-    if scale:
+    if scale and is_first_process():
         coefficients.save(out / COEFFICIENTS_FILE)
 
 
@@ -218,7 +251,8 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     Raises:
         InputError: Something cannot be used, or a task has no test data.
     """
-    workspace = open_workspace(recipe, root)
+    workspace = open_workspace(recipe, root, open_devices(recipe.devices))
+    console = _of_first_process(console)
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
     matched = match_trunk(workspace.models, opened, "checkpoint")
@@ -278,6 +312,14 @@ def evaluate_merge(problem: Problem, merge: Merge) -> Row:
     )
 
 
+def _of_first_process(console: Console) -> Console:
+    """The console, or one that prints nothing in all processes but the first."""
+    if is_first_process():
+        return console
+    logging.getLogger("adamerge_jax").setLevel(logging.ERROR)
+    return Console(quiet=True)
+
+
 def _summary(problem: Problem) -> str:
     recipe, models, calibration = problem.recipe, problem.workspace.models, problem.calibration
     merged = sum(int(np.prod(models.base.shape(name))) for name in problem.mixed)
@@ -288,7 +330,7 @@ def _summary(problem: Problem) -> str:
         f"{recipe.name} ({recipe.preset}): {problem.experts} experts of {recipe.base.path}, "
         f"{merged / 1e6:.1f} M parameters in {len(problem.mixed)} tensors merged"
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
-        f"{examples} examples to learn from, {held_out} held out; on {jax.devices()[0]}"
+        f"{examples} examples to learn from, {held_out} held out; on {problem.devices}"
     )
 
 

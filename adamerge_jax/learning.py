@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from adamerge_jax.calibration import Batch, Calibration
 from adamerge_jax.coefficients import Constraint
+from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.granularities import Granularity, Values
 from adamerge_jax.microbatches import split
 from adamerge_jax.mixing import mix
@@ -99,6 +100,7 @@ def make_learner(
     optimizer: optax.GradientTransformation,
     regularizers: Sequence[tuple[float, Regularizer]] = (),
     microbatches: int = 1,
+    devices: Devices = ONE_DEVICE,
 ) -> Learner:
     """Puts the choices of a recipe together.
 
@@ -114,6 +116,7 @@ def make_learner(
         optimizer: Any optax transformation.
         regularizers: What is added to the sum over tasks, with their weights.
         microbatches: In how many parts a step runs its batch, one after the other.
+        devices: Where it runs; each has all coefficients and the whole state of the optimizer.
     """
 
     def coefficients(raw: Values) -> Values:
@@ -145,7 +148,9 @@ def make_learner(
         # Not the given values, which may differ from these by rounding.
         return State(raw, optimizer.init(raw), coefficients(raw))
 
-    @jax.jit
+    compiled = functools.partial(jax.jit, out_shardings=devices.replicated)
+
+    @compiled
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
         def total(raw: Values, part: Batch) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
             per_task = run(raw, frozen, part).objective
@@ -172,7 +177,7 @@ def make_learner(
         raw = optax.apply_updates(state.raw, updates)
         return State(raw, optimizer_state, state.start), per_task
 
-    @jax.jit
+    @compiled
     def evaluate(state: State, frozen: Frozen, batch: Batch) -> Evaluation:
         return run(state.raw, frozen, batch)
 
@@ -243,6 +248,7 @@ def _without(rows: Float[Array, "N C"], chosen: slice) -> Float[Array, "M C"]:
     return jnp.concatenate([rows[: chosen.start], rows[chosen.stop :]])
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Look:
     """What the held-out calibration data says of some coefficients.
@@ -344,6 +350,30 @@ class Learned(NamedTuple):
     held_out: Look
 
 
+class Snapshot(NamedTuple):
+    """Where learning is: all that is needed to go on as if it had never stopped.
+
+    Attributes:
+        state: After `step` steps.
+        step: Number of optimizer steps taken.
+        start: What the held-out data said of the starting point.
+        best: The best coefficients so far.
+        ended: Whether there is no step left to take.
+    """
+
+    state: State
+    step: int
+    start: Look
+    best: Learned
+    ended: bool
+
+    @classmethod
+    def like(cls, learner: Learner, initial: Values) -> "Snapshot":
+        """One of the same structure as those of a learner, whatever its leaves."""
+        look = Look(*np.zeros((4, 1)))
+        return cls(learner.init(initial), 0, look, Learned(initial, 0, look), False)
+
+
 class NonFiniteObjectiveError(RuntimeError):
     """The objective stopped being a finite number.
 
@@ -366,6 +396,9 @@ def learn(
     evaluate_every: int,
     control: Control | None = None,
     report: Callable[[Progress], Any] = lambda progress: None,
+    resume: Snapshot | None = None,
+    save: Callable[[Snapshot], Any] = lambda snapshot: None,
+    devices: Devices = ONE_DEVICE,
 ) -> Learned:
     """Runs the steps and keeps the coefficients that do best on the held-out data.
 
@@ -384,6 +417,10 @@ def learn(
             always looked at.
         control: What must not suffer, where something is to be forgotten.
         report: Called with each step's `Progress`, and once before the first step.
+        resume: Where an earlier call with the same arguments was; its steps are neither taken nor
+            reported again.
+        save: Called after every look at the held-out data, with what to go on from.
+        devices: Those of the learner.
 
     Returns:
         Never worse on the held-out data than the starting point.
@@ -393,8 +430,8 @@ def learn(
             coefficients.
     """
     tasks = list(calibration.examples)
-    state = learner.init(initial)
-    best: Learned | None = None
+    state = devices.replicate(learner.init(initial) if resume is None else resume.state)
+    best = None if resume is None else resume.best
 
     def require_finite(per_task: np.ndarray, step: int, where: str) -> None:
         for task, value in zip(tasks, per_task, strict=True):
@@ -406,7 +443,7 @@ def learn(
                 )
 
     def look(step: int) -> Look:
-        seen = _look(learner, state, frozen, calibration)
+        seen = _look(learner, state, frozen, calibration, devices)
         require_finite(seen.objective, step, "the held-out data")
         return seen
 
@@ -414,13 +451,21 @@ def learn(
         nonlocal best
         best = Learned(jax.device_get(learner.coefficients(state)), step, seen)
 
-    began = time.perf_counter()
-    start = look(0)
-    keep(0, start)
-    report(Progress(0, None, start, time.perf_counter() - began, best=best))
-    for step, batch in zip(range(1, steps + 1), calibration.batches(), strict=False):
+    if resume is None:
         began = time.perf_counter()
-        state, per_task = learner.step(state, frozen, batch)
+        start = look(0)
+        keep(0, start)
+        report(Progress(0, None, start, time.perf_counter() - began, best=best))
+        save(Snapshot(state, 0, start, best, ended=False))
+        taken = 0
+    else:
+        start, taken = resume.start, resume.step
+        if resume.ended:
+            return best
+    batches = calibration.batches(taken)
+    for step, batch in zip(range(taken + 1, steps + 1), batches, strict=False):
+        began = time.perf_counter()
+        state, per_task = learner.step(state, frozen, _spread(batch, devices))
         per_task = np.asarray(per_task)
         seconds = time.perf_counter() - began
         require_finite(per_task, step, "the step's batch")
@@ -438,18 +483,31 @@ def learn(
             keep(step, seen)
         collapsed = tuple(task for task, gone in zip(tasks, fallen, strict=True) if gone)
         report(Progress(step, per_task, seen, seconds, collapsed, best if is_best else None))
+        save(Snapshot(state, step, start, best, ended=step == steps or not allowed))
         if not allowed:
             break
     return best
 
 
-def _look(learner: Learner, state: State, frozen: Frozen, calibration: Calibration) -> Look:
+def _spread(batch: Batch, devices: Devices) -> Batch:
+    """Gives every device its examples of a batch."""
+    inputs, targets, strong = devices.examples((batch.inputs, batch.targets, batch.strong_inputs))
+    return batch._replace(inputs=inputs, targets=targets, strong_inputs=strong)
+
+
+def _look(
+    learner: Learner,
+    state: State,
+    frozen: Frozen,
+    calibration: Calibration,
+    devices: Devices,
+) -> Look:
     """Evaluates the held-out data, every example once."""
     objective = np.zeros(len(calibration.examples))
     predicted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
     wanted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
     for batch in calibration.held_out_batches():
-        evaluation = jax.device_get(learner.evaluate(state, frozen, batch))
+        evaluation = jax.device_get(learner.evaluate(state, frozen, _spread(batch, devices)))
         objective += evaluation.objective
         for position, (weights, targets) in enumerate(
             zip(batch.weights, batch.targets, strict=True)

@@ -20,6 +20,7 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint, locate
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_same_architecture
 from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.coefficients import Coefficients, Source
+from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.folding import THREADS, fold_tensor
 from adamerge_jax.granularities import (
@@ -76,6 +77,7 @@ class Models:
         experts: The experts' checkpoints by task.
         sources: Where they come from, for the coefficients file: the base, then the experts.
         kept: Names without `*` of the trunk's parameters that are not merged but stay the base's.
+        devices: Where the weights go when they are read.
     """
 
     family: Family
@@ -84,6 +86,7 @@ class Models:
     experts: Mapping[str, Expert]
     sources: tuple[Source, ...]
     kept: frozenset[str]
+    devices: Devices = ONE_DEVICE
 
     @property
     def config(self) -> PretrainedConfig:
@@ -192,7 +195,7 @@ def load_trunk(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> di
         Arrays by name, `[L, *shape]` where stacked.
     """
     return {
-        name: jax.device_put(read_parameter(models, checkpoint, name, dtype), may_alias=True)
+        name: models.devices.parameter(name, read_parameter(models, checkpoint, name, dtype))
         for name in models.shapes
     }
 
@@ -239,7 +242,7 @@ def load_task_vectors(
     models: Models,
     dtype: np.dtype | None,
     interference: Sequence[FittedStep] = (),
-    memory: Memory = DEVICE,
+    memory: Memory | None = None,
 ) -> tuple[dict[str, LoadedDelta], list[str], tuple[FittedStep, ...]]:
     """Reads what every expert changed in the base.
 
@@ -252,13 +255,14 @@ def load_task_vectors(
             entries are rounded as they are read, after the interference steps if there are any;
             factors stay float32: they are small, and their product would have the error of both.
         interference: What is done to the task vectors.
-        memory: Where entries are kept; factors are on the device.
+        memory: Where entries are kept, by default on the devices; factors always are there.
 
     Returns:
         Deltas by name, stacked where the name is; the names without `*` of the tensors that are
         mixed; and the interference steps with what they learned. Parameters that no expert
         changed are in neither.
     """
+    memory = memory or DeviceMemory(models.devices)
     if not interference:
         read, mixed = {}, []
         for name in models.shapes:
@@ -309,6 +313,8 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
     require_fitting(models, coefficients)
     granularity = coefficients.make_granularity(coefficients.shapes)
     scales = granularity.scales(coefficients.stacked_once())
+    # A tensor at a time fits on one device, and other processes need not take part.
+    models = dataclasses.replace(models, devices=ONE_DEVICE)
     experts = list(models.experts.values())
     # Only then is the sum one over entries as they lie in the files.
     stored = (
@@ -470,7 +476,7 @@ def _keep(entries: Entries, name: str, memory: Memory) -> LoadedDelta:
         delta = QuantizedDelta(entries.values, entries.steps)
     else:
         delta = DenseDelta(entries)
-    return memory.keep(delta, stacked=is_stacked(name))
+    return memory.keep(name, delta)
 
 
 def _rounded(values: np.ndarray, name: str, memory: Memory) -> Entries:
@@ -534,7 +540,7 @@ def _read_factors(
     # The B that PEFT starts with is 0, and stays so where nothing was trained.
     layers = {layer for (layer, _), own in found.items() if own.left.any() and own.right.any()}
     changed = [tensors[layer] for layer in sorted(layers)]
-    return LowRankDelta(jnp.asarray(left), jnp.asarray(right)), changed
+    return models.devices.delta(name, LowRankDelta(left, right)), changed
 
 
 def _match_trunk(

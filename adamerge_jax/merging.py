@@ -1,7 +1,8 @@
 """From a recipe and its workspace to learned coefficients: the steps of a merge in their order."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,9 @@ from jaxtyping import Array
 
 from adamerge_jax import learning
 from adamerge_jax.calibration import Calibration, calibrate
+from adamerge_jax.checkpoints.snapshots import Snapshots
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, unstack_values
+from adamerge_jax.devices import Devices, fetch
 from adamerge_jax.errors import InputError
 from adamerge_jax.examples import Concatenated
 from adamerge_jax.granularities import (
@@ -74,6 +77,11 @@ class Problem(NamedTuple):
         return {name: self.workspace.models.shapes[name] for name in self.deltas}
 
     @property
+    def devices(self) -> Devices:
+        """Where it runs."""
+        return self.workspace.models.devices
+
+    @property
     def experts(self) -> int:
         """K."""
         return len(self.workspace.models.experts)
@@ -132,7 +140,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         models,
         DELTA_DTYPES[kept.dtype] if kept.dtype else workspace.dtype,
         recipe.build_interference(),
-        make_memory(kept.memory),
+        make_memory(kept.memory, models.devices),
     )
     if not deltas:
         raise InputError("no expert differs from the base in any parameter that is merged")
@@ -174,7 +182,11 @@ def _needs(recipe: Recipe, models: Models) -> dict[str, Needs]:
 
 
 def learn_coefficients(
-    problem: Problem, *, watch: Watch, keep: Callable[[Coefficients], None] = lambda found: None
+    problem: Problem,
+    *,
+    watch: Watch,
+    keep: Callable[[Coefficients], None] = lambda found: None,
+    state: Path | None = None,
 ) -> Merge:
     """Learns the coefficients of a recipe, coarse ones first where it says so.
 
@@ -182,6 +194,8 @@ def learn_coefficients(
         problem: What to learn from.
         watch: Shows progress.
         keep: Called with the result; where learning diverges, with the last good coefficients.
+        state: Folder in which each stage keeps its state at every look at the held-out data, and
+            from which it goes on.
 
     Raises:
         InputError: The granularity does not fit the parameters.
@@ -195,12 +209,12 @@ def learn_coefficients(
     name, options = _granularity(recipe, problem.workspace.models)
     if chosen.coarse is not None:
         stage = _Stage("coarse", chosen.coarse.granularity, {}, chosen.coarse.steps)
-        coarse = _learn_stage(problem, stage, start, watch, keep)
+        coarse = _learn_stage(problem, stage, start, watch, keep, state)
         start = per_tensor(coarse.granularity, coarse.values, problem.shapes, problem.experts)
         if name == IMPORTANCE_CHUNK:
             name, options = "chunk", {"pieces": _importance(problem, start, options["budget"])}
     stage = _Stage("learning", name, options, recipe.learning.steps)
-    return _learn_stage(problem, stage, start, watch, keep)
+    return _learn_stage(problem, stage, start, watch, keep, state)
 
 
 def _first_granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
@@ -251,10 +265,14 @@ def _learn_stage(
     start: Start | PerTensor,
     watch: Watch,
     keep: Callable[[Coefficients], None],
+    state: Path | None,
 ) -> Merge:
     recipe, workspace = problem.recipe, problem.workspace
     granularity = make_granularity(stage.granularity, stage.options, problem.shapes)
-    deltas = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
+    deltas = {
+        name: problem.devices.delta(name, granularity.prepare(name, delta))
+        for name, delta in problem.deltas.items()
+    }
     needs = _needs(recipe, workspace.models).values()
     learner = learning.make_learner(
         learning.forward_with_heads(
@@ -270,6 +288,7 @@ def _learn_stage(
         recipe.learning.optimizer.build(stage.steps),
         recipe.build_regularizers(),
         recipe.learning.microbatches,
+        problem.devices,
     )
     control = None
     if recipe.forgotten:
@@ -286,9 +305,19 @@ def _learn_stage(
         )
     else:
         initial = granularity.init(start)
+    snapshots = None if state is None else Snapshots(state / stage.name)
+    resume = snapshots and snapshots.load(learning.Snapshot.like(learner, initial))
+
+    def save(snapshot: learning.Snapshot) -> None:
+        if snapshots is not None:
+            snapshots.save(snapshot.step, snapshot)
+
     summary = f"{stage.name}: {count_units(granularity, initial, problem.shapes)}"
     try:
-        with watch(summary, stage.steps) as show:
+        with (
+            watch(summary, stage.steps) as show,
+            closing(snapshots) if snapshots else nullcontext(),
+        ):
             learned = learning.learn(
                 learner,
                 learning.Frozen(problem.base, deltas, list(workspace.heads.values())),
@@ -298,6 +327,9 @@ def _learn_stage(
                 evaluate_every=recipe.learning.evaluate_every or max(1, stage.steps // 10),
                 control=control,
                 report=show,
+                resume=resume,
+                save=save,
+                devices=problem.devices,
             )
     except learning.NonFiniteObjectiveError as error:
         if error.learned is not None:
@@ -398,10 +430,10 @@ def _importance(problem: Problem, coefficients: PerTensor, budget: int) -> dict[
     shapes, learned, magnitudes = {}, {}, {}
     for name, delta in problem.deltas.items():
         tensors = problem.workspace.models.tensors(name)
-        norms = jnp.atleast_2d(delta.norms(stacked=is_stacked(name)))
+        norms = np.atleast_2d(fetch(delta.norms(stacked=is_stacked(name))))
         for layer, tensor in enumerate(tensors):
             if tensor in problem.mixed:
                 shapes[tensor] = problem.workspace.models.base.shape(tensor)
                 learned[tensor] = np.asarray(coefficients[name][layer])
-                magnitudes[tensor] = np.asarray(norms[layer])
+                magnitudes[tensor] = norms[layer]
     return importance_pieces(shapes, learned, magnitudes, budget)

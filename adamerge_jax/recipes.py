@@ -280,6 +280,23 @@ class ExportRecipe(Section):
     adapter."""
 
 
+class DevicesRecipe(Section):
+    """Where it runs."""
+
+    model: int = Field(default=1, ge=1)
+    """Devices among which every parameter and task vector is split; must divide their number.
+    Examples are split among all devices anyway."""
+    distributed: bool = False
+    """Whether this is one of several processes, each started with this command, on one or several
+    hosts. JAX detects Slurm, Kubernetes, Open MPI and TPU pods; elsewhere, give the next three."""
+    coordinator: str | None = None
+    """host:port of the first process."""
+    processes: int | None = Field(default=None, ge=1)
+    """Number of processes."""
+    process: int | None = Field(default=None, ge=0)
+    """Which of them this is, from 0."""
+
+
 class Recipe(Section):
     """A merge: base, experts, data, coefficients, objective, optimizer, export."""
 
@@ -308,6 +325,7 @@ class Recipe(Section):
     learning: LearningRecipe = LearningRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    devices: DevicesRecipe = DevicesRecipe()
     tracking: list[TrackerName] = []
     """Where the numbers of every step go beside metrics.jsonl: tensorboard, wandb."""
     max_length: int = Field(default=128, ge=2)
@@ -380,6 +398,12 @@ class Recipe(Section):
     def _check(self) -> "Recipe":
         for task in self.tasks:
             require_task_name(task)
+        for field in ("coordinator", "processes", "process"):
+            if getattr(self.devices, field) is not None and not self.devices.distributed:
+                raise ValueError(
+                    f"devices.{field}: is for several processes; set devices.distributed, or leave "
+                    "it out"
+                )
         if "base" in self.tasks:
             raise ValueError("tasks: no task can be called 'base'; rename it")
         constraint = CONSTRAINTS[self.coefficients.constraint]

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from adamerge_jax.devices import is_first_process
 from adamerge_jax.granularities import layer_of
 from adamerge_jax.merging import Problem
 from adamerge_jax.names import is_stacked
@@ -56,8 +57,11 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        """Writes the file, with the peak memory up to now; nothing where there is no folder yet."""
-        if self._folder.is_dir():
+        """Writes the file, with the peak memory up to now; nothing where there is no folder yet.
+
+        Of several processes the first one does.
+        """
+        if self._folder.is_dir() and is_first_process():
             self._fields["peak_memory_bytes"] = peak_memory()
             text = json.dumps(self._fields, indent=2, ensure_ascii=False)
             (self._folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from adamerge_jax.devices import fetch
 from adamerge_jax.examples import Examples, sorted_batches
 from adamerge_jax.objectives import Needs, Targets, TopTokens
 
@@ -78,9 +79,9 @@ def ask_expert(
         elif needs.expert_logits:
             if logits is None:
                 logits = np.empty((len(examples), batch_logits.shape[1]), batch_logits.dtype)
-            logits[index] = np.asarray(batch_logits)[: len(index)]
+            logits[index] = fetch(batch_logits)[: len(index)]
         if said:
-            arrays = {key: np.asarray(array) for key, array in said.items()}
+            arrays = {key: fetch(array) for key, array in said.items()}
             lengths = _lengths(inputs, next(iter(arrays.values())).shape[1])
             by_position.add(index, arrays, lengths)
     return StoredTargets(examples, logits, by_position if by_position.filled else None)

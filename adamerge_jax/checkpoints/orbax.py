@@ -34,6 +34,8 @@ class UnreadArray:
 def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | UnreadArray]) -> None:
     """Writes parameters; the folder appears when it is complete.
 
+    Where there are several processes all must call this, and each writes its own part.
+
     Args:
         folder: The folder to make; it may exist if it is empty.
         parameters: Arrays by name, such as `bert.encoder.layer.*.output.dense.weight`.
@@ -41,6 +43,11 @@ def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | Unr
     Raises:
         InputError: The folder is in use or cannot be made, or the disk becomes full.
     """
+    if jax.process_count() > 1:
+        # Orbax has the processes agree on a temporary name of its own.
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder).expanduser().resolve(), dict(parameters))
+        return
     with new_folder(folder) as partial:
         # One level down, so that what Orbax keeps next to its target is removed on failure too.
         target = partial / "parameters"

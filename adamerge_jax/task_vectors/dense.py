@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from adamerge_jax.devices import fetch
 from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.factored import FactoredDelta
 
@@ -58,7 +59,7 @@ class DenseDelta:
         lead = self.values.shape[: 1 + stacked]
         shape = self.values.shape[1 + stacked :]
         size, length = prod(shape), ceil(prod(shape) / pieces)
-        values = np.asarray(self.values).reshape(*lead, size)
+        values = fetch(self.values).reshape(*lead, size)
         position = None
         if seed is not None:
             order = random_order(size, seed)
@@ -70,7 +71,7 @@ class DenseDelta:
 
     def by_direction(self, rank: int) -> FactoredDelta:
         """The singular value decomposition of every delta."""
-        values = np.asarray(self.values, np.float32)
+        values = fetch(self.values).astype(np.float32)
         u, s, v = np.linalg.svd(values, full_matrices=False)
         left, right = u[..., :rank] * s[..., None, :rank], v[..., :rank, :]
         rest = values - left @ right

@@ -66,8 +66,8 @@ class LowRankDelta:
 
     def by_direction(self, rank: int) -> FactoredDelta:
         """The singular value decomposition of every delta, from that of its factors."""
-        q_left, r_left = np.linalg.qr(np.asarray(self.left, np.float32))
-        q_right, r_right = np.linalg.qr(np.asarray(self.right, np.float32).swapaxes(-1, -2))
+        q_left, r_left = np.linalg.qr(fetch(self.left).astype(np.float32))
+        q_right, r_right = np.linalg.qr(fetch(self.right).astype(np.float32).swapaxes(-1, -2))
         u, s, v = np.linalg.svd(r_left @ r_right.swapaxes(-1, -2), full_matrices=False)
         left = (q_left @ u) * s[..., None, :]
         right = v @ q_right.swapaxes(-1, -2)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from adamerge_jax.devices import ONE_DEVICE, Devices
+from adamerge_jax.errors import InputError
+from adamerge_jax.names import is_stacked
 from adamerge_jax.task_vectors.delta import LoadedDelta
 from adamerge_jax.task_vectors.entries import Entries
 from adamerge_jax.task_vectors.scratch import Scratch
@@ -31,21 +34,24 @@ class Memory(Protocol):
         """Room for the entries of a delta."""
         ...
 
-    def keep(self, delta: LoadedDelta, *, stacked: bool) -> LoadedDelta:
-        """The delta whose arrays came from `empty` and have been filled, ready for use."""
+    def keep(self, name: str, delta: LoadedDelta) -> LoadedDelta:
+        """A parameter's delta whose arrays came from `empty` and have been filled."""
         ...
 
 
 class DeviceMemory:
-    """The device's own memory."""
+    """The own memory of the devices."""
+
+    def __init__(self, devices: Devices = ONE_DEVICE):
+        self._devices = devices
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Room in the host's memory, which the device takes over."""
         return aligned_empty(shape, dtype)
 
-    def keep(self, delta: LoadedDelta, *, stacked: bool) -> LoadedDelta:
-        """The delta on the device."""
-        return jax.device_put(delta, may_alias=True)
+    def keep(self, name: str, delta: LoadedDelta) -> LoadedDelta:
+        """The delta on the devices."""
+        return self._devices.delta(name, delta)
 
 
 class HostMemory:
@@ -55,9 +61,9 @@ class HostMemory:
         """Room there."""
         return aligned_empty(shape, dtype)
 
-    def keep(self, delta: LoadedDelta, *, stacked: bool) -> StreamedDelta:
+    def keep(self, name: str, delta: LoadedDelta) -> StreamedDelta:
         """The delta there, for the step to bring to the device."""
-        return _streamed(HostSource.put(delta), delta, stacked)
+        return _streamed(HostSource.put(delta), name, delta)
 
 
 class DiskMemory:
@@ -70,14 +76,25 @@ class DiskMemory:
         """Room in the file, written as it is filled."""
         return self._scratch.empty(shape, dtype)
 
-    def keep(self, delta: LoadedDelta, *, stacked: bool) -> StreamedDelta:
+    def keep(self, name: str, delta: LoadedDelta) -> StreamedDelta:
         """The delta in the file, for the step to read."""
-        return _streamed(DiskSource.put(delta, self._scratch), delta, stacked)
+        return _streamed(DiskSource.put(delta, self._scratch), name, delta)
 
 
-def make_memory(place: Place) -> Memory:
-    """The memory of a recipe."""
-    return {"device": DeviceMemory, "host": HostMemory, "disk": DiskMemory}[place]()
+def make_memory(place: Place, devices: Devices) -> Memory:
+    """The memory of a recipe.
+
+    Raises:
+        InputError: What is outside the device is asked for with several devices.
+    """
+    if place == "device":
+        return DeviceMemory(devices)
+    if devices.mesh is not None:
+        raise InputError(
+            f"task_vectors.memory: {place} is for one device, and there are {devices}; with "
+            "several, let each have a part of the task vectors: device, and devices.model"
+        )
+    return HostMemory() if place == "host" else DiskMemory()
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -88,8 +105,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _streamed(source: Source, delta: LoadedDelta, stacked: bool) -> StreamedDelta:
-    return StreamedDelta(source, _layers(delta) if stacked else None)
+def _streamed(source: Source, name: str, delta: LoadedDelta) -> StreamedDelta:
+    return StreamedDelta(source, _layers(delta) if is_stacked(name) else None)
 
 
 def _layers(delta: LoadedDelta) -> Array:

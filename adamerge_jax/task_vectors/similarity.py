@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from adamerge_jax.devices import fetch
 from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.joined import JoinedDelta
 from adamerge_jax.task_vectors.low_rank import LowRankDelta
+from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
 
 _contract = functools.partial(
     jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -35,7 +37,7 @@ def inner_products(
     Returns:
         float32, `[K, K]`, or `[L, K, K]` where stacked; symmetric, squared norms on the diagonal.
     """
-    return np.asarray(_inner_products(delta, shape, experts, stacked))
+    return fetch(_inner_products(delta, shape, experts, stacked))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -43,7 +45,10 @@ def _inner_products(
     delta: Delta, shape: tuple[int, ...], experts: int, stacked: bool
 ) -> Float[Array, "... K K"]:
     if stacked:
-        return jax.lax.map(lambda layer: gram(layer, shape[1:], experts), delta)
+        layers, sources = apart_from_layers(delta)
+        return jax.lax.map(
+            lambda layer: gram(with_sources(layer, sources), shape[1:], experts), layers
+        )
     return gram(delta, shape, experts)
 
 
