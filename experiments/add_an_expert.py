@@ -85,7 +85,10 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Curve]:
     recipe = changed(recipe, steps, rate)
     file = out / f"without_{arguments.new}.safetensors"
     warm = changed(
-        recipe, arguments.warm_steps or steps // 3, arguments.warm_learning_rate or rate / 2, file
+        recipe,
+        arguments.warm_steps or max(1, steps // 3),
+        arguments.warm_learning_rate or rate / 2,
+        file,
     )
     out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
@@ -93,8 +96,10 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Curve]:
         del fields["tasks"][arguments.new]
         learn_others(parse_recipe(fields), root, file, console)
     curves = {}
-    for name, own in ((SCRATCH, recipe), (WARM, warm)):
-        kept = out / f"{name.split()[1]}.json"
+    for name, own, kept in (
+        (SCRATCH, recipe, out / "from_scratch.json"),
+        (WARM, warm, out / "from_the_others.json"),
+    ):
         if not kept.exists():
             curve = learn_curve(own, root, console)
             kept.write_text(json.dumps(curve._asdict(), indent=1) + "\n")
