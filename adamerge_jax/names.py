@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import jax
+from jaxtyping import Array, PyTree
 
 STACKED = "*"
 
@@ -41,3 +42,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def leaf_name(path: tuple) -> str:
     """The dotted name of a pytree leaf, from its `jax.tree_util` key path."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named_leaves(tree: PyTree[Array]) -> dict[str, Array]:
+    """The leaves of a pytree by their dotted names."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
