@@ -2,7 +2,8 @@
 
 In a page, on a line of its own:
 
-- `{{ readme: Heading }}`: that section of README.md, without its heading;
+- `{{ readme: Heading }}`: that section of README.md without its heading, and without those of its
+  subsections that another page names;
 - `{{ readme introduction }}`: what comes before its first section;
 - `{{ readme rest }}`: its sections that no page names;
 - `{{ recipe fields }}`: tables of all fields of a recipe;
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from importlib.resources import files as resources
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -38,66 +39,70 @@ MARKER = re.compile(r"^\{\{ (.+?) \}\}$", re.MULTILINE)
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fills in the markers of a page."""
+    pages = (file.content_string for file in files.documentation_pages())
+    named = {m[1].removeprefix("readme: ") for each in pages for m in MARKER.finditer(each)}
 
     def fill(marker: re.Match[str]) -> str:
         what = marker[1]
-        if what == "readme introduction":
-            return introduction()
-        if what == "readme rest":
-            return rest_of_the_readme(Path(config.docs_dir))
-        if what == "recipe fields":
-            return recipe_fields()
-        if what == "presets":
-            return all_presets()
-        if what == "public names":
-            return public_names()
         if what.startswith("readme: "):
-            return section(what.removeprefix("readme: "))
-        raise PluginError(f"{page.file.src_path}: there is no {{{{ {what} }}}}")
+            return section(what.removeprefix("readme: "), named)
+        made = {
+            "readme introduction": lambda: readme()[0].text,
+            "readme rest": lambda: rest_of_the_readme(named),
+            "recipe fields": recipe_fields,
+            "presets": all_presets,
+            "public names": public_names,
+        }
+        if what not in made:
+            raise PluginError(f"{page.file.src_path}: there is no {{{{ {what} }}}}")
+        return made[what]()
 
     return MARKER.sub(fill, markdown)
 
 
-def sections() -> dict[str, str]:
-    """The sections of README.md by heading; a subsection is in its section too."""
-    found: dict[str, str] = {}
-    open_headings: dict[int, str] = {}
-    in_code = False
+class Section(NamedTuple):
+    """A heading of README.md and what stands below it, up to the next heading."""
+
+    level: int
+    heading: str
+    text: str
+
+
+def readme() -> list[Section]:
+    """The sections of README.md in their order; the first is its title with the introduction."""
+    found, in_code = [], False
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines(keepends=True):
         in_code ^= line.startswith("```")
-        heading = None if in_code else re.match(r"(##+) (.+)", line)
+        heading = None if in_code else re.match(r"(#+) (.+)", line)
         if heading:
-            level = len(heading[1])
-            open_headings = {depth: h for depth, h in open_headings.items() if depth < level}
-        for title in open_headings.values():
-            found[title] += line
-        if heading:
-            open_headings[level] = heading[2]
-            found[heading[2]] = ""
+            found.append(Section(len(heading[1]), heading[2], ""))
+        else:
+            found[-1] = found[-1]._replace(text=found[-1].text + line)
     return found
 
 
-def section(heading: str) -> str:
-    """One section of README.md without its heading; its subsections come up a level."""
-    try:
-        return sections()[heading]
-    except KeyError:
-        raise PluginError(f"README.md has no section {heading!r}; a page asks for it") from None
+def section(heading: str, named: set[str]) -> str:
+    """A section of README.md without its heading, with those subsections that no page names."""
+    sections = readme()
+    position = next((i for i, own in enumerate(sections) if own.heading == heading), None)
+    if position is None:
+        raise PluginError(f"README.md has no section {heading!r}; a page asks for it")
+    parts = [sections[position].text]
+    for below in sections[position + 1 :]:
+        if below.level <= sections[position].level:
+            break
+        if below.heading not in named:
+            parts.append(f"{'#' * below.level} {below.heading}\n{below.text}")
+    return "\n".join(parts)
 
 
-def introduction() -> str:
-    """README.md from below its title to its first section."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text.partition("\n## ")[0].partition("\n")[2]
-
-
-def rest_of_the_readme(folder: Path) -> str:
+def rest_of_the_readme(named: set[str]) -> str:
     """The sections of README.md that no page names."""
-    pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted(folder.rglob("*.md")))
-    named = {m[1].removeprefix("readme: ") for m in MARKER.finditer(pages)}
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    return "\n".join(f"## {h}\n{section(h)}" for h in headings if h not in named)
+    return "\n".join(
+        f"## {own.heading}\n{section(own.heading, named)}"
+        for own in readme()
+        if own.level == 2 and own.heading not in named
+    )
 
 
 def recipe_fields() -> str:
