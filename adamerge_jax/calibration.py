@@ -150,6 +150,7 @@ def calibrate(
     batch_size: int,
     held_out: float,
     seed: int,
+    targets: Mapping[str, StoredTargets] | None = None,
 ) -> Calibration:
     """Splits each task's examples into those to learn from and those held out.
 
@@ -158,10 +159,25 @@ def calibrate(
         batch_size: Examples of every task in a batch.
         held_out: Part of each task's examples that is held out; at least one is.
         seed: Decides on the split and on the order of batches.
+        targets: What each task's examples are compared with, from `ask_expert`; by default their
+            labels, where they have some.
 
     Raises:
-        InputError: A task has too few examples for one batch and one held-out example.
+        InputError: A task has too few examples for one batch and one held-out example, or no
+            targets where others have some.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax import ArrayExamples, calibrate
+        >>> examples = {task: ArrayExamples({"x": np.zeros((20, 3))}) for task in ("one", "other")}
+        >>> calibration = calibrate(examples, batch_size=4, held_out=0.25, seed=0)
+        >>> {task: len(index) for task, index in calibration.held_out.items()}
+        {'one': 5, 'other': 5}
+        >>> next(calibration.batches()).inputs["x"].shape  # [tasks * B, ...]
+        (8, 3)
     """
+    if targets is not None and (missing := examples.keys() - targets.keys()):
+        raise InputError(f"targets of task {min(missing)!r} are missing; ask its expert too")
     learning, kept = {}, {}
     for position, (task, data) in enumerate(examples.items()):
         size = max(1, round(held_out * len(data)))
@@ -177,5 +193,6 @@ def calibrate(
         lengths = data.padded_lengths()[order[:size]]
         kept[task] = order[:size][np.argsort(lengths, kind="stable")]
         learning[task] = np.sort(order[size:])
-    targets = {task: StoredTargets(data) for task, data in examples.items()}
+    if targets is None:
+        targets = {task: StoredTargets(data) for task, data in examples.items()}
     return Calibration(learning, kept, examples, batch_size, seed, targets)

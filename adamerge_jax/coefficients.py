@@ -81,7 +81,19 @@ CONSTRAINTS: dict[str, Constraint] = {
         "positive and summing to 1 over the experts (1/K each)",
     ),
 }
-"""Constraints by their names in a recipe; `softmax` is over the experts of a group."""
+"""Constraints by their names in a recipe: which values coefficients `[G, K, ...]` may take.
+
+`free`: any number. `clip`: cut to [0, 1] (AdaMerging, Yang et al., ICLR 2024). `sigmoid`: between 0
+and 1 (Expert Merging, Zhang et al., 2025). `softmax`: positive, the K experts of a group sum to 1.
+
+Examples:
+    >>> import jax.numpy as jnp
+    >>> from adamerge_jax import CONSTRAINTS
+    >>> list(CONSTRAINTS)
+    ['free', 'clip', 'sigmoid', 'softmax']
+    >>> CONSTRAINTS["clip"].apply(jnp.array([[-0.5, 0.25, 2.0]])).tolist()
+    [[0.0, 0.25, 1.0]]
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +137,32 @@ class Coefficients:
         step: The step at which they were the best on the held-out calibration data.
         started_from: The file that their learning started from, if any.
         scaled: Factors that they were multiplied with since, by expert; 0 leaves one out.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from adamerge_jax import Coefficients
+        >>> from adamerge_jax.coefficients import Source
+        >>> base, expert = (Source(name, f"models/{name}", None, "") for name in ("base", "law"))
+        >>> learned = Coefficients(
+        ...     values={"dense.weight": np.array([0.4], np.float32)},  # [K] by group
+        ...     granularity="tensor",
+        ...     granularity_options={},
+        ...     interference=(),
+        ...     constraint="clip",
+        ...     shapes={"dense.weight": (2, 3)},
+        ...     base=base,
+        ...     experts=(expert,),
+        ...     objective="entropy",
+        ...     seed=0,
+        ...     step=100,
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     learned.save(Path(folder) / "coefficients.safetensors")
+        ...     again = Coefficients.load(Path(folder) / "coefficients.safetensors")
+        >>> again.granularity, again.experts[0].name, again.values["dense.weight"].shape
+        ('tensor', 'law', (1,))
     """
 
     values: Mapping[str, np.ndarray]

@@ -41,6 +41,15 @@ class Frozen(NamedTuple):
         base: Parameters of the base model, any pytree.
         deltas: The experts' deltas by parameter name, as the granularity prepared them.
         heads: What each task keeps for itself, any pytree.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import Frozen, task_vectors
+        >>> base = {"kernel": jnp.zeros((2, 3))}
+        >>> experts = [{"kernel": jnp.ones((2, 3))}, {"kernel": -jnp.ones((2, 3))}]
+        >>> frozen = Frozen(base, task_vectors(base, experts), heads=())
+        >>> frozen.deltas["kernel"].values.shape  # [K, *shape]
+        (2, 2, 3)
     """
 
     base: PyTree[Array]
@@ -84,6 +93,21 @@ class Learner(NamedTuple):
             objective is that of the state before the step.
         evaluate: `(state, frozen, batch) -> Evaluation`, compiled.
         coefficients: `state -> coefficients` by group, `[G, K, ...]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from adamerge_jax import CONSTRAINTS, granularities, make_learner, objectives
+        >>> def forward(parameters, heads, inputs):  # here only what surrounds it is shown
+        ...     raise NotImplementedError
+        >>> granularity = granularities.task({"kernel": (2, 3)})
+        >>> optimizer = optax.adam(1e-2)
+        >>> learner = make_learner(
+        ...     forward, granularity, CONSTRAINTS["clip"], objectives.entropy(), optimizer
+        ... )
+        >>> state = learner.init({"all": jnp.array([[0.25, 0.5]])})  # [G, K]: two experts
+        >>> learner.coefficients(state)["all"].tolist()
+        [[0.25, 0.5]]
     """
 
     init: Callable[[Values], State]
@@ -109,7 +133,8 @@ def make_learner(
     for all tasks of a step.
 
     Args:
-        forward: Runs the merged model on the examples of all tasks and applies each task's head.
+        forward: Runs the merged model on the examples of all tasks, `[tasks * B, ...]`, and
+            applies each task's head: `(parameters, heads, inputs) -> outputs` of each task.
         granularity: Which parameters share a coefficient.
         constraint: Which values coefficients may take.
         objective: What is minimised, for all tasks or for each.
@@ -117,6 +142,38 @@ def make_learner(
         regularizers: What is added to the sum over tasks, with their weights.
         microbatches: In how many parts a step runs its batch, one after the other.
         devices: Where it runs; each has all coefficients and the whole state of the optimizer.
+
+    Returns:
+        Pure functions; `learn` is the loop around them.
+
+    Examples:
+        A classifier `x @ kernel` with three inputs and two classes, and an expert for each class.
+        `forward` gets parameters that may be mixtures, and the examples of all tasks one task
+        after the other, `[tasks * B, ...]`; it returns the outputs of each task.
+
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from adamerge_jax import CONSTRAINTS, Frozen, granularities, make_learner
+        >>> from adamerge_jax import materialize, objectives, task_vectors
+        >>> from adamerge_jax.calibration import Batch
+        >>> base = {"kernel": jnp.ones((3, 2))}
+        >>> experts = [{"kernel": base["kernel"].at[:, c].add(1.0)} for c in range(2)]
+        >>> def forward(parameters, heads, inputs):
+        ...     logits = inputs["x"] @ materialize(parameters)["kernel"]
+        ...     return [objectives.TaskOutputs(own) for own in jnp.split(logits, 2)]
+        >>> deltas = task_vectors(base, experts)
+        >>> granularity = granularities.tensor(granularities.shapes_of(base, deltas))
+        >>> learner = make_learner(
+        ...     forward, granularity, CONSTRAINTS["free"], objectives.entropy(), optax.sgd(1.0)
+        ... )
+        >>> state = learner.init({"kernel": jnp.array([[0.6, 0.4]])})  # [G, K] by group
+        >>> weights = jnp.full((2, 4), 1 / 4)  # four examples of each task
+        >>> batch = Batch({"x": jnp.ones((8, 3))}, weights, [objectives.Targets()] * 2)
+        >>> state, entropies = learner.step(state, Frozen(base, deltas, ()), batch)
+        >>> entropies.shape  # [tasks], in nats
+        (2,)
+        >>> bool(jnp.diff(learner.coefficients(state)["kernel"][0])[0] < -0.2)  # further apart
+        True
     """
 
     def coefficients(raw: Values) -> Values:
@@ -343,6 +400,16 @@ class Learned(NamedTuple):
         values: Coefficients by group, `[G, K, ...]`.
         step: After how many steps; 0 is the starting point.
         held_out: What the held-out data says of them.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax import Learned
+        >>> from adamerge_jax.learning import Look
+        >>> tasks = np.array([0.1, 0.2])
+        >>> look = Look(objective=tasks, agreement=tasks, commonest=tasks, examples=tasks)
+        >>> learned = Learned({"all": np.array([[0.3, 0.7]])}, step=40, held_out=look)  # [G, K]
+        >>> learned.step, learned.values["all"].shape
+        (40, (1, 2))
     """
 
     values: Values
@@ -410,7 +477,7 @@ def learn(
     Args:
         learner: How coefficients are learned.
         frozen: Base, deltas and heads.
-        initial: The coefficients to start from.
+        initial: The coefficients to start from, `[G, K, ...]` by group.
         calibration: Batches to learn from and to choose by.
         steps: Number of optimizer steps.
         evaluate_every: Steps between two looks at the held-out data; the start and the end are
@@ -428,6 +495,51 @@ def learn(
     Raises:
         NonFiniteObjectiveError: Says at which step and on which task; carries the last good
             coefficients.
+
+    Examples:
+        The classifier of `make_learner`'s example, from data to the merged parameters:
+
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> import optax
+        >>> from adamerge_jax import CONSTRAINTS, ArrayExamples, Frozen, calibrate, granularities
+        >>> from adamerge_jax import learn, make_learner, materialize, mix, objectives, task_vectors
+        >>> base = {"kernel": jnp.ones((3, 2))}
+        >>> experts = [{"kernel": base["kernel"].at[:, c].add(1.0)} for c in range(2)]
+        >>> def forward(parameters, heads, inputs):
+        ...     logits = inputs["x"] @ materialize(parameters)["kernel"]
+        ...     return [objectives.TaskOutputs(own) for own in jnp.split(logits, 2)]
+        >>> deltas = task_vectors(base, experts)
+        >>> shapes = granularities.shapes_of(base, deltas)
+        >>> granularity = granularities.tensor(shapes)
+        >>> initial = granularity.init(granularities.constant(shapes, experts=2, value=0.3))
+        >>> learned = learn(
+        ...     make_learner(
+        ...         forward,
+        ...         granularity,
+        ...         CONSTRAINTS["clip"],
+        ...         objectives.cross_entropy(),
+        ...         optax.adam(0.1),
+        ...     ),
+        ...     Frozen(base, deltas, heads=()),
+        ...     initial,
+        ...     calibrate(
+        ...         {
+        ...             task: ArrayExamples({"x": np.ones((10, 3))}, labels=np.zeros(10, int))
+        ...             for task in ("one", "other")
+        ...         },
+        ...         batch_size=4,
+        ...         held_out=0.2,
+        ...         seed=0,
+        ...     ),
+        ...     steps=4,
+        ...     evaluate_every=2,
+        ... )
+        >>> print(learned.values["kernel"].round(1))  # [G, K]: all examples are of class 0
+        [[0.7 0. ]]
+        >>> merged = materialize(mix(base, deltas, granularity.scales(learned.values)))
+        >>> merged["kernel"].shape
+        (3, 2)
     """
     tasks = list(calibration.examples)
     state = devices.replicate(learner.init(initial) if resume is None else resume.state)

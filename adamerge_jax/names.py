@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import jax
+from jaxtyping import Array, PyTree
 
 STACKED = "*"
 
@@ -63,3 +64,8 @@ def place_in_stack(name: str) -> tuple[str, int] | None:
         if part.isdigit():
             return ".".join([*parts[:position], STACKED, *parts[position + 1 :]]), int(part)
     return None
+
+
+def named_leaves(tree: PyTree[Array]) -> dict[str, Array]:
+    """The leaves of a pytree by their dotted names."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

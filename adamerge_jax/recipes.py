@@ -34,7 +34,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of a recipe; unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class _PathSection(Section):
@@ -298,7 +298,20 @@ class DevicesRecipe(Section):
 
 
 class Recipe(Section):
-    """A merge: base, experts, data, coefficients, objective, optimizer, export."""
+    """A merge: base, experts, data, coefficients, objective, optimizer, export.
+
+    Made by `load_recipe` or `parse_recipe`, which fill in what the preset says and report mistakes
+    in one line; its fields are those of the YAML file.
+
+    Examples:
+        >>> from adamerge_jax import parse_recipe
+        >>> task = {"expert": "experts/law", "calibration": "law.jsonl"}
+        >>> recipe = parse_recipe({"base": "model", "tasks": {"law": task}, "preset": "adamerging"})
+        >>> recipe.coefficients.granularity, recipe.learning.steps, recipe.initial_coefficient
+        ('tensor', 500, 0.3)
+        >>> list(recipe.build_objectives())
+        ['law']
+    """
 
     name: str = "merge"
     """Name of the run; by default that of the file."""
@@ -500,6 +513,22 @@ def load_recipe(path: Path, preset: str | None = None) -> Recipe:
 
     Raises:
         InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from adamerge_jax import load_recipe
+        >>> text = '''
+        ... base: google-bert/bert-base-uncased
+        ... tasks:
+        ...   sentiment: {expert: experts/sentiment, calibration: data/sentiment.jsonl}
+        ... '''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "reviews.yaml"
+        ...     _ = file.write_text(text)
+        ...     recipe = load_recipe(file)
+        >>> recipe.name, recipe.preset, recipe.coefficients.granularity
+        ('reviews', 'recommended', 'row')
     """
     chosen = {} if preset is None else {"preset": preset}
     return parse_recipe({"name": path.stem} | read_fields(path) | chosen, str(path))
@@ -523,10 +552,28 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validates a recipe given as nested dictionaries; `where` begins the error message.
+    """Validates a recipe given as nested dictionaries.
+
+    Args:
+        fields: What a recipe's YAML file would hold.
+        where: Begins the error message.
 
     Raises:
         InputError: A field is unknown, missing or wrong.
+
+    Examples:
+        >>> from adamerge_jax import InputError, parse_recipe
+        >>> fields = {
+        ...     "base": "google-bert/bert-base-uncased",
+        ...     "tasks": {"law": {"expert": "experts/law", "calibration": "data/law.jsonl"}},
+        ... }
+        >>> parse_recipe(fields).learning.steps
+        120
+        >>> try:
+        ...     parse_recipe(fields | {"lerning": {"steps": 10}})
+        ... except InputError as error:
+        ...     print(error)
+        recipe: unknown field lerning; nearest valid name is 'learning'
     """
     try:
         recipe = Recipe.model_validate(apply_preset(fields))

@@ -21,6 +21,13 @@ class DenseDelta:
 
     Attributes:
         values: `[K, *shape]`, or `[L, K, *shape]` for a stacked parameter before it is sliced.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import DenseDelta
+        >>> delta = DenseDelta(jnp.array([[[1.0, 1.0]], [[0.0, 2.0]]]))  # [K, *shape] = [2, 1, 2]
+        >>> delta.weighted_sum(jnp.array([0.5, 0.25]).reshape(2, 1, 1)).tolist()
+        [[0.5, 1.0]]
     """
 
     values: Float[Array, "K ..."]

@@ -22,6 +22,17 @@ class LowRankDelta:
         right: `[K, r, n]`.
 
     A stacked parameter has a leading axis of length L on both.
+
+    Examples:
+        Two experts of rank 1 for a matrix `[2, 3]`, each a LoRA adapter's B and A:
+
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import LowRankDelta
+        >>> left = jnp.array([[[1.0], [0.0]], [[0.0], [1.0]]])
+        >>> right = jnp.array([[[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0]]])
+        >>> delta = LowRankDelta(left, right)
+        >>> delta.weighted_sum(jnp.array([1.0, 0.5]).reshape(2, 1, 1)).tolist()
+        [[1.0, 2.0, 3.0], [2.0, 2.5, 3.0]]
     """
 
     left: Float[Array, "K m r"]
