@@ -529,3 +529,6 @@ def test_relative_paths_start_at_the_root(image_fields, tmp_path):
     }
     run = learn(tmp_path, fields, "--root", str(root), "--learning.steps", "1")
     assert (run.folder / "checkpoint" / "config.json").is_file()
+    # The card takes none of these names for those of the Hub, and the report says what is missing.
+    assert "base_model" not in (run.folder / "checkpoint" / "README.md").read_text()
+    assert "the recipe names no test data" in (run.folder / "report.html").read_text()

@@ -23,9 +23,10 @@ def test_flatten():
 
 
 def test_tensorboard_shows_stages_as_runs(tmp_path):
-    for stage, step in (("coarse", 3), ("learning", 3), ("learning", 4)):
+    for stage, steps in {"coarse": [3], "learning": [3, 4]}.items():
         with track(["tensorboard"], tmp_path, stage, {"name": "pets"}) as send:
-            send(RECORD | {"step": step})
+            for step in steps:
+                send(RECORD | {"step": step})
     expected = pytest.approx(NUMBERS)
     assert read_events(tmp_path / "tensorboard" / "coarse") == {3: expected}
     assert read_events(tmp_path / "tensorboard" / "learning") == {3: expected, 4: expected}

@@ -2,7 +2,7 @@
 
 from adamerge_jax.reuse.comparing import Comparison, compare
 from adamerge_jax.reuse.folding import Fold, prepare_fold
-from adamerge_jax.reuse.provenance import other_contents
+from adamerge_jax.reuse.identities import other_contents
 from adamerge_jax.reuse.starting import Start, begin, open_start, start_from_file
 
 __all__ = [

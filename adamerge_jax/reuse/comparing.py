@@ -10,7 +10,7 @@ from jaxtyping import Float
 from adamerge_jax.coefficients import Coefficients, Source
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import layer_of
-from adamerge_jax.reuse.provenance import other_contents
+from adamerge_jax.reuse.identities import other_contents
 
 
 class ExpertChange(NamedTuple):

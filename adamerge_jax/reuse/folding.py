@@ -8,7 +8,7 @@ from typing import NamedTuple
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.loading import Models, require_fitting
-from adamerge_jax.reuse.provenance import namesake, other_contents
+from adamerge_jax.reuse.identities import namesake, other_contents
 
 
 class Fold(NamedTuple):

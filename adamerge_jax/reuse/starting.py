@@ -29,7 +29,7 @@ from adamerge_jax.loading import Models
 from adamerge_jax.names import is_stacked, tensor_shape, tensors_of, unstack
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.reuse.carrying import carry
-from adamerge_jax.reuse.provenance import namesake, other_contents
+from adamerge_jax.reuse.identities import namesake, other_contents
 
 _MOVED = 1e-4
 """From this difference on a coefficient was moved into the constraint's range, not rounded."""
