@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.console import Console
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
