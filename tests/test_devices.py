@@ -54,13 +54,14 @@ for folder in map(Path, sys.argv[1:]):
 
 
 @pytest.fixture(scope="module")
-def encoder(text_fields) -> dict[str, Any]:
-    """Three tasks, so that 12 examples are in a batch, which 8 devices do not share evenly."""
+def encoder(image_fields) -> dict[str, Any]:
+    """A vision transformer, 6 examples in a batch, which 8 devices do not share evenly."""
     tasks = {
         name: {key: own for key, own in task.items() if key != "test"}
-        for name, task in text_fields["tasks"].items()
+        for name, task in image_fields["tasks"].items()
     }
-    return text_fields | {"preset": "recommended", "tasks": tasks, "learning": LEARNING}
+    learning = LEARNING | {"batch_size": 3}
+    return image_fields | {"preset": "recommended", "tasks": tasks, "learning": learning}
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +116,10 @@ def test_eight_devices_learn_what_one_does(encoder, adapters, tmp_path):
         said, parts = json.loads((folder / "parts.json").read_text())
         assert said == f"8 devices (cpu; data {8 // model} x model {model})"
         if kind == "encoder":
-            assert parts["bert.encoder.layer.*.intermediate.dense.weight"] == [4, 384 // model, 96]
-            assert parts["bert.encoder.layer.*.intermediate.dense.bias"] == [4, 384]
-            assert parts["bert.embeddings.word_embeddings.weight"] == [512 // model, 96]
+            assert parts["vit.encoder.layer.*.intermediate.dense.weight"] == [2, 32 // model, 24]
+            assert parts["vit.encoder.layer.*.intermediate.dense.bias"] == [2, 32]
+            patches = parts["vit.embeddings.patch_embeddings.projection.weight"]
+            assert patches == [24 // model, 3, 4, 4]
 
 
 def test_two_processes(image_fields, tmp_path):
