@@ -293,7 +293,7 @@ def _preset(options: Sequence[str]) -> str | None:
 
 def _value(options: Sequence[str], name: str) -> str | None:
     """What an option is given, before the command line is parsed."""
-    for option, following in zip(options, [*options[1:], ""], strict=True):
+    for option, following in zip(options, [*options, ""][1:], strict=True):
         if option == name:
             return following
         if option.startswith(f"{name}="):

@@ -113,7 +113,10 @@ def test_hidden_state_alignment(mask, layers, relative):
         return torch.stack(rows)
 
     require_same(found, draw(0, 1.0, (6, len(layers), 4, 3)), reference)
-    assert objective.needs == Needs(hidden_states=tuple(layers)) and objective.needs.expert
+    assert (
+        objective.needs == Needs(hidden_states=tuple(layers), whole_batch=relative)
+        and objective.needs.expert
+    )
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
@@ -153,7 +156,7 @@ def test_pseudo_labels(threshold):
     # No gradient through what gives the pseudo-labels.
     gradient = jax.grad(lambda weak: found(jnp.asarray(draw(4)), weak).sum())(weak)
     np.testing.assert_array_equal(gradient, 0)
-    assert objective.needs == Needs(strong_view=True)
+    assert objective.needs == Needs(strong_view=True, whole_batch=True)
 
 
 def test_equally_sure_examples_all_count():
@@ -377,7 +380,9 @@ def test_a_weighted_sum_needs_what_its_terms_need():
     assert needs == Needs(labels=True, hidden_states=(-1, 1, 3)) and needs.expert
     more = [("logit_alignment", {}), ("pseudo_labels", {})]
     terms += [(1.0, make_objective(*term)) for term in more]
-    assert weighted_sum(terms).needs == Needs(True, True, True, (-1, 1, 3), top_tokens=64)
+    assert weighted_sum(terms).needs == Needs(
+        True, True, True, (-1, 1, 3), top_tokens=64, whole_batch=True
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LowRankDelta
+from adamerge_jax.task_vectors.memory import make_memory
 from adamerge_jax.task_vectors.similarity import cosines, gram, inner_products
 
 EXPERTS, LAYERS, HEIGHT, WIDTH, RANK = 4, 2, 6, 5, 2
@@ -28,6 +29,16 @@ def deltas(kind: str, layers: tuple[int, ...]) -> tuple[object, np.ndarray]:
         return DenseDelta(values), np.asarray(values, np.float32)
     if kind == "low rank":
         return LowRankDelta(jnp.asarray(left), jnp.asarray(right)), left @ right
+    if kind == "of some":
+        some = (2, 0)
+        entries = np.zeros_like(dense)
+        entries[..., some, :, :] = dense[..., :2, :, :]
+        return JoinedDelta(
+            (DenseDelta(jnp.asarray(dense[..., :2, :, :])),), (some,), EXPERTS
+        ), entries
+    if kind == "on the host":
+        name = "layer.*.weight" if layers else "weight"
+        return make_memory("host").keep(name, DenseDelta(dense)), dense
     low, high = (3, 0), (1, 0)  # expert 2 has no delta, expert 0 one of each kind
     joined = JoinedDelta(
         (
@@ -44,7 +55,9 @@ def deltas(kind: str, layers: tuple[int, ...]) -> tuple[object, np.ndarray]:
 
 
 @pytest.mark.parametrize("layout", SHAPES)
-@pytest.mark.parametrize("kind", ["dense", "bfloat16", "low rank", "joined"])
+@pytest.mark.parametrize(
+    "kind", ["dense", "bfloat16", "low rank", "joined", "of some", "on the host"]
+)
 def test_inner_products(kind, layout):
     shape = SHAPES[layout]
     delta, entries = deltas(kind, shape[:-2])

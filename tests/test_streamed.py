@@ -52,7 +52,7 @@ KINDS = {
 
 
 def kept(place: str, delta: LoadedDelta, *, stacked: bool) -> LoadedDelta:
-    return make_memory(place).keep(delta, stacked=stacked)
+    return make_memory(place).keep("layer.*.weight" if stacked else "weight", delta)
 
 
 @jax.jit
@@ -202,7 +202,7 @@ def test_what_is_in_the_file_is_not_written_again():
     entries = memory.empty((EXPERTS, ROWS, COLUMNS), np.dtype(np.float32))
     for row, values in zip(entries, draw(0, EXPERTS, ROWS, COLUMNS), strict=True):
         row[...] = values
-    delta = memory.keep(DenseDelta(entries), stacked=False)
+    delta = memory.keep("weight", DenseDelta(entries))
     assert delta.source.delta.values is entries
     np.testing.assert_array_equal(delta.source.loaded().values, draw(0, EXPERTS, ROWS, COLUMNS))
 

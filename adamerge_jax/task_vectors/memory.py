@@ -81,7 +81,7 @@ class DiskMemory:
         return _streamed(DiskSource.put(delta, self._scratch), name, delta)
 
 
-def make_memory(place: Place, devices: Devices) -> Memory:
+def make_memory(place: Place, devices: Devices = ONE_DEVICE) -> Memory:
     """The memory of a recipe.
 
     Raises:

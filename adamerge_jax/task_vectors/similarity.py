@@ -55,7 +55,7 @@ def _inner_products(
 def gram(delta: Delta, shape: tuple[int, ...], experts: int) -> Float[Array, "K K"]:
     """`inner_products` of one parameter that is not stacked, on the device and to be compiled."""
     parts = list(_parts(delta, tuple(range(experts)), shape))
-    if len(parts) == 1:
+    if len(parts) == 1 and len(parts[0][1]) == experts:
         return _block(parts[0][0], parts[0][0])
     found = jnp.zeros((experts, experts))
     for position, (one, rows) in enumerate(parts):
