@@ -2,7 +2,8 @@
 
     python notebooks/execute.py --quickstart quickstart notebooks/*.ipynb
 
-Needs the `test` extra, and the folder that `python experiments/quickstart.py` makes. Nothing of the machine stays in the file: no times, no paths of the kernel.
+Needs the `test` extra, and the folder that `python experiments/quickstart.py` makes.
+Nothing of the machine stays in the file: no times, no paths of the kernel.
 """
 
 import argparse
