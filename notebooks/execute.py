@@ -1,10 +1,13 @@
-"""Runs notebooks from top to bottom and keeps their outputs: `python notebooks/execute.py FILE...`.
+"""Runs notebooks from top to bottom and keeps their outputs.
 
-Needs the `test` extra. Nothing of the machine stays in the file: no times, no paths of the kernel.
+    python notebooks/execute.py --quickstart quickstart notebooks/*.ipynb
+
+Needs the `test` extra, and the folder that `python experiments/quickstart.py` makes.
+Nothing of the machine stays in the file: no times, no paths of the kernel.
 """
 
+import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,28 +20,40 @@ ROOT = Path(__file__).parents[1]
 
 def main() -> None:
     """Runs each notebook in a folder of its own and writes it back."""
-    for name in sys.argv[1:]:
-        file = Path(name)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebooks", nargs="+", type=Path, help="files to run")
+    parser.add_argument(
+        "--quickstart",
+        required=True,
+        type=Path,
+        help="the folder that experiments/quickstart.py made; notebooks find it beside them",
+    )
+    arguments = parser.parse_args()
+    for file in arguments.notebooks:
         notebook = nbformat.read(file, as_version=4)
         with tempfile.TemporaryDirectory() as folder:
-            execute(notebook, Path(folder))
+            execute(notebook, Path(folder), arguments.quickstart)
         nbformat.write(clean(notebook), file)
 
 
-def execute(notebook: NotebookNode, folder: Path) -> None:
+def execute(notebook: NotebookNode, folder: Path, quickstart: Path) -> None:
     """Runs the cells in place.
 
     `adamerge_jax` and the files of `experiments/` can be imported, wherever the folder is.
 
     Args:
         notebook: What to run.
-        folder: Where it runs, and where it finds and leaves its files.
+        folder: Where it runs and leaves its files.
+        quickstart: The quickstart's models and data, which it finds as `quickstart/` there.
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell failed.
     """
     paths = [ROOT, ROOT / "experiments", os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, paths)))}
+    (folder / "quickstart").symlink_to(quickstart.resolve())
     client = NotebookClient(
         notebook,
         timeout=300,

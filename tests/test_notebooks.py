@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.references import load_script
 
@@ -16,9 +17,19 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 RUNNER = load_script(FOLDER / "execute.py")
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's base and experts, less trained: enough for experts that differ."""
+    script = load_script(FOLDER.parent / "experiments" / "quickstart.py")
+    script.BASE_STEPS, script.EXPERT_STEPS = 500, 200
+    folder = tmp_path_factory.mktemp("quickstart")
+    script.prepare(folder, 0, Console(quiet=True))
+    return folder
+
+
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_it_runs(file: Path, tmp_path: Path):
-    RUNNER.execute(nbformat.read(file, as_version=4), tmp_path)
+def test_it_runs(file: Path, tmp_path: Path, quickstart: Path):
+    RUNNER.execute(nbformat.read(file, as_version=4), tmp_path, quickstart)
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)

@@ -13,6 +13,9 @@ DIVERGING = "PuOr"
 TRAINING, HELD_OUT, AGREEMENT = "#56b4e9", "#d55e00", "#000000"
 """Of curves (Okabe and Ito, Color Universal Design, 2008)."""
 
+CATEGORIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+"""For what has no order, such as experts; of the same palette."""
+
 
 def cell_style(value: float, low: float, high: float, colours: str = SEQUENTIAL) -> str:
     """The CSS of a coloured cell: the value's colour, and black or white on it.
