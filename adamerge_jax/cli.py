@@ -21,6 +21,7 @@ from adamerge_jax import exporting, jobs, report
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import NonFiniteObjectiveError
+from adamerge_jax.plan import make_plan, print_plan
 from adamerge_jax.recipes import (
     Recipe,
     describe_validation_error,
@@ -101,6 +102,24 @@ class Evaluate:
 
 
 @dataclasses.dataclass
+class Plan:
+    """Predict memory, time and disk of a recipe's merge, and what to change; reads no weight."""
+
+    file: tyro.conf.Positional[Path]
+    """The recipe, a YAML file."""
+    recipe: RecipeFields
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+    device: str | None = None
+    """Predict for this one: cpu, h100, h200, a100, l4, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e; by
+    default for the present device, for which the step is compiled."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        print_plan(make_plan(self.recipe, _root(self.file, self.root), self.device), console)
+
+
+@dataclasses.dataclass
 class Inspect:
     """Show what a coefficients file says."""
 
@@ -117,7 +136,13 @@ _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 # Whose fields `--help` shows when no recipe is given.
 _EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration": "DATA"}}}
 
-COMMANDS = {"learn": Learn, "fold": Fold, "evaluate": Evaluate, "inspect": Inspect}
+COMMANDS = {
+    "learn": Learn,
+    "plan": Plan,
+    "fold": Fold,
+    "evaluate": Evaluate,
+    "inspect": Inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,7 +169,7 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def _parse(arguments: list[str]) -> Learn | Fold | Evaluate | Inspect:
+def _parse(arguments: list[str]) -> Learn | Plan | Fold | Evaluate | Inspect:
     """Parses the command line, with the recipe that it names as the default of all fields.
 
     Raises:
