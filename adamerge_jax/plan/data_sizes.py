@@ -1,8 +1,8 @@
 """How many examples the tasks of a recipe have and how long they are, without their contents."""
 
+import dataclasses
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -18,7 +18,8 @@ ASSUMED_EXAMPLES = 1000
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
-class DataSize(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class DataSize:
     """Examples of one task.
 
     Attributes:
@@ -40,7 +41,7 @@ class DataSize(NamedTuple):
         if limit is None or limit >= len(self):
             return self
         chosen = np.linspace(0, len(self) - 1, limit).round().astype(int)
-        return self._replace(lengths=np.sort(self.lengths)[chosen])
+        return dataclasses.replace(self, lengths=np.sort(self.lengths)[chosen])
 
 
 def data_sizes(recipe: Recipe, models: Models, root: Path, part: str) -> dict[str, DataSize]:

@@ -10,7 +10,10 @@ bfloat16 on TPUs.
 """
 
 import os
+import re
+import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +31,10 @@ class Device(NamedTuple):
         name: As the table shows it.
         flops: Floating-point operations per second of matrix products, by dtype.
         bandwidth: Of its memory, in bytes per second.
-        memory: In bytes.
-        attainable: Part of these that a step is taken to reach: 1 where they were measured.
+        memory: That a run may use, in bytes.
+        attainable: Part of these rates that a step is taken to reach: 1 where they were measured.
+        kinds: Parts of what JAX calls it, in lower case.
+        is_cpu: Whether its memory is the host's.
     """
 
     name: str
@@ -37,31 +42,40 @@ class Device(NamedTuple):
     bandwidth: float
     memory: int
     attainable: float
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether its memory is the host's."""
-        return self.attainable == 1.0
+    kinds: tuple[str, ...] = ()
+    is_cpu: bool = False
 
 
 ATTAINABLE = 0.4
-"""Part of a published peak that a step is taken to reach: an assumption, not a measurement."""
+"""Part of a published rate that a step is taken to reach: an assumption, not a measurement."""
+
+GPU_SHARE = 0.75
+"""Part of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 
-def _published(name: str, half: float, single: float, bandwidth: float, gigabytes: float) -> Device:
+def _gpu(name: str, half: float, single: float, bandwidth: float, gigabytes: float) -> Device:
+    """From TFLOP/s in 16 bits and for float32, GB/s, GB."""
     flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
-    return Device(name, flops, bandwidth * 1e9, int(gigabytes * 1e9), ATTAINABLE)
+    memory = int(GPU_SHARE * gigabytes * 1e9)
+    kinds = (name.split()[0].lower(),)
+    return Device(f"NVIDIA {name}", flops, bandwidth * 1e9, memory, ATTAINABLE, kinds)
+
+
+def _tpu(name: str, rate: float, bandwidth: float, gibibytes: int, *kinds: str) -> Device:
+    """From TFLOP/s in bfloat16, GB/s, GiB."""
+    flops = dict.fromkeys(("bfloat16", "float16", "float32"), rate * 1e12)
+    return Device(f"TPU {name}", flops, bandwidth * 1e9, gibibytes * 2**30, ATTAINABLE, kinds)
 
 
 DEVICES = {
-    "h100": _published("NVIDIA H100 SXM", 989, 494, 3350, 80),
-    "h200": _published("NVIDIA H200 SXM", 989, 494, 4800, 141),
-    "a100": _published("NVIDIA A100 SXM 80 GB", 312, 156, 2039, 80),
-    "l4": _published("NVIDIA L4", 121, 60, 300, 24),
-    "tpu-v4": _published("TPU v4", 275, 275, 1228, 32 * 1.0737),
-    "tpu-v5e": _published("TPU v5e", 197, 197, 819, 16 * 1.0737),
-    "tpu-v5p": _published("TPU v5p", 459, 459, 2765, 95 * 1.0737),
-    "tpu-v6e": _published("TPU v6e", 918, 918, 1640, 32 * 1.0737),
+    "h100": _gpu("H100 SXM", 989, 494, 3350, 80),
+    "h200": _gpu("H200 SXM", 989, 494, 4800, 141),
+    "a100": _gpu("A100 SXM 80 GB", 312, 156, 2039, 80),
+    "l4": _gpu("L4", 121, 60, 300, 24),
+    "tpu-v4": _tpu("v4", 275, 1228, 32, "tpu v4"),
+    "tpu-v5e": _tpu("v5e", 197, 819, 16, "tpu v5 lite", "tpu v5e"),
+    "tpu-v5p": _tpu("v5p", 459, 2765, 95, "tpu v5p", "tpu v5"),
+    "tpu-v6e": _tpu("v6e", 918, 1640, 32, "tpu v6 lite", "tpu v6e"),
 }
 """Devices by their names on the command line."""
 
@@ -72,40 +86,43 @@ def find_device(name: str | None) -> Device:
     Raises:
         InputError: There is no such device.
     """
-    if name is None:
-        present = jax.devices()[0]
-        if present.platform == "cpu":
-            return measure_cpu()
-        kind = present.device_kind.lower().replace(" ", "")
-        found = next((key for key in DEVICES if key.replace("tpu-", "tpu") in kind), None)
-        if found is None:
-            raise InputError(
-                f"--device: nothing is known of {present.device_kind!r}; name one of "
-                f"{', '.join(DEVICES)}"
-            )
-        limit = (present.memory_stats() or {}).get("bytes_limit")
-        return DEVICES[found]._replace(
-            name=present.device_kind, memory=limit or DEVICES[found].memory
-        )
-    if name == "cpu":
+    present = jax.devices()[0]
+    if name == "cpu" or (name is None and present.platform == "cpu"):
         return measure_cpu()
-    if name not in DEVICES:
-        raise InputError(f"--device: {name!r} is none of cpu, {', '.join(DEVICES)}")
-    return DEVICES[name]
+    if name is not None:
+        if name not in DEVICES:
+            raise InputError(f"--device: {name!r} is none of cpu, {', '.join(DEVICES)}")
+        return DEVICES[name]
+    called = present.device_kind.lower()
+    for device in DEVICES.values():
+        if any(re.search(rf"\b{kind}\b", called) for kind in device.kinds):
+            limit = (present.memory_stats() or {}).get("bytes_limit", device.memory)
+            return device._replace(name=present.device_kind, memory=limit)
+    raise InputError(
+        f"--device: nothing is known of {present.device_kind!r}; name the one that is most like it "
+        f"of {', '.join(DEVICES)}"
+    )
 
 
 def host_memory() -> int:
-    """Memory of this machine that is free for the run, in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+    """Memory of this machine that is free for a run, in bytes."""
+    if _MEMORY_FILE.is_file():
+        for line in _MEMORY_FILE.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Not on Linux, which alone says what is free.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def resident_bytes() -> int:
-    """What this process has in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """What this process has in memory now; where only that is known, at most so far."""
+    if _PAGES_FILE.is_file():
+        return int(_PAGES_FILE.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+_MEMORY_FILE = Path("/proc/meminfo")
+_PAGES_FILE = Path("/proc/self/statm")
 
 
 def measure_cpu(side: int = 1024) -> Device:
@@ -124,10 +141,10 @@ def measure_cpu(side: int = 1024) -> Device:
     # Half precision is widened before it is multiplied.
     rates = dict.fromkeys(("float32", "bfloat16", "float16"), flops)
     name = f"this machine's CPU ({os.cpu_count()} cores)"
-    return Device(name, rates, bandwidth, host_memory(), 1.0)
+    return Device(name, rates, bandwidth, host_memory(), 1.0, is_cpu=True)
 
 
-def _best_seconds(run: object) -> float:
+def _best_seconds(run: Callable[[], object]) -> float:
     jax.block_until_ready(run())
     seconds = []
     for _ in range(5):

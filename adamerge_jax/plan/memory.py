@@ -15,8 +15,8 @@ from adamerge_jax.plan.work import Work, bytes_of, work_of
 from adamerge_jax.targets import MEMORY_BYTES
 
 RUNTIME_BYTES = 400_000_000
-"""Compiled programs, and what the allocator of the C library keeps: measured on this package's runs
-on a CPU, 0.25 to 0.45 GB above the arrays."""
+"""Compiled programs, and what the C library's allocator does not give back: what runs on a CPU had
+above their arrays."""
 
 
 class Programs(NamedTuple):

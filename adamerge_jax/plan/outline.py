@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adamerge_jax.calibration import Batch
@@ -383,8 +382,3 @@ class _Preparing:
 
 def _unwrapped(delta: Delta | _Preparing) -> Delta:
     return delta.delta if isinstance(delta, _Preparing) else delta
-
-
-def activation_dtype(outline: Outline) -> np.dtype:
-    """Of the hidden states."""
-    return jnp.dtype(outline.outputs(1, min(outline.longest, 16)).last_hidden_state.dtype)

@@ -1,5 +1,6 @@
 """A recipe's cost: sizes, memory, time, disk, and what to change where it does not fit."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from math import ceil
 from pathlib import Path
@@ -199,11 +200,15 @@ def _changes(merge: Outline, device: Device, floor: int) -> Iterator[Change]:
 
     recipe = merge.recipe
     before = peak_of(recipe)
+    useless = set()
     for field, value in _candidates(recipe):
+        if field in useless:
+            continue
         changed = _with(recipe, field, value)
         peak = peak_of(changed)
-        # What is of no use is not advised.
+        # What is of no use is not advised, nor more of the same.
         if peak > 0.98 * before:
+            useless.add(field)
             continue
         recipe, before = changed, peak
         yield Change(field, value, peak, peak <= device.memory)
@@ -244,7 +249,7 @@ def _cut(merge: Outline, recipe: Recipe) -> Mapping[str, Any]:
     """The data's sizes with texts no longer than a recipe allows."""
     return {
         part: {
-            task: size._replace(lengths=np.minimum(size.lengths, recipe.max_length))
+            task: dataclasses.replace(size, lengths=np.minimum(size.lengths, recipe.max_length))
             for task, size in sizes.items()
         }
         for part, sizes in merge.data.items()
