@@ -63,8 +63,12 @@ class Calibration(NamedTuple):
     strong_view: bool = False
     elsewhere: Mapping[str, Mapping[str, Float[np.ndarray, "N C"]]] = {}
 
-    def batches(self) -> Iterator[Batch]:
-        """Endless batches for learning; a task's examples are reshuffled when they are used up."""
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """Endless batches for learning; a task's examples are reshuffled when they are used up.
+
+        Args:
+            first: How many batches to leave out at the beginning; they are not put together.
+        """
         weights = np.full((len(self.examples), self.batch_size), 1 / self.batch_size, np.float32)
         lengths = {task: examples.padded_lengths() for task, examples in self.examples.items()}
         together = 1
@@ -75,6 +79,7 @@ class Calibration(NamedTuple):
             for position, task in enumerate(self.examples)
         }
         generator = np.random.default_rng([self.seed, 2])
+        numbers = count()
         while True:
             parts = {}
             for task, drawn in draws.items():
@@ -82,8 +87,12 @@ class Calibration(NamedTuple):
                 index = index[np.argsort(lengths[task][index], kind="stable")]
                 parts[task] = index.reshape(together, self.batch_size)
             for part in generator.permutation(together):
+                number = next(numbers)
+                if number < first:
+                    continue
                 chosen = {task: rows[part] for task, rows in parts.items()}
-                batch = self._batch(chosen, weights, generator)
+                views = np.random.default_rng([self.seed, 4, number])
+                batch = self._batch(chosen, weights, views)
                 yield batch._replace(targets=self._with_elsewhere(batch.targets, chosen))
 
     def _with_elsewhere(
@@ -141,6 +150,7 @@ def calibrate(
     batch_size: int,
     held_out: float,
     seed: int,
+    targets: Mapping[str, StoredTargets] | None = None,
 ) -> Calibration:
     """Splits each task's examples into those to learn from and those held out.
 
@@ -149,10 +159,25 @@ def calibrate(
         batch_size: Examples of every task in a batch.
         held_out: Part of each task's examples that is held out; at least one is.
         seed: Decides on the split and on the order of batches.
+        targets: What each task's examples are compared with, from `ask_expert`; by default their
+            labels, where they have some.
 
     Raises:
-        InputError: A task has too few examples for one batch and one held-out example.
+        InputError: A task has too few examples for one batch and one held-out example, or no
+            targets where others have some.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax import ArrayExamples, calibrate
+        >>> examples = {task: ArrayExamples({"x": np.zeros((20, 3))}) for task in ("one", "other")}
+        >>> calibration = calibrate(examples, batch_size=4, held_out=0.25, seed=0)
+        >>> {task: len(index) for task, index in calibration.held_out.items()}
+        {'one': 5, 'other': 5}
+        >>> next(calibration.batches()).inputs["x"].shape  # [tasks * B, ...]
+        (8, 3)
     """
+    if targets is not None and (missing := examples.keys() - targets.keys()):
+        raise InputError(f"targets of task {min(missing)!r} are missing; ask its expert too")
     learning, kept = {}, {}
     for position, (task, data) in enumerate(examples.items()):
         size = max(1, round(held_out * len(data)))
@@ -168,5 +193,6 @@ def calibrate(
         lengths = data.padded_lengths()[order[:size]]
         kept[task] = order[:size][np.argsort(lengths, kind="stable")]
         learning[task] = np.sort(order[size:])
-    targets = {task: StoredTargets(data) for task, data in examples.items()}
+    if targets is None:
+        targets = {task: StoredTargets(data) for task, data in examples.items()}
     return Calibration(learning, kept, examples, batch_size, seed, targets)

@@ -19,6 +19,8 @@ from rich.logging import RichHandler
 
 from adamerge_jax import exporting, jobs, report
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.compilation import keep_compiled_programs
+from adamerge_jax.devices import is_first_process
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import NonFiniteObjectiveError
 from adamerge_jax.plan import make_plan, print_plan
@@ -28,6 +30,7 @@ from adamerge_jax.recipes import (
     load_recipe,
     parse_recipe,
 )
+from adamerge_jax.reuse.folding import parse_scale
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 
@@ -43,16 +46,27 @@ class Learn:
     """Folder that relative paths of the recipe start from; by default the recipe's own."""
     out: Path | None = None
     """Run folder to make; by default runs/<recipe name>."""
+    resume: bool = False
+    """Go on with the run in that folder from its last state, where it was interrupted."""
 
     def run(self, console: Console) -> None:
         """Runs the command."""
         out = self.out or Path("runs") / self.recipe.name
-        run = jobs.learn(self.recipe, root=_root(self.file, self.root), out=out, console=console)
+        run = jobs.learn(
+            self.recipe,
+            root=_root(self.file, self.root),
+            out=out,
+            console=console,
+            resume=self.resume,
+        )
+        if not is_first_process():
+            return
         console.print(
             f"merged checkpoint {out / exporting.CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / jobs.COEFFICIENTS_FILE} (best after "
             f"{run.coefficients.step} steps)\n"
-            f"heat map          {out / jobs.HEAT_MAP_FILE}{_adapter(self.recipe, out)}",
+            f"heat map          {out / jobs.HEAT_MAP_FILE}\n"
+            f"report            {out / report.PAGE_FILE}{_adapter(self.recipe, out)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -71,16 +85,51 @@ class Fold:
     recipe: RecipeFields
     root: Path | None = None
     """Folder that relative paths of the recipe start from; by default the recipe's own."""
+    scale: tuple[str, ...] = ()
+    """What to multiply experts' coefficients with: trec=0.5 sst2=0; 0 leaves an expert out."""
+    allow_other_models: bool = False
+    """Whether to go on with models that the file was not learned for."""
 
     def run(self, console: Console) -> None:
         """Runs the command."""
-        root = _root(self.recipe_file, self.root)
-        jobs.fold_file(self.coefficients, self.recipe, root=root, out=self.out, console=console)
+        jobs.fold_file(
+            self.coefficients,
+            self.recipe,
+            root=_root(self.recipe_file, self.root),
+            out=self.out,
+            console=console,
+            scale=parse_scale(self.scale),
+            allow_other_models=self.allow_other_models,
+        )
+        if not is_first_process():
+            return
         console.print(
             f"merged checkpoint {self.out / exporting.CHECKPOINT_FOLDER}"
             f"{_adapter(self.recipe, self.out)}",
             soft_wrap=True,
         )
+
+
+@dataclasses.dataclass
+class Mergekit:
+    """Write the merge of a coefficients file as a YAML file that mergekit makes it from."""
+
+    coefficients: tyro.conf.Positional[Path]
+    """The coefficients.safetensors of a run: whole experts, one coefficient per tensor or
+    coarser, no interference steps."""
+    recipe_file: Annotated[Path, tyro.conf.arg(name="recipe")]
+    """The recipe, a YAML file: where base and experts are."""
+    out: Path
+    """YAML file to make."""
+    recipe: RecipeFields
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        root = _root(self.recipe_file, self.root)
+        jobs.write_mergekit(self.coefficients, self.recipe, root=root, out=self.out)
+        console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
 
 
 @dataclasses.dataclass
@@ -131,6 +180,35 @@ class Inspect:
         report.print_coefficients(Coefficients.load(self.coefficients), console)
 
 
+@dataclasses.dataclass
+class Compare:
+    """Show what differs between two coefficients files: what, where, how much."""
+
+    first: tyro.conf.Positional[Path]
+    """A coefficients file."""
+    second: tyro.conf.Positional[Path]
+    """Another one; differences are this one's values less the first one's."""
+    out: Path | None = None
+    """A .png file to draw the map of differences to."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        jobs.compare_files(self.first, self.second, out=self.out, console=console)
+
+
+@dataclasses.dataclass
+class Report:
+    """Write the report of a run anew, finished or not: one HTML page that needs nothing else."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run folder."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        page = report.write_page(self.folder)
+        console.print(f"report {page}", highlight=False, soft_wrap=True)
+
+
 _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 
 # Whose fields `--help` shows when no recipe is given.
@@ -140,8 +218,11 @@ COMMANDS = {
     "learn": Learn,
     "plan": Plan,
     "fold": Fold,
+    "mergekit": Mergekit,
     "evaluate": Evaluate,
     "inspect": Inspect,
+    "compare": Compare,
+    "report": Report,
 }
 
 
@@ -153,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
     )
     transformers.logging.set_verbosity_error()
+    keep_compiled_programs()
     try:
         _parse(sys.argv[1:] if arguments is None else list(arguments)).run(Console())
     except InputError as error:
@@ -169,7 +251,10 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def _parse(arguments: list[str]) -> Learn | Plan | Fold | Evaluate | Inspect:
+Command = Learn | Plan | Fold | Mergekit | Evaluate | Inspect | Compare | Report
+
+
+def _parse(arguments: list[str]) -> Command:
     """Parses the command line, with the recipe that it names as the default of all fields.
 
     Raises:
@@ -184,8 +269,8 @@ def _parse(arguments: list[str]) -> Learn | Plan | Fold | Evaluate | Inspect:
         raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     default = None
-    if command is not Inspect:
-        file = next((Path(o) for o in options if Path(o).suffix in (".yaml", ".yml")), None)
+    if "recipe" in {field.name for field in dataclasses.fields(command)}:
+        file = _recipe_file(options)
         if file is not None:
             recipe = load_recipe(file, _preset(options))
         elif {"-h", "--help"} & set(options):
@@ -214,13 +299,25 @@ def _parse(arguments: list[str]) -> Learn | Plan | Fold | Evaluate | Inspect:
     return parsed
 
 
+def _recipe_file(options: Sequence[str]) -> Path | None:
+    """The recipe on the command line: its fields are the defaults of all other options."""
+    named = _value(options, "--recipe")
+    files = [named] if named else [o for o in options if Path(o).suffix in (".yaml", ".yml")]
+    return Path(files[0]) if files else None
+
+
 def _preset(options: Sequence[str]) -> str | None:
     """The preset on the command line: it decides on the defaults of all other options."""
+    return _value(options, "--preset")
+
+
+def _value(options: Sequence[str], name: str) -> str | None:
+    """What an option is given, before the command line is parsed."""
     for option, following in zip(options, [*options[1:], ""], strict=True):
-        if option == "--preset":
+        if option == name:
             return following
-        if option.startswith("--preset="):
-            return option.removeprefix("--preset=")
+        if option.startswith(f"{name}="):
+            return option.removeprefix(f"{name}=")
     return None
 
 

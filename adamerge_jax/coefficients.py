@@ -5,7 +5,7 @@ Which parameters share a coefficient is the granularity's business (`granulariti
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import Granularity, Shapes, Values, make_granularity
+from adamerge_jax.granularities import (
+    Granularity,
+    Shapes,
+    Values,
+    make_granularity,
+    per_tensor,
+)
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.names import is_stacked, unstack
 
@@ -75,7 +81,19 @@ CONSTRAINTS: dict[str, Constraint] = {
         "positive and summing to 1 over the experts (1/K each)",
     ),
 }
-"""Constraints by their names in a recipe; `softmax` is over the experts of a group."""
+"""Constraints by their names in a recipe: which values coefficients `[G, K, ...]` may take.
+
+`free`: any number. `clip`: cut to [0, 1] (AdaMerging, Yang et al., ICLR 2024). `sigmoid`: between 0
+and 1 (Expert Merging, Zhang et al., 2025). `softmax`: positive, the K experts of a group sum to 1.
+
+Examples:
+    >>> import jax.numpy as jnp
+    >>> from adamerge_jax import CONSTRAINTS
+    >>> list(CONSTRAINTS)
+    ['free', 'clip', 'sigmoid', 'softmax']
+    >>> CONSTRAINTS["clip"].apply(jnp.array([[-0.5, 0.25, 2.0]])).tolist()
+    [[0.0, 0.25, 1.0]]
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +104,19 @@ class Source:
         name: `base`, or the task of an expert.
         source: The folder or Hub id as the recipe gives it.
         revision: The Hub revision asked for, if any.
-        identity: A digest of the checkpoint's contents.
+        identity: A fingerprint of the checkpoint; see `Checkpoint.identity`.
     """
 
     name: str
     source: str
     revision: str | None
     identity: str
+
+    @property
+    def in_words(self) -> str:
+        """Where it came from and the beginning of its identity: enough to tell two apart."""
+        at = f" at {self.revision}" if self.revision else ""
+        return f"{self.source}{at} ({self.identity[:19]})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +129,40 @@ class Coefficients:
         granularity_options: Its options.
         interference: What was done to the task vectors before mixing, in this order.
         constraint: Name of the constraint that they were learned under.
-        parameters: Names of the mixed parameters, without `*`; all others stay the base's.
+        shapes: Of the mixed parameters, by names without `*`; all others stay the base's.
         base: The base model.
         experts: The K experts in the order of the last axis of the scale.
         objective: What was minimised, in words.
         seed: The recipe's seed.
         step: The step at which they were the best on the held-out calibration data.
+        started_from: The file that their learning started from, if any.
+        scaled: Factors that they were multiplied with since, by expert; 0 leaves one out.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from adamerge_jax import Coefficients
+        >>> from adamerge_jax.coefficients import Source
+        >>> base, expert = (Source(name, f"models/{name}", None, "") for name in ("base", "law"))
+        >>> learned = Coefficients(
+        ...     values={"dense.weight": np.array([0.4], np.float32)},  # [K] by group
+        ...     granularity="tensor",
+        ...     granularity_options={},
+        ...     interference=(),
+        ...     constraint="clip",
+        ...     shapes={"dense.weight": (2, 3)},
+        ...     base=base,
+        ...     experts=(expert,),
+        ...     objective="entropy",
+        ...     seed=0,
+        ...     step=100,
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     learned.save(Path(folder) / "coefficients.safetensors")
+        ...     again = Coefficients.load(Path(folder) / "coefficients.safetensors")
+        >>> again.granularity, again.experts[0].name, again.values["dense.weight"].shape
+        ('tensor', 'law', (1,))
     """
 
     values: Mapping[str, np.ndarray]
@@ -118,12 +170,82 @@ class Coefficients:
     granularity_options: Mapping[str, Any]
     interference: tuple[FittedStep, ...]
     constraint: str
-    parameters: tuple[str, ...]
+    shapes: Shapes
     base: Source
     experts: tuple[Source, ...]
     objective: str
     seed: int
     step: int
+    started_from: str | None = None
+    scaled: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the mixed parameters, without `*`."""
+        return tuple(self.shapes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the experts."""
+        return tuple(expert.name for expert in self.experts)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the experts whose coefficients were multiplied with 0."""
+        return frozenset(name for name, factor in self.scaled.items() if factor == 0)
+
+    def scales(self) -> dict[str, Float[Array, "K ..."]]:
+        """The scale of each mixed parameter, by names without `*`."""
+        return self.make_granularity(self.shapes).scales(self.stacked_once())
+
+    def per_tensor(self) -> dict[str, Float[np.ndarray, " K"]]:
+        """The mean coefficient of each mixed parameter, by names without `*`."""
+        granularity = self.make_granularity(self.shapes)
+        means = per_tensor(granularity, self.stacked_once(), self.shapes, len(self.experts))
+        return {name: np.asarray(mean[0]) for name, mean in means.items()}
+
+    def times(self, factors: Mapping[str, float]) -> "Coefficients":
+        """The coefficients with some experts' multiplied with a factor.
+
+        Args:
+            factors: By expert; the others keep theirs. 0 leaves an expert out of the merge.
+
+        Raises:
+            InputError: There is no such expert, a factor is not finite, or none is left.
+        """
+        for name, factor in factors.items():
+            if name not in self.names:
+                raise InputError(
+                    f"scale: there is no expert {name!r}; the experts are {', '.join(self.names)}"
+                )
+            if not np.isfinite(factor):
+                raise InputError(f"scale: the factor of {name!r} is {factor}, expected a number")
+        by_expert = np.array([factors.get(name, 1.0) for name in self.names], np.float32)
+        if not by_expert.any():
+            raise InputError("scale: every expert is left out; the merge would be the base")
+        values = {
+            group: array * by_expert.reshape(-1, *(1 for _ in array.shape[1:]))
+            for group, array in self.values.items()
+        }
+        before = {name: self.scaled.get(name, 1.0) * factor for name, factor in factors.items()}
+        return dataclasses.replace(self, values=values, scaled={**self.scaled, **before})
+
+    def of_experts(self, names: Sequence[str]) -> "Coefficients":
+        """The coefficients of some experts, in the given order.
+
+        Interference steps depend on all experts and on their order: with some of them, what is
+        returned is for reading and for starting from, not for folding.
+
+        Args:
+            names: Experts of these coefficients.
+        """
+        chosen = [self.names.index(name) for name in names]
+        return dataclasses.replace(
+            self,
+            values={group: array[chosen] for group, array in self.values.items()},
+            experts=tuple(self.experts[position] for position in chosen),
+            scaled={name: self.scaled[name] for name in names if name in self.scaled},
+        )
 
     def make_granularity(self, shapes: Shapes) -> Granularity:
         """The granularity for parameters of the given shapes.
@@ -163,20 +285,26 @@ class Coefficients:
                 values = {group: file.get_tensor(group) for group in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-        if metadata.pop("format", None) != _FORMAT:
+        found = metadata.pop("format", None)
+        if found != _FORMAT:
+            if found is not None and found.startswith(_FORMAT.rstrip("0123456789")):
+                raise InputError(
+                    f"{path}: not a coefficients file of this version, which reads {_FORMAT!r}; "
+                    f"it says {found!r}: learn again, or use the version that wrote it"
+                )
             raise InputError(
                 f"{path}: not a coefficients file; expected the coefficients.safetensors of a run"
             )
         del metadata["version"]
         fields: dict[str, Any] = {name: json.loads(text) for name, text in metadata.items()}
-        fields["parameters"] = tuple(fields["parameters"])
+        fields["shapes"] = {name: tuple(shape) for name, shape in fields["shapes"].items()}
         fields["interference"] = tuple(FittedStep(**step) for step in fields["interference"])
         fields["base"] = Source(**fields["base"])
         fields["experts"] = tuple(Source(**expert) for expert in fields["experts"])
         return cls(values=values, **fields)
 
 
-_FORMAT = "adamerge_jax coefficients 2"
+_FORMAT = "adamerge_jax coefficients 3"
 
 
 def unstack_values(values: Values) -> dict[str, np.ndarray]:

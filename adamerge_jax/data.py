@@ -79,6 +79,17 @@ _READERS = {
 }
 
 
+def is_on_hub(source: DataSource, root: Path) -> bool:
+    """Whether data are those of a data set of the Hub, rather than a file or a folder.
+
+    Args:
+        source: Where the data are.
+        root: Folder that relative paths start from.
+    """
+    path = root / Path(source.path).expanduser()
+    return not path.is_dir() and path.suffix not in (*_READERS, ".npz")
+
+
 def _load_table(path: Path, source: DataSource, name: str) -> datasets.Dataset:
     """Reads a file, a folder of images, or a data set of the Hub."""
     quiet = datasets.utils.logging.is_progress_bar_enabled()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from adamerge_jax.devices import fetch
 from adamerge_jax.examples import Examples, sorted_batches
 from adamerge_jax.models import Network, head_parameters
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
@@ -115,7 +116,7 @@ class Evaluator:
         order, rows = [], []
         for index, inputs in sorted_batches(examples, self._batch_size):
             order.append(index)
-            rows.append(np.asarray(self.run(parameters, task, inputs)[0])[: len(index)])
+            rows.append(fetch(self.run(parameters, task, inputs)[0])[: len(index)])
         return np.concatenate(rows)[np.argsort(np.concatenate(order))]
 
     def score(self, parameters: Parameters, task: str, examples: Examples) -> float:

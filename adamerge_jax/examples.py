@@ -131,10 +131,33 @@ class ImageExamples(Examples):
 
 
 class ArrayExamples(Examples):
-    """Model inputs as they are, `[N, ...]` by input name."""
+    """Model inputs as they are, and labels where there are some.
 
-    def __init__(self, inputs: dict[str, np.ndarray]):
+    Attributes:
+        labels: Class index of each example, `[N]`, or None.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax import ArrayExamples
+        >>> examples = ArrayExamples({"images": np.zeros((10, 8, 8))}, labels=np.arange(10))
+        >>> len(examples), examples.take(np.array([3, 4]), length=0)["images"].shape
+        (10, (2, 8, 8))
+    """
+
+    def __init__(self, inputs: dict[str, np.ndarray], labels: Int[np.ndarray, " N"] | None = None):
+        """Takes the inputs, `[N, ...]` by the name under which the model reads them.
+
+        Raises:
+            InputError: Inputs and labels differ in their number of examples.
+        """
+        sizes = {name: len(array) for name, array in inputs.items()}
+        if labels is not None:
+            sizes["labels"] = len(labels)
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise InputError(f"examples differ in number ({found}); expected as many of each")
         self._inputs = inputs
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(next(iter(self._inputs.values())))

@@ -1,10 +1,12 @@
 """Writing a merge: the Hugging Face checkpoint, a model for every task, the Orbax checkpoint.
 
-Where all experts are LoRA adapters the merge may be one too, written beside them for PEFT.
+Where all experts are LoRA adapters the merge may be one too, written beside them for PEFT. What
+mergekit can merge in the same way is written for it as a YAML file.
 """
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,21 +23,31 @@ from adamerge_jax import report
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
-from adamerge_jax.checkpoints.orbax import save_parameters
+from adamerge_jax.checkpoints.mergekit import inexpressible, write_merge
+from adamerge_jax.checkpoints.orbax import UnreadArray, save_parameters
 from adamerge_jax.checkpoints.peft import AdapterWeights, MatchedAdapter, save_adapter
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.loading import DTYPES, Models, fold, load_head, load_trunk, match_trunk
+from adamerge_jax.granularities import ALONG_AXES, unprepared
+from adamerge_jax.loading import (
+    DTYPES,
+    Models,
+    fold,
+    load_head,
+    load_trunk,
+    match_trunk,
+    read_parameter,
+)
+from adamerge_jax.provenance import hub_datasets, model_origins
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.tokenizers import tokenizer_owner
 
 CHECKPOINT_FOLDER = "checkpoint"
 ORBAX_FOLDER = "orbax"
 ADAPTER_FOLDER = "adapter"
-
-_OF_ROWS_OR_COLUMNS = ("task", "layer", "tensor", "groups", "row", "column", "head")
-"""Granularities whose scale goes into one of the two factors of every expert."""
+EXPORTS = (CHECKPOINT_FOLDER, ORBAX_FOLDER, ADAPTER_FOLDER)
 
 _TASK_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -52,16 +64,21 @@ def export(
     coefficients: Coefficients,
     out: Path,
     *,
+    root: Path,
     rows: list[Row],
     console: Console,
 ) -> None:
     """Writes the merged model as a Hugging Face and as an Orbax checkpoint, perhaps as an adapter.
+
+    Where there are several processes all must call this; only the first one writes, but for the
+    Orbax checkpoint, of which each writes its own part, so that all must have one file system.
 
     Args:
         recipe: Says in which dtype, in files of which size, and whether as an adapter too.
         models: The base and its experts.
         coefficients: How much of each expert goes where.
         out: The folder that gets `checkpoint/` and `orbax/`, and `adapter/` where asked for.
+        root: Folder that relative paths of the recipe start from.
         rows: Results for the model card.
         console: Where progress is printed.
 
@@ -70,6 +87,23 @@ def export(
     """
     if recipe.export.adapter:
         require_adapters(models, coefficients.granularity, coefficients.interference)
+    first = is_first_process()
+    with console.status("writing the checkpoint"):
+        if first:
+            _export_checkpoint(recipe, models, coefficients, out, rows)
+        wait_for_all("checkpoint written")
+    with console.status("writing the Orbax checkpoint"):
+        merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
+        save_parameters(out / ORBAX_FOLDER, _orbax_parameters(models, merged))
+    if recipe.export.adapter and first:
+        with console.status("writing the adapter"):
+            export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
+
+
+def _export_checkpoint(
+    recipe: Recipe, models: Models, coefficients: Coefficients, out: Path, rows: list[Row]
+) -> None:
+    """Writes the merged model and that of every task as `save_pretrained` would."""
 
     def cast(array: np.ndarray) -> np.ndarray:
         is_weight = jnp.issubdtype(array.dtype, jnp.floating)
@@ -88,7 +122,7 @@ def export(
         max_shard_bytes=recipe.export.shard_megabytes * 10**6,
         expected_bytes=export_bytes(models, recipe),
     )
-    with console.status("writing the checkpoint"), writer:
+    with writer:
         for name, array in fold(models, coefficients):
             writer.add(name, cast(array))
         for name in carried:
@@ -96,8 +130,18 @@ def export(
         writer.write_config(config)
         owner = tokenizer_owner(models, recipe.tokenizer) or models.base
         writer.copy_assets(owner.checkpoint)
-        writer.write_text("README.md", report.model_card(coefficients, rows))
+        card = report.model_card(
+            coefficients,
+            rows,
+            origins=model_origins(models, root),
+            datasets=hub_datasets(recipe, root),
+            auto_class=models.family.auto_class,
+            task_folders=[task for task in models.experts if models.head_names(task)],
+        )
+        writer.write_text("README.md", card)
         for task, expert in models.experts.items():
+            if task in coefficients.left_out:
+                continue
             if head := load_head(models, task):
                 whole = isinstance(expert, MatchedCheckpoint)
                 writer.add_task_model(
@@ -106,12 +150,22 @@ def export(
                     head={name: cast(array) for name, array in head.items()},
                     assets=expert.checkpoint if whole else models.base.checkpoint,
                 )
-    with console.status("writing the Orbax checkpoint"):
-        merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
-        save_parameters(out / ORBAX_FOLDER, load_trunk(models, merged, None))
-    if recipe.export.adapter:
-        with console.status("writing the adapter"):
-            export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
+
+
+def _orbax_parameters(
+    models: Models, merged: MatchedCheckpoint
+) -> dict[str, Array] | dict[str, UnreadArray]:
+    """The merged trunk: of several processes each has its part, a single one reads in its turn."""
+    if jax.process_count() > 1:
+        return load_trunk(models, merged, None)
+    return {
+        name: UnreadArray(
+            shape,
+            models.base.dtype(models.tensors(name)[0]),
+            partial(read_parameter, models, merged, name, None),
+        )
+        for name, shape in models.shapes.items()
+    }
 
 
 def require_adapters(models: Models, granularity: str, interference: Sequence[object]) -> None:
@@ -129,10 +183,11 @@ def require_adapters(models: Models, granularity: str, interference: Sequence[ob
     def refuse(why: str) -> InputError:
         return InputError(f"export.adapter: {why}; leave it out, the checkpoint is written anyway")
 
-    if granularity not in _OF_ROWS_OR_COLUMNS:
+    # Along one axis at most, a scale goes into one of the two factors.
+    if granularity not in ALONG_AXES:
         raise refuse(
             f"coefficients of granularity {granularity!r} make the merge more than a sum of the "
-            f"experts' factors; that needs one of {', '.join(_OF_ROWS_OR_COLUMNS)}"
+            f"experts' factors; that needs one of {', '.join(ALONG_AXES)}"
         )
     if interference:
         raise refuse("interference steps change entries, and factors have none")
@@ -189,6 +244,8 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
             a.append(factors.right * scale if by_column else factors.right)
             b.append(factors.left if by_column else factors.left * scale)
             embedding = factors.embedding
+        if not a:
+            continue  # only experts that are left out changed it
         module = name.removesuffix(".weight").removeprefix(prefix)
         for of_checkpoint, of_model in models.family.renamed:
             module = module.replace(of_checkpoint, of_model)
@@ -200,6 +257,44 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
         base=str(Path(source).resolve()) if Path(source).is_dir() else source,
         task_type=_TASK_TYPES.get(models.family.auto_class),
         revision=recipe.base.revision,
+    )
+
+
+def export_mergekit(recipe: Recipe, models: Models, coefficients: Coefficients, file: Path) -> None:
+    """Writes the YAML file with which mergekit makes the same merge of the same models.
+
+    Args:
+        recipe: Says in which dtype the merge is.
+        models: The base and its experts.
+        coefficients: How much of each expert goes where.
+        file: The file to make.
+
+    Raises:
+        InputError: Says why mergekit cannot make it, or why the file cannot be written.
+    """
+    if coefficients.interference:
+        raise inexpressible("it has interference steps, whose order and sums are other ones there")
+    shapes = {name: models.base.shape(name) for name in coefficients.parameters}
+    granularity = coefficients.make_granularity(shapes)
+    scales = granularity.scales(coefficients.stacked_once())
+    experts = len(models.experts)
+    finer = next((name for name, scale in scales.items() if scale.size != experts), None)
+    if finer is not None or granularity.prepare is not unprepared:
+        raise inexpressible(
+            f"coefficients of granularity {coefficients.granularity!r} are finer than tensors, "
+            "and its weights are not"
+        )
+    write_merge(
+        file,
+        models.base,
+        models.experts,
+        {
+            name: np.asarray(scale).reshape(experts)
+            for name, scale in scales.items()
+            if name not in models.kept
+        },
+        revisions={source.name: source.revision for source in models.sources},
+        dtype=recipe.export.dtype,
     )
 
 

@@ -7,6 +7,19 @@ as `package.module:function`.
 
 Coefficients live in a dictionary from group name to an array `[G, K, ...]`: G layers of a stack (1
 where nothing is stacked), K experts.
+
+Weight matrices are `(out, in)` here, as in PyTorch's checkpoints: a row is an output unit. In a
+Flax kernel, `(in, out)`, an output unit is a column.
+
+Examples:
+    >>> from adamerge_jax import granularities
+    >>> shapes = {"dense.weight": (4, 3), "dense.bias": (4,)}
+    >>> granularity = granularities.row(shapes)
+    >>> values = granularity.init(granularities.constant(shapes, experts=2, value=0.3))
+    >>> {group: array.shape for group, array in values.items()}  # [G, K, ...]
+    {'dense.bias': (1, 2), 'dense.weight': (1, 2, 4)}
+    >>> {name: scale.shape for name, scale in granularity.scales(values).items()}  # [K, ...]
+    {'dense.weight': (2, 4, 1), 'dense.bias': (2, 1)}
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,10 +28,17 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import STACKED, is_stacked, matches, tensor_shape, tensors_of
+from adamerge_jax.names import (
+    is_stacked,
+    matches,
+    named_leaves,
+    numbered_block,
+    tensor_shape,
+    tensors_of,
+)
 from adamerge_jax.registries import call_registered
 from adamerge_jax.task_vectors import Delta, LoadedDelta
 
@@ -30,6 +50,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PerTensor = Mapping[str, Float[Array, "G K"]]
 """One coefficient per parameter and expert: `[L, K]` where the name is stacked, else `[1, K]`."""
+
+
+def unprepared(name: str, delta: LoadedDelta) -> Delta:
+    """The delta as it was read: what `prepare` is where the scale is for its entries."""
+    return delta
 
 
 class Granularity(NamedTuple):
@@ -46,12 +71,19 @@ class Granularity(NamedTuple):
 
     init: Callable[[PerTensor], Values]
     scales: Callable[[Values], dict[str, Float[Array, "..."]]]
-    prepare: Callable[[str, LoadedDelta], Delta] = lambda name, delta: delta
+    prepare: Callable[[str, LoadedDelta], Delta] = unprepared
     units: Mapping[str, str] = {}
 
 
 def task(shapes: Shapes) -> Granularity:
-    """One coefficient per expert: task-wise AdaMerging (Yang et al., 2024, eq. 5)."""
+    """One coefficient per expert: task-wise AdaMerging (Yang et al., 2024, eq. 5).
+
+    Examples:
+        >>> from adamerge_jax.granularities import constant, task
+        >>> shapes = {"a.weight": (4, 3), "b.weight": (2, 4)}
+        >>> task(shapes).init(constant(shapes, experts=3, value=0.3))["all"].shape  # [G, K]
+        (1, 3)
+    """
     return _shared(shapes, lambda name: "all", "all together")
 
 
@@ -60,12 +92,26 @@ def layer(shapes: Shapes) -> Granularity:
 
     A numbered block is a layer. So is each module beside the blocks: embeddings, a final norm, a
     pooler, a projection.
+
+    Examples:
+        >>> from adamerge_jax.granularities import constant, layer
+        >>> shapes = {"layers.0.weight": (4, 3), "layers.0.bias": (4,), "norm.weight": (4,)}
+        >>> values = layer(shapes).init(constant(shapes, experts=3, value=0.3))
+        >>> {group: array.shape for group, array in values.items()}  # [G, K] by layer
+        {'layers.0': (1, 3), 'norm': (1, 3)}
     """
     return _shared(shapes, lambda name: layer_of(name, shapes), "by layer")
 
 
 def tensor(shapes: Shapes) -> Granularity:
-    """One coefficient per expert and parameter tensor: AdaMerging's "layer-wise" (eq. 6)."""
+    """One coefficient per expert and parameter tensor: AdaMerging's "layer-wise" (eq. 6).
+
+    Examples:
+        >>> from adamerge_jax.granularities import constant, tensor
+        >>> shapes = {"layers.*.weight": (12, 4, 3)}  # stacked: 12 layers
+        >>> tensor(shapes).init(constant(shapes, experts=3, value=0.3))["layers.*.weight"].shape
+        (12, 3)
+    """
     return _shared(shapes, lambda name: name, "whole")
 
 
@@ -80,6 +126,14 @@ def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity
 
     Raises:
         InputError: A group's patterns are no list.
+
+    Examples:
+        >>> from adamerge_jax.granularities import constant, groups
+        >>> shapes = {"0.attention.weight": (4, 4), "0.mlp.weight": (4, 4), "norm.weight": (4,)}
+        >>> granularity = groups(shapes, {"attention": ["*.attention.*"]})
+        >>> values = granularity.init(constant(shapes, experts=3, value=0.3))
+        >>> {group: array.shape for group, array in values.items()}  # [G, K]
+        {'attention': (1, 3), 'others': (1, 3)}
     """
     for group, own in patterns.items():
         if isinstance(own, str):
@@ -113,6 +167,12 @@ def row(shapes: Shapes) -> Granularity:
     """One coefficient per expert and output unit: the rows of each weight matrix.
 
     Vectors and embedding tables have one coefficient each.
+
+    Examples:
+        >>> from adamerge_jax.granularities import constant, row
+        >>> shapes = {"dense.weight": (4, 3)}
+        >>> row(shapes).init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
+        (1, 2, 4)
     """
     return _split(shapes, lambda name, shape: _along(shape, 0, shape[0], "by row"))
 
@@ -121,6 +181,12 @@ def column(shapes: Shapes) -> Granularity:
     """One coefficient per expert and input unit: the columns of each weight matrix.
 
     Vectors and embedding tables have one coefficient each.
+
+    Examples:
+        >>> from adamerge_jax.granularities import column, constant
+        >>> shapes = {"dense.weight": (4, 3)}
+        >>> column(shapes).init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
+        (1, 2, 3)
     """
     return _split(shapes, lambda name, shape: _along(shape, 1, shape[1], "by column"))
 
@@ -135,6 +201,14 @@ def head(shapes: Shapes, heads: Mapping[str, tuple[int, int]]) -> Granularity:
 
     Raises:
         InputError: No parameter has heads, or the axis is no multiple of their number.
+
+    Examples:
+        >>> from adamerge_jax.granularities import constant, head
+        >>> shapes = {"query.weight": (8, 8), "mlp.weight": (32, 8)}
+        >>> granularity = head(shapes, {"query.*": (0, 4)})  # four heads along the rows
+        >>> values = granularity.init(constant(shapes, experts=2, value=0.3))
+        >>> values["query.weight"].shape, values["mlp.weight"].shape  # [G, K, heads], [G, K]
+        ((1, 2, 4), (1, 2))
     """
     if any(count < 1 for _, count in heads.values()):
         raise InputError("heads: their number must be at least 1")
@@ -170,6 +244,13 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int]) -> Granularity:
 
     Raises:
         InputError: A tensor has fewer entries than pieces, or a stack cannot be cut as asked.
+
+    Examples:
+        >>> from adamerge_jax.granularities import chunk, constant
+        >>> shapes = {"dense.weight": (4, 3)}
+        >>> granularity = chunk(shapes, pieces=6)
+        >>> granularity.init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
+        (1, 2, 6)
     """
     counts = {name: _pieces_of(name, shapes, pieces) for name in shapes}
 
@@ -230,6 +311,13 @@ def partition(shapes: Shapes, groups: int, seed: int = 0) -> Granularity:
 
     Raises:
         InputError: A tensor has fewer entries than groups.
+
+    Examples:
+        >>> from adamerge_jax.granularities import constant, partition
+        >>> shapes = {"dense.weight": (4, 3)}
+        >>> granularity = partition(shapes, groups=5, seed=0)
+        >>> granularity.init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
+        (1, 2, 5)
     """
     if seed < 0:
         raise InputError(f"seed is {seed}, expected at least 0")
@@ -256,6 +344,18 @@ def singular(shapes: Shapes, rank: int) -> Granularity:
 
     Raises:
         InputError: A matrix has fewer than `rank` singular directions.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import DenseDelta
+        >>> from adamerge_jax.granularities import constant, singular
+        >>> shapes = {"dense.weight": (4, 3)}
+        >>> granularity = singular(shapes, rank=2)
+        >>> granularity.init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
+        (1, 2, 3)
+        >>> delta = DenseDelta(jnp.ones((2, 4, 3)))  # is to be laid out anew for such scales
+        >>> granularity.prepare("dense.weight", delta).left.shape  # [K, m, rank]
+        (2, 4, 2)
     """
     if rank < 1:
         raise InputError(f"rank is {rank}, expected at least 1")
@@ -287,6 +387,9 @@ GRANULARITIES: dict[str, Callable[..., Granularity]] = {
 }
 """Granularities by their names in a recipe."""
 
+ALONG_AXES = ("task", "layer", "tensor", "groups", "row", "column", "head")
+"""Those whose scale broadcasts against the parameter itself, not against pieces of it."""
+
 
 def make_granularity(name: str, options: Mapping[str, Any], shapes: Shapes) -> Granularity:
     """The granularity of a recipe.
@@ -298,14 +401,52 @@ def make_granularity(name: str, options: Mapping[str, Any], shapes: Shapes) -> G
 
     Raises:
         InputError: There is no such granularity, or it refuses an option or a shape.
+
+    Examples:
+        >>> from adamerge_jax.granularities import make_granularity
+        >>> make_granularity("chunk", {"pieces": 6}, {"dense.weight": (4, 3)}).units
+        {'dense.weight': 'in 6 pieces'}
     """
     return call_registered(
         "coefficients.granularity", GRANULARITIES, name, options, arguments=(shapes,)
     )
 
 
+def shapes_of(base: PyTree[Array], deltas: Iterable[str]) -> Shapes:
+    """The shapes that a granularity is made for: those of the parameters that are mixed.
+
+    Args:
+        base: Parameters of the base model, any pytree.
+        deltas: Names of the parameters that experts changed, such as what `task_vectors` returns.
+
+    Returns:
+        `(*shape)` by name, `(L, *shape)` where the name is stacked.
+
+    Raises:
+        KeyError: The base has no such parameter.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.granularities import shapes_of
+        >>> base = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+        >>> shapes_of(base, ["dense.kernel"])
+        {'dense.kernel': (3, 2)}
+    """
+    leaves = named_leaves(base)
+    return {name: leaves[name].shape for name in deltas}
+
+
 def constant(shapes: Shapes, experts: int, value: float) -> PerTensor:
-    """The same coefficient for all experts and tensors."""
+    """The same coefficient for all experts and tensors, for a granularity's `init`.
+
+    Returns:
+        `[1, K]` by name, `[L, K]` where the name is stacked.
+
+    Examples:
+        >>> from adamerge_jax.granularities import constant
+        >>> constant({"dense.weight": (4, 3)}, experts=2, value=0.5)["dense.weight"].tolist()
+        [[0.5, 0.5]]
+    """
     return {
         name: jnp.full((_layers(name, shape), experts), value, jnp.float32)
         for name, shape in shapes.items()
@@ -318,6 +459,17 @@ def per_tensor(
     """The mean coefficient of each tensor and expert, from coefficients of any granularity.
 
     A piece of a tensor counts by the number of scales it has, which is that of its pieces.
+
+    Returns:
+        `[1, K]` by parameter name, `[L, K]` where the name is stacked.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.granularities import per_tensor, row
+        >>> shapes = {"dense.weight": (2, 3)}
+        >>> values = {"dense.weight": jnp.array([[[0.0, 1.0]]])}  # [G, K, rows]: one expert
+        >>> per_tensor(row(shapes), values, shapes, experts=1)["dense.weight"].tolist()
+        [[0.5]]
     """
     return {
         name: scale.reshape(_layers(name, shapes[name]), experts, -1).mean(-1)
@@ -429,7 +581,7 @@ def _pieces(count: int) -> _Split:
 def _split(
     shapes: Shapes,
     split: Callable[[str, tuple[int, ...]], _Split | None],
-    prepare: Callable[[str, LoadedDelta], Delta] = lambda name, delta: delta,
+    prepare: Callable[[str, LoadedDelta], Delta] = unprepared,
     vectors: bool = False,
 ) -> Granularity:
     """A granularity with tensors split into parts, one group per parameter.
@@ -465,7 +617,9 @@ def _split(
     return Granularity(
         init,
         lambda values: {name: scale(name, values[name]) for name in shapes},
-        lambda name, delta: prepare(name, delta) if name in splits else delta,
+        unprepared
+        if prepare is unprepared
+        else lambda name, delta: prepare(name, delta) if name in splits else delta,
         {name: splits[name].unit if name in splits else "whole" for name in shapes},
     )
 
@@ -562,13 +716,13 @@ def layer_of(name: str, names: Iterable[str]) -> str:
     `encoder.layer.*.output.dense.weight` is in `encoder.layer.*`; a parameter outside the numbered
     blocks is in the outermost module that holds none of them.
     """
-    block = _numbered_block(name)
+    block = numbered_block(name)
     if block:
         return block
     holders = {
         ".".join(parts[:depth])
         for other in names
-        if (parts := _numbered_block(other).split(".")[:-1])
+        if (parts := numbered_block(other).split(".")[:-1])
         for depth in range(1, len(parts) + 1)
     }
     parts = name.split(".")
@@ -577,12 +731,3 @@ def layer_of(name: str, names: Iterable[str]) -> str:
         if module not in holders:
             return module
     return name
-
-
-def _numbered_block(name: str) -> str:
-    """The name up to its first number (or `*`), or nothing where it has none."""
-    parts = name.split(".")
-    for depth, part in enumerate(parts, start=1):
-        if part == STACKED or part.isdigit():
-            return ".".join(parts[:depth])
-    return ""

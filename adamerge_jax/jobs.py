@@ -1,11 +1,13 @@
 """What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import yaml
 from jaxtyping import Array
@@ -13,20 +15,33 @@ from rich.console import Console
 
 from adamerge_jax import report
 from adamerge_jax.baselines import average, task_arithmetic
-from adamerge_jax.checkpoints.folders import require_new
+from adamerge_jax.checkpoints.folders import require_new, require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import require_same_architecture
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
-from adamerge_jax.exporting import export, export_bytes, require_adapters
+from adamerge_jax.exporting import EXPORTS, export, export_bytes, export_mergekit, require_adapters
+from adamerge_jax.learning import NonFiniteObjectiveError, Progress
 from adamerge_jax.loading import load_trunk, match_trunk, open_models
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
+from adamerge_jax.resuming import STATE_FOLDER, as_fields, put_right, require_startable
+from adamerge_jax.reuse import compare, prepare_fold
+from adamerge_jax.reuse.comparison_report import draw_comparison, print_comparison
+from adamerge_jax.run_folder import (
+    COEFFICIENTS_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+)
+from adamerge_jax.run_record import RunRecord, describe_machine, describe_problem
+from adamerge_jax.tokenizers import tokenizer_owner
+from adamerge_jax.tracking import require_installed, track
 from adamerge_jax.workspace import open_workspace
 
-COEFFICIENTS_FILE = "coefficients.safetensors"
 HEAT_MAP_FILE = "coefficients.png"
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
@@ -46,7 +61,7 @@ class Run(NamedTuple):
     rows: list[Row]
 
 
-def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
+def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bool = False) -> Run:
     """Learns coefficients, compares the merge with its baselines and exports it.
 
     Args:
@@ -54,80 +69,174 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console) -> Run:
         root: Folder that relative paths of the recipe start from.
         out: The run folder to make. Nothing is written before all input has been checked.
         console: Where progress and results are printed.
+        resume: Whether to go on with the run in `out` from its last state; where there is none, the
+            run starts from the beginning.
 
     Raises:
-        InputError: Something in the recipe, the checkpoints or the data cannot be used.
+        InputError: Something in the recipe, the checkpoints or the data cannot be used, or `out`
+            holds something else than an unfinished run of this recipe.
         NonFiniteObjectiveError: Learning diverged; the run folder holds the last good
             coefficients.
     """
-    require_new(out)
-    with console.status("opening checkpoints and data"):
-        workspace = open_workspace(recipe, root)
+    devices = open_devices(recipe.devices)
+    first, console = is_first_process(), _of_first_process(console)
+    require_startable(out, recipe, resume=resume, ended=COEFFICIENTS_FILE)
+    require_installed(recipe.tracking)
+    record = RunRecord(out)
+    with console.status("opening checkpoints and data"), record.phase("opening models and data"):
+        workspace = open_workspace(recipe, root, devices)
         models = workspace.models
         # The Hugging Face checkpoint and the Orbax checkpoint.
-        require_new(out, expected_bytes=2 * export_bytes(models, recipe))
+        require_space(out, 2 * export_bytes(models, recipe))
         if recipe.export.adapter:
             require_adapters(models, recipe.coefficients.granularity, recipe.interference)
-    with console.status("reading task vectors, asking the experts"):
+    with (
+        console.status("reading task vectors, asking the experts"),
+        record.phase("task vectors and the experts' answers"),
+    ):
         problem = pose(recipe, workspace)
     console.print(_summary(problem))
+    if problem.start is not None:
+        _print_notes(problem.start.notes, console)
 
-    out.mkdir(parents=True, exist_ok=True)
-    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (out / "recipe.yaml").write_text(resolved)
+    # Nobody writes before everybody has checked.
+    wait_for_all("checked")
+    resolved = as_fields(recipe)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and (steps := put_right(out, EXPORTS)) is not None:
+            console.print(f"going on after {steps} steps")
+        (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
+    wait_for_all("run folder made")
+    with record.phase("similarity of the task vectors"):
+        record.add(**describe_machine(), **describe_problem(problem))
 
-    def watch(what: str, steps: int) -> AbstractContextManager:
+    @contextmanager
+    def watch(what: str, steps: int) -> Iterator[Callable[[Progress], None]]:
+        if not first:
+            yield lambda progress: None
+            return
         console.print(what)
-        return show_progress(list(recipe.tasks), steps, out / "metrics.jsonl", console)
+        stage, _, _ = what.partition(":")
+        with (
+            track(recipe.tracking, out, stage, resolved) as send,
+            show_progress(list(recipe.tasks), steps, out / METRICS_FILE, console, send) as show,
+        ):
+            yield show
 
-    merge = learn_coefficients(
-        problem,
-        watch=watch,
-        keep=lambda coefficients: coefficients.save(out / COEFFICIENTS_FILE),
-    )
-    report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
+    def keep(coefficients: Coefficients) -> None:
+        if first:
+            coefficients.save(out / COEFFICIENTS_FILE)
+
+    try:
+        with record.phase("learning"):
+            merge = learn_coefficients(problem, watch=watch, keep=keep, state=out / STATE_FOLDER)
+    except NonFiniteObjectiveError:
+        # It would diverge again.
+        if first:
+            shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
+        raise
+    if first:
+        report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
 
     rows = []
     if workspace.data.test:
-        with console.status("evaluating"):
+        with console.status("evaluating"), record.phase("evaluating"):
             rows = [*baselines(problem), evaluate_merge(problem, merge)]
-        report.write_results(rows, out / "results.json")
-    export(recipe, models, merge.coefficients, out, rows=rows, console=console)
+        if first:
+            report.write_results(rows, out / RESULTS_FILE)
+    with record.phase("writing checkpoints"):
+        export(recipe, models, merge.coefficients, out, root=root, rows=rows, console=console)
+    if first:
+        report.write_page(out)
     if rows:
         console.print(report.results_table(rows))
+    wait_for_all("exported")
+    if first:
+        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
     return Run(out, merge.coefficients, rows)
 
 
-def fold_file(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
+def fold_file(
+    file: Path,
+    recipe: Recipe,
+    *,
+    root: Path,
+    out: Path,
+    console: Console,
+    scale: Mapping[str, float] | None = None,
+    allow_other_models: bool = False,
+) -> None:
     """Exports a merge from learned coefficients, without learning.
 
     Args:
         file: The coefficients.
-        recipe: Says where base and experts are, and how to write the result.
+        recipe: Says where base and experts are, in any order, and how to write the result.
         root: Folder that relative paths of the recipe start from.
-        out: The folder to make; it gets `checkpoint/` and `orbax/`, and `adapter/` if asked for.
+        out: The folder to make; it gets `checkpoint/` and `orbax/`, `adapter/` if asked for, and
+            where experts are scaled the coefficients that were folded.
         console: Where progress is printed.
+        scale: What each expert's coefficients are multiplied with; 0 leaves the expert out, with
+            the model of its task.
+        allow_other_models: Whether to go on with models that the file was not learned for.
 
     Raises:
         InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
+    devices = open_devices(recipe.devices)
+    console = _of_first_process(console)
     require_new(out)
-    coefficients = Coefficients.load(file)
-    models = open_models(recipe, root)
-    learned_for = {source.name: source for source in (coefficients.base, *coefficients.experts)}
-    found = {source.name: source for source in models.sources}
-    if list(learned_for) != list(found):
-        raise InputError(
-            f"{file} was learned for {', '.join(learned_for)}; the recipe has {', '.join(found)}, "
-            "and it must have the same in the same order"
-        )
-    for name, source in learned_for.items():
-        if source.identity != found[name].identity:
-            raise InputError(
-                f"{file} was learned for {name} = {source.source} ({source.identity[:19]}); "
-                f"{found[name].source} has other contents ({found[name].identity[:19]})"
-            )
-    export(recipe, models, coefficients, out, rows=[], console=console)
+    coefficients, models, notes = prepare_fold(
+        file,
+        dataclasses.replace(open_models(recipe, root), devices=devices),
+        scale=scale,
+        allow_other_models=allow_other_models,
+    )
+    tokenizer_owner(models, recipe.tokenizer)  # refused before anything is written
+    _print_notes(notes, console)
+    wait_for_all("checked")
+    export(recipe, models, coefficients, out, root=root, rows=[], console=console)
+    if scale and is_first_process():
+        coefficients.save(out / COEFFICIENTS_FILE)
+
+
+def compare_files(first: Path, second: Path, *, out: Path | None, console: Console) -> None:
+    """Prints what differs between two coefficients files, and draws it where asked to.
+
+    Args:
+        first: What is compared with.
+        second: What is compared.
+        out: The PNG file to write.
+        console: Where the tables are printed.
+
+    Raises:
+        InputError: A file cannot be read, they have nothing in common, or `out` is no PNG file in
+            a folder that exists.
+    """
+    if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
+        raise InputError(f"--out {out}: expected a .png file in a folder that exists")
+    comparison = compare(Coefficients.load(first), Coefficients.load(second))
+    print_comparison(comparison, console)
+    if out is not None:
+        draw_comparison(comparison, out)
+        console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
+
+
+def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path) -> None:
+    """Writes the YAML file with which mergekit makes the merge of learned coefficients.
+
+    Args:
+        file: The coefficients.
+        recipe: Says where base and experts are, and the merge's dtype.
+        root: Folder that relative paths of the recipe start from.
+        out: The file to make.
+
+    Raises:
+        InputError: The file cannot be read, was learned for other models, or is of a merge that
+            mergekit cannot make.
+    """
+    coefficients, models, _ = prepare_fold(file, open_models(recipe, root))
+    export_mergekit(recipe, models, coefficients, out)
 
 
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:
@@ -142,7 +251,8 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     Raises:
         InputError: Something cannot be used, or a task has no test data.
     """
-    workspace = open_workspace(recipe, root)
+    workspace = open_workspace(recipe, root, open_devices(recipe.devices))
+    console = _of_first_process(console)
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
     matched = match_trunk(workspace.models, opened, "checkpoint")
@@ -202,6 +312,14 @@ def evaluate_merge(problem: Problem, merge: Merge) -> Row:
     )
 
 
+def _of_first_process(console: Console) -> Console:
+    """The console, or one that prints nothing in all processes but the first."""
+    if is_first_process():
+        return console
+    logging.getLogger("adamerge_jax").setLevel(logging.ERROR)
+    return Console(quiet=True)
+
+
 def _summary(problem: Problem) -> str:
     recipe, models, calibration = problem.recipe, problem.workspace.models, problem.calibration
     merged = sum(int(np.prod(models.base.shape(name))) for name in problem.mixed)
@@ -212,5 +330,10 @@ def _summary(problem: Problem) -> str:
         f"{recipe.name} ({recipe.preset}): {problem.experts} experts of {recipe.base.path}, "
         f"{merged / 1e6:.1f} M parameters in {len(problem.mixed)} tensors merged"
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
-        f"{examples} examples to learn from, {held_out} held out; on {jax.devices()[0]}"
+        f"{examples} examples to learn from, {held_out} held out; on {problem.devices}"
     )
+
+
+def _print_notes(notes: Sequence[str], console: Console) -> None:
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

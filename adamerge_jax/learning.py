@@ -18,7 +18,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from adamerge_jax.calibration import Batch, Calibration
 from adamerge_jax.coefficients import Constraint
+from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.granularities import Granularity, Values
+from adamerge_jax.microbatches import split
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, head_parameters
 from adamerge_jax.objectives import NOT_PREDICTED, Objective, Targets, TaskOutputs
@@ -39,6 +41,15 @@ class Frozen(NamedTuple):
         base: Parameters of the base model, any pytree.
         deltas: The experts' deltas by parameter name, as the granularity prepared them.
         heads: What each task keeps for itself, any pytree.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import Frozen, task_vectors
+        >>> base = {"kernel": jnp.zeros((2, 3))}
+        >>> experts = [{"kernel": jnp.ones((2, 3))}, {"kernel": -jnp.ones((2, 3))}]
+        >>> frozen = Frozen(base, task_vectors(base, experts), heads=())
+        >>> frozen.deltas["kernel"].values.shape  # [K, *shape]
+        (2, 2, 3)
     """
 
     base: PyTree[Array]
@@ -82,6 +93,21 @@ class Learner(NamedTuple):
             objective is that of the state before the step.
         evaluate: `(state, frozen, batch) -> Evaluation`, compiled.
         coefficients: `state -> coefficients` by group, `[G, K, ...]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from adamerge_jax import CONSTRAINTS, granularities, make_learner, objectives
+        >>> def forward(parameters, heads, inputs):  # here only what surrounds it is shown
+        ...     raise NotImplementedError
+        >>> granularity = granularities.task({"kernel": (2, 3)})
+        >>> optimizer = optax.adam(1e-2)
+        >>> learner = make_learner(
+        ...     forward, granularity, CONSTRAINTS["clip"], objectives.entropy(), optimizer
+        ... )
+        >>> state = learner.init({"all": jnp.array([[0.25, 0.5]])})  # [G, K]: two experts
+        >>> learner.coefficients(state)["all"].tolist()
+        [[0.25, 0.5]]
     """
 
     init: Callable[[Values], State]
@@ -97,6 +123,8 @@ def make_learner(
     objective: Objective | Sequence[Objective],
     optimizer: optax.GradientTransformation,
     regularizers: Sequence[tuple[float, Regularizer]] = (),
+    microbatches: int = 1,
+    devices: Devices = ONE_DEVICE,
 ) -> Learner:
     """Puts the choices of a recipe together.
 
@@ -105,12 +133,47 @@ def make_learner(
     for all tasks of a step.
 
     Args:
-        forward: Runs the merged model on the examples of all tasks and applies each task's head.
+        forward: Runs the merged model on the examples of all tasks, `[tasks * B, ...]`, and
+            applies each task's head: `(parameters, heads, inputs) -> outputs` of each task.
         granularity: Which parameters share a coefficient.
         constraint: Which values coefficients may take.
         objective: What is minimised, for all tasks or for each.
         optimizer: Any optax transformation.
         regularizers: What is added to the sum over tasks, with their weights.
+        microbatches: In how many parts a step runs its batch, one after the other.
+        devices: Where it runs; each has all coefficients and the whole state of the optimizer.
+
+    Returns:
+        Pure functions; `learn` is the loop around them.
+
+    Examples:
+        A classifier `x @ kernel` with three inputs and two classes, and an expert for each class.
+        `forward` gets parameters that may be mixtures, and the examples of all tasks one task
+        after the other, `[tasks * B, ...]`; it returns the outputs of each task.
+
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from adamerge_jax import CONSTRAINTS, Frozen, granularities, make_learner
+        >>> from adamerge_jax import materialize, objectives, task_vectors
+        >>> from adamerge_jax.calibration import Batch
+        >>> base = {"kernel": jnp.ones((3, 2))}
+        >>> experts = [{"kernel": base["kernel"].at[:, c].add(1.0)} for c in range(2)]
+        >>> def forward(parameters, heads, inputs):
+        ...     logits = inputs["x"] @ materialize(parameters)["kernel"]
+        ...     return [objectives.TaskOutputs(own) for own in jnp.split(logits, 2)]
+        >>> deltas = task_vectors(base, experts)
+        >>> granularity = granularities.tensor(granularities.shapes_of(base, deltas))
+        >>> learner = make_learner(
+        ...     forward, granularity, CONSTRAINTS["free"], objectives.entropy(), optax.sgd(1.0)
+        ... )
+        >>> state = learner.init({"kernel": jnp.array([[0.6, 0.4]])})  # [G, K] by group
+        >>> weights = jnp.full((2, 4), 1 / 4)  # four examples of each task
+        >>> batch = Batch({"x": jnp.ones((8, 3))}, weights, [objectives.Targets()] * 2)
+        >>> state, entropies = learner.step(state, Frozen(base, deltas, ()), batch)
+        >>> entropies.shape  # [tasks], in nats
+        (2,)
+        >>> bool(jnp.diff(learner.coefficients(state)["kernel"][0])[0] < -0.2)  # further apart
+        True
     """
 
     def coefficients(raw: Values) -> Values:
@@ -142,22 +205,36 @@ def make_learner(
         # Not the given values, which may differ from these by rounding.
         return State(raw, optimizer.init(raw), coefficients(raw))
 
-    @jax.jit
-    def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
-        def total(raw: Values) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
-            per_task = run(raw, frozen, batch).objective
-            added = sum(
-                weight * regularizer(coefficients(raw), state.start)
-                for weight, regularizer in regularizers
-            )
-            return per_task.sum() + added, per_task
+    compiled = functools.partial(jax.jit, out_shardings=devices.replicated)
 
-        gradient, per_task = jax.grad(total, has_aux=True)(state.raw)
+    @compiled
+    def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
+        def total(raw: Values, part: Batch) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
+            per_task = run(raw, frozen, part).objective
+            return per_task.sum(), per_task
+
+        def added(raw: Values) -> Float[Array, ""]:
+            found = (w * term(coefficients(raw), state.start) for w, term in regularizers)
+            return sum(found, jnp.zeros(()))
+
+        of_part = functools.partial(jax.grad(total, has_aux=True), state.raw)
+        if microbatches == 1:
+            gradient, per_task = of_part(batch)
+        else:
+
+            def add(sums: PyTree, part: Batch) -> tuple[PyTree, None]:
+                return jax.tree.map(jnp.add, sums, of_part(part)), None
+
+            parts = split(batch, microbatches)
+            first = jax.tree.map(lambda array: array[0], parts)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, first))
+            gradient, per_task = jax.lax.scan(add, zeros, parts)[0]
+        gradient = jax.tree.map(jnp.add, gradient, jax.grad(added)(state.raw))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.raw)
         raw = optax.apply_updates(state.raw, updates)
         return State(raw, optimizer_state, state.start), per_task
 
-    @jax.jit
+    @compiled
     def evaluate(state: State, frozen: Frozen, batch: Batch) -> Evaluation:
         return run(state.raw, frozen, batch)
 
@@ -228,6 +305,7 @@ def _without(rows: Float[Array, "N C"], chosen: slice) -> Float[Array, "M C"]:
     return jnp.concatenate([rows[: chosen.start], rows[chosen.stop :]])
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Look:
     """What the held-out calibration data says of some coefficients.
@@ -322,11 +400,45 @@ class Learned(NamedTuple):
         values: Coefficients by group, `[G, K, ...]`.
         step: After how many steps; 0 is the starting point.
         held_out: What the held-out data says of them.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax import Learned
+        >>> from adamerge_jax.learning import Look
+        >>> tasks = np.array([0.1, 0.2])
+        >>> look = Look(objective=tasks, agreement=tasks, commonest=tasks, examples=tasks)
+        >>> learned = Learned({"all": np.array([[0.3, 0.7]])}, step=40, held_out=look)  # [G, K]
+        >>> learned.step, learned.values["all"].shape
+        (40, (1, 2))
     """
 
     values: Values
     step: int
     held_out: Look
+
+
+class Snapshot(NamedTuple):
+    """Where learning is: all that is needed to go on as if it had never stopped.
+
+    Attributes:
+        state: After `step` steps.
+        step: Number of optimizer steps taken.
+        start: What the held-out data said of the starting point.
+        best: The best coefficients so far.
+        ended: Whether there is no step left to take.
+    """
+
+    state: State
+    step: int
+    start: Look
+    best: Learned
+    ended: bool
+
+    @classmethod
+    def like(cls, learner: Learner, initial: Values) -> "Snapshot":
+        """One of the same structure as those of a learner, whatever its leaves."""
+        look = Look(*np.zeros((4, 1)))
+        return cls(learner.init(initial), 0, look, Learned(initial, 0, look), False)
 
 
 class NonFiniteObjectiveError(RuntimeError):
@@ -351,6 +463,9 @@ def learn(
     evaluate_every: int,
     control: Control | None = None,
     report: Callable[[Progress], Any] = lambda progress: None,
+    resume: Snapshot | None = None,
+    save: Callable[[Snapshot], Any] = lambda snapshot: None,
+    devices: Devices = ONE_DEVICE,
 ) -> Learned:
     """Runs the steps and keeps the coefficients that do best on the held-out data.
 
@@ -362,13 +477,17 @@ def learn(
     Args:
         learner: How coefficients are learned.
         frozen: Base, deltas and heads.
-        initial: The coefficients to start from.
+        initial: The coefficients to start from, `[G, K, ...]` by group.
         calibration: Batches to learn from and to choose by.
         steps: Number of optimizer steps.
         evaluate_every: Steps between two looks at the held-out data; the start and the end are
             always looked at.
         control: What must not suffer, where something is to be forgotten.
         report: Called with each step's `Progress`, and once before the first step.
+        resume: Where an earlier call with the same arguments was; its steps are neither taken nor
+            reported again.
+        save: Called after every look at the held-out data, with what to go on from.
+        devices: Those of the learner.
 
     Returns:
         Never worse on the held-out data than the starting point.
@@ -376,10 +495,55 @@ def learn(
     Raises:
         NonFiniteObjectiveError: Says at which step and on which task; carries the last good
             coefficients.
+
+    Examples:
+        The classifier of `make_learner`'s example, from data to the merged parameters:
+
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> import optax
+        >>> from adamerge_jax import CONSTRAINTS, ArrayExamples, Frozen, calibrate, granularities
+        >>> from adamerge_jax import learn, make_learner, materialize, mix, objectives, task_vectors
+        >>> base = {"kernel": jnp.ones((3, 2))}
+        >>> experts = [{"kernel": base["kernel"].at[:, c].add(1.0)} for c in range(2)]
+        >>> def forward(parameters, heads, inputs):
+        ...     logits = inputs["x"] @ materialize(parameters)["kernel"]
+        ...     return [objectives.TaskOutputs(own) for own in jnp.split(logits, 2)]
+        >>> deltas = task_vectors(base, experts)
+        >>> shapes = granularities.shapes_of(base, deltas)
+        >>> granularity = granularities.tensor(shapes)
+        >>> initial = granularity.init(granularities.constant(shapes, experts=2, value=0.3))
+        >>> learned = learn(
+        ...     make_learner(
+        ...         forward,
+        ...         granularity,
+        ...         CONSTRAINTS["clip"],
+        ...         objectives.cross_entropy(),
+        ...         optax.adam(0.1),
+        ...     ),
+        ...     Frozen(base, deltas, heads=()),
+        ...     initial,
+        ...     calibrate(
+        ...         {
+        ...             task: ArrayExamples({"x": np.ones((10, 3))}, labels=np.zeros(10, int))
+        ...             for task in ("one", "other")
+        ...         },
+        ...         batch_size=4,
+        ...         held_out=0.2,
+        ...         seed=0,
+        ...     ),
+        ...     steps=4,
+        ...     evaluate_every=2,
+        ... )
+        >>> print(learned.values["kernel"].round(1))  # [G, K]: all examples are of class 0
+        [[0.7 0. ]]
+        >>> merged = materialize(mix(base, deltas, granularity.scales(learned.values)))
+        >>> merged["kernel"].shape
+        (3, 2)
     """
     tasks = list(calibration.examples)
-    state = learner.init(initial)
-    best: Learned | None = None
+    state = devices.replicate(learner.init(initial) if resume is None else resume.state)
+    best = None if resume is None else resume.best
 
     def require_finite(per_task: np.ndarray, step: int, where: str) -> None:
         for task, value in zip(tasks, per_task, strict=True):
@@ -391,7 +555,7 @@ def learn(
                 )
 
     def look(step: int) -> Look:
-        seen = _look(learner, state, frozen, calibration)
+        seen = _look(learner, state, frozen, calibration, devices)
         require_finite(seen.objective, step, "the held-out data")
         return seen
 
@@ -399,13 +563,21 @@ def learn(
         nonlocal best
         best = Learned(jax.device_get(learner.coefficients(state)), step, seen)
 
-    began = time.perf_counter()
-    start = look(0)
-    keep(0, start)
-    report(Progress(0, None, start, time.perf_counter() - began, best=best))
-    for step, batch in zip(range(1, steps + 1), calibration.batches(), strict=False):
+    if resume is None:
         began = time.perf_counter()
-        state, per_task = learner.step(state, frozen, batch)
+        start = look(0)
+        keep(0, start)
+        report(Progress(0, None, start, time.perf_counter() - began, best=best))
+        save(Snapshot(state, 0, start, best, ended=False))
+        taken = 0
+    else:
+        start, taken = resume.start, resume.step
+        if resume.ended:
+            return best
+    batches = calibration.batches(taken)
+    for step, batch in zip(range(taken + 1, steps + 1), batches, strict=False):
+        began = time.perf_counter()
+        state, per_task = learner.step(state, frozen, _spread(batch, devices))
         per_task = np.asarray(per_task)
         seconds = time.perf_counter() - began
         require_finite(per_task, step, "the step's batch")
@@ -423,18 +595,31 @@ def learn(
             keep(step, seen)
         collapsed = tuple(task for task, gone in zip(tasks, fallen, strict=True) if gone)
         report(Progress(step, per_task, seen, seconds, collapsed, best if is_best else None))
+        save(Snapshot(state, step, start, best, ended=step == steps or not allowed))
         if not allowed:
             break
     return best
 
 
-def _look(learner: Learner, state: State, frozen: Frozen, calibration: Calibration) -> Look:
+def _spread(batch: Batch, devices: Devices) -> Batch:
+    """Gives every device its examples of a batch."""
+    inputs, targets, strong = devices.examples((batch.inputs, batch.targets, batch.strong_inputs))
+    return batch._replace(inputs=inputs, targets=targets, strong_inputs=strong)
+
+
+def _look(
+    learner: Learner,
+    state: State,
+    frozen: Frozen,
+    calibration: Calibration,
+    devices: Devices,
+) -> Look:
     """Evaluates the held-out data, every example once."""
     objective = np.zeros(len(calibration.examples))
     predicted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
     wanted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
     for batch in calibration.held_out_batches():
-        evaluation = jax.device_get(learner.evaluate(state, frozen, batch))
+        evaluation = jax.device_get(learner.evaluate(state, frozen, _spread(batch, devices)))
         objective += evaluation.objective
         for position, (weights, targets) in enumerate(
             zip(batch.weights, batch.targets, strict=True)

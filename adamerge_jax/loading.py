@@ -5,6 +5,7 @@ Peak host memory is what is returned plus one tensor of one expert: no expert is
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,14 +20,31 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint, locate
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_same_architecture
 from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.coefficients import Coefficients, Source
+from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import Shapes, constant, make_granularity
+from adamerge_jax.folding import THREADS, fold_tensor
+from adamerge_jax.granularities import (
+    Granularity,
+    Shapes,
+    constant,
+    make_granularity,
+    unprepared,
+)
 from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
 from adamerge_jax.mixing import Mixture, mix
 from adamerge_jax.models import Family, family_of
 from adamerge_jax.names import is_stacked, matches, tensor_shape, tensors_of
 from adamerge_jax.recipes import ModelSource, Recipe
-from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
+from adamerge_jax.task_vectors import (
+    DenseDelta,
+    JoinedDelta,
+    LoadedDelta,
+    LowRankDelta,
+    QuantizedDelta,
+)
+from adamerge_jax.task_vectors.entries import Entries
+from adamerge_jax.task_vectors.memory import DeviceMemory, Memory, aligned_empty
+from adamerge_jax.task_vectors.quantized import QuantizedEntries
 from adamerge_jax.zero_shot import text_network, zero_shot_head
 
 DTYPES = {
@@ -37,12 +55,15 @@ DTYPES = {
 """NumPy dtypes by their names in a recipe."""
 
 FLOAT32 = DTYPES["float32"]
+INT8 = np.dtype(np.int8)
+
+DELTA_DTYPES = DTYPES | {"int8": INT8}
+"""NumPy dtypes of task vectors by their names in a recipe."""
+
+DEVICE = DeviceMemory()
 
 Expert = MatchedCheckpoint | MatchedAdapter
 """A whole fine-tuned model, or an adapter."""
-
-# XLA's CPU backend takes over host memory without a copy where it is aligned to this.
-_ALIGNMENT_BYTES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +78,7 @@ class Models:
         sources: Where they come from, for the coefficients file: the base, then the experts. Empty
             where no weight was to be read.
         kept: Names without `*` of the trunk's parameters that are not merged but stay the base's.
+        devices: Where the weights go when they are read.
     """
 
     family: Family
@@ -65,6 +87,7 @@ class Models:
     experts: Mapping[str, Expert]
     sources: tuple[Source, ...]
     kept: frozenset[str]
+    devices: Devices = ONE_DEVICE
 
     @property
     def config(self) -> PretrainedConfig:
@@ -184,15 +207,22 @@ def load_trunk(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> di
     Returns:
         Arrays by name, `[L, *shape]` where stacked.
     """
-    parameters = {}
-    for name, shape in models.shapes.items():
-        tensors = models.tensors(name)
-        array = _aligned_empty(shape, dtype or models.base.dtype(tensors[0]))
-        for row, tensor in zip(array if is_stacked(name) else [array], tensors, strict=True):
-            source = checkpoint if tensor in checkpoint.names else models.base
-            row[...] = source.read(tensor)
-        parameters[name] = jax.device_put(array, may_alias=True)
-    return parameters
+    return {
+        name: models.devices.parameter(name, read_parameter(models, checkpoint, name, dtype))
+        for name in models.shapes
+    }
+
+
+def read_parameter(
+    models: Models, checkpoint: Expert, name: str, dtype: np.dtype | None
+) -> np.ndarray:
+    """Reads one parameter of the trunk, `[L, *shape]` where stacked; see `load_trunk`."""
+    tensors = models.tensors(name)
+    array = aligned_empty(models.shapes[name], dtype or models.base.dtype(tensors[0]))
+    for row, tensor in zip(array if is_stacked(name) else [array], tensors, strict=True):
+        source = checkpoint if tensor in checkpoint.names else models.base
+        row[...] = source.read(tensor)
+    return array
 
 
 def load_zero_shot_head(
@@ -222,43 +252,57 @@ def load_zero_shot_head(
 
 
 def load_task_vectors(
-    models: Models, dtype: np.dtype | None, interference: Sequence[FittedStep] = ()
+    models: Models,
+    dtype: np.dtype | None,
+    interference: Sequence[FittedStep] = (),
+    memory: Memory | None = None,
 ) -> tuple[dict[str, LoadedDelta], list[str], tuple[FittedStep, ...]]:
     """Reads what every expert changed in the base.
 
-    Adapters stay factors, unless interference steps ask for entries.
+    Adapters stay factors, unless interference steps ask for entries. Interference steps look at all
+    task vectors together, which are then in the host's memory until the steps are done.
 
     Args:
         models: The base and its experts.
-        dtype: Of the deltas; by default each tensor's in the base, float32 for factors.
+        dtype: Of the deltas; by default each tensor's in the base, float32 for factors. With int8
+            entries are rounded as they are read, after the interference steps if there are any;
+            factors stay float32: they are small, and their product would have the error of both.
         interference: What is done to the task vectors.
+        memory: Where entries are kept, by default on the devices; factors always are there.
 
     Returns:
         Deltas by name, stacked where the name is; the names without `*` of the tensors that are
         mixed; and the interference steps with what they learned. Parameters that no expert
         changed are in neither.
     """
+    memory = memory or DeviceMemory(models.devices)
     if not interference:
         read, mixed = {}, []
         for name in models.shapes:
-            delta, changed = _read_delta(models, name, models.tensors(name), dtype)
+            delta, changed = _read_delta(models, name, models.tensors(name), dtype, memory)
             if changed:
                 read[name] = delta
                 mixed += changed
         return read, mixed, ()
     read, entries = {}, {}
     for name in models.shapes:
-        values, changed = _read_entries(models, name, models.tensors(name), dtype)
+        own_dtype = None if dtype == INT8 else dtype
+        values, changed = _read_entries(models, name, models.tensors(name), own_dtype, DEVICE)
         if changed:
             read[name] = values
             rows = values if is_stacked(name) else [values]
             by_tensor = zip(models.tensors(name), rows, strict=True)
             entries |= {tensor: row for tensor, row in by_tensor if tensor in changed}
     fitted = fit_steps(interference, entries)
-    deltas = {
-        name: DenseDelta(jax.device_put(values, may_alias=True)) for name, values in read.items()
-    }
-    return deltas, list(entries), fitted
+    mixed = list(entries)
+    entries.clear()
+    deltas = {}
+    for name in list(read):
+        # One parameter after the other, so that only one is there twice where it is moved.
+        values = read.pop(name)
+        kept = _rounded(values, name, memory) if dtype == INT8 else values
+        deltas[name] = _keep(kept, name, memory)
+    return deltas, mixed, fitted
 
 
 def load_head(models: Models, task: str) -> dict[str, np.ndarray]:
@@ -271,38 +315,56 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
 
     Reads the checkpoints again rather than the task vectors in memory: sums are those of the
     stored weights whatever the representation while learning, and memory stays at one tensor of
-    every expert.
+    every expert, or at a few blocks of it where nothing else is asked for than entries.
 
     Yields:
         The name of a tensor (without `*`) and its merged value.
 
     Raises:
-        InputError: The coefficients mix a parameter that these models do not have.
+        InputError: See `require_fitting`.
     """
-    shapes = {
-        name: models.base.shape(name)
-        for name in coefficients.parameters
-        if name in models.base.names
-    }
-    if missing := [name for name in coefficients.parameters if name not in shapes]:
-        raise InputError(
-            f"the coefficients mix {missing[0]}, which the base ({models.base.checkpoint.source}) "
-            "does not have; fold them with the recipe that they were learned with"
-        )
-    granularity = coefficients.make_granularity(shapes)
+    require_fitting(models, coefficients)
+    granularity = coefficients.make_granularity(coefficients.shapes)
     scales = granularity.scales(coefficients.stacked_once())
-    for name in models.base.names:
-        tensor = models.base.read(name)
-        if name in scales:
-            if coefficients.interference:
-                values, _ = _read_entries(models, name, [name], FLOAT32)
-                delta = DenseDelta(apply_steps(coefficients.interference, name, values))
+    # A tensor at a time fits on one device, and other processes need not take part.
+    models = dataclasses.replace(models, devices=ONE_DEVICE)
+    experts = list(models.experts.values())
+    # Only then is the sum one over entries as they lie in the files.
+    stored = (
+        granularity.prepare is unprepared
+        and not coefficients.interference
+        and all(isinstance(expert, MatchedCheckpoint) for expert in experts)
+    )
+    with ThreadPoolExecutor(THREADS) as threads:
+        for name in models.base.names:
+            if name not in scales or name in models.kept:
+                yield name, models.base.read(name)
+            elif stored:
+                scale = np.asarray(scales[name])
+                yield name, fold_tensor(name, models.base, experts, scale, threads)
             else:
-                delta, _ = _read_delta(models, name, [name], FLOAT32)
-            delta = granularity.prepare(name, delta)
-            mixture = Mixture(tensor.astype(np.float32), delta, scales[name])
-            tensor = np.asarray(_materialize(mixture)).astype(tensor.dtype)
-        yield name, tensor
+                yield name, _fold_delta(models, coefficients, granularity, name, scales[name])
+
+
+def require_fitting(models: Models, coefficients: Coefficients) -> None:
+    """Refuses coefficients for other tensors than these models'.
+
+    Raises:
+        InputError: They mix a parameter that the base does not have, or has in another shape.
+    """
+    source = models.base.checkpoint.source
+    for name, shape in coefficients.shapes.items():
+        if name not in models.base.names:
+            raise InputError(
+                f"the coefficients mix {name}, which the base ({source}) does not have; fold them "
+                "with the recipe that they were learned with"
+            )
+        if shape != models.base.shape(name):
+            raise InputError(
+                f"the coefficients are for {name} of shape {shape}, the base's ({source}) has "
+                f"{models.base.shape(name)}; to another size they carry only as a starting point "
+                "(coefficients.start)"
+            )
 
 
 def resolve(path: str, root: Path) -> str:
@@ -314,8 +376,28 @@ def resolve(path: str, root: Path) -> str:
 _materialize = jax.jit(Mixture.materialize)
 
 
+def _fold_delta(
+    models: Models, coefficients: Coefficients, granularity: Granularity, name: str, scale: Array
+) -> np.ndarray:
+    """One merged tensor from the representation that its granularity asks for."""
+    tensor = models.base.read(name)
+    if coefficients.interference:
+        values, _ = _read_entries(models, name, [name], FLOAT32)
+        delta = DenseDelta(apply_steps(coefficients.interference, name, values))
+    else:
+        delta, _ = _read_delta(models, name, [name], FLOAT32)
+    if delta is None:
+        return tensor  # only experts that are left out changed it
+    mixture = Mixture(tensor.astype(np.float32), granularity.prepare(name, delta), scale)
+    return np.asarray(_materialize(mixture)).astype(tensor.dtype)
+
+
 def _read_delta(
-    models: Models, name: str, tensors: Sequence[str], dtype: np.dtype | None
+    models: Models,
+    name: str,
+    tensors: Sequence[str],
+    dtype: np.dtype | None,
+    memory: Memory = DEVICE,
 ) -> tuple[LoadedDelta | None, list[str]]:
     """The deltas of all experts for one parameter, and which of its tensors they change.
 
@@ -326,6 +408,7 @@ def _read_delta(
         name: Of the parameter; stacked if `tensors` are L.
         tensors: Those that it consists of.
         dtype: Of the deltas; by default that of the base, float32 for factors.
+        memory: Where entries are kept.
     """
     experts = list(models.experts.values())
     open_tensors = [tensor for tensor in tensors if tensor not in models.kept]
@@ -337,8 +420,8 @@ def _read_delta(
     if not any(expert.changes(tensor) for expert in experts for tensor in open_tensors):
         return None, []
     if not low_rank:
-        values, changed = _read_entries(models, name, tensors, dtype)
-        return DenseDelta(jax.device_put(values, may_alias=True)), changed
+        entries, changed = _read_entries(models, name, tensors, dtype, memory)
+        return _keep(entries, name, memory), changed
     parts: list[tuple[LoadedDelta, tuple[int, ...]]] = []
     factors, changed = _read_factors(models, name, tensors, [experts[k] for k in low_rank], dtype)
     parts.append((factors, tuple(low_rank)))
@@ -349,11 +432,11 @@ def _read_delta(
         if any(expert.changes(each) and not expert.has_factors(each) for each in open_tensors)
     ]
     if whole:
-        values, also = _read_entries(
-            models, name, tensors, dtype, [experts[k] for k in whole], factors=False
+        entries, also = _read_entries(
+            models, name, tensors, dtype, memory, [experts[k] for k in whole], factors=False
         )
         if also:
-            parts.append((DenseDelta(jax.device_put(values, may_alias=True)), tuple(whole)))
+            parts.append((_keep(entries, name, memory), tuple(whole)))
             changed = [tensor for tensor in tensors if tensor in {*changed, *also}]
     if len(parts) == 1 and len(low_rank) == len(experts):
         return factors, changed
@@ -366,18 +449,20 @@ def _read_entries(
     name: str,
     tensors: Sequence[str],
     dtype: np.dtype | None,
+    memory: Memory = DEVICE,
     experts: Sequence[Expert] | None = None,
     *,
     factors: bool = True,
-) -> tuple[np.ndarray, list[str]]:
+) -> tuple[Entries, list[str]]:
     """Deltas entry by entry, `[K, *shape]` or `[L, K, *shape]`, and the tensors they change.
 
     Those that are stored as factors are multiplied out; without `factors`, they stay 0.
     """
     experts = list(models.experts.values()) if experts is None else experts
     layers = (len(tensors),) if is_stacked(name) else ()
-    shape = (*layers, len(experts), *models.base.shape(tensors[0]))
-    values = _aligned_empty(shape, dtype or models.base.dtype(tensors[0]))
+    shape = models.base.shape(tensors[0])
+    dtype = dtype or models.base.dtype(tensors[0])
+    values = _empty((*layers, len(experts)), shape, dtype, memory)
     rows = values if layers else [values]
     changed = [
         tensor
@@ -387,17 +472,47 @@ def _read_entries(
     return values, changed
 
 
+def _empty(
+    leading: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype, memory: Memory
+) -> Entries:
+    """Room for deltas of a parameter, rounded as they are written where the dtype is int8."""
+    values = memory.empty((*leading, *shape), dtype)
+    if dtype != INT8:
+        return values
+    steps = memory.empty((*leading, *QuantizedEntries.steps_shape(shape)), FLOAT32)
+    return QuantizedEntries(values, steps)
+
+
+def _keep(entries: Entries, name: str, memory: Memory) -> LoadedDelta:
+    """Entries that have been filled, as a delta."""
+    if isinstance(entries, QuantizedEntries):
+        delta = QuantizedDelta(entries.values, entries.steps)
+    else:
+        delta = DenseDelta(entries)
+    return memory.keep(name, delta)
+
+
+def _rounded(values: np.ndarray, name: str, memory: Memory) -> Entries:
+    """Deltas that are in memory as 8-bit integers, where these are to be kept."""
+    leading = 1 + is_stacked(name)
+    entries = _empty(values.shape[:leading], values.shape[leading:], INT8, memory)
+    layers = zip(entries, values, strict=True) if leading == 2 else [(entries, values)]
+    for to, layer in layers:
+        for row, delta in zip(to, layer, strict=True):
+            row[...] = delta
+    return entries
+
+
 def _fill_entries(
-    models: Models, tensor: str, experts: Sequence[Expert], out: np.ndarray, with_factors: bool
+    models: Models, tensor: str, experts: Sequence[Expert], out: Entries, with_factors: bool
 ) -> bool:
     """Writes `tau_k` of some experts into `out`, `[K, *shape]`; whether any differs from 0."""
-    out[...] = 0
-    if tensor in models.kept:
-        return False
-    base = models.base.read(tensor).astype(np.float32)
+    kept = tensor in models.kept
+    base = None if kept else models.base.read(tensor).astype(np.float32)
     changed = False
     for row, expert in zip(out, experts, strict=True):
-        if not expert.changes(tensor) or (expert.has_factors(tensor) and not with_factors):
+        if kept or not expert.changes(tensor) or (expert.has_factors(tensor) and not with_factors):
+            row[...] = 0
             continue
         factors = expert.low_rank(tensor)
         if factors is None:
@@ -417,6 +532,7 @@ def _read_factors(
     dtype: np.dtype | None,
 ) -> tuple[LowRankDelta, list[str]]:
     """Deltas as factors of the largest rank among experts and layers; zeros beyond their own."""
+    dtype = FLOAT32 if dtype in (None, INT8) else dtype
     found = {
         (layer, position): factors
         for layer, tensor in enumerate(tensors)
@@ -426,8 +542,8 @@ def _read_factors(
     }
     rank = max(factors.right.shape[0] for factors in found.values())
     height, width = models.base.shape(tensors[0])
-    left = np.zeros((len(tensors), len(experts), height, rank), dtype or np.float32)
-    right = np.zeros((len(tensors), len(experts), rank, width), dtype or np.float32)
+    left = np.zeros((len(tensors), len(experts), height, rank), dtype)
+    right = np.zeros((len(tensors), len(experts), rank, width), dtype)
     for (layer, position), factors in found.items():
         own = factors.right.shape[0]
         left[layer, position, :, :own] = factors.left
@@ -437,7 +553,7 @@ def _read_factors(
     # The B that PEFT starts with is 0, and stays so where nothing was trained.
     layers = {layer for (layer, _), own in found.items() if own.left.any() and own.right.any()}
     changed = [tensors[layer] for layer in sorted(layers)]
-    return LowRankDelta(jnp.asarray(left), jnp.asarray(right)), changed
+    return models.devices.delta(name, LowRankDelta(left, right)), changed
 
 
 def _match_trunk(
@@ -522,11 +638,3 @@ def _explained(role: str, root: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{role}: {error} (relative paths start at {root})") from error
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that `jax.device_put` need not copy on CPU."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    buffer = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT_BYTES
-    return buffer[start : start + size].view(dtype).reshape(shape)

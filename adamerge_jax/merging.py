@@ -1,7 +1,8 @@
 """From a recipe and its workspace to learned coefficients: the steps of a merge in their order."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,9 @@ from jaxtyping import Array
 
 from adamerge_jax import learning
 from adamerge_jax.calibration import Calibration, calibrate
+from adamerge_jax.checkpoints.snapshots import Snapshots
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, unstack_values
+from adamerge_jax.devices import Devices, fetch
 from adamerge_jax.errors import InputError
 from adamerge_jax.examples import Concatenated
 from adamerge_jax.granularities import (
@@ -27,18 +30,23 @@ from adamerge_jax.granularities import (
     require_budget,
 )
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import Models, load_task_vectors
+from adamerge_jax.loading import DELTA_DTYPES, Models, load_task_vectors
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import Network
 from adamerge_jax.names import is_stacked, matches
 from adamerge_jax.objectives import Needs
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
+from adamerge_jax.reuse import Start, begin, open_start
 from adamerge_jax.targets import StoredTargets, ask_expert
 from adamerge_jax.task_vectors import Delta, LoadedDelta
+from adamerge_jax.task_vectors.memory import make_memory
 from adamerge_jax.workspace import Workspace
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[learning.Progress], None]]]
-"""`(what is learned, steps) -> what is called with every step's progress`."""
+"""`(what is learned, steps) -> what is called with every step's progress`.
+
+What is learned is the name of the stage, a colon, and the number of coefficients.
+"""
 
 
 class Problem(NamedTuple):
@@ -52,6 +60,7 @@ class Problem(NamedTuple):
         mixed: Names without `*` of the tensors that are mixed.
         interference: The interference steps, with what they learned of the task vectors.
         calibration: Batches, with the targets that the objective needs.
+        start: Where coefficients start, if something was learned before.
     """
 
     recipe: Recipe
@@ -61,11 +70,17 @@ class Problem(NamedTuple):
     mixed: list[str]
     interference: tuple[FittedStep, ...]
     calibration: Calibration
+    start: Start | None = None
 
     @property
     def shapes(self) -> Shapes:
         """Shapes of the mixed parameters, `(L, *shape)` where stacked."""
         return {name: self.workspace.models.shapes[name] for name in self.deltas}
+
+    @property
+    def devices(self) -> Devices:
+        """Where it runs."""
+        return self.workspace.models.devices
 
     @property
     def experts(self) -> int:
@@ -107,9 +122,11 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
 
     Raises:
         InputError: No expert differs from the base, an objective asks for a layer that the model
-            does not have, or there are too few calibration examples.
+            does not have, there are too few calibration examples, or the coefficients to start
+            from are not for these models.
     """
     models = workspace.models
+    start = open_start(recipe, models, _first_granularity(recipe, models), workspace.root)
     calibration = calibrate(
         workspace.data.calibration,
         batch_size=recipe.learning.batch_size,
@@ -119,8 +136,12 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
     needs = needs_of(recipe, models)
     _require_layers(needs, models.shapes)
     _require_fitting_objectives(recipe, models, needs)
+    kept = recipe.task_vectors
     deltas, mixed, interference = load_task_vectors(
-        models, workspace.dtype, recipe.build_interference()
+        models,
+        DELTA_DTYPES[kept.dtype] if kept.dtype else workspace.dtype,
+        recipe.build_interference(),
+        make_memory(kept.memory, models.devices),
     )
     if not deltas:
         raise InputError("no expert differs from the base in any parameter that is merged")
@@ -152,7 +173,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         strong_view=any(own.strong_view for own in needs.values()),
         elsewhere=elsewhere,
     )
-    return Problem(recipe, workspace, base, deltas, mixed, interference, calibration)
+    return Problem(recipe, workspace, base, deltas, mixed, interference, calibration, start)
 
 
 def needs_of(recipe: Recipe, models: Models) -> dict[str, Needs]:
@@ -165,7 +186,11 @@ def needs_of(recipe: Recipe, models: Models) -> dict[str, Needs]:
 
 
 def learn_coefficients(
-    problem: Problem, *, watch: Watch, keep: Callable[[Coefficients], None] = lambda found: None
+    problem: Problem,
+    *,
+    watch: Watch,
+    keep: Callable[[Coefficients], None] = lambda found: None,
+    state: Path | None = None,
 ) -> Merge:
     """Learns the coefficients of a recipe, coarse ones first where it says so.
 
@@ -173,6 +198,8 @@ def learn_coefficients(
         problem: What to learn from.
         watch: Shows progress.
         keep: Called with the result; where learning diverges, with the last good coefficients.
+        state: Folder in which each stage keeps its state at every look at the held-out data, and
+            from which it goes on.
 
     Raises:
         InputError: The granularity does not fit the parameters.
@@ -180,16 +207,25 @@ def learn_coefficients(
     """
     recipe = problem.recipe
     chosen = recipe.coefficients
-    start = constant(problem.shapes, problem.experts, recipe.initial_coefficient)
+    start = problem.start
+    if start is None:
+        start = constant(problem.shapes, problem.experts, recipe.initial_coefficient)
     name, options = granularity_of(recipe, problem.workspace.models)
     if chosen.coarse is not None:
         stage = _Stage("coarse", chosen.coarse.granularity, {}, chosen.coarse.steps)
-        coarse = _learn_stage(problem, stage, start, watch, keep)
+        coarse = _learn_stage(problem, stage, start, watch, keep, state)
         start = per_tensor(coarse.granularity, coarse.values, problem.shapes, problem.experts)
         if name == IMPORTANCE_CHUNK:
             name, options = "chunk", {"pieces": _importance(problem, start, options["budget"])}
     stage = _Stage("learning", name, options, recipe.learning.steps)
-    return _learn_stage(problem, stage, start, watch, keep)
+    return _learn_stage(problem, stage, start, watch, keep, state)
+
+
+def _first_granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
+    """The granularity of what is learned first."""
+    if recipe.coefficients.coarse is not None:
+        return recipe.coefficients.coarse.granularity, {}
+    return granularity_of(recipe, models)
 
 
 def granularity_of(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
@@ -234,6 +270,8 @@ def learner_of(
         list(recipe.build_objectives().values()),
         recipe.learning.optimizer.build(steps),
         recipe.build_regularizers(),
+        recipe.learning.microbatches,
+        models.devices,
     )
 
 
@@ -265,13 +303,17 @@ class _Stage(NamedTuple):
 def _learn_stage(
     problem: Problem,
     stage: _Stage,
-    start: PerTensor,
+    start: Start | PerTensor,
     watch: Watch,
     keep: Callable[[Coefficients], None],
+    state: Path | None,
 ) -> Merge:
     recipe, workspace = problem.recipe, problem.workspace
     granularity = make_granularity(stage.granularity, stage.options, problem.shapes)
-    deltas = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
+    deltas = {
+        name: problem.devices.delta(name, granularity.prepare(name, delta))
+        for name, delta in problem.deltas.items()
+    }
     networks = list(workspace.head_networks.values())
     learner = learner_of(
         recipe, workspace.models, workspace.trunk, networks, granularity, stage.steps
@@ -284,10 +326,26 @@ def _learn_stage(
     def describe(learned: learning.Learned) -> Coefficients:
         return _describe(problem, stage, learned)
 
-    initial = granularity.init(start)
+    if isinstance(start, Start):
+        chosen, constraint = (stage.granularity, stage.options), recipe.coefficients.constraint
+        initial = begin(
+            start, granularity, chosen, CONSTRAINTS[constraint], problem.shapes, problem.experts
+        )
+    else:
+        initial = granularity.init(start)
+    snapshots = None if state is None else Snapshots(state / stage.name)
+    resume = snapshots and snapshots.load(learning.Snapshot.like(learner, initial))
+
+    def save(snapshot: learning.Snapshot) -> None:
+        if snapshots is not None:
+            snapshots.save(snapshot.step, snapshot)
+
     summary = f"{stage.name}: {count_units(granularity, initial, problem.shapes)}"
     try:
-        with watch(summary, stage.steps) as show:
+        with (
+            watch(summary, stage.steps) as show,
+            closing(snapshots) if snapshots else nullcontext(),
+        ):
             learned = learning.learn(
                 learner,
                 learning.Frozen(problem.base, deltas, list(workspace.heads.values())),
@@ -297,6 +355,9 @@ def _learn_stage(
                 evaluate_every=recipe.learning.evaluate_every or max(1, stage.steps // 10),
                 control=control,
                 report=show,
+                resume=resume,
+                save=save,
+                devices=problem.devices,
             )
     except learning.NonFiniteObjectiveError as error:
         if error.learned is not None:
@@ -321,12 +382,13 @@ def _describe(problem: Problem, stage: _Stage, learned: learning.Learned) -> Coe
         granularity_options=stage.options,
         interference=problem.interference,
         constraint=recipe.coefficients.constraint,
-        parameters=tuple(problem.mixed),
+        shapes=shapes,
         base=base,
         experts=tuple(experts),
         objective=" + ".join(map(_in_words, recipe.objectives)),
         seed=recipe.seed,
         step=learned.step,
+        started_from=problem.start.source if problem.start else None,
     )
 
 
@@ -396,10 +458,10 @@ def _importance(problem: Problem, coefficients: PerTensor, budget: int) -> dict[
     shapes, learned, magnitudes = {}, {}, {}
     for name, delta in problem.deltas.items():
         tensors = problem.workspace.models.tensors(name)
-        norms = jnp.atleast_2d(delta.norms(stacked=is_stacked(name)))
+        norms = np.atleast_2d(fetch(delta.norms(stacked=is_stacked(name))))
         for layer, tensor in enumerate(tensors):
             if tensor in problem.mixed:
                 shapes[tensor] = problem.workspace.models.base.shape(tensor)
                 learned[tensor] = np.asarray(coefficients[name][layer])
-                magnitudes[tensor] = np.asarray(norms[layer])
+                magnitudes[tensor] = norms[layer]
     return importance_pieces(shapes, learned, magnitudes, budget)

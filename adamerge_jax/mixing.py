@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from adamerge_jax.names import is_stacked, leaf_name
 from adamerge_jax.task_vectors import Delta
+from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
 
 MERGED_WEIGHT = "merged_weight"
 """What a materialised mixture is called in a rematerialisation policy."""
@@ -31,6 +32,14 @@ class Mixture:
         scale: The coefficients, `[K, ...]`, broadcasting against `[K, *shape]`.
 
     A stacked parameter has a leading axis of length L on all three.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import DenseDelta, Mixture
+        >>> delta = DenseDelta(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]]))
+        >>> mixture = Mixture(jnp.ones((1, 2)), delta, jnp.full((2, 1, 1), 0.5))
+        >>> mixture.materialize().tolist()
+        [[1.5, 1.5]]
     """
 
     base: Float[Array, "..."]
@@ -78,6 +87,23 @@ def mix(
 
     Returns:
         A pytree of the base's structure.
+
+    Raises:
+        KeyError: A parameter has a delta and no scale.
+
+    Source: Yang et al., AdaMerging, ICLR 2024, eqs. 5 and 6.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import materialize, mix, task_vectors
+        >>> base = {"kernel": jnp.zeros((1, 2)), "bias": jnp.ones(2)}
+        >>> experts = [base | {"kernel": jnp.full((1, 2), size)} for size in (1.0, 10.0)]
+        >>> scale = jnp.array([0.5, 0.1]).reshape(2, 1, 1)  # one coefficient per expert
+        >>> mixed = mix(base, task_vectors(base, experts), {"kernel": scale})
+        >>> type(mixed["kernel"]).__name__, mixed["bias"].tolist()
+        ('Mixture', [1.0, 1.0])
+        >>> materialize(mixed)["kernel"].tolist()
+        [[1.5, 1.5]]
     """
 
     def leaf(path: tuple, parameter: Array) -> Array | Mixture:
@@ -88,13 +114,31 @@ def mix(
 
 
 def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
-    """Turns every `Mixture` in the tree into an array, layer by layer where it is stacked."""
+    """Turns every `Mixture` in the tree into an array, layer by layer where it is stacked.
+
+    Args:
+        tree: What `mix` returned, or a part of it.
+
+    Returns:
+        The same pytree with arrays `[*shape]`, `[L, *shape]` where a name is stacked, in the
+        dtype of the base.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import DenseDelta, Mixture, materialize
+        >>> delta = DenseDelta(jnp.array([[2.0, 4.0]]))  # one expert, a vector
+        >>> half = Mixture(jnp.zeros(2), delta, scale=jnp.full((1, 1), 0.5))
+        >>> tree = {"bias": half, "other": jnp.ones(1)}
+        >>> {name: array.tolist() for name, array in materialize(tree).items()}
+        {'bias': [1.0, 2.0], 'other': [1.0]}
+    """
 
     def leaf(path: tuple, parameter: Array | Mixture) -> Array:
         if not is_mixture(parameter):
             return parameter
         if is_stacked(leaf_name(path)):
-            return jax.lax.map(Mixture.materialize, parameter)
+            layers, sources = apart_from_layers(parameter)
+            return jax.lax.map(lambda own: with_sources(own, sources).materialize(), layers)
         return parameter.materialize()
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_mixture)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import jax
+from jaxtyping import Array, PyTree
 
 STACKED = "*"
 
@@ -38,6 +39,33 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def numbered_block(name: str) -> str:
+    """The name up to its first number (or `*`), or nothing where it has none."""
+    parts = name.split(".")
+    for depth, part in enumerate(parts, start=1):
+        if part == STACKED or part.isdigit():
+            return ".".join(parts[:depth])
+    return ""
+
+
 def leaf_name(path: tuple) -> str:
     """The dotted name of a pytree leaf, from its `jax.tree_util` key path."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def place_in_stack(name: str) -> tuple[str, int] | None:
+    """The stacked name that a tensor belongs to and its layer, or None where it is in no stack.
+
+    A name's first number is its layer: `encoder.layer.3.output.dense.weight` is layer 3 of
+    `encoder.layer.*.output.dense.weight`.
+    """
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join([*parts[:position], STACKED, *parts[position + 1 :]]), int(part)
+    return None
+
+
+def named_leaves(tree: PyTree[Array]) -> dict[str, Array]:
+    """The leaves of a pytree by their dotted names."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -1,9 +1,17 @@
 """What is minimised: pure functions from a task's outputs to one value per example.
 
 An objective is a function of options that returns an `Objective`. The value of a task is the mean
-over its examples, the value of a step the sum over its tasks. A language model predicts a class,
-the next token, at each of T positions; an example's value is the mean over those that count. To use
-one of your own, pass it to `make_learner`, or name it in a recipe as `package.module:function`.
+over its B examples, `[B]`, the value of a step the sum over its tasks. A language model predicts a
+class, the next token, at each of T positions; an example's value is the mean over those that count.
+To use one of your own, pass it to `make_learner`, or name it in a recipe as
+`package.module:function`.
+
+Examples:
+    >>> import jax.numpy as jnp
+    >>> from adamerge_jax.objectives import Targets, TaskOutputs, entropy
+    >>> outputs = TaskOutputs(logits=jnp.array([[0.0, 0.0], [9.0, -9.0]]))  # [B, C]
+    >>> print(entropy().value(outputs, Targets()).round(2))  # [B], in nats
+    [0.69 0.  ]
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +92,8 @@ class Needs(NamedTuple):
         elsewhere: Whether outputs and targets are to hold the logits of the task's head on the
             examples of all other tasks while coefficients are learned.
         top_tokens: How many likely tokens of the expert stand for its logits; None for all.
+        whole_batch: Whether the value of an example depends on the others in its batch, other than
+            by a mean over them that is added to it.
     """
 
     expert_logits: bool = False
@@ -92,6 +102,7 @@ class Needs(NamedTuple):
     hidden_states: tuple[int, ...] = ()
     elsewhere: bool = False
     top_tokens: int | None = None
+    whole_batch: bool = False
 
     @property
     def expert(self) -> bool:
@@ -112,7 +123,17 @@ class Objective(NamedTuple):
 
 
 def entropy() -> Objective:
-    """Shannon entropy of the predicted class distribution, in nats (AdaMerging, eq. 7)."""
+    """Shannon entropy of the predicted class distribution, in nats (AdaMerging, eq. 7).
+
+    `-sum_c softmax(z)_c log softmax(z)_c` with z the merged model's logits.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.objectives import Targets, TaskOutputs, entropy
+        >>> outputs = TaskOutputs(jnp.array([[0.0, 0.0], [9.0, -9.0]]))  # unsure, sure
+        >>> print(entropy().value(outputs, Targets()).round(2))
+        [0.69 0.  ]
+    """
 
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
         return _per_example(_entropy(_log_softmax(outputs.logits)), targets)
@@ -144,6 +165,17 @@ def logit_alignment(
         top_tokens: k: keep the k likeliest tokens of a language model's expert at each position,
             and what is left as the probability of one more token; None for all. Classes are always
             kept all.
+
+    Raises:
+        ValueError: An argument is outside of its range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.objectives import Targets, TaskOutputs, logit_alignment
+        >>> outputs = TaskOutputs(jnp.array([[2.0, 0.0], [0.0, 2.0]]))
+        >>> targets = Targets(expert_logits=jnp.array([[2.0, 0.0], [2.0, 0.0]]))
+        >>> print(logit_alignment(form="kl").value(outputs, targets).round(2))
+        [0.   1.52]
     """
     if form not in ("soft", "kl", "hard"):
         raise ValueError(f"form is {form!r}, expected 'soft', 'kl' or 'hard'")
@@ -191,6 +223,18 @@ def hidden_state_alignment(layers: Sequence[int], relative: bool = False) -> Obj
         layers: Which; 0 is the embeddings, L (or -1) the output of the last of L layers.
         relative: Divide each layer's error by the mean square of the expert's hidden states, so
             that layers of unlike scale count alike.
+
+    Raises:
+        ValueError: The layers are no list of numbers.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.objectives import Targets, TaskOutputs, hidden_state_alignment
+        >>> logits, states = jnp.zeros((2, 3)), jnp.zeros((2, 5, 4))  # [B, C], [B, T, H]
+        >>> outputs = TaskOutputs(logits, hidden_states={-1: states})
+        >>> targets = Targets(expert_hidden_states={-1: states + 2})
+        >>> hidden_state_alignment([-1]).value(outputs, targets).tolist()
+        [4.0, 4.0]
     """
     chosen = tuple(layers)
     if not chosen or not all(isinstance(layer, int) for layer in chosen):
@@ -207,13 +251,21 @@ def hidden_state_alignment(layers: Sequence[int], relative: bool = False) -> Obj
             errors.append(error)
         return jnp.stack(errors).mean(0)
 
-    return Objective(value, Needs(hidden_states=chosen))
+    return Objective(value, Needs(hidden_states=chosen, whole_batch=relative))
 
 
 def cross_entropy() -> Objective:
     """Cross-entropy to the labels, in nats: few-shot learning of coefficients (aTLAS).
 
     The labels of a language model are the text's own next tokens.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.objectives import Targets, TaskOutputs, cross_entropy
+        >>> outputs = TaskOutputs(jnp.array([[9.0, 0.0], [9.0, 0.0]]))
+        >>> targets = Targets(labels=jnp.array([0, 1]))
+        >>> print(cross_entropy().value(outputs, targets).round(2))
+        [0. 9.]
     """
 
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
@@ -233,6 +285,17 @@ def pseudo_labels(threshold: float = 0.95) -> Objective:
 
     Args:
         threshold: The highest bar, from 0 to 1.
+
+    Raises:
+        ValueError: The threshold is not from 0 to 1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.objectives import Targets, TaskOutputs, pseudo_labels
+        >>> plain = jnp.array([[9.0, 0.0], [0.1, 0.0]])  # only the first is sure enough
+        >>> outputs = TaskOutputs(plain, strong=jnp.zeros((2, 2)))
+        >>> print(pseudo_labels().value(outputs, Targets()).round(2))  # the mean is that of one
+        [1.39 0.  ]
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}, expected from 0 to 1")
@@ -246,7 +309,7 @@ def pseudo_labels(threshold: float = 0.95) -> Objective:
         loss = -_pick(_log_softmax(outputs.strong), probabilities.argmax(-1))
         return jnp.where(counts, loss, 0) * counts.size / counts.sum()
 
-    return Objective(value, Needs(strong_view=True))
+    return Objective(value, Needs(strong_view=True, whole_batch=True))
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
@@ -268,12 +331,26 @@ def make_objective(name: str, options: Mapping[str, Any]) -> Objective:
 
     Raises:
         InputError: There is no such objective, or it refuses an option.
+
+    Examples:
+        >>> from adamerge_jax.objectives import make_objective
+        >>> make_objective("logit_alignment", {"temperature": 2.0}).needs.expert_logits
+        True
     """
     return call_registered("objectives", OBJECTIVES, name, options)
 
 
 def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
-    """The objective `sum_i weight_i * objective_i`; a negative weight raises what it is for."""
+    """The objective `sum_i weight_i * objective_i`; a negative weight raises what it is for.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.objectives import Targets, TaskOutputs, entropy, weighted_sum
+        >>> outputs = TaskOutputs(jnp.zeros((1, 2)))
+        >>> both = weighted_sum([(1.0, entropy()), (-0.5, entropy())])
+        >>> print(both.value(outputs, Targets()).round(2))  # [B]
+        [0.35]
+    """
     each = [objective.needs for _, objective in terms]
 
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
@@ -289,6 +366,7 @@ def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
             hidden_states=tuple(sorted({k for needs in each for k in needs.hidden_states})),
             elsewhere=any(needs.elsewhere for needs in each),
             top_tokens=_largest([needs.top_tokens for needs in each if needs.expert_logits]),
+            whole_batch=any(needs.whole_batch for needs in each),
         ),
     )
 

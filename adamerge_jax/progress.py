@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -23,7 +24,11 @@ from adamerge_jax.learning import Progress
 
 @contextmanager
 def show_progress(
-    tasks: Sequence[str], steps: int, metrics: Path, console: Console
+    tasks: Sequence[str],
+    steps: int,
+    metrics: Path,
+    console: Console,
+    send: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Iterator[Callable[[Progress], None]]:
     """Shows each step as it is done, and appends it to a file.
 
@@ -35,6 +40,7 @@ def show_progress(
         steps: How many steps there will be.
         metrics: A JSONL file to append to, one object per step.
         console: Where to show it.
+        send: Called with each of these objects too.
 
     Yields:
         What to call with every step's progress.
@@ -66,6 +72,7 @@ def show_progress(
             }
             file.write(json.dumps(record) + "\n")
             file.flush()
+            send(record)
             if progress.per_task is not None:
                 each = zip(tasks, progress.per_task, strict=True)
                 numbers = (

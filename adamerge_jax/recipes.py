@@ -25,6 +25,8 @@ from adamerge_jax.objectives import Objective, make_objective, weighted_sum
 from adamerge_jax.presets import DEFAULT_PRESET, PRESETS, apply_preset
 from adamerge_jax.registries import find_registered
 from adamerge_jax.regularizers import Regularizer, make_regularizer
+from adamerge_jax.task_vectors.memory import Place
+from adamerge_jax.tracking import TrackerName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -32,7 +34,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of a recipe; unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class _PathSection(Section):
@@ -104,6 +106,9 @@ IMPORTANCE_CHUNK = "importance_chunk"
 """The granularity that is `chunk` with as many pieces as importance says."""
 
 
+_ACROSS_ROWS = ("chunk", IMPORTANCE_CHUNK, "partition", "singular")
+
+
 class CoarseRecipe(Section):
     """Coarser coefficients that are learned first."""
 
@@ -125,8 +130,15 @@ class CoefficientsRecipe(Section):
     """Which values coefficients may take."""
     initial: float | None = None
     """Where every coefficient starts; by default 0.3, or 1/K under softmax."""
+    start: str | None = None
+    """Coefficients file of an earlier run to start from instead, of any granularity. Experts are
+    matched by name; one that the file does not know starts at initial."""
+    other_base: bool = False
+    """Whether start may have been learned for another base: another version, or another size of
+    the same family, whose layers are then matched by relative depth."""
     coarse: CoarseRecipe | None = None
-    """Coarser coefficients that are learned first and from which these start."""
+    """Coarser coefficients that are learned first, from start where there is one, and from which
+    these start."""
 
 
 class InterferenceRecipe(Section):
@@ -136,6 +148,19 @@ class InterferenceRecipe(Section):
     """Which: trim, elect_sign, disjoint_mean or drop_and_rescale."""
     options: dict[str, Any] = {}
     """Its arguments, e.g. density of trim."""
+
+
+class TaskVectorsRecipe(Section):
+    """How task vectors are kept while coefficients are learned; the merge is exact all the same."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    """Of what each expert changed; by default that of the weights. int8 has a step for each row of
+    a matrix, half of which is the largest error; LoRA factors then stay float32."""
+    memory: Place = "device"
+    """Where: device; host, the host's memory, from where the compiled step brings one expert's
+    piece of one layer at a time; or disk, a temporary file (under TMPDIR) that it reads. With the
+    last two, memory on the device does not grow with the number of experts. LoRA factors stay on
+    the device."""
 
 
 class ObjectiveRecipe(Section):
@@ -214,6 +239,9 @@ class LearningRecipe(Section):
     """Number of optimizer steps."""
     batch_size: int = Field(default=16, ge=1)
     """Examples of every task per step."""
+    microbatches: int = Field(default=1, ge=1)
+    """In how many equal parts a step runs its batch, one after the other: less memory for
+    activations, the same coefficients."""
     examples: int | None = Field(default=None, ge=2)
     """Use at most so many calibration examples of each task, drawn with the recipe's seed."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
@@ -252,8 +280,38 @@ class ExportRecipe(Section):
     adapter."""
 
 
+class DevicesRecipe(Section):
+    """Where it runs."""
+
+    model: int = Field(default=1, ge=1)
+    """Devices among which every parameter and task vector is split; must divide their number.
+    Examples are split among all devices anyway."""
+    distributed: bool = False
+    """Whether this is one of several processes, each started with this command, on one or several
+    hosts. JAX detects Slurm, Kubernetes, Open MPI and TPU pods; elsewhere, give the next three."""
+    coordinator: str | None = None
+    """host:port of the first process."""
+    processes: int | None = Field(default=None, ge=1)
+    """Number of processes."""
+    process: int | None = Field(default=None, ge=0)
+    """Which of them this is, from 0."""
+
+
 class Recipe(Section):
-    """A merge: base, experts, data, coefficients, objective, optimizer, export."""
+    """A merge: base, experts, data, coefficients, objective, optimizer, export.
+
+    Made by `load_recipe` or `parse_recipe`, which fill in what the preset says and report mistakes
+    in one line; its fields are those of the YAML file.
+
+    Examples:
+        >>> from adamerge_jax import parse_recipe
+        >>> task = {"expert": "experts/law", "calibration": "law.jsonl"}
+        >>> recipe = parse_recipe({"base": "model", "tasks": {"law": task}, "preset": "adamerging"})
+        >>> recipe.coefficients.granularity, recipe.learning.steps, recipe.initial_coefficient
+        ('tensor', 500, 0.3)
+        >>> list(recipe.build_objectives())
+        ['law']
+    """
 
     name: str = "merge"
     """Name of the run; by default that of the file."""
@@ -271,6 +329,7 @@ class Recipe(Section):
     """Name patterns of parameters that are not merged but stay the base's."""
     interference: list[InterferenceRecipe] = []
     """What is done to task vectors before mixing, step by step."""
+    task_vectors: TaskVectorsRecipe = TaskVectorsRecipe()
     coefficients: CoefficientsRecipe = CoefficientsRecipe()
     objectives: list[ObjectiveRecipe] = Field(min_length=1)
     """Terms of what is minimised."""
@@ -279,6 +338,9 @@ class Recipe(Section):
     learning: LearningRecipe = LearningRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     export: ExportRecipe = ExportRecipe()
+    devices: DevicesRecipe = DevicesRecipe()
+    tracking: list[TrackerName] = []
+    """Where the numbers of every step go beside metrics.jsonl: tensorboard, wandb."""
     max_length: int = Field(default=128, ge=2)
     """Longest text in tokens; longer ones are cut, and the run says how many."""
     dtype: Dtype | None = None
@@ -349,6 +411,12 @@ class Recipe(Section):
     def _check(self) -> "Recipe":
         for task in self.tasks:
             require_task_name(task)
+        for field in ("coordinator", "processes", "process"):
+            if getattr(self.devices, field) is not None and not self.devices.distributed:
+                raise ValueError(
+                    f"devices.{field}: is for several processes; set devices.distributed, or leave "
+                    "it out"
+                )
         if "base" in self.tasks:
             raise ValueError("tasks: no task can be called 'base'; rename it")
         constraint = CONSTRAINTS[self.coefficients.constraint]
@@ -364,6 +432,11 @@ class Recipe(Section):
                     f"objectives.{position}.weight: {min(unknown)!r} is no task; "
                     f"the tasks are {', '.join(self.tasks)}"
                 )
+        if self.coefficients.other_base and self.coefficients.start is None:
+            raise ValueError(
+                "coefficients.other_base: there is no coefficients.start that it allows; give one, "
+                "or leave it out"
+            )
         if self.learning.control is not None and not self.forgotten:
             raise ValueError(
                 "learning.control: nothing is to be forgotten; give the objective of a task a "
@@ -372,6 +445,19 @@ class Recipe(Section):
         if self.learning.control is not None and len(self.forgotten) == len(self.tasks):
             raise ValueError(
                 "learning.control: every task is to be forgotten, none is left to control"
+            )
+        learning = self.learning
+        if learning.batch_size % learning.microbatches:
+            raise ValueError(
+                f"learning.microbatches: {learning.microbatches} equal parts cannot be made of "
+                f"learning.batch_size {learning.batch_size}; change one of the two"
+            )
+        granularity = self.coefficients.granularity
+        if self.task_vectors.dtype == "int8" and granularity in _ACROSS_ROWS:
+            raise ValueError(
+                "task_vectors.dtype: int8 has a step for each row, and the granularity "
+                f"{granularity!r} takes rows apart; take row, column, head, tensor or a coarser "
+                "one, or bfloat16 task vectors"
             )
         if self.coefficients.granularity == IMPORTANCE_CHUNK:
             if self.coefficients.coarse is None:
@@ -399,7 +485,12 @@ class Recipe(Section):
         self.learning.optimizer.build(self.learning.steps)
         self.build_regularizers()
         self.build_interference()
-        self.build_objectives()
+        objectives = self.build_objectives().values()
+        if self.learning.microbatches > 1 and any(own.needs.whole_batch for own in objectives):
+            raise InputError(
+                "learning.microbatches: pseudo_labels, and hidden_state_alignment with relative, "
+                "look at the whole batch; set it to 1, or choose another objective"
+            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -422,6 +513,22 @@ def load_recipe(path: Path, preset: str | None = None) -> Recipe:
 
     Raises:
         InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from adamerge_jax import load_recipe
+        >>> text = '''
+        ... base: google-bert/bert-base-uncased
+        ... tasks:
+        ...   sentiment: {expert: experts/sentiment, calibration: data/sentiment.jsonl}
+        ... '''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "reviews.yaml"
+        ...     _ = file.write_text(text)
+        ...     recipe = load_recipe(file)
+        >>> recipe.name, recipe.preset, recipe.coefficients.granularity
+        ('reviews', 'recommended', 'row')
     """
     chosen = {} if preset is None else {"preset": preset}
     return parse_recipe({"name": path.stem} | read_fields(path) | chosen, str(path))
@@ -445,10 +552,28 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validates a recipe given as nested dictionaries; `where` begins the error message.
+    """Validates a recipe given as nested dictionaries.
+
+    Args:
+        fields: What a recipe's YAML file would hold.
+        where: Begins the error message.
 
     Raises:
         InputError: A field is unknown, missing or wrong.
+
+    Examples:
+        >>> from adamerge_jax import InputError, parse_recipe
+        >>> fields = {
+        ...     "base": "google-bert/bert-base-uncased",
+        ...     "tasks": {"law": {"expert": "experts/law", "calibration": "data/law.jsonl"}},
+        ... }
+        >>> parse_recipe(fields).learning.steps
+        120
+        >>> try:
+        ...     parse_recipe(fields | {"lerning": {"steps": 10}})
+        ... except InputError as error:
+        ...     print(error)
+        recipe: unknown field lerning; nearest valid name is 'learning'
     """
     try:
         recipe = Recipe.model_validate(apply_preset(fields))

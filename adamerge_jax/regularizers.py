@@ -3,6 +3,13 @@
 A regularizer is a function of options that returns a function `(coefficients, start) -> scalar`,
 both by group, `[G, K, ...]`. All of them are means over groups and sums over the K experts, so that
 a weight means the same for few coefficients and for many.
+
+Examples:
+    >>> import jax.numpy as jnp
+    >>> from adamerge_jax.regularizers import distance
+    >>> start, now = {"all": jnp.zeros((1, 2))}, {"all": jnp.ones((1, 2))}  # [G, K]
+    >>> float(distance()(now, start))
+    2.0
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +32,16 @@ def distance(p: float = 1.0) -> Regularizer:
 
     Args:
         p: The power, at least 1.
+
+    Raises:
+        ValueError: p is under 1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.regularizers import distance
+        >>> start, now = {"all": jnp.array([[0.5, 0.5]])}, {"all": jnp.array([[1.0, 0.25]])}
+        >>> float(distance(p=1)(now, start))
+        0.75
     """
     if p < 1:
         raise ValueError(f"p is {p}, expected at least 1")
@@ -38,6 +55,16 @@ def lp_norm(p: float = 1.0) -> Regularizer:
 
     Args:
         p: The norm, at least 1.
+
+    Raises:
+        ValueError: p is under 1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.regularizers import lp_norm
+        >>> values = {"all": jnp.array([[3.0, 4.0]])}  # [G, K]
+        >>> float(lp_norm(p=2)(values, values))
+        5.0
     """
     if p < 1:
         raise ValueError(f"p is {p}, expected at least 1")
@@ -56,6 +83,15 @@ def expert_entropy() -> Regularizer:
     """Entropy in nats of `|lambda_k| / sum_j |lambda_j|`, mean over groups.
 
     It is low where few experts share a group.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.regularizers import expert_entropy
+        >>> shared, alone = {"all": jnp.array([[0.5, 0.5]])}, {"all": jnp.array([[1.0, 0.0]])}
+        >>> round(float(expert_entropy()(shared, shared)), 2)
+        0.69
+        >>> abs(round(float(expert_entropy()(alone, alone)), 2))
+        0.0
     """
 
     def entropy(values: Float[Array, "G K ..."]) -> Float[Array, "G ..."]:
@@ -80,6 +116,13 @@ def make_regularizer(name: str, options: Mapping[str, Any]) -> Regularizer:
 
     Raises:
         InputError: There is no such regularizer, or it refuses an option.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax.regularizers import make_regularizer
+        >>> values = {"all": jnp.array([[1.0, 2.0]])}  # [G, K]
+        >>> float(make_regularizer("lp_norm", {"p": 1})(values, values))
+        3.0
     """
     return call_registered("regularizers", REGULARIZERS, name, options)
 

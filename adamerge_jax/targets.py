@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from adamerge_jax.devices import fetch
 from adamerge_jax.examples import Examples, sorted_batches
 from adamerge_jax.objectives import Needs, Targets, TopTokens
 
@@ -62,11 +63,26 @@ def ask_expert(
     """Asks a task's expert for what the objective needs of its examples.
 
     Args:
-        ask: The expert, compiled.
+        ask: The expert, compiled: from model inputs `[B, ...]` by name to its logits, `[B, C]` or
+            `[B, T, V]`, and its hidden states `[B, T, H]` by layer.
         examples: N examples; their labels are targets too.
         needs: Which targets.
         batch_size: Examples per call; the last call repeats some.
         memory_bytes: What is said of positions goes to a temporary file beyond this size.
+
+    Returns:
+        The targets of all N examples, for `calibrate`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax import ArrayExamples, ask_expert, objectives
+        >>> weights = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])  # an expert of 3 classes
+        >>> examples = ArrayExamples({"x": np.eye(2)})
+        >>> def ask(inputs):
+        ...     return inputs["x"] @ weights.T, {}  # logits [B, C], no hidden states
+        >>> targets = ask_expert(ask, examples, objectives.logit_alignment().needs, batch_size=2)
+        >>> targets.expert_logits.tolist()
+        [[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]]
     """
     logits: np.ndarray | None = None
     by_position = _ByPosition(memory_bytes)
@@ -78,9 +94,9 @@ def ask_expert(
         elif needs.expert_logits:
             if logits is None:
                 logits = np.empty((len(examples), batch_logits.shape[1]), batch_logits.dtype)
-            logits[index] = np.asarray(batch_logits)[: len(index)]
+            logits[index] = fetch(batch_logits)[: len(index)]
         if said:
-            arrays = {key: np.asarray(array) for key, array in said.items()}
+            arrays = {key: fetch(array) for key, array in said.items()}
             lengths = _lengths(inputs, next(iter(arrays.values())).shape[1])
             by_position.add(index, arrays, lengths)
     return StoredTargets(examples, logits, by_position if by_position.filled else None)

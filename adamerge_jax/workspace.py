@@ -1,5 +1,6 @@
 """What a recipe is about, opened and loaded: models, task heads and data."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from adamerge_jax.data import load_examples
+from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Evaluator
 from adamerge_jax.examples import Examples, Subset
@@ -49,6 +51,7 @@ class Workspace(NamedTuple):
         heads: Parameters of each task's head.
         head_networks: Each task's head as a function of its parameters.
         evaluator: Runs models of this architecture on examples.
+        root: Folder that relative paths of the recipe start from.
     """
 
     models: Models
@@ -58,6 +61,7 @@ class Workspace(NamedTuple):
     heads: dict[str, dict[str, Array]]
     head_networks: dict[str, Network]
     evaluator: Evaluator
+    root: Path
 
     def base(self) -> dict[str, Array]:
         """Reads the parameters of the base."""
@@ -73,17 +77,18 @@ class Workspace(NamedTuple):
         return load_expert(self.models, task, base, self.dtype)
 
 
-def open_workspace(recipe: Recipe, root: Path) -> Workspace:
+def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) -> Workspace:
     """Opens and checks all that a recipe names.
 
     Args:
         recipe: Says which models and data.
         root: Folder that relative paths start from.
+        devices: Where weights go and models run.
 
     Raises:
         InputError: Something cannot be read, or models and data do not belong together.
     """
-    models = open_models(recipe, root)
+    models = dataclasses.replace(open_models(recipe, root), devices=devices)
     data = _load_data(recipe, models, root)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     trunk = models.family.build_trunk(models.config, recipe.learning.rematerialize)
@@ -94,8 +99,9 @@ def open_workspace(recipe: Recipe, root: Path) -> Workspace:
         for task, expert in models.experts.items()
     }
     metric = "loss" if models.family.language else "accuracy"
-    evaluator = Evaluator(trunk, networks, heads, recipe.evaluation.batch_size, metric)
-    return Workspace(models, data, dtype, trunk, heads, networks, evaluator)
+    spread = devices.spread(trunk)
+    evaluator = Evaluator(spread, networks, heads, recipe.evaluation.batch_size, metric)
+    return Workspace(models, data, dtype, spread, heads, networks, evaluator, root)
 
 
 def example_loader(
@@ -203,7 +209,8 @@ def _load_heads(
         else:
             names = _class_names(task, task_recipe, data)
             head = load_zero_shot_head(models, names, task_recipe.templates)
-        heads[task] = {name: jnp.asarray(array, dtype) for name, array in head.items()}
+        own = {name: jnp.asarray(array, dtype) for name, array in head.items()}
+        heads[task] = models.devices.replicate(own)
     return heads
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -18,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -87,6 +89,18 @@ def train(
                 parameter.add_(torch.randn(parameter.shape), alpha=amount)
     adapted.save_pretrained(folder)
     return adapted
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for words of one letter, for a `llama`."""
+    words = {
+        token: index for index, token in enumerate(["<unk>", "</s>", *map(chr, range(97, 123))])
+    }
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    )
 
 
 def save_experts(

@@ -6,6 +6,7 @@ The files are the reference for names: a test reads what `save_pretrained` wrote
 import copy
 import json
 import string
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib import util
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tensorboardX.proto.event_pb2 import Event
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -181,7 +183,7 @@ def random_coefficients(
         granularity_options=options,
         interference=fitted,
         constraint="free",
-        parameters=tuple(mixed),
+        shapes={name: models.base.shape(name) for name in mixed},
         base=base,
         experts=tuple(experts),
         objective="entropy",
@@ -195,6 +197,21 @@ def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def read_events(folder: Path) -> dict[int, dict[str, float]]:
+    """The numbers in TensorBoard's event files, by step."""
+    numbers: dict[int, dict[str, float]] = {}
+    for file in folder.glob("events.*"):
+        content = file.read_bytes()
+        at = 0
+        while at < len(content):  # a TFRecord: length, its checksum, the event, its checksum
+            (length,) = struct.unpack_from("<Q", content, at)
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            for value in event.summary.value:
+                numbers.setdefault(event.step, {})[value.tag] = value.simple_value
+            at += 12 + length + 4
+    return numbers
 
 
 def write_recipe(folder: Path, fields: Mapping[str, Any]) -> Path:

@@ -12,13 +12,11 @@ import yaml
 from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from adamerge_jax import cli, jobs
@@ -30,7 +28,7 @@ from adamerge_jax.exporting import export
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.loading import Models, open_models
 from adamerge_jax.recipes import Recipe, parse_recipe
-from tests.adapter_references import PLAIN, save_experts
+from tests.adapter_references import PLAIN, letter_tokenizer, save_experts
 from tests.references import (
     bert_tokenizer,
     random_coefficients,
@@ -66,15 +64,7 @@ def llama(tmp_path_factory) -> Saved:
     """Three adapters of a LLaMA, with texts to learn from."""
     root = tmp_path_factory.mktemp("llama")
     fields = saved("llama", root)
-    words = {
-        token: index for index, token in enumerate(["<unk>", "</s>", *map(chr, range(97, 123))])
-    }
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
-    )
-    tokenizer.save_pretrained(root / "base")
+    letter_tokenizer().save_pretrained(root / "base")
     return with_data(fields, root)
 
 
@@ -164,7 +154,7 @@ def folded(
     recipe = parse_recipe(fields | {"export": {"adapter": True}})
     opened = open_models(recipe, Path("/"))
     own = coefficients or random_coefficients(opened, **options)
-    export(recipe, opened, own, out, rows=[], console=quiet())
+    export(recipe, opened, own, out, root=Path("/"), rows=[], console=quiet())
     return opened
 
 

@@ -283,8 +283,12 @@ def test_coefficients_of_other_experts(text_recipe, tmp_path, capfd):
     assert f"learned for topic = {tasks['topic']['expert']}" in refused(
         text_recipe | {"tasks": other}
     )
-    reordered = dict(reversed(tasks.items()))
-    assert "the same in the same order" in refused(text_recipe | {"tasks": reordered})
+    without = {task: own for task, own in tasks.items() if task != "topic"}
+    said = refused(text_recipe | {"tasks": without})
+    assert "the recipe has no 'topic'" in said
+    assert "--scale topic=0" in said
+    renamed = without | {"subject": tasks["topic"]}
+    assert "has no coefficients for 'subject'" in refused(text_recipe | {"tasks": renamed})
 
 
 @pytest.mark.parametrize("command", ["learn", "evaluate"])

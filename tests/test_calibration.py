@@ -162,3 +162,15 @@ def test_too_few_examples():
     calibrate(numbered({"a": 5}), batch_size=4, held_out=0.2, seed=0)
     with pytest.raises(InputError, match=r"task 'b': 4 example.* 1 of them .* 4 of one batch"):
         calibrate(numbered({"a": 5, "b": 4}), batch_size=4, held_out=0.2, seed=0)
+
+
+def test_refuses_targets_of_some_tasks_only():
+    examples = numbered()
+    targets = {"small": StoredTargets(examples["small"])}
+    with pytest.raises(InputError, match="targets of task 'large' are missing"):
+        calibrate(examples, batch_size=4, held_out=0.2, seed=0, targets=targets)
+
+
+def test_refuses_labels_that_are_not_one_for_each_example():
+    with pytest.raises(InputError, match=r"differ in number \(pixel_values 3, labels 2\)"):
+        ArrayExamples({"pixel_values": np.zeros((3, 1))}, labels=np.zeros(2, int))

@@ -1,6 +1,8 @@
+import jax
 import pytest
 
 from adamerge_jax import cli
+from adamerge_jax.compilation import keep_compiled_programs
 from tests.references import write_recipe
 
 
@@ -33,3 +35,21 @@ def test_unknown_command(capsys):
         cli.main(["lern", "recipe.yaml"])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: no command 'lern'; the commands are learn,")
+
+
+@pytest.mark.parametrize("chosen", [None, "/elsewhere", ""])
+def test_compiled_programs_are_kept(chosen, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if chosen is None:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    else:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", chosen)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        # As JAX reads it when it is imported.
+        jax.config.update("jax_compilation_cache_dir", chosen or None)
+        keep_compiled_programs()
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found == (str(tmp_path / "adamerge_jax/compiled") if chosen is None else chosen or None)

@@ -45,7 +45,7 @@ COEFFICIENTS = Coefficients(
         FittedStep("elect_sign", {}),
     ),
     constraint="clip",
-    parameters=tuple(UNSTACKED),
+    shapes=UNSTACKED,
     base=Source("base", "org/base", "v1", "sha256:0"),
     experts=tuple(Source(f"t{k}", f"experts/t{k}", None, f"sha256:{k}") for k in range(3)),
     objective="entropy",
@@ -180,7 +180,7 @@ def test_the_file_says_what_it_holds(tmp_path: Path):
         metadata = file.metadata()
         np.testing.assert_array_equal(file.get_tensor("bert.pooler.dense.bias"), [5, 5, 5])
     assert metadata["version"] == version("adamerge_jax")
-    assert metadata["format"] == "adamerge_jax coefficients 2"
+    assert metadata["format"] == "adamerge_jax coefficients 3"
     fields = {name: json.loads(metadata[name]) for name in metadata.keys() - {"version", "format"}}
     assert fields["granularity"] == "tensor"
     assert fields["granularity_options"] == {}
@@ -192,7 +192,9 @@ def test_the_file_says_what_it_holds(tmp_path: Path):
     assert fields["objective"] == "entropy"
     assert fields["seed"] == 7
     assert fields["step"] == 40
-    assert fields["parameters"] == list(UNSTACKED)
+    assert fields["shapes"] == {name: list(shape) for name, shape in UNSTACKED.items()}
+    assert fields["started_from"] is None
+    assert fields["scaled"] == {}
     assert fields["base"]["revision"] == "v1"
     assert [expert["identity"] for expert in fields["experts"]] == [
         "sha256:0",

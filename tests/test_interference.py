@@ -237,7 +237,7 @@ def test_steps_go_through_the_file(chain, tmp_path: Path):
         granularity_options={},
         interference=fitted,
         constraint="free",
-        parameters=tuple(SHAPES),
+        shapes=SHAPES,
         base=Source("base", "org/base", None, "sha256:0"),
         experts=tuple(Source(f"t{k}", f"t{k}", None, f"sha256:{k}") for k in range(EXPERTS)),
         objective="entropy",

@@ -30,11 +30,13 @@ from adamerge_jax.loading import fold, load_head, load_zero_shot_head, open_mode
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.names import is_stacked
 from adamerge_jax.recipes import load_recipe
+from adamerge_jax.tracking import flatten
 from tests.references import (
     BERT,
     LEARNING,
     TEXT_TASKS,
     parameters_of,
+    read_events,
     write_recipe,
 )
 
@@ -95,7 +97,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def text_run(text_fields, tmp_path_factory) -> Run:
-    fields = text_fields | {"export": {"shard_megabytes": 1}}
+    fields = text_fields | {"export": {"shard_megabytes": 1}, "tracking": ["tensorboard"]}
     return learn(tmp_path_factory.mktemp("text-run"), fields)
 
 
@@ -202,7 +204,11 @@ def test_a_run_leaves_everything(text_run):
         "metrics.jsonl",
         "orbax",
         "recipe.yaml",
+        "report",
+        "report.html",
         "results.json",
+        "run.json",
+        "tensorboard",
     ]
     assert load_recipe(text_run.folder / "recipe.yaml") == load_recipe(text_run.recipe)
     with Image.open(text_run.folder / "coefficients.png") as image:
@@ -224,6 +230,57 @@ def test_metrics(text_run):
     held_out = [sum(record["held_out"].values()) for record in records]
     coefficients = Coefficients.load(text_run.folder / "coefficients.safetensors")
     assert coefficients.step == int(np.argmin(held_out)) > 0
+
+
+def test_tensorboard_gets_what_the_file_gets(text_run):
+    lines = (text_run.folder / "metrics.jsonl").read_text().splitlines()
+    events = read_events(text_run.folder / "tensorboard" / "learning")
+    assert list(events) == [0, 1, 2, 3]
+    for record in map(json.loads, lines):
+        # Event files hold float32.
+        assert events[record["step"]] == pytest.approx(flatten(record), rel=1e-6)
+
+
+def test_the_record(text_run, text_fields):
+    record = json.loads((text_run.folder / "run.json").read_text())
+    assert list(record["seconds"]) == [
+        "opening models and data",
+        "task vectors and the experts' answers",
+        "similarity of the task vectors",
+        "learning",
+        "evaluating",
+        "writing checkpoints",
+    ]
+    for task, own in record["examples"].items():
+        rows = Path(text_fields["tasks"][task]["calibration"]).read_text().splitlines()
+        assert own["learning"] + own["held_out"] == len(rows)
+    models = open_models(load_recipe(text_run.recipe), text_run.recipe.parent)
+    coefficients = Coefficients.load(text_run.folder / "coefficients.safetensors")
+    tensors = record["tensors"]
+    assert tensors["merged"] == len(coefficients.parameters)
+    apart = [*coefficients.parameters, *tensors["kept"], *tensors["unchanged"]]
+    assert sorted(apart) == sorted(models.base.names)
+    # The similarity of the task vectors, from the checkpoints alone.
+    vectors = np.stack(
+        [
+            np.concatenate(
+                [
+                    (expert.read(name).astype(np.float64) - models.base.read(name)).ravel()
+                    for name in coefficients.parameters
+                ]
+            )
+            for expert in models.experts.values()
+        ]
+    )
+    norms = np.linalg.norm(vectors, axis=1)
+    cosines = vectors @ vectors.T / np.outer(norms, norms)
+    similarity = record["similarity"]
+    assert similarity["experts"] == list(TEXT_TASKS)
+    np.testing.assert_allclose(similarity["norms"], norms, rtol=1e-5)
+    np.testing.assert_allclose(similarity["cosines"], cosines, atol=2e-6)
+    # Squared norms of layers add up to those of the whole.
+    by_layer = np.array([own["norms"] for own in similarity["layers"].values()])
+    np.testing.assert_allclose((by_layer**2).sum(0), norms**2, rtol=1e-5)
 
 
 def test_results(text_run):
@@ -472,3 +529,6 @@ def test_relative_paths_start_at_the_root(image_fields, tmp_path):
     }
     run = learn(tmp_path, fields, "--root", str(root), "--learning.steps", "1")
     assert (run.folder / "checkpoint" / "config.json").is_file()
+    # The card takes none of these names for those of the Hub, and the report says what is missing.
+    assert "base_model" not in (run.folder / "checkpoint" / "README.md").read_text()
+    assert "the recipe names no test data" in (run.folder / "report.html").read_text()

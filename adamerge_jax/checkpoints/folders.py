@@ -69,9 +69,19 @@ def require_new(folder: Path, *, expected_bytes: int | None = None) -> None:
         raise InputError(f"{folder} is a file; choose another folder to write to")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose another folder, or remove it first")
+    if expected_bytes is not None:
+        require_space(folder, expected_bytes)
+
+
+def require_space(folder: Path, expected_bytes: int) -> None:
+    """Refuses a folder whose disk is too full for what will be written to it.
+
+    Raises:
+        InputError: Says how much is free.
+    """
     disk = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(disk).free
-    if expected_bytes is not None and expected_bytes > free:
+    if expected_bytes > free:
         raise InputError(
             f"not enough space for {folder}: {readable_size(expected_bytes)} will be written, "
             f"{readable_size(free)} are free; free some, or write to another disk"

@@ -19,21 +19,29 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array
-from safetensors.numpy import save_file
 from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.folders import new_folder, readable_size
-from adamerge_jax.checkpoints.huggingface import INDEX_FILE, WEIGHTS_FILE, Checkpoint
+from adamerge_jax.checkpoints.huggingface import (
+    INDEX_FILE,
+    STORED_DTYPES,
+    WEIGHTS_FILE,
+    Checkpoint,
+)
 from adamerge_jax.errors import InputError
 from adamerge_jax.names import is_stacked, tensors_of
 
@@ -53,6 +61,11 @@ _ASSETS = (
     "image_processor_config.json",
     "generation_config.json",
 )
+
+_NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in STORED_DTYPES.items()}
+
+# Of the format, in bytes.
+_HEADER_ALIGNMENT = 8
 
 _TASK_NAME = re.compile(r"\w[\w.+-]*")
 
@@ -102,9 +115,9 @@ def save_model(
 class CheckpointWriter:
     """Writes a checkpoint that `from_pretrained` reads.
 
-    Tensors are added one at a time and go to disk a shard at a time, so a shard is all that is
-    held in memory. The folder appears when the block ends; after an error or an interrupt there
-    is none.
+    Tensors are added one at a time. Once a shard is full, a thread writes it while the next one
+    fills; what is not yet written is a shard at most, and `add` waits where it would be more. The
+    folder appears when the block ends; after an error or an interrupt there is none.
 
     Example:
         with CheckpointWriter(Path("merged")) as writer:
@@ -136,7 +149,9 @@ class CheckpointWriter:
         self._partial: Path
         self._pending: dict[str, np.ndarray] = {}
         self._pending_bytes = 0
-        self._shards: list[_Shard] = []
+        self._leaving_bytes = 0
+        self._room = threading.Condition()
+        self._shards: list[Future[_Shard]] = []
         self._names: set[str] = set()
         self._config: PretrainedConfig | None = None
         self._task_models: dict[str, _TaskModel] = {}
@@ -150,6 +165,8 @@ class CheckpointWriter:
         self._partial = self._cleanup.enter_context(
             new_folder(self._folder, expected_bytes=self._expected_bytes)
         )
+        # Entered last, so that its thread has ended when the folder is renamed or removed.
+        self._thread = self._cleanup.enter_context(ThreadPoolExecutor(1))
         return self
 
     def __exit__(
@@ -170,7 +187,12 @@ class CheckpointWriter:
             self._finish()
 
     def add(self, name: str, array: np.ndarray | jax.Array) -> None:
-        """Adds a tensor, in its own dtype. It must not change until the block has ended."""
+        """Adds a tensor, in its own dtype. It must not change until the block has ended.
+
+        Raises:
+            OSError: An earlier shard could not be written; the block makes an `InputError` of it
+                where the disk is full.
+        """
         if name in self._names:
             raise ValueError(f"{name} was added twice")
         self._names.add(name)
@@ -179,6 +201,7 @@ class CheckpointWriter:
         array = np.asarray(array, order="C")
         if self._pending and self._pending_bytes + array.nbytes > self._max_shard_bytes:
             self._close_shard()
+        self._wait_for_room(array.nbytes)
         self._pending[name] = array
         self._pending_bytes += array.nbytes
 
@@ -222,18 +245,50 @@ class CheckpointWriter:
             assets,
         )
 
+    def _wait_for_room(self, size: int) -> None:
+        """Waits until what is not yet written is a shard at most, `size` bytes more included."""
+        with self._room:
+            self._room.wait_for(
+                lambda: (
+                    not self._leaving_bytes
+                    or self._leaving_bytes + self._pending_bytes + size <= self._max_shard_bytes
+                )
+            )
+        for shard in self._shards:
+            if shard.done():
+                shard.result()
+
     def _close_shard(self) -> None:
         file = self._partial / f"shard-{len(self._shards)}.safetensors"
-        self._shards.append(_write_shard(file, self._pending))
+        with self._room:
+            self._leaving_bytes += self._pending_bytes
+        self._shards.append(self._thread.submit(self._write_pending, file, self._pending))
         self._pending = {}
         self._pending_bytes = 0
+
+    def _write_pending(self, file: Path, tensors: dict[str, np.ndarray]) -> _Shard:
+        """Writes a shard, in the thread, and forgets its tensors one by one."""
+        left = sum(array.nbytes for array in tensors.values())
+
+        def gone(size: int) -> None:
+            nonlocal left
+            left -= size
+            with self._room:
+                self._leaving_bytes -= size
+                self._room.notify_all()
+
+        try:
+            return _write_shard(file, tensors, written=gone)
+        finally:
+            # After an error too, or `add` would wait forever.
+            gone(left)
 
     def _finish(self) -> None:
         if self._pending:
             self._close_shard()
         shards = []
         count = len(self._shards)
-        for number, shard in enumerate(self._shards, start=1):
+        for number, shard in enumerate([each.result() for each in self._shards], start=1):
             name = WEIGHTS_FILE if count == 1 else _shard_name(number, count)
             file = shard.file.rename(self._partial / name)
             shards.append(_Shard(file, shard.names, shard.values_of))
@@ -272,7 +327,7 @@ class CheckpointWriter:
                 readable_size(copied),
             )
         if model.head:
-            shards.append(_write_shard(files[-1], model.head))
+            shards.append(_write_shard(files[-1], dict(model.head)))
         _write_index(folder, shards)
         _write_config(folder, model.config, shards)
         _copy_assets(model.assets, folder)
@@ -295,17 +350,51 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _write_shard(file: Path, tensors: Mapping[str, np.ndarray]) -> _Shard:
-    # safetensors makes files that only their owner may read; these get what the umask says.
-    file.touch()
-    mode = file.stat().st_mode
+def _write_shard(
+    file: Path, tensors: dict[str, np.ndarray], written: Callable[[int], None] = lambda size: None
+) -> _Shard:
+    """Writes a safetensors file: the header's length, the header as JSON, the values.
+
+    safetensors' own function copies all values before it writes them.
+
+    Args:
+        file: The file to make.
+        tensors: By name, in C order; each is taken out when it has been written.
+        written: Is told the bytes of each.
+    """
+    # Wide values first, so that all are aligned; there are no gaps in the format.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     # Some versions of transformers refuse a file that does not name a framework.
-    save_file(dict(tensors), file, metadata={"format": "pt"})
-    file.chmod(mode)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     values_of: Counter[np.dtype] = Counter()
-    for array in tensors.values():
+    end = 0
+    for name in names:
+        array = tensors[name]
         values_of[array.dtype] += array.size
-    return _Shard(file, tuple(tensors), values_of)
+        header[name] = {
+            "dtype": _NAMES_OF_DTYPES[array.dtype],
+            "shape": array.shape,
+            "data_offsets": (end, end := end + array.nbytes),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    with file.open("wb", buffering=0) as stream:
+        _write_all(stream, len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = tensors.pop(name)
+            _write_all(stream, array.reshape(-1).view(np.uint8))
+            written(array.nbytes)
+            del array
+        # Here, so that the disk works while the next shard is made.
+        os.fsync(stream.fileno())
+    return _Shard(file, tuple(names), values_of)
+
+
+def _write_all(stream: RawIOBase, data: bytes | np.ndarray) -> None:
+    """Writes all of it: one call writes 2 GB at most."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
 
 
 def _write_index(folder: Path, shards: Sequence[_Shard]) -> None:

@@ -3,10 +3,12 @@
 It is a flat dictionary: the keys are the parameters' names, dots and `*` included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from adamerge_jax.checkpoints.folders import new_folder
@@ -14,8 +16,25 @@ from adamerge_jax.checkpoints.huggingface import in_one_line
 from adamerge_jax.errors import InputError
 
 
-def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array]) -> None:
+@dataclass(frozen=True)
+class UnreadArray:
+    """An array that is read when it is its turn to be written, so that they never all exist.
+
+    Attributes:
+        shape: Of the array.
+        dtype: Of the array.
+        read: Reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | UnreadArray]) -> None:
     """Writes parameters; the folder appears when it is complete.
+
+    Where there are several processes all must call this, and each writes its own part.
 
     Args:
         folder: The folder to make; it may exist if it is empty.
@@ -24,10 +43,15 @@ def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array]) -> 
     Raises:
         InputError: The folder is in use or cannot be made, or the disk becomes full.
     """
+    if jax.process_count() > 1:
+        # Orbax has the processes agree on a temporary name of its own.
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder).expanduser().resolve(), dict(parameters))
+        return
     with new_folder(folder) as partial:
         # One level down, so that what Orbax keeps next to its target is removed on failure too.
         target = partial / "parameters"
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(target, dict(parameters))
         for entry in target.iterdir():
             entry.rename(partial / entry.name)
@@ -65,3 +89,32 @@ def load_parameters(folder: str | Path) -> dict[str, jax.Array]:
                 f"{folder} is not a complete checkpoint of parameters: {in_one_line(error)}; give "
                 "a folder that save_parameters wrote"
             ) from error
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Writes what Orbax's own checkpointers read; weights as they are, as they hardly compress."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (UnreadArray, _UnreadArrayHandler())
+    )
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    )
+
+
+class _UnreadArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Writes arrays one after the other, each read when the last one is written."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(
+        self,
+        values: Sequence[UnreadArray],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[ocp.future.Future]:
+        for position, value in enumerate(values):
+            own = args and [args[position]]
+            for written in await super().serialize([value.read()], [infos[position]], own):
+                written.result()
+        return []

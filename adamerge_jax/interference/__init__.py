@@ -4,8 +4,17 @@ A step is a pair of pure functions, and steps are chained as optax chains transf
 
     ties = [trim(density=0.2), elect_sign(), disjoint_mean()]
 
-`fit` looks once at all task vectors, where a step needs to know something of the whole model;
-`apply` changes one tensor. So learning and folding, which reads tensor by tensor, do the same.
+`fit` looks once at all task vectors, `[K, *shape]` by tensor name, where a step needs to know
+something of the whole model; `apply` changes one tensor. So learning and folding, which reads
+tensor by tensor, do the same.
+
+Examples:
+    >>> import numpy as np
+    >>> from adamerge_jax.interference import FittedStep, fit_steps
+    >>> task_vectors = {"weight": np.array([[4.0, -1.0], [-3.0, -2.0]])}  # [K, *shape] by tensor
+    >>> _ = fit_steps([FittedStep("elect_sign", {})], task_vectors)  # changes them in place
+    >>> task_vectors["weight"].tolist()
+    [[4.0, -1.0], [0.0, -2.0]]
 """
 
 import dataclasses

@@ -13,6 +13,16 @@ def drop_and_rescale(drop: float = 0.9, seed: int = 0) -> Step:
     Args:
         drop: Probability with which an entry is dropped, from 0 and under 1.
         seed: Of the draw, which depends on it, the tensor's name and the expert's position alone.
+
+    Raises:
+        ValueError: An argument is outside of its range.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax.interference import drop_and_rescale
+        >>> values = drop_and_rescale(drop=0.5).apply("weight", np.ones((2, 100)), None)  # [K, n]
+        >>> sorted(set(values.ravel().tolist()))
+        [0.0, 2.0]
     """
     if not 0 <= drop < 1:
         raise ValueError(f"drop is {drop}, expected from 0 and under 1")

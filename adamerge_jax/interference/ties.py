@@ -18,6 +18,17 @@ def trim(density: float = 0.2) -> Step:
 
     Args:
         density: Part of the entries to keep, over 0 and up to 1.
+
+    Raises:
+        ValueError: The density is not over 0 and up to 1.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax.interference import trim
+        >>> values = np.array([[4.0, -1.0, 2.0, 3.0]])  # [K, *shape], one expert
+        >>> step = trim(density=0.5)
+        >>> step.apply("weight", values, step.fit({"weight": values})).tolist()
+        [[4.0, 0.0, 2.0, 3.0]]
     """
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}, expected over 0 and up to 1")
@@ -45,7 +56,14 @@ def trim(density: float = 0.2) -> Step:
 
 
 def elect_sign() -> Step:
-    """Sets to 0 what disagrees in sign with the sum over experts, entry by entry."""
+    """Sets to 0 what disagrees in sign with the sum over experts, entry by entry.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax.interference import elect_sign
+        >>> elect_sign().apply("weight", np.array([[4.0, -1.0], [-3.0, -2.0]]), None).tolist()
+        [[4.0, -1.0], [0.0, -2.0]]
+    """
 
     def apply(name: str, values: np.ndarray, fitted: None) -> np.ndarray:
         elected = np.sign(values.sum(0, dtype=np.float32))
@@ -59,6 +77,12 @@ def disjoint_mean() -> Step:
 
     Summed with one coefficient, the result is that coefficient times the mean over those experts:
     the merge of TIES.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax.interference import disjoint_mean
+        >>> disjoint_mean().apply("weight", np.array([[4.0, -1.0], [0.0, -2.0]]), None).tolist()
+        [[4.0, -0.5], [0.0, -1.0]]
     """
 
     def apply(name: str, values: np.ndarray, fitted: None) -> np.ndarray:

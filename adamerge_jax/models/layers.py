@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
 from adamerge_jax.names import STACKED
+from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
 
 LINEAR_OUTPUT = "linear_output"
 """What outputs of linear layers and of attention are called in a rematerialisation policy."""
@@ -185,9 +186,11 @@ class Stack(nnx.Module):
             The last layer's output and, if asked for, the input followed by every layer's output.
         """
         graph, parameters = nnx.split(getattr(self, STACKED))
+        parameters, sources = apart_from_layers(parameters)
 
         def run_layer(hidden: Array, parameters: nnx.State, own: PyTree) -> Array:
-            return nnx.merge(graph, parameters)(hidden, *arguments, *own)
+            layer = nnx.merge(graph, with_sources(parameters, sources))
+            return layer(hidden, *arguments, *own)
 
         if self.rematerialize != "nothing":
             # A scan's body is not subject to the common-subexpression elimination that

@@ -1,23 +1,25 @@
 """Task vectors: what each expert changed in the base model, `tau_k = theta_k - theta_base`.
 
 A task vector is frozen. One leaf holds the deltas of all K experts for one parameter, in a
-representation of its own: entry by entry, as low-rank factors that are never multiplied out, or
-some experts one way and some the other. A granularity may lay it out anew.
+representation of its own: entry by entry, as 8-bit integers, as low-rank factors that are never
+multiplied out, or some experts one way and some the other. A granularity may lay it out anew. It
+lies on the device or outside of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import is_stacked, leaf_name
+from adamerge_jax.names import is_stacked, named_leaves
 from adamerge_jax.task_vectors.delta import Delta, LoadedDelta
 from adamerge_jax.task_vectors.dense import ChunkedDelta, DenseDelta
 from adamerge_jax.task_vectors.factored import FactoredDelta
 from adamerge_jax.task_vectors.joined import JoinedDelta
 from adamerge_jax.task_vectors.low_rank import LowRankDelta, LowRankPieces
+from adamerge_jax.task_vectors.quantized import QuantizedDelta
+from adamerge_jax.task_vectors.streamed import StreamedDelta
 
 __all__ = [
     "ChunkedDelta",
@@ -28,6 +30,8 @@ __all__ = [
     "LoadedDelta",
     "LowRankDelta",
     "LowRankPieces",
+    "QuantizedDelta",
+    "StreamedDelta",
     "task_vectors",
 ]
 
@@ -45,10 +49,23 @@ def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[
 
     Raises:
         InputError: An expert's structure or a shape differs from the base's.
+
+    Source: Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, section 2.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import task_vectors
+        >>> base = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
+        >>> expert = {"dense": {"kernel": jnp.full((2, 3), 1.5), "bias": jnp.zeros(3)}}
+        >>> deltas = task_vectors(base, [expert, base])
+        >>> list(deltas)
+        ['dense.kernel']
+        >>> deltas["dense.kernel"].values.shape
+        (2, 2, 3)
     """
     deltas = {}
-    base_leaves = _named_leaves(base)
-    expert_leaves = [_named_leaves(expert) for expert in experts]
+    base_leaves = named_leaves(base)
+    expert_leaves = [named_leaves(expert) for expert in experts]
     for position, leaves in enumerate(expert_leaves):
         if difference := sorted(base_leaves.keys() ^ leaves.keys()):
             where = "base" if difference[0] in base_leaves else f"expert {position}"
@@ -69,7 +86,3 @@ def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[
         if values.any():
             deltas[name] = DenseDelta(values.astype(base_leaf.dtype))
     return deltas
-
-
-def _named_leaves(tree: PyTree[Array]) -> Mapping[str, Array]:
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from adamerge_jax.devices import fetch
+from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.factored import FactoredDelta
 
 
@@ -19,6 +21,13 @@ class DenseDelta:
 
     Attributes:
         values: `[K, *shape]`, or `[L, K, *shape]` for a stacked parameter before it is sliced.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import DenseDelta
+        >>> delta = DenseDelta(jnp.array([[[1.0, 1.0]], [[0.0, 2.0]]]))  # [K, *shape] = [2, 1, 2]
+        >>> delta.weighted_sum(jnp.array([0.5, 0.25]).reshape(2, 1, 1)).tolist()
+        [[0.5, 1.0]]
     """
 
     values: Float[Array, "K ..."]
@@ -57,7 +66,7 @@ class DenseDelta:
         lead = self.values.shape[: 1 + stacked]
         shape = self.values.shape[1 + stacked :]
         size, length = prod(shape), ceil(prod(shape) / pieces)
-        values = np.asarray(self.values).reshape(*lead, size)
+        values = fetch(self.values).reshape(*lead, size)
         position = None
         if seed is not None:
             order = random_order(size, seed)
@@ -65,11 +74,11 @@ class DenseDelta:
             position = positions_in(order, lead[:-1])
         padding = [(0, 0)] * len(lead) + [(0, pieces * length - size)]
         values = np.pad(values, padding).reshape(*lead, pieces, length)
-        return ChunkedDelta(jnp.asarray(values), position, shape)
+        return ChunkedDelta(DenseDelta(jnp.asarray(values)), position, shape)
 
     def by_direction(self, rank: int) -> FactoredDelta:
         """The singular value decomposition of every delta."""
-        values = np.asarray(self.values, np.float32)
+        values = fetch(self.values).astype(np.float32)
         u, s, v = np.linalg.svd(values, full_matrices=False)
         left, right = u[..., :rank] * s[..., None, :rank], v[..., :rank, :]
         rest = values - left @ right
@@ -93,20 +102,20 @@ class ChunkedDelta:
     """Dense deltas, their entries in pieces that have a coefficient each.
 
     Attributes:
-        values: `[K, pieces, entries of a piece]`, zeros behind the last entry; `[L, K, ...]` for a
-            stacked parameter before it is sliced.
+        deltas: Of shape `[K, pieces, entries of a piece]`, zeros behind the last entry;
+            `[L, K, ...]` for a stacked parameter before it is sliced.
         position: `[size]` (`[L, size]`), where each entry of the flattened parameter lies among the
             pieces, or None where they follow each other.
         shape: Of the parameter.
     """
 
-    values: Float[Array, "K pieces entries"]
+    deltas: Delta
     position: Int[Array, " size"] | None
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def weighted_sum(self, scale: Float[Array, "K pieces 1"]) -> Float[Array, "..."]:
         """The sum over experts in the parameter's own shape."""
-        flat = DenseDelta(self.values).weighted_sum(scale).reshape(-1)
+        flat = self.deltas.weighted_sum(scale).reshape(-1)
         if self.position is None:
             return flat[: prod(self.shape)].reshape(self.shape)
         return flat[self.position].reshape(self.shape)

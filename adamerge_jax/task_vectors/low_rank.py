@@ -22,6 +22,17 @@ class LowRankDelta:
         right: `[K, r, n]`.
 
     A stacked parameter has a leading axis of length L on both.
+
+    Examples:
+        Two experts of rank 1 for a matrix `[2, 3]`, each a LoRA adapter's B and A:
+
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import LowRankDelta
+        >>> left = jnp.array([[[1.0], [0.0]], [[0.0], [1.0]]])
+        >>> right = jnp.array([[[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0]]])
+        >>> delta = LowRankDelta(left, right)
+        >>> delta.weighted_sum(jnp.array([1.0, 0.5]).reshape(2, 1, 1)).tolist()
+        [[1.0, 2.0, 3.0], [2.0, 2.5, 3.0]]
     """
 
     left: Float[Array, "K m r"]
@@ -66,8 +77,8 @@ class LowRankDelta:
 
     def by_direction(self, rank: int) -> FactoredDelta:
         """The singular value decomposition of every delta, from that of its factors."""
-        q_left, r_left = np.linalg.qr(np.asarray(self.left, np.float32))
-        q_right, r_right = np.linalg.qr(np.asarray(self.right, np.float32).swapaxes(-1, -2))
+        q_left, r_left = np.linalg.qr(fetch(self.left).astype(np.float32))
+        q_right, r_right = np.linalg.qr(fetch(self.right).astype(np.float32).swapaxes(-1, -2))
         u, s, v = np.linalg.svd(r_left @ r_right.swapaxes(-1, -2), full_matrices=False)
         left = (q_left @ u) * s[..., None, :]
         right = v @ q_right.swapaxes(-1, -2)

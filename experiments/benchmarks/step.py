@@ -25,6 +25,7 @@ from transformers import CLIPConfig, PretrainedConfig, ViTConfig
 
 from adamerge_jax.calibration import Batch
 from adamerge_jax.coefficients import CONSTRAINTS
+from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.granularities import constant, tensor
 from adamerge_jax.learning import Frozen, forward_with_heads, make_learner
 from adamerge_jax.models import family_of
@@ -85,30 +86,36 @@ def plain_step(size: str) -> Callable[[], object]:
     return lambda: jax.block_until_ready(step(parameters, heads, inputs))
 
 
-def learning_step(size: str, rematerialize: str) -> Callable[[], object]:
+def learning_step(
+    size: str, rematerialize: str, devices: Devices = ONE_DEVICE
+) -> Callable[[], object]:
     """(b): our learning step, one coefficient per tensor and expert."""
     config, experts = config_of(size)
     family = family_of(config)
     trunk, head = family.build_trunk(config, rematerialize), family.build_head(config)
     generator = np.random.default_rng(0)
-    base = jax.device_put(arrays(trunk.shapes, generator))
-    heads = jax.device_put([arrays(head.shapes, generator) for _ in range(experts)])
+    base = {
+        name: devices.parameter(name, array)
+        for name, array in arrays(trunk.shapes, generator).items()
+    }
+    heads = devices.replicate([arrays(head.shapes, generator) for _ in range(experts)])
     deltas = {
-        name: DenseDelta(jax.device_put(array))
+        name: devices.delta(name, DenseDelta(array))
         for name, array in arrays(trunk.shapes, generator, (experts,)).items()
     }
     shapes = {name: leaf.shape for name, leaf in trunk.shapes.items()}
     granularity = tensor(shapes)
     learner = make_learner(
-        forward_with_heads(trunk, [head] * experts),
+        forward_with_heads(devices.spread(trunk), [head] * experts),
         granularity,
         CONSTRAINTS["clip"],
         entropy(),
         optax.adam(1e-3),
+        devices=devices,
     )
-    state = learner.init(granularity.init(constant(shapes, experts, 0.3)))
+    state = devices.replicate(learner.init(granularity.init(constant(shapes, experts, 0.3))))
     weights = np.full((experts, IMAGES_PER_TASK), 1 / IMAGES_PER_TASK, np.float32)
-    pixels = {"pixel_values": jnp.asarray(pixels_of(config, experts))}
+    pixels = devices.examples({"pixel_values": pixels_of(config, experts)})
     batch = Batch(pixels, weights, [Targets()] * experts)
     frozen = Frozen(base, deltas, heads)
     return lambda: jax.block_until_ready(learner.step(state, frozen, batch))

@@ -341,16 +341,16 @@ def test_disk_too_small(tmp_path):
 )
 @pytest.mark.parametrize("on_exit", [False, True])
 def test_disk_becomes_full(tmp_path, monkeypatch, error, on_exit):
-    write = huggingface_export.save_file
+    write = huggingface_export._write_shard
     shards = []
 
-    def save(tensors, file, **arguments):
+    def write_one(file, tensors, **arguments):
         shards.append(file)
         if len(shards) > 1:
             raise error
-        write(tensors, file, **arguments)
+        return write(file, tensors, **arguments)
 
-    monkeypatch.setattr(huggingface_export, "save_file", save)
+    monkeypatch.setattr(huggingface_export, "_write_shard", write_one)
     message = r"no space left while writing .*out: 512 bytes were written .* were free;"
     with (
         pytest.raises(InputError, match=message) as caught,

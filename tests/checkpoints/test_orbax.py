@@ -55,7 +55,7 @@ def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
         path.with_name(path.name + ".orbax-checkpoint-tmp").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ocp.StandardCheckpointer, "save", interrupt)
+    monkeypatch.setattr(ocp.Checkpointer, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_parameters(tmp_path / "merged", parameters())
     assert os.listdir(tmp_path) == []

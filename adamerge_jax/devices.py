@@ -1,0 +1,207 @@
+"""Which devices a run is spread over, and what lies where on them.
+
+Parameters and task vectors are split along the `model` axis of a mesh, each layer's merged weights
+are gathered where they are used (fully-sharded data parallelism); examples are split over all
+devices. JAX's compiler puts in the communication.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.names import is_stacked
+
+if TYPE_CHECKING:
+    from adamerge_jax.recipes import DevicesRecipe
+
+DATA, MODEL = "data", "model"
+"""Names of the axes of the mesh."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of a run.
+
+    Attributes:
+        mesh: All devices of all processes, `(data, model)`; None for the first one of this process
+            alone, where arrays go as they always do.
+    """
+
+    mesh: Mesh | None = None
+
+    @property
+    def replicated(self) -> NamedSharding | None:
+        """The sharding of what every device has as a whole."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def parameter(self, name: str, array: np.ndarray) -> Array:
+        """Puts a parameter where it belongs: of the host's array, each device gets its own part.
+
+        Matrices are split by their rows, so that summing experts needs no communication and what
+        is gathered is the merged matrix; or else along the largest axis that can be. Vectors and
+        what has no such axis are whole on every device, and layers are never split.
+
+        Args:
+            name: Of the parameter.
+            array: `[*shape]`, or `[L, *shape]` where the name is stacked.
+        """
+        return self._put(array, self._split(array.shape, int(is_stacked(name))))
+
+    def delta(self, name: str, delta: PyTree) -> PyTree:
+        """Puts the deltas of a parameter where they belong, as `parameter` does.
+
+        Args:
+            name: Of the parameter.
+            delta: In any representation, its arrays `[K, ...]` or `[L, K, ...]`.
+        """
+
+        def put(path: tuple, array: np.ndarray | Array) -> Array:
+            # A right factor is split by its columns: its rows are summed over.
+            by_columns = getattr(path[-1], "name", None) == "right"
+            whole = 1 + is_stacked(name)
+            return self._put(array, self._split(array.shape, whole, by_columns=by_columns))
+
+        return jax.tree_util.tree_map_with_path(put, delta)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Gives every device all arrays of a tree."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return jax.tree.map(lambda array: self._put(array, PartitionSpec()), tree)
+
+    def examples(self, tree: PyTree[np.ndarray]) -> PyTree[np.ndarray | Array]:
+        """Gives every device its part of the examples, `[N, ...]`.
+
+        Where their number is no multiple of that of the devices, every device is given all of them;
+        what is computed of them is split all the same, see `spread`.
+        """
+        if self.mesh is None:
+            return tree
+
+        def put(array: np.ndarray) -> Array:
+            divisible = len(array) % self.mesh.size == 0
+            return self._put(array, _OVER_ALL if divisible else PartitionSpec())
+
+        return jax.tree.map(put, tree)
+
+    def spread(self, trunk: Callable[..., Any]) -> Callable[..., Any]:
+        """A trunk that runs on all devices, each of them on its part of the examples.
+
+        Where the number of examples is no multiple of that of the devices, the last example is
+        repeated until it is; the outputs are those of the given examples alone.
+
+        Args:
+            trunk: From parameters and inputs `[N, ...]` by name to `Outputs`.
+        """
+        if self.mesh is None:
+            return trunk
+        sharding = NamedSharding(self.mesh, _OVER_ALL)
+
+        def run(parameters: PyTree, inputs: PyTree, *, hidden_states: bool = False) -> Any:
+            given = len(jax.tree.leaves(inputs)[0])
+            missing = -given % self.mesh.size
+
+            def split(array: Array) -> Array:
+                if missing:
+                    array = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), "edge")
+                return jax.lax.with_sharding_constraint(array, sharding)
+
+            outputs = trunk(parameters, jax.tree.map(split, inputs), hidden_states=hidden_states)
+            return outputs.examples(slice(given)) if missing else outputs
+
+        return run
+
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return str(jax.local_devices()[0])
+        kind = self.mesh.devices.flat[0].device_kind
+        shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return f"{self.mesh.size} devices ({kind}; {shape}{hosts})"
+
+    def _split(
+        self, shape: tuple[int, ...], whole: int, *, by_columns: bool = False
+    ) -> PartitionSpec:
+        """How an array is split whose leading `whole` axes are not."""
+        own = shape[whole:]
+        if self.mesh is None or len(own) < 2 or self.mesh.shape[MODEL] == 1:
+            return PartitionSpec()
+        first = len(own) - 1 if by_columns else 0
+        order = sorted(range(len(own)), key=lambda axis: (axis != first, -own[axis]))
+        for axis in order:
+            if own[axis] % self.mesh.shape[MODEL] == 0:
+                return PartitionSpec(*[None] * (whole + axis), MODEL)
+        return PartitionSpec()
+
+    def _put(self, array: np.ndarray | Array, spec: PartitionSpec) -> Array:
+        if self.mesh is None:
+            return jax.device_put(array, may_alias=True) if isinstance(array, np.ndarray) else array
+        sharding = NamedSharding(self.mesh, spec)
+        if isinstance(array, jax.Array):
+            if len(array.sharding.device_set) == self.mesh.size:
+                return jax.device_put(array, sharding)
+            array = np.asarray(array)
+        # Each process has the whole tensor on its host, and gives its devices their parts alone.
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+ONE_DEVICE = Devices()
+
+_OVER_ALL = PartitionSpec((DATA, MODEL))
+
+
+def open_devices(recipe: "DevicesRecipe") -> Devices:
+    """Finds the devices of a run, those of all processes where there are several.
+
+    Must come before anything is computed where there are several processes.
+
+    Raises:
+        InputError: The number of devices is no multiple of the `model` axis, or the processes
+            cannot find each other.
+    """
+    if recipe.distributed and not jax.distributed.is_initialized():
+        try:
+            jax.distributed.initialize(recipe.coordinator, recipe.processes, recipe.process)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"devices.distributed: JAX cannot start: {' '.join(str(error).split())}; where it "
+                "does not detect the cluster, give devices.coordinator, devices.processes and "
+                "devices.process"
+            ) from error
+    devices = jax.devices()
+    if len(devices) % recipe.model:
+        possible = [str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise InputError(
+            f"devices.model: {recipe.model} does not divide the {len(devices)} devices; choose "
+            f"one of {', '.join(possible)}"
+        )
+    if len(devices) == 1:
+        return ONE_DEVICE
+    return Devices(Mesh(np.array(devices).reshape(-1, recipe.model), (DATA, MODEL)))
+
+
+def fetch(array: Array | np.ndarray) -> np.ndarray:
+    """An array on this host as a whole, whichever processes have its parts; all must call this."""
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(where: str) -> None:
+    """Goes on when all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)

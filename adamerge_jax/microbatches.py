@@ -1,0 +1,42 @@
+"""A batch in parts that are run one after the other, so that a step needs less memory."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from adamerge_jax.calibration import Batch
+
+
+def split(batch: Batch, parts: int) -> Batch:
+    """Cuts a batch into parts with as many examples of every task each.
+
+    Weights stay what they are, so that the parts' objectives add up to that of the batch.
+
+    Args:
+        batch: B examples of every task, B a multiple of `parts`.
+        parts: Their number.
+
+    Returns:
+        The same with a leading axis of length `parts` on every array.
+    """
+    tasks, size = batch.weights.shape
+
+    def by_task(tree: PyTree, blocks: int) -> PyTree:
+        """`[blocks * B, ...]`, one block for each task, to `[parts, blocks * B / parts, ...]`."""
+
+        def cut(array: Array) -> Array:
+            rest = array.shape[1:]
+            cut = jnp.asarray(array).reshape(blocks, parts, size // parts, *rest)
+            return cut.swapaxes(0, 1).reshape(parts, -1, *rest)
+
+        return jax.tree.map(cut, tree)
+
+    targets = []
+    for own in batch.targets:
+        elsewhere = by_task(own.expert_elsewhere, tasks - 1)
+        own = by_task(own._replace(expert_elsewhere=None), 1)
+        targets.append(own._replace(expert_elsewhere=elsewhere))
+    weights = jnp.asarray(batch.weights).reshape(tasks, parts, -1).swapaxes(0, 1)
+    return Batch(
+        by_task(batch.inputs, tasks), weights, targets, by_task(batch.strong_inputs, tasks)
+    )

@@ -1,0 +1,52 @@
+"""Learning curves: what each task's objective and held-out agreement did from step to step."""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from adamerge_jax.report.colours import AGREEMENT, HELD_OUT, TRAINING
+from adamerge_jax.run_folder import Stage, StepRecord
+
+
+def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> Figure:
+    """Draws the learning curves of one task, small enough for the width of a phone.
+
+    Above: the objective on each step's batch and on the held-out data. Below, where it is known:
+    the held-out agreement. A dashed line marks the step whose coefficients were kept.
+
+    Args:
+        stage: The steps.
+        task: Whose curves.
+        kept: The step that was kept, if one was.
+    """
+    agreement = [(r.step, r.agreement[task]) for r in stage if r.agreement is not None]
+    agreement = [(step, 100 * value) for step, value in agreement if value is not None]
+    trained = [(r.step, r.objective[task]) for r in stage if r.objective is not None]
+    held_out = [(r.step, r.held_out[task]) for r in stage if r.held_out is not None]
+    figure = Figure(figsize=(3.6, 3.4 if agreement else 2.3), layout="constrained")
+    if agreement:
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        below.plot(*zip(*agreement, strict=True), "s-", color=AGREEMENT, markersize=3, linewidth=1)
+        below.set_ylabel("agreement (%)", fontsize=8)
+        _finish(below, kept)
+    else:
+        axes = below = figure.subplots()
+    if trained:
+        line = dict(color=TRAINING, linewidth=1)
+        axes.plot(*zip(*trained, strict=True), "-", label="on the step's batch", **line)
+    if held_out:
+        line = dict(color=HELD_OUT, linewidth=1.2, markersize=3.5)
+        axes.plot(*zip(*held_out, strict=True), "o--", label="held out", **line)
+    axes.set_ylabel("objective", fontsize=8)
+    _finish(axes, kept, f"kept: step {kept.step}" if kept is not None else None)
+    # Outside, where it hides no curve.
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7, frameon=False)
+    below.set_xlabel("step", fontsize=8)
+    return figure
+
+
+def _finish(axes: Axes, kept: StepRecord | None, label: str | None = None) -> None:
+    if kept is not None:
+        axes.axvline(kept.step, color="#666666", linestyle=":", linewidth=1.2, label=label)
+    axes.tick_params(labelsize=7)
+    axes.grid(color="#dddddd", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)

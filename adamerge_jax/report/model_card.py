@@ -1,0 +1,85 @@
+"""The model card of a merged checkpoint, in the Hugging Face Hub's format."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.evaluation import Row
+from adamerge_jax.provenance import Origin, shared_license
+from adamerge_jax.report.coefficients import interference_in_words, scaled_in_words, spreads
+from adamerge_jax.report.results import TITLES, in_words, scores
+
+_PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    None: "zero-shot-image-classification",
+}
+"""What a model is for in the Hub's words, by the class of `transformers` that loads its tasks."""
+
+
+def model_card(
+    coefficients: Coefficients,
+    rows: Sequence[Row],
+    *,
+    origins: Sequence[Origin],
+    datasets: Sequence[str],
+    auto_class: str | None,
+    task_folders: Sequence[str],
+) -> str:
+    """A README.md for the merged checkpoint: metadata for the Hub, then what a reader asks.
+
+    Nothing is claimed that was not found: a licence only where every model names the same.
+
+    Args:
+        coefficients: How much of each expert went where.
+        rows: The table of results, the merge last; may be empty.
+        origins: The base, then the experts.
+        datasets: Hub ids of the calibration data.
+        auto_class: Name of the class that loads the model of a task; None for zero-shot CLIP.
+        task_folders: Tasks that have a model of their own beside the checkpoint.
+    """
+    on_hub = list(dict.fromkeys(origin.source for origin in origins if origin.on_hub))
+    fields: dict[str, Any] = {
+        "base_model": on_hub or None,
+        "base_model_relation": "merge" if on_hub else None,
+        "library_name": "transformers",
+        "license": shared_license(origins),
+        "tags": ["merge", "adamerge_jax"],
+        "datasets": list(datasets) or None,
+        "pipeline_tag": _PIPELINES[auto_class],
+    }
+    if fields["license"] == "other":
+        names = dict.fromkeys(origin.license for origin in origins)
+        fields["license_name"] = "-and-".join(str(name) for name in names)
+    data = ModelCardData(**{name: value for name, value in fields.items() if value is not None})
+    environment = Environment(
+        loader=PackageLoader("adamerge_jax", "report"),
+        autoescape=False,  # Markdown
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = environment.get_template("model_card.md.jinja").render(
+        coefficients=coefficients,
+        count=sum(values.size for values in coefficients.values.values()),
+        interference=interference_in_words(coefficients),
+        scaled=scaled_in_words(coefficients),
+        base=origins[0],
+        experts=origins[1:],
+        origins=origins,
+        license=fields["license"],
+        datasets=datasets,
+        spreads=zip(coefficients.experts, spreads(coefficients), strict=True),
+        auto_class=auto_class or "AutoModel",
+        task_folders=task_folders,
+        title=TITLES[rows[0].metric] if rows else "",
+        tasks=list(rows[0].tasks) if rows else [],
+        rows=[(row.method, [in_words(s, row.metric) for s in scores(row)]) for row in rows],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"

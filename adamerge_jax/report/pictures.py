@@ -1,0 +1,44 @@
+"""Figures for a page that asks nobody for anything: inside it as SVG, beside it as PNG."""
+
+import base64
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+
+
+class Picture(NamedTuple):
+    """A figure in a page.
+
+    Attributes:
+        title: What stands above it.
+        alternative: What it shows, in words.
+        source: A data URI.
+        width: In CSS pixels, at which its text is readable.
+    """
+
+    title: str
+    alternative: str
+    source: str
+    width: int
+
+
+def save_picture(figure: Figure, file: Path, title: str, alternative: str) -> Picture:
+    """Writes a figure as a PNG file, and gives it as a picture for a page.
+
+    Args:
+        figure: Of matplotlib.
+        file: The PNG to write.
+        title: What stands above it.
+        alternative: What it shows, in words, for those who do not see it.
+    """
+    figure.savefig(file, dpi=150)
+    stream = io.BytesIO()
+    # The same figure gives the same bytes: no date, no random names inside.
+    with matplotlib.rc_context({"svg.hashsalt": "adamerge_jax"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(stream.getvalue()).decode()
+    width = round(96 * figure.get_figwidth())
+    return Picture(title, alternative, f"data:image/svg+xml;base64,{encoded}", width)

@@ -1,0 +1,27 @@
+"""Where deltas are written while checkpoints are read."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from jaxtyping import Float
+from numpy import ndarray
+
+
+class Entries(Protocol):
+    """An array that is filled part by part: one of NumPy, or one that puts its parts elsewhere.
+
+    Attributes:
+        shape: Its shape.
+    """
+
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator["Entries"]:
+        """Its parts along the first axis; what is written into one is in the whole."""
+        ...
+
+    def __setitem__(self, where: type(Ellipsis), values: Float[ndarray, "..."] | int) -> None:
+        """Fills it."""
+        ...

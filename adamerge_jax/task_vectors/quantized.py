@@ -1,0 +1,158 @@
+"""Task vectors as 8-bit integers with a step for each row."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.task_vectors.entries import Entries
+
+LARGEST = 127
+"""Of the integers; -128 is not used, so that a delta and its negative are alike."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedDelta:
+    """Deltas rounded to multiples of a step: `tau_k ~ values_k * steps_k`, off by half a step.
+
+    A matrix, or what has more axes, has one step for each row (entries of one output unit), the
+    127th part of the row's largest entry. A vector has one step for all of it.
+
+    Attributes:
+        values: `[K, *shape]`.
+        steps: `[K, m, 1, ...]`, or `[K, 1]` for a vector.
+
+    A stacked parameter has a leading axis of length L on both.
+    """
+
+    values: Int8[Array, "K ..."]
+    steps: Float[Array, "K ..."]
+
+    def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
+        """`sum_k (scale[k] * steps[k]) * values[k]`, in float32.
+
+        No expert's delta is kept as floating point, neither now nor for the backward pass.
+        """
+        return _weighted_sum(self, scale.astype(jnp.float32))
+
+    def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
+        """None: one product with the merged weights is less than one for each expert."""
+        return None
+
+    def rows(self, index: Int[Array, "..."]) -> "QuantizedDelta":
+        """The deltas of `parameter[index]`, each row with its own step."""
+        steps = self.steps
+        if steps.ndim > 2:
+            steps = jnp.take(steps, index, axis=1)
+        return QuantizedDelta(jnp.take(self.values, index, axis=1), steps)
+
+    def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> None:
+        """Refused: a piece would lie across rows, which have steps of their own.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "task_vectors.dtype: int8 has a step for each row, and this granularity cuts across "
+            "rows; take row, column, head, tensor or a coarser one, or bfloat16 task vectors"
+        )
+
+    def by_direction(self, rank: int) -> None:
+        """Refused: singular directions of rounded deltas would be floating point again.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "task_vectors.dtype: int8 does not go with singular directions, which are floating "
+            "point; take another granularity, or bfloat16 task vectors"
+        )
+
+    def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
+        """Frobenius norm of each expert's rounded delta."""
+        lead = self.values.shape[: 1 + stacked]
+        deltas = jnp.asarray(self.values).astype(jnp.float32) * jnp.asarray(self.steps)
+        return jnp.linalg.norm(deltas.reshape(*lead, -1), axis=-1)
+
+
+def _of_expert(
+    values: Int8[Array, "..."], steps: Float[Array, "..."], scale: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    return (scale * steps) * values.astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _weighted_sum(delta: QuantizedDelta, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
+    # As a chain of sums XLA fuses it into one pass over the integers.
+    experts = zip(delta.values, delta.steps, scale, strict=True)
+    return functools.reduce(jnp.add, (_of_expert(*expert) for expert in experts))
+
+
+def _forward(
+    delta: QuantizedDelta, scale: Float[Array, "K ..."]
+) -> tuple[Float[Array, "..."], tuple[QuantizedDelta, Float[Array, "K ..."]]]:
+    return _weighted_sum(delta, scale), (delta, scale)
+
+
+def _backward(
+    kept: tuple[QuantizedDelta, Float[Array, "K ..."]], cotangent: Float[Array, "..."]
+) -> tuple[None, Float[Array, "K ..."]]:
+    delta, scale = kept
+
+    def gradient(expert: tuple[Array, Array, Array]) -> Array:
+        values, steps, own = expert
+        _, transposed = jax.vjp(functools.partial(_of_expert, values, steps), own)
+        return transposed(cotangent)[0]
+
+    return None, jax.lax.map(gradient, (delta.values, delta.steps, scale))
+
+
+_weighted_sum.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedEntries:
+    """Where deltas are written one expert and one tensor at a time, and rounded as they come.
+
+    Attributes:
+        values: `[..., *shape]`, int8.
+        steps: `[..., m, 1, ...]` or `[..., 1]`, float32.
+    """
+
+    values: Entries
+    steps: Entries
+
+    @staticmethod
+    def steps_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a parameter's steps."""
+        return (shape[0], *(1 for _ in shape[1:])) if len(shape) > 1 else (1,) * len(shape)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator["QuantizedEntries"]:
+        for values, steps in zip(self.values, self.steps, strict=True):
+            yield QuantizedEntries(values, steps)
+
+    def __setitem__(self, where: type(Ellipsis), deltas: Float[np.ndarray, "..."] | int) -> None:
+        self.values[...], self.steps[...] = quantize(
+            np.broadcast_to(np.asarray(deltas, np.float32), self.values.shape)
+        )
+
+
+def quantize(
+    delta: Float[np.ndarray, "*shape"],
+) -> tuple[Int8[np.ndarray, "*shape"], Float[np.ndarray, "..."]]:
+    """One expert's delta of one parameter as integers and steps; see `QuantizedDelta`."""
+    axes = tuple(range(1, delta.ndim)) if delta.ndim > 1 else None
+    largest = np.abs(delta).max(axes, keepdims=True, initial=0)
+    steps = (largest / LARGEST).astype(np.float32)
+    values = np.divide(delta, steps, out=np.zeros(delta.shape, np.float32), where=steps > 0)
+    np.rint(values, out=values)
+    return np.clip(values, -LARGEST, LARGEST, out=values).astype(np.int8), steps

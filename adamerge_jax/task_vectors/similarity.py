@@ -1,0 +1,110 @@
+"""How alike the experts' task vectors are: inner products that never multiply factors out."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from adamerge_jax.devices import fetch
+from adamerge_jax.task_vectors.delta import Delta
+from adamerge_jax.task_vectors.joined import JoinedDelta
+from adamerge_jax.task_vectors.low_rank import LowRankDelta
+from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
+
+_contract = functools.partial(
+    jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
+
+
+def inner_products(
+    delta: Delta, shape: tuple[int, ...], experts: int, *, stacked: bool
+) -> Float[np.ndarray, "... K K"]:
+    """`<tau_j, tau_k>` over the entries of one parameter, for all pairs of experts.
+
+    Two deltas with factors take `sum((left_j^T left_k) * (right_j right_k^T))`, one with factors
+    and one without `sum((left_j^T tau_k) * right_j)`: no product of factors exists. Any other
+    delta is asked for its entries with one-hot scales, one layer at a time.
+
+    Args:
+        delta: The deltas of all K experts for a parameter, as they come from checkpoints.
+        shape: Of the parameter, `(L, *shape)` where stacked.
+        experts: K.
+        stacked: Whether there is a leading axis of layers.
+
+    Returns:
+        float32, `[K, K]`, or `[L, K, K]` where stacked; symmetric, squared norms on the diagonal.
+    """
+    return fetch(_inner_products(delta, shape, experts, stacked))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _inner_products(
+    delta: Delta, shape: tuple[int, ...], experts: int, stacked: bool
+) -> Float[Array, "... K K"]:
+    if stacked:
+        layers, sources = apart_from_layers(delta)
+        return jax.lax.map(
+            lambda layer: gram(with_sources(layer, sources), shape[1:], experts), layers
+        )
+    return gram(delta, shape, experts)
+
+
+def gram(delta: Delta, shape: tuple[int, ...], experts: int) -> Float[Array, "K K"]:
+    """`inner_products` of one parameter that is not stacked, on the device and to be compiled."""
+    parts = list(_parts(delta, tuple(range(experts)), shape))
+    if len(parts) == 1:
+        return _block(parts[0][0], parts[0][0])
+    found = jnp.zeros((experts, experts))
+    for position, (one, rows) in enumerate(parts):
+        for other, columns in parts[position:]:
+            block = _block(one, other)
+            found = found.at[np.ix_(rows, columns)].add(block)
+            if other is not one:
+                found = found.at[np.ix_(columns, rows)].add(block.T)
+    return found
+
+
+def _parts(
+    delta: Delta, experts: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[LowRankDelta | Array, tuple[int, ...]]]:
+    """Factors, or entries `[K, *shape]`, each with the experts that they are of."""
+    if isinstance(delta, JoinedDelta):
+        for part, positions in zip(delta.parts, delta.experts, strict=True):
+            yield from _parts(part, tuple(experts[at] for at in positions), shape)
+    elif isinstance(delta, LowRankDelta):
+        yield delta, experts
+    else:
+        one_hot = jnp.eye(len(experts)).reshape(-1, len(experts), *(1 for _ in shape))
+        yield jax.vmap(delta.weighted_sum)(one_hot), experts
+
+
+def _block(one: LowRankDelta | Array, other: LowRankDelta | Array) -> Float[Array, "J K"]:
+    """Inner products of J deltas with K deltas."""
+    if isinstance(one, LowRankDelta) and isinstance(other, LowRankDelta):
+        left = _contract("jmr,kms->jkrs", one.left, other.left)
+        right = _contract("jrn,ksn->jkrs", one.right, other.right)
+        return (left * right).sum((-1, -2))
+    if isinstance(one, LowRankDelta):
+        middle = _contract("jmr,kmn->jkrn", one.left, other)
+        return _contract("jkrn,jrn->jk", middle, one.right)
+    if isinstance(other, LowRankDelta):
+        return _block(other, one).T
+    flat, other_flat = (array.reshape(len(array), -1) for array in (one, other))
+    return _contract("ji,ki->jk", flat, other_flat)
+
+
+def cosines(products: Float[np.ndarray, "K K"]) -> Float[np.ndarray, "K K"]:
+    """Cosines of the angles between K task vectors, from their inner products.
+
+    Args:
+        products: Inner products, of one parameter or summed over several.
+
+    Returns:
+        From -1 to 1; NaN where a task vector is 0.
+    """
+    norms = np.sqrt(np.maximum(np.diag(products), 0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.clip(products / np.outer(norms, norms), -1, 1)

@@ -1,0 +1,227 @@
+"""An expert more: from scratch, or from the coefficients of the others.
+
+    python experiments/add_an_expert.py RECIPE --new TASK
+
+learns the recipe without TASK and keeps its coefficients, then learns the whole recipe twice: from
+scratch, and from these coefficients in a third of the steps. What was learned is kept in the folder
+`--out`, so that an experiment that was interrupted goes on where it stopped; delete a file of it to
+do that part again. The table, accuracy on the test data after so many steps, is printed and written
+to `add_an_expert.json`.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from adamerge_jax import InputError, Recipe, jobs, learning, load_recipe, parse_recipe
+from adamerge_jax.merging import Watch, learn_coefficients, pose
+from adamerge_jax.workspace import open_workspace
+
+RESULTS_FILE = "add_an_expert.json"
+SCRATCH, WARM = "from scratch", "from the others' coefficients"
+
+
+class Curve(NamedTuple):
+    """One way of learning.
+
+    Attributes:
+        steps: Of the optimizer, in all.
+        learning_rate: Where its schedule starts.
+        seconds: Of learning, evaluation not counted.
+        looks: Accuracy on the test data by task, after so many steps, of what the held-out data
+            had chosen by then.
+    """
+
+    steps: int
+    learning_rate: float
+    seconds: float
+    looks: dict[int, dict[str, float]]
+
+
+def main() -> None:
+    """Runs what is missing, prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="a recipe with test data, the new expert in it")
+    parser.add_argument("--new", required=True, metavar="TASK", help="whose expert is added")
+    parser.add_argument("--root", type=Path, help="where paths start; by default the recipe's own")
+    parser.add_argument("--out", type=Path, default=Path("runs/add_an_expert"), help="folder")
+    parser.add_argument("--preset", help="takes the place of the recipe's")
+    parser.add_argument("--steps", type=int, help="from scratch; by default the recipe's")
+    parser.add_argument("--warm-steps", type=int, help="from the file; by default a third")
+    parser.add_argument(
+        "--warm-learning-rate", type=float, help="from the file; by default half the recipe's"
+    )
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    try:
+        run(arguments, Console())
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def run(arguments: argparse.Namespace, console: Console) -> dict[str, Curve]:
+    """The whole experiment.
+
+    Raises:
+        InputError: Something in the recipe, the checkpoints or the data cannot be used.
+    """
+    recipe = load_recipe(arguments.recipe, arguments.preset)
+    if arguments.new not in recipe.tasks or len(recipe.tasks) < 2:
+        raise InputError(f"--new {arguments.new}: the tasks are {', '.join(recipe.tasks)}")
+    root = (arguments.root or arguments.recipe.parent).expanduser().resolve()
+    out = arguments.out.resolve()
+    steps = arguments.steps or recipe.learning.steps
+    rate = recipe.learning.optimizer.learning_rate
+    recipe = changed(recipe, steps, rate)
+    file = out / f"without_{arguments.new}.safetensors"
+    warm = changed(
+        recipe,
+        arguments.warm_steps or max(1, steps // 3),
+        arguments.warm_learning_rate or rate / 2,
+        file,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        fields = recipe.model_dump()
+        del fields["tasks"][arguments.new]
+        learn_others(parse_recipe(fields), root, file, console)
+    curves = {}
+    for name, own, kept in (
+        (SCRATCH, recipe, out / "from_scratch.json"),
+        (WARM, warm, out / "from_the_others.json"),
+    ):
+        if not kept.exists():
+            curve = learn_curve(own, root, console)
+            kept.write_text(json.dumps(curve._asdict(), indent=1) + "\n")
+        curves[name] = read_curve(kept)
+    result = {name: curve._asdict() for name, curve in curves.items()}
+    (out / RESULTS_FILE).write_text(json.dumps(result, indent=1) + "\n")
+    console.print(summarise(curves))
+    console.print(in_words(curves), highlight=False, soft_wrap=True)
+    return curves
+
+
+def changed(recipe: Recipe, steps: int, learning_rate: float, start: Path | None = None) -> Recipe:
+    """The recipe with other steps, looked at twelve times, and another start.
+
+    A cosine schedule then ends with the steps.
+    """
+    fields = recipe.model_dump()
+    fields["learning"] |= {"steps": steps, "evaluate_every": max(1, steps // 12)}
+    fields["learning"]["optimizer"]["learning_rate"] = learning_rate
+    fields["coefficients"]["start"] = None if start is None else str(start)
+    return parse_recipe(fields)
+
+
+def learn_others(recipe: Recipe, root: Path, file: Path, console: Console) -> None:
+    """Learns the coefficients of all experts but the new one, and keeps them."""
+    problem = pose(recipe, open_workspace(recipe, root))
+    learn_coefficients(problem, watch=watch_into([], console)).coefficients.save(file)
+
+
+def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
+    """Learns, then evaluates what each look at the held-out data had chosen.
+
+    Raises:
+        InputError: There is no test data, or what `pose` raises.
+    """
+    problem = pose(recipe, open_workspace(recipe, root))
+    if not problem.workspace.data.test:
+        raise InputError("tasks: every task needs test data to evaluate on")
+    for note in problem.start.notes if problem.start else ():
+        console.print(f"note: {note}", soft_wrap=True)
+    looks: list[tuple[int, learning.Learned]] = []
+    began = time.perf_counter()
+    merge = learn_coefficients(problem, watch=watch_into(looks, console))
+    seconds = time.perf_counter() - began
+    scores: dict[int, dict[str, float]] = {}
+    by_chosen: dict[int, dict[str, float]] = {}
+    for step, chosen in looks:
+        if chosen.step not in by_chosen:
+            row = jobs.evaluate_merge(problem, merge._replace(values=chosen.values))
+            by_chosen[chosen.step] = row.tasks
+        scores[step] = by_chosen[chosen.step]
+    optimizer = recipe.learning.optimizer
+    return Curve(recipe.learning.steps, optimizer.learning_rate, seconds, scores)
+
+
+def watch_into(looks: list[tuple[int, learning.Learned]], console: Console) -> Watch:
+    """Collects, for each look at the held-out data, what it had chosen by then."""
+
+    @contextmanager
+    def watch(what: str, steps: int) -> Iterator[Any]:
+        console.print(f"{what}, {steps} steps", soft_wrap=True)
+        looks.clear()  # those of a coarser stage before
+
+        def show(progress: learning.Progress) -> None:
+            if progress.held_out is not None:
+                looks.append((progress.step, progress.best or looks[-1][1]))
+                objective = progress.held_out.objective.sum()
+                console.print(f"step {progress.step}: {objective:.4f} on the held-out data")
+
+        yield show
+
+    return watch
+
+
+def read_curve(file: Path) -> Curve:
+    """Reads what an earlier run of this script kept."""
+    curve = Curve(**json.loads(file.read_text()))
+    return curve._replace(looks={int(step): own for step, own in curve.looks.items()})
+
+
+def average(scores: dict[str, float]) -> float:
+    """Mean over the tasks."""
+    return sum(scores.values()) / len(scores)
+
+
+def summarise(curves: dict[str, Curve]) -> Table:
+    """Average accuracy by step, then that of each task at the end."""
+    table = Table(title="Accuracy (%) after so many steps")
+    table.add_column("steps", justify="right")
+    for name, curve in curves.items():
+        rate = f"learning rate {curve.learning_rate:g}"
+        table.add_column(f"{name} ({curve.steps} steps, {rate})", justify="right")
+
+    def cells(scores: list[float | None]) -> list[str]:
+        return ["" if score is None else f"{100 * score:.1f}" for score in scores]
+
+    for step in sorted({step for curve in curves.values() for step in curve.looks}):
+        found = [curve.looks.get(step) for curve in curves.values()]
+        table.add_row(str(step), *cells([own and average(own) for own in found]))
+    table.add_section()
+    ends = [curve.looks[max(curve.looks)] for curve in curves.values()]
+    for task in ends[0]:
+        table.add_row(task, *cells([end[task] for end in ends]))
+    return table
+
+
+def in_words(curves: dict[str, Curve]) -> str:
+    """After how many steps the coefficients of the others lead to what is reached from scratch."""
+    scratch, warm = curves[SCRATCH], curves[WARM]
+    goal = average(scratch.looks[max(scratch.looks)])
+    reached = [step for step, scores in warm.looks.items() if average(scores) >= goal]
+    if not reached:
+        best = max(average(scores) for scores in warm.looks.values())
+        return (
+            f"from scratch {100 * goal:.1f} after {scratch.steps} steps; from the others' "
+            f"coefficients {100 * best:.1f} at most in {warm.steps}: not reached"
+        )
+    return (
+        f"from scratch {100 * goal:.1f} after {scratch.steps} steps; from the others' coefficients "
+        f"reached after {min(reached)} ({100 * min(reached) / scratch.steps:.0f}% of the steps)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Peak memory against the number of experts: `python experiments/benchmarks/memory.py`.
+
+A vision transformer of 25 M parameters in float32 learns one coefficient per row of 1, 2, 4, 8 and
+16 experts, with the task vectors on the device, in the host's memory and on disk. The whole way is
+measured: experts are read from their checkpoints, the step is compiled and run. The batch is 16
+images however many experts there are, so that what grows is what experts take.
+
+Each row is a process of its own. `arguments` are the arrays that the compiled step is given, on the
+device and in the host's memory (JAX's memory kinds); `temporary` is what XLA says that the step
+needs beside them; `peak` is the largest memory in use on the device, where it says so, and the
+largest resident memory of the process. On the CPU both memories are the process's. The last row of
+a block compares 16 experts with 2: arguments and temporary on the device, and the peaks.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+from transformers import ViTConfig
+
+from adamerge_jax import learning
+from adamerge_jax.coefficients import CONSTRAINTS
+from adamerge_jax.granularities import constant, make_granularity
+from adamerge_jax.merging import pose
+from adamerge_jax.models import family_of
+from adamerge_jax.names import is_stacked, unstack
+from adamerge_jax.recipes import parse_recipe
+from adamerge_jax.workspace import open_workspace
+
+PLACES = ("device", "host", "disk")
+EXPERTS = (1, 2, 4, 8, 16)
+IMAGES = 16
+STEPS = 3
+CLASSES = 10
+
+MODEL = dict(
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    image_size=64,
+    patch_size=16,
+    num_labels=CLASSES,
+)
+
+
+def tensors(parameters: dict[str, Any], generator: np.random.Generator) -> Iterator[tuple]:
+    """Random tensors by their names in a checkpoint."""
+    for name, leaf in parameters.items():
+        names = unstack(name, leaf.shape[0]) if is_stacked(name) else [name]
+        shape = leaf.shape[1:] if is_stacked(name) else leaf.shape
+        for each in names:
+            yield each, 0.02 * generator.standard_normal(shape, np.float32)
+
+
+def write_checkpoints(folder: Path, experts: int) -> None:
+    """A base, an expert for each task, and images."""
+    config = ViTConfig(**MODEL)
+    family = family_of(config)
+    trunk, head = family.build_trunk(config).shapes, family.build_head(config).shapes
+    for position in range(experts + 1):
+        own = folder / (f"expert{position}" if position else "base")
+        own.mkdir()
+        config.architectures = ["ViTForImageClassification"]
+        config.save_pretrained(own)
+        parameters = trunk | head if position else trunk
+        generator = np.random.default_rng(position)
+        save_file(
+            dict(tensors(parameters, generator)),
+            own / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+    size = MODEL["image_size"]
+    pixels = np.random.default_rng(0).standard_normal((2 * IMAGES, 3, size, size), np.float32)
+    np.savez(folder / "images.npz", pixel_values=pixels)
+
+
+def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
+    """Bytes that learning takes with so many experts."""
+    task = {"calibration": str(folder / "images.npz")}
+    recipe = parse_recipe(
+        {
+            "preset": "adamerging",
+            "base": str(folder / "base"),
+            "tasks": {
+                f"task{k}": task | {"expert": str(folder / f"expert{k}")}
+                for k in range(1, experts + 1)
+            },
+            "coefficients": {"granularity": "row"},
+            "task_vectors": {"memory": place},
+            "learning": {"batch_size": IMAGES // experts, "rematerialize": "layer"},
+        }
+    )
+    problem = pose(recipe, open_workspace(recipe, folder))
+    workspace = problem.workspace
+    granularity = make_granularity("row", {}, problem.shapes)
+    heads = list(workspace.head_networks.values())
+    learner = learning.make_learner(
+        learning.forward_with_heads(workspace.trunk, heads),
+        granularity,
+        CONSTRAINTS["clip"],
+        list(recipe.build_objectives().values()),
+        recipe.learning.optimizer.build(STEPS),
+    )
+    state = learner.init(granularity.init(constant(problem.shapes, experts, 0.3)))
+    deltas = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
+    frozen = learning.Frozen(problem.base, deltas, list(workspace.heads.values()))
+    batches = problem.calibration.batches()
+    arguments = (state, frozen, next(batches))
+    step = learner.step.lower(*arguments).compile()
+    on_host = sum(
+        leaf.nbytes
+        for leaf in jax.tree.leaves(frozen)
+        if leaf.sharding.memory_kind == "pinned_host"
+    )
+    everything = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments))
+    for _ in range(STEPS):
+        state, per_task = step(state, frozen, arguments[-1])
+    jax.block_until_ready(per_task)
+    statistics = jax.devices()[0].memory_stats() or {}
+    return {
+        "device": everything - on_host,
+        "host": on_host,
+        "temporary": step.memory_analysis().temp_size_in_bytes,
+        "used": statistics.get("peak_bytes_in_use", 0),
+        "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def in_own_process(folder: Path, place: str, experts: int) -> dict[str, float]:
+    """What `measure` says in a new process, so that a peak is its own."""
+    command = [sys.executable, __file__, "--measure", place, str(experts), str(folder)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
+    parser.add_argument("--experts", nargs="+", type=int, choices=EXPERTS, default=EXPERTS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        place, experts, folder = arguments.measure
+        print(json.dumps(measure(Path(folder), place, int(experts))))
+        return
+    shapes = family_of(ViTConfig(**MODEL)).build_trunk(ViTConfig(**MODEL)).shapes
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
+    device = jax.devices()[0].device_kind
+    table = Table(title=f"MB; {parameters / 1e6:.1f} M parameters, float32; on {device}")
+    columns = ("task vectors", "experts", "arguments: device", "host", "temporary")
+    for column in (*columns, "peak: device", "process"):
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoints(Path(folder), max(arguments.experts))
+        for place in arguments.places:
+            found = {}
+            for experts in arguments.experts:
+                own = found[experts] = in_own_process(Path(folder), place, experts)
+                values = (own[key] / 1e6 for key in ("device", "host", "temporary"))
+                used = f"{own['used'] / 1e6:.0f}" if own["used"] else "as the process"
+                resident = f"{own['resident'] / 1e6:.0f}"
+                row = (place, str(experts), *map("{:.0f}".format, values), used, resident)
+                table.add_row(*row)
+                print(*row, file=sys.stderr)
+            if not {2, 16} <= found.keys():
+                continue
+            many, two = found[16], found[2]
+            compiled = (many["device"] + many["temporary"]) / (two["device"] + two["temporary"])
+            used = f"{many['used'] / two['used']:.2f} times" if two["used"] else ""
+            resident = f"{many['resident'] / two['resident']:.2f} times"
+            table.add_row(
+                "", "16 over 2", f"{compiled:.2f} times", "", "", used, resident, end_section=True
+            )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

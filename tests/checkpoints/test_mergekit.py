@@ -1,0 +1,265 @@
+"""mergekit's YAML files: what they say is what our coefficients say.
+
+With MERGEKIT naming a `mergekit-yaml` (in an environment of its own), it is run on them.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from adamerge_jax import cli
+from adamerge_jax.checkpoints.mergekit import read_weights
+from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.errors import InputError
+from adamerge_jax.exporting import export_mergekit
+from adamerge_jax.interference import FittedStep
+from adamerge_jax.loading import Models, fold, open_models
+from adamerge_jax.recipes import Recipe, parse_recipe
+from tests.language_references import language_expert
+from tests.references import random_coefficients, randomise, write_recipe
+
+MERGEKIT = os.environ.get("MERGEKIT")
+
+TASKS = ("counting", "naming")
+
+SIZES = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
+
+
+def save(root: Path, base: PreTrainedModel, **changes: Any) -> Recipe:
+    """Saves a base and two experts of it; their recipe."""
+    randomise(base).save_pretrained(root / "base")
+    for seed, task in enumerate(TASKS, start=1):
+        language_expert(base, seed).save_pretrained(root / task)
+    tasks = {task: {"expert": str(root / task), "calibration": "unused"} for task in TASKS}
+    return parse_recipe({"base": str(root / "base"), "tasks": tasks} | changes)
+
+
+def llama(root: Path) -> Recipe:
+    return save(root, LlamaForCausalLM(LlamaConfig(vocab_size=40, **SIZES)))
+
+
+def bert(root: Path) -> Recipe:
+    """Biases stay the base's, and so does its head."""
+    config = BertConfig(vocab_size=40, max_position_embeddings=16, **SIZES)
+    return save(root, BertForSequenceClassification(config), keep_from_base=["*.bias"])
+
+
+KINDS = {"llama": llama, "bert": bert}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def recipe(request, tmp_path_factory) -> Recipe:
+    return KINDS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def models(recipe) -> Models:
+    return open_models(recipe, Path())
+
+
+@pytest.fixture(scope="module")
+def llama_recipe(tmp_path_factory) -> Recipe:
+    return llama(tmp_path_factory.mktemp("llama"))
+
+
+def per_tensor(models: Models, coefficients: Coefficients) -> dict[str, np.ndarray]:
+    """The coefficients of every tensor of the base, 0 where none is merged."""
+    shapes = {name: models.base.shape(name) for name in coefficients.parameters}
+    scales = coefficients.make_granularity(shapes).scales(coefficients.stacked_once())
+    return {
+        name: np.ravel(scales[name]) if name in scales else np.zeros(len(TASKS))
+        for name in models.base.names
+    }
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer", "tensor"])
+def test_a_merge_is_read_back_as_it_was_written(recipe, models, granularity, tmp_path):
+    coefficients = random_coefficients(models, granularity)
+    export_mergekit(recipe, models, coefficients, tmp_path / "merge.yaml")
+    read = read_weights(tmp_path / "merge.yaml", models.base, models.experts)
+    expected = per_tensor(models, coefficients)
+    assert list(read) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(read[name], values, err_msg=name)
+
+
+@pytest.mark.skipif(not MERGEKIT, reason="MERGEKIT names no mergekit-yaml")
+@pytest.mark.parametrize("granularity", ["task", "layer", "tensor"])
+def test_mergekit_makes_the_same_merge(recipe, models, granularity, tmp_path):
+    coefficients = random_coefficients(models, granularity)
+    export_mergekit(recipe, models, coefficients, tmp_path / "merge.yaml")
+    command = [MERGEKIT, "merge.yaml", "merged", "--no-copy-tokenizer"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    theirs = load_file(tmp_path / "merged" / "model.safetensors")
+    ours = dict(fold(models, coefficients))
+    largest = max(np.abs(theirs[name] - values).max() for name, values in ours.items())
+    print(f"{models.config.model_type}, {granularity}: {largest:.1e}")
+    assert largest < 1e-5
+    for name in models.base.extra:
+        np.testing.assert_array_equal(theirs[name], models.base.checkpoint.read(name))
+
+
+def test_a_name_within_another_changes_only_its_own(llama_recipe, tmp_path):
+    models = open_models(llama_recipe, Path())
+    coefficients = random_coefficients(models)
+    values = {name: np.zeros(2, np.float32) for name in coefficients.values}
+    values["model.norm.weight"] = np.ones(2, np.float32)
+    only = Coefficients(**vars(coefficients) | {"values": values})
+    export_mergekit(llama_recipe, models, only, tmp_path / "merge.yaml")
+    read = read_weights(tmp_path / "merge.yaml", models.base, models.experts)
+    assert [name for name, own in read.items() if own.any()] == ["model.norm.weight"]
+
+
+def write_config(folder: Path, recipe: Recipe, **changes: Any) -> Path:
+    """A mergekit config of the recipe's models, as people write them."""
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": recipe.base.path,
+        "models": [
+            {"model": task.expert.path, "parameters": {"weight": 0.25 * (1 + position)}}
+            for position, task in enumerate(recipe.tasks.values())
+        ],
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config | changes))
+    return file
+
+
+def read(file: Path, recipe: Recipe) -> dict[str, np.ndarray]:
+    models = open_models(recipe, Path())
+    return read_weights(file, models.base, models.experts)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, [0.25, 0.5]),
+        ({"parameters": {"lambda": 2}}, [0.5, 1.0]),
+        ({"parameters": {"normalize": True, "lambda": 1.5}}, [0.5, 1.0]),
+        ({"merge_method": "linear"}, [1 / 3, 2 / 3]),
+    ],
+)
+def test_what_weights_are_multiplied_and_divided_by(llama_recipe, tmp_path, changes, expected):
+    for values in read(write_config(tmp_path, llama_recipe, **changes), llama_recipe).values():
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+def test_linear_with_the_base_among_the_models(llama_recipe, tmp_path):
+    models = [{"model": llama_recipe.base.path, "parameters": {"weight": 2}}]
+    models += [{"model": t.expert.path} for t in llama_recipe.tasks.values()]
+    file = write_config(
+        tmp_path,
+        llama_recipe,
+        merge_method="linear",
+        models=models,
+        parameters={"weight": 1},
+    )
+    for values in read(file, llama_recipe).values():
+        np.testing.assert_allclose(values, [0.25, 0.25])
+
+
+def test_filters_and_gradients(llama_recipe, tmp_path):
+    one, two = (task.expert.path for task in llama_recipe.tasks.values())
+    weight = [
+        {"filter": "mlp", "value": [0.0, 1.0]},
+        {"filter": "norm", "value": 0.5},
+        {"value": 2},
+    ]
+    models = [
+        {"model": one, "parameters": {"weight": weight}},
+        {"model": two, "parameters": {"weight": [0.0, 0.2, 1.0]}},
+    ]
+    found = read(write_config(tmp_path, llama_recipe, models=models), llama_recipe)
+    expected = {
+        "model.embed_tokens.weight": [2, 0],
+        "model.layers.0.mlp.up_proj.weight": [0, 0],
+        "model.layers.1.mlp.up_proj.weight": [0.5, 0.2],
+        "model.layers.2.mlp.up_proj.weight": [1, 1],
+        "model.layers.1.input_layernorm.weight": [0.5, 0.2],
+        "model.norm.weight": [0.5, 0],
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"merge_method": "ties"}, "merge_method is 'ties'"),
+        ({"models": None, "slices": []}, "has no list of models"),
+        ({"base_model": "other/base"}, "base_model is 'other/base', the base is"),
+        ({"models": [{"model": "other/expert"}]}, "models.0 is 'other/expert', which is neither"),
+        ({"models": []}, "has no model for expert 'counting'"),
+        ({"parameters": {"lambda": {"a": 1}}}, "is no number, list of numbers or list of filters"),
+        (
+            {"merge_method": "linear", "parameters": {"normalize": False}},
+            "the weights of .* sum to 0.75; without normalize only",
+        ),
+    ],
+)
+def test_configs_that_are_no_coefficients(llama_recipe, tmp_path, changes, match):
+    file = write_config(tmp_path, llama_recipe, **changes)
+    with pytest.raises(InputError, match=match) as caught:
+        read(file, llama_recipe)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "- 1", "base: x"])
+def test_files_that_are_no_configs(llama_recipe, tmp_path, text):
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=r"config\.yaml (cannot be read|is no mergekit config)"):
+        read(file, llama_recipe)
+
+
+@pytest.mark.parametrize(
+    "granularity, interference, match",
+    [
+        ("row", (), "granularity 'row' are finer than tensors"),
+        ("tensor", (FittedStep("elect_sign", {}),), "it has interference steps"),
+    ],
+)
+def test_merges_that_mergekit_cannot_make(llama_recipe, tmp_path, granularity, interference, match):
+    models = open_models(llama_recipe, Path())
+    coefficients = random_coefficients(models, granularity, interference)
+    with pytest.raises(InputError, match=f"mergekit cannot make this merge: .*{match}"):
+        export_mergekit(llama_recipe, models, coefficients, tmp_path / "merge.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_with_unlike_tensors(text_recipe, tmp_path):
+    recipe = parse_recipe(text_recipe)
+    models = open_models(recipe, Path())
+    with pytest.raises(InputError, match=r"base .* has no tensor 'bert\.embeddings"):
+        export_mergekit(recipe, models, random_coefficients(models), tmp_path / "merge.yaml")
+
+
+def test_the_command(llama_recipe, tmp_path, capsys):
+    fields = llama_recipe.model_dump(mode="json")
+    file = write_recipe(tmp_path, fields)
+    models = open_models(llama_recipe, Path())
+    random_coefficients(models).save(tmp_path / "coefficients.safetensors")
+    # Options in any order: of two YAML files, the recipe is the one that is called so.
+    out = tmp_path / "merge.yaml"
+    command = ["mergekit", str(tmp_path / "coefficients.safetensors"), "--out", str(out)]
+    cli.main([*command, "--recipe", str(file), "--export.dtype", "bfloat16"])
+    assert str(out) in capsys.readouterr().out
+    config = yaml.safe_load(out.read_text())
+    assert (config["dtype"], config["out_dtype"]) == ("float32", "bfloat16")
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--recipe", str(file)])
+    assert "merge.yaml exists" in capsys.readouterr().err

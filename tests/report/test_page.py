@@ -1,0 +1,227 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from adamerge_jax import cli
+from adamerge_jax.report import write_page
+from tests.report.saved_runs import ALL, STEPS, TASKS, step, write_run, write_steps
+
+VOID = {"meta", "link", "img", "br", "wbr", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """A page's tables and texts; fails where a tag is not closed."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: dict[str, dict[str, list[str]]] = {}
+        self.images: list[dict[str, str]] = []
+        self.addresses: list[str] = []
+        self.sections: dict[str, str] = {}
+        self._section = ""
+        self._row: list[str] = []
+        self._caption = ""
+        self.source = file.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.addresses += [found[key] for key in ("src", "href", "action") if key in found]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(found)
+        if tag == "section":
+            self._section = found.get("id", "missing")
+            self.sections[self._section] = ""
+        if tag == "caption":
+            self._caption = ""
+        if tag == "tr":
+            self._row = []
+        if tag in ("th", "td"):
+            assert tag == "td" or found["scope"] in ("row", "col")
+            self._row.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "caption":
+            self.tables[self._caption] = {}
+        if tag == "tr":
+            name, *cells = self._row
+            self.tables[self._caption][name] = cells
+
+    def handle_data(self, text):
+        if self._section:
+            self.sections[self._section] += text
+        if "caption" in self.open:
+            self._caption += text
+        elif "th" in self.open or "td" in self.open:
+            self._row[-1] += text
+
+
+def page(folder: Path) -> Page:
+    return Page(write_page(folder))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Page, Path]:
+    folder = write_run(tmp_path_factory.mktemp("run"), *ALL, keep_from_base=["*.bias"])
+    return page(folder), folder
+
+
+def test_it_asks_nobody_for_anything(finished):
+    found, _ = finished
+    assert all(address.startswith(("data:", "#")) for address in found.addresses)
+    assert not re.search(r"@import|url\(|<script", found.source)
+    for address in found.addresses:
+        if address.startswith("#"):
+            assert address[1:] in found.sections
+
+
+def test_every_picture_says_what_it_shows(finished):
+    found, folder = finished
+    assert len(found.images) == 4  # a map and curves of each of two experts
+    for image in found.images:
+        assert image["src"].startswith("data:image/svg+xml;base64,")
+        assert any(task in image["alt"] for task in TASKS)
+    assert "goes from 2.000 at step 0 to 1.100 at step 4" in found.source
+    assert "The coefficients of step 2 were kept" in found.source
+    names = [f"{kind}-{task}" for kind in ("coefficients", "curves") for task in TASKS]
+    files = sorted(folder.glob("report/*"))
+    assert [file.name for file in files] == sorted(f"{name}.png" for name in [*names, "similarity"])
+    for file in files:
+        with Image.open(file) as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 200
+
+
+def test_results(finished):
+    found, _ = finished
+    table = found.tables["Accuracy (%)"]
+    assert table["method"] == ["cat", "dog", "average"]
+    assert table["experts (one model each)"] == ["90.0", "90.0", "90.0"]
+    assert table["learned (tensor)"] == ["80.0★", "60.0★", "70.0★"]
+    assert table["base"] == ["20.0", "30.0", "25.0"]
+    # By hand: 30 of 40, 10 of 40, 20 of 40 points.
+    assert table["gap closed"] == ["75%", "25%", "50%"]
+    assert "closes 50% of the gap" in found.source
+    assert "missing" not in found.sections
+
+
+def test_coefficients(finished):
+    table = finished[0].tables["Mean coefficient by layer and expert"]
+    assert table["layer"] == list(TASKS)
+    assert table["vit.embeddings"] == ["0.10", "1.50"]
+    assert table["vit.encoder.layer.1"] == ["0.30", "-0.50"]
+    spread = finished[0].tables["All coefficients of an expert"]
+    assert spread["dog"] == ["0.000", "1.118", "-1.500", "1.500"]
+
+
+def test_similarity(finished):
+    tables = finished[0].tables
+    overall = tables["Cosine between experts, all merged parameters"]
+    assert overall["cat"] == ["1", "0.37"]
+    assert tables["vit.encoder.layer.0"]["dog"] == ["-0.21", "1"]
+    by_layer = tables["Mean cosine to the other experts, by layer"]
+    assert by_layer["vit.encoder.layer.0"] == ["-0.21", "-0.21"]
+    assert by_layer["vit.layernorm"] == ["\N{EN DASH}"] * 2
+    assert tables["Length of the task vectors"]["norm"] == ["1.25", "2.5"]
+
+
+def test_disagreement_before_and_after(finished):
+    found, _ = finished
+    table = found.tables["Part of the held-out examples"]
+    assert table["cat"] == ["10", "75.0%", "25.0%"]
+    text = " ".join(found.sections["disagreement"].split())
+    assert "of cat are compared with the classes that the expert gives" in text
+    assert "of dog are compared with the labels" in text
+    assert "kept, of step 2" in text
+
+
+def test_what_was_kept_from_the_base(finished):
+    text = " ".join(finished[0].sections["base"].split())
+    assert "1,234,567 parameters in 4 tensors" in text
+    assert "vit.encoder.layer.*.layernorm.bias (2 tensors)" in text
+    assert "no expert changed themvit.pooler.dense.weight" in text
+
+
+def test_cost(finished):
+    table = finished[0].tables["What the run took"]
+    assert table["coefficients"] == ["8"]
+    assert table["examples to learn from"] == ["180"]
+    assert table["steps"] == ["4"]
+    assert table["steps per second (median)"] == ["4"]
+    assert table["time: all of it"] == ["21.5 s"]
+    assert table["peak memory of the process"] == ["2.5 GB"]
+
+
+def test_the_same_run_gives_the_same_page(finished):
+    found, folder = finished
+    assert page(folder).source == found.source
+
+
+@pytest.mark.parametrize(
+    ("parts", "missing"),
+    [
+        ([], ["No coefficients", "not come to its end", "no metrics.jsonl", "no run.json"]),
+        (["metrics"], ["step 4 of 4 was the last", "not come to its end", "no run.json"]),
+        (["coefficients", "record"], ["not come to its end", "no metrics.jsonl"]),
+    ],
+)
+def test_what_is_missing_is_named(parts, missing, tmp_path):
+    text = page(write_run(tmp_path, *parts)).sections["missing"]
+    assert all(each in text for each in missing)
+    assert text.count("No ") == len(missing)
+
+
+def test_without_test_data(tmp_path):
+    tasks = {
+        task: {"expert": f"experts/{task}", "calibration": f"data/{task}.npz"} for task in TASKS
+    }
+    folder = write_run(tmp_path, tasks=tasks)
+    assert "the recipe names no test data" in page(folder).sections["missing"]
+
+
+def test_a_loss_is_the_better_the_lower_it_is(tmp_path):
+    folder = write_run(tmp_path, "results")
+    file = folder / "results.json"
+    file.write_text(file.read_text().replace('"accuracy"', '"loss"'))
+    table = page(folder).tables["Loss (nats per token)"]
+    assert table["base"] == ["0.200★", "0.300★", "0.250★"]
+    assert table["gap closed"] == ["\N{EN DASH}"] * 3
+
+
+def test_agreement_that_was_not_measured(tmp_path):
+    folder = write_run(tmp_path)
+    write_steps(folder, [step(0, (2.0, None)), step(1), step(2, (1.0, None))])
+    assert "Not measured" in page(folder).sections["disagreement"]
+
+
+def test_curves_of_coarse_coefficients_come_first(tmp_path):
+    chosen = {"granularity": "tensor", "coarse": {"granularity": "layer", "steps": 2}}
+    folder = write_run(tmp_path, coefficients=chosen)
+    write_steps(folder, [*STEPS[:3], *STEPS])
+    text = page(folder).sections["curves"]
+    assert text.index("Coarse coefficients") < text.index("Learning", text.index("Coarse"))
+    assert (folder / "report" / "curves-coarse-0-cat.png").is_file()
+
+
+def test_names_are_text_and_no_markup(tmp_path):
+    found = page(write_run(tmp_path, name="<b>&co"))
+    assert "<b>" not in found.source
+    assert "&lt;b&gt;&amp;co" in found.source.replace("<wbr>", "")
+
+
+def test_the_command(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    cli.main(["report", str(folder)])
+    assert capsys.readouterr().out.strip() == f"report {folder / 'report.html'}"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "is no run folder" in capsys.readouterr().err

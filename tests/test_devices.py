@@ -1,0 +1,206 @@
+"""The same recipe on one device, on eight, and on those of two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from adamerge_jax import cli
+from adamerge_jax.checkpoints.orbax import load_parameters
+from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.devices import ONE_DEVICE, Devices, open_devices
+from adamerge_jax.errors import InputError
+from adamerge_jax.merging import learn_coefficients, pose
+from adamerge_jax.recipes import DevicesRecipe, parse_recipe
+from adamerge_jax.workspace import open_workspace
+from tests.adapter_references import letter_tokenizer, save_experts
+from tests.references import sentences, write_json_lines, write_recipe
+
+LEARNING = dict(
+    steps=4,
+    batch_size=4,
+    # Rounding decides on the sign of a gradient that is almost 0, and Adam would make whole steps
+    # of it; a large eps leaves it as small as it is.
+    optimizer=dict(name="adam", learning_rate=0.01, options=dict(eps=1e-3)),
+)
+
+LEARN = """
+import json, sys
+from contextlib import nullcontext
+from pathlib import Path
+from adamerge_jax.devices import open_devices
+from adamerge_jax.merging import learn_coefficients, pose
+from adamerge_jax.recipes import load_recipe
+from adamerge_jax.workspace import open_workspace
+
+for folder in map(Path, sys.argv[1:]):
+    recipe = load_recipe(folder / "recipe.yaml")
+    devices = open_devices(recipe.devices)
+    problem = pose(recipe, open_workspace(recipe, folder, devices))
+    merge = learn_coefficients(problem, watch=lambda *what: nullcontext(lambda progress: None))
+    merge.coefficients.save(folder / "coefficients.safetensors")
+    parts = {name: array.addressable_shards[0].data.shape for name, array in problem.base.items()}
+    (folder / "parts.json").write_text(json.dumps([str(devices), parts]))
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder(text_fields) -> dict[str, Any]:
+    """Three tasks, so that 12 examples are in a batch, which 8 devices do not share evenly."""
+    tasks = {
+        name: {key: own for key, own in task.items() if key != "test"}
+        for name, task in text_fields["tasks"].items()
+    }
+    return text_fields | {"preset": "recommended", "tasks": tasks, "learning": LEARNING}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> dict[str, Any]:
+    """Adapters of a decoder, 24 examples in a batch."""
+    root = tmp_path_factory.mktemp("adapters")
+    fields, _ = save_experts("llama", root)
+    letter_tokenizer().save_pretrained(root / "base")
+    for seed, (task, own) in enumerate(fields["tasks"].items()):
+        rows = [{"text": text} for text in sentences(20, seed)]
+        own["calibration"] = str(write_json_lines(root / f"{task}.jsonl", rows))
+    return fields | {"preset": "recommended", "learning": LEARNING | {"batch_size": 8}}
+
+
+def learn(fields: Mapping[str, Any]) -> Coefficients:
+    """What one device learns."""
+    recipe = parse_recipe(dict(fields))
+    problem = pose(recipe, open_workspace(recipe, Path("/")))
+    return learn_coefficients(
+        problem, watch=lambda *what: nullcontext(lambda progress: None)
+    ).coefficients
+
+
+def require_close(found: Coefficients, expected: Coefficients) -> None:
+    assert found.step == expected.step > 0
+    assert found.values.keys() == expected.values.keys()
+    for group, values in expected.values.items():
+        np.testing.assert_allclose(found.values[group], values, rtol=0, atol=1e-5, err_msg=group)
+    # Far more than the tolerance.
+    assert max(np.abs(values - 0.3).max() for values in expected.values.values()) > 0.01
+
+
+def on_virtual_devices(count: int) -> dict[str, str]:
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
+def test_eight_devices_learn_what_one_does(encoder, adapters, tmp_path):
+    folders = {}
+    for kind, fields in (("encoder", encoder), ("adapters", adapters)):
+        for model in (1, 2):
+            folder = folders[kind, model] = tmp_path / f"{kind}-{model}"
+            folder.mkdir()
+            write_recipe(folder, fields | {"devices": {"model": model}})
+    subprocess.run(
+        [sys.executable, "-c", LEARN, *map(str, folders.values())],
+        env=on_virtual_devices(8),
+        check=True,
+    )
+    expected = {"encoder": learn(encoder), "adapters": learn(adapters)}
+    for (kind, model), folder in folders.items():
+        require_close(Coefficients.load(folder / "coefficients.safetensors"), expected[kind])
+        said, parts = json.loads((folder / "parts.json").read_text())
+        assert said == f"8 devices (cpu; data {8 // model} x model {model})"
+        if kind == "encoder":
+            assert parts["bert.encoder.layer.*.intermediate.dense.weight"] == [4, 384 // model, 96]
+            assert parts["bert.encoder.layer.*.intermediate.dense.bias"] == [4, 384]
+            assert parts["bert.embeddings.word_embeddings.weight"] == [512 // model, 96]
+
+
+def test_two_processes(image_fields, tmp_path):
+    """Whole runs by the command: one merge, written once, each process with a part of it."""
+    fields = image_fields | {"preset": "recommended", "learning": LEARNING}
+    recipe = write_recipe(tmp_path, fields)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from adamerge_jax import cli; cli.main()", "learn"]
+    command += [str(recipe), "--out", str(tmp_path / "two"), "--devices.distributed"]
+    command += ["--devices.coordinator", f"127.0.0.1:{port}", "--devices.processes", "2"]
+    command += ["--devices.model", "2"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--devices.process", str(index)],
+            env=on_virtual_devices(1),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    cli.main(["learn", str(recipe), "--out", str(tmp_path / "one")])
+    one, two = tmp_path / "one", tmp_path / "two"
+    require_close(*(Coefficients.load(run / "coefficients.safetensors") for run in (two, one)))
+    assert "2 processes" in printed[0] and "held-out loss" in printed[0]
+    ours = [line for line in printed[1].splitlines() if "Gloo" not in line]
+    assert not any("loss" in line or "checkpoint" in line for line in ours)
+    for name in ("metrics.jsonl", "results.json"):
+        lines = [(run / name).read_text().splitlines() for run in (two, one)]
+        assert len(lines[0]) == len(lines[1])
+    results = [json.loads((run / "results.json").read_text())["rows"] for run in (two, one)]
+    assert [row["method"] for row in results[0]] == [row["method"] for row in results[1]]
+    for mine, expected in zip(*results, strict=True):
+        assert mine["tasks"] == pytest.approx(expected["tasks"])
+    assert sorted(f.name for f in two.iterdir()) == sorted(f.name for f in one.iterdir())
+    arrays, expected = (load_parameters(run / "orbax") for run in (two, one))
+    assert arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(arrays[name], array, rtol=0, atol=1e-5)
+
+
+class FakeMesh(NamedTuple):
+    """How an array is split depends on nothing else of a mesh."""
+
+    shape: dict[str, int]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("a.weight", (8, 12), ("model",)),
+        ("a.weight", (6, 12), (None, "model")),
+        ("a.weight", (6, 3, 4, 8), (None, None, None, "model")),
+        ("a.weight", (6, 10), ()),
+        ("a.bias", (8,), ()),
+        ("a.*.weight", (4, 8, 12), (None, "model")),
+        ("a.*.bias", (4, 8), ()),
+    ],
+)
+def test_how_parameters_are_split(name, shape, expected):
+    devices = Devices(FakeMesh({"data": 2, "model": 4}))
+    whole = int(".*." in name)
+    assert devices._split(shape, whole) == PartitionSpec(*expected)
+    # A delta has an axis of experts in front, which is whole.
+    after = (*([None] if whole else []), None, *expected[whole:]) if expected else ()
+    delta = (*shape[:whole], 5, *shape[whole:])
+    assert devices._split(delta, whole + 1) == PartitionSpec(*after)
+
+
+def test_one_device_is_left_alone():
+    assert open_devices(DevicesRecipe()) is ONE_DEVICE
+    trunk = object()
+    assert ONE_DEVICE.spread(trunk) is trunk
+    batch = {"pixel_values": np.zeros((3, 2))}
+    assert ONE_DEVICE.examples(batch) is batch
+
+
+def test_what_is_refused():
+    with pytest.raises(InputError, match=r"devices.model: 3 does not divide the 1 devices"):
+        open_devices(DevicesRecipe(model=3))
+    fields = {"base": "b", "tasks": {"t": {"expert": "e", "calibration": "c"}}}
+    with pytest.raises(InputError, match=r"devices.processes: is for several processes"):
+        parse_recipe(fields | {"devices": {"processes": 2}})

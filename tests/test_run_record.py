@@ -1,0 +1,36 @@
+import json
+import time
+
+import pytest
+
+from adamerge_jax.run_record import RunRecord
+
+
+def test_times_of_phases_add_up(tmp_path):
+    record = RunRecord(tmp_path)
+    with record.phase("learning"):
+        time.sleep(0.02)
+    again = RunRecord(tmp_path)
+    with pytest.raises(KeyboardInterrupt), again.phase("learning"):
+        time.sleep(0.03)
+        raise KeyboardInterrupt
+    again.add(device="a chip")
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert 0.05 <= found["seconds"]["learning"] < 5
+    assert found["device"] == "a chip"
+    assert found["peak_memory_bytes"]["process"] > 10**7
+
+
+def test_nothing_is_written_before_the_folder_is_there(tmp_path):
+    folder = tmp_path / "run"
+    record = RunRecord(folder)
+    with record.phase("opening"):
+        pass
+    assert not folder.exists()
+    folder.mkdir()
+    with record.phase("learning"):
+        pass
+    assert json.loads((folder / "run.json").read_text())["seconds"].keys() == {
+        "opening",
+        "learning",
+    }
