@@ -17,7 +17,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,14 +196,8 @@ def predict(recipe: Path) -> dict[str, float]:
     from adamerge_jax import load_recipe
     from adamerge_jax.plan import make_plan
 
-    began = time.perf_counter()
     plan = make_plan(load_recipe(recipe), recipe.parent)
-    return {
-        "peak": plan.peak,
-        "step": plan.seconds.step,
-        "seconds": time.perf_counter() - began,
-        "own": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    return {"peak": plan.peak, "step": plan.seconds.step}
 
 
 def measure(recipe: Path) -> dict[str, float]:
@@ -234,21 +227,17 @@ def main() -> None:
         what, recipe = arguments.process
         print(json.dumps({"plan": predict, "learn": measure}[what](Path(recipe))))
         return
-    table = Table(title="Peak memory and time of a step")
-    for column in ("", "predicted GB", "measured GB", "ratio", "plan s", "plan GB"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for column in ("step s predicted", "measured"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = Table(title="Peak memory (GB), seconds of a step")
+    columns = ("predicted GB", "measured GB", "ratio", "predicted s", "measured s")
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
     for kind in [arguments.kind] if arguments.kind else KINDS:
         with tempfile.TemporaryDirectory() as folder:
             recipe = write_recipe(Path(folder), kind)
             predicted, measured = (in_own_process(what, recipe) for what in ("plan", "learn"))
-        row = [predicted["peak"] / 1e9, measured["peak"] / 1e9]
-        row += [predicted["peak"] / measured["peak"], predicted["seconds"], predicted["own"] / 1e9]
-        table.add_row(
-            kind, *(f"{value:.2f}" for value in (*row, predicted["step"], measured["step"]))
-        )
-        print(kind, [f"{value:.3f}" for value in row], flush=True)
+        peaks = predicted["peak"] / 1e9, measured["peak"] / 1e9
+        values = (*peaks, peaks[0] / peaks[1], predicted["step"], measured["step"])
+        table.add_row(kind, *(f"{value:.2f}" for value in values))
     Console().print(table)
 
 
