@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.console import Console
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -90,7 +92,7 @@ def export(
     first = is_first_process()
     with console.status("writing the checkpoint"):
         if first:
-            _export_checkpoint(recipe, models, coefficients, out, rows)
+            _export_checkpoint(recipe, models, coefficients, out, root, rows)
         wait_for_all("checkpoint written")
     with console.status("writing the Orbax checkpoint"):
         merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
@@ -101,7 +103,12 @@ def export(
 
 
 def _export_checkpoint(
-    recipe: Recipe, models: Models, coefficients: Coefficients, out: Path, rows: list[Row]
+    recipe: Recipe,
+    models: Models,
+    coefficients: Coefficients,
+    out: Path,
+    root: Path,
+    rows: list[Row],
 ) -> None:
     """Writes the merged model and that of every task as `save_pretrained` would."""
 

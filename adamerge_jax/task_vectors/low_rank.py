@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from adamerge_jax.devices import fetch
 from adamerge_jax.task_vectors.dense import positions_in, random_order
 from adamerge_jax.task_vectors.factored import FactoredDelta
 

@@ -1,8 +1,8 @@
 """Peak memory against the number of experts: `python experiments/benchmarks/memory.py`.
 
-A vision transformer of 25 M parameters in float32 learns one coefficient per row of 1, 2, 4, 8 and
-16 experts, with the task vectors on the device, in the host's memory and on disk. The whole way is
-measured: experts are read from their checkpoints, the step is compiled and run. The batch is 16
+A vision transformer of 25 M parameters in float32 learns one coefficient per tensor of 1, 2, 4, 8
+and 16 experts, with the task vectors on the device, in the host's memory and on disk. The whole way
+is measured: experts are read from their checkpoints, the step is compiled and run. The batch is 16
 images however many experts there are, so that what grows is what experts take.
 
 Each row is a process of its own. `arguments` are the arrays that the compiled step is given, on the
@@ -49,8 +49,8 @@ MODEL = dict(
     intermediate_size=2048,
     num_hidden_layers=8,
     num_attention_heads=8,
-    image_size=64,
-    patch_size=16,
+    image_size=32,
+    patch_size=8,
     num_labels=CLASSES,
 )
 
@@ -97,14 +97,14 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
                 f"task{k}": task | {"expert": str(folder / f"expert{k}")}
                 for k in range(1, experts + 1)
             },
-            "coefficients": {"granularity": "row"},
+            "coefficients": {"granularity": "tensor"},
             "task_vectors": {"memory": place},
             "learning": {"batch_size": IMAGES // experts, "rematerialize": "layer"},
         }
     )
     problem = pose(recipe, open_workspace(recipe, folder))
     workspace = problem.workspace
-    granularity = make_granularity("row", {}, problem.shapes)
+    granularity = make_granularity("tensor", {}, problem.shapes)
     heads = list(workspace.head_networks.values())
     learner = learning.make_learner(
         learning.forward_with_heads(workspace.trunk, heads),
@@ -172,7 +172,7 @@ def main() -> None:
             for experts in arguments.experts:
                 own = found[experts] = in_own_process(Path(folder), place, experts)
                 values = (own[key] / 1e6 for key in ("device", "host", "temporary"))
-                used = f"{own['used'] / 1e6:.0f}" if own["used"] else "as the process"
+                used = f"{own['used'] / 1e6:.0f}" if own["used"] else "-"
                 resident = f"{own['resident'] / 1e6:.0f}"
                 row = (place, str(experts), *map("{:.0f}".format, values), used, resident)
                 table.add_row(*row)
