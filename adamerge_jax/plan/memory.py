@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from adamerge_jax.exporting import export_bytes
 from adamerge_jax.models import head_parameters
-from adamerge_jax.plan.outline import AbstractLearning, Outline
+from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of
 from adamerge_jax.targets import MEMORY_BYTES
 
@@ -128,7 +128,12 @@ def _compiled_bytes(function: Any, *arguments: Any) -> int:
 
 
 def memory_of(
-    outline: Outline, learning: AbstractLearning, programs: Programs, *, floor: int
+    outline: Outline,
+    learning: AbstractLearning,
+    programs: Programs,
+    *,
+    floor: int,
+    devices: int = 1,
 ) -> Memory:
     """The parts and the phases of a run.
 
@@ -137,6 +142,7 @@ def memory_of(
         learning: Its learning loop.
         programs: The work of its compiled functions.
         floor: Bytes that the process has without any array or compiled program.
+        devices: Of the run; its peaks are those of one.
     """
     base, deltas = bytes_of(outline.base), bytes_of(outline.deltas)
     # What a granularity lays out anew is there in both layouts.
@@ -159,9 +165,10 @@ def memory_of(
     largest = max(4 * int(np.prod(info.shape)) for info in _tensors(outline))
     merged = export_bytes(outline.models, outline.recipe)
 
+    place = {"device": "", "host": " (host)", "disk": " (disk)"}[outline.recipe.task_vectors.memory]
     parts = {
         "base": base,
-        f"task vectors of {outline.experts} experts": deltas + copied,
+        f"task vectors of {outline.experts} experts{place}": deltas + copied,
         "task heads": heads,
         "coefficients": coefficients,
         "their gradient": coefficients,
@@ -176,19 +183,33 @@ def memory_of(
             "its activations": programs.ask.kept_bytes,
             "what is kept of the experts' answers (host)": targets,
         }
-    held = base + deltas
-    phases = [Phase("reading task vectors", held, data + 3 * largest)]
+    streamed = 0
+    if outline.recipe.task_vectors.memory != "device":
+        streamed = sum(map(streamed_bytes, outline.deltas.values()))
+    beside = streamed if outline.recipe.task_vectors.memory == "host" else 0
+    # Parameters and task vectors are split among the devices of the model axis, examples among all.
+    held = (base + deltas + copied - streamed) // outline.recipe.devices.model
+    step_kept, ask_kept = (
+        each // devices
+        for each in (
+            max(programs.step.kept_bytes, programs.look.kept_bytes),
+            programs.ask.kept_bytes,
+        )
+    )
+    expert //= outline.recipe.devices.model
+    # Interference steps look at all task vectors together.
+    whole = streamed if outline.recipe.interference else beside
+    phases = [Phase("reading task vectors", held, data + whole + 3 * largest)]
     if asked:
-        ask = held + heads + expert + programs.ask.kept_bytes
-        phases.append(Phase("asking the experts", ask, data + targets))
-    kept = max(programs.step.kept_bytes, programs.look.kept_bytes)
-    step = held + copied + heads + state + batch + kept
-    phases.append(Phase("learning", step, data + targets + coefficients))
+        ask = held + heads + expert + ask_kept
+        phases.append(Phase("asking the experts", ask, data + beside + targets))
+    step = held + heads + state + batch // devices + step_kept
+    phases.append(Phase("learning", step, data + beside + targets + coefficients))
     if outline.data["test"]:
-        evaluating = held + copied + heads + base + programs.ask.kept_bytes
-        phases.append(Phase("evaluating", evaluating, data + targets))
+        evaluating = held + heads + base // outline.recipe.devices.model + ask_kept
+        phases.append(Phase("evaluating", evaluating, data + beside + targets))
     shard = min(merged, outline.recipe.export.shard_megabytes * 10**6)
-    phases.append(Phase("exporting", held + copied + merged, data + targets + max(shard, merged)))
+    phases.append(Phase("exporting", held, data + beside + targets + shard + 3 * largest))
     return Memory(parts, phases, floor + RUNTIME_BYTES)
 
 

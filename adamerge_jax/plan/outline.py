@@ -13,7 +13,15 @@ import numpy as np
 from adamerge_jax.calibration import Batch
 from adamerge_jax.granularities import Granularity, Shapes, Values, constant, make_granularity
 from adamerge_jax.learning import Frozen, Learner, State
-from adamerge_jax.loading import DTYPES, FLOAT32, Expert, Models, open_models
+from adamerge_jax.loading import (
+    DELTA_DTYPES,
+    DTYPES,
+    FLOAT32,
+    INT8,
+    Expert,
+    Models,
+    open_models,
+)
 from adamerge_jax.merging import granularity_of, learner_of, needs_of
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, Outputs, head_parameters
@@ -21,6 +29,7 @@ from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.names import is_stacked, tensor_shape
 from adamerge_jax.objectives import Needs, Targets, TopTokens
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes
+from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, Recipe
 from adamerge_jax.task_vectors import (
     ChunkedDelta,
@@ -30,6 +39,7 @@ from adamerge_jax.task_vectors import (
     JoinedDelta,
     LowRankDelta,
     LowRankPieces,
+    QuantizedDelta,
 )
 
 Abstract = jax.ShapeDtypeStruct
@@ -141,7 +151,7 @@ class Outline(NamedTuple):
         if not getattr(expert, "factors", None):
             return self.base
         alone = dataclasses.replace(self.models, experts={task: expert}, kept=frozenset())
-        deltas = _deltas(alone, self.recipe, interference=False)
+        deltas = _deltas(alone, _dtype(self.recipe), interference=False)
         shapes = {name: self.models.shapes[name] for name in deltas}
         whole = make_granularity("tensor", {}, shapes)
         start = partial(constant, shapes, 1, 1.0)
@@ -178,6 +188,13 @@ class Outline(NamedTuple):
     def tensors_mixed(self) -> int:
         """Number of tensors that are mixed."""
         return sum(len(_open_tensors(self.models, name)) for name in self.deltas)
+
+
+def streamed_bytes(delta: Delta) -> int:
+    """What of a delta can be outside the device: its entries, not its factors."""
+    if isinstance(delta, JoinedDelta):
+        return sum(map(streamed_bytes, delta.parts))
+    return bytes_of(delta) if isinstance(delta, DenseDelta | QuantizedDelta) else 0
 
 
 class AbstractLearning(NamedTuple):
@@ -244,13 +261,18 @@ def of_models(
         heads,
         kept,
         base,
-        _deltas(models, recipe, interference=bool(recipe.interference)),
+        _deltas(models, _delta_dtype(recipe), interference=bool(recipe.interference)),
         needs,
     )
 
 
 def _dtype(recipe: Recipe) -> np.dtype | None:
     return DTYPES[recipe.dtype] if recipe.dtype else None
+
+
+def _delta_dtype(recipe: Recipe) -> np.dtype | None:
+    chosen = recipe.task_vectors.dtype
+    return DELTA_DTYPES[chosen] if chosen else _dtype(recipe)
 
 
 def _kept_by_task(recipe: Recipe, models: Models, head: Network, task: str) -> dict[str, Abstract]:
@@ -279,7 +301,7 @@ def _open_tensors(models: Models, name: str) -> list[str]:
     ]
 
 
-def _deltas(models: Models, recipe: Recipe, *, interference: bool) -> dict[str, Delta]:
+def _deltas(models: Models, dtype: np.dtype | None, *, interference: bool) -> dict[str, Delta]:
     """Abstract task vectors, in the representation that loading them gives.
 
     What no expert changed is known only from the weights: here all that may differ does.
@@ -287,7 +309,7 @@ def _deltas(models: Models, recipe: Recipe, *, interference: bool) -> dict[str, 
     deltas = {}
     for name in models.shapes:
         if tensors := _open_tensors(models, name):
-            deltas[name] = _delta(models, name, tensors, _dtype(recipe), interference)
+            deltas[name] = _delta(models, name, tensors, dtype, interference)
     return deltas
 
 
@@ -299,8 +321,12 @@ def _delta(
     shape = models.shapes[name]
     layers, own = shape[: is_stacked(name)], tensor_shape(name, shape)
 
-    def dense(count: int) -> DenseDelta:
+    def dense(count: int) -> DenseDelta | QuantizedDelta:
         stored = dtype or models.base.dtype(models.tensors(name)[0])
+        if stored == INT8:
+            rows = (own[0],) + (1,) * (len(own) - 1) if len(own) > 1 else (1,)
+            steps = Abstract((*layers, count, *rows), np.float32)
+            return QuantizedDelta(Abstract((*layers, count, *own), INT8), steps)
         return DenseDelta(Abstract((*layers, count, *own), stored))
 
     low_rank = [k for k, each in enumerate(experts) if any(map(each.has_factors, tensors))]
@@ -308,9 +334,10 @@ def _delta(
         return dense(len(experts))
     rank = max(_rank(experts[k], tensor) for k in low_rank for tensor in tensors)
     height, width = own
+    stored = FLOAT32 if dtype in (None, INT8) else dtype
     factors = LowRankDelta(
-        Abstract((*layers, len(low_rank), height, rank), dtype or FLOAT32),
-        Abstract((*layers, len(low_rank), rank, width), dtype or FLOAT32),
+        Abstract((*layers, len(low_rank), height, rank), stored),
+        Abstract((*layers, len(low_rank), rank, width), stored),
     )
     whole = [
         k
@@ -348,7 +375,7 @@ class _Preparing:
                 return LowRankPieces(delta.left, delta.right, position(layers, shape), pieces)
             lead, shape = delta.values.shape[: 1 + stacked], delta.values.shape[1 + stacked :]
             values = Abstract((*lead, pieces, ceil(prod(shape) / pieces)), delta.values.dtype)
-            return ChunkedDelta(values, position(lead[:-1], shape), shape)
+            return ChunkedDelta(DenseDelta(values), position(lead[:-1], shape), shape)
 
         def position(layers: tuple[int, ...], shape: tuple[int, ...]) -> Abstract | None:
             return None if seed is None else Abstract((*layers, prod(shape)), np.int32)

@@ -10,13 +10,20 @@ import jax
 import numpy as np
 
 from adamerge_jax.calibration import BATCHES_SORTED_TOGETHER
+from adamerge_jax.errors import InputError
 from adamerge_jax.exporting import export_bytes
 from adamerge_jax.granularities import count_units
-from adamerge_jax.plan.devices import Device, find_device, host_memory, resident_bytes
+from adamerge_jax.plan.devices import (
+    DEVICES,
+    Device,
+    find_device,
+    host_memory,
+    resident_bytes,
+)
 from adamerge_jax.plan.memory import Memory, Programs, memory_of, programs_of
 from adamerge_jax.plan.outline import Outline, of_models, outline
 from adamerge_jax.plan.work import Work
-from adamerge_jax.recipes import Recipe
+from adamerge_jax.recipes import Recipe, parse_recipe
 
 
 class Change(NamedTuple):
@@ -117,7 +124,8 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
     compiled = device is None or (device == "cpu" and present == "cpu")
     learning = merge.learning()
     programs = programs_of(merge, learning, compiled=compiled)
-    memory = memory_of(merge, learning, programs, floor=floor)
+    devices = recipe.devices.model if device in DEVICES else max(1, jax.device_count())
+    memory = memory_of(merge, learning, programs, floor=floor, devices=devices)
     parameters = sum(int(np.prod(leaf.shape)) for leaf in merge.base.values())
     shapes = merge.shapes
     fits = _peak(memory, chosen) <= chosen.memory
@@ -131,7 +139,7 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
         host_memory(),
         _seconds(merge, programs, chosen),
         2 * export_bytes(merge.models, recipe),
-        [] if fits else list(_changes(merge, chosen, floor)),
+        [] if fits else list(_changes(merge, chosen, floor, devices)),
         compiled,
         [
             f"{part} data of {task}: {size.assumed}"
@@ -186,7 +194,7 @@ def _average_length(merge: Outline) -> float:
     return float(np.max(longest, axis=0).mean())
 
 
-def _changes(merge: Outline, device: Device, floor: int) -> Iterator[Change]:
+def _changes(merge: Outline, device: Device, floor: int, devices: int) -> Iterator[Change]:
     """Changes that lower the peak, the cheapest first, one after the other until it fits.
 
     They are judged by the traces of the changed programs, without compiling them.
@@ -196,7 +204,8 @@ def _changes(merge: Outline, device: Device, floor: int) -> Iterator[Change]:
         changed = of_models(recipe, merge.models, _cut(merge, recipe))
         learning = changed.learning()
         programs = programs_of(changed, learning, compiled=False)
-        return _peak(memory_of(changed, learning, programs, floor=floor), device)
+        memory = memory_of(changed, learning, programs, floor=floor, devices=devices)
+        return _peak(memory, device)
 
     recipe = merge.recipe
     before = peak_of(recipe)
@@ -204,7 +213,12 @@ def _changes(merge: Outline, device: Device, floor: int) -> Iterator[Change]:
     for field, value in _candidates(recipe):
         if field in useless:
             continue
-        changed = _with(recipe, field, value)
+        try:
+            changed = _with(recipe, field, value)
+        except InputError:
+            # Not together with what else the recipe says.
+            useless.add(field)
+            continue
         peak = peak_of(changed)
         # What is of no use is not advised, nor more of the same.
         if peak > 0.98 * before:
@@ -221,13 +235,26 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     # A little time: more is computed twice.
     if recipe.learning.rematerialize != "layer":
         yield "learning.rematerialize", "layer"
-    # Nothing but smaller products, while experts are asked and the table is made.
-    yield from (("evaluation.batch_size", size) for size in _halves(recipe.evaluation.batch_size))
-    # Noisier gradients.
-    yield from (("learning.batch_size", size) for size in _halves(recipe.learning.batch_size))
+    # Nothing but smaller products.
+    size = recipe.learning.batch_size
+    for parts in range(recipe.learning.microbatches + 1, size + 1):
+        if size % parts == 0:
+            yield "learning.microbatches", parts
+    yield from (("evaluation.batch_size", each) for each in _halves(recipe.evaluation.batch_size))
     # Digits.
+    if recipe.task_vectors.dtype is None:
+        yield "task_vectors.dtype", "bfloat16"
     if recipe.dtype is None or recipe.dtype == "float32":
         yield "dtype", "bfloat16"
+    if recipe.task_vectors.dtype != "int8":
+        yield "task_vectors.dtype", "int8"
+    # Time: task vectors are moved in every step.
+    if recipe.task_vectors.memory == "device" and recipe.devices.model == 1:
+        yield "task_vectors.memory", "host"
+    if recipe.task_vectors.memory != "disk" and recipe.devices.model == 1:
+        yield "task_vectors.memory", "disk"
+    # Noisier gradients.
+    yield from (("learning.batch_size", each) for each in _halves(size))
     # The end of long texts.
     yield from (("max_length", length) for length in _halves(recipe.max_length) if length >= 32)
 
@@ -237,12 +264,15 @@ def _halves(size: int) -> list[int]:
 
 
 def _with(recipe: Recipe, field: str, value: Any) -> Recipe:
-    """The recipe with one field changed."""
+    """The recipe with one field changed.
+
+    Raises:
+        InputError: The other fields do not go with it.
+    """
+    fields = recipe.model_dump()
     section, _, name = field.rpartition(".")
-    if not section:
-        return recipe.model_copy(update={name: value})
-    own = getattr(recipe, section).model_copy(update={name: value})
-    return recipe.model_copy(update={section: own})
+    (fields[section] if section else fields)[name] = value
+    return parse_recipe(fields)
 
 
 def _cut(merge: Outline, recipe: Recipe) -> Mapping[str, Any]:

@@ -81,6 +81,7 @@ ALIGNMENT = [{"name": "logit_alignment", "options": {"elsewhere": 0.1}}]
         },
         {"coefficients": {"granularity": "partition", "granularity_options": {"groups": 3}}},
         {"coefficients": {"granularity": "singular", "granularity_options": {"rank": 2}}},
+        {"task_vectors": {"dtype": "int8"}, "learning": {"steps": 1, "batch_size": 4}},
         {
             "objectives": [{"name": "hidden_state_alignment", "options": {"layers": [1, -1]}}],
             "interference": [{"name": "trim", "options": {"density": 0.5}}],
@@ -195,6 +196,25 @@ def test_rematerialising_and_half_precision_take_less(text_recipe, tmp_path):
     }
     assert by_choice["layer"] < by_choice["elementwise"] < by_choice["nothing"]
     assert activations(dtype="bfloat16") < 0.9 * by_choice["elementwise"]
+
+
+def test_task_vectors_elsewhere_and_batches_in_parts(text_recipe, tmp_path):
+    def memory(**changes: Any) -> Any:
+        return make_plan(parse_recipe(text_recipe | changes), tmp_path, "h100").memory
+
+    def at(found: Any, place: str) -> int:
+        return next(getattr(each, place) for each in found.phases if each.name == "learning")
+
+    here, host, disk = (
+        memory(task_vectors={"memory": place}) for place in ("device", "host", "disk")
+    )
+    moved = here.parts["task vectors of 3 experts"]
+    assert at(here, "device") - moved == at(host, "device") == at(disk, "device")
+    assert at(host, "host") - moved == at(here, "host") == at(disk, "host")
+    parts = memory(learning=text_recipe["learning"] | {"microbatches": 4})
+    name = "activations of a step"
+    assert parts.parts[name] < 0.6 * here.parts[name]
+    assert at(memory(devices={"model": 2}), "device") < 0.6 * at(here, "device")
 
 
 def test_data_that_is_elsewhere_is_assumed(text_recipe, tmp_path, capsys):
