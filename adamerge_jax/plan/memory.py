@@ -134,6 +134,7 @@ def memory_of(
     *,
     floor: int,
     devices: int = 1,
+    split: int = 1,
 ) -> Memory:
     """The parts and the phases of a run.
 
@@ -142,7 +143,8 @@ def memory_of(
         learning: Its learning loop.
         programs: The work of its compiled functions.
         floor: Bytes that the process has without any array or compiled program.
-        devices: Of the run; its peaks are those of one.
+        devices: Among which examples are split; the device's peaks are those of one.
+        split: Devices among which parameters and task vectors are split.
     """
     base, deltas = bytes_of(outline.base), bytes_of(outline.deltas)
     # What a granularity lays out anew is there in both layouts.
@@ -187,8 +189,7 @@ def memory_of(
     if outline.recipe.task_vectors.memory != "device":
         streamed = sum(map(streamed_bytes, outline.deltas.values()))
     beside = streamed if outline.recipe.task_vectors.memory == "host" else 0
-    # Parameters and task vectors are split among the devices of the model axis, examples among all.
-    held = (base + deltas + copied - streamed) // outline.recipe.devices.model
+    held = (base + deltas + copied - streamed) // split
     step_kept, ask_kept = (
         each // devices
         for each in (
@@ -196,7 +197,7 @@ def memory_of(
             programs.ask.kept_bytes,
         )
     )
-    expert //= outline.recipe.devices.model
+    expert //= split
     # Interference steps look at all task vectors together.
     whole = streamed if outline.recipe.interference else beside
     phases = [Phase("reading task vectors", held, data + whole + 3 * largest)]
@@ -206,7 +207,7 @@ def memory_of(
     step = held + heads + state + batch // devices + step_kept
     phases.append(Phase("learning", step, data + beside + targets + coefficients))
     if outline.data["test"]:
-        evaluating = held + heads + base // outline.recipe.devices.model + ask_kept
+        evaluating = held + heads + base // split + ask_kept
         phases.append(Phase("evaluating", evaluating, data + beside + targets))
     shard = min(merged, outline.recipe.export.shard_megabytes * 10**6)
     phases.append(Phase("exporting", held, data + beside + targets + shard + 3 * largest))

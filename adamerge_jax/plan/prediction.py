@@ -105,6 +105,13 @@ class Plan(NamedTuple):
         return self.peak <= self.device.memory
 
 
+class _Spread(NamedTuple):
+    """Devices among which examples are split, and those among which parameters are."""
+
+    devices: int = 1
+    split: int = 1
+
+
 def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
     """Predicts what a run of a recipe takes. No weight is read.
 
@@ -124,8 +131,11 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
     compiled = device is None or (device == "cpu" and present == "cpu")
     learning = merge.learning()
     programs = programs_of(merge, learning, compiled=compiled)
-    devices = recipe.devices.model if device in DEVICES else max(1, jax.device_count())
-    memory = memory_of(merge, learning, programs, floor=floor, devices=devices)
+    spread = _Spread()
+    if not chosen.is_cpu:
+        split = recipe.devices.model
+        spread = _Spread(split if device in DEVICES else jax.device_count(), split)
+    memory = memory_of(merge, learning, programs, floor=floor, **spread._asdict())
     parameters = sum(int(np.prod(leaf.shape)) for leaf in merge.base.values())
     shapes = merge.shapes
     fits = _peak(memory, chosen) <= chosen.memory
@@ -137,9 +147,9 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
         programs,
         memory,
         host_memory(),
-        _seconds(merge, programs, chosen),
+        _seconds(merge, programs, chosen, spread),
         2 * export_bytes(merge.models, recipe),
-        [] if fits else list(_changes(merge, chosen, floor, devices)),
+        [] if fits else list(_changes(merge, chosen, floor, spread)),
         compiled,
         [
             f"{part} data of {task}: {size.assumed}"
@@ -154,11 +164,12 @@ def _peak(memory: Memory, device: Device) -> int:
     return memory.host_peak(shared=True)[1] if device.is_cpu else memory.device_peak().device
 
 
-def _seconds(merge: Outline, programs: Programs, device: Device) -> Seconds:
+def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread) -> Seconds:
     recipe = merge.recipe
     dtype = np.dtype(next(iter(merge.base.values())).dtype).name
-    rate = device.flops.get(dtype, device.flops["float32"]) * device.attainable
-    bandwidth = device.bandwidth * device.attainable
+    attained = device.attainable * spread.devices
+    rate = device.flops.get(dtype, device.flops["float32"]) * attained
+    bandwidth = device.bandwidth * attained
 
     def seconds(work: Work) -> float:
         return max(work.flops / rate, work.moved_bytes / bandwidth)
@@ -194,7 +205,7 @@ def _average_length(merge: Outline) -> float:
     return float(np.max(longest, axis=0).mean())
 
 
-def _changes(merge: Outline, device: Device, floor: int, devices: int) -> Iterator[Change]:
+def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Iterator[Change]:
     """Changes that lower the peak, the cheapest first, one after the other until it fits.
 
     They are judged by the traces of the changed programs, without compiling them.
@@ -204,7 +215,7 @@ def _changes(merge: Outline, device: Device, floor: int, devices: int) -> Iterat
         changed = of_models(recipe, merge.models, _cut(merge, recipe))
         learning = changed.learning()
         programs = programs_of(changed, learning, compiled=False)
-        memory = memory_of(changed, learning, programs, floor=floor, devices=devices)
+        memory = memory_of(changed, learning, programs, floor=floor, **spread._asdict())
         return _peak(memory, device)
 
     recipe = merge.recipe

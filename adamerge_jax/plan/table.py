@@ -46,6 +46,7 @@ def _memory(plan: Plan) -> Table:
         host = phase.host + shared * phase.device + plan.memory.floor
         device = "" if shared else f"{readable_size(phase.device)} on the device, "
         table.add_row(f"peak while {phase.name}", f"{device}{readable_size(host)} on the host")
+    table.caption = f"{readable_size(plan.host_limit)} of this machine's memory are free"
     return table
 
 

@@ -33,18 +33,6 @@ _HEAVY = {
 }
 """Operations whose results exist in memory; everything else is fused into what uses it."""
 
-_CALLS = (
-    "pjit",
-    "jit",
-    "remat2",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "closed_call",
-)
-"""Operations that only group others."""
-
-
 BESIDE_THE_TRACE = 1.4
 """What a compiler keeps in memory over what a trace says it must: XLA kept 1.2 to 1.7 times as much
 for the learning steps of four unlike merges on a CPU."""
