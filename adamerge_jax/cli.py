@@ -23,6 +23,7 @@ from adamerge_jax.compilation import keep_compiled_programs
 from adamerge_jax.devices import is_first_process
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import NonFiniteObjectiveError
+from adamerge_jax.plan import make_plan, print_plan
 from adamerge_jax.recipes import (
     Recipe,
     describe_validation_error,
@@ -150,6 +151,24 @@ class Evaluate:
 
 
 @dataclasses.dataclass
+class Plan:
+    """Predict memory, time and disk of a recipe's merge, and what to change; reads no weight."""
+
+    file: tyro.conf.Positional[Path]
+    """The recipe, a YAML file."""
+    recipe: RecipeFields
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+    device: str | None = None
+    """Predict for this one: cpu, h100, h200, a100, l4, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e; by
+    default for the present device, for which the step is compiled."""
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        print_plan(make_plan(self.recipe, _root(self.file, self.root), self.device), console)
+
+
+@dataclasses.dataclass
 class Inspect:
     """Show what a coefficients file says."""
 
@@ -197,6 +216,7 @@ _EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration"
 
 COMMANDS = {
     "learn": Learn,
+    "plan": Plan,
     "fold": Fold,
     "mergekit": Mergekit,
     "evaluate": Evaluate,
@@ -231,7 +251,7 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-Command = Learn | Fold | Mergekit | Evaluate | Inspect | Compare | Report
+Command = Learn | Plan | Fold | Mergekit | Evaluate | Inspect | Compare | Report
 
 
 def _parse(arguments: list[str]) -> Command:

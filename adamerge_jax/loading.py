@@ -75,7 +75,8 @@ class Models:
         shapes: Shape of every parameter of the trunk, `(L, *shape)` where stacked.
         base: The base's checkpoint.
         experts: The experts' checkpoints by task.
-        sources: Where they come from, for the coefficients file: the base, then the experts.
+        sources: Where they come from, for the coefficients file: the base, then the experts. Empty
+            where no weight was to be read.
         kept: Names without `*` of the trunk's parameters that are not merged but stay the base's.
         devices: Where the weights go when they are read.
     """
@@ -112,12 +113,14 @@ class Models:
         return [name for name in self.experts[task].names if name not in self.base.names]
 
 
-def open_models(recipe: Recipe, root: Path) -> Models:
+def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Models:
     """Opens and checks the base and all experts of a recipe.
 
     Args:
         recipe: Says which.
         root: Folder that relative paths start from.
+        read_weights: Whether to look into the weights: for their fingerprints, and for what an
+            adapter does to tied embeddings. Otherwise only configs and headers are read.
 
     Raises:
         InputError: A checkpoint is missing, damaged or of another architecture, or a pattern in
@@ -136,7 +139,15 @@ def open_models(recipe: Recipe, root: Path) -> Models:
             )
     base_match = _match_trunk(family, trunk, base, "base")
     experts = {
-        task: _open_expert(family, trunk, base_match, task_recipe.expert, root, f"expert {task!r}")
+        task: _open_expert(
+            family,
+            trunk,
+            base_match,
+            task_recipe.expert,
+            root,
+            role=f"expert {task!r}",
+            read_weights=read_weights,
+        )
         for task, task_recipe in recipe.tasks.items()
     }
     kept = {
@@ -145,6 +156,8 @@ def open_models(recipe: Recipe, root: Path) -> Models:
         if matches(name, recipe.keep_from_base)
         or any(name not in expert.names for expert in experts.values())
     }
+    if not read_weights:
+        return Models(family, shapes, base_match, experts, (), frozenset(kept))
     said = {"base": recipe.base} | {task: t.expert for task, t in recipe.tasks.items()}
     sources = tuple(
         Source(name, said[name].path, said[name].revision, model.identity())
@@ -571,7 +584,9 @@ def _open_expert(
     base: MatchedCheckpoint,
     source: ModelSource,
     root: Path,
+    *,
     role: str,
+    read_weights: bool,
 ) -> Expert:
     """Opens a whole fine-tuned model or a LoRA adapter."""
 
@@ -594,7 +609,7 @@ def _open_expert(
             ignored=family.ignored(base.checkpoint.config),
             unused=family.ignored_in_experts,
             renamed=family.renamed,
-            tied=family.tied(base.checkpoint.config),
+            tied=family.tied(base.checkpoint.config) if read_weights else (),
         )
         missing = [name for name in head(adapter.checkpoint.config) if name not in adapter.names]
         if missing:

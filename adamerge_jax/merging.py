@@ -1,6 +1,6 @@
 """From a recipe and its workspace to learned coefficients: the steps of a merge in their order."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from adamerge_jax.granularities import (
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.loading import DELTA_DTYPES, Models, load_task_vectors
 from adamerge_jax.mixing import materialize, mix
+from adamerge_jax.models import Network
 from adamerge_jax.names import is_stacked, matches
 from adamerge_jax.objectives import Needs
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
@@ -132,7 +133,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         held_out=recipe.learning.held_out,
         seed=recipe.seed,
     )
-    needs = _needs(recipe, models)
+    needs = needs_of(recipe, models)
     _require_layers(needs, models.shapes)
     _require_fitting_objectives(recipe, models, needs)
     kept = recipe.task_vectors
@@ -151,7 +152,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         )
     else:
         shapes = {name: models.shapes[name] for name in deltas}
-        make_granularity(*_granularity(recipe, models), shapes)
+        make_granularity(*granularity_of(recipe, models), shapes)
         _require_used_patterns(recipe, mixed)
     if recipe.learning.control is not None and not models.family.language:
         # What is controlled without labels is the agreement with the experts.
@@ -159,11 +160,14 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
     base = workspace.base()
     targets, elsewhere = dict(calibration.targets), {}
     for task, own in needs.items():
-        if own.expert:
-            parameters = workspace.expert(task, base)
-            targets[task] = _ask_expert(recipe, workspace, parameters, task, own)
+        if not own.expert:
+            continue
+        parameters = workspace.expert(task, base)
+        targets[task] = _ask_expert(recipe, workspace, parameters, task, own)
         if own.elsewhere:
             elsewhere[task] = _ask_elsewhere(workspace, parameters, task)
+        # Gone before the next one is read: two experts need never be in memory.
+        del parameters
     calibration = calibration._replace(
         targets=targets,
         strong_view=any(own.strong_view for own in needs.values()),
@@ -172,7 +176,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
     return Problem(recipe, workspace, base, deltas, mixed, interference, calibration, start)
 
 
-def _needs(recipe: Recipe, models: Models) -> dict[str, Needs]:
+def needs_of(recipe: Recipe, models: Models) -> dict[str, Needs]:
     """What the objective of each task must be given."""
     needs = {task: objective.needs for task, objective in recipe.build_objectives().items()}
     if models.family.language:
@@ -206,7 +210,7 @@ def learn_coefficients(
     start = problem.start
     if start is None:
         start = constant(problem.shapes, problem.experts, recipe.initial_coefficient)
-    name, options = _granularity(recipe, problem.workspace.models)
+    name, options = granularity_of(recipe, problem.workspace.models)
     if chosen.coarse is not None:
         stage = _Stage("coarse", chosen.coarse.granularity, {}, chosen.coarse.steps)
         coarse = _learn_stage(problem, stage, start, watch, keep, state)
@@ -221,10 +225,10 @@ def _first_granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str
     """The granularity of what is learned first."""
     if recipe.coefficients.coarse is not None:
         return recipe.coefficients.coarse.granularity, {}
-    return _granularity(recipe, models)
+    return granularity_of(recipe, models)
 
 
-def _granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
+def granularity_of(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
     """The granularity of a recipe, with the recipe's seed and the model's attention heads."""
     name, options = recipe.coefficients.granularity, recipe.coefficients.granularity_options
     if name == "partition":
@@ -232,6 +236,43 @@ def _granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, obje
     if name == "head" and not options:
         options = {"heads": models.family.heads(models.config)}
     return name, options
+
+
+def learner_of(
+    recipe: Recipe,
+    models: Models,
+    trunk: Network,
+    heads: Sequence[Network],
+    granularity: Granularity,
+    steps: int,
+) -> learning.Learner:
+    """How coefficients of a granularity are learned as a recipe says.
+
+    Args:
+        recipe: Says how.
+        models: The base and its experts.
+        trunk: What is merged, as a function of its parameters.
+        heads: Each task's head as a function of its parameters.
+        granularity: Which parameters share a coefficient.
+        steps: Number of optimizer steps.
+    """
+    needs = needs_of(recipe, models).values()
+    return learning.make_learner(
+        learning.forward_with_heads(
+            trunk,
+            heads,
+            sorted({layer for own in needs for layer in own.hidden_states}),
+            elsewhere=any(own.elsewhere for own in needs),
+            logits_again=models.family.language,
+        ),
+        granularity,
+        CONSTRAINTS[recipe.coefficients.constraint],
+        list(recipe.build_objectives().values()),
+        recipe.learning.optimizer.build(steps),
+        recipe.build_regularizers(),
+        recipe.learning.microbatches,
+        models.devices,
+    )
 
 
 def _require_used_patterns(recipe: Recipe, mixed: list[str]) -> None:
@@ -273,22 +314,9 @@ def _learn_stage(
         name: problem.devices.delta(name, granularity.prepare(name, delta))
         for name, delta in problem.deltas.items()
     }
-    needs = _needs(recipe, workspace.models).values()
-    learner = learning.make_learner(
-        learning.forward_with_heads(
-            workspace.trunk,
-            list(workspace.head_networks.values()),
-            sorted({layer for own in needs for layer in own.hidden_states}),
-            elsewhere=any(own.elsewhere for own in needs),
-            logits_again=workspace.models.family.language,
-        ),
-        granularity,
-        CONSTRAINTS[recipe.coefficients.constraint],
-        list(recipe.build_objectives().values()),
-        recipe.learning.optimizer.build(stage.steps),
-        recipe.build_regularizers(),
-        recipe.learning.microbatches,
-        problem.devices,
+    networks = list(workspace.head_networks.values())
+    learner = learner_of(
+        recipe, workspace.models, workspace.trunk, networks, granularity, stage.steps
     )
     control = None
     if recipe.forgotten:

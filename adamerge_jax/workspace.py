@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from adamerge_jax.loading import (
 )
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Network
-from adamerge_jax.recipes import Recipe, TaskRecipe
+from adamerge_jax.recipes import DataSource, Recipe, TaskRecipe
 from adamerge_jax.tokenizers import find_tokenizer
 
 
@@ -104,13 +104,43 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     return Workspace(models, data, dtype, spread, heads, networks, evaluator, root)
 
 
-def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
-    inputs = models.family.inputs
+def example_loader(
+    recipe: Recipe, models: Models, root: Path
+) -> Callable[[DataSource, str], Examples]:
+    """How a recipe's data become inputs of its models: `(source, name in messages) -> examples`.
+
+    Args:
+        recipe: Says whose tokenizer, and how long texts may be.
+        models: The base and its experts, who bring tokenizer or image processor.
+        root: Folder that relative paths start from.
+
+    Raises:
+        InputError: A tokenizer that is asked for is missing, or the experts' differ.
+    """
     preprocessor = _preprocessor(models, recipe.tokenizer)
     lengths = [recipe.max_length, models.family.max_tokens(models.config)]
     lengths.append(getattr(preprocessor, "model_max_length", None))
     max_length = min(length for length in lengths if length is not None)
     decoder_start = _decoder_start(models) if models.config.is_encoder_decoder else None
+
+    def load(source: DataSource, name: str) -> Examples:
+        return load_examples(
+            source,
+            root=root,
+            inputs=models.family.inputs,
+            preprocessor=preprocessor,
+            max_length=max_length,
+            seed=recipe.seed,
+            name=name,
+            language=models.family.language,
+            decoder_start=decoder_start,
+        )
+
+    return load
+
+
+def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
+    load_one = example_loader(recipe, models, root)
 
     def load(part: str) -> dict[str, Examples]:
         sources = {task: getattr(recipe.tasks[task], part) for task in recipe.tasks}
@@ -122,17 +152,7 @@ def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
                 "give it for every task or for none"
             )
         return {
-            task: load_examples(
-                source,
-                root=root,
-                inputs=inputs,
-                preprocessor=preprocessor,
-                max_length=max_length,
-                seed=recipe.seed,
-                name=f"{part} data of task {task!r}",
-                language=models.family.language,
-                decoder_start=decoder_start,
-            )
+            task: load_one(source, f"{part} data of task {task!r}")
             for task, source in sources.items()
             if source is not None
         }

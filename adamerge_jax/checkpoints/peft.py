@@ -198,7 +198,8 @@ def open_adapter(
         ignored: Name patterns of tensors that are no parameters but second names of tied weights.
         unused: Name patterns of what it may change and is not used: modules outside the trunk.
         renamed: Parts of names in a checkpoint, and what they may be in an adapter.
-        tied: Names of the embedding tables that are the output layer too.
+        tied: Names of the embedding tables that are the output layer too, to be checked for
+            whether they still are: what was saved whole of them is read.
 
     Raises:
         InputError: It is damaged, no LoRA, a kind of LoRA that is not supported, or was not
@@ -251,7 +252,7 @@ def open_adapter(
     found |= {name: tensors[tensor].shape for name, tensor in saved.items()}
     for name, shape in found.items():
         _require_shape(where, name, shape, shapes[name])
-    if not config.get("ensure_weight_tying"):
+    if tied and not config.get("ensure_weight_tying"):
         outputs = [checkpoint.read(tensor) for tensor in second_names.values()]
         for name in tied:
             _require_tied(where, adapter, name, outputs)

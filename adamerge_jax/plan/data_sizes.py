@@ -1,0 +1,104 @@
+"""How many examples the tasks of a recipe have and how long they are, without their contents."""
+
+import dataclasses
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.loading import Models
+from adamerge_jax.recipes import DataSource, Recipe
+from adamerge_jax.workspace import example_loader
+
+ASSUMED_EXAMPLES = 1000
+"""Of a task whose data is not on this machine, where the recipe sets no limit."""
+
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DataSize:
+    """Examples of one task.
+
+    Attributes:
+        lengths: Tokens that each example alone is padded to, `[N]`; 0 where they are images.
+        stored_bytes: What the examples take in memory as they are kept, in bytes.
+        assumed: Why these numbers are assumed, or None where they were counted.
+    """
+
+    lengths: Int[np.ndarray, " N"]
+    stored_bytes: int = 0
+    assumed: str | None = None
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.lengths)
+
+    def limited(self, limit: int | None) -> "DataSize":
+        """At most so many examples, spread over all lengths."""
+        if limit is None or limit >= len(self):
+            return self
+        chosen = np.linspace(0, len(self) - 1, limit).round().astype(int)
+        return dataclasses.replace(self, lengths=np.sort(self.lengths)[chosen])
+
+
+def data_sizes(recipe: Recipe, models: Models, root: Path, part: str) -> dict[str, DataSize]:
+    """Sizes of the calibration, validation or test data by task; empty where there is none.
+
+    Texts on this machine are tokenised. Of a NumPy file only the headers are read. Of data on the
+    Hub nothing is known beforehand: texts count as long as `max_length` allows.
+
+    Args:
+        recipe: Says which data.
+        models: The base and its experts.
+        root: Folder that relative paths start from.
+        part: `calibration`, `validation` or `test`.
+
+    Raises:
+        InputError: A file is missing or cannot be read.
+    """
+    load = None
+    sizes = {}
+    for task, own in recipe.tasks.items():
+        source: DataSource | None = getattr(own, part)
+        if source is None:
+            continue
+        path = root / Path(source.path).expanduser()
+        name = f"{part} data of task {task!r}"
+        if path.suffix == ".npz":
+            size = _of_arrays(path, models.family.inputs[0], name).limited(source.limit)
+        elif path.is_dir() or path.suffix in _FILES:
+            load = load or example_loader(recipe, models, root)
+            size = DataSize(load(source, name).padded_lengths())
+        else:
+            count = source.limit or ASSUMED_EXAMPLES
+            longest = models.family.max_tokens(models.config) or recipe.max_length
+            text = models.family.inputs[0] == "input_ids"
+            size = DataSize(
+                np.full(count, min(recipe.max_length, longest) if text else 0),
+                assumed=f"{source.path} is not on this machine: {count} examples"
+                f"{' of max_length tokens' if text else ''} are assumed",
+            )
+        sizes[task] = size
+    return sizes
+
+
+def _of_arrays(path: Path, name: str, what: str) -> DataSize:
+    """The size of a NumPy file of model inputs, from its headers."""
+    if not path.is_file():
+        raise InputError(f"{what}: no such file: {path}")
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read(stream)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what}: {path} is no .npz file with {name!r} ({reason})") from error
+    lengths = np.full(shape[0], shape[1] if name == "input_ids" else 0)
+    return DataSize(lengths, int(np.prod(shape)) * dtype.itemsize)

@@ -1,0 +1,154 @@
+"""What accelerators can do: their makers' published figures, and a quick measurement of a CPU.
+
+Figures are of one device, dense (no structured sparsity):
+
+- `h100` and `a100` (SXM, 80 GB), `h200`, `l4`: NVIDIA's datasheets of these Tensor Core GPUs.
+- `tpu-v4`, `tpu-v5e`, `tpu-v5p`, `tpu-v6e`: Google Cloud TPU documentation, one page a version.
+
+float32 is what JAX multiplies float32 matrices with by default there: TF32 on NVIDIA's, one pass of
+bfloat16 on TPUs.
+"""
+
+import os
+import re
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamerge_jax.errors import InputError
+
+
+class Device(NamedTuple):
+    """What a device can do.
+
+    Attributes:
+        name: As the table shows it.
+        flops: Floating-point operations per second of matrix products, by dtype.
+        bandwidth: Of its memory, in bytes per second.
+        memory: That a run may use, in bytes.
+        attainable: Part of these rates that a step is taken to reach: 1 where they were measured.
+        kinds: Parts of what JAX calls it, in lower case.
+        is_cpu: Whether its memory is the host's.
+    """
+
+    name: str
+    flops: dict[str, float]
+    bandwidth: float
+    memory: int
+    attainable: float
+    kinds: tuple[str, ...] = ()
+    is_cpu: bool = False
+
+
+ATTAINABLE = 0.4
+"""Part of a published rate that a step is taken to reach: an assumption, not a measurement."""
+
+GPU_SHARE = 0.75
+"""Part of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+
+
+def _gpu(name: str, half: float, single: float, bandwidth: float, gigabytes: float) -> Device:
+    """From TFLOP/s in 16 bits and for float32, GB/s, GB."""
+    flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
+    memory = int(GPU_SHARE * gigabytes * 1e9)
+    kinds = (name.split()[0].lower(),)
+    return Device(f"NVIDIA {name}", flops, bandwidth * 1e9, memory, ATTAINABLE, kinds)
+
+
+def _tpu(name: str, rate: float, bandwidth: float, gibibytes: int, *kinds: str) -> Device:
+    """From TFLOP/s in bfloat16, GB/s, GiB."""
+    flops = dict.fromkeys(("bfloat16", "float16", "float32"), rate * 1e12)
+    return Device(f"TPU {name}", flops, bandwidth * 1e9, gibibytes * 2**30, ATTAINABLE, kinds)
+
+
+DEVICES = {
+    "h100": _gpu("H100 SXM", 989, 494, 3350, 80),
+    "h200": _gpu("H200 SXM", 989, 494, 4800, 141),
+    "a100": _gpu("A100 SXM 80 GB", 312, 156, 2039, 80),
+    "l4": _gpu("L4", 121, 60, 300, 24),
+    "tpu-v4": _tpu("v4", 275, 1228, 32, "tpu v4"),
+    "tpu-v5e": _tpu("v5e", 197, 819, 16, "tpu v5 lite", "tpu v5e"),
+    "tpu-v5p": _tpu("v5p", 459, 2765, 95, "tpu v5p", "tpu v5"),
+    "tpu-v6e": _tpu("v6e", 918, 1640, 32, "tpu v6 lite", "tpu v6e"),
+}
+"""Devices by their names on the command line."""
+
+
+def find_device(name: str | None) -> Device:
+    """A device of the table, this machine's processor (`cpu`), or the present device.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    present = jax.devices()[0]
+    if name == "cpu" or (name is None and present.platform == "cpu"):
+        return measure_cpu()
+    if name is not None:
+        if name not in DEVICES:
+            raise InputError(f"--device: {name!r} is none of cpu, {', '.join(DEVICES)}")
+        return DEVICES[name]
+    called = present.device_kind.lower()
+    for device in DEVICES.values():
+        if any(re.search(rf"\b{kind}\b", called) for kind in device.kinds):
+            limit = (present.memory_stats() or {}).get("bytes_limit", device.memory)
+            return device._replace(name=present.device_kind, memory=limit)
+    raise InputError(
+        f"--device: nothing is known of {present.device_kind!r}; name the one that is most like it "
+        f"of {', '.join(DEVICES)}"
+    )
+
+
+def host_memory() -> int:
+    """Memory of this machine that is free for a run, in bytes."""
+    if _MEMORY_FILE.is_file():
+        for line in _MEMORY_FILE.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Not on Linux, which alone says what is free.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now; where only that is known, at most so far."""
+    if _PAGES_FILE.is_file():
+        return int(_PAGES_FILE.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+_MEMORY_FILE = Path("/proc/meminfo")
+_PAGES_FILE = Path("/proc/self/statm")
+
+
+def measure_cpu(side: int = 1024) -> Device:
+    """This machine's processor: what a matrix product and a sum reach, in a second or so.
+
+    Args:
+        side: Of the square matrices.
+    """
+    with jax.default_device(jax.devices("cpu")[0]):
+        matrix = jnp.ones((side, side), jnp.float32)
+        product = jax.jit(lambda a: a @ a)
+        flops = 2 * side**3 / _best_seconds(lambda: product(matrix))
+        long = jnp.ones(16 * 2**20, jnp.float32)
+        add = jax.jit(lambda a: a + 1)
+        bandwidth = 2 * long.nbytes / _best_seconds(lambda: add(long))
+    # Half precision is widened before it is multiplied.
+    rates = dict.fromkeys(("float32", "bfloat16", "float16"), flops)
+    name = f"this machine's CPU ({os.cpu_count()} cores)"
+    return Device(name, rates, bandwidth, host_memory(), 1.0, is_cpu=True)
+
+
+def _best_seconds(run: Callable[[], object]) -> float:
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - began)
+    return float(np.min(seconds))

@@ -1,0 +1,263 @@
+"""Which arrays live when, on the device and on the host, from the outline of a merge."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from adamerge_jax.exporting import export_bytes
+from adamerge_jax.models import head_parameters
+from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
+from adamerge_jax.plan.work import Work, bytes_of, work_of
+from adamerge_jax.targets import MEMORY_BYTES
+
+RUNTIME_BYTES = 400_000_000
+"""Compiled programs, and what the C library's allocator does not give back: what runs on a CPU had
+above their arrays."""
+
+
+class Programs(NamedTuple):
+    """The work of the compiled functions of a run, at the longest example.
+
+    Attributes:
+        step: One optimizer step.
+        look: The same batch without a gradient.
+        ask: An expert, or any one model, on a batch of `evaluation.batch_size`.
+    """
+
+    step: Work
+    look: Work
+    ask: Work
+
+
+class Phase(NamedTuple):
+    """A part of a run, and its peak.
+
+    Attributes:
+        name: As the table shows it.
+        device: Bytes in the device's memory.
+        host: Bytes in the host's, beside those where the device is the host.
+    """
+
+    name: str
+    device: int
+    host: int
+
+
+class Memory(NamedTuple):
+    """What a run holds.
+
+    Attributes:
+        parts: Bytes by what they are for.
+        phases: In their order.
+        floor: Bytes that the process has without any array: Python, libraries, compiled programs.
+    """
+
+    parts: dict[str, int]
+    phases: list[Phase]
+    floor: int
+
+    def device_peak(self) -> Phase:
+        """The phase with most on the device."""
+        return max(self.phases, key=lambda phase: phase.device)
+
+    def host_peak(self, shared: bool) -> tuple[str, int]:
+        """The phase with most on the host, and its bytes.
+
+        Args:
+            shared: Whether the device's memory is the host's.
+        """
+        totals = {each.name: each.host + shared * each.device for each in self.phases}
+        name = max(totals, key=totals.get)
+        return name, self.floor + totals[name]
+
+
+def programs_of(outline: Outline, learning: AbstractLearning, *, compiled: bool) -> Programs:
+    """The work of the functions that a run compiles.
+
+    Args:
+        outline: The merge.
+        learning: Its learning loop.
+        compiled: Whether to compile them for the present device, which says what they keep there;
+            otherwise that is estimated from their traces.
+    """
+    batch = outline.batch(outline.longest)
+    step = (learning.learner.step, learning.state, learning.frozen, batch)
+    look = (learning.learner.evaluate, learning.state, learning.frozen, batch)
+    # The head with most classes; a language model has one for all tasks.
+    task = max(outline.heads, key=lambda each: bytes_of(outline.kept_by_tasks[each]))
+    size = outline.recipe.evaluation.batch_size
+    ask = (
+        jax.jit(partial(_ask, outline, task)),
+        outline.expert(task),
+        outline.kept_by_tasks[task],
+        outline.inputs(size, outline.longest),
+    )
+    works = [work_of(*call) for call in (step, look, ask)]
+    if compiled:
+        works = [
+            work._replace(kept_bytes=_compiled_bytes(*call))
+            for work, call in zip(works, (step, look, ask), strict=True)
+        ]
+    return Programs(*works)
+
+
+def _ask(outline: Outline, task: str, parameters: Any, kept: Any, inputs: Any) -> Any:
+    """What asking an expert computes."""
+    needs = outline.needs[task]
+    outputs = outline.trunk(parameters, inputs, hidden_states=bool(needs.hidden_states))
+    head = outline.heads[task]
+    logits = head(head_parameters(head, kept, parameters), outputs)
+    hidden = [outputs.hidden_states[layer] for layer in needs.hidden_states]
+    if logits.ndim == 3 and needs.expert_logits and needs.top_tokens is not None:
+        return logits, hidden, _most_likely(logits, min(needs.top_tokens, logits.shape[-1]))
+    return logits, hidden
+
+
+def _most_likely(logits: Array, count: int) -> Any:
+    return jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), count)
+
+
+def _compiled_bytes(function: Any, *arguments: Any) -> int:
+    """What a compiled function needs beside its arguments, as the compiler says."""
+    analysis = function.lower(*arguments).compile().memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
+def memory_of(
+    outline: Outline,
+    learning: AbstractLearning,
+    programs: Programs,
+    *,
+    floor: int,
+    devices: int = 1,
+    split: int = 1,
+) -> Memory:
+    """The parts and the phases of a run.
+
+    Args:
+        outline: The merge.
+        learning: Its learning loop.
+        programs: The work of its compiled functions.
+        floor: Bytes that the process has without any array or compiled program.
+        devices: Among which examples are split; the device's peaks are those of one.
+        split: Devices among which parameters and task vectors are split.
+    """
+    base, deltas = bytes_of(outline.base), bytes_of(outline.deltas)
+    # What a granularity lays out anew is there in both layouts.
+    copied = sum(
+        bytes_of(own)
+        for name, own in learning.frozen.deltas.items()
+        if own is not outline.deltas[name]
+    )
+    heads = bytes_of(outline.kept_by_tasks)
+    batch = bytes_of(outline.batch(outline.longest))
+    # The new state is in the step's outputs; the best coefficients are on the host.
+    state, coefficients = bytes_of(learning.state), bytes_of(learning.values)
+    asked = any(own.expert for own in outline.needs.values())
+    expert = max(
+        bytes_of(outline.expert(task)) - (base if _is_adapter(outline, task) else 0)
+        for task in outline.heads
+    )
+    targets = targets_bytes(outline)
+    data = sum(each.stored_bytes for part in outline.data.values() for each in part.values())
+    largest = max(4 * int(np.prod(info.shape)) for info in _tensors(outline))
+    merged = export_bytes(outline.models, outline.recipe)
+
+    place = {"device": "", "host": " (host)", "disk": " (disk)"}[outline.recipe.task_vectors.memory]
+    parts = {
+        "base": base,
+        f"task vectors of {outline.experts} experts{place}": deltas + copied,
+        "task heads": heads,
+        "coefficients": coefficients,
+        "their gradient": coefficients,
+        "optimizer state": bytes_of(learning.state.optimizer),
+        "batch": batch,
+        "activations of a step": programs.step.kept_bytes,
+        "logits of one task in it": logits_bytes(outline),
+    }
+    if asked:
+        parts |= {
+            "one expert while it is asked": expert,
+            "its activations": programs.ask.kept_bytes,
+            "what is kept of the experts' answers (host)": targets,
+        }
+    streamed = 0
+    if outline.recipe.task_vectors.memory != "device":
+        streamed = sum(map(streamed_bytes, outline.deltas.values()))
+    beside = streamed if outline.recipe.task_vectors.memory == "host" else 0
+    held = (base + deltas + copied - streamed) // split
+    step_kept, ask_kept = (
+        each // devices
+        for each in (
+            max(programs.step.kept_bytes, programs.look.kept_bytes),
+            programs.ask.kept_bytes,
+        )
+    )
+    expert //= split
+    # Interference steps look at all task vectors together.
+    whole = streamed if outline.recipe.interference else beside
+    phases = [Phase("reading task vectors", held, data + whole + 3 * largest)]
+    if asked:
+        ask = held + heads + expert + ask_kept
+        phases.append(Phase("asking the experts", ask, data + beside + targets))
+    step = held + heads + state + batch // devices + step_kept
+    phases.append(Phase("learning", step, data + beside + targets + coefficients))
+    if outline.data["test"]:
+        evaluating = held + heads + base // split + ask_kept
+        phases.append(Phase("evaluating", evaluating, data + beside + targets))
+    shard = min(merged, outline.recipe.export.shard_megabytes * 10**6)
+    phases.append(Phase("exporting", held, data + beside + targets + shard + 3 * largest))
+    return Memory(parts, phases, floor + RUNTIME_BYTES)
+
+
+def _is_adapter(outline: Outline, task: str) -> bool:
+    return outline.expert(task) is not outline.base
+
+
+def _tensors(outline: Outline) -> list[Any]:
+    """The tensors of the base that are read."""
+    base = outline.models.base
+    return [base.checkpoint.tensors[base.names[name]] for name in base.names]
+
+
+def targets_bytes(outline: Outline) -> int:
+    """What is kept of the experts' answers for all calibration examples, in memory."""
+    total = 0
+    for task, size in outline.data["calibration"].items():
+        needs = outline.needs[task]
+        if not needs.expert:
+            continue
+        logits = outline.logits(task, 1, max(1, outline.longest))
+        by_position = 0
+        if needs.expert_logits and len(logits.shape) == 3:
+            kept = logits.shape[-1]
+            each = kept * logits.dtype.itemsize
+            if needs.top_tokens is not None:
+                each = min(needs.top_tokens, kept) * 8
+            by_position += each
+        elif needs.expert_logits:
+            others = sum(map(len, outline.data["calibration"].values())) if needs.elsewhere else 0
+            rows = max(len(size), others)
+            total += rows * logits.shape[-1] * logits.dtype.itemsize
+        if needs.hidden_states:
+            states = outline.outputs(1, max(1, outline.longest)).last_hidden_state
+            by_position += len(needs.hidden_states) * states.shape[-1] * states.dtype.itemsize
+            positions = states.shape[1]
+        else:
+            positions = 1
+        lengths = int(size.lengths.sum()) or len(size) * positions
+        total += min(MEMORY_BYTES, by_position * lengths)
+    return total
+
+
+def logits_bytes(outline: Outline) -> int:
+    """Logits of one task's examples in a step, float32."""
+    size = outline.recipe.learning.batch_size
+    return max(
+        4 * int(np.prod(outline.logits(task, size, outline.longest).shape))
+        for task in outline.heads
+    )

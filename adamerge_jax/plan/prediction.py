@@ -1,0 +1,297 @@
+"""A recipe's cost: sizes, memory, time, disk, and what to change where it does not fit."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from adamerge_jax.calibration import BATCHES_SORTED_TOGETHER
+from adamerge_jax.errors import InputError
+from adamerge_jax.exporting import export_bytes
+from adamerge_jax.granularities import count_units
+from adamerge_jax.plan.devices import (
+    DEVICES,
+    Device,
+    find_device,
+    host_memory,
+    resident_bytes,
+)
+from adamerge_jax.plan.memory import Memory, Programs, memory_of, programs_of
+from adamerge_jax.plan.outline import Outline, of_models, outline
+from adamerge_jax.plan.work import Work
+from adamerge_jax.recipes import Recipe, parse_recipe
+
+
+class Change(NamedTuple):
+    """One thing to change in a recipe, after those before it.
+
+    Attributes:
+        field: Of the recipe.
+        value: What to write there.
+        peak: Predicted peak in bytes, with all changes up to this one.
+        fits: Whether that is enough.
+    """
+
+    field: str
+    value: Any
+    peak: int
+    fits: bool
+
+
+class Seconds(NamedTuple):
+    """Predicted times.
+
+    Attributes:
+        step: One step on a batch of the average length.
+        asking: All experts, on all calibration examples that they are asked about.
+        steps: All steps.
+        looks: All looks at the held-out data.
+    """
+
+    step: float
+    asking: float
+    steps: float
+    looks: float
+
+    @property
+    def total(self) -> float:
+        """Without compiling, reading, evaluating and writing."""
+        return self.asking + self.steps + self.looks
+
+
+class Plan(NamedTuple):
+    """What a run takes.
+
+    Attributes:
+        parameters: Of the model that is merged.
+        merged: How many of them are merged.
+        coefficients: How many there are and where, in words.
+        device: On which.
+        programs: Work of the compiled functions.
+        memory: Parts and phases.
+        host_limit: Memory of this machine that is free, in bytes.
+        seconds: Times.
+        disk: Bytes that the export takes.
+        changes: What to change, empty where it fits.
+        compiled: Whether the activations are the compiler's own figures.
+        notes: What is assumed.
+    """
+
+    parameters: int
+    merged: int
+    coefficients: str
+    device: Device
+    programs: Programs
+    memory: Memory
+    host_limit: int
+    seconds: Seconds
+    disk: int
+    changes: list[Change]
+    compiled: bool
+    notes: list[str]
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of the device; where it is the CPU, of the process."""
+        return _peak(self.memory, self.device)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is within the device's memory."""
+        return self.peak <= self.device.memory
+
+
+class _Spread(NamedTuple):
+    """Devices among which examples are split, and those among which parameters are."""
+
+    devices: int = 1
+    split: int = 1
+
+
+def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
+    """Predicts what a run of a recipe takes. No weight is read.
+
+    Args:
+        recipe: The merge.
+        root: Folder that its relative paths start from.
+        device: A name of `DEVICES`, `cpu`, or None for the present device, for which the step is
+            compiled: its memory is then what the compiler says.
+
+    Raises:
+        InputError: A checkpoint, a file or the device cannot be used.
+    """
+    chosen = find_device(device)
+    merge = outline(recipe, root)
+    floor = resident_bytes()
+    present = jax.devices()[0].platform
+    compiled = device is None or (device == "cpu" and present == "cpu")
+    learning = merge.learning()
+    programs = programs_of(merge, learning, compiled=compiled)
+    spread = _Spread()
+    if not chosen.is_cpu:
+        split = recipe.devices.model
+        spread = _Spread(split if device in DEVICES else jax.device_count(), split)
+    memory = memory_of(merge, learning, programs, floor=floor, **spread._asdict())
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in merge.base.values())
+    shapes = merge.shapes
+    fits = _peak(memory, chosen) <= chosen.memory
+    return Plan(
+        parameters,
+        sum(int(np.prod(shape)) for shape in shapes.values()),
+        count_units(learning.granularity, learning.values, shapes),
+        chosen,
+        programs,
+        memory,
+        host_memory(),
+        _seconds(merge, programs, chosen, spread),
+        2 * export_bytes(merge.models, recipe),
+        [] if fits else list(_changes(merge, chosen, floor, spread)),
+        compiled,
+        [
+            f"{part} data of {task}: {size.assumed}"
+            for part, sizes in merge.data.items()
+            for task, size in sizes.items()
+            if size.assumed
+        ],
+    )
+
+
+def _peak(memory: Memory, device: Device) -> int:
+    return memory.host_peak(shared=True)[1] if device.is_cpu else memory.device_peak().device
+
+
+def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread) -> Seconds:
+    recipe = merge.recipe
+    dtype = np.dtype(next(iter(merge.base.values())).dtype).name
+    attained = device.attainable * spread.devices
+    rate = device.flops.get(dtype, device.flops["float32"]) * attained
+    bandwidth = device.bandwidth * attained
+
+    def seconds(work: Work) -> float:
+        return max(work.flops / rate, work.moved_bytes / bandwidth)
+
+    share = _average_length(merge) / merge.longest if merge.longest else 1.0
+    calibration = merge.data["calibration"]
+    every = sum(map(len, calibration.values()))
+    asked = sum(
+        every if merge.needs[task].elsewhere else len(size)
+        for task, size in calibration.items()
+        if merge.needs[task].expert
+    )
+    steps = recipe.learning.steps
+    between = recipe.learning.evaluate_every or max(1, steps // 10)
+    held_out = max(max(1, round(recipe.learning.held_out * len(s))) for s in calibration.values())
+    looks = 1 + ceil(steps / between)
+    coarse = recipe.coefficients.coarse.steps if recipe.coefficients.coarse else 0
+    step = share * seconds(programs.step)
+    batches = ceil(held_out / recipe.learning.batch_size)
+    return Seconds(
+        step,
+        share * seconds(programs.ask) * asked / recipe.evaluation.batch_size,
+        step * (steps + coarse),
+        share * seconds(programs.look) * batches * looks,
+    )
+
+
+def _average_length(merge: Outline) -> float:
+    """Of the batches: each as long as its longest example, those of like length together."""
+    at = (np.arange(BATCHES_SORTED_TOGETHER) + 1) / BATCHES_SORTED_TOGETHER
+    sizes = merge.data["calibration"].values()
+    longest = [np.quantile(size.lengths, at, method="higher") for size in sizes]
+    return float(np.max(longest, axis=0).mean())
+
+
+def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Iterator[Change]:
+    """Changes that lower the peak, the cheapest first, one after the other until it fits.
+
+    They are judged by the traces of the changed programs, without compiling them.
+    """
+
+    def peak_of(recipe: Recipe) -> int:
+        changed = of_models(recipe, merge.models, _cut(merge, recipe))
+        learning = changed.learning()
+        programs = programs_of(changed, learning, compiled=False)
+        memory = memory_of(changed, learning, programs, floor=floor, **spread._asdict())
+        return _peak(memory, device)
+
+    recipe = merge.recipe
+    before = peak_of(recipe)
+    useless = set()
+    for field, value in _candidates(recipe):
+        if field in useless:
+            continue
+        try:
+            changed = _with(recipe, field, value)
+        except InputError:
+            # Not together with what else the recipe says.
+            useless.add(field)
+            continue
+        peak = peak_of(changed)
+        # What is of no use is not advised, nor more of the same.
+        if peak > 0.98 * before:
+            useless.add(field)
+            continue
+        recipe, before = changed, peak
+        yield Change(field, value, peak, peak <= device.memory)
+        if peak <= device.memory:
+            return
+
+
+def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Fields and values that take less memory, in order of what they cost."""
+    # A little time: more is computed twice.
+    if recipe.learning.rematerialize != "layer":
+        yield "learning.rematerialize", "layer"
+    # Nothing but smaller products.
+    size = recipe.learning.batch_size
+    for parts in range(recipe.learning.microbatches + 1, size + 1):
+        if size % parts == 0:
+            yield "learning.microbatches", parts
+    yield from (("evaluation.batch_size", each) for each in _halves(recipe.evaluation.batch_size))
+    # Digits.
+    if recipe.task_vectors.dtype is None:
+        yield "task_vectors.dtype", "bfloat16"
+    if recipe.dtype is None or recipe.dtype == "float32":
+        yield "dtype", "bfloat16"
+    if recipe.task_vectors.dtype != "int8":
+        yield "task_vectors.dtype", "int8"
+    # Time: task vectors are moved in every step.
+    if recipe.task_vectors.memory == "device" and recipe.devices.model == 1:
+        yield "task_vectors.memory", "host"
+    if recipe.task_vectors.memory != "disk" and recipe.devices.model == 1:
+        yield "task_vectors.memory", "disk"
+    # Noisier gradients.
+    yield from (("learning.batch_size", each) for each in _halves(size))
+    # The end of long texts.
+    yield from (("max_length", length) for length in _halves(recipe.max_length) if length >= 32)
+
+
+def _halves(size: int) -> list[int]:
+    return [size >> shift for shift in range(1, size.bit_length())]
+
+
+def _with(recipe: Recipe, field: str, value: Any) -> Recipe:
+    """The recipe with one field changed.
+
+    Raises:
+        InputError: The other fields do not go with it.
+    """
+    fields = recipe.model_dump()
+    section, _, name = field.rpartition(".")
+    (fields[section] if section else fields)[name] = value
+    return parse_recipe(fields)
+
+
+def _cut(merge: Outline, recipe: Recipe) -> Mapping[str, Any]:
+    """The data's sizes with texts no longer than a recipe allows."""
+    return {
+        part: {
+            task: dataclasses.replace(size, lengths=np.minimum(size.lengths, recipe.max_length))
+            for task, size in sizes.items()
+        }
+        for part, sizes in merge.data.items()
+    }

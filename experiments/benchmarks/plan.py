@@ -1,0 +1,245 @@
+"""What `plan` predicts and what `learn` takes: `python experiments/benchmarks/plan.py`.
+
+For merges of four kinds, with random weights, in a temporary folder:
+
+- an encoder of texts, one coefficient per row, aligned with the experts' logits,
+- a vision transformer, one coefficient per tensor, by entropy,
+- a language model with whole experts, aligned with the likely tokens,
+- the same with LoRA adapters.
+
+The plan and the merge run each in a process of its own. The peak is the resident size of the
+process where the device is the CPU, elsewhere what the device's allocator reports.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+)
+
+from adamerge_jax.checkpoints.huggingface_export import save_model
+from adamerge_jax.checkpoints.peft import AdapterWeights, save_adapter
+from adamerge_jax.models import family_of
+from adamerge_jax.names import is_stacked, tensors_of
+
+TASKS = 4
+STEPS = 2
+CLASSES = 5
+
+
+def save_weights(folder: Path, config: PretrainedConfig, seed: int, *, head: bool) -> None:
+    """Writes a model with random weights."""
+    family = family_of(config)
+    shapes = family.build_trunk(config).shapes | (family.build_head(config).shapes if head else {})
+    generator = np.random.default_rng(seed)
+    save_model(
+        folder,
+        config,
+        {
+            name: 0.02 * generator.standard_normal(leaf.shape, np.float32) + ("orm" in name)
+            for name, leaf in shapes.items()
+        },
+    )
+
+
+def save_adapter_of(folder: Path, base: Path, config: PretrainedConfig, seed: int) -> None:
+    """Writes an adapter of rank 16 on every matrix of a decoder's layers."""
+    generator = np.random.default_rng(seed)
+    modules = {}
+    for name, leaf in family_of(config).build_trunk(config).shapes.items():
+        if len(leaf.shape) != 3 or not is_stacked(name):
+            continue
+        _, m, n = leaf.shape
+        for tensor in tensors_of(name, leaf.shape):
+            modules[tensor.removesuffix(".weight")] = AdapterWeights(
+                0.02 * generator.standard_normal((16, n), np.float32),
+                0.02 * generator.standard_normal((m, 16), np.float32),
+            )
+    save_adapter(folder, modules, base=str(base), task_type="CAUSAL_LM")
+
+
+def save_tokenizer(folder: Path, words: int) -> None:
+    """Writes a tokenizer of the words `w0`, `w1`, ..."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1} | {f"w{index}": index + 2 for index in range(words - 2)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+
+
+def save_texts(file: Path, words: int, count: int, lengths: tuple[int, int], seed: int) -> None:
+    """Writes texts of random words, one per line."""
+    generator = np.random.default_rng(seed)
+    with file.open("w") as stream:
+        for length in generator.integers(*lengths, count):
+            text = " ".join(f"w{index}" for index in generator.integers(0, words - 2, length))
+            stream.write(json.dumps({"text": text}) + "\n")
+
+
+def text_encoder(folder: Path) -> dict[str, Any]:
+    """A BERT of 22 M parameters with four whole experts."""
+    words = 30000
+    config = BertConfig(
+        vocab_size=words,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_labels=CLASSES,
+    )
+    save_weights(folder / "base", config, 0, head=False)
+    save_tokenizer(folder / "base", words)
+    for task in range(TASKS):
+        save_weights(folder / f"task{task}", config, task + 1, head=True)
+        save_texts(folder / f"task{task}.jsonl", words, 20, (97, 127), task)
+    return {"learning": {"batch_size": 8}, "evaluation": {"batch_size": 16}}
+
+
+def vision(folder: Path) -> dict[str, Any]:
+    """A ViT-S/16 of 22 M parameters with four whole experts."""
+    config = ViTConfig(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        num_labels=CLASSES,
+    )
+    save_weights(folder / "base", config, 0, head=False)
+    for task in range(TASKS):
+        save_weights(folder / f"task{task}", config, task + 1, head=True)
+        pixels = np.random.default_rng(task).standard_normal((8, 3, 224, 224), np.float32)
+        np.savez(folder / f"task{task}.npz", pixel_values=pixels)
+    return {"preset": "adamerging", "learning": {"batch_size": 6}}
+
+
+def language_config() -> LlamaConfig:
+    """Of a Llama of 54 M parameters."""
+    return LlamaConfig(
+        vocab_size=16000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+
+
+def language(folder: Path, *, adapters: bool) -> dict[str, Any]:
+    """A Llama with four experts, whole ones or adapters."""
+    config = language_config()
+    save_weights(folder / "base", config, 0, head=True)
+    save_tokenizer(folder / "base", config.vocab_size)
+    for task in range(TASKS):
+        expert = folder / f"task{task}"
+        if adapters:
+            save_adapter_of(expert, folder / "base", config, task + 1)
+        else:
+            save_weights(expert, config, task + 1, head=True)
+            save_tokenizer(expert, config.vocab_size)
+        save_texts(folder / f"task{task}.jsonl", config.vocab_size, 10, (100, 127), task)
+    return {"learning": {"batch_size": 4}, "evaluation": {"batch_size": 8}}
+
+
+KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "encoder, by row, logit alignment": text_encoder,
+    "ViT, by tensor, entropy": vision,
+    "Llama, whole experts": lambda folder: language(folder, adapters=False),
+    "Llama, LoRA adapters": lambda folder: language(folder, adapters=True),
+}
+
+
+def write_recipe(folder: Path, kind: str) -> Path:
+    """Makes the checkpoints and the data of a merge, and its recipe."""
+    fields = KINDS[kind](folder)
+    fields["learning"] |= {"steps": STEPS, "evaluate_every": STEPS}
+    fields["base"] = "base"
+    data = "npz" if (folder / "task0.npz").is_file() else "jsonl"
+    fields["tasks"] = {
+        f"task{task}": {"expert": f"task{task}", "calibration": f"task{task}.{data}"}
+        for task in range(TASKS)
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    return file
+
+
+def in_own_process(what: str, recipe: Path) -> dict[str, float]:
+    """What this script prints as JSON about a recipe, from a process of its own."""
+    command = [sys.executable, __file__, "--process", what, str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def predict(recipe: Path) -> dict[str, float]:
+    """Peak and seconds of a step as the plan has them."""
+    from adamerge_jax import load_recipe
+    from adamerge_jax.plan import make_plan
+
+    plan = make_plan(load_recipe(recipe), recipe.parent)
+    return {"peak": plan.peak, "step": plan.seconds.step}
+
+
+def measure(recipe: Path) -> dict[str, float]:
+    """Peak of a merge, and seconds of its last step."""
+    import jax
+
+    from adamerge_jax import cli
+
+    out = recipe.parent / "run"
+    cli.main(["learn", str(recipe), "--out", str(out)])
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    statistics = jax.devices()[0].memory_stats() or {}
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in rows if row["step"]]
+    return {"peak": statistics.get("peak_bytes_in_use", host), "step": seconds[-1]}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kind", choices=list(KINDS), help="one merge only")
+    parser.add_argument("--process", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.process:
+        what, recipe = arguments.process
+        print(json.dumps({"plan": predict, "learn": measure}[what](Path(recipe))))
+        return
+    table = Table(title="Peak memory (GB), seconds of a step")
+    columns = ("predicted GB", "measured GB", "ratio", "predicted s", "measured s")
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
+    for kind in [arguments.kind] if arguments.kind else KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = write_recipe(Path(folder), kind)
+            predicted, measured = (in_own_process(what, recipe) for what in ("plan", "learn"))
+        peaks = predicted["peak"] / 1e9, measured["peak"] / 1e9
+        values = (*peaks, peaks[0] / peaks[1], predicted["step"], measured["step"])
+        table.add_row(kind, *(f"{value:.2f}" for value in values))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

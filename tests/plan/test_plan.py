@@ -1,0 +1,251 @@
+"""Plans: the sizes of what a merge really holds, from headers alone."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from adamerge_jax import cli
+from adamerge_jax.checkpoints import huggingface
+from adamerge_jax.errors import InputError
+from adamerge_jax.granularities import make_granularity
+from adamerge_jax.merging import granularity_of, pose
+from adamerge_jax.plan import devices, make_plan
+from adamerge_jax.plan.outline import outline
+from adamerge_jax.plan.work import BESIDE_THE_TRACE, bytes_of, work_of
+from adamerge_jax.recipes import parse_recipe
+from adamerge_jax.workspace import open_workspace
+from tests.adapter_references import save_experts
+from tests.references import write_json_lines, write_recipe
+
+
+class HeaderOnly:
+    """A safetensors file that says shapes and dtypes; reading a value of it is an error."""
+
+    def __init__(self, file: Any, **options: Any):
+        self._file = safe_open(file, **options)
+
+    def __enter__(self) -> "HeaderOnly":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def keys(self) -> list[str]:
+        return self._file.keys()
+
+    def get_slice(self, name: str) -> "HeaderOnly.Slice":
+        return HeaderOnly.Slice(self._file.get_slice(name))
+
+    class Slice:
+        def __init__(self, found: Any):
+            self.get_shape, self.get_dtype = found.get_shape, found.get_dtype
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Every way to a weight is closed."""
+    monkeypatch.setattr(huggingface, "safe_open", HeaderOnly)
+
+
+def test_no_weight_is_read(text_recipe, tmp_path, no_weights, capsys):
+    recipe = str(write_recipe(tmp_path, text_recipe))
+    cli.main(["plan", recipe])
+    printed = capsys.readouterr().out
+    assert "fits: peak" in printed
+    assert "task vectors of 3 experts" in printed
+    # What shows that the way is closed: learning cannot go it.
+    with pytest.raises((AttributeError, TypeError)):
+        cli.main(["learn", recipe, "--out", str(tmp_path / "run")])
+
+
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype)), tree)
+
+
+ROW = {"granularity": "row"}
+ALIGNMENT = [{"name": "logit_alignment", "options": {"elsewhere": 0.1}}]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objectives": ALIGNMENT, "coefficients": ROW},
+        {
+            "dtype": "bfloat16",
+            "coefficients": {"granularity": "chunk", "granularity_options": {"pieces": 5}},
+        },
+        {"coefficients": {"granularity": "partition", "granularity_options": {"groups": 3}}},
+        {"coefficients": {"granularity": "singular", "granularity_options": {"rank": 2}}},
+        {"task_vectors": {"dtype": "int8"}, "learning": {"steps": 1, "batch_size": 4}},
+        {
+            "objectives": [{"name": "hidden_state_alignment", "options": {"layers": [1, -1]}}],
+            "interference": [{"name": "trim", "options": {"density": 0.5}}],
+        },
+    ],
+)
+def test_abstract_arrays_are_those_of_the_merge(text_recipe, tmp_path, changes):
+    check_arrays(text_recipe | changes, tmp_path)
+
+
+def test_abstract_images(image_recipe, tmp_path):
+    check_arrays(image_recipe | {"objectives": ALIGNMENT}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "coefficients", [ROW, {"granularity": "partition", "granularity_options": {"groups": 3}}]
+)
+def test_abstract_adapters(tmp_path, coefficients):
+    fields, _ = save_experts("vit", tmp_path)
+    for task, own in fields["tasks"].items():
+        pixels = np.zeros((12, 3, 8, 8), np.float32)
+        np.savez(tmp_path / f"{task}.npz", pixel_values=pixels)
+        own["calibration"] = str(tmp_path / f"{task}.npz")
+    learning = {"batch_size": 4}
+    check_arrays(fields | {"coefficients": coefficients, "learning": learning}, tmp_path)
+
+
+def check_arrays(fields: dict[str, Any], root: Any) -> None:
+    """Compares what the plan takes for the arrays with what a merge loads."""
+    recipe = parse_recipe(fields)
+    found = outline(recipe, root)
+    workspace = open_workspace(recipe, root)
+    problem = pose(recipe, workspace)
+    assert shapes_of(found.base) == shapes_of(problem.base)
+    assert shapes_of(found.kept_by_tasks) == shapes_of(workspace.heads)
+    # The plan cannot know that an expert left a tensor as it was.
+    changed = list(problem.deltas)
+    assert set(changed) <= set(found.deltas)
+    assert shapes_of({name: found.deltas[name] for name in changed}) == shapes_of(problem.deltas)
+    granularity = make_granularity(*granularity_of(recipe, workspace.models), problem.shapes)
+    prepared = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
+    planned = found.learning().frozen.deltas
+    assert shapes_of({name: planned[name] for name in changed}) == shapes_of(prepared)
+    real = next(problem.calibration.batches())
+    length = real.inputs["input_ids"].shape[1] if "input_ids" in real.inputs else 0
+    assert shapes_of(found.batch(length)) == shapes_of(real)
+
+
+def test_work_of_a_scan_of_products():
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    work = work_of(run, jnp.ones((4, 8)), jnp.ones((3, 8, 8)))
+    assert work.flops == 3 * 2 * 4 * 8 * 8
+    array = 4 * 8 * 4
+    assert array <= work.kept_bytes / BESIDE_THE_TRACE <= 4 * array
+    # The gradient keeps every layer's input.
+    gradient = work_of(
+        jax.grad(lambda x, w: run(x, w).sum()), jnp.ones((4, 8)), jnp.ones((3, 8, 8))
+    )
+    assert gradient.flops == pytest.approx(2 * work.flops, rel=0.01)
+    assert gradient.kept_bytes > work.kept_bytes + 2 * array
+
+
+def device(monkeypatch, memory: int) -> str:
+    """Gives a device of the table so much memory."""
+    monkeypatch.setitem(devices.DEVICES, "h100", devices.DEVICES["h100"]._replace(memory=memory))
+    return "h100"
+
+
+def test_what_to_change(text_recipe, tmp_path, monkeypatch, no_weights):
+    text_recipe["learning"] |= {"batch_size": 16}
+    text_recipe["evaluation"] = {"batch_size": 8}
+    recipe = parse_recipe(text_recipe)
+    plan = make_plan(recipe, tmp_path, device(monkeypatch, 10**9))
+    assert plan.fits and not plan.changes
+    peak = plan.peak
+    held = plan.memory.parts["base"] + plan.memory.parts["task vectors of 3 experts"]
+    plan = make_plan(recipe, tmp_path, device(monkeypatch, int(held + 0.4 * (peak - held))))
+    assert not plan.fits
+    assert plan.changes[-1].fits
+    assert not any(change.fits for change in plan.changes[:-1])
+    peaks = [change.peak for change in plan.changes]
+    assert peaks == sorted(peaks, reverse=True)
+    # As advised, it fits.
+    fields = recipe.model_dump()
+    for change in plan.changes:
+        section, _, name = change.field.rpartition(".")
+        (fields[section] if section else fields)[name] = change.value
+    assert make_plan(parse_recipe(fields), tmp_path, "h100").fits
+
+
+def test_nothing_helps(text_recipe, tmp_path, monkeypatch, capsys, no_weights):
+    text_recipe["learning"] |= {"batch_size": 2}
+    small = {"evaluation": {"batch_size": 2}, "max_length": 32}
+    recipe = write_recipe(tmp_path, text_recipe | small)
+    cli.main(["plan", str(recipe), "--device", device(monkeypatch, 1000)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "does not fit" in printed
+    assert "not enough yet" in printed
+    assert "dtype: bfloat16" in printed
+
+
+def test_rematerialising_and_half_precision_take_less(text_recipe, tmp_path):
+    def activations(**changes: Any) -> int:
+        plan = make_plan(parse_recipe(text_recipe | changes), tmp_path, "h100")
+        return plan.memory.parts["activations of a step"]
+
+    by_choice = {
+        choice: activations(learning=text_recipe["learning"] | {"rematerialize": choice})
+        for choice in ("layer", "elementwise", "nothing")
+    }
+    assert by_choice["layer"] < by_choice["elementwise"] < by_choice["nothing"]
+    assert activations(dtype="bfloat16") < 0.9 * by_choice["elementwise"]
+
+
+def test_task_vectors_elsewhere_and_batches_in_parts(text_recipe, tmp_path):
+    def memory(**changes: Any) -> Any:
+        return make_plan(parse_recipe(text_recipe | changes), tmp_path, "h100").memory
+
+    def at(found: Any, place: str) -> int:
+        return next(getattr(each, place) for each in found.phases if each.name == "learning")
+
+    here, host, disk = (
+        memory(task_vectors={"memory": place}) for place in ("device", "host", "disk")
+    )
+    moved = here.parts["task vectors of 3 experts"]
+    assert at(here, "device") - moved == at(host, "device") == at(disk, "device")
+    assert at(host, "host") - moved == at(here, "host") == at(disk, "host")
+    parts = memory(learning=text_recipe["learning"] | {"microbatches": 4})
+    name = "activations of a step"
+    assert parts.parts[name] < 0.6 * here.parts[name]
+    assert at(memory(devices={"model": 2}), "device") < 0.6 * at(here, "device")
+
+
+def test_data_that_is_elsewhere_is_assumed(text_recipe, tmp_path, capsys):
+    for own in text_recipe["tasks"].values():
+        del own["test"]
+        own["calibration"] = {"path": "some/where", "limit": 70}
+    text_recipe["max_length"] = 24
+    recipe = write_recipe(tmp_path, text_recipe)
+    cli.main(["plan", str(recipe), "--device", "a100"])
+    printed = capsys.readouterr().out
+    assert "70 examples of max_length tokens are assumed" in printed
+    found = outline(parse_recipe(text_recipe), tmp_path)
+    assert found.longest == 24
+    assert len(found.data["calibration"]["tone"]) == 70
+
+
+def test_bad_input(text_recipe, image_recipe, tmp_path):
+    recipe = parse_recipe(text_recipe)
+    with pytest.raises(InputError, match="'h101' is none of cpu, h100"):
+        make_plan(recipe, tmp_path, "h101")
+    np.savez(tmp_path / "pictures.npz", pictures=np.zeros(3))
+    image_recipe["tasks"]["shape"]["calibration"] = "pictures.npz"
+    with pytest.raises(InputError, match=re.escape("no .npz file with 'pixel_values'")):
+        make_plan(parse_recipe(image_recipe), tmp_path, "h100")
+
+
+def test_lengths_are_those_of_the_texts(text_recipe, tmp_path):
+    rows = [{"text": "a " * count} for count in (3, 20, 27)] * 4
+    text_recipe["tasks"]["tone"]["calibration"] = str(write_json_lines(tmp_path / "t.jsonl", rows))
+    found = outline(parse_recipe(text_recipe), tmp_path)
+    # With the two special tokens: 5, 22 and 29, padded to buckets.
+    assert sorted(set(found.data["calibration"]["tone"].lengths)) == [16, 24, 32]
+    assert found.longest == 32
+    assert bytes_of(found.batch(32).inputs) == 3 * 3 * 4 * 32 * 4
