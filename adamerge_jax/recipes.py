@@ -132,7 +132,8 @@ class CoefficientsRecipe(Section):
     """Where every coefficient starts; by default 0.3, or 1/K under softmax."""
     start: str | None = None
     """Coefficients file of an earlier run to start from instead, of any granularity. Experts are
-    matched by name; one that the file does not know starts at initial."""
+    matched by name; one that the file does not know starts at initial. Or a .yaml file of mergekit,
+    with the same models and one weight per tensor or coarser."""
     other_base: bool = False
     """Whether start may have been learned for another base: another version, or another size of
     the same family, whose layers are then matched by relative depth."""

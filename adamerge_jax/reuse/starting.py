@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from adamerge_jax.checkpoints.mergekit import read_weights
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, Constraint
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import (
@@ -68,30 +69,55 @@ def open_start(
         root: Folder that relative paths start from.
 
     Raises:
-        InputError: See `start_from_file`.
+        InputError: See `start_from_file` and `start_from_mergekit`.
     """
     chosen = recipe.coefficients
     if chosen.start is None:
         return None
-    try:
-        coefficients = Coefficients.load(root / Path(chosen.start).expanduser())
-    except InputError as error:
-        raise InputError(f"coefficients.start: {error}") from error
-    start = start_from_file(
-        coefficients,
-        models,
-        initial=recipe.initial_coefficient,
-        other_base=chosen.other_base,
-        source=chosen.start,
-    )
+    file = root / Path(chosen.start).expanduser()
+    initial = recipe.initial_coefficient
+    if file.suffix in (".yaml", ".yml"):
+        start = start_from_mergekit(file, models, initial=initial, source=chosen.start)
+    else:
+        try:
+            coefficients = Coefficients.load(file)
+        except InputError as error:
+            raise InputError(f"coefficients.start: {error}") from error
+        start = start_from_file(
+            coefficients,
+            models,
+            initial=initial,
+            other_base=chosen.other_base,
+            source=chosen.start,
+        )
+        other = _other_interference(coefficients, recipe)
+        start = start._replace(notes=(*start.notes, *other))
     return start._replace(
         notes=(
             *start.notes,
-            *_other_interference(coefficients, recipe),
             _how(start, *granularity),
             *_out_of_range(start, chosen.constraint),
         )
     )
+
+
+def start_from_mergekit(file: Path, models: Models, *, initial: float, source: str) -> Start:
+    """A start at the weights of a mergekit file, one for each tensor and expert.
+
+    Args:
+        file: See `adamerge_jax.checkpoints.mergekit.read_weights`.
+        models: The base and its experts, which the file names by the same paths or Hub names.
+        initial: Where coefficients start of a tensor that the file says nothing of.
+        source: Where it comes from, for the coefficients file.
+
+    Raises:
+        InputError: It is no such file, is of other models, or says what no coefficients can.
+    """
+    try:
+        weights = read_weights(file, models.base, models.experts)
+    except InputError as error:
+        raise InputError(f"coefficients.start: {error}") from error
+    return Start(weights, initial, source)
 
 
 def start_from_file(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from adamerge_jax import cli
@@ -206,6 +207,33 @@ def test_experts_are_matched_by_name(text_fields, tmp_path):
     assert "subject ('topic' is that very model" in renamed.notes[0]
     with pytest.raises(InputError, match="experts are matched by name, and none has the same"):
         from_file(before, models_of(text_fields, mood=mood))
+
+
+def test_weights_of_a_mergekit_file(text_fields, tmp_path):
+    models = [
+        {"model": task["expert"], "parameters": {"weight": weight}}
+        for task, weight in zip(
+            text_fields["tasks"].values(),
+            (0.1, 0.2, [{"filter": "pooler.dense.weight", "value": 0.7}, {"value": 0.4}]),
+            strict=True,
+        )
+    ]
+    file = tmp_path / "merge.yaml"
+    config = {"merge_method": "task_arithmetic", "base_model": text_fields["base"]}
+    config |= {"models": models, "parameters": {"normalize": False}, "dtype": "float32"}
+    file.write_text(yaml.safe_dump(config))
+    recipe = parse_recipe(text_fields | {"coefficients": {"start": str(file)}})
+    opened = models_of(text_fields)
+    start = open_start(recipe, opened, ("row", {}), tmp_path)
+    assert start.source == str(file) and start.learned is None
+    for name, expected in (
+        ("bert.pooler.dense.weight", [0.1, 0.2, 0.7]),
+        ("bert.encoder.layer.1.output.dense.weight", [0.1, 0.2, 0.4]),
+    ):
+        np.testing.assert_allclose(start.scales[name], expected, rtol=1e-6)
+    file.write_text("merge_method: slerp\n")
+    with pytest.raises(InputError, match=r"coefficients.start: .*merge_method is 'slerp'"):
+        open_start(recipe, opened, ("row", {}), tmp_path)
 
 
 def test_another_version_of_the_base(text_fields, tmp_path):
