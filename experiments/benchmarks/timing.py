@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 MakeStep = Callable[[str], Callable[[], object]]
@@ -44,20 +44,20 @@ def run(
         for column in ("", "ms/step", "times a", "peak GB", "times a"):
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         first = None
-        for variant in variants:
-            command = [sys.executable, file, "--variant", variant, "--size", size]
-            command += ["--repeats", str(arguments.repeats)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            result = json.loads(output.splitlines()[-1])
-            first = first or result
-            table.add_row(
-                variant,
-                f"{1000 * result['seconds']:.1f}",
-                f"{result['seconds'] / first['seconds']:.2f}",
-                f"{result['peak'] / 1e9:.2f}",
-                f"{result['peak'] / first['peak']:.2f}",
-            )
-        Console().print(table)
+        with Live(table, refresh_per_second=1):
+            for variant in variants:
+                command = [sys.executable, file, "--variant", variant, "--size", size]
+                command += ["--repeats", str(arguments.repeats)]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                result = json.loads(output.splitlines()[-1])
+                first = first or result
+                table.add_row(
+                    variant,
+                    f"{1000 * result['seconds']:.1f}",
+                    f"{result['seconds'] / first['seconds']:.2f}",
+                    f"{result['peak'] / 1e9:.2f}",
+                    f"{result['peak'] / first['peak']:.2f}",
+                )
 
 
 def measure(step: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -1,0 +1,110 @@
+"""Steps of language models on random weights and tokens, for the benchmarks that time them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from transformers import LlamaConfig
+
+from adamerge_jax.calibration import Batch
+from adamerge_jax.coefficients import CONSTRAINTS
+from adamerge_jax.granularities import constant, make_granularity
+from adamerge_jax.learning import Frozen, forward_with_heads, make_learner
+from adamerge_jax.models import family_of, head_parameters
+from adamerge_jax.objectives import NOT_PREDICTED, Targets, cross_entropy, token_losses
+from adamerge_jax.task_vectors import Delta
+
+
+class Size(NamedTuple):
+    """A model, its experts and a batch.
+
+    Attributes:
+        config: The model.
+        experts: K.
+        sequences: Of each task in a batch.
+        length: Of a sequence, in tokens.
+    """
+
+    config: LlamaConfig
+    experts: int
+    sequences: int
+    length: int
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        shapes = family_of(self.config).build_trunk(self.config).shapes
+        return sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
+
+    @property
+    def tokens(self) -> str:
+        """The batch in words."""
+        return f"{self.experts * self.sequences} x {self.length} tokens"
+
+
+def weights(size: Size) -> dict[str, jax.Array]:
+    """Random parameters of the base."""
+    generator = np.random.default_rng(0)
+    return {
+        name: jnp.ones(leaf.shape)
+        if "norm" in name
+        else jnp.asarray(0.02 * generator.standard_normal(leaf.shape, np.float32))
+        for name, leaf in family_of(size.config).build_trunk(size.config).shapes.items()
+    }
+
+
+def tokens(size: Size) -> np.ndarray:
+    """One batch of sequences of all tasks."""
+    shape = (size.experts * size.sequences, size.length)
+    return np.random.default_rng(1).integers(0, size.config.vocab_size, shape, np.int32)
+
+
+def plain_step(size: Size) -> Callable[[], object]:
+    """The gradient of the mean loss with respect to all weights of the base, nothing recomputed."""
+    family = family_of(size.config)
+    trunk, head = family.build_trunk(size.config, "nothing"), family.build_head(size.config)
+    parameters, ids = weights(size), jnp.asarray(tokens(size))
+
+    @jax.jit
+    def step(parameters, ids):
+        def loss(parameters):
+            outputs = trunk(parameters, {"input_ids": ids})
+            logits = head(head_parameters(head, {}, parameters), outputs)
+            return token_losses(logits[:, :-1], ids[:, 1:]).mean()
+
+        return jax.grad(loss)(parameters)
+
+    return lambda: jax.block_until_ready(step(parameters, ids))
+
+
+def learning_step(
+    size: Size,
+    make_deltas: Callable[[dict[str, jax.Array]], dict[str, Delta]],
+    *,
+    granularity: str,
+    rematerialize: str,
+) -> Callable[[], object]:
+    """Our learning step, with the experts that `make_deltas` makes for a base."""
+    family = family_of(size.config)
+    trunk, head = family.build_trunk(size.config, rematerialize), family.build_head(size.config)
+    base, ids = weights(size), tokens(size)
+    deltas = make_deltas(base)
+    shapes = {name: base[name].shape for name in deltas}
+    chosen = make_granularity(granularity, {}, shapes)
+    learner = make_learner(
+        forward_with_heads(trunk, [head] * size.experts, logits_again=True),
+        chosen,
+        CONSTRAINTS["free"],
+        cross_entropy(),
+        optax.adam(1e-3),
+    )
+    state = learner.init(chosen.init(constant(shapes, size.experts, 0.3)))
+    end = np.full((len(ids), 1), NOT_PREDICTED, np.int32)
+    labels = np.split(np.concatenate([ids[:, 1:], end], axis=1), size.experts)
+    shares = np.full((size.experts, size.sequences), 1 / size.sequences, np.float32)
+    batch = Batch({"input_ids": ids}, shares, [Targets(labels=own) for own in labels])
+    frozen = Frozen(base, deltas, [{}] * size.experts)
+    return lambda: jax.block_until_ready(learner.step(state, frozen, batch))
