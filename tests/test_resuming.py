@@ -47,8 +47,8 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, records: int) -> None:
     """Ends the run when so many records are in the metrics."""
     seen = 0
 
-    def killing(tasks, steps, metrics, console):
-        shown = show_progress(tasks, steps, metrics, console)
+    def killing(*arguments):
+        shown = show_progress(*arguments)
 
         class Watch:
             def __enter__(self):

@@ -73,7 +73,7 @@ def test_the_command_scales_and_says_so(text_fields, file, reference, tmp_path, 
         np.testing.assert_allclose(checkpoint.read(name), array, rtol=1e-5, atol=1e-6)
     assert sorted(task.name for task in (out / "checkpoint/tasks").iterdir()) == ["mood", "tone"]
     card = (out / "checkpoint/README.md").read_text()
-    assert "Multiplied after learning: tone times 0.5." in card
+    assert "multiplied after learning: tone times 0.5." in card
     assert "topic" not in card
     # What was folded can be folded again, now without any factor.
     again = prepare_fold(out / "coefficients.safetensors", models_of(text_fields, ["tone", "mood"]))
