@@ -31,6 +31,7 @@ from adamerge_jax.recipes import (
     parse_recipe,
 )
 from adamerge_jax.reuse.folding import parse_scale
+from adamerge_jax.run_folder import COEFFICIENTS_FILE, HEAT_MAP_FILE
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 
@@ -63,9 +64,9 @@ class Learn:
             return
         console.print(
             f"merged checkpoint {out / exporting.CHECKPOINT_FOLDER}\n"
-            f"coefficients      {out / jobs.COEFFICIENTS_FILE} (best after "
+            f"coefficients      {out / COEFFICIENTS_FILE} (best after "
             f"{run.coefficients.step} steps)\n"
-            f"heat map          {out / jobs.HEAT_MAP_FILE}\n"
+            f"heat map          {out / HEAT_MAP_FILE}\n"
             f"report            {out / report.PAGE_FILE}{_adapter(self.recipe, out)}",
             highlight=False,
             soft_wrap=True,

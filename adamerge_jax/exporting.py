@@ -235,8 +235,7 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
     Raises:
         InputError: A factor has NaN or infinite values, or the folder cannot be written.
     """
-    shapes = {name: models.base.shape(name) for name in coefficients.parameters}
-    scales = coefficients.make_granularity(shapes).scales(coefficients.stacked_once())
+    scales = coefficients.scales()
     # AutoModel's own names lack what a class with a head puts in front of its trunk's.
     headed = models.family.auto_class is not None and not models.family.language
     prefix = models.family.prefixes[0] if headed else ""
@@ -281,12 +280,10 @@ def export_mergekit(recipe: Recipe, models: Models, coefficients: Coefficients, 
     """
     if coefficients.interference:
         raise inexpressible("it has interference steps, whose order and sums are other ones there")
-    shapes = {name: models.base.shape(name) for name in coefficients.parameters}
-    granularity = coefficients.make_granularity(shapes)
-    scales = granularity.scales(coefficients.stacked_once())
-    experts = len(models.experts)
-    finer = next((name for name, scale in scales.items() if scale.size != experts), None)
-    if finer is not None or granularity.prepare is not unprepared:
+    scales, experts = coefficients.scales(), len(models.experts)
+    granularity = coefficients.make_granularity(coefficients.shapes)
+    finer = any(scale.size != experts for scale in scales.values())
+    if finer or granularity.prepare is not unprepared:
         raise inexpressible(
             f"coefficients of granularity {coefficients.granularity!r} are finer than tensors, "
             "and its weights are not"

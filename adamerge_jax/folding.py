@@ -73,7 +73,7 @@ def _fold_block(
     base: MatchedCheckpoint,
     experts: Sequence[MatchedCheckpoint],
     first: int,
-    scale: Float[np.ndarray, "K #rows #columns"],
+    scale: Float[np.ndarray, " K #rows #columns"],
     out: Float[np.ndarray, "rows columns"],
 ) -> bool:
     """Folds the entries from `first` on into `out`; whether all sums are finite."""
@@ -102,7 +102,7 @@ def _read(
 
 def _by_rows(
     scale: Float[np.ndarray, "K ..."], shape: tuple[int, ...]
-) -> Float[np.ndarray, "K #m #n"]:
+) -> Float[np.ndarray, " K #m #n"]:
     """The scale of a tensor whose axes after the first are one."""
     experts, rows = scale.shape[:2]
     if scale.size == experts * rows:

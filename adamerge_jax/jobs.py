@@ -33,6 +33,7 @@ from adamerge_jax.reuse import compare, prepare_fold
 from adamerge_jax.reuse.comparison_report import draw_comparison, print_comparison
 from adamerge_jax.run_folder import (
     COEFFICIENTS_FILE,
+    HEAT_MAP_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     RESULTS_FILE,
@@ -42,7 +43,6 @@ from adamerge_jax.tokenizers import tokenizer_owner
 from adamerge_jax.tracking import require_installed, track
 from adamerge_jax.workspace import open_workspace
 
-HEAT_MAP_FILE = "coefficients.png"
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
 
@@ -80,7 +80,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     """
     devices = open_devices(recipe.devices)
     first, console = is_first_process(), _of_first_process(console)
-    require_startable(out, recipe, resume=resume, ended=COEFFICIENTS_FILE)
+    require_startable(out, recipe, resume=resume)
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):

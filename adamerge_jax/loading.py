@@ -325,7 +325,7 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
     """
     require_fitting(models, coefficients)
     granularity = coefficients.make_granularity(coefficients.shapes)
-    scales = granularity.scales(coefficients.stacked_once())
+    scales = coefficients.scales()
     # A tensor at a time fits on one device, and other processes need not take part.
     models = dataclasses.replace(models, devices=ONE_DEVICE)
     experts = list(models.experts.values())

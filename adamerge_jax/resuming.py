@@ -11,13 +11,13 @@ from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.snapshots import last_step
 from adamerge_jax.errors import InputError
 from adamerge_jax.recipes import Recipe
-from adamerge_jax.run_folder import METRICS_FILE, RECIPE_FILE
+from adamerge_jax.run_folder import COEFFICIENTS_FILE, METRICS_FILE, RECIPE_FILE
 
 STATE_FOLDER = "state"
 """Where an unfinished run keeps the state to go on from."""
 
 
-def require_startable(out: Path, recipe: Recipe, *, resume: bool, ended: str) -> None:
+def require_startable(out: Path, recipe: Recipe, *, resume: bool) -> None:
     """Refuses a run folder that cannot be started in; changes nothing.
 
     Args:
@@ -25,7 +25,6 @@ def require_startable(out: Path, recipe: Recipe, *, resume: bool, ended: str) ->
             again is given the same command every time.
         recipe: What is to be run.
         resume: Whether to go on with the run that is there.
-        ended: A file that only a run has which has ended.
 
     Raises:
         InputError: It is in use, or what is in it is no unfinished run of this recipe.
@@ -40,7 +39,7 @@ def require_startable(out: Path, recipe: Recipe, *, resume: bool, ended: str) ->
         return
     if not (out / RECIPE_FILE).is_file():
         raise InputError(f"{out} holds no run to go on with; choose another folder")
-    if (out / ended).exists() and not (out / STATE_FOLDER).is_dir():
+    if (out / COEFFICIENTS_FILE).exists() and not (out / STATE_FOLDER).is_dir():
         raise InputError(
             f"{out} holds a run that has ended, there is nothing to go on with; choose another "
             "folder, or remove it first"

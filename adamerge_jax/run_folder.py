@@ -16,6 +16,7 @@ METRICS_FILE = "metrics.jsonl"
 RECORD_FILE = "run.json"
 RESULTS_FILE = "results.json"
 COEFFICIENTS_FILE = "coefficients.safetensors"
+HEAT_MAP_FILE = "coefficients.png"
 
 ByTask = dict[str, float | None]
 

@@ -109,12 +109,15 @@ def _of_tokens(logits: Float[Array, "B T V"], top: int | None) -> dict[str, Arra
     """What is kept of a language model's logits: all, or the likely tokens."""
     if top is None:
         return {_LOGITS: logits}
-    values, tokens = _most_likely(logits, min(top, logits.shape[-1]))
+    values, tokens = most_likely(logits, min(top, logits.shape[-1]))
     return {_TOKENS: tokens, _LOG_PROBABILITIES: values}
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _most_likely(logits: Float[Array, "B T V"], count: int) -> tuple[Array, Array]:
+def most_likely(
+    logits: Float[Array, "B T V"], count: int
+) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
+    """Log-probabilities of the `count` likeliest tokens of each position, and which they are."""
     return jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), count)
 
 

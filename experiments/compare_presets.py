@@ -8,7 +8,6 @@ are not repeated: a comparison that was interrupted goes on where it stopped.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.merging import Problem, learn_coefficients, pose
 from adamerge_jax.presets import PRESETS
 from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe, read_fields
+from adamerge_jax.run_record import peak_memory
 from adamerge_jax.workspace import open_workspace
 
 BASELINES = "baselines"
@@ -151,12 +151,13 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     merge = learn_coefficients(problem, watch=watch)
     seconds = time.perf_counter() - began
     row = jobs.evaluate_merge(problem, merge)
+    peak = peak_memory()
     result = row.as_json() | {
         "coefficients": sum(array.size for array in merge.coefficients.values.values()),
         "steps": recipe.learning.steps,
         "kept_step": merge.coefficients.step,
         "seconds": seconds,
-        "peak_gigabytes": peak_gigabytes(),
+        "peak_gigabytes": peak.get("device", peak["process"]) / 1e9,
         "device": str(jax.devices()[0].device_kind),
     }
     if until is not None:
@@ -183,14 +184,6 @@ def recipe_for(fields: dict[str, Any], preset: str, seed: int, examples: int | N
 def accuracy_of(problem: Problem, merge: Any, best: learning.Learned) -> float:
     """Average test accuracy of coefficients that were the best for a while."""
     return jobs.evaluate_merge(problem, merge._replace(values=best.values)).average
-
-
-def peak_gigabytes() -> float:
-    """Peak memory of the device, or of this process where the device is the CPU."""
-    statistics = jax.devices()[0].memory_stats()
-    if jax.default_backend() != "cpu" and statistics:
-        return statistics["peak_bytes_in_use"] / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def summarise(title: str, runs: dict[str, Any], presets: list[str]) -> Table:

@@ -99,7 +99,7 @@ class Rotary:
             context=settings["original_max_position_embeddings"],
         )
 
-    def frequencies(self) -> Float[np.ndarray, "features/2"]:
+    def frequencies(self) -> Float[np.ndarray, " features/2"]:
         """Radians per position, in float32 because PyTorch computes them so."""
         exponents = np.arange(0, self.features, 2, dtype=np.float32) / np.float32(self.features)
         fast = 1 / np.float32(self.theta) ** exponents

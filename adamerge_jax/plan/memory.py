@@ -4,15 +4,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from adamerge_jax.exporting import export_bytes
 from adamerge_jax.models import head_parameters
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of
-from adamerge_jax.targets import MEMORY_BYTES
+from adamerge_jax.targets import MEMORY_BYTES, most_likely
 
 RUNTIME_BYTES = 400_000_000
 """Compiled programs, and what the C library's allocator does not give back: what runs on a CPU had
@@ -113,12 +111,8 @@ def _ask(outline: Outline, task: str, parameters: Any, kept: Any, inputs: Any) -
     logits = head(head_parameters(head, kept, parameters), outputs)
     hidden = [outputs.hidden_states[layer] for layer in needs.hidden_states]
     if logits.ndim == 3 and needs.expert_logits and needs.top_tokens is not None:
-        return logits, hidden, _most_likely(logits, min(needs.top_tokens, logits.shape[-1]))
+        return logits, hidden, most_likely(logits, min(needs.top_tokens, logits.shape[-1]))
     return logits, hidden
-
-
-def _most_likely(logits: Array, count: int) -> Any:
-    return jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), count)
 
 
 def _compiled_bytes(function: Any, *arguments: Any) -> int:

@@ -13,7 +13,7 @@ from adamerge_jax.calibration import BATCHES_SORTED_TOGETHER
 from adamerge_jax.errors import InputError
 from adamerge_jax.exporting import export_bytes
 from adamerge_jax.granularities import count_units
-from adamerge_jax.plan.devices import (
+from adamerge_jax.plan.hardware import (
     DEVICES,
     Device,
     find_device,

@@ -10,60 +10,24 @@ On the same tokens, each in a process of its own, so that the peak memory is its
 The model is a Llama of 100 M parameters.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import language_steps
 import numpy as np
-import timing
-from language_steps import Size
-from transformers import LlamaConfig
+from language_steps import MakeStep, Size, learning_step, llama, run
 
 from adamerge_jax.task_vectors import Delta, DenseDelta, LowRankDelta
 
-RANK = 16
+EXPERTS, RANK = 8, 16
 
 SIZES = {
-    "large": Size(
-        LlamaConfig(
-            vocab_size=32000,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            num_key_value_heads=12,
-            tie_word_embeddings=True,
-        ),
-        experts=8,
-        sequences=2,
-        length=128,
-    ),
-    "small": Size(
-        LlamaConfig(
-            vocab_size=4000,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            tie_word_embeddings=True,
-        ),
-        experts=8,
-        sequences=2,
-        length=128,
-    ),
+    "large": Size(llama(32000, 768, 2048, layers=12, heads=12), EXPERTS, sequences=2, length=128),
+    "small": Size(llama(4000, 192, 512, layers=4, heads=6), EXPERTS, sequences=2, length=128),
 }
 
 
-def plain_step(size: str) -> Callable[[], object]:
-    """(a): the gradient of the mean loss with respect to all weights of the base."""
-    return language_steps.plain_step(SIZES[size])
-
-
-def adapters(
-    base: dict[str, jax.Array], *, experts: int, built_out: bool = False
-) -> dict[str, Delta]:
+def adapters(base: dict[str, jax.Array], *, built_out: bool = False) -> dict[str, Delta]:
     """Random factors for every matrix in the layers."""
     generator = np.random.default_rng(2)
     deltas: dict[str, Delta] = {}
@@ -71,8 +35,8 @@ def adapters(
         if array.ndim != 3:
             continue
         layers, m, n = array.shape
-        left = generator.standard_normal((layers, experts, m, RANK), np.float32) * 0.01
-        right = generator.standard_normal((layers, experts, RANK, n), np.float32) * 0.02
+        left = generator.standard_normal((layers, EXPERTS, m, RANK), np.float32) * 0.01
+        right = generator.standard_normal((layers, EXPERTS, RANK, n), np.float32) * 0.02
         if built_out:
             deltas[name] = DenseDelta(jnp.asarray(left @ right))
         else:
@@ -80,24 +44,13 @@ def adapters(
     return deltas
 
 
-def learning_step(
-    size: str, *, granularity: str, rematerialize: str, built_out: bool = False
-) -> Callable[[], object]:
-    """(b) and (c): our learning step."""
-    chosen = SIZES[size]
-    return language_steps.learning_step(
-        chosen,
-        partial(adapters, experts=chosen.experts, built_out=built_out),
-        granularity=granularity,
-        rematerialize=rematerialize,
-    )
-
-
-VARIANTS: dict[str, timing.MakeStep] = {
-    "a: plain forward+backward": plain_step,
+VARIANTS: dict[str, MakeStep] = {
     **{
         f"b: adapters, by {granularity} ({rematerialize})": partial(
-            learning_step, granularity=granularity, rematerialize=rematerialize
+            learning_step,
+            make_deltas=adapters,
+            granularity=granularity,
+            rematerialize=rematerialize,
         )
         for granularity, rematerialize in (
             ("tensor", "elementwise"),
@@ -106,19 +59,12 @@ VARIANTS: dict[str, timing.MakeStep] = {
         )
     },
     "c: built out, by row (elementwise)": partial(
-        learning_step, granularity="row", rematerialize="elementwise", built_out=True
+        learning_step,
+        make_deltas=partial(adapters, built_out=True),
+        granularity="row",
+        rematerialize="elementwise",
     ),
 }
 
-
-def title(size: str) -> str:
-    """What a table is about."""
-    chosen = SIZES[size]
-    return (
-        f"{size}: {chosen.parameters / 1e6:.1f} M parameters, {chosen.experts} adapters of rank "
-        f"{RANK}, {chosen.tokens}"
-    )
-
-
 if __name__ == "__main__":
-    timing.run(__doc__, __file__, VARIANTS, {size: title(size) for size in SIZES})
+    run(__doc__, __file__, SIZES, VARIANTS, lambda size: f"{EXPERTS} adapters of rank {RANK}")

@@ -9,104 +9,56 @@ On the same tokens, each in a process of its own, so that the peak memory is its
 The model is a Llama of 300 M parameters; with `--size small`, of 12 M.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import language_steps
 import numpy as np
-import timing
-from language_steps import Size
-from transformers import LlamaConfig
+from language_steps import MakeStep, Size, learning_step, llama, run
 
 from adamerge_jax.names import is_stacked
 from adamerge_jax.task_vectors import Delta, DenseDelta
 
+EXPERTS = 4
+
 SIZES = {
-    "large": Size(
-        LlamaConfig(
-            vocab_size=32000,
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_hidden_layers=22,
-            num_attention_heads=16,
-            num_key_value_heads=16,
-            tie_word_embeddings=True,
-        ),
-        experts=4,
-        sequences=4,
-        length=128,
-    ),
-    "small": Size(
-        LlamaConfig(
-            vocab_size=8000,
-            hidden_size=320,
-            intermediate_size=864,
-            num_hidden_layers=8,
-            num_attention_heads=5,
-            num_key_value_heads=5,
-            tie_word_embeddings=True,
-        ),
-        experts=4,
-        sequences=4,
-        length=128,
-    ),
+    "large": Size(llama(32000, 1024, 2816, layers=22, heads=16), EXPERTS, sequences=4, length=128),
+    "small": Size(llama(8000, 320, 864, layers=8, heads=5), EXPERTS, sequences=4, length=128),
 }
 
 
-def plain_step(size: str) -> Callable[[], object]:
-    """(a): the gradient of the mean loss with respect to all weights of the base."""
-    return language_steps.plain_step(SIZES[size])
-
-
-def whole_experts(base: dict[str, jax.Array], *, experts: int) -> dict[str, Delta]:
+def whole_experts(base: dict[str, jax.Array]) -> dict[str, Delta]:
     """Random deltas of all parameters."""
     generator = np.random.default_rng(2)
     deltas: dict[str, Delta] = {}
     for name, array in base.items():
         split = int(is_stacked(name))
-        shape = (*array.shape[:split], experts, *array.shape[split:])
+        shape = (*array.shape[:split], EXPERTS, *array.shape[split:])
         values = generator.standard_normal(shape, np.float32)
         deltas[name] = DenseDelta(jnp.asarray(np.multiply(values, 0.002, out=values)))
     return deltas
 
 
-def learning_step(size: str, *, granularity: str, rematerialize: str) -> Callable[[], object]:
-    """(b): our learning step."""
-    chosen = SIZES[size]
-    return language_steps.learning_step(
-        chosen,
-        partial(whole_experts, experts=chosen.experts),
+VARIANTS: dict[str, MakeStep] = {
+    f"b: whole experts, by {granularity} ({rematerialize})": partial(
+        learning_step,
+        make_deltas=whole_experts,
         granularity=granularity,
         rematerialize=rematerialize,
     )
-
-
-VARIANTS: dict[str, timing.MakeStep] = {
-    "a: plain forward+backward": plain_step,
-    **{
-        f"b: whole experts, by {granularity} ({rematerialize})": partial(
-            learning_step, granularity=granularity, rematerialize=rematerialize
-        )
-        for granularity, rematerialize in (
-            ("tensor", "elementwise"),
-            ("row", "elementwise"),
-            ("tensor", "layer"),
-        )
-    },
+    for granularity, rematerialize in (
+        ("tensor", "elementwise"),
+        ("row", "elementwise"),
+        ("tensor", "layer"),
+    )
 }
 
 
-def title(size: str) -> str:
-    """What a table is about."""
-    chosen = SIZES[size]
-    gigabytes = 4 * chosen.experts * chosen.parameters / 1e9
-    return (
-        f"{size}: {chosen.parameters / 1e6:.1f} M parameters, {chosen.experts} experts (task "
-        f"vectors {gigabytes:.2f} GB), {chosen.tokens}"
-    )
+def in_words(size: Size) -> str:
+    """What the experts are."""
+    gigabytes = 4 * size.experts * size.parameters / 1e9
+    return f"{size.experts} experts (task vectors {gigabytes:.2f} GB)"
 
 
 if __name__ == "__main__":
-    timing.run(__doc__, __file__, VARIANTS, {size: title(size) for size in SIZES})
+    run(__doc__, __file__, SIZES, VARIANTS, in_words)

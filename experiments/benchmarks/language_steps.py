@@ -1,12 +1,13 @@
 """Steps of language models on random weights and tokens, for the benchmarks that time them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import timing
 from transformers import LlamaConfig
 
 from adamerge_jax.calibration import Batch
@@ -16,6 +17,9 @@ from adamerge_jax.learning import Frozen, forward_with_heads, make_learner
 from adamerge_jax.models import family_of, head_parameters
 from adamerge_jax.objectives import NOT_PREDICTED, Targets, cross_entropy, token_losses
 from adamerge_jax.task_vectors import Delta
+
+MakeStep = Callable[["Size"], Callable[[], object]]
+"""From a size to a function that runs one step and waits for it."""
 
 
 class Size(NamedTuple):
@@ -39,10 +43,46 @@ class Size(NamedTuple):
         shapes = family_of(self.config).build_trunk(self.config).shapes
         return sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
 
-    @property
-    def tokens(self) -> str:
-        """The batch in words."""
-        return f"{self.experts * self.sequences} x {self.length} tokens"
+
+def llama(vocabulary: int, width: int, middle: int, layers: int, heads: int) -> LlamaConfig:
+    """A Llama with as many heads of keys as of queries, its output layer the embeddings."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=middle,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        tie_word_embeddings=True,
+    )
+
+
+def run(
+    description: str,
+    file: str,
+    sizes: Mapping[str, Size],
+    variants: Mapping[str, MakeStep],
+    experts_in_words: Callable[[Size], str],
+) -> None:
+    """Measures the plain step and every variant, and prints a table for each size.
+
+    Args:
+        description: Of the command.
+        file: The benchmark, see `timing.run`.
+        sizes: By their names on the command line.
+        variants: What is measured beside the plain step.
+        experts_in_words: What the title of a table says of the experts.
+    """
+
+    def of_name(make: MakeStep) -> timing.MakeStep:
+        return lambda name: make(sizes[name])
+
+    steps = {"a: plain forward+backward": plain_step, **variants}
+    titles = {
+        name: f"{name}: {size.parameters / 1e6:.1f} M parameters, {experts_in_words(size)}, "
+        f"{size.experts * size.sequences} x {size.length} tokens"
+        for name, size in sizes.items()
+    }
+    timing.run(description, file, {name: of_name(make) for name, make in steps.items()}, titles)
 
 
 def weights(size: Size) -> dict[str, jax.Array]:

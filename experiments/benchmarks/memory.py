@@ -14,7 +14,6 @@ a block compares 16 experts with 2: arguments and temporary on the device, and t
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from adamerge_jax.merging import pose
 from adamerge_jax.models import family_of
 from adamerge_jax.names import is_stacked, unstack
 from adamerge_jax.recipes import parse_recipe
+from adamerge_jax.run_record import peak_memory
 from adamerge_jax.workspace import open_workspace
 
 PLACES = ("device", "host", "disk")
@@ -128,13 +128,13 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
     for _ in range(STEPS):
         state, per_task = step(state, frozen, arguments[-1])
     jax.block_until_ready(per_task)
-    statistics = jax.devices()[0].memory_stats() or {}
+    peak = peak_memory()
     return {
         "device": everything - on_host,
         "host": on_host,
         "temporary": step.memory_analysis().temp_size_in_bytes,
-        "used": statistics.get("peak_bytes_in_use", 0),
-        "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "used": peak.get("device", 0),
+        "resident": peak["process"],
     }
 
 

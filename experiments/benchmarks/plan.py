@@ -13,7 +13,6 @@ process where the device is the CPU, elsewhere what the device's allocator repor
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -202,17 +201,15 @@ def predict(recipe: Path) -> dict[str, float]:
 
 def measure(recipe: Path) -> dict[str, float]:
     """Peak of a merge, and seconds of its last step."""
-    import jax
-
     from adamerge_jax import cli
+    from adamerge_jax.run_record import peak_memory
 
     out = recipe.parent / "run"
     cli.main(["learn", str(recipe), "--out", str(out)])
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    statistics = jax.devices()[0].memory_stats() or {}
+    peak = peak_memory()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in rows if row["step"]]
-    return {"peak": statistics.get("peak_bytes_in_use", host), "step": seconds[-1]}
+    return {"peak": peak.get("device", peak["process"]), "step": seconds[-1]}
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ import jax
 import numpy as np
 from rich.live import Live
 from rich.table import Table
+
+from adamerge_jax.run_record import peak_memory
 
 MakeStep = Callable[[str], Callable[[], object]]
 """From a size to a function that runs one step and waits for it."""
@@ -71,6 +72,5 @@ def measure(step: Callable[[], object], repeats: int) -> dict[str, float]:
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    statistics = jax.devices()[0].memory_stats() or {}
-    return {"seconds": float(np.median(seconds)), "peak": statistics.get("peak_bytes_in_use", peak)}
+    peak = peak_memory()
+    return {"seconds": float(np.median(seconds)), "peak": peak.get("device", peak["process"])}

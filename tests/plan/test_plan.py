@@ -14,7 +14,7 @@ from adamerge_jax.checkpoints import huggingface
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import make_granularity
 from adamerge_jax.merging import granularity_of, pose
-from adamerge_jax.plan import devices, make_plan
+from adamerge_jax.plan import hardware, make_plan
 from adamerge_jax.plan.outline import outline
 from adamerge_jax.plan.work import BESIDE_THE_TRACE, bytes_of, work_of
 from adamerge_jax.recipes import parse_recipe
@@ -148,7 +148,7 @@ def test_work_of_a_scan_of_products():
 
 def device(monkeypatch, memory: int) -> str:
     """Gives a device of the table so much memory."""
-    monkeypatch.setitem(devices.DEVICES, "h100", devices.DEVICES["h100"]._replace(memory=memory))
+    monkeypatch.setitem(hardware.DEVICES, "h100", hardware.DEVICES["h100"]._replace(memory=memory))
     return "h100"
 
 
