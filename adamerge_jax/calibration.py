@@ -50,8 +50,8 @@ class Calibration(NamedTuple):
         seed: Decides on the split and on the order.
         targets: What each task's examples are compared with.
         strong_view: Whether batches hold a strong view of their examples.
-        elsewhere: By task, what its expert says of the examples of each other task, `[N, C]`;
-            batches to learn from have it as a target.
+        elsewhere: By task, what its expert says of the examples of each other task, `[N, C]`, NaN
+            where it was not asked; batches to learn from have it as a target.
     """
 
     learning: dict[str, Int[np.ndarray, " N"]]
@@ -102,8 +102,17 @@ class Calibration(NamedTuple):
         added = []
         for task, own in zip(chosen, targets, strict=True):
             if task in self.elsewhere:
-                said = [rows[chosen[other]] for other, rows in self.elsewhere[task].items()]
-                own = own._replace(expert_elsewhere=np.concatenate(said))
+                said, weights = [], []
+                for other, logits in self.elsewhere[task].items():
+                    asked = ~np.isnan(logits[:, 0])
+                    # Those that it was asked of stand for all that are learned from.
+                    weight = asked / asked[self.learning[other]].mean()
+                    said.append(np.nan_to_num(logits[chosen[other]]))
+                    weights.append(weight[chosen[other]].astype(np.float32))
+                own = own._replace(
+                    expert_elsewhere=np.concatenate(said),
+                    elsewhere_weights=np.concatenate(weights),
+                )
             added.append(own)
         return added
 

@@ -16,7 +16,7 @@ from adamerge_jax.checkpoints.snapshots import Snapshots
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, unstack_values
 from adamerge_jax.devices import Devices, fetch
 from adamerge_jax.errors import InputError
-from adamerge_jax.examples import Concatenated
+from adamerge_jax.examples import Concatenated, Subset
 from adamerge_jax.granularities import (
     Granularity,
     PerTensor,
@@ -165,7 +165,9 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         parameters = workspace.expert(task, base)
         targets[task] = _ask_expert(recipe, workspace, parameters, task, own)
         if own.elsewhere:
-            elsewhere[task] = _ask_elsewhere(workspace, parameters, task)
+            elsewhere[task] = _ask_elsewhere(
+                workspace, parameters, task, calibration.learning, own.elsewhere, recipe.seed
+            )
         # Gone before the next one is read: two experts need never be in memory.
         del parameters
     calibration = calibration._replace(
@@ -181,7 +183,7 @@ def needs_of(recipe: Recipe, models: Models) -> dict[str, Needs]:
     needs = {task: objective.needs for task, objective in recipe.build_objectives().items()}
     if models.family.language:
         # One output layer for all tasks: experts would contradict each other.
-        needs = {task: own._replace(elsewhere=False) for task, own in needs.items()}
+        needs = {task: own._replace(elsewhere=0) for task, own in needs.items()}
     return needs
 
 
@@ -415,14 +417,30 @@ def _ask_expert(
 
 
 def _ask_elsewhere(
-    workspace: Workspace, parameters: Mapping[str, Array], task: str
+    workspace: Workspace,
+    parameters: Mapping[str, Array],
+    task: str,
+    learning: Mapping[str, np.ndarray],
+    limit: int,
+    seed: int,
 ) -> dict[str, np.ndarray]:
-    """What a task's expert says of the calibration examples of each other task, `[N, C]`."""
+    """What a task's expert says of the calibration examples of each other task, `[N, C]`.
+
+    It is asked of at most `limit` examples of each that coefficients are learned from; the rows of
+    all others are NaN.
+    """
     others = {o: own for o, own in workspace.data.calibration.items() if o != task}
+    generator = np.random.default_rng([seed, 5, list(learning).index(task)])
+    asked = {other: generator.permutation(learning[other])[:limit] for other in others}
     # All at once, so that texts of like length share a batch across tasks.
-    said = workspace.evaluator.logits(parameters, task, Concatenated(list(others.values())))
-    ends = np.cumsum([len(examples) for examples in others.values()])
-    return dict(zip(others, np.split(said, ends[:-1]), strict=True))
+    chosen = [Subset(own, asked[other]) for other, own in others.items()]
+    said = workspace.evaluator.logits(parameters, task, Concatenated(chosen))
+    by_task = {}
+    for other, own in others.items():
+        rows, said = np.split(said, [len(asked[other])])
+        by_task[other] = np.full((len(own), rows.shape[1]), np.nan, rows.dtype)
+        by_task[other][asked[other]] = rows
+    return by_task
 
 
 def _require_fitting_objectives(recipe: Recipe, models: Models, needs: Mapping[str, Needs]) -> None:

@@ -33,9 +33,9 @@ def split(batch: Batch, parts: int) -> Batch:
 
     targets = []
     for own in batch.targets:
-        elsewhere = by_task(own.expert_elsewhere, tasks - 1)
-        own = by_task(own._replace(expert_elsewhere=None), 1)
-        targets.append(own._replace(expert_elsewhere=elsewhere))
+        of_others = {name: getattr(own, name) for name in ("expert_elsewhere", "elsewhere_weights")}
+        own = by_task(own._replace(**dict.fromkeys(of_others)), 1)
+        targets.append(own._replace(**by_task(of_others, tasks - 1)))
     weights = jnp.asarray(batch.weights).reshape(tasks, parts, -1).swapaxes(0, 1)
     return Batch(
         by_task(batch.inputs, tasks), weights, targets, by_task(batch.strong_inputs, tasks)

@@ -70,6 +70,8 @@ class Targets(NamedTuple):
             or `NOT_PREDICTED`, for a language model.
         expert_elsewhere: `[(tasks - 1) B, C]`, what the task's own expert says of the examples of
             all other tasks, or None.
+        elsewhere_weights: `[(tasks - 1) B]`, how much each of these counts: 0 where the expert was
+            not asked.
         expert_top: The likely tokens, in place of `expert_logits`, or None.
     """
 
@@ -77,6 +79,7 @@ class Targets(NamedTuple):
     expert_hidden_states: Mapping[int, Float[Array, "B T H"]] = {}
     labels: Int[Array, "B ..."] | None = None
     expert_elsewhere: Float[Array, "N C"] | None = None
+    elsewhere_weights: Float[Array, " N"] | None = None
     expert_top: TopTokens | None = None
 
 
@@ -89,8 +92,8 @@ class Needs(NamedTuple):
         strong_view: Whether the outputs must hold the logits of a strong view.
         hidden_states: Layers that outputs and targets must hold, from 0 (the embeddings) to L,
             or -1 for the last.
-        elsewhere: Whether outputs and targets are to hold the logits of the task's head on the
-            examples of all other tasks while coefficients are learned.
+        elsewhere: Of how many examples of each other task outputs and targets are to hold the
+            logits of the task's head while coefficients are learned.
         top_tokens: How many likely tokens of the expert stand for its logits; None for all.
         whole_batch: Whether the value of an example depends on the others in its batch, other than
             by a mean over them that is added to it.
@@ -100,7 +103,7 @@ class Needs(NamedTuple):
     labels: bool = False
     strong_view: bool = False
     hidden_states: tuple[int, ...] = ()
-    elsewhere: bool = False
+    elsewhere: int = 0
     top_tokens: int | None = None
     whole_batch: bool = False
 
@@ -145,6 +148,7 @@ def logit_alignment(
     temperature: float = 1.0,
     form: str = "soft",
     elsewhere: float = 0.0,
+    elsewhere_examples: int = 100,
     top_tokens: int | None = 64,
 ) -> Objective:
     """Cross-entropy from the expert's class distribution to the merged model's, in nats.
@@ -158,10 +162,14 @@ def logit_alignment(
     Args:
         temperature: T; over 1 asks for the order of unlikely classes too.
         form: One of these three.
-        elsewhere: Weight of the mean of the same over the examples of all other tasks: an expert
-            has an opinion on any example, so that each task is learned from the examples of all.
-            It counts while learning, not on the held-out data. Language models have no heads of
-            their tasks, so that experts would contradict each other: there it does not count.
+        elsewhere: Weight of the mean of the same over the examples of all other tasks, each times
+            `H(softmax(e)) / log C`, from 0 to 1: an expert has an opinion on any example, so that
+            each task is learned from the examples of all, but the surer it is of what it does not
+            know the less that opinion is worth. It counts while learning, not on the held-out
+            data. Language models have no heads of their tasks, so that experts would contradict
+            each other: there it does not count.
+        elsewhere_examples: Of how many examples of each other task, drawn at random, an expert is
+            asked; they stand for all of that task.
         top_tokens: k: keep the k likeliest tokens of a language model's expert at each position,
             and what is left as the probability of one more token; None for all. Classes are always
             kept all.
@@ -183,6 +191,8 @@ def logit_alignment(
         raise ValueError(f"temperature is {temperature}, expected over 0")
     if elsewhere < 0:
         raise ValueError(f"elsewhere is {elsewhere}, expected from 0")
+    if elsewhere_examples < 1:
+        raise ValueError(f"elsewhere_examples is {elsewhere_examples}, expected from 1")
     if top_tokens is not None and top_tokens < 1:
         raise ValueError(f"top_tokens is {top_tokens}, expected from 1")
 
@@ -208,9 +218,16 @@ def logit_alignment(
         own = _per_example(own, targets)
         if not elsewhere or targets.expert_elsewhere is None:
             return own
-        return own + elsewhere * divergence(outputs.elsewhere, targets.expert_elsewhere).mean()
+        said = targets.expert_elsewhere
+        unsure = _entropy(_log_softmax(said)) / jnp.log(max(2, said.shape[-1]))
+        others = unsure * divergence(outputs.elsewhere, said)
+        return own + elsewhere * (targets.elsewhere_weights * others).mean()
 
-    needs = Needs(expert_logits=True, elsewhere=elsewhere > 0, top_tokens=top_tokens)
+    needs = Needs(
+        expert_logits=True,
+        elsewhere=elsewhere_examples if elsewhere else 0,
+        top_tokens=top_tokens,
+    )
     return Objective(value, needs)
 
 
@@ -364,7 +381,7 @@ def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
             labels=any(needs.labels for needs in each),
             strong_view=any(needs.strong_view for needs in each),
             hidden_states=tuple(sorted({k for needs in each for k in needs.hidden_states})),
-            elsewhere=any(needs.elsewhere for needs in each),
+            elsewhere=max((needs.elsewhere for needs in each), default=0),
             top_tokens=_largest([needs.top_tokens for needs in each if needs.expert_logits]),
             whole_batch=any(needs.whole_batch for needs in each),
         ),

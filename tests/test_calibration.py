@@ -111,6 +111,29 @@ def test_targets_go_with_their_examples():
             np.testing.assert_array_equal(target.expert_logits, wanted)
 
 
+def test_examples_that_an_expert_was_asked_of_stand_for_all():
+    split = calibration()
+    first, second = SIZES
+    learned_from = split.learning[second]
+    asked = learned_from[::3]
+    said = np.full((SIZES[second], 2), np.nan, np.float32)
+    said[asked] = asked[:, None]
+    batches = split._replace(elsewhere={first: {second: said}}).batches()
+    drawn, weights = [], []
+    for batch in islice(batches, len(learned_from)):
+        own, others = batch.targets
+        numbers = batch.inputs["pixel_values"].reshape(2, 4)[1] - 1000
+        known = np.isin(numbers, asked)
+        np.testing.assert_array_equal(own.expert_elsewhere[:, 0], np.where(known, numbers, 0))
+        np.testing.assert_array_equal(own.elsewhere_weights > 0, known)
+        assert others.expert_elsewhere is None
+        drawn.append(numbers)
+        weights.append(own.elsewhere_weights)
+    # Every example was drawn equally often, so that the weights' mean is that of one each.
+    assert len(set(np.bincount(np.concatenate(drawn).astype(int))[learned_from])) == 1
+    np.testing.assert_allclose(np.mean(weights), 1, rtol=1e-6)
+
+
 def test_texts_of_like_length_share_a_batch(tmp_path):
     tokenizer = bert_tokenizer(tmp_path)
     words = np.random.default_rng(0).integers(1, 29, 160)

@@ -305,7 +305,7 @@ def test_the_recommended_preset_asks_nothing_elsewhere(llama, tmp_path):
     chosen = {"steps": 2, "batch_size": BATCH_SIZE}
     recommended = problem_of(fields, tmp_path, learning=chosen)
     assert recommended.recipe.preset == "recommended"
-    assert recommended.recipe.objectives[0].options == {"elsewhere": 0.1}
+    assert recommended.recipe.objectives[0].options == {"elsewhere": 0.6}
     assert recommended.calibration.elsewhere == {}
     batch = next(recommended.calibration.batches())
     assert all(targets.expert_elsewhere is None for targets in batch.targets)

@@ -23,7 +23,8 @@ def test_every_part_has_its_share_of_every_task():
     own = [rows[task * size : (task + 1) * size] for task in range(tasks)]
     others = [np.concatenate([r for k, r in enumerate(own) if k != task]) for task in range(tasks)]
     targets = [
-        Targets(expert_logits=own[task], expert_elsewhere=others[task]) for task in range(tasks)
+        Targets(own[task], expert_elsewhere=others[task], elsewhere_weights=others[task][:, 1])
+        for task in range(tasks)
     ]
     weights = np.arange(tasks * size).reshape(tasks, size)
     parts = split(Batch({"x": rows}, weights, targets, {"x": rows}), 2)
@@ -37,6 +38,8 @@ def test_every_part_has_its_share_of_every_task():
             np.testing.assert_array_equal(cut.expert_logits[part], of_task)
             elsewhere = [row for row in expected if row[0] != task]
             np.testing.assert_array_equal(cut.expert_elsewhere[part], elsewhere)
+            places_elsewhere = [place for _, place in elsewhere]
+            np.testing.assert_array_equal(cut.elsewhere_weights[part], places_elsewhere)
             assert cut.labels is None
 
 

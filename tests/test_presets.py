@@ -141,10 +141,16 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
     return optimizer.learning_rate * (ratio + (1 - ratio) * decay)
 
 
-def soft_cross_entropy(merged, expert, temperature: float) -> torch.Tensor:
+def soft_cross_entropies(merged, expert, temperature: float) -> torch.Tensor:
     soft = (expert.logits / temperature).softmax(-1)
-    loss = torch.nn.functional.cross_entropy(merged.logits / temperature, soft)
-    return temperature**2 * loss
+    losses = torch.nn.functional.cross_entropy(merged.logits / temperature, soft, reduction="none")
+    return temperature**2 * losses
+
+
+def unsureness(expert) -> torch.Tensor:
+    """0 where one class has all the probability, 1 where all have as much."""
+    entropy = torch.distributions.Categorical(logits=expert.logits).entropy()
+    return entropy / math.log(expert.logits.shape[-1])
 
 
 def loss_of(recipe: Recipe, model, expert, inputs: Tensors, labels: torch.Tensor | None, elsewhere):
@@ -163,10 +169,9 @@ def loss_of(recipe: Recipe, model, expert, inputs: Tensors, labels: torch.Tensor
         elif term.name == "logit_alignment":
             temperature = options.pop("temperature", 1.0)
             assert options.pop("form", "soft") in ("soft", "kl")  # the same gradient
-            loss = soft_cross_entropy(model, expert, temperature)
-            loss = loss + options.pop("elsewhere", 0.0) * soft_cross_entropy(
-                *elsewhere, temperature
-            )
+            loss = soft_cross_entropies(model, expert, temperature).mean()
+            others = unsureness(elsewhere[1]) * soft_cross_entropies(*elsewhere, temperature)
+            loss = loss + options.pop("elsewhere", 0.0) * others.mean()
         elif term.name == "hidden_state_alignment":
             relative = options.pop("relative", False)
             mask = inputs["attention_mask"]

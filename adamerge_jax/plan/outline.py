@@ -113,7 +113,7 @@ class Outline(NamedTuple):
         """What examples of a task are compared with."""
         needs = self.needs[task]
         said = self.logits(task, examples, length)
-        logits = top = elsewhere = None
+        logits = top = elsewhere = weights = None
         positions = said.shape[:-1]
         if needs.expert_logits and len(positions) == 2 and needs.top_tokens is not None:
             shape = (*positions, min(needs.top_tokens, said.shape[-1]))
@@ -123,6 +123,7 @@ class Outline(NamedTuple):
         if needs.elsewhere:
             others = (len(self.recipe.tasks) - 1) * examples
             elsewhere = Abstract((others, said.shape[-1]), said.dtype)
+            weights = Abstract((others,), np.float32)
         hidden = {}
         if needs.hidden_states:
             states = self.outputs(examples, length).hidden_states
@@ -132,7 +133,7 @@ class Outline(NamedTuple):
         labels = None
         if len(positions) == 2 or self.recipe.tasks[task].calibration.label is not None:
             labels = Abstract(positions, np.int32)
-        return Targets(logits, hidden, labels, elsewhere, top)
+        return Targets(logits, hidden, labels, elsewhere, weights, top)
 
     def batch(self, length: int) -> Batch:
         """One step's batch of examples of `length` tokens."""

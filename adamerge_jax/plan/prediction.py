@@ -176,10 +176,10 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
 
     share = _average_length(merge) / merge.longest if merge.longest else 1.0
     calibration = merge.data["calibration"]
-    every = sum(map(len, calibration.values()))
     asked = sum(
-        every if merge.needs[task].elsewhere else len(size)
-        for task, size in calibration.items()
+        len(size) if task == other else min(merge.needs[task].elsewhere, len(size))
+        for task in calibration
+        for other, size in calibration.items()
         if merge.needs[task].expert
     )
     steps = recipe.learning.steps
