@@ -5,6 +5,8 @@ A granularity is a function of the parameters' shapes, and perhaps options, that
 and shapes, never models. To use one of your own, pass it to `make_learner`, or name it in a recipe
 as `package.module:function`.
 
+Where a granularity names no paper it is this project's own.
+
 Coefficients live in a dictionary from group name to an array `[G, K, ...]`: G layers of a stack (1
 where nothing is stacked), K experts.
 

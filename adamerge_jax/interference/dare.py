@@ -10,6 +10,8 @@ from adamerge_jax.interference.step import Step
 def drop_and_rescale(drop: float = 0.9, seed: int = 0) -> Step:
     """Sets a random part of each task vector to 0 and divides the rest by the part that stays.
 
+    DARE (Yu et al., ICML 2024).
+
     Args:
         drop: Probability with which an entry is dropped, from 0 and under 1.
         seed: Of the draw, which depends on it, the tensor's name and the expert's position alone.

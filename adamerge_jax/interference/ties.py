@@ -13,8 +13,8 @@ from adamerge_jax.interference.step import Step
 def trim(density: float = 0.2) -> Step:
     """Keeps the largest entries of each expert's task vector and sets the others to 0.
 
-    An entry stays if its magnitude is at least the smallest one among the `density * D` largest of
-    the D entries of the whole model.
+    The first step of TIES (Yadav et al., NeurIPS 2023). An entry stays if its magnitude is at least
+    the smallest one among the `density * D` largest of the D entries of the whole model.
 
     Args:
         density: Part of the entries to keep, over 0 and up to 1.
@@ -58,6 +58,8 @@ def trim(density: float = 0.2) -> Step:
 def elect_sign() -> Step:
     """Sets to 0 what disagrees in sign with the sum over experts, entry by entry.
 
+    The second step of TIES (Yadav et al., NeurIPS 2023).
+
     Examples:
         >>> import numpy as np
         >>> from adamerge_jax.interference import elect_sign
@@ -76,7 +78,7 @@ def disjoint_mean() -> Step:
     """Divides each entry by the number of experts that have one there.
 
     Summed with one coefficient, the result is that coefficient times the mean over those experts:
-    the merge of TIES.
+    the merge of TIES (Yadav et al., NeurIPS 2023).
 
     Examples:
         >>> import numpy as np
