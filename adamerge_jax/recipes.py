@@ -569,7 +569,7 @@ def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
         ...     "tasks": {"law": {"expert": "experts/law", "calibration": "data/law.jsonl"}},
         ... }
         >>> parse_recipe(fields).learning.steps
-        120
+        100
         >>> try:
         ...     parse_recipe(fields | {"lerning": {"steps": 10}})
         ... except InputError as error:
