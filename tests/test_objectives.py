@@ -393,6 +393,7 @@ def test_a_weighted_sum_needs_what_its_terms_need():
         ("logit_alignment", {"temperature": 0}, "temperature is 0, expected over 0"),
         ("logit_alignment", {"temperature": "hot"}, "logit_alignment says: "),
         ("logit_alignment", {"form": "firm"}, "form is 'firm', expected 'soft', 'kl' or 'hard'"),
+        ("logit_alignment", {"elsewhere_examples": 0}, "elsewhere_examples is 0, expected from 1"),
         ("logit_alignment", {"top_tokens": 0}, "top_tokens is 0, expected from 1"),
         ("hidden_state_alignment", {}, "'layers'; its options are layers, relative"),
         ("hidden_state_alignment", {"layers": []}, "expected a list of numbers"),
