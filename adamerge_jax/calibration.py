@@ -107,8 +107,9 @@ class Calibration(NamedTuple):
                     asked = ~np.isnan(logits[:, 0])
                     # Those that it was asked of stand for all that are learned from.
                     weight = asked / asked[self.learning[other]].mean()
-                    said.append(np.nan_to_num(logits[chosen[other]]))
-                    weights.append(weight[chosen[other]].astype(np.float32))
+                    drawn = chosen[other]
+                    said.append(np.where(asked[drawn, None], logits[drawn], 0))
+                    weights.append(weight[drawn].astype(np.float32))
                 own = own._replace(
                     expert_elsewhere=np.concatenate(said),
                     elsewhere_weights=np.concatenate(weights),
