@@ -165,10 +165,16 @@ def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity
     return Granularity(init, scales, units=dict.fromkeys(shapes, "by group"))
 
 
-def row(shapes: Shapes) -> Granularity:
+def row(shapes: Shapes, tables: bool = False) -> Granularity:
     """One coefficient per expert and output unit: the rows of each weight matrix.
 
-    Vectors and embedding tables have one coefficient each.
+    Vectors have one coefficient each, and embedding tables too.
+
+    Args:
+        shapes: Of the parameters.
+        tables: Whether each row of an embedding table, a token, has a coefficient instead. For
+            language models whose output layer is the table: there every position of the
+            calibration data says something about every token.
 
     Examples:
         >>> from adamerge_jax.granularities import constant, row
@@ -176,7 +182,7 @@ def row(shapes: Shapes) -> Granularity:
         >>> row(shapes).init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
         (1, 2, 4)
     """
-    return _split(shapes, lambda name, shape: _along(shape, 0, shape[0], "by row"))
+    return _split(shapes, lambda name, shape: _along(shape, 0, shape[0], "by row"), tables=tables)
 
 
 def column(shapes: Shapes) -> Granularity:
@@ -232,17 +238,18 @@ def head(shapes: Shapes, heads: Mapping[str, tuple[int, int]]) -> Granularity:
     return granularity
 
 
-def chunk(shapes: Shapes, pieces: int | Mapping[str, int]) -> Granularity:
+def chunk(shapes: Shapes, pieces: int | Mapping[str, int], tables: bool = False) -> Granularity:
     """One coefficient per expert and contiguous piece of the flattened tensor (Expert Merging).
 
-    A piece holds `ceil(size / pieces)` entries, the last one perhaps fewer. Vectors and embedding
-    tables have one coefficient each.
+    A piece holds `ceil(size / pieces)` entries, the last one perhaps fewer. Vectors have one
+    coefficient each, and embedding tables too.
 
     Args:
         shapes: Of the parameters.
         pieces: How many pieces, or how many by name pattern: the first that fits counts, and what
             fits none is not cut. Layers of one stack that differ in their number of pieces must
             have numbers that divide the largest, and that one the tensor's size.
+        tables: Whether embedding tables are cut as well; see `row`.
 
     Raises:
         InputError: A tensor has fewer entries than pieces, or a stack cannot be cut as asked.
@@ -254,7 +261,7 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int]) -> Granularity:
         >>> granularity.init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
         (1, 2, 6)
     """
-    counts = {name: _pieces_of(name, shapes, pieces) for name in shapes}
+    counts = {name: _pieces_of(name, shapes, pieces, tables) for name in shapes}
 
     def split(name: str, shape: tuple[int, ...]) -> "_Split | None":
         most = max(counts[name])
@@ -264,6 +271,7 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int]) -> Granularity:
         shapes,
         split,
         prepare=lambda name, delta: delta.in_pieces(max(counts[name]), stacked=is_stacked(name)),
+        tables=tables,
     )
     uneven = {name: counts[name] for name in shapes if len(set(counts[name])) > 1}
     if not uneven:
@@ -585,6 +593,7 @@ def _split(
     split: Callable[[str, tuple[int, ...]], _Split | None],
     prepare: Callable[[str, LoadedDelta], Delta] = unprepared,
     vectors: bool = False,
+    tables: bool = False,
 ) -> Granularity:
     """A granularity with tensors split into parts, one group per parameter.
 
@@ -593,11 +602,13 @@ def _split(
         split: From name and shape (without L) to how it is split, or None for not at all.
         prepare: For the deltas of parameters that are split.
         vectors: Whether vectors may be split too.
+        tables: Whether embedding tables may be split too.
     """
     splits = {}
     for name, shape in shapes.items():
         own = tensor_shape(name, shape)
-        if (found := _can_be_split(name, own, vectors) and split(name, own)) and found.count > 1:
+        found = split(name, own) if _can_be_split(name, own, vectors, tables) else None
+        if found is not None and found.count > 1:
             splits[name] = found
 
     def init(start: PerTensor) -> Values:
@@ -666,27 +677,33 @@ def _broadcastable(
     return values.reshape(*values.shape, *(1 for _ in shape[1:]))
 
 
-def _can_be_split(name: str, shape: tuple[int, ...], vectors: bool = False) -> bool:
+def _can_be_split(
+    name: str, shape: tuple[int, ...], vectors: bool = False, tables: bool = False
+) -> bool:
     """Whether parts of a tensor may have coefficients of their own.
 
     Rows of an embedding table are tokens, most of which the calibration data never shows; entries
     of a vector are too few examples of anything.
     """
-    return not matches(name, _TABLES) and (len(shape) >= 2 or (vectors and len(shape) == 1))
+    if matches(name, _TABLES) and not tables:
+        return False
+    return len(shape) >= 2 or (vectors and len(shape) == 1)
 
 
 _TABLES = ("*embed*", "shared.weight", "*relative_attention_bias.weight")
 """What tables that are read by rows are called; the last two are T5's."""
 
 
-def _pieces_of(name: str, shapes: Shapes, pieces: int | Mapping[str, int]) -> list[int]:
+def _pieces_of(
+    name: str, shapes: Shapes, pieces: int | Mapping[str, int], tables: bool = False
+) -> list[int]:
     """The number of pieces of each tensor that a parameter stands for."""
     numbers = pieces.values() if isinstance(pieces, Mapping) else [pieces]
     if not all(isinstance(number, int) for number in numbers):
         raise InputError(f"the number of pieces is {pieces!r}, expected a whole number")
     shape = shapes[name]
     own = tensor_shape(name, shape)
-    if not _can_be_split(name, own):
+    if not _can_be_split(name, own, tables=tables):
         return [1] * _layers(name, shape)
     counts = []
     for each in tensors_of(name, shape):

@@ -52,8 +52,9 @@ SHAPES = {
     "encoder.*.output.weight": (LAYERS, 6, 4),
     "encoder.*.kernel": (LAYERS, 2, 3, 2, 2),
 }
-# What never has more than one coefficient, but for the heads of a bias.
-WHOLE = ("logit_scale", "embeddings.*", "*.scale", "*.bias")
+# What has one coefficient, but for the heads of a bias and for tables that may be split.
+VECTORS = ("logit_scale", "*.scale", "*.bias")
+WHOLE = (*VECTORS, "embeddings.*")
 
 PATTERNS = {"first": ["encoder.0.*", "norm.*"], "kernels": ["*.kernel"]}
 HEADS = {"*.query.*": (0, 2), "*.output.weight": (1, 2)}
@@ -69,9 +70,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor": ("tensor", {}),
     "groups": ("groups", {"patterns": PATTERNS}),
     "row": ("row", {}),
+    "row and tables": ("row", {"tables": True}),
     "column": ("column", {}),
     "head": ("head", {"heads": HEADS}),
     "chunk": ("chunk", {"pieces": 5}),
+    "chunk and tables": ("chunk", {"pieces": 5, "tables": True}),
     "uneven chunk": ("chunk", {"pieces": UNEVEN}),
     "partition": ("partition", {"groups": 5, "seed": 3}),
     "singular": ("singular", {"rank": 2}),
@@ -165,13 +168,13 @@ def parts_of(case: str, name: str, delta: np.ndarray) -> list[np.ndarray]:
     if case == "head" and output:
         half = delta.shape[1] // 2
         return [only(delta, np.s_[:, :half]), only(delta, np.s_[:, half:])]
-    if matches(name, WHOLE):
+    if matches(name, VECTORS if case.endswith(" and tables") else WHOLE):
         return [delta]
-    if case == "row":
+    if case in ("row", "row and tables"):
         return [only(delta, i) for i in range(delta.shape[0])]
     if case == "column":
         return [only(delta, np.s_[:, j]) for j in range(delta.shape[1])]
-    if case == "chunk":
+    if case in ("chunk", "chunk and tables"):
         return cut(delta, np.arange(delta.size), 5)
     if case == "uneven chunk":
         pieces = {
@@ -390,7 +393,7 @@ def test_per_tensor_undoes_init(case):
         np.testing.assert_allclose(array, start[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith(" and tables")])
 def test_embeddings_and_vectors_stay_whole(case):
     granularity = made(case)
     start = granularity.init(constant(SHAPES, EXPERTS, 0.0))
@@ -438,10 +441,19 @@ def test_units():
         ("groups", "9 coefficients (21 tensors by group)"),
         # Rows: 4 + 6 outside the blocks, 4 + 6 + 2 in each.
         ("row", f"{3 * (10 + 3 * 12 + 10)} coefficients (10 tensors whole, 11 tensors by row)"),
+        # And 7 tokens, and 6 units of the patch embedding.
+        (
+            "row and tables",
+            f"{3 * (10 + 3 * 12 + 13 + 8)} coefficients (8 tensors whole, 13 tensors by row)",
+        ),
         # Columns: 3 + 4 outside, 6 + 4 + 3 in each.
         ("column", f"{3 * (7 + 39 + 10)} coefficients (10 tensors whole, 11 tensors by column)"),
         ("head", f"{3 * (12 + 9 * 2)} coefficients (12 tensors whole, 9 tensors by head)"),
         ("chunk", f"{3 * (10 + 11 * 5)} coefficients (10 tensors whole, 11 tensors in 5 pieces)"),
+        (
+            "chunk and tables",
+            f"{3 * (8 + 13 * 5)} coefficients (8 tensors whole, 13 tensors in 5 pieces)",
+        ),
         (
             "partition",
             f"{3 * (10 + 11 * 5)} coefficients (10 tensors whole, 11 tensors in 5 random parts)",
@@ -627,7 +639,7 @@ def test_a_budget_that_is_too_small():
         ),
         ("head", {"heads": {"*.query.weight": (0, 0)}}, "heads"),
         ("groups", {"patterns": {"a": "encoder.0.*"}}, "patterns"),
-        ("row", {"pieces": 2}, "row says: .*'pieces'; its options are none"),
+        ("row", {"pieces": 2}, "row says: .*'pieces'; its options are tables"),
         ("rows", {}, "found 'rows'; expected one of .* \\(nearest is 'row'\\)"),
         ("no_such_module:f", {}, "'no_such_module:f' cannot be imported"),
         ("math:no_such_function", {}, "'math:no_such_function' cannot be imported"),
