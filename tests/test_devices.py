@@ -95,7 +95,8 @@ def require_close(found: Coefficients, expected: Coefficients) -> None:
 
 
 def on_virtual_devices(count: int) -> dict[str, str]:
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 def test_eight_devices_learn_what_one_does(encoder, adapters, tmp_path):

@@ -1,10 +1,12 @@
 """Every notebook runs from top to bottom, and lies in the repository as a run left it."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from tests.references import load_script
 
@@ -17,13 +19,33 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 RUNNER = load_script(FOLDER / "execute.py")
 
 
+PREPARE = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from tests.references import load_script
+
+script = load_script(Path("experiments", "quickstart.py"))
+script.BASE_STEPS, script.EXPERT_STEPS = 500, 200
+script.prepare(Path(sys.argv[1]), 0, Console(quiet=True))
+"""
+
+
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real_training():
+    """Processes that a test starts compile for speed: they train for minutes."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("XLA_FLAGS")
+        yield
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory, real_training: None) -> Path:
     """The quickstart's base and experts, less trained: enough for experts that differ."""
-    script = load_script(FOLDER.parent / "experiments" / "quickstart.py")
-    script.BASE_STEPS, script.EXPERT_STEPS = 500, 200
     folder = tmp_path_factory.mktemp("quickstart")
-    script.prepare(folder, 0, Console(quiet=True))
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    command = [sys.executable, "-c", PREPARE, str(folder)]
+    subprocess.run(command, check=True, cwd=FOLDER.parent, env=environment)
     return folder
 
 
