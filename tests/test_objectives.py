@@ -36,7 +36,7 @@ def require_same(found, logits: np.ndarray, reference, atol: float = 2e-6) -> No
     values, pull_back = jax.vjp(jax.jit(found), jnp.asarray(logits))
     assert values.shape == (6,) and values.dtype == jnp.float32
     np.testing.assert_allclose(values, expected.detach(), rtol=1e-5, atol=atol)
-    np.testing.assert_allclose(pull_back(jnp.ones(6))[0], leaf.grad, rtol=1e-4, atol=atol)
+    np.testing.assert_allclose(pull_back(jnp.ones(6))[0], leaf.grad, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 1000.0])
@@ -70,7 +70,7 @@ def test_logit_alignment(form, temperature, spread):
         lambda x: objective.value(TaskOutputs(x), targets),
         draw(0, spread),
         reference,
-        atol=2e-6 * max(1, temperature**2),
+        atol=2e-6 * (max(1, temperature**2) if form == "kl" else 1),
     )
     assert objective.needs == Needs(expert_logits=True, top_tokens=64) and objective.needs.expert
 
