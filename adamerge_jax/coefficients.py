@@ -259,23 +259,23 @@ class Coefficients:
         """The values `[1, K, ...]` as a granularity of parameters without `*` takes them."""
         return {group: jnp.asarray(values)[None] for group, values in self.values.items()}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Writes a safetensors file: one `[K, ...]` tensor per group, the rest as metadata."""
         fields = dataclasses.asdict(self)
         del fields["values"]
         metadata = {name: json.dumps(field) for name, field in fields.items()}
         metadata |= {"format": _FORMAT, "version": version("adamerge_jax")}
         arrays = {group: np.ascontiguousarray(array) for group, array in self.values.items()}
-        path.write_bytes(save(arrays, metadata))
+        Path(path).write_bytes(save(arrays, metadata))
 
     @classmethod
-    def load(cls, path: Path) -> "Coefficients":
+    def load(cls, path: Path | str) -> "Coefficients":
         """Reads a file written by `save`.
 
         Raises:
             InputError: There is no such file, or it is not a coefficients file.
         """
-        if not path.is_file():
+        if not Path(path).is_file():
             raise InputError(
                 f"{path}: no such file; expected a coefficients file of an earlier run"
             )

@@ -505,7 +505,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: Path, preset: str | None = None) -> Recipe:
+def load_recipe(path: Path | str, preset: str | None = None) -> Recipe:
     """Reads and validates a recipe.
 
     Args:
@@ -532,7 +532,8 @@ def load_recipe(path: Path, preset: str | None = None) -> Recipe:
         ('reviews', 'recommended', 'row')
     """
     chosen = {} if preset is None else {"preset": preset}
-    return parse_recipe({"name": path.stem} | read_fields(path) | chosen, str(path))
+    file = Path(path)
+    return parse_recipe({"name": file.stem} | read_fields(file) | chosen, str(path))
 
 
 def read_fields(path: Path) -> dict[str, Any]:

@@ -150,9 +150,11 @@ def test_clip_has_the_gradient_of_torch_clamp():
     assert reference.grad.tolist() == [0, 2, 3, 4, 0]  # passed on at both ends
 
 
-def test_save_and_load(tmp_path: Path):
-    COEFFICIENTS.save(tmp_path / "c.safetensors")
-    loaded = Coefficients.load(tmp_path / "c.safetensors")
+@pytest.mark.parametrize("kind", [Path, str])
+def test_save_and_load(tmp_path: Path, kind):
+    file = kind(tmp_path / "c.safetensors")
+    COEFFICIENTS.save(file)
+    loaded = Coefficients.load(file)
     assert replace(loaded, values={}) == replace(COEFFICIENTS, values={})
     assert loaded.values.keys() == COEFFICIENTS.values.keys()
     for group, array in COEFFICIENTS.values.items():

@@ -250,6 +250,7 @@ def test_combinations_that_make_no_sense(changes, message):
 
 def test_files(tmp_path):
     assert load_recipe(write_recipe(tmp_path, fields())).name == "recipe"
+    assert load_recipe(str(tmp_path / "recipe.yaml")).name == "recipe"
     assert load_recipe(write_recipe(tmp_path, fields(name="mine"))).name == "mine"
 
 
