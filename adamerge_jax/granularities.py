@@ -172,9 +172,10 @@ def row(shapes: Shapes, tables: bool = False) -> Granularity:
 
     Args:
         shapes: Of the parameters.
-        tables: Whether each row of an embedding table, a token, has a coefficient instead. For
-            language models whose output layer is the table: there every position of the
-            calibration data says something about every token.
+        tables: Whether each row of what is named an embedding has a coefficient instead: of a
+            token, a position, a unit of a vision model's patch projection. For language models
+            whose output layer is the table: there every position of the calibration data says
+            something about every token.
 
     Examples:
         >>> from adamerge_jax.granularities import constant, row

@@ -60,14 +60,15 @@ class Mixture:
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "..."]:
         """`materialize()[index]`, mixing whichever is less: the rows asked for, or all of them."""
-        if index.size >= self.base.shape[0]:
+        delta = self.delta.rows(index) if index.size < self.base.shape[0] else None
+        if delta is None:
             return self.materialize()[index]
         scale = self.scale
         if scale.shape[1] != 1:
             scale = jnp.take(scale, index, axis=1)
         else:
             scale = scale.reshape(scale.shape[0], *(1 for _ in index.shape), *scale.shape[2:])
-        return Mixture(self.base[index], self.delta.rows(index), scale).materialize()
+        return Mixture(self.base[index], delta, scale).materialize()
 
 
 def is_mixture(leaf: object) -> bool:

@@ -372,9 +372,17 @@ def test_a_scale_that_no_factor_can_take_is_refused(shape):
         low_rank(2).delta.weighted_sum(draw(0, *shape))
 
 
-@pytest.mark.parametrize("change", ["in_pieces", "by_direction"])
-def test_parts_of_a_table_have_no_rows(change):
-    delta = low_rank(2).delta
-    changed = delta.in_pieces(2, stacked=False) if change == "in_pieces" else delta.by_direction(1)
+@pytest.mark.parametrize("name", ["rank 2", "joined", "only some", "dense"])
+def test_rows_of_pieces(name):
+    case = CASES["rank 2" if name == "dense" else name]()
+    delta = case.dense if name == "dense" else case.delta
+    base, scale, index = draw(44, ROWS, COLUMNS), scale_for(case, (EXPERTS, 4, 1)), np.array([3, 1])
+    rows = jax.jit(Mixture.rows)(Mixture(base, delta.in_pieces(4, stacked=False), scale), index)
+    piece = np.arange(ROWS * COLUMNS) // -(-ROWS * COLUMNS // 4)
+    spread = scale[:, piece.reshape(ROWS, COLUMNS), 0].astype(np.float64)
+    np.testing.assert_allclose(rows, (base + (spread * case.values).sum(0))[index], **FACTORED)
+
+
+def test_directions_of_a_table_have_no_rows():
     with pytest.raises(NotImplementedError, match="embedding tables stay whole"):
-        changed.rows(np.array([0]))
+        low_rank(2).delta.by_direction(1).rows(np.array([0]))

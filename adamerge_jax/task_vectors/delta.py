@@ -18,8 +18,11 @@ class Delta(Protocol):
         """`x @ weighted_sum(scale).T` without the sum, or None where the sum is less work."""
         ...
 
-    def rows(self, index: Int[Array, "..."]) -> "Delta":
-        """The same deltas for the rows `parameter[index]` alone."""
+    def rows(self, index: Int[Array, "..."]) -> "Delta | None":
+        """The same deltas for the rows `parameter[index]` alone; None where the scale has no rows.
+
+        Pieces of a flattened parameter begin and end anywhere in a row.
+        """
         ...
 
 

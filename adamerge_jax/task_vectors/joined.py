@@ -43,9 +43,10 @@ class JoinedDelta:
             return None
         return functools.reduce(jnp.add, products)
 
-    def rows(self, index: Int[Array, "..."]) -> "JoinedDelta":
-        """The parts' rows."""
-        return self._each(lambda part: part.rows(index))
+    def rows(self, index: Int[Array, "..."]) -> "JoinedDelta | None":
+        """The parts' rows, or None where a part has none."""
+        rows = self._each(lambda part: part.rows(index))
+        return None if any(part is None for part in rows.parts) else rows
 
     def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> "JoinedDelta":
         """The parts in pieces."""
