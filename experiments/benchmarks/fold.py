@@ -124,7 +124,7 @@ def write_coefficients(root: Path, dtype: str) -> None:
         granularity_options={},
         interference=(),
         constraint="free",
-        parameters=tuple(shapes),
+        shapes=shapes,
         base=base,
         experts=tuple(experts),
         objective="none",
