@@ -15,8 +15,9 @@ from jaxtyping import Float
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 
-_BLOCK = 2**17
-"""Entries of a block: a few float32 copies fit into the processor's cache."""
+_BLOCK = 2**18
+"""Entries of a block: few enough that float32 copies stay in the processor's cache, and so many
+that the threads seldom wait for Python."""
 
 THREADS = 4
 """That blocks are folded in side by side; more only wait for memory."""

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from io import RawIOBase
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -151,18 +153,8 @@ class Checkpoint:
             InputError: The file is gone, or was cut off after it was opened.
         """
         info = self.tensors[name]
-        position = info.start + first * info.dtype.itemsize
-        left = memoryview(out.view(np.uint8))
-        try:
-            with info.file.open("rb", buffering=0) as stream:
-                stream.seek(position)
-                while left:
-                    count = stream.readinto(left)
-                    if not count:
-                        raise InputError(f"{info.file} ends within {name}; {_AGAIN}")
-                    left = left[count:]
-        except OSError as error:
-            raise InputError(f"{info.file} cannot be read: {in_one_line(error)}") from error
+        with _readable(info.file) as stream:
+            _read_values(stream, name, info, first, out)
 
     def identity(self, also: str = "") -> str:
         """A fingerprint that tells this checkpoint from any other fine-tune of its architecture.
@@ -185,16 +177,17 @@ class Checkpoint:
         """
         digest = hashlib.sha256(also.encode())
         with ExitStack() as stack:
-            files = {
-                file: stack.enter_context(_opened(file))
+            streams = {
+                file: stack.enter_context(_readable(file))
                 for file in sorted({info.file for info in self.tensors.values()})
             }
             for name, info in sorted(self.tensors.items()):
                 header = json.dumps([name, info.dtype.name, info.shape])
                 digest.update(header.encode())
                 for sample in _samples(info.shape):
-                    values = files[info.file].get_slice(name)[sample]
-                    digest.update(np.asarray(values).tobytes())
+                    values = np.empty(len(sample), info.dtype)
+                    _read_values(streams[info.file], name, info, sample.start, values)
+                    digest.update(values.tobytes())
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -460,16 +453,35 @@ def _all_finite(array: np.ndarray) -> bool:
     return bool((array.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity)
 
 
-def _samples(shape: tuple[int, ...]) -> Iterator[tuple[int | slice, ...]]:
-    """The indices of the first and the last few values of a tensor."""
-    if 0 in shape:
-        return
+@contextmanager
+def _readable(file: Path) -> Iterator[RawIOBase]:
+    """Opens a file for reads that take what they ask for and, unlike a map, little around it."""
+    try:
+        with file.open("rb", buffering=0) as stream:
+            yield stream
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {in_one_line(error)}") from error
+
+
+def _read_values(
+    stream: RawIOBase, name: str, info: TensorInfo, first: int, out: Shaped[np.ndarray, " N"]
+) -> None:
+    """Reads the entries `first : first + N` of a tensor from the file that it is in."""
+    stream.seek(info.start + first * info.dtype.itemsize)
+    left = memoryview(out.view(np.uint8))
+    while left:
+        count = stream.readinto(left)
+        if not count:
+            raise InputError(f"{info.file} ends within {name}; {_AGAIN}")
+        left = left[count:]
+
+
+def _samples(shape: tuple[int, ...]) -> tuple[range, ...]:
+    """The entries, of a flattened tensor, that its first row begins and its last one ends with."""
     if not shape:
-        yield ()
-        return
-    *leading, last = shape
-    yield (*(0 for _ in leading), slice(0, min(last, _SAMPLED_VALUES)))
-    yield (*(length - 1 for length in leading), slice(max(0, last - _SAMPLED_VALUES), last))
+        return (range(1),)
+    size, length = prod(shape), min(shape[-1], _SAMPLED_VALUES)
+    return (range(length), range(size - length, size)) if size else ()
 
 
 def and_more(count: int) -> str:
