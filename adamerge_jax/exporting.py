@@ -70,16 +70,16 @@ def export(
     rows: list[Row],
     console: Console,
 ) -> None:
-    """Writes the merged model as a Hugging Face and as an Orbax checkpoint, perhaps as an adapter.
+    """Writes the merged model as a Hugging Face checkpoint, and in what other forms are asked for.
 
     Where there are several processes all must call this; only the first one writes, but for the
     Orbax checkpoint, of which each writes its own part, so that all must have one file system.
 
     Args:
-        recipe: Says in which dtype, in files of which size, and whether as an adapter too.
+        recipe: Says in which dtype, in files of which size, and in which other forms.
         models: The base and its experts.
         coefficients: How much of each expert goes where.
-        out: The folder that gets `checkpoint/` and `orbax/`, and `adapter/` where asked for.
+        out: The folder that gets `checkpoint/`, and `orbax/` and `adapter/` where asked for.
         root: Folder that relative paths of the recipe start from.
         rows: Results for the model card.
         console: Where progress is printed.
@@ -94,9 +94,11 @@ def export(
         if first:
             _export_checkpoint(recipe, models, coefficients, out, root, rows)
         wait_for_all("checkpoint written")
-    with console.status("writing the Orbax checkpoint"):
-        merged = match_trunk(models, Checkpoint.open(out / CHECKPOINT_FOLDER), "merged checkpoint")
-        save_parameters(out / ORBAX_FOLDER, _orbax_parameters(models, merged))
+    if recipe.export.orbax:
+        with console.status("writing the Orbax checkpoint"):
+            merged = Checkpoint.open(out / CHECKPOINT_FOLDER)
+            parameters = _orbax_parameters(models, match_trunk(models, merged, "merged checkpoint"))
+            save_parameters(out / ORBAX_FOLDER, parameters)
     if recipe.export.adapter and first:
         with console.status("writing the adapter"):
             export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
@@ -127,7 +129,7 @@ def _export_checkpoint(
     writer = CheckpointWriter(
         out / CHECKPOINT_FOLDER,
         max_shard_bytes=recipe.export.shard_megabytes * 10**6,
-        expected_bytes=export_bytes(models, recipe),
+        expected_bytes=checkpoint_bytes(models, recipe),
     )
     with writer:
         for name, array in fold(models, coefficients):
@@ -317,7 +319,12 @@ _CLASSES = {
 
 
 def export_bytes(models: Models, recipe: Recipe) -> int:
-    """Size of the merged weights on disk."""
+    """Size on disk of all that `export` writes, but for what is small: heads and an adapter."""
+    return checkpoint_bytes(models, recipe) * (2 if recipe.export.orbax else 1)
+
+
+def checkpoint_bytes(models: Models, recipe: Recipe) -> int:
+    """Size of the merged weights in one checkpoint."""
     total = 0
     for tensor in models.base.checkpoint.tensors.values():
         dtype = DTYPES[recipe.export.dtype] if recipe.export.dtype else tensor.dtype

@@ -86,8 +86,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         workspace = open_workspace(recipe, root, devices)
         models = workspace.models
-        # The Hugging Face checkpoint and the Orbax checkpoint.
-        require_space(out, 2 * export_bytes(models, recipe))
+        require_space(out, export_bytes(models, recipe))
         if recipe.export.adapter:
             require_adapters(models, recipe.coefficients.granularity, recipe.interference)
     with (
@@ -173,8 +172,8 @@ def fold_file(
         file: The coefficients.
         recipe: Says where base and experts are, in any order, and how to write the result.
         root: Folder that relative paths of the recipe start from.
-        out: The folder to make; it gets `checkpoint/` and `orbax/`, `adapter/` if asked for, and
-            where experts are scaled the coefficients that were folded.
+        out: The folder to make; it gets what `export` writes, and where experts are scaled the
+            coefficients that were folded.
         console: Where progress is printed.
         scale: What each expert's coefficients are multiplied with; 0 leaves the expert out, with
             the model of its task.
@@ -193,6 +192,7 @@ def fold_file(
         allow_other_models=allow_other_models,
     )
     tokenizer_owner(models, recipe.tokenizer)  # refused before anything is written
+    require_space(out, export_bytes(models, recipe))
     _print_notes(notes, console)
     wait_for_all("checked")
     export(recipe, models, coefficients, out, root=root, rows=[], console=console)

@@ -275,6 +275,8 @@ class ExportRecipe(Section):
     """Of the weights; by default each tensor's in the base."""
     shard_megabytes: int = Field(default=5000, ge=1)
     """Largest size of one safetensors file."""
+    orbax: bool = True
+    """Whether to write the merged parameters as an Orbax checkpoint for JAX too, as large again."""
     adapter: bool = False
     """Whether to write the merge as one LoRA adapter of the base too, of the summed rank; exact
     where coefficients are per tensor or coarser, row, column or head, and every expert is an

@@ -397,6 +397,13 @@ def test_fold_writes_the_same_checkpoint(text_run, tmp_path):
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["checkpoint", "orbax"]
 
 
+def test_fold_without_an_orbax_checkpoint(text_run, tmp_path):
+    file, out = text_run.folder / "coefficients.safetensors", tmp_path / "out"
+    arguments = ["--recipe", str(text_run.recipe), "--out", str(out), "--export.no-orbax"]
+    cli.main(["fold", str(file), *arguments])
+    assert [folder.name for folder in out.iterdir()] == ["checkpoint"]
+
+
 @pytest.mark.parametrize("kind", ["text", "clip"])
 def test_evaluate_gives_the_learned_row(kind, request, capsys):
     run = request.getfixturevalue(f"{kind}_run")

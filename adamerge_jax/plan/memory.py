@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adamerge_jax.exporting import export_bytes
+from adamerge_jax.exporting import checkpoint_bytes
 from adamerge_jax.models import head_parameters
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of
@@ -159,7 +159,7 @@ def memory_of(
     targets = targets_bytes(outline)
     data = sum(each.stored_bytes for part in outline.data.values() for each in part.values())
     largest = max(4 * int(np.prod(info.shape)) for info in _tensors(outline))
-    merged = export_bytes(outline.models, outline.recipe)
+    merged = checkpoint_bytes(outline.models, outline.recipe)
 
     place = {"device": "", "host": " (host)", "disk": " (disk)"}[outline.recipe.task_vectors.memory]
     parts = {

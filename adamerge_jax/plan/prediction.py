@@ -148,7 +148,7 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
         memory,
         host_memory(),
         _seconds(merge, programs, chosen, spread),
-        2 * export_bytes(merge.models, recipe),
+        export_bytes(merge.models, recipe),
         [] if fits else list(_changes(merge, chosen, floor, spread)),
         compiled,
         [

@@ -4,9 +4,9 @@ A base and 4 experts, each a Llama of 100 M parameters in several files, are wri
 folder. Then, each in a process of its own,
 
 - (a) the experts' files are copied with shutil,
-- (b) `adamerge fold` writes their merge with one coefficient per tensor: the Hugging Face and the
-  Orbax checkpoint,
-- (c) mergekit does the same linear merge, where it is given: its Hugging Face checkpoint alone.
+- (b) `adamerge fold` writes their merge with one coefficient per tensor as a Hugging Face
+  checkpoint; (b') as an Orbax checkpoint too, as it does unless told otherwise,
+- (c) mergekit does the same linear merge, where it is given.
 
 Before each, all files are on the disk and dropped from the page cache, and each is timed until
 what it wrote is on the disk too, as a fold always waits for that; (a') does not wait. Seconds are
@@ -101,13 +101,13 @@ def write_models(root: Path, dtype: str) -> None:
             writer.write_config(CONFIG)
 
 
-def recipe(root: Path, dtype: str) -> Recipe:
+def recipe(root: Path, dtype: str, orbax: bool = False) -> Recipe:
     """The recipe of the merge; a fold does not look at its data."""
     return parse_recipe(
         {
             "base": str(root / "base"),
             "tasks": {t: {"expert": str(root / t), "calibration": "unused"} for t in EXPERTS},
-            "export": {"shard_megabytes": SHARD_MEGABYTES[dtype]},
+            "export": {"shard_megabytes": SHARD_MEGABYTES[dtype], "orbax": orbax},
         }
     )
 
@@ -187,8 +187,8 @@ def measure(work: Callable[[], object]) -> Result:
 
 def run_variant(variant: str, root: Path, dtype: str, out: Path) -> Result:
     """Runs one of our own variants in this process."""
-    if variant == "fold":
-        quiet, own = Console(quiet=True), recipe(root, dtype)
+    if variant.startswith("fold"):
+        quiet, own = Console(quiet=True), recipe(root, dtype, orbax=variant == "fold-orbax")
         file = root / "coefficients.safetensors"
         return measure(lambda: fold_file(file, own, root=root, out=out, console=quiet))
     return measure(lambda: copy_experts(root, out, flush=variant == "copy"))
@@ -207,6 +207,7 @@ def compare(dtype: str, root: Path, mergekit: Path | None, console: Console) -> 
         "a: copy the experts' files": [*ours, "copy"],
         "a': the same, left to the page cache": [*ours, "copy-unflushed"],
         "b: adamerge fold": [*ours, "fold"],
+        "b': the same, and Orbax": [*ours, "fold-orbax"],
     }
     if mergekit:
         config, shard = str(root / "mergekit.yaml"), str(SHARD_MEGABYTES[dtype] * 10**6)
