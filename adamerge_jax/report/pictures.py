@@ -35,6 +35,8 @@ def save_picture(figure: Figure, file: Path, title: str, alternative: str) -> Pi
         alternative: What it shows, in words, for those who do not see it.
     """
     figure.savefig(file, dpi=150)
+    # Laid out for the file, and as slow to lay out as to draw.
+    figure.set_layout_engine("none")
     stream = io.BytesIO()
     # The same figure gives the same bytes: no date, no random names inside.
     with matplotlib.rc_context({"svg.hashsalt": "adamerge_jax"}):
