@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -45,7 +46,9 @@ def run(
         for column in ("", "ms/step", "times a", "peak GB", "times a"):
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         first = None
-        with Live(table, refresh_per_second=1):
+        # A log file takes the table as wide as it is.
+        console = Console() if sys.stdout.isatty() else Console(width=120)
+        with Live(table, console=console, refresh_per_second=1):
             for variant in variants:
                 command = [sys.executable, file, "--variant", variant, "--size", size]
                 command += ["--repeats", str(arguments.repeats)]
