@@ -8,22 +8,15 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import LlamaConfig
 
+from tests.adapter_references import LLAMA
 from tests.references import load_script
 
 FOLD = load_script(Path(__file__).parents[1] / "experiments" / "benchmarks" / "fold.py")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads its memory from /proc")
-def test_fold_measures_a_merge_in_several_files(tmp_path, monkeypatch):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-    )
+def test_fold_writes_the_merge_that_it_times(tmp_path, monkeypatch):
+    config = LlamaConfig(**LLAMA, tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
     monkeypatch.setattr(FOLD, "CONFIG", config)
     FOLD.write_models(tmp_path, "float32")
     FOLD.write_coefficients(tmp_path, "float32")
