@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -402,6 +403,16 @@ def test_fold_without_an_orbax_checkpoint(text_run, tmp_path):
     arguments = ["--recipe", str(text_run.recipe), "--out", str(out), "--export.no-orbax"]
     cli.main(["fold", str(file), *arguments])
     assert [folder.name for folder in out.iterdir()] == ["checkpoint"]
+
+
+def test_fold_refuses_a_disk_too_full_for_both_checkpoints(text_run, tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 3 * 10**6))
+    file, out = text_run.folder / "coefficients.safetensors", tmp_path / "out"
+    with pytest.raises(SystemExit):
+        cli.main(["fold", str(file), "--recipe", str(text_run.recipe), "--out", str(out)])
+    assert "4.1 MB will be written" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", ["text", "clip"])
