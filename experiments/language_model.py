@@ -71,15 +71,16 @@ LENGTH = 128
 CHARACTERS = 1_500_000
 """Of each domain, at most."""
 
-BATCH_SIZE = 16
-BASE_STEPS, BASE_LEARNING_RATE = 500, 3e-3
-EXPERT_STEPS, EXPERT_LEARNING_RATE = 120, 1e-3
-LORA_RANK, LORA_LEARNING_RATE = 16, 5e-3
+# Small batches: a step of few sequences moves such a model as far as one of many.
+BATCH_SIZE = 8
+BASE_STEPS, BASE_LEARNING_RATE = 900, 2.5e-3
+EXPERT_STEPS, EXPERT_LEARNING_RATE = 200, 1e-3
+LORA_RANK, LORA_LEARNING_RATE = 16, 4e-3
 
 # Experts of so small a model change all of it, and the domains need the same weights for different
 # things: they are merged in pieces of 1 to 8 entries of a matrix, 32 of a table.
 COEFFICIENTS = {"granularity": "chunk", "granularity_options": {"pieces": 12288, "tables": True}}
-LEARNING = {"steps": 320, "batch_size": 4, "optimizer": {"learning_rate": 0.1}}
+LEARNING = {"steps": 640, "batch_size": 2, "optimizer": {"learning_rate": 0.07}}
 SEQUENCES = 1280
 """Of each domain, at most, to learn the merge from."""
 
