@@ -80,8 +80,14 @@ LORA_RANK, LORA_LEARNING_RATE = 16, 4e-3
 # Experts of so small a model change all of it, and the domains need the same weights for different
 # things: they are merged in pieces of 1 to 8 entries of a matrix, 32 of a table.
 COEFFICIENTS = {"granularity": "chunk", "granularity_options": {"pieces": 12288, "tables": True}}
-LEARNING = {"steps": 640, "batch_size": 2, "optimizer": {"learning_rate": 0.07}}
-SEQUENCES = 1280
+LEARNING = {
+    "steps": 480,
+    "batch_size": 2,
+    "held_out": 0.05,
+    "evaluate_every": 160,
+    "optimizer": {"learning_rate": 0.07},
+}
+SEQUENCES = 960
 """Of each domain, at most, to learn the merge from."""
 
 PARTS = ("test", "validation", *["train"] * 8)
