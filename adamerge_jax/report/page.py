@@ -16,7 +16,14 @@ from adamerge_jax.report.coefficients import draw_expert, layer_means, spreads, 
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
 from adamerge_jax.report.curves import draw_curves
 from adamerge_jax.report.pictures import Picture, save_picture
-from adamerge_jax.report.results import TITLES, best_single, gap_closed, in_words, scores
+from adamerge_jax.report.results import (
+    TITLES,
+    best_single,
+    gap_closed,
+    in_words,
+    outcome,
+    scores,
+)
 from adamerge_jax.report.similarity import cosine_range, draw_similarity
 from adamerge_jax.run_folder import RECIPE_FILE, SavedRun, Stage
 
@@ -105,16 +112,7 @@ def _facts(run: SavedRun) -> list[str]:
         f"constraint {chosen['constraint']}, preset {run.recipe['preset']}."
     ]
     if run.rows:
-        merged = run.rows[-1]
-        closed = gap_closed(run.rows)
-        unit = "%" if merged.metric == "accuracy" else " nats per token"
-        sentence = f"The merge reaches {in_words(merged.average, merged.metric)}{unit} on average"
-        if closed is not None and closed[-1] is not None:
-            sentence += (
-                f" and closes {100 * closed[-1]:.0f}% of the gap between task arithmetic and the "
-                "experts"
-            )
-        facts.append(sentence + ".")
+        facts.append(outcome(run.rows))
     return facts
 
 

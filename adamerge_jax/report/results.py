@@ -18,7 +18,8 @@ _OF_EXPERTS, _OF_TASK_ARITHMETIC = "experts", "task arithmetic"
 def results_table(rows: Sequence[Row]) -> Table:
     """Scores: one line per method, one column per task, the average last.
 
-    The last row is the merge that the run learned and stands out.
+    The last row is the merge that the run learned and stands out; what it closes of the gap is
+    said below.
     """
     table = Table(title=TITLES[rows[0].metric], title_style="bold")
     # A method may be called by a long path: that is broken into lines, numbers never are.
@@ -32,7 +33,22 @@ def results_table(rows: Sequence[Row]) -> Table:
             *(in_words(score, row.metric) for score in scores(row)),
             style="bold green" if row is rows[-1] else None,
         )
+    if len(rows) > 1:
+        table.caption, table.caption_justify = outcome(rows), "left"
     return table
+
+
+def outcome(rows: Sequence[Row]) -> str:
+    """What the merge reaches and, if that is known, closes of the gap, as a sentence."""
+    merged, closed = rows[-1], gap_closed(rows)
+    unit = "%" if merged.metric == "accuracy" else " nats per token"
+    sentence = f"The merge reaches {in_words(merged.average, merged.metric)}{unit} on average"
+    if closed is not None and closed[-1] is not None:
+        sentence += (
+            f" and closes {100 * closed[-1]:.0f}% of the gap between task arithmetic and the "
+            "experts"
+        )
+    return sentence + "."
 
 
 def in_words(score: float, metric: str) -> str:

@@ -1,7 +1,7 @@
 import pytest
 
 from adamerge_jax.evaluation import Row
-from adamerge_jax.report.results import best_single, gap_closed
+from adamerge_jax.report.results import best_single, gap_closed, outcome
 
 ACCURACY = [
     Row("base", {"a": 0.2, "b": 0.9}),
@@ -26,6 +26,14 @@ def test_the_gap_closed():
     assert gap_closed(ACCURACY) == [pytest.approx(0.75), None, pytest.approx(0.5)]
     # 1.5 of 2; half a nat the wrong way; 0.5 of 1.25.
     assert gap_closed(LOSS) == [pytest.approx(0.75), pytest.approx(-1.0), pytest.approx(0.4)]
+
+
+def test_the_outcome_in_a_sentence():
+    reached = "The merge reaches 70.0% on average"
+    closed = "and closes 50% of the gap between task arithmetic and the experts."
+    assert outcome(ACCURACY) == f"{reached} {closed}"
+    assert outcome(ACCURACY[2:]) == f"{reached}."
+    assert outcome(LOSS[2:]) == "The merge reaches 2.250 nats per token on average."
 
 
 def test_no_gap_without_its_ends():
