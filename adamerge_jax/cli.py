@@ -20,6 +20,7 @@ from rich.logging import RichHandler
 from adamerge_jax import exporting, jobs, report
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.compilation import keep_compiled_programs
+from adamerge_jax.console import make_console
 from adamerge_jax.devices import is_first_process
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import NonFiniteObjectiveError
@@ -237,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     keep_compiled_programs()
     try:
-        _parse(sys.argv[1:] if arguments is None else list(arguments)).run(Console())
+        _parse(sys.argv[1:] if arguments is None else list(arguments)).run(make_console())
     except InputError as error:
         _exit(f"error: {error}", 2)
     except NonFiniteObjectiveError as error:

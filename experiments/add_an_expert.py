@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adamerge_jax import InputError, Recipe, jobs, learning, load_recipe, parse_recipe
+from adamerge_jax.console import make_console
 from adamerge_jax.merging import Watch, learn_coefficients, pose
 from adamerge_jax.workspace import open_workspace
 
@@ -64,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     try:
-        run(arguments, Console())
+        run(arguments, make_console())
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
 

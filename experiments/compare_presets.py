@@ -19,14 +19,16 @@ from typing import Any
 import jax
 import numpy as np
 import transformers
-from rich.console import Console
 from rich.table import Table
 
 from adamerge_jax import jobs, learning
+from adamerge_jax.console import make_console
 from adamerge_jax.errors import InputError
+from adamerge_jax.evaluation import Row
 from adamerge_jax.merging import Problem, learn_coefficients, pose
 from adamerge_jax.presets import PRESETS
 from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe, read_fields
+from adamerge_jax.report.results import gap_closed, in_words, scores
 from adamerge_jax.run_record import peak_memory
 from adamerge_jax.workspace import open_workspace
 
@@ -80,8 +82,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Starts a process for each run that the results file lacks."""
-    # A table of many columns: a log file takes it as wide as it is.
-    console = Console() if sys.stdout.isatty() else Console(width=220)
+    console = make_console(width=220)
     results: dict[str, Any] = {}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
@@ -188,29 +189,27 @@ def accuracy_of(problem: Problem, merge: Any, best: learning.Learned) -> float:
 
 def summarise(title: str, runs: dict[str, Any], presets: list[str]) -> Table:
     """One line per preset: means over seeds, and the standard deviation of the average."""
-    baselines = runs[f"{BASELINES} 0"]
-    experts = baselines["experts (one model each)"]["average"]
-    arithmetic = next(row["average"] for name, row in baselines.items() if "arithmetic" in name)
+    baselines = [Row(row["method"], row["tasks"]) for row in runs[f"{BASELINES} 0"].values()]
     table = Table(title=f"{title}: accuracy (%), means over seeds")
-    tasks = list(baselines["base"]["tasks"])
+    tasks = list(baselines[0].tasks)
     for column in ("method", *tasks, "average", "gap closed", "coefficients", "steps"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for column in ("seconds", "to adamerging (s)", "peak GB", "seeds"):
         table.add_column(column, justify="right")
-    for name, row in baselines.items():
-        cells = [f"{100 * row['tasks'][task]:.1f}" for task in tasks]
-        table.add_row(name, *cells, f"{100 * row['average']:.1f}")
+    for row in baselines:
+        table.add_row(row.method, *(in_words(score, row.metric) for score in scores(row)))
     for preset in presets:
         own = [run for key, run in runs.items() if key.rpartition(" ")[0] == preset]
         if not own:
             continue
-        average = np.array([run["average"] for run in own])
+        means = Row(preset, {task: np.mean([run["tasks"][task] for run in own]) for task in tasks})
+        closed = (gap_closed([*baselines, means]) or [None])[-1]
         reached = [run["seconds_to_reference"] for run in own if "seconds_to_reference" in run]
         table.add_row(
             preset,
-            *(f"{100 * np.mean([run['tasks'][task] for run in own]):.1f}" for task in tasks),
-            f"{100 * average.mean():.1f} ± {100 * average.std():.1f}",
-            f"{100 * (average.mean() - arithmetic) / (experts - arithmetic):.0f}%",
+            *(in_words(score, means.metric) for score in means.tasks.values()),
+            f"{100 * means.average:.1f} ± {100 * np.std([run['average'] for run in own]):.1f}",
+            "" if closed is None else f"{100 * closed:.0f}%",
             f"{own[0]['coefficients']:,}",
             str(own[0]["steps"]),
             f"{np.mean([run['seconds'] for run in own]):.0f}",

@@ -36,6 +36,7 @@ from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface_export import save_model
 from adamerge_jax.checkpoints.peft import AdapterWeights, save_adapter
 from adamerge_jax.cli import main as adamerge
+from adamerge_jax.console import make_console
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import constant, make_granularity
 from adamerge_jax.mixing import mix
@@ -114,21 +115,10 @@ def main() -> None:
         require_new(arguments.out)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
-    console = Console()
-    prepare(arguments.out, arguments.seed, console)
+    prepare(arguments.out, arguments.seed, make_console())
     for kind in KINDS:
         recipe = arguments.out / f"{kind}.yaml"
         adamerge(["learn", str(recipe), "--out", str(arguments.out / f"run-{kind}")])
-        console.print(gap_closed(arguments.out / f"run-{kind}"))
-
-
-def gap_closed(run: Path) -> str:
-    """How much of the way from task arithmetic to the experts the learned merge goes, in words."""
-    rows = json.loads((run / "results.json").read_text())["rows"]
-    average = {row["method"].split(" (")[0]: row["average"] for row in rows}
-    gap = average["task arithmetic"] - average["experts"]
-    closed = (average["task arithmetic"] - average["learned"]) / gap
-    return f"{run.name}: {closed:.0%} of the gap between task arithmetic and the experts is closed"
 
 
 def prepare(folder: Path, seed: int, console: Console) -> None:

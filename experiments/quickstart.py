@@ -30,6 +30,7 @@ from transformers import ViTConfig
 from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface_export import save_model
 from adamerge_jax.cli import main as adamerge
+from adamerge_jax.console import make_console
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
 from adamerge_jax.names import is_stacked
@@ -75,7 +76,7 @@ def main() -> None:
         require_new(arguments.out)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
-    prepare(arguments.out, arguments.seed, Console())
+    prepare(arguments.out, arguments.seed, make_console())
     recipe = arguments.out / "recipe.yaml"
     adamerge(["learn", str(recipe), "--out", str(arguments.out / "run")])
 

@@ -36,6 +36,7 @@ from transformers import LlamaConfig
 
 from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.console import make_console
 from adamerge_jax.granularities import constant, make_granularity
 from adamerge_jax.jobs import fold_file
 from adamerge_jax.loading import DTYPES, open_models
@@ -257,7 +258,7 @@ def main() -> None:
         result = run_variant(arguments.variant, root, arguments.dtype, root / "out")
         print(json.dumps(result._asdict()))
         return
-    console = Console(width=140)
+    console = make_console()
     for dtype in [arguments.dtype] if arguments.dtype else SHARD_MEGABYTES:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             compare(dtype, Path(folder), arguments.mergekit, console)

@@ -24,13 +24,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 from transformers import ViTConfig
 
 from adamerge_jax import learning
 from adamerge_jax.coefficients import CONSTRAINTS
+from adamerge_jax.console import make_console
 from adamerge_jax.granularities import constant, make_granularity
 from adamerge_jax.merging import pose
 from adamerge_jax.models import family_of
@@ -198,7 +198,7 @@ def main() -> None:
             table.add_row(
                 "", "16 over 2", f"{compiled:.2f} times", "", "", used, resident, end_section=True
             )
-    Console().print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

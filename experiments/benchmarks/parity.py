@@ -15,11 +15,11 @@ import jax
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
+from adamerge_jax.console import make_console
 from adamerge_jax.models import Network, Outputs, family_of
 from adamerge_jax.names import is_stacked, unstack
 
@@ -220,7 +220,7 @@ def main() -> None:
         table.add_row(model_class.__name__, *shown)
         # NumPy's maximum, unlike Python's, of anything and NaN is NaN.
         worst = np.max([worst, *(difference for difference in found if difference is not None)])
-    Console().print(table)
+    make_console().print(table)
     raise SystemExit(0 if worst <= TOLERANCE else 1)
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -35,6 +34,7 @@ from transformers import (
 
 from adamerge_jax.checkpoints.huggingface_export import save_model
 from adamerge_jax.checkpoints.peft import AdapterWeights, save_adapter
+from adamerge_jax.console import make_console
 from adamerge_jax.models import family_of
 from adamerge_jax.names import is_stacked, tensors_of
 
@@ -235,7 +235,7 @@ def main() -> None:
         peaks = predicted["peak"] / 1e9, measured["peak"] / 1e9
         values = (*peaks, peaks[0] / peaks[1], predicted["step"], measured["step"])
         table.add_row(kind, *(f"{value:.2f}" for value in values))
-    Console().print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

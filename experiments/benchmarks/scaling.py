@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 
-from rich.console import Console
 from rich.table import Table
+
+from adamerge_jax.console import make_console
 
 
 def measure(size: str, count: int, model: int, repeats: int) -> dict[str, object] | None:
@@ -84,7 +85,7 @@ def main() -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

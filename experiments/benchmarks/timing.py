@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from adamerge_jax.console import make_console
 from adamerge_jax.run_record import peak_memory
 
 MakeStep = Callable[[str], Callable[[], object]]
@@ -46,9 +46,7 @@ def run(
         for column in ("", "ms/step", "times a", "peak GB", "times a"):
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         first = None
-        # A log file takes the table as wide as it is.
-        console = Console() if sys.stdout.isatty() else Console(width=120)
-        with Live(table, console=console, refresh_per_second=1):
+        with Live(table, console=make_console(), refresh_per_second=1):
             for variant in variants:
                 command = [sys.executable, file, "--variant", variant, "--size", size]
                 command += ["--repeats", str(arguments.repeats)]

@@ -1,0 +1,12 @@
+from adamerge_jax.console import make_console
+
+
+def test_a_file_takes_wide_tables(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert make_console().width == 120
+    assert make_console(width=220).width == 220
+
+
+def test_columns_says_otherwise(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "70")
+    assert make_console(width=220).width == 70
