@@ -8,10 +8,16 @@ import datasets
 import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
-from transformers.image_processing_utils import BaseImageProcessor
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.examples import ArrayExamples, Examples, ImageExamples, Subset, TextExamples
+from adamerge_jax.examples import (
+    ArrayExamples,
+    Examples,
+    ImageExamples,
+    ImageProcessor,
+    Subset,
+    TextExamples,
+)
 from adamerge_jax.language_data import load_language_examples
 from adamerge_jax.recipes import DataSource
 from adamerge_jax.tables import no_column, texts_of
@@ -22,7 +28,7 @@ def load_examples(
     *,
     root: Path,
     inputs: Sequence[str],
-    preprocessor: PreTrainedTokenizerBase | BaseImageProcessor | None,
+    preprocessor: PreTrainedTokenizerBase | ImageProcessor | None,
     max_length: int,
     seed: int,
     name: str,
@@ -121,7 +127,7 @@ def _preprocess(
     table: datasets.Dataset,
     source: DataSource,
     first_input: str,
-    preprocessor: PreTrainedTokenizerBase | BaseImageProcessor | None,
+    preprocessor: PreTrainedTokenizerBase | ImageProcessor | None,
     max_length: int,
     name: str,
 ) -> Examples:

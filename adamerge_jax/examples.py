@@ -6,17 +6,20 @@ kept while there is room. NumPy files hold model inputs as they are.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
-from transformers.image_processing_utils import BaseImageProcessor
 
 from adamerge_jax.errors import InputError
 
 log = logging.getLogger(__name__)
+
+ImageProcessor = Callable[..., Mapping[str, Any]]
+"""An image processor of `transformers`, of `images` and `return_tensors`. Importing its class would
+take every command seconds, since that imports half of PyTorch."""
 
 IMAGE_CACHE_BYTES = 2**30
 """Preprocessed images that one `ImageExamples` keeps in memory."""
@@ -102,7 +105,7 @@ class TextExamples(Examples):
 class ImageExamples(Examples):
     """Images through the checkpoint's own image processor."""
 
-    def __init__(self, images: Sequence[Any], processor: BaseImageProcessor, name: str):
+    def __init__(self, images: Sequence[Any], processor: ImageProcessor, name: str):
         self._name = name
         self._images = images
         self._processor = processor

@@ -9,14 +9,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from transformers import AutoImageProcessor, PreTrainedTokenizerBase
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import PreTrainedTokenizerBase
 
 from adamerge_jax.data import load_examples
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Evaluator
-from adamerge_jax.examples import Examples, Subset
+from adamerge_jax.examples import Examples, ImageProcessor, Subset
 from adamerge_jax.loading import (
     DTYPES,
     Models,
@@ -175,12 +174,15 @@ def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
 
 def _preprocessor(
     models: Models, chosen: str | None
-) -> PreTrainedTokenizerBase | BaseImageProcessor | None:
+) -> PreTrainedTokenizerBase | ImageProcessor | None:
     """The tokenizer or image processor of the base, or of the first expert that has one."""
     if models.family.inputs[0] == "input_ids":
         return find_tokenizer(models, chosen)
     for model in (models.base, *models.experts.values()):
         if (model.checkpoint.folder / "preprocessor_config.json").is_file():
+            # Importing it takes seconds, which only images are to cost.
+            from transformers import AutoImageProcessor
+
             return AutoImageProcessor.from_pretrained(model.checkpoint.folder)
     return None
 
