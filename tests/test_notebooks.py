@@ -31,11 +31,11 @@ script.prepare(Path(sys.argv[1]), 0, Console(quiet=True))
 """
 
 LONG = {
-    "ablation": {"STEPS = 60": "STEPS = 10"},
+    "ablation": {"STEPS = 60": "STEPS = 10", "[10, 25, 70, 200]": "[10, 200]"},
     "add_an_expert": {'= "faint", 60, 0.03': '= "faint", 15, 0.03'},
     "merge_in_twenty_lines": {'"base": "base",': '"base": "base", "learning": {"steps": 10},'},
 }
-"""What a test writes instead, so that a notebook learns for a few steps, by its name."""
+"""What a test writes instead, so that a notebook learns less, by its name."""
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The README's first line, with hardly any training."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,11 +29,14 @@ def test_runs_from_training_to_the_merged_checkpoint(
         assert name in said
 
 
-def test_refuses_a_folder_in_use(tmp_path: Path):
+def test_refuses_a_folder_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "notes.txt").write_text("mine")
-    done = subprocess.run(
-        [sys.executable, QUICKSTART, "--out", tmp_path], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "is not empty" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        load_script(QUICKSTART).main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "is not empty" in said
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
