@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 ImageProcessor = Callable[..., Mapping[str, Any]]
 """An image processor of `transformers`, of `images` and `return_tensors`. Importing its class would
-take every command seconds, since that imports half of PyTorch."""
+take every command a second or more, since that imports much of PyTorch."""
 
 IMAGE_CACHE_BYTES = 2**30
 """Preprocessed images that one `ImageExamples` keeps in memory."""

@@ -180,7 +180,7 @@ def _preprocessor(
         return find_tokenizer(models, chosen)
     for model in (models.base, *models.experts.values()):
         if (model.checkpoint.folder / "preprocessor_config.json").is_file():
-            # Importing it takes seconds, which only images are to cost.
+            # Importing it takes a second or more, which only images are to cost.
             from transformers import AutoImageProcessor
 
             return AutoImageProcessor.from_pretrained(model.checkpoint.folder)
