@@ -258,7 +258,7 @@ def main() -> None:
         result = run_variant(arguments.variant, root, arguments.dtype, root / "out")
         print(json.dumps(result._asdict()))
         return
-    console = make_console()
+    console = make_console(width=140)
     for dtype in [arguments.dtype] if arguments.dtype else SHARD_MEGABYTES:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             compare(dtype, Path(folder), arguments.mergekit, console)
