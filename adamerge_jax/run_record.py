@@ -78,6 +78,12 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
+def peak_memory_of_arrays() -> int:
+    """Peak memory in bytes where arrays lie: on the device, or in this process on the CPU."""
+    peak = peak_memory()
+    return peak.get("device", peak["process"])
+
+
 def describe_machine() -> dict[str, Any]:
     """Where a run takes place: the device, and the versions of what decides on its numbers."""
     devices = jax.devices()

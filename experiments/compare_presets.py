@@ -29,7 +29,7 @@ from adamerge_jax.merging import Problem, learn_coefficients, pose
 from adamerge_jax.presets import PRESETS
 from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe, read_fields
 from adamerge_jax.report.results import gap_closed, in_words, scores
-from adamerge_jax.run_record import peak_memory
+from adamerge_jax.run_record import peak_memory_of_arrays
 from adamerge_jax.workspace import open_workspace
 
 BASELINES = "baselines"
@@ -152,13 +152,12 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     merge = learn_coefficients(problem, watch=watch)
     seconds = time.perf_counter() - began
     row = jobs.evaluate_merge(problem, merge)
-    peak = peak_memory()
     result = row.as_json() | {
         "coefficients": sum(array.size for array in merge.coefficients.values.values()),
         "steps": recipe.learning.steps,
         "kept_step": merge.coefficients.step,
         "seconds": seconds,
-        "peak_gigabytes": peak.get("device", peak["process"]) / 1e9,
+        "peak_gigabytes": peak_memory_of_arrays() / 1e9,
         "device": str(jax.devices()[0].device_kind),
     }
     if until is not None:

@@ -3,6 +3,7 @@ import time
 
 import pytest
 
+from adamerge_jax import run_record
 from adamerge_jax.run_record import RunRecord
 
 
@@ -34,3 +35,13 @@ def test_nothing_is_written_before_the_folder_is_there(tmp_path):
         "opening",
         "learning",
     }
+
+
+@pytest.mark.parametrize(
+    ("peak", "expected"), [({"process": 5}, 5), ({"process": 5, "device": 3}, 3)]
+)
+def test_arrays_lie_on_the_device_where_it_has_memory_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, peak: dict[str, int], expected: int
+):
+    monkeypatch.setattr(run_record, "peak_memory", lambda: peak)
+    assert run_record.peak_memory_of_arrays() == expected

@@ -202,14 +202,13 @@ def predict(recipe: Path) -> dict[str, float]:
 def measure(recipe: Path) -> dict[str, float]:
     """Peak of a merge, and seconds of its last step."""
     from adamerge_jax import cli
-    from adamerge_jax.run_record import peak_memory
+    from adamerge_jax.run_record import peak_memory_of_arrays
 
     out = recipe.parent / "run"
     cli.main(["learn", str(recipe), "--out", str(out)])
-    peak = peak_memory()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in rows if row["step"]]
-    return {"peak": peak.get("device", peak["process"]), "step": seconds[-1]}
+    return {"peak": peak_memory_of_arrays(), "step": seconds[-1]}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from adamerge_jax.console import make_console
-from adamerge_jax.run_record import peak_memory
+from adamerge_jax.run_record import peak_memory_of_arrays
 
 MakeStep = Callable[[str], Callable[[], object]]
 """From a size to a function that runs one step and waits for it."""
@@ -73,5 +73,4 @@ def measure(step: Callable[[], object], repeats: int) -> dict[str, float]:
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)
-    peak = peak_memory()
-    return {"seconds": float(np.median(seconds)), "peak": peak.get("device", peak["process"])}
+    return {"seconds": float(np.median(seconds)), "peak": peak_memory_of_arrays()}
