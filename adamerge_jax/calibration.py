@@ -19,7 +19,8 @@ from adamerge_jax.views import strong_view
 
 BATCHES_SORTED_TOGETHER = 16
 """Of so many batches in a row, the shortest texts of all tasks make one, the next longer ones the
-next, and so on."""
+next, and so on. Fewer where the examples of a task do not fill so many: the same text, drawn twice,
+would be sorted beside itself."""
 
 
 class Batch(NamedTuple):
@@ -73,7 +74,8 @@ class Calibration(NamedTuple):
         lengths = {task: examples.padded_lengths() for task, examples in self.examples.items()}
         together = 1
         if any(len(np.unique(each)) > 1 for each in lengths.values()):
-            together = BATCHES_SORTED_TOGETHER
+            fewest = min(map(len, self.learning.values()))
+            together = min(BATCHES_SORTED_TOGETHER, fewest // self.batch_size)
         draws = {
             task: self._draws(position, together * self.batch_size)
             for position, task in enumerate(self.examples)

@@ -156,6 +156,19 @@ def test_texts_of_like_length_share_a_batch(tmp_path):
     np.testing.assert_array_equal(np.sort(np.concatenate([d[:4] for d in drawn])), expected)
 
 
+@pytest.mark.parametrize(("size", "batch_size"), [(10, 8), (40, 8), (100, 4)])
+def test_no_text_is_twice_in_a_batch(tmp_path, size, batch_size):
+    step = 100 // size  # each text of another length, in several buckets
+    texts = [" ".join("a" * (1 + step * n)) for n in range(size)]
+    examples = TextExamples(texts, bert_tokenizer(tmp_path), 128, "task")
+    split = calibrate({"task": examples}, batch_size=batch_size, held_out=0.2, seed=0)
+    # As many as one epoch fills; a batch that spans two may hold a text of both.
+    epoch = len(split.learning["task"]) // batch_size
+    for batch in islice(split.batches(), min(BATCHES_SORTED_TOGETHER, epoch)):
+        lengths = batch.inputs["attention_mask"].sum(1)
+        assert len(np.unique(lengths)) == batch_size
+
+
 def test_strong_views(tmp_path):
     tokenizer = bert_tokenizer(tmp_path)
     examples = {"only": TextExamples(["a b c d e f g h"] * 20, tokenizer, 32, "only")}
