@@ -86,7 +86,7 @@ def task(shapes: Shapes) -> Granularity:
         >>> task(shapes).init(constant(shapes, experts=3, value=0.3))["all"].shape  # [G, K]
         (1, 3)
     """
-    return _shared(shapes, lambda name: "all", "all together")
+    return _grouped(shapes, lambda tensor: "all", "all together")
 
 
 def layer(shapes: Shapes) -> Granularity:
@@ -102,7 +102,8 @@ def layer(shapes: Shapes) -> Granularity:
         >>> {group: array.shape for group, array in values.items()}  # [G, K] by layer
         {'layers.0': (1, 3), 'norm': (1, 3)}
     """
-    return _shared(shapes, lambda name: layer_of(name, shapes), "by layer")
+    names = [each for name, shape in shapes.items() for each in tensors_of(name, shape)]
+    return _grouped(shapes, lambda tensor: layer_of(tensor, names), "by layer")
 
 
 def tensor(shapes: Shapes) -> Granularity:
@@ -114,7 +115,7 @@ def tensor(shapes: Shapes) -> Granularity:
         >>> tensor(shapes).init(constant(shapes, experts=3, value=0.3))["layers.*.weight"].shape
         (12, 3)
     """
-    return _shared(shapes, lambda name: name, "whole")
+    return _split(shapes, lambda name, shape: None)
 
 
 def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity:
@@ -127,7 +128,7 @@ def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity
             group `others`.
 
     Raises:
-        InputError: A group's patterns are no list.
+        InputError: A group's patterns are no list, or it is called like a stack of layers.
 
     Examples:
         >>> from adamerge_jax.granularities import constant, groups
@@ -140,29 +141,13 @@ def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity
     for group, own in patterns.items():
         if isinstance(own, str):
             raise InputError(f"the patterns of {group!r} are {own!r}, expected a list")
+        if is_stacked(group):
+            raise InputError(f"a group cannot be called {group!r}; give it a name without '*'")
 
     def group_of(name: str) -> str:
         return next((group for group in patterns if matches(name, patterns[group])), "others")
 
-    members = {name: [group_of(each) for each in tensors_of(name, shapes[name])] for name in shapes}
-    used = {group for groups in members.values() for group in groups}
-
-    def init(start: PerTensor) -> Values:
-        collected: dict[str, list[Array]] = {group: [] for group in sorted(used)}
-        for name, groups in members.items():
-            for group, values in zip(groups, start[name], strict=True):
-                collected[group].append(values)
-        return {group: _mean(jnp.stack(each))[None] for group, each in collected.items()}
-
-    def scales(values: Values) -> dict[str, Array]:
-        return {
-            name: _broadcastable(
-                name, shapes[name], jnp.concatenate([values[group] for group in groups])
-            )
-            for name, groups in members.items()
-        }
-
-    return Granularity(init, scales, units=dict.fromkeys(shapes, "by group"))
+    return _grouped(shapes, group_of, "by group")
 
 
 def row(shapes: Shapes, tables: bool = False) -> Granularity:
@@ -638,29 +623,36 @@ def _split(
     )
 
 
-def _shared(shapes: Shapes, group_of: Callable[[str], str], unit: str) -> Granularity:
-    """A granularity with whole parameters in its groups."""
-    members: dict[str, list[str]] = {}
-    for name in sorted(shapes, key=group_of):
-        members.setdefault(group_of(name), []).append(name)
+def _grouped(shapes: Shapes, group_of: Callable[[str], str], unit: str) -> Granularity:
+    """A granularity with whole tensors in its groups.
+
+    Args:
+        shapes: Of the parameters.
+        group_of: From the name of a tensor, without `*`, to its group. The layers of a stack may
+            be in groups of their own, and those groups may hold tensors outside of the stack.
+        unit: How tensors share coefficients, in words.
+    """
+    members = {name: [group_of(each) for each in tensors_of(name, shapes[name])] for name in shapes}
+    used = {group for groups in members.values() for group in groups}
 
     def init(start: PerTensor) -> Values:
-        values = {}
-        for group, names in members.items():
-            own = [start[name] for name in names]
-            stacked = is_stacked(group)
-            mean = _mean(jnp.stack(own)) if stacked else _mean(jnp.concatenate(own))[None]
-            values[group] = mean.astype(jnp.float32)
-        return values
+        collected: dict[str, list[Array]] = {group: [] for group in sorted(used)}
+        for name, groups in members.items():
+            for group, values in zip(groups, start[name], strict=True):
+                collected[group].append(values)
+        means = {group: _mean(jnp.stack(each))[None] for group, each in collected.items()}
+        return {group: mean.astype(jnp.float32) for group, mean in means.items()}
 
-    def scales(values: Values) -> dict[str, Array]:
-        return {
-            name: _broadcastable(name, shapes[name], values[group])
-            for group, names in members.items()
-            for name in names
-        }
+    def scale(name: str, groups: list[str], values: Values) -> Array:
+        different = groups if len(set(groups)) > 1 else groups[:1]
+        rows = jnp.concatenate([values[group] for group in different])
+        return _broadcastable(name, shapes[name], rows)
 
-    return Granularity(init, scales, units=dict.fromkeys(shapes, unit))
+    return Granularity(
+        init,
+        lambda values: {name: scale(name, groups, values) for name, groups in members.items()},
+        units=dict.fromkeys(shapes, unit),
+    )
 
 
 def _mean(values: Float[Array, "N ..."]) -> Float[Array, "..."]:

@@ -639,6 +639,7 @@ def test_a_budget_that_is_too_small():
         ),
         ("head", {"heads": {"*.query.weight": (0, 0)}}, "heads"),
         ("groups", {"patterns": {"a": "encoder.0.*"}}, "patterns"),
+        ("groups", {"patterns": {"*.query.*": ["*.query.*"]}}, "a name without '\\*'"),
         ("row", {"pieces": 2}, "row says: .*'pieces'; its options are tables"),
         ("rows", {}, "found 'rows'; expected one of .* \\(nearest is 'row'\\)"),
         ("no_such_module:f", {}, "'no_such_module:f' cannot be imported"),
@@ -695,7 +696,12 @@ NAMES: dict[str, tuple[int, ...]] = {
         ("task", {"all": 1}),
         (
             "layer",
-            {"bert.embeddings": 1, "bert.encoder.layer.*": 2, "bert.pooler": 1},
+            {
+                "bert.embeddings": 1,
+                "bert.encoder.layer.0": 1,
+                "bert.encoder.layer.1": 1,
+                "bert.pooler": 1,
+            },
         ),
         ("tensor", {name: 2 if "*" in name else 1 for name in NAMES}),
     ],
@@ -763,6 +769,32 @@ def test_layers_of_models(config, layers):
     for name in network.shapes:
         layer = layer_of(name, network.shapes)
         assert layer.replace("*", "1") == found[name.replace("*", "1")]
+
+
+def test_a_tensor_beside_a_stack_is_in_its_layer():
+    # T5's first block alone has a table of relative positions.
+    shapes = {"block.*.q.weight": (3, 4, 4), "block.0.positions.weight": (6, 2)}
+    single = {f"block.{index}.q.weight": (4, 4) for index in range(3)}
+    single["block.0.positions.weight"] = (6, 2)
+    stacked, apart = (GRANULARITIES["layer"](own) for own in (shapes, single))
+    start = {"block.*.q.weight": draw(0, 3, EXPERTS), "block.0.positions.weight": draw(1, 1, 3)}
+    values = stacked.init(start)
+    assert {group: array.shape for group, array in values.items()} == {
+        f"block.{index}": (1, EXPERTS) for index in range(3)
+    }
+    expected = (start["block.*.q.weight"][0] + start["block.0.positions.weight"][0]) / 2
+    np.testing.assert_allclose(values["block.0"][0], expected, rtol=1e-6)
+    # What is written to a file and read by the names in a checkpoint is what was learned.
+    written = {group: array[None] for group, array in unstack_values(values).items()}
+    scales = apart.scales(written)
+    learned = stacked.scales(values)
+    for index in range(3):
+        np.testing.assert_array_equal(
+            scales[f"block.{index}.q.weight"], learned["block.*.q.weight"][index]
+        )
+    np.testing.assert_array_equal(
+        scales["block.0.positions.weight"], learned["block.0.positions.weight"]
+    )
 
 
 def test_layers_without_numbered_blocks():

@@ -53,11 +53,12 @@ WHOLE = ["task", "layer", "tensor"]
 """Granularities of whole tensors; the others are in test_granularities.py."""
 
 
-def group_of(name: str, granularity: str) -> str:
-    """The group of a name in `SHAPES`."""
+def groups_of(name: str, granularity: str) -> list[str]:
+    """The group of each tensor that a name in `SHAPES` stands for, or of all of them."""
     if granularity == "layer":
-        return "encoder.*" if is_stacked(name) else name.partition(".")[0]
-    return {"task": "all", "tensor": name}[granularity]
+        layers = [f"encoder.{index}" for index in range(LAYERS)]
+        return layers if is_stacked(name) else [name.partition(".")[0]]
+    return [{"task": "all", "tensor": name}[granularity]]
 
 
 @pytest.mark.parametrize("granularity", WHOLE)
@@ -100,8 +101,13 @@ def test_gradients_of_coefficients(granularity):
         if not is_stacked(name):
             delta, cotangent = delta[None], cotangent[None]
         each = (delta * cotangent[:, None]).reshape(*delta.shape[:2], -1).sum(-1)
-        group = group_of(name, granularity)
-        totals[group] += each if len(totals[group]) == len(each) else each.sum(0)
+        groups = groups_of(name, granularity)
+        if len(groups) == 1:
+            total = totals[groups[0]]
+            total += each if len(total) == len(each) else each.sum(0)
+        else:
+            for group, own in zip(groups, each, strict=True):
+                totals[group] += own
     for group, total in totals.items():
         np.testing.assert_allclose(gradients[group], total, rtol=1e-5, atol=1e-5, err_msg=group)
 
