@@ -181,8 +181,9 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
 def needs_of(recipe: Recipe, models: Models) -> dict[str, Needs]:
     """What the objective of each task must be given."""
     needs = {task: objective.needs for task, objective in recipe.build_objectives().items()}
-    if models.family.language:
-        # One output layer for all tasks: experts would contradict each other.
+    if models.family.language or len(needs) == 1:
+        # One output layer for all tasks: experts would contradict each other. Of one task: there
+        # are no others.
         needs = {task: own._replace(elsewhere=0) for task, own in needs.items()}
     return needs
 

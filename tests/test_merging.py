@@ -46,9 +46,22 @@ def test_fine_coefficients_start_from_coarse_ones(text_recipe, tmp_path):
     best = [progress.best for progress in seen[0][2] if progress.best][-1]
     start = seen[1][2][0].best.values
     name = "bert.encoder.layer.*.output.dense.weight"
-    layer = best.values["bert.encoder.layer.*"]
+    layers = [best.values[f"bert.encoder.layer.{index}"] for index in range(len(start[name]))]
+    layer = np.concatenate(layers)
     np.testing.assert_allclose(start[name], np.repeat(layer[..., None], 96, axis=2), rtol=1e-6)
     assert merge.coefficients.granularity == "row"
+
+
+def test_one_task_has_no_other_to_ask_about(text_recipe, tmp_path):
+    name, task = next(iter(text_recipe["tasks"].items()))
+    chosen = text_recipe | {"tasks": {name: task}}
+    chosen["objectives"] = [{"name": "logit_alignment", "options": {"elsewhere": 0.6}}]
+    seen = Seen()
+    learned(chosen, tmp_path, seen)
+    ((_, _, steps),) = seen
+    start, *_, last = [progress.held_out.objective for progress in steps if progress.held_out]
+    assert np.isfinite(last).all()
+    assert not np.array_equal(start, last)
 
 
 def test_heads_are_those_of_the_model(text_recipe, tmp_path):
