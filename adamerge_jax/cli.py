@@ -1,7 +1,8 @@
 """The `adamerge` command.
 
 A recipe's fields are the options of the command: the file gives their defaults, the command line
-overrides them. So the recipe is read first, then the command line is parsed.
+overrides them. So the recipe is read first, then the command line is parsed. Lists of sections, and
+mappings of any names, are written on the command line as in the file: in YAML.
 """
 
 import dataclasses
@@ -9,10 +10,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import transformers
 import tyro
+import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.logging import RichHandler
@@ -25,11 +27,14 @@ from adamerge_jax.devices import is_first_process
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import NonFiniteObjectiveError
 from adamerge_jax.plan import make_plan, print_plan
+from adamerge_jax.presets import drop_options_of_replaced
 from adamerge_jax.recipes import (
     Recipe,
+    Section,
     describe_validation_error,
     load_recipe,
     parse_recipe,
+    read_yaml,
 )
 from adamerge_jax.reuse.folding import parse_scale
 from adamerge_jax.run_folder import COEFFICIENTS_FILE, HEAT_MAP_FILE
@@ -228,6 +233,33 @@ COMMANDS = {
 }
 
 
+_CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
+
+
+@_CONSTRUCTORS.primitive_rule
+def _from_yaml(
+    field: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How fields are given that have no fixed names within: options, and lists of sections."""
+    inner = [own for own in get_args(field.type) if isinstance(own, type)]
+    of_sections = field.type_origin is list and any(issubclass(own, Section) for own in inner)
+    if field.type != dict[str, Any] and not of_sections:
+        return None
+
+    def write(value: Any) -> list[str]:
+        if of_sections:
+            value = [each.model_dump(exclude_defaults=True) for each in value]
+        return [yaml.safe_dump(value, default_flow_style=True, width=float("inf")).strip()]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="YAML",
+        instance_from_str=lambda given: read_yaml(given[0]),
+        is_instance=lambda value: isinstance(value, field.type_origin),
+        str_from_instance=write,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; bad input ends in one line on standard error and exit status 2."""
     logging.basicConfig(
@@ -292,20 +324,35 @@ def _parse(arguments: list[str]) -> Command:
             args=options,
             prog=f"adamerge {name}",
             config=(tyro.conf.AvoidSubcommands,),
+            registry=_CONSTRUCTORS,
         )
     except ValidationError as error:
         raise InputError(f"command line: {describe_validation_error(error)}") from error
     if default is not None:
+        changed = {o.removeprefix("--").partition("=")[0].replace("-", "_") for o in options}
+        fields = drop_options_of_replaced(
+            parsed.recipe.model_dump(), default.recipe.model_dump(), changed
+        )
         # Once more as a whole: what a field may be can depend on another.
-        parsed.recipe = parse_recipe(parsed.recipe.model_dump(), "command line")
+        parsed.recipe = parse_recipe(fields, "command line")
     return parsed
+
+
+_OTHER_FILES = ("--coefficients.start", "--out")
+"""Options whose value may be a YAML file that is no recipe."""
 
 
 def _recipe_file(options: Sequence[str]) -> Path | None:
     """The recipe on the command line: its fields are the defaults of all other options."""
     named = _value(options, "--recipe")
-    files = [named] if named else [o for o in options if Path(o).suffix in (".yaml", ".yml")]
-    return Path(files[0]) if files else None
+    files = [
+        option
+        for before, option in zip(["", *options], options, strict=False)
+        if Path(option).suffix in (".yaml", ".yml")
+        and not option.startswith("--")
+        and before not in _OTHER_FILES
+    ]
+    return Path(named or files[0]) if named or files else None
 
 
 def _preset(options: Sequence[str]) -> str | None:

@@ -59,7 +59,8 @@ class DataSource(_PathSection):
     """Examples of one task."""
 
     path: str
-    """JSONL, CSV, Parquet or .npz file, folder of images, or id of a data set on the Hub."""
+    """JSONL, JSON, CSV, TSV, Parquet or .npz file, folder of images, or id of a data set on the
+    Hub."""
     config: str | None = None
     """Configuration of a data set on the Hub."""
     split: str = "train"
@@ -155,8 +156,8 @@ class TaskVectorsRecipe(Section):
     """How task vectors are kept while coefficients are learned; the merge is exact all the same."""
 
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
-    """Of what each expert changed; by default that of the weights. int8 has a step for each row of
-    a matrix, half of which is the largest error; LoRA factors then stay float32."""
+    """Of what each expert changed; by default that of the weights. int8 rounds by a step for each
+    row of a matrix, half of which is the largest error; LoRA factors then stay float32."""
     memory: Place = "device"
     """Where: device; host, the host's memory, from where the compiled step brings one expert's
     piece of one layer at a time; or disk, a temporary file (under TMPDIR) that it reads. With the
@@ -250,8 +251,9 @@ class LearningRecipe(Section):
     evaluate_every: int | None = Field(default=None, ge=1)
     """Steps between looks at the held-out part; by default a tenth of all steps."""
     control: float | None = Field(default=None, gt=0, le=1)
-    """Where an objective has a weight below 0: learning stops before the accuracy of one of the
-    other tasks on the held-out part falls below this fraction of where it started."""
+    """Where an objective has a weight below 0: learning stops before the agreement of one of the
+    other tasks, with its labels or without any with its expert, on the held-out part falls below
+    this fraction of where it started."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     rematerialize: Rematerialize = "elementwise"
     """What the backward pass computes again rather than keeps, from fastest to smallest."""
@@ -410,77 +412,13 @@ class Recipe(Section):
         """Tasks for which some objective is to be raised."""
         return [t for t in self.tasks if any(term.weight_of(t) < 0 for term in self.objectives)]
 
-    @model_validator(mode="after")
-    def _check(self) -> "Recipe":
-        for task in self.tasks:
-            require_task_name(task)
-        for field in ("coordinator", "processes", "process"):
-            if getattr(self.devices, field) is not None and not self.devices.distributed:
-                raise ValueError(
-                    f"devices.{field}: is for several processes; set devices.distributed, or leave "
-                    "it out"
-                )
-        if "base" in self.tasks:
-            raise ValueError("tasks: no task can be called 'base'; rename it")
-        constraint = CONSTRAINTS[self.coefficients.constraint]
-        if not constraint.allows(np.full(len(self.tasks), self.initial_coefficient)):
-            raise ValueError(
-                f"coefficients.initial: {self.initial_coefficient:g} is not {constraint.range}, "
-                f"as the constraint {self.coefficients.constraint!r} asks; change one of the two"
-            )
-        for position, term in enumerate(self.objectives):
-            unknown = set(term.weight) - set(self.tasks) if isinstance(term.weight, dict) else ()
-            if unknown:
-                raise ValueError(
-                    f"objectives.{position}.weight: {min(unknown)!r} is no task; "
-                    f"the tasks are {', '.join(self.tasks)}"
-                )
-        if self.coefficients.other_base and self.coefficients.start is None:
-            raise ValueError(
-                "coefficients.other_base: there is no coefficients.start that it allows; give one, "
-                "or leave it out"
-            )
-        if self.learning.control is not None and not self.forgotten:
-            raise ValueError(
-                "learning.control: nothing is to be forgotten; give the objective of a task a "
-                "weight below 0, or leave it out"
-            )
-        if self.learning.control is not None and len(self.forgotten) == len(self.tasks):
-            raise ValueError(
-                "learning.control: every task is to be forgotten, none is left to control"
-            )
-        learning = self.learning
-        if learning.batch_size % learning.microbatches:
-            raise ValueError(
-                f"learning.microbatches: {learning.microbatches} equal parts cannot be made of "
-                f"learning.batch_size {learning.batch_size}; change one of the two"
-            )
-        granularity = self.coefficients.granularity
-        if self.task_vectors.dtype == "int8" and granularity in _ACROSS_ROWS:
-            raise ValueError(
-                "task_vectors.dtype: int8 has a step for each row, and the granularity "
-                f"{granularity!r} takes rows apart; take row, column, head, tensor or a coarser "
-                "one, or bfloat16 task vectors"
-            )
-        if self.coefficients.granularity == IMPORTANCE_CHUNK:
-            if self.coefficients.coarse is None:
-                raise ValueError(
-                    "coefficients.coarse: is missing; importance_chunk scores tensors by "
-                    "coefficients that are learned first"
-                )
-            if list(self.coefficients.granularity_options) != ["budget"]:
-                raise ValueError(
-                    "coefficients.granularity_options: importance_chunk takes one option, budget: "
-                    "the largest number of coefficients"
-                )
-        return self
-
     def require_sensible(self) -> None:
-        """Refuses what names no function, and an option that one does not take.
+        """Refuses fields that do not go together, what names no function, and unknown options.
 
         Raises:
             InputError: Says which field, and what to change.
         """
+        self._require_fields_that_go_together()
         if self.coefficients.granularity != IMPORTANCE_CHUNK:
             find_registered(
                 "coefficients.granularity", GRANULARITIES, self.coefficients.granularity
@@ -495,6 +433,69 @@ class Recipe(Section):
                 "look at the whole batch; set it to 1, or choose another objective"
             )
 
+    def _require_fields_that_go_together(self) -> None:
+        for task in self.tasks:
+            require_task_name(task)
+        for field in ("coordinator", "processes", "process"):
+            if getattr(self.devices, field) is not None and not self.devices.distributed:
+                raise InputError(
+                    f"devices.{field}: is for several processes; set devices.distributed, or leave "
+                    "it out"
+                )
+        if "base" in self.tasks:
+            raise InputError("tasks: no task can be called 'base'; rename it")
+        constraint = CONSTRAINTS[self.coefficients.constraint]
+        if not constraint.allows(np.full(len(self.tasks), self.initial_coefficient)):
+            raise InputError(
+                f"coefficients.initial: {self.initial_coefficient:g} is not {constraint.range}, "
+                f"as the constraint {self.coefficients.constraint!r} asks; change one of the two"
+            )
+        for position, term in enumerate(self.objectives):
+            unknown = set(term.weight) - set(self.tasks) if isinstance(term.weight, dict) else ()
+            if unknown:
+                raise InputError(
+                    f"objectives.{position}.weight: {min(unknown)!r} is no task; "
+                    f"the tasks are {', '.join(self.tasks)}"
+                )
+        if self.coefficients.other_base and self.coefficients.start is None:
+            raise InputError(
+                "coefficients.other_base: there is no coefficients.start that it allows; give one, "
+                "or leave it out"
+            )
+        if self.learning.control is not None and not self.forgotten:
+            raise InputError(
+                "learning.control: nothing is to be forgotten; give the objective of a task a "
+                "weight below 0, or leave it out"
+            )
+        if self.learning.control is not None and len(self.forgotten) == len(self.tasks):
+            raise InputError(
+                "learning.control: every task is to be forgotten, none is left to control"
+            )
+        learning = self.learning
+        if learning.batch_size % learning.microbatches:
+            raise InputError(
+                f"learning.microbatches: {learning.microbatches} equal parts cannot be made of "
+                f"learning.batch_size {learning.batch_size}; change one of the two"
+            )
+        granularity = self.coefficients.granularity
+        if self.task_vectors.dtype == "int8" and granularity in _ACROSS_ROWS:
+            raise InputError(
+                "task_vectors.dtype: int8 has a step for each row, and the granularity "
+                f"{granularity!r} takes rows apart; take row, column, head, tensor or a coarser "
+                "one, or bfloat16 task vectors"
+            )
+        if self.coefficients.granularity == IMPORTANCE_CHUNK:
+            if self.coefficients.coarse is None:
+                raise InputError(
+                    "coefficients.coarse: is missing; importance_chunk scores tensors by "
+                    "coefficients that are learned first"
+                )
+            if list(self.coefficients.granularity_options) != ["budget"]:
+                raise InputError(
+                    "coefficients.granularity_options: importance_chunk takes one option, budget: "
+                    "the largest number of coefficients"
+                )
+
 
 class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as a number, as YAML 1.2 has it; to YAML 1.1 it is a text."""
@@ -505,6 +506,18 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """What a text says in YAML.
+
+    Raises:
+        InputError: It is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def load_recipe(path: Path | str, preset: str | None = None) -> Recipe:
@@ -547,9 +560,9 @@ def read_fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such recipe; expected a YAML file")
     try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        fields = read_yaml(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected fields such as base and tasks, found {fields!r}")
     return fields

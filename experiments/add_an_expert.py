@@ -2,11 +2,11 @@
 
     python experiments/add_an_expert.py RECIPE --new TASK
 
-learns the recipe without TASK and keeps its coefficients, then learns the whole recipe twice: from
-scratch, and from these coefficients in a third of the steps. What was learned is kept in the folder
-`--out`, so that an experiment that was interrupted goes on where it stopped; delete a file of it to
-do that part again. The table, accuracy on the test data after so many steps, is printed and written
-to `add_an_expert.json`.
+learns a recipe of classifiers without TASK and keeps its coefficients, then learns the whole recipe
+twice: from scratch, and from these coefficients in a third of the steps at half the learning rate.
+What was learned is kept in the folder `--out`, so that an experiment that was interrupted goes on
+where it stopped; delete a file of it to do that part again. The table, accuracy on the test data
+after so many steps, is printed and written to `add_an_expert.json`.
 """
 
 import argparse

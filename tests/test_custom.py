@@ -20,7 +20,7 @@ def test_a_run_with_both(text_recipe, tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path, text_recipe)
     run = tmp_path / "run"
     chosen = ["--coefficients.granularity", "custom:by_kind"]
-    chosen += ["--objectives.0.name", "custom:confidence"]
+    chosen += ["--objectives", "[{name: custom:confidence}]"]
     cli.main(["learn", str(recipe), "--out", str(run), *chosen])
     coefficients = Coefficients.load(run / "coefficients.safetensors")
     assert coefficients.granularity == "custom:by_kind"

@@ -13,8 +13,8 @@ from adamerge_jax.interference.step import Step
 def trim(density: float = 0.2) -> Step:
     """Keeps the largest entries of each expert's task vector and sets the others to 0.
 
-    The first step of TIES (Yadav et al., NeurIPS 2023). An entry stays if its magnitude is at least
-    the smallest one among the `density * D` largest of the D entries of the whole model.
+    The first step of TIES (Yadav et al., NeurIPS 2023). Of the D entries of the whole model the
+    `density * D` largest stay and, as in the authors' code, the next one.
 
     Args:
         density: Part of the entries to keep, over 0 and up to 1.

@@ -4,7 +4,7 @@ A recipe's own fields come before those of its preset.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -45,6 +45,28 @@ def apply_preset(fields: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise InputError(f"preset: found {name!r}; expected one of {', '.join(PRESETS)}")
     return _fill(dict(fields), PRESETS[name])
+
+
+def drop_options_of_replaced(
+    fields: Mapping[str, Any], before: Mapping[str, Any], changed: Collection[str], path: str = ""
+) -> dict[str, Any]:
+    """The fields, without the options of what another choice has taken the place of.
+
+    Args:
+        fields: Of a recipe.
+        before: The same before some were changed.
+        changed: Dotted paths of those; options that are among them are kept.
+        path: Where the fields are in the recipe, with a dot behind it.
+    """
+    kept = dict(fields)
+    for choice, options in _OPTIONS_OF.items():
+        replaced = choice in before and fields[choice] != before[choice]
+        if replaced and path + options not in changed:
+            kept.pop(options, None)
+    for key, value in kept.items():
+        if isinstance(value, Mapping) and isinstance(before.get(key), Mapping):
+            kept[key] = drop_options_of_replaced(value, before[key], changed, f"{path}{key}.")
+    return kept
 
 
 def _fill(fields: dict[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> Figure:
     """Draws the learning curves of one task, small enough for the width of a phone.
 
     Above: the objective on each step's batch and on the held-out data. Below, where it is known:
-    the held-out agreement. A dashed line marks the step whose coefficients were kept.
+    the held-out agreement. A dotted line marks the step whose coefficients were kept.
 
     Args:
         stage: The steps.

@@ -4,10 +4,10 @@ On the same tokens, each in a process of its own, so that the peak memory is its
 
 - (a) forward and backward of the base alone, nothing rematerialised: the gradient of the loss with
   respect to all its weights,
-- (b) our learning step with 8 adapters of rank 16 on every matrix, which stay factors,
+- (b) our learning step with 8 adapters of rank 16 on every matrix of the layers, kept as factors,
 - (c) the same step with the same experts built out.
 
-The model is a Llama of 100 M parameters.
+The model is a Llama of 110 M parameters.
 """
 
 from functools import partial

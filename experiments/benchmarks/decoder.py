@@ -6,7 +6,7 @@ On the same tokens, each in a process of its own, so that the peak memory is its
   respect to all its weights,
 - (b) our learning step with 4 whole experts.
 
-The model is a Llama of 300 M parameters; with `--size small`, of 12 M.
+The model is a Llama of 315 M parameters; with `--size small`, of 12 M.
 """
 
 from functools import partial

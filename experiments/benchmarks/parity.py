@@ -24,7 +24,7 @@ from adamerge_jax.models import Network, Outputs, family_of
 from adamerge_jax.names import is_stacked, unstack
 
 TOLERANCE = 1e-4
-"""What counts as the same computation in float32 (DESIGN.md)."""
+"""What counts as the same computation in float32."""
 
 SIZES = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
 TEXT = dict(vocab_size=100, max_position_embeddings=64, num_labels=5, **SIZES)

@@ -130,7 +130,7 @@ def vision(folder: Path) -> dict[str, Any]:
 
 
 def language_config() -> LlamaConfig:
-    """Of a Llama of 54 M parameters."""
+    """Of a Llama of 52 M parameters."""
     return LlamaConfig(
         vocab_size=16000,
         hidden_size=512,
