@@ -74,6 +74,15 @@ def edit_config(folder: Path, **fields: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+def test_a_run_folder_that_cannot_be_made(text_recipe, tmp_path, capfd):
+    # Before the models, which are not there, are looked for.
+    text_recipe["base"] = str(tmp_path / "absent")
+    recipe = write_recipe(tmp_path, text_recipe)
+    status, said = failure(capfd, "learn", str(recipe), "--out", str(recipe / "run"))
+    assert status == 2
+    assert "recipe.yaml is a file); choose another folder" in said
+
+
 def test_an_objective_that_needs_labels(text_recipe, refused):
     text_recipe["objectives"] = [{"name": "cross_entropy"}]
     refused(text_recipe, "calibration.label: is missing, and an objective needs labels")

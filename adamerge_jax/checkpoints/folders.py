@@ -63,10 +63,14 @@ def require_new(folder: Path, *, expected_bytes: int | None = None) -> None:
         expected_bytes: How much will be written.
 
     Raises:
-        InputError: `folder` is a file or not empty, or its disk is too full.
+        InputError: `folder` is a file or not empty, cannot be made, or its disk is too full.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another folder to write to")
+    there = _nearest(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "is not writable" if there.is_dir() else "is a file"
+        raise InputError(f"cannot write to {folder} ({there} {reason}); choose another folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose another folder, or remove it first")
     if expected_bytes is not None:
@@ -79,13 +83,17 @@ def require_space(folder: Path, expected_bytes: int) -> None:
     Raises:
         InputError: Says how much is free.
     """
-    disk = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(disk).free
+    free = shutil.disk_usage(_nearest(folder)).free
     if expected_bytes > free:
         raise InputError(
             f"not enough space for {folder}: {readable_size(expected_bytes)} will be written, "
             f"{readable_size(free)} are free; free some, or write to another disk"
         )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
 
 
 def readable_size(size: int) -> str:

@@ -322,6 +322,11 @@ def test_folder_that_cannot_be_made(tmp_path):
     ) as caught:
         CheckpointWriter(tmp_path / "file" / "out").__enter__()
     one_line(caught)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if not os.access(closed, os.W_OK):  # root writes everywhere
+        with pytest.raises(InputError, match=r"cannot write to .*closed is not writable"):
+            CheckpointWriter(closed / "deep" / "out").__enter__()
 
 
 def test_disk_too_small(tmp_path):
