@@ -24,7 +24,7 @@ from rich.table import Table
 from adamerge_jax import InputError, Recipe, jobs, learning, load_recipe, parse_recipe
 from adamerge_jax.console import make_console
 from adamerge_jax.merging import Watch, learn_coefficients, pose
-from adamerge_jax.workspace import open_workspace
+from adamerge_jax.workspace import Workspace, open_workspace
 
 RESULTS_FILE = "add_an_expert.json"
 SCRATCH, WARM = "from scratch", "from the others' coefficients"
@@ -124,9 +124,21 @@ def changed(recipe: Recipe, steps: int, learning_rate: float, start: Path | None
     return parse_recipe(fields)
 
 
+def open_classifiers(recipe: Recipe, root: Path) -> Workspace:
+    """The models and data of a recipe.
+
+    Raises:
+        InputError: They are language models, or something cannot be used.
+    """
+    workspace = open_workspace(recipe, root)
+    if workspace.models.family.language:
+        raise InputError("accuracies are compared, and a language model has none")
+    return workspace
+
+
 def learn_others(recipe: Recipe, root: Path, file: Path, console: Console) -> None:
     """Learns the coefficients of all experts but the new one, and keeps them."""
-    problem = pose(recipe, open_workspace(recipe, root))
+    problem = pose(recipe, open_classifiers(recipe, root))
     learn_coefficients(problem, watch=watch_into([], console)).coefficients.save(file)
 
 
@@ -136,7 +148,7 @@ def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
     Raises:
         InputError: There is no test data, or what `pose` raises.
     """
-    problem = pose(recipe, open_workspace(recipe, root))
+    problem = pose(recipe, open_classifiers(recipe, root))
     if not problem.workspace.data.test:
         raise InputError("tasks: every task needs test data to evaluate on")
     for note in problem.start.notes if problem.start else ():

@@ -1,4 +1,4 @@
-"""Every preset on the same experts: `python experiments/compare_presets.py RECIPE [RECIPE ...]`.
+"""Every preset on the same classifiers: `python experiments/compare_presets.py RECIPE [...]`.
 
 Of each recipe the models and the data are taken; how to learn comes from the presets. A preset
 that needs labels learns from the recipe's validation data. Every run is a process of its own, so
@@ -74,10 +74,32 @@ def main() -> None:
             if preset not in PRESETS:
                 raise InputError(f"--presets: no {preset!r}; there are {', '.join(PRESETS)}")
         for recipe in arguments.recipes:
-            load_recipe(recipe)
+            require_data(recipe, arguments.presets)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
     compare(arguments)
+
+
+def require_data(file: Path, presets: list[str]) -> None:
+    """Refuses a recipe without the data that scores, or some of the presets, ask for.
+
+    Raises:
+        InputError: Says what is missing.
+    """
+    labelled = [preset for preset in presets if learns_from_labels(preset)]
+    for task, own in load_recipe(file).tasks.items():
+        if own.test is None:
+            raise InputError(f"{file}: tasks.{task}.test: is missing; the table is made from it")
+        if own.validation is None and labelled:
+            raise InputError(
+                f"{file}: tasks.{task}.validation: is missing, and {', '.join(labelled)} learn "
+                "from it; give it, or name other --presets"
+            )
+
+
+def learns_from_labels(preset: str) -> bool:
+    """Whether the preset's calibration data needs labels."""
+    return any(term["name"] == "cross_entropy" for term in PRESETS[preset]["objectives"])
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -131,7 +153,10 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     if preset == BASELINES:
         # Whatever the preset; this one does not ask the experts.
         recipe = parse_recipe(fields | {"preset": REFERENCE})
-        problem = pose(recipe, open_workspace(recipe, root))
+        workspace = open_workspace(recipe, root)
+        if workspace.models.family.language:
+            raise InputError(f"{file}: accuracies are compared, and a language model has none")
+        problem = pose(recipe, workspace)
         return {row.method: row.as_json() for row in jobs.baselines(problem)}
     recipe = recipe_for(fields, preset, seed, arguments.examples)
     workspace = open_workspace(recipe, root)
@@ -152,9 +177,10 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     merge = learn_coefficients(problem, watch=watch)
     seconds = time.perf_counter() - began
     row = jobs.evaluate_merge(problem, merge)
+    coarse = recipe.coefficients.coarse
     result = row.as_json() | {
         "coefficients": sum(array.size for array in merge.coefficients.values.values()),
-        "steps": recipe.learning.steps,
+        "steps": recipe.learning.steps + (coarse.steps if coarse else 0),
         "kept_step": merge.coefficients.step,
         "seconds": seconds,
         "peak_gigabytes": peak_memory_of_arrays() / 1e9,
@@ -175,7 +201,7 @@ def recipe_for(fields: dict[str, Any], preset: str, seed: int, examples: int | N
         # One example of each task at least is held out.
         batch_size = min(examples - 1, PRESETS[preset]["learning"]["batch_size"])
         chosen |= {"learning": {"examples": examples, "batch_size": batch_size, "held_out": 0.1}}
-    if any(term["name"] == "cross_entropy" for term in PRESETS[preset]["objectives"]):
+    if learns_from_labels(preset):
         tasks = {t: own | {"calibration": own["validation"]} for t, own in fields["tasks"].items()}
         chosen |= {"tasks": tasks}
     return parse_recipe(chosen)
