@@ -141,6 +141,7 @@ class _ByPosition:
 
     def __init__(self, memory_bytes: int):
         self.filled = False
+        self._positions = 0
         self._kept: dict[int, dict[Any, np.ndarray]] = {}
         self._memory_bytes = memory_bytes
         self._kept_bytes = 0
@@ -155,6 +156,8 @@ class _ByPosition:
     ) -> None:
         """Keeps the arrays of some examples."""
         self.filled = True
+        # Where examples have one shape it is that of all; what is kept of each may be shorter.
+        self._positions = next(iter(arrays.values())).shape[1]
         for row, example in enumerate(index):
             own = {
                 key: np.ascontiguousarray(array[row, : lengths[row]])
@@ -175,11 +178,11 @@ class _ByPosition:
     def take(
         self, index: Int[np.ndarray, " B"], length: int
     ) -> dict[Any, Float[np.ndarray, "B T ..."]]:
-        """Padded with zeros to `length` positions, or as they are where it is 0."""
+        """Padded with zeros to `length` positions, or to as many as were given where it is 0."""
         rows = [self._read(int(example)) for example in index]
         taken = {}
         for key, first in rows[0].items():
-            shape = (len(rows), length or len(first), *first.shape[1:])
+            shape = (len(rows), length or self._positions, *first.shape[1:])
             taken[key] = np.zeros(shape, first.dtype)
             for position, row in enumerate(rows):
                 taken[key][position, : len(row[key])] = row[key]

@@ -87,6 +87,28 @@ def test_examples_of_one_shape_keep_it(memory_bytes):
     assert targets.labels is None
 
 
+class OneShape(ArrayExamples):
+    """Examples that need no padding to go together, whatever part of them is padding."""
+
+    def padded_length(self, index: np.ndarray) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("memory_bytes", [MEMORY_BYTES, 0])
+@pytest.mark.parametrize("kind", [ArrayExamples, OneShape])
+def test_token_arrays_with_padding_of_their_own(kind, memory_bytes):
+    mask = (np.arange(6) < np.array([[2], [4], [3], [6]])).astype(np.int32)
+    inputs = {"input_ids": np.arange(24).reshape(4, 6), "attention_mask": mask}
+    examples = kind(inputs, labels=np.zeros(4, np.int32))
+    stored = ask_expert(ask, examples, BOTH, batch_size=2, memory_bytes=memory_bytes)
+    for index in ([0, 1], [2, 0], [3]):
+        chosen = np.array(index)
+        targets = stored.take(chosen, examples.padded_length(chosen))
+        _, states = ask(examples.take(chosen, 0))
+        for layer, state in targets.expert_hidden_states.items():
+            np.testing.assert_array_equal(state, states[layer] * mask[chosen][..., None])
+
+
 def test_labels_alone():
     examples = ArrayExamples({"pixel_values": np.zeros((3, 1))})
     examples.labels = np.array([2, 0, 1])
