@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.examples import Examples
+from adamerge_jax.examples import Examples, joined, require_joinable
 from adamerge_jax.objectives import Targets
 from adamerge_jax.targets import StoredTargets
 from adamerge_jax.views import strong_view
@@ -150,7 +150,7 @@ class Calibration(NamedTuple):
     ) -> Batch:
         length = max(self.examples[task].padded_length(index) for task, index in chosen.items())
         parts = [self.examples[task].take(index, length) for task, index in chosen.items()]
-        inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        inputs = joined(parts)
         targets = [self.targets[task].take(index, length) for task, index in chosen.items()]
         strong = strong_view(inputs, generator) if self.strong_view else None
         return Batch(inputs, weights, targets, strong)
@@ -176,7 +176,7 @@ def calibrate(
 
     Raises:
         InputError: A task has too few examples for one batch and one held-out example, or no
-            targets where others have some.
+            targets where others have some, or the tasks' examples cannot share a batch.
 
     Examples:
         >>> import numpy as np
@@ -205,6 +205,7 @@ def calibrate(
         lengths = data.padded_lengths()[order[:size]]
         kept[task] = order[:size][np.argsort(lengths, kind="stable")]
         learning[task] = np.sort(order[size:])
+    require_joinable(examples)
     if targets is None:
         targets = {task: StoredTargets(data) for task, data in examples.items()}
     return Calibration(learning, kept, examples, batch_size, seed, targets)

@@ -192,7 +192,10 @@ def _load_arrays(path: Path, source: DataSource, inputs: Sequence[str], name: st
         raise InputError(f"{name}: the arrays of {path} differ in their number of examples")
     if sizes == {(0,)}:
         raise InputError(f"{name}: {path} has no examples")
-    examples = ArrayExamples(chosen)
+    try:
+        examples = ArrayExamples(chosen)
+    except InputError as error:
+        raise InputError(f"{name}: {path}: {error}") from error
     if labels is not None:
         examples.labels = _class_indices(labels.tolist(), source, name)
     return examples

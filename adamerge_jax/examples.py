@@ -6,7 +6,7 @@ kept while there is room. NumPy files hold model inputs as they are.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,8 +133,15 @@ class ImageExamples(Examples):
         return pixels
 
 
+_COMPLETED = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
+"""Inputs that a text may lack, and how they are made of its token ids: without a mask nothing is
+padding, without types all are 0."""
+
+
 class ArrayExamples(Examples):
     """Model inputs as they are, and labels where there are some.
+
+    Token ids of texts, `[N, T]`, are padded where the texts of other tasks are longer.
 
     Attributes:
         labels: Class index of each example, `[N]`, or None.
@@ -151,7 +158,8 @@ class ArrayExamples(Examples):
         """Takes the inputs, `[N, ...]` by the name under which the model reads them.
 
         Raises:
-            InputError: Inputs and labels differ in their number of examples.
+            InputError: Inputs and labels differ in their number of examples, or the arrays of
+                texts in their number of tokens.
         """
         sizes = {name: len(array) for name, array in inputs.items()}
         if labels is not None:
@@ -159,14 +167,33 @@ class ArrayExamples(Examples):
         if len(set(sizes.values())) > 1:
             found = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise InputError(f"examples differ in number ({found}); expected as many of each")
+        tokens = {name: inputs[name].shape for name in ("input_ids", *_COMPLETED) if name in inputs}
+        if any(len(shape) != 2 for shape in tokens.values()) or len(set(tokens.values())) > 1:
+            found = ", ".join(f"{name} {shape}" for name, shape in tokens.items())
+            raise InputError(
+                f"token arrays have the shapes {found}; expected (examples, tokens), for all the "
+                "same"
+            )
         self._inputs = inputs
+        # With a decoder's inputs beside them, texts have two lengths.
+        is_text = "input_ids" in inputs and inputs.keys() <= {"input_ids", *_COMPLETED}
+        self._length = inputs["input_ids"].shape[1] if is_text else 0
         self.labels = labels
 
     def __len__(self) -> int:
         return len(next(iter(self._inputs.values())))
 
+    def padded_length(self, index: Int[np.ndarray, " B"]) -> int:
+        return self._length
+
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
-        return {name: array[index] for name, array in self._inputs.items()}
+        taken = {name: array[index] for name, array in self._inputs.items()}
+        if not self._length or length <= self._length:
+            return taken
+        if "attention_mask" not in taken:
+            taken["attention_mask"] = np.ones_like(taken["input_ids"])
+        missing = [(0, 0), (0, length - self._length)]
+        return {name: np.pad(array, missing) for name, array in taken.items()}
 
 
 def sorted_batches(
@@ -237,8 +264,59 @@ class Concatenated(Examples):
         return max(part.padded_length(own) for part, own in self._places(index))
 
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
-        rows = [part.take(own, length) for part, own in self._places(index)]
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        return joined([part.take(own, length) for part, own in self._places(index)])
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Model inputs of several sets of examples, one behind the other.
+
+    A mask or token types that only some have are completed for the others.
+
+    Args:
+        parts: Inputs `[B, ...]` by name, of the same shapes but for B.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    whole = [_complete(part, names) for part in parts]
+    return {name: np.concatenate([part[name] for part in whole]) for name in names}
+
+
+def _complete(part: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Inputs with all of these names, as far as they can be made of the token ids."""
+    made = {}
+    if "input_ids" in part:
+        made = {name: _COMPLETED[name](part["input_ids"]) for name in names if name in _COMPLETED}
+    return made | dict(part)
+
+
+def require_joinable(examples: Mapping[str, Examples]) -> None:
+    """Refuses tasks whose examples cannot share a batch.
+
+    Args:
+        examples: At least one of each task.
+
+    Raises:
+        InputError: Says which tasks, and what is unlike.
+    """
+    first = np.array([0])
+    length = max(data.padded_length(first) for data in examples.values())
+    taken = {task: data.take(first, length) for task, data in examples.items()}
+    names = dict.fromkeys(name for part in taken.values() for name in part)
+    whole = {task: _complete(part, names) for task, part in taken.items()}
+    for name in names:
+        having = {task: part[name].shape[1:] for task, part in whole.items() if name in part}
+        task, shape = next(iter(having.items()))
+        for other in whole:
+            if other not in having:
+                raise InputError(
+                    f"calibration data of task {other!r} has no {name!r}, that of task {task!r} "
+                    "has; tasks share batches, so give it for every task or for none"
+                )
+            if having[other] != shape:
+                raise InputError(
+                    f"calibration data: an example's {name} has shape {shape} in task {task!r} "
+                    f"and {having[other]} in task {other!r}; tasks share batches, so give all "
+                    "tasks arrays of one shape"
+                )
 
 
 def padded(

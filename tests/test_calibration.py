@@ -194,6 +194,50 @@ def test_texts_of_all_tasks_are_padded_to_one_bucket(tmp_path):
         assert {array.shape for array in batch.inputs.values()} == {batch.inputs["input_ids"].shape}
 
 
+def token_arrays(length: int, *names: str) -> ArrayExamples:
+    """Ten texts of ones, with further arrays of ones."""
+    return ArrayExamples({name: np.ones((10, length), np.int32) for name in ("input_ids", *names)})
+
+
+def test_what_only_some_tasks_have_is_completed():
+    bare = token_arrays(6)
+    halved = ArrayExamples(
+        {
+            "input_ids": np.ones((10, 6), np.int32),
+            "attention_mask": np.tile(np.arange(6) < 3, (10, 1)).astype(np.int32),
+        }
+    )
+    for examples in ({"bare": bare, "halved": halved}, {"halved": halved, "bare": bare}):
+        split = calibrate(examples, batch_size=2, held_out=0.2, seed=0)
+        for batch in [next(split.batches()), *split.held_out_batches()]:
+            shown = batch.inputs["attention_mask"].reshape(2, 2, 6).sum(-1)
+            wanted = [[6 if task == "bare" else 3] * 2 for task in examples]
+            np.testing.assert_array_equal(shown, wanted)
+
+
+def test_token_arrays_of_all_tasks_are_padded_to_the_longest():
+    examples = {"short": token_arrays(4), "long": token_arrays(6, "token_type_ids")}
+    split = calibrate(examples, batch_size=2, held_out=0.2, seed=0)
+    batch = next(split.batches())
+    mask = [[1, 1, 1, 1, 0, 0]] * 2 + [[1] * 6] * 2
+    np.testing.assert_array_equal(batch.inputs["attention_mask"], mask)
+    np.testing.assert_array_equal(batch.inputs["input_ids"], mask)
+    types = [[0] * 6] * 2 + [[1] * 6] * 2
+    np.testing.assert_array_equal(batch.inputs["token_type_ids"], types)
+
+
+def test_tasks_whose_examples_cannot_share_a_batch():
+    def images(side: int, name: str = "pixel_values") -> ArrayExamples:
+        return ArrayExamples({name: np.zeros((10, 3, side, side), np.float32)})
+
+    with pytest.raises(
+        InputError, match=r"pixel_values has shape \(3, 8, 8\) in task 'a' and \(3, 4, 4\) in .*'b'"
+    ):
+        calibrate({"a": images(8), "b": images(4)}, batch_size=2, held_out=0.2, seed=0)
+    with pytest.raises(InputError, match="task 'b' has no 'pixel_values', that of task 'a' has"):
+        calibrate({"a": images(8), "b": images(8, "x")}, batch_size=2, held_out=0.2, seed=0)
+
+
 def test_too_few_examples():
     calibrate(numbered({"a": 5}), batch_size=4, held_out=0.2, seed=0)
     with pytest.raises(InputError, match=r"task 'b': 4 example.* 1 of them .* 4 of one batch"):

@@ -10,7 +10,7 @@ from transformers import BertTokenizer, ViTImageProcessorPil
 
 from adamerge_jax.data import load_examples
 from adamerge_jax.errors import InputError
-from adamerge_jax.examples import Concatenated, Examples, TextExamples, bucket_length
+from adamerge_jax.examples import ArrayExamples, Concatenated, Examples, TextExamples, bucket_length
 from adamerge_jax.recipes import DataSource
 from tests.references import bert_tokenizer, save_image, write_json_lines
 
@@ -236,6 +236,15 @@ def test_unusable_files(tmp_path, tokenizer, name, content, message):
         ({"input_ids": np.array(1), "y": np.array(3)}, "differ in their number"),
         ({"input_ids": np.zeros((0, 3)), "y": np.zeros(0, int)}, "has no examples"),
         ({"input_ids": np.zeros((2, 3)), "y": np.zeros(2)}, "row 0 holds 0.0"),
+        ({"input_ids": np.zeros(2), "y": np.zeros(2, int)}, r"shapes input_ids \(2,\); expected"),
+        (
+            {
+                "input_ids": np.zeros((2, 3)),
+                "attention_mask": np.ones((2, 4)),
+                "y": np.zeros(2, int),
+            },
+            r"data.npz: token arrays .* input_ids \(2, 3\), attention_mask \(2, 4\); expected",
+        ),
         ({"input_ids": np.array([None, None])}, "is no readable .npz file"),
     ],
 )
@@ -281,3 +290,23 @@ def test_concatenated_examples(tmp_path):
     for row, (part, own) in enumerate([(long, 1), (short, 0), (long, 0)]):
         for name, array in part.take(np.array([own]), 24).items():
             np.testing.assert_array_equal(taken[name][row], array[0])
+
+
+def test_token_arrays_beside_texts(tmp_path):
+    texts = TextExamples(["a", "b " * 20], bert_tokenizer(tmp_path), 32, "texts")
+    ids = np.arange(5, 41).reshape(2, 18)
+    arrays = ArrayExamples({"input_ids": ids})
+    for parts in ([texts, arrays], [arrays, texts]):
+        both = Concatenated(parts)
+        start = 2 * (parts[0] is texts)
+        for other, length in ((0, 18), (1, 24)):
+            index = np.array([2 - start + other, start + 1])
+            assert both.padded_length(index) == length
+            taken = both.take(index, length)
+            assert taken.keys() == set(TEXT_INPUTS)
+            for name, array in texts.take(np.array([other]), length).items():
+                np.testing.assert_array_equal(taken[name][0], array[0])
+            np.testing.assert_array_equal(taken["input_ids"][1, :18], ids[1])
+            mask = np.arange(length) < 18
+            np.testing.assert_array_equal(taken["attention_mask"][1], mask)
+            assert not taken["token_type_ids"][1].any()
