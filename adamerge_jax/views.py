@@ -23,17 +23,20 @@ def strong_view(
     and mirrored half of the time, as in aTLAS's test-time adaptation.
 
     Args:
-        inputs: `input_ids` and `attention_mask`, `[B, T]`, or `pixel_values`,
-            `[B, channels, height, width]`.
+        inputs: `input_ids` and `attention_mask`, `[B, T]`, without which nothing is padding; or
+            `pixel_values`, `[B, channels, height, width]`.
         generator: What is random comes from it.
 
     Returns:
-        Inputs of the same shapes.
+        Inputs of the same shapes, those of texts with a mask.
     """
     if "pixel_values" in inputs:
         pixels = np.stack([_crop_and_mirror(image, generator) for image in inputs["pixel_values"]])
         return dict(inputs) | {"pixel_values": pixels}
-    return dict(inputs) | {"attention_mask": _hide_tokens(inputs["attention_mask"], generator)}
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = np.ones_like(inputs["input_ids"])
+    return dict(inputs) | {"attention_mask": _hide_tokens(mask, generator)}
 
 
 def _hide_tokens(

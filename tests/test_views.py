@@ -28,6 +28,16 @@ def test_a_texts_strong_view_hides_one_token_in_five():
     assert abs((mask - shown).sum() / between - 0.2) < 0.02
 
 
+def test_without_a_mask_any_token_of_a_text_may_be_hidden():
+    ids = texts()["input_ids"]
+    view = strong_view({"input_ids": ids}, np.random.default_rng(1))
+    whole = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    expected = strong_view(whole, np.random.default_rng(1))
+    assert view.keys() == expected.keys()
+    np.testing.assert_array_equal(view["attention_mask"], expected["attention_mask"])
+    assert 0.7 < view["attention_mask"].mean() < 0.9
+
+
 def test_a_texts_strong_view_is_that_of_the_generator():
     first, again = (strong_view(texts(), np.random.default_rng(1)) for _ in range(2))
     np.testing.assert_array_equal(first["attention_mask"], again["attention_mask"])
