@@ -1,5 +1,6 @@
 """Reading examples from files, folders and the Hugging Face Hub."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,11 @@ def _load_table(path: Path, source: DataSource, name: str) -> datasets.Dataset:
     """Reads a file, a folder of images, or a data set of the Hub."""
     quiet = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    # `datasets` takes paths as patterns.
+    exactly = glob.escape(str(path))
     try:
         if path.is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=source.split)
+            return datasets.load_dataset("imagefolder", data_dir=exactly, split=source.split)
         if path.suffix in _READERS:
             if not path.is_file():
                 raise InputError(f"{name}: no such file: {path}")
@@ -110,7 +113,7 @@ def _load_table(path: Path, source: DataSource, name: str) -> datasets.Dataset:
                 raise InputError(f"{name}: {path} has no examples: it is an empty file")
             options = {"sep": "\t"} if path.suffix == ".tsv" else {}
             reader = _READERS[path.suffix]
-            return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+            return datasets.load_dataset(reader, data_files=exactly, split="train", **options)
         return datasets.load_dataset(source.path, source.config, split=source.split)
     except InputError:
         raise

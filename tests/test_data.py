@@ -80,6 +80,13 @@ def test_tables(tmp_path, tokenizer, suffix):
         np.testing.assert_array_equal(array, reference[name])
 
 
+@pytest.mark.parametrize("name", ["train[1].jsonl", "data [v1]/train?.jsonl", "*.jsonl"])
+def test_names_of_files_are_no_patterns(tmp_path, tokenizer, name):
+    write_table(tmp_path / "train1.jsonl", [{"text": "a", "label": 1}])
+    write_table(tmp_path / name, [{"text": "a", "label": 7}])
+    assert load(tmp_path, tokenizer, path=name, label="label").labels.tolist() == [7]
+
+
 def test_labels_are_not_read_unless_asked_for(tmp_path, tokenizer):
     write_table(tmp_path / "data.jsonl")
     assert load(tmp_path, tokenizer, path="data.jsonl").labels is None
@@ -158,6 +165,12 @@ def test_image_folders(tmp_path, processor, folder, split):
     np.testing.assert_allclose(batch["pixel_values"], expected / 127.5 - 1, atol=1e-6)
     again = examples.take(np.array([1]), 0)
     np.testing.assert_array_equal(again["pixel_values"][0], batch["pixel_values"][0])
+
+
+def test_names_of_image_folders_are_no_patterns(tmp_path, processor):
+    for name in ("cat", "dog"):
+        save_image(tmp_path / "images [v1]" / name / "0.png", np.zeros((4, 4, 3)))
+    assert load(tmp_path, processor, path="images [v1]", label="label").labels.tolist() == [0, 1]
 
 
 def test_grey_images_become_rgb(tmp_path, processor):
