@@ -111,8 +111,11 @@ def _load_table(path: Path, source: DataSource, name: str) -> datasets.Dataset:
                 raise InputError(f"{name}: no such file: {path}")
             if not path.stat().st_size:
                 raise InputError(f"{name}: {path} has no examples: it is an empty file")
-            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
             reader = _READERS[path.suffix]
+            # `None`, `NA` and `nan` are texts too.
+            options: dict[str, Any] = {"keep_default_na": False} if reader == "csv" else {}
+            if path.suffix == ".tsv":
+                options["sep"] = "\t"
             return datasets.load_dataset(reader, data_files=exactly, split="train", **options)
         return datasets.load_dataset(source.path, source.config, split=source.split)
     except InputError:
@@ -206,10 +209,16 @@ def _load_arrays(path: Path, source: DataSource, inputs: Sequence[str], name: st
 
 def _class_indices(values: Sequence[Any], source: DataSource, name: str) -> Int[np.ndarray, " N"]:
     values = list(values)
-    for row, value in enumerate(values):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise InputError(
-                f"{name}: label column {source.label!r} of {source.path} must hold class indices "
-                f"0, 1, ...; row {row} holds {value!r}"
-            )
+    wrong = [
+        row
+        for row, value in enumerate(values)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0
+    ]
+    if wrong:
+        # One empty cell of a CSV file makes texts of all numbers in its column.
+        row = next((row for row in wrong if values[row] == ""), wrong[0])
+        raise InputError(
+            f"{name}: label column {source.label!r} of {source.path} must hold class indices "
+            f"0, 1, ...; row {row} holds {values[row]!r}"
+        )
     return np.array(values, np.int32)

@@ -80,6 +80,24 @@ def test_tables(tmp_path, tokenizer, suffix):
         np.testing.assert_array_equal(array, reference[name])
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_words_for_nothing_are_texts(tmp_path, tokenizer, suffix):
+    words = ["None", "null", "NA", "N/A", "nan", ""]
+    rows = [{"text": word, "label": row} for row, word in enumerate(words)]
+    write_table(tmp_path / f"data.{suffix}", rows)
+    examples = load(tmp_path, tokenizer, path=f"data.{suffix}", label="label")
+    assert examples.labels.tolist() == list(range(6))
+    expected = tokenizer(words, padding="max_length", max_length=16, return_tensors="np")
+    found = examples.take(np.arange(6), 16)["input_ids"]
+    np.testing.assert_array_equal(found, expected["input_ids"])
+
+
+def test_an_empty_label_of_a_csv_is_named(tmp_path, tokenizer):
+    (tmp_path / "data.csv").write_text("text,label\na,0\nb,1\nc,\n")
+    message = "label column 'label' of data.csv .* class indices.*row 2 holds ''"
+    refused(message, tmp_path, tokenizer, path="data.csv", label="label")
+
+
 @pytest.mark.parametrize("name", ["train[1].jsonl", "data [v1]/train?.jsonl", "*.jsonl"])
 def test_names_of_files_are_no_patterns(tmp_path, tokenizer, name):
     write_table(tmp_path / "train1.jsonl", [{"text": "a", "label": 1}])
