@@ -116,7 +116,10 @@ def _load_table(path: Path, source: DataSource, name: str) -> datasets.Dataset:
             options: dict[str, Any] = {"keep_default_na": False} if reader == "csv" else {}
             if path.suffix == ".tsv":
                 options["sep"] = "\t"
-            return datasets.load_dataset(reader, data_files=exactly, split="train", **options)
+            table = datasets.load_dataset(reader, data_files=exactly, split="train", **options)
+            if path.suffix == ".tsv":
+                _require_no_swallowed_rows(table, path, name)
+            return table
         return datasets.load_dataset(source.path, source.config, split=source.split)
     except InputError:
         raise
@@ -127,6 +130,23 @@ def _load_table(path: Path, source: DataSource, name: str) -> datasets.Dataset:
     finally:
         if quiet:
             datasets.enable_progress_bars()
+
+
+def _require_no_swallowed_rows(table: datasets.Dataset, path: Path, name: str) -> None:
+    """Refuses a table in which a lone quotation mark has made one text of several rows.
+
+    Many .tsv files quote nothing, so that a text may begin with one. All columns count: rows are
+    lost whichever it is.
+    """
+    for column in table.column_names:
+        for row, text in enumerate(table[column]):
+            if isinstance(text, str) and "\t" in text and "\n" in text:
+                raise InputError(
+                    f"{name}: {path}, row {row}: column {column!r} holds a text with a tab and a "
+                    f"line break, {text!r:.60}: most likely several rows, since a quotation mark "
+                    "at its beginning is not closed; write the file as .jsonl, or put texts with "
+                    "quotation marks in quotes and double the marks within"
+                )
 
 
 def _preprocess(

@@ -98,6 +98,22 @@ def test_an_empty_label_of_a_csv_is_named(tmp_path, tokenizer):
     refused(message, tmp_path, tokenizer, path="data.csv", label="label")
 
 
+def test_rows_that_a_quotation_mark_swallows(tmp_path, tokenizer):
+    rows = ['a\t"b\t0', "c\td\t1", 'e\t"f\t2', "g\th\t3"]
+    (tmp_path / "data.tsv").write_text("\n".join(["text\tother\tlabel", *rows, ""]))
+    message = "data.tsv, row 0: column 'other' holds a text with a tab and a line break.*jsonl"
+    refused(message, tmp_path, tokenizer, path="data.tsv", label="label")
+    # Quoted as the message says, tabs or line breaks included.
+    rows = [
+        {"text": '"b', "label": 0},
+        {"text": "c\td", "label": 1},
+        {"text": 'e\n"f"', "label": 2},
+    ]
+    write_table(tmp_path / "data.tsv", rows)
+    examples = load(tmp_path, tokenizer, path="data.tsv", label="label")
+    assert examples.labels.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["train[1].jsonl", "data [v1]/train?.jsonl", "*.jsonl"])
 def test_names_of_files_are_no_patterns(tmp_path, tokenizer, name):
     write_table(tmp_path / "train1.jsonl", [{"text": "a", "label": 1}])
