@@ -417,14 +417,33 @@ def _with_rest(
     logits: Float[Array, "B T V"], expert: TopTokens
 ) -> tuple[Float[Array, "B T k+1"], Float[Array, "B T k+1"]]:
     """Log-probabilities of the expert's likely tokens and of all others as one: ours, its own."""
-    ours = jnp.take_along_axis(_log_softmax(logits), expert.tokens, axis=-1)
+    ours = _log_softmax(logits)
+    likely = jnp.take_along_axis(ours, expert.tokens, axis=-1)
+    smallest = jnp.finfo(jnp.float32).tiny
+    theirs = 1 - jnp.exp(expert.log_probabilities).sum(-1, keepdims=True)
+    return (
+        jnp.concatenate([likely, _rest(ours, expert.tokens, jnp.log(smallest))], -1),
+        jnp.concatenate([expert.log_probabilities, jnp.log(jnp.maximum(theirs, smallest))], -1),
+    )
 
-    def with_rest(log_probabilities: Float[Array, "B T k"]) -> Float[Array, "B T k+1"]:
-        rest = 1 - jnp.exp(log_probabilities).sum(-1, keepdims=True)
-        smallest = jnp.finfo(jnp.float32).tiny
-        return jnp.concatenate([log_probabilities, jnp.log(jnp.maximum(rest, smallest))], -1)
 
-    return with_rest(ours), with_rest(expert.log_probabilities)
+def _rest(
+    log_probabilities: Float[Array, "B T V"], tokens: Int[Array, "B T k"], nothing: Float[Array, ""]
+) -> Float[Array, "B T 1"]:
+    """Log-probability of all tokens but these, or `nothing` where these are all.
+
+    Where the model is sure, 1 less the probabilities of these would be rounded to 0, and there
+    would be no gradient.
+    """
+    if tokens.shape[-1] == log_probabilities.shape[-1]:
+        return jnp.full((*tokens.shape[:-1], 1), nothing)
+    # A mask of one byte per token rather than a second array of the log-probabilities' size.
+    mark = jax.vmap(jax.vmap(lambda mask, chosen: mask.at[chosen].set(True)))
+    marked = mark(jnp.zeros(log_probabilities.shape, bool), tokens)
+    others = jnp.where(marked, -jnp.inf, log_probabilities)
+    # `jax.nn.logsumexp` would keep an array of that size for the backward pass.
+    largest = jax.lax.stop_gradient(others.max(-1, keepdims=True))
+    return largest + jnp.log(jnp.exp(others - largest).sum(-1, keepdims=True))
 
 
 def _per_example(values: Float[Array, "B ..."], targets: Targets) -> Float[Array, " B"]:

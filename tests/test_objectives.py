@@ -286,6 +286,40 @@ def test_the_class_of_an_expert_is_a_token_and_never_the_rest():
     np.testing.assert_allclose(found, [-log_softmax(logits)[0, 0, 4]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("gap", [0.0, 5.0, 20.0, 60.0, 300.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_small_rest_is_not_rounded_to_nothing(gap, temperature):
+    """Values and gradients are those of float64, however sure the merged model is."""
+    logits = draw(0, 1.0, (6, 4, VOCABULARY))
+    expert = draw(1, 1.5, (6, 4, VOCABULARY))
+    top = top_tokens(expert, 3)
+    tokens = np.asarray(top.tokens)
+    sure = np.take_along_axis(logits, tokens, -1) + np.float32(gap)
+    np.put_along_axis(logits, tokens, sure, -1)
+    stored = np.exp(np.asarray(top.log_probabilities, np.float64))
+    wanted = np.concatenate([stored, 1 - stored.sum(-1, keepdims=True)], -1) ** (1 / temperature)
+    wanted /= wanted.sum(-1, keepdims=True)
+
+    def reference(x):
+        likely = torch.gather(x, -1, torch.tensor(tokens))
+        others = x.scatter(-1, torch.tensor(tokens), -torch.inf).logsumexp(-1, keepdim=True)
+        own = (torch.cat([likely, others], -1) / temperature).log_softmax(-1)
+        losses = -(temperature**2) * (torch.tensor(wanted) * own).sum(-1)
+        counts = torch.tensor(TOKEN_LABELS != NOT_PREDICTED)
+        return (losses * counts).sum(-1) / counts.sum(-1).clamp(min=1)
+
+    leaf = torch.tensor(logits.astype(np.float64), requires_grad=True)
+    expected = reference(leaf)
+    expected.sum().backward()
+    objective = make_objective("logit_alignment", {"top_tokens": 3, "temperature": temperature})
+    targets = Targets(labels=jnp.asarray(TOKEN_LABELS), expert_top=top)
+    values, pull_back = jax.vjp(
+        jax.jit(lambda x: objective.value(TaskOutputs(x), targets)), jnp.asarray(logits)
+    )
+    np.testing.assert_allclose(values, expected.detach(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pull_back(jnp.ones(6))[0], leaf.grad, rtol=1e-4, atol=2e-6)
+
+
 @pytest.mark.parametrize("of_expert", [1.0, 200.0])
 @pytest.mark.parametrize("of_model", [1.0, 200.0])
 def test_nothing_is_left_for_the_rest(of_expert, of_model):
