@@ -134,7 +134,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         seed=recipe.seed,
     )
     needs = needs_of(recipe, models)
-    _require_layers(needs, models.shapes)
+    _require_layers(needs, models)
     _require_fitting_objectives(recipe, models, needs)
     kept = recipe.task_vectors
     deltas, mixed, interference = load_task_vectors(
@@ -460,9 +460,13 @@ def _require_fitting_objectives(recipe: Recipe, models: Models, needs: Mapping[s
             )
 
 
-def _require_layers(needs: Mapping[str, Needs], shapes: Shapes) -> None:
+def _require_layers(needs: Mapping[str, Needs], models: Models) -> None:
     """Refuses hidden states of a layer that the model does not have."""
-    count = max((shape[0] for name, shape in shapes.items() if is_stacked(name)), default=0)
+    depths = (shape[0] for name, shape in models.shapes.items() if is_stacked(name))
+    count = max(depths, default=0)
+    if models.config.is_encoder_decoder:
+        # Hidden states are the decoder's, and the encoder may have more layers.
+        count = models.config.num_decoder_layers
     for own in needs.values():
         for layer in own.hidden_states:
             if not -count - 1 <= layer <= count:

@@ -105,15 +105,15 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return save_causal(tmp_path_factory.mktemp("qwen"), model, chats)
 
 
-@pytest.fixture(scope="module")
-def t5(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def save_t5(root: Path, layers: int, decoder_layers: int) -> dict[str, Any]:
     """A recipe for a T5 of version 1.1, whose tokenizer ends every text, on pairs."""
     config = T5Config(
         vocab_size=SIZES["vocab_size"],
         d_model=16,
         d_kv=6,
         d_ff=20,
-        num_layers=2,
+        num_layers=layers,
+        num_decoder_layers=decoder_layers,
         num_heads=2,
         relative_attention_num_buckets=8,
         relative_attention_max_distance=20,
@@ -126,10 +126,15 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = T5ForConditionalGeneration(config)
     # transformers ties what the config calls untied, until a file says otherwise.
     model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
-    root = tmp_path_factory.mktemp("t5")
     fields = save_models(root, model, byte_tokenizer(added="$A </s>"))
     fields = give_data(fields, root, {task: pairs(seed) for seed, task in enumerate(TASKS)})
     return fields | {"preset": "adamerging", "learning": LEARNING}
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe for a T5 whose encoder and decoder have as many layers."""
+    return save_t5(tmp_path_factory.mktemp("t5"), layers=2, decoder_layers=2)
 
 
 class Run(NamedTuple):
@@ -560,6 +565,20 @@ def test_what_responses_start_with(t5, tmp_path):
     file.unlink()
     with pytest.raises(InputError, match="decoder_start_token_id is neither"):
         open_workspace(recipe, tmp_path)
+
+
+def test_hidden_states_are_the_decoders(tmp_path):
+    fields = save_t5(tmp_path, layers=3, decoder_layers=1)
+
+    def pose_with(layers: list[int]) -> Problem:
+        term = {"name": "hidden_state_alignment", "options": {"layers": layers}}
+        recipe = parse_recipe(fields | {"objectives": [term]})
+        return pose(recipe, open_workspace(recipe, tmp_path))
+
+    for layer in (2, -3):
+        with pytest.raises(InputError, match=rf"layer {layer} .* to 1, or -1 \(the last\) to -2"):
+            pose_with([layer])
+    pose_with([1, -2])
 
 
 def test_numpy_files(llama, tmp_path):
