@@ -11,7 +11,7 @@ from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.snapshots import last_step
 from adamerge_jax.errors import InputError
 from adamerge_jax.recipes import Recipe
-from adamerge_jax.run_folder import COEFFICIENTS_FILE, METRICS_FILE, RECIPE_FILE
+from adamerge_jax.run_folder import COEFFICIENTS_FILE, METRICS_FILE, RECIPE_FILE, write_whole
 
 STATE_FOLDER = "state"
 """Where an unfinished run keeps the state to go on from."""
@@ -80,9 +80,7 @@ def put_right(out: Path, exports: tuple[str, ...]) -> int | None:
         with metrics.open("rb") as file:
             # A stage has one line for its start and one for every step.
             kept = b"".join(file.readline() for _ in range(sum(steps) + len(steps)))
-        partial = metrics.with_suffix(".partial")
-        partial.write_bytes(kept)
-        partial.replace(metrics)
+        write_whole(metrics, kept)
     return sum(steps) if steps else None
 
 

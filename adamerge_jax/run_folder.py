@@ -21,6 +21,18 @@ HEAT_MAP_FILE = "coefficients.png"
 ByTask = dict[str, float | None]
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file, or writes it anew, such that it is never there in part.
+
+    Args:
+        file: In the run folder; until all is written, `.partial` beside it has what there is.
+        content: What it is to hold.
+    """
+    partial = file.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
 class StepRecord(NamedTuple):
     """One line of `metrics.jsonl`, what is known after a step.
 

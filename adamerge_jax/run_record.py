@@ -20,7 +20,7 @@ from adamerge_jax.devices import is_first_process
 from adamerge_jax.granularities import layer_of
 from adamerge_jax.merging import Problem
 from adamerge_jax.names import is_stacked
-from adamerge_jax.run_folder import RECORD_FILE
+from adamerge_jax.run_folder import RECORD_FILE, write_whole
 from adamerge_jax.task_vectors.similarity import cosines, inner_products
 
 
@@ -64,7 +64,8 @@ class RunRecord:
         if self._folder.is_dir() and is_first_process():
             self._fields["peak_memory_bytes"] = peak_memory()
             text = json.dumps(self._fields, indent=2, ensure_ascii=False)
-            (self._folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+            # A run that is killed meanwhile is to find a whole record when it goes on.
+            write_whole(self._folder / RECORD_FILE, f"{text}\n".encode())
 
 
 def peak_memory() -> dict[str, int]:

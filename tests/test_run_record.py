@@ -22,6 +22,19 @@ def test_times_of_phases_add_up(tmp_path):
     assert found["peak_memory_bytes"]["process"] > 10**7
 
 
+def test_a_record_is_replaced_and_not_written_over(tmp_path):
+    """Whenever a run is killed, there is a whole record to go on with."""
+    record = RunRecord(tmp_path)
+    record.add(device="a chip")
+    before = tmp_path / "before.json"
+    before.hardlink_to(tmp_path / "run.json")
+    record.add(device="another chip", note="\N{EN DASH}")
+    assert json.loads(before.read_text())["device"] == "a chip"
+    found = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert (found["device"], found["note"]) == ("another chip", "\N{EN DASH}")
+    assert {file.name for file in tmp_path.iterdir()} == {"before.json", "run.json"}
+
+
 def test_nothing_is_written_before_the_folder_is_there(tmp_path):
     folder = tmp_path / "run"
     record = RunRecord(folder)

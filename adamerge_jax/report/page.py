@@ -1,6 +1,5 @@
 """The report of a run: one HTML page that needs nothing but itself."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from adamerge_jax.report.results import (
     scores,
 )
 from adamerge_jax.report.similarity import cosine_range, draw_similarity
-from adamerge_jax.run_folder import RECIPE_FILE, SavedRun, Stage
+from adamerge_jax.run_folder import RECIPE_FILE, SavedRun, Stage, write_whole
 
 PAGE_FILE = "report.html"
 PICTURE_FOLDER = "report"
@@ -97,9 +96,7 @@ def write_page(folder: Path) -> Path:
         recipe=(folder / RECIPE_FILE).read_text(encoding="utf-8"),
     )
     file = folder / PAGE_FILE
-    partial = file.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, file)
+    write_whole(file, page.encode())
     return file
 
 
