@@ -423,6 +423,9 @@ def test_what_expert_merging_says(preset, text_recipe):
         "bert.encoder.layer.0.output.LayerNorm.weight",
         "bert.encoder.layer.0.output.dense.bias",
         "vit.encoder.layer.0.layernorm_before.weight",
+        "embed_tokens.weight",
+        "shared.weight",
+        "lm_head.weight",
     ):
         assert any(fnmatchcase(name, pattern) for pattern in recipe.keep_from_base), name
     for name in ("bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.weight"):
