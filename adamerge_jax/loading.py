@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint, locate
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_same_architecture
 from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter, open_adapter
+from adamerge_jax.checkpoints.tokenizer_files import load_tokenizer
 from adamerge_jax.coefficients import Coefficients, Source
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
@@ -237,6 +238,9 @@ def load_zero_shot_head(
 
     Returns:
         Parameters of the head, float32.
+
+    Raises:
+        InputError: The base lacks a text tower or a tokenizer, or see `zero_shot_head`.
     """
     shapes = {name: leaf.shape for name, leaf in text_network(models.config).shapes.items()}
     tower = match(models.base.checkpoint, _unstacked_shapes(shapes), role="base", allow_extra=True)
@@ -247,7 +251,7 @@ def load_zero_shot_head(
         for name, shape in shapes.items()
     }
     wide = {name: jnp.asarray(array, jnp.float32) for name, array in parameters.items()}
-    tokenizer = AutoTokenizer.from_pretrained(models.base.checkpoint.folder)
+    tokenizer = load_tokenizer(models.base.checkpoint, models.base.role)
     return zero_shot_head(models.config, wide, tokenizer, class_names, templates)
 
 

@@ -4,10 +4,11 @@ import filecmp
 import logging
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from adamerge_jax.checkpoints.huggingface import Checkpoint, and_more
+from adamerge_jax.checkpoints.huggingface import and_more
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
+from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from adamerge_jax.errors import InputError
 from adamerge_jax.loading import Expert, Models
 
@@ -44,10 +45,10 @@ def tokenizer_owner(models: Models, chosen: str | None) -> Expert | None:
     """
     every = {"base": models.base} | dict(models.experts)
     if chosen is None:
-        return next((model for model in every.values() if _has_tokenizer(model)), None)
+        return next((model for model in every.values() if has_tokenizer(model.checkpoint)), None)
     if chosen not in every:
         raise InputError(f"tokenizer: {chosen!r} is none of {', '.join(every)}")
-    if not _has_tokenizer(every[chosen]):
+    if not has_tokenizer(every[chosen].checkpoint):
         raise InputError(f"tokenizer: {chosen} ({every[chosen].checkpoint.source}) has none")
     return every[chosen]
 
@@ -75,22 +76,17 @@ def find_tokenizer(models: Models, chosen: str | None = None) -> PreTrainedToken
     if first is None:
         return None
     every = (models.base, *models.experts.values())
-    others = [model for model in every if model is not first and _has_tokenizer(model)]
-    tokenizer = _load(first.checkpoint, first.role)
+    others = [model for model in every if model is not first and has_tokenizer(model.checkpoint)]
+    tokenizer = load_tokenizer(first.checkpoint, first.role)
     for model in others:
         if isinstance(model, MatchedCheckpoint) and not _same_files(
             first.checkpoint.folder, model.checkpoint.folder
         ):
-            own = _load(model.checkpoint, model.role)
+            own = load_tokenizer(model.checkpoint, model.role)
             where = f"{model.role} ({model.checkpoint.source})"
             reference = "the base" if first is models.base else first.role
             _require_same(tokenizer, own, where, reference, strict=chosen is None)
     return tokenizer
-
-
-def _has_tokenizer(model: Expert) -> bool:
-    folder = model.checkpoint.folder
-    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
 
 
 def _same_files(first: Path, second: Path) -> bool:
@@ -102,16 +98,6 @@ def _same_files(first: Path, second: Path) -> bool:
     return names[0] == names[1] and all(
         filecmp.cmp(first / name, second / name, shallow=False) for name in names[0]
     )
-
-
-def _load(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)
-    except Exception as error:  # its own, those of tokenizers and of the libraries it asks for
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{role} ({checkpoint.source}): its tokenizer cannot be read: {reason}"
-        ) from error
 
 
 def _require_same(

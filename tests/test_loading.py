@@ -353,6 +353,16 @@ def test_zero_shot_heads_come_from_the_base(clip_recipe):
     assert head["logit_scale"] == base["logit_scale"]
 
 
+def test_zero_shot_heads_need_a_tokenizer(clip_recipe, tmp_path):
+    """Without one, `transformers` makes one to which every class is the same unknown token."""
+    base = shutil.copytree(clip_recipe["base"], tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    models = opened(clip_recipe | {"base": str(base)})
+    with pytest.raises(InputError, match=r"base \(.*\) has no tokenizer"):
+        load_zero_shot_head(models, ["cat", "dog"], ["a photo of a {}."])
+
+
 def test_paths(tmp_path):
     (tmp_path / "base").mkdir()
     assert resolve("base", tmp_path) == str(tmp_path / "base")

@@ -8,15 +8,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.numpy import save_file
+from transformers import (
+    BertConfig,
+    ByT5Tokenizer,
+    CLIPConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    T5Config,
+)
 
 from adamerge_jax import tokenizers
+from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from adamerge_jax.errors import InputError
 from adamerge_jax.loading import Models, open_models
 from adamerge_jax.recipes import parse_recipe
 from adamerge_jax.tokenizers import find_tokenizer
 from tests.language_references import SPECIAL, TASKS, byte_tokenizer, save_models
-from tests.references import edit_weights
+from tests.references import bert_tokenizer, clip_tokenizer, edit_weights
 
 ROWS = 420
 """Rows of the embeddings: some more than the tokenizer has tokens, as in many models."""
@@ -76,10 +88,13 @@ def test_the_same_tokenizer_everywhere(root, caplog):
 
 def test_the_same_files_are_not_loaded_again(root, monkeypatch):
     loaded = []
-    load = tokenizers._load
-    monkeypatch.setattr(
-        tokenizers, "_load", lambda checkpoint, role: loaded.append(role) or load(checkpoint, role)
-    )
+    load = tokenizers.load_tokenizer
+
+    def load_and_tell(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase:
+        loaded.append(role)
+        return load(checkpoint, role)
+
+    monkeypatch.setattr(tokenizers, "load_tokenizer", load_and_tell)
     file = root / "naming" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"name_or_path": "other"}))
     assert find_tokenizer(models_in(root)) is not None
@@ -223,3 +238,56 @@ def test_a_resized_vocabulary_is_said_first(root):
 
     edit_weights(root / "naming", grow)
     assert "resized vocabulary" in refused(root)
+
+
+def without_weights(folder: Path, config: PreTrainedConfig) -> Checkpoint:
+    """A checkpoint of which only the other files matter."""
+    config.save_pretrained(folder)
+    save_file({"a": np.ones(1, np.float32)}, folder / "model.safetensors")
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "files", [["vocab.txt"], ["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]]
+)
+def test_files_that_are_a_tokenizer(tmp_path, files):
+    checkpoint = without_weights(tmp_path, BertConfig())
+    bert_tokenizer(tmp_path).save_pretrained(tmp_path)
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        if name not in files:
+            (tmp_path / name).unlink()
+    assert has_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, "base")
+    assert tokenizer.tokenize("a b") == ["a", "b"]
+
+
+def test_a_vocabulary_and_its_merges_are_a_tokenizer(tmp_path):
+    checkpoint = without_weights(tmp_path, CLIPConfig())
+    clip_tokenizer(tmp_path)
+    assert load_tokenizer(checkpoint, "base").tokenize("cat") == ["cat</w>"]
+    (tmp_path / "merges.txt").unlink()
+    assert not has_tokenizer(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model", "sentencepiece.bpe.model"])
+def test_a_sentencepiece_model_is_a_tokenizer(tmp_path, name):
+    checkpoint = without_weights(tmp_path, T5Config())
+    assert not has_tokenizer(checkpoint)
+    (tmp_path / name).write_bytes(b"")
+    assert has_tokenizer(checkpoint)
+
+
+def test_bytes_need_no_vocabulary(tmp_path):
+    checkpoint = without_weights(tmp_path, T5Config())
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(checkpoint, "base").tokenize("ab") == ["a", "b"]
+
+
+@pytest.mark.parametrize("config", [BertConfig(), T5Config(), CLIPConfig()])
+def test_settings_without_a_vocabulary(tmp_path, config):
+    checkpoint = without_weights(tmp_path, config)
+    with pytest.raises(InputError, match=r"^base \(.*\) has no tokenizer; save it there"):
+        load_tokenizer(checkpoint, "base")
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 32}')
+    with pytest.raises(InputError, match=r"^base \(.* has no vocabulary: the folder lacks "):
+        load_tokenizer(checkpoint, "base")

@@ -1,0 +1,73 @@
+"""The tokenizer beside the weights of a checkpoint."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from adamerge_jax.checkpoints.huggingface import Checkpoint, in_one_line
+from adamerge_jax.errors import InputError
+
+_SIGNS = (
+    ("tokenizer_config.json",),
+    ("tokenizer.json",),
+    ("vocab.txt",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("sentencepiece.bpe.model",),
+)
+"""Files that together tell that there is a tokenizer."""
+
+# Read in place of the files that a class names.
+_WHOLE = ("tokenizer.json", "tokenizer.*.json", "tokenizer.model*", "tekken.json", "tiktoken.model")
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a tokenizer was saved with a checkpoint."""
+    folder = checkpoint.folder
+    return any(all((folder / name).is_file() for name in files) for files in _SIGNS)
+
+
+def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint in whose folder it is.
+        role: What the checkpoint is, for messages: `base`, `expert 'trec'`.
+
+    Raises:
+        InputError: There is none, it cannot be read, or its vocabulary is missing.
+    """
+    where = f"{role} ({checkpoint.source})"
+    if not has_tokenizer(checkpoint):
+        raise InputError(
+            f"{where} has no tokenizer; save it there with tokenizer.save_pretrained(folder)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except Exception as error:  # its own, those of tokenizers and of the libraries it asks for
+        raise InputError(f"{where}: its tokenizer cannot be read: {in_one_line(error)}") from error
+    if not _has_vocabulary(tokenizer, checkpoint.folder):
+        raise InputError(
+            f"{where}: its tokenizer ({type(tokenizer).__name__}) has no vocabulary: the folder "
+            f"lacks {' and '.join(tokenizer.vocab_files_names.values())}; save it there again with "
+            "tokenizer.save_pretrained(folder)"
+        )
+    return tokenizer
+
+
+def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether there are the files that a tokenizer's tokens come from.
+
+    Where there are none, `transformers` makes a tokenizer of a few special tokens, to which every
+    text is unknown.
+    """
+    # Some classes count their settings among these files.
+    own = [
+        name
+        for kind, name in tokenizer.vocab_files_names.items()
+        if kind != "tokenizer_config_file"
+    ]
+    if not own:
+        return True  # its tokens are bytes or characters, which no file lists
+    return any(file.is_file() for pattern in (*own, *_WHOLE) for file in folder.glob(pattern))
