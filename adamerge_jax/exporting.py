@@ -138,7 +138,9 @@ def _export_checkpoint(
             writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
         writer.write_config(config)
         owner = tokenizer_owner(models, recipe.tokenizer) or models.base
-        writer.copy_assets(owner.checkpoint)
+        # In the order in which the run looks for them.
+        every = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
+        writer.copy_assets(owner.checkpoint, every)
         card = report.model_card(
             coefficients,
             rows,
@@ -158,6 +160,7 @@ def _export_checkpoint(
                     config=expert.checkpoint.config if whole else _task_config(models, expert),
                     head={name: cast(array) for name, array in head.items()},
                     assets=expert.checkpoint if whole else models.base.checkpoint,
+                    otherwise=every,
                 )
 
 

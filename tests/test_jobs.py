@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import (
     AutoImageProcessor,
@@ -27,16 +28,18 @@ from adamerge_jax import cli
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.orbax import load_parameters
 from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.exporting import export
 from adamerge_jax.loading import fold, load_head, load_zero_shot_head, open_models, tensors_of
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.names import is_stacked
-from adamerge_jax.recipes import load_recipe
+from adamerge_jax.recipes import load_recipe, parse_recipe
 from adamerge_jax.tracking import flatten
 from tests.references import (
     BERT,
     LEARNING,
     TEXT_TASKS,
     parameters_of,
+    random_coefficients,
     read_events,
     write_recipe,
 )
@@ -458,6 +461,25 @@ def test_a_base_with_a_head_of_its_own(text_recipe, text_run, tmp_path):
         model = weights(checkpoint / "tasks" / task)
         assert model.keys() == trunk.keys() | {"classifier.weight", "classifier.bias"}
         np.testing.assert_array_equal(model["classifier.weight"], expert["classifier.weight"])
+
+
+@pytest.mark.parametrize("owner", ["base", "tone"])
+def test_task_models_of_experts_without_a_tokenizer(text_recipe, tmp_path, owner):
+    """As training leaves them: what reads texts is that of the run, else it would be none."""
+    every = {"base": text_recipe} | text_recipe["tasks"]
+    for name, fields in every.items():
+        field = "base" if name == "base" else "expert"
+        folder = shutil.copytree(fields[field], tmp_path / name)
+        fields[field] = str(folder)
+        for file in () if name == owner else ("tokenizer.json", "tokenizer_config.json"):
+            (folder / file).unlink()
+    recipe = parse_recipe(text_recipe)
+    models = open_models(recipe, tmp_path)
+    coefficients, out = random_coefficients(models), tmp_path / "out"
+    export(recipe, models, coefficients, out, root=tmp_path, rows=[], console=Console(quiet=True))
+    for folder in ("", *(f"tasks/{task}" for task in TEXT_TASKS)):
+        tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint" / folder)
+        assert tokenizer.tokenize("a b") == ["a", "b"]
 
 
 def test_vision_transformer(image_run):

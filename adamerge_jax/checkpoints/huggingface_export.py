@@ -42,10 +42,11 @@ from adamerge_jax.checkpoints.huggingface import (
     WEIGHTS_FILE,
     Checkpoint,
 )
+from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer
 from adamerge_jax.errors import InputError
 from adamerge_jax.names import is_stacked, tensors_of
 
-_ASSETS = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -56,11 +57,13 @@ _ASSETS = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+)
+_PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "image_processor_config.json",
-    "generation_config.json",
 )
+_GENERATION_FILES = ("generation_config.json",)
 
 _NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in STORED_DTYPES.items()}
 
@@ -88,6 +91,7 @@ class _TaskModel:
     config: PretrainedConfig
     head: Mapping[str, np.ndarray]
     assets: Checkpoint
+    otherwise: Sequence[Checkpoint]
 
 
 def save_model(
@@ -209,9 +213,15 @@ class CheckpointWriter:
         """Writes `config` as config.json, with the dtype that the tensors turn out to have."""
         self._config = copy.deepcopy(config)
 
-    def copy_assets(self, checkpoint: Checkpoint) -> None:
-        """Copies the tokenizer, processor and generation settings that a checkpoint has."""
-        _copy_assets(checkpoint, self._partial)
+    def copy_assets(self, checkpoint: Checkpoint, otherwise: Sequence[Checkpoint] = ()) -> None:
+        """Copies the tokenizer, processor and generation settings that a checkpoint has.
+
+        Args:
+            checkpoint: Whose files they are.
+            otherwise: Where it has no tokenizer or no processor, that of the first of these that
+                has one is copied.
+        """
+        _copy_assets(checkpoint, otherwise, self._partial)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, such as a model card, beside the weights."""
@@ -224,6 +234,7 @@ class CheckpointWriter:
         config: PretrainedConfig,
         head: Mapping[str, np.ndarray | jax.Array],
         assets: Checkpoint,
+        otherwise: Sequence[Checkpoint] = (),
     ) -> None:
         """Adds the model of one task, in `tasks/<task>/`: the tensors of this writer and a head.
 
@@ -232,6 +243,7 @@ class CheckpointWriter:
             config: Its configuration.
             head: The tensors that only this task has, by name.
             assets: The checkpoint whose tokenizer and processor files it gets.
+            otherwise: As for `copy_assets`.
 
         Raises:
             InputError: The task's name cannot be the name of a folder, or is there already.
@@ -243,6 +255,7 @@ class CheckpointWriter:
             copy.deepcopy(config),
             {name: np.asarray(array, order="C") for name, array in head.items()},
             assets,
+            tuple(otherwise),
         )
 
     def _wait_for_room(self, size: int) -> None:
@@ -330,7 +343,7 @@ class CheckpointWriter:
             shards.append(_write_shard(files[-1], dict(model.head)))
         _write_index(folder, shards)
         _write_config(folder, model.config, shards)
-        _copy_assets(model.assets, folder)
+        _copy_assets(model.assets, model.otherwise, folder)
 
 
 def require_task_name(task: str) -> None:
@@ -418,11 +431,26 @@ def _write_config(folder: Path, config: PretrainedConfig, shards: Sequence[_Shar
     config.to_json_file(folder / "config.json")
 
 
-def _copy_assets(checkpoint: Checkpoint, folder: Path) -> None:
-    for pattern in _ASSETS:
-        for file in sorted(checkpoint.folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+def _copy_assets(checkpoint: Checkpoint, otherwise: Sequence[Checkpoint], folder: Path) -> None:
+    every = (checkpoint, *otherwise)
+    with_tokenizer = next((each for each in every if has_tokenizer(each)), checkpoint)
+    with_processor = next((each for each in every if _found(each, _PROCESSOR_FILES)), checkpoint)
+    for file in (
+        *_found(with_tokenizer, _TOKENIZER_FILES),
+        *_found(with_processor, _PROCESSOR_FILES),
+        *_found(checkpoint, _GENERATION_FILES),
+    ):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _found(checkpoint: Checkpoint, patterns: Sequence[str]) -> list[Path]:
+    """The files of a checkpoint that one of some patterns fits."""
+    return [
+        file
+        for pattern in patterns
+        for file in sorted(checkpoint.folder.glob(pattern))
+        if file.is_file()
+    ]
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:

@@ -157,6 +157,39 @@ def test_assets_are_copied_from_links_too(tmp_path):
         assert (tmp_path / "out" / name).read_text() == name
 
 
+def test_assets_that_a_checkpoint_lacks(tmp_path):
+    """Another's take their place, of each kind all from one; its own are kept."""
+    for name in ("none", "processor", "both"):
+        expert(tmp_path / name, seed=1, num_labels=2)
+        (tmp_path / name / "tokenizer.json").unlink()
+        if name != "none":
+            (tmp_path / name / "preprocessor_config.json").write_text(name)
+    for file in ("tokenizer.json", "merges.txt", "generation_config.json"):
+        (tmp_path / "both" / file).write_text("both")
+    none, processor, both = (Checkpoint.open(tmp_path / n) for n in ("none", "processor", "both"))
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("a", np.ones(2, np.float32))
+        writer.copy_assets(none, [processor, both])
+        head = {"b": np.ones(2, np.float32)}
+        for task, own in {"processor": processor, "both": both}.items():
+            writer.add_task_model(
+                task, config=own.config, head=head, assets=own, otherwise=[none, both]
+            )
+
+    def assets(folder: Path) -> dict[str, str]:
+        return {
+            file.name: file.read_text()
+            for file in folder.iterdir()
+            if file.is_file() and not file.name.startswith(("model", "config"))
+        }
+
+    tokenizer = {"tokenizer.json": "both", "merges.txt": "both"}
+    of_processor = tokenizer | {"preprocessor_config.json": "processor"}
+    assert assets(tmp_path / "out") == of_processor
+    assert assets(tmp_path / "out" / "tasks" / "processor") == of_processor
+    assert assets(tmp_path / "out" / "tasks" / "both") == assets(tmp_path / "both")
+
+
 def test_a_tensor_cannot_be_added_twice(tmp_path):
     with (
         pytest.raises(ValueError, match="a was added twice"),
