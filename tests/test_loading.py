@@ -10,7 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import GRANULARITIES, constant, make_granularity
@@ -361,6 +368,25 @@ def test_zero_shot_heads_need_a_tokenizer(clip_recipe, tmp_path):
     models = opened(clip_recipe | {"base": str(base)})
     with pytest.raises(InputError, match=r"base \(.*\) has no tokenizer"):
         load_zero_shot_head(models, ["cat", "dog"], ["a photo of a {}."])
+
+
+def test_a_pooler_that_no_classifier_reads(tmp_path):
+    """As older versions of `transformers` saved it with every RoBERTa."""
+    sizes = BERT | dict(hidden_size=16, num_hidden_layers=1, intermediate_size=24)
+    base = randomise(RobertaModel(RobertaConfig(**sizes)))
+    base.save_pretrained(tmp_path / "base")
+    config = RobertaConfig(**sizes, num_labels=2)
+    expert = fine_tune(RobertaForSequenceClassification(config), base, 1)
+    expert.save_pretrained(tmp_path / "expert")
+    pooler = {
+        f"roberta.pooler.dense.{part}": tensor.detach().numpy()
+        for part, tensor in base.pooler.dense.named_parameters()
+    }
+    edit_weights(tmp_path / "expert", lambda tensors: tensors.update(pooler))
+    task = {"expert": str(tmp_path / "expert"), "calibration": "none"}
+    models = opened({"base": str(tmp_path / "base"), "tasks": {"task": task}})
+    assert not any("pooler" in name for name in models.experts["task"].names)
+    assert models.base.extra == ("pooler.dense.bias", "pooler.dense.weight")
 
 
 def test_paths(tmp_path):

@@ -85,7 +85,7 @@ class Family:
             the base's. A CLIP expert is a vision tower, without the projection behind it.
         ignored: From a config, name patterns of tensors in a checkpoint that are no parameters.
         ignored_in_experts: Name patterns of parameters outside the trunk that an expert may bring
-            and that are not used.
+            and that are not used. What the base brings of them is carried into the merge.
         renamed: Parts of names in a checkpoint, and what they are in the model that `transformers`
             makes of it, whose names adapters have; in the order in which to replace them.
         language: Whether it predicts tokens, with an output layer that is merged like all others,
@@ -157,6 +157,8 @@ _ROBERTA = Family(
     max_tokens=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
     heads=_BERT_HEADS,
     auto_class="AutoModelForSequenceClassification",
+    # Older versions of `transformers` made and saved it with classifiers that do not read it.
+    ignored_in_experts=("roberta.pooler.*",),
 )
 
 
