@@ -76,6 +76,10 @@ _ARCHITECTURE_FIELDS = (
     "add_cross_attention",
 )
 
+# Where a config has one of these, positions are computed and not looked up in a table: the number
+# of them that it says is advice, and fine-tuning changes it.
+_COMPUTED_POSITIONS = ("rope_parameters", "rope_theta", "relative_attention_num_buckets")
+
 
 @dataclass(frozen=True, eq=False)
 class MatchedCheckpoint:
@@ -233,8 +237,8 @@ def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str
         )
     for part in shared:
         for name in ("vocab_size", *_ARCHITECTURE_FIELDS):
-            of_base = getattr(base_parts[part], name, None)
-            of_expert = getattr(expert_parts[part], name, None)
+            of_base = _field(base_parts[part], name)
+            of_expert = _field(expert_parts[part], name)
             # A field that only one of them has came with another version of transformers.
             if of_base is None or of_expert is None or of_base == of_expert:
                 continue
@@ -244,6 +248,27 @@ def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str
                 f"{where} has {name} {of_expert!r} in its config.json, the base ({base.source}) "
                 f"has {of_base!r}; an expert must be fine-tuned from the base"
             )
+
+
+def _field(config: PretrainedConfig, name: str) -> Any:
+    """What a config says of its architecture in a field; None where it says nothing."""
+    if name == "max_position_embeddings" and any(
+        getattr(config, field, None) is not None for field in _COMPUTED_POSITIONS
+    ):
+        return None
+    return _without_legacy_type(getattr(config, name, None))
+
+
+def _without_legacy_type(value: Any) -> Any:
+    """Settings of rotary positions without the name that `rope_type` had in older configs."""
+    if not isinstance(value, dict):
+        return value
+    repeated = "type" in value and value.get("rope_type") == value["type"]
+    return {
+        key: _without_legacy_type(own)
+        for key, own in value.items()
+        if not (repeated and key == "type")
+    }
 
 
 def _current(name: str) -> str:

@@ -13,6 +13,10 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen2Config,
+    T5Config,
     ViTConfig,
 )
 
@@ -226,6 +230,40 @@ def test_fields_that_may_differ(tmp_path):
     changes = dict(num_labels=7, hidden_dropout_prob=0.3, classifier_dropout=0.5)
     expert = config_only(tmp_path / "expert", BertConfig(**{**BERT, **changes}))
     require_same_architecture(base, expert, role="expert 'trec'")
+
+
+DECODER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+@pytest.mark.parametrize("model_class", [Qwen2Config, Gemma3TextConfig, T5Config])
+def test_the_number_of_computed_positions_may_differ(tmp_path, model_class):
+    """Qwen2.5 has 131072, its Instruct 32768."""
+    sizes = {} if model_class is T5Config else DECODER
+    base = config_only(tmp_path / "base", model_class(**sizes, max_position_embeddings=64))
+    expert = config_only(tmp_path / "expert", model_class(**sizes, max_position_embeddings=32))
+    require_same_architecture(base, expert, role="expert 'trec'")
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_the_legacy_name_of_a_rope_type(tmp_path, by_layer):
+    """`type` beside the same `rope_type` says nothing; the rest of the settings is compared."""
+
+    def with_rope(name: str, **rope) -> Checkpoint:
+        if not by_layer:
+            return config_only(tmp_path / name, LlamaConfig(**DECODER, rope_parameters=rope))
+        plain = {"rope_type": "default", "rope_theta": 10000.0}
+        parameters = {"sliding_attention": plain, "full_attention": rope}
+        return config_only(tmp_path / name, Gemma3TextConfig(**DECODER, rope_parameters=parameters))
+
+    linear = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+    base = with_rope("base", **linear)
+    legacy = with_rope("legacy", type="linear", **linear)
+    assert "'type'" in str(legacy.config.rope_parameters)
+    require_same_architecture(base, legacy, role="expert 'trec'")
+    require_same_architecture(legacy, base, role="expert 'trec'")
+    longer = with_rope("longer", type="linear", **linear | {"factor": 4.0})
+    with pytest.raises(InputError, match=r"has rope_parameters .*'factor': 4\.0"):
+        require_same_architecture(base, longer, role="expert 'trec'")
 
 
 def test_vocabulary_size_that_differs(tmp_path):
