@@ -17,7 +17,12 @@ from jaxtyping import Array
 from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint, locate
-from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_same_architecture
+from adamerge_jax.checkpoints.matching import (
+    MatchedCheckpoint,
+    match,
+    require_same_architecture,
+    require_tied,
+)
 from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.checkpoints.tokenizer_files import load_tokenizer
 from adamerge_jax.coefficients import Coefficients, Source
@@ -33,7 +38,7 @@ from adamerge_jax.granularities import (
 )
 from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
 from adamerge_jax.mixing import Mixture, mix
-from adamerge_jax.models import Family, family_of
+from adamerge_jax.models import OUTPUT_LAYER, Family, family_of
 from adamerge_jax.names import is_stacked, matches, tensor_shape, tensors_of
 from adamerge_jax.recipes import ModelSource, Recipe
 from adamerge_jax.task_vectors import (
@@ -120,8 +125,8 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     Args:
         recipe: Says which.
         root: Folder that relative paths start from.
-        read_weights: Whether to look into the weights: for their fingerprints, and for what an
-            adapter does to tied embeddings. Otherwise only configs and headers are read.
+        read_weights: Whether to look into the weights: for their fingerprints, and for whether
+            tied embeddings still are one. Otherwise only configs and headers are read.
 
     Raises:
         InputError: A checkpoint is missing, damaged or of another architecture, or a pattern in
@@ -159,6 +164,8 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     }
     if not read_weights:
         return Models(family, shapes, base_match, experts, (), frozenset(kept))
+    for model in (base_match, *experts.values()):
+        _require_tied(family, model)
     said = {"base": recipe.base} | {task: t.expert for task, t in recipe.tasks.items()}
     sources = tuple(
         Source(name, said[name].path, said[name].revision, model.identity())
@@ -171,9 +178,13 @@ def match_trunk(models: Models, checkpoint: Checkpoint, role: str) -> MatchedChe
     """Finds the trunk's parameters in another checkpoint of the same architecture.
 
     Raises:
-        InputError: One is missing or has another shape.
+        InputError: One is missing or has another shape, or embeddings are not the output layer
+            although the config says so.
     """
-    return _match_trunk(models.family, _unstacked_shapes(models.shapes), checkpoint, role)
+    shapes = _unstacked_shapes(models.shapes)
+    found = _match_trunk(models.family, shapes, checkpoint, role)
+    _require_tied(models.family, found)
+    return found
 
 
 def load_expert(
@@ -569,8 +580,21 @@ def _match_trunk(
         role=role,
         prefixes=family.prefixes,
         ignored=family.ignored(checkpoint.config),
+        second_names=_second_names(family, checkpoint.config),
         allow_extra=True,
     )
+
+
+def _second_names(family: Family, config: PretrainedConfig) -> dict[str, str]:
+    """The tensors that embedding tables may be saved as where they are the output layer too."""
+    return dict.fromkeys(family.tied(config), OUTPUT_LAYER)
+
+
+def _require_tied(family: Family, model: Expert) -> None:
+    """Refuses a whole model with an output layer that it should not have beside its embeddings."""
+    if isinstance(model, MatchedCheckpoint):
+        for name in family.tied(model.checkpoint.config):
+            require_tied(model, name, OUTPUT_LAYER)
 
 
 def _unstacked_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -632,6 +656,7 @@ def _open_expert(
         prefixes=family.prefixes,
         optional=family.base_only,
         ignored=(*family.ignored(expert.config), *family.ignored_in_experts),
+        second_names=_second_names(family, expert.config),
     )
 
 

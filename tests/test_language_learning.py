@@ -1,5 +1,6 @@
 """Language models as experts: learning against a plain PyTorch loop, and whole runs."""
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from adamerge_jax import cli, learning
+from adamerge_jax.checkpoints import matching
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, unstack_values
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import constant, make_granularity
@@ -44,7 +46,7 @@ from tests.language_references import (
     save_models,
     split_sentences,
 )
-from tests.references import edit_weights, random_coefficients, write_recipe
+from tests.references import edit_weights, random_coefficients, rename_weights, write_recipe
 
 STEPS = 3
 BATCH_SIZE = 4
@@ -509,6 +511,44 @@ def test_a_second_name_of_one_matrix_is_dropped(qwen, tmp_path):
     edit_weights(tmp_path / "base", repeat)
     written = weights(fold(tied, tmp_path))
     require_fold(written, tied, tmp_path / "coefficients.safetensors", without="lm_head.weight")
+
+
+@pytest.mark.parametrize("model", ["base", TASKS[1]])
+@pytest.mark.parametrize("row", [0, -1])
+def test_two_matrices_that_are_said_to_be_one(qwen, tmp_path, model, row, monkeypatch):
+    """`transformers` does not tie them then, so neither stands for both."""
+    # Of the table's 6400 values.
+    monkeypatch.setattr(matching, "_COMPARED_VALUES", 1000)
+    fields = copy.deepcopy(qwen)
+    owner, field = (fields, "base") if model == "base" else (fields["tasks"][model], "expert")
+    owner[field] = str(shutil.copytree(owner[field], tmp_path / "copy"))
+
+    def part(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["lm_head.weight"][row, -1] += 1
+
+    edit_weights(tmp_path / "copy", part)
+    said = (
+        rf"{model}.* \({tmp_path / 'copy'}\) has an lm_head.weight that differs from "
+        r"model.embed_tokens.weight, while its config.json says that they are one"
+    )
+    with pytest.raises(InputError, match=said):
+        open_models(parse_recipe(fields), tmp_path)
+    open_models(parse_recipe(fields), tmp_path, read_weights=False)
+
+
+def test_one_matrix_under_its_second_name(qwen, tmp_path):
+    fields = copy.deepcopy(qwen)
+    fields["base"] = str(shutil.copytree(qwen["base"], tmp_path / "base"))
+    expert = fields["tasks"][TASKS[0]]
+    expert["expert"] = str(shutil.copytree(expert["expert"], tmp_path / "expert"))
+    for folder in ("base", "expert"):
+        rename_weights(
+            tmp_path / folder,
+            lambda name: "lm_head.weight" if name == "model.embed_tokens.weight" else name,
+        )
+    written = weights(fold(fields, tmp_path))
+    require_fold(written, qwen, tmp_path / "coefficients.safetensors")
 
 
 def test_fold_writes_the_same_checkpoint(qwen_run, qwen, tmp_path):

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -22,6 +24,9 @@ _LEGACY_ENDINGS = {
 _PARAMETER_DTYPES = tuple(
     np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )
+
+# Values of two tensors that are in memory at once while they are compared.
+_COMPARED_VALUES = 2**22
 
 _TOKEN_EMBEDDINGS = (
     "*word_embeddings.weight",
@@ -140,6 +145,7 @@ def match(
     prefixes: Sequence[str] = (),
     optional: Sequence[str] = (),
     ignored: Sequence[str] = (),
+    second_names: Mapping[str, str] = MappingProxyType({}),
     allow_extra: bool = False,
 ) -> MatchedCheckpoint:
     """Finds the model's parameters among the tensors of a checkpoint.
@@ -156,6 +162,8 @@ def match(
         optional: Patterns of the parameters that may be missing.
         ignored: Patterns of tensors in the checkpoint that are no parameters, such as
             `*.position_ids`.
+        second_names: Names of tensors, ignored ones too, in which the checkpoint may hold
+            parameters that it lacks under their own, by those.
         allow_extra: Whether the checkpoint may have tensors that are not expected; they are
             listed in the result.
 
@@ -167,6 +175,11 @@ def match(
     """
     tensors = [name for name in checkpoint.tensors if not matches(name, ignored)]
     names = find_names(tensors, expected, prefixes)
+    names |= {
+        name: second
+        for name, second in second_names.items()
+        if name not in names and second in checkpoint.tensors
+    }
     found = MatchedCheckpoint(
         checkpoint, role, names, tuple(sorted(set(tensors) - set(names.values())))
     )
@@ -248,6 +261,38 @@ def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str
                 f"{where} has {name} {of_expert!r} in its config.json, the base ({base.source}) "
                 f"has {of_base!r}; an expert must be fine-tuned from the base"
             )
+
+
+def require_tied(model: MatchedCheckpoint, name: str, output: str) -> None:
+    """Refuses an output layer that differs from the embeddings although the config ties them.
+
+    Args:
+        model: The checkpoint, whose values are read where it has both.
+        name: The embedding table, a parameter.
+        output: The output layer's name in the file.
+
+    Raises:
+        InputError: Their values or their shapes differ.
+    """
+    table = model.names[name]
+    tensors = model.checkpoint.tensors
+    if output not in tensors or output == table:
+        return
+    same = tensors[table].shape == tensors[output].shape
+    size = prod(tensors[table].shape)
+    for first in range(0, size if same else 0, _COMPARED_VALUES):
+        parts = []
+        for tensor in (table, output):
+            values = np.empty(min(_COMPARED_VALUES, size - first), tensors[tensor].dtype)
+            model.checkpoint.read_part(tensor, first, values)
+            parts.append(values.astype(np.float32))
+        same = same and np.array_equal(*parts, equal_nan=True)
+    if not same:
+        raise InputError(
+            f"{model.role} ({model.checkpoint.source}) has an {output} that differs from {table}, "
+            "while its config.json says that they are one (tie_word_embeddings true); say false "
+            "there and in all models of the merge, or leave this one out"
+        )
 
 
 def _field(config: PretrainedConfig, name: str) -> Any:

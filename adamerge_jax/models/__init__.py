@@ -30,7 +30,18 @@ from adamerge_jax.models.roberta import RobertaHead, RobertaTrunk
 from adamerge_jax.models.t5 import T5Head, T5Trunk, ignored_tensors
 from adamerge_jax.models.vit import VitHead, VitTrunk
 
-__all__ = ["Family", "Network", "Outputs", "Rematerialize", "family_of", "head_parameters"]
+__all__ = [
+    "OUTPUT_LAYER",
+    "Family",
+    "Network",
+    "Outputs",
+    "Rematerialize",
+    "family_of",
+    "head_parameters",
+]
+
+OUTPUT_LAYER = "lm_head.weight"
+"""What a language model's own output layer is called."""
 
 
 class Network:
@@ -122,7 +133,7 @@ class Family:
         """Names of the embedding tables that are the output layer too."""
         if not self.language:
             return ()
-        return tuple(name for name in self.build_head(config).shapes if name != "lm_head.weight")
+        return tuple(name for name in self.build_head(config).shapes if name != OUTPUT_LAYER)
 
 
 def _heads(
