@@ -9,13 +9,13 @@ from transformers import BertConfig
 
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
-    ACTIVATIONS,
     Embedding,
     LayerNorm,
     Linear,
     Outputs,
     Rematerialize,
     Stack,
+    activation_of,
     attention,
     padding_bias,
 )
@@ -78,10 +78,10 @@ class Attention(nnx.Module):
 class Intermediate(nnx.Module):
     def __init__(self, config: BertConfig):
         self.dense = Linear(config.hidden_size, config.intermediate_size)
-        self.activation = config.hidden_act
+        self.activation = activation_of(config.hidden_act)
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T intermediate"]:
-        return ACTIVATIONS[self.activation](self.dense(x))
+        return self.activation(self.dense(x))
 
 
 class Layer(nnx.Module):

@@ -14,7 +14,6 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from adamerge_jax.models.inputs import ImageGeometry, text_inputs
 from adamerge_jax.models.layers import (
-    ACTIVATIONS,
     Embedding,
     LayerNorm,
     Linear,
@@ -22,6 +21,7 @@ from adamerge_jax.models.layers import (
     PatchEmbedding,
     Rematerialize,
     Stack,
+    activation_of,
     attention,
     causal_bias,
     padding_bias,
@@ -58,10 +58,10 @@ class FeedForward(nnx.Module):
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-        self.activation = config.hidden_act
+        self.activation = activation_of(config.hidden_act)
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Layer(nnx.Module):

@@ -17,12 +17,12 @@ from transformers import PretrainedConfig
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
-    ACTIVATIONS,
     Embedding,
     Linear,
     Outputs,
     Rematerialize,
     Stack,
+    activation_of,
     attention,
     parameter,
     unit_mean_square,
@@ -216,10 +216,10 @@ class GatedMLP(nnx.Module):
         self.gate_proj = Linear(width, intermediate, bias=bias)
         self.up_proj = Linear(width, intermediate, bias=bias)
         self.down_proj = Linear(intermediate, width, bias=bias)
-        self.activation = activation
+        self.activation = activation_of(activation)
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x))
+        gate = self.activation(self.gate_proj(x))
         return self.down_proj(gate * self.up_proj(x))
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
 from adamerge_jax.names import STACKED
 from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
@@ -36,16 +37,48 @@ _POLICIES = {
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+Activation = Callable[[Array], Array]
+"""A function of each value by itself."""
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
 """Activation functions by their names in `transformers` configs."""
+
+
+def activation_of(name: str) -> Activation:
+    """The activation function of a config's name.
+
+    Raises:
+        InputError: There is none of that name here.
+    """
+    if name not in ACTIVATIONS:
+        raise InputError(
+            f"config.json: activation {name!r} is not supported; "
+            f"supported are {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
 
 
 class Outputs(NamedTuple):

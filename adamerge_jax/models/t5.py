@@ -16,12 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 from transformers import T5Config
 
 from adamerge_jax.models.layers import (
-    ACTIVATIONS,
     Embedding,
     Linear,
     Outputs,
     Rematerialize,
     Stack,
+    activation_of,
     attention,
     parameter,
     unit_mean_square,
@@ -126,13 +126,12 @@ class FeedForward(nnx.Module):
             setattr(self, name, Linear(config.d_model, config.d_ff, bias=False))
         self.wo = Linear(config.d_ff, config.d_model, bias=False)
         self.gated = config.is_gated_act
-        self.activation = config.dense_act_fn
+        self.activation = activation_of(config.dense_act_fn)
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-        activation = ACTIVATIONS[self.activation]
         if self.gated:
-            return self.wo(activation(self.wi_0(x)) * self.wi_1(x))
-        return self.wo(activation(self.wi(x)))
+            return self.wo(self.activation(self.wi_0(x)) * self.wi_1(x))
+        return self.wo(self.activation(self.wi(x)))
 
 
 class SelfAttentionLayer(nnx.Module):

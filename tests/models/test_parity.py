@@ -19,9 +19,12 @@ import torch
 import transformers
 from torch.func import functional_call
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Rematerialize, family_of
+from adamerge_jax.models.layers import ACTIVATIONS, activation_of
 from adamerge_jax.names import is_stacked, unstack
 from adamerge_jax.task_vectors import DenseDelta, task_vectors
 from adamerge_jax.zero_shot import text_network
@@ -174,6 +177,30 @@ def test_clip_vision(activation: str, tmp_path: Path) -> None:
     assert_close(outputs.last_hidden_state, features.last_hidden_state)
     for actual, state in zip(outputs.hidden_states, features.hidden_states, strict=True):
         assert_close(actual, state)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str) -> None:
+    x = np.linspace(-6, 6, 1000, dtype=np.float32)
+    expected = ACT2FN[name](torch.from_numpy(x))
+    np.testing.assert_allclose(activation_of(name)(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BertConfig(**TEXT, hidden_act="mish"),
+        transformers.RobertaConfig(**TEXT, hidden_act="mish"),
+        transformers.ViTConfig(**IMAGES, hidden_act="mish"),
+        transformers.CLIPConfig(vision_config=dict(IMAGES, hidden_act="mish")),
+        transformers.T5Config(feed_forward_proj="mish"),
+        transformers.LlamaConfig(**SIZES, hidden_act="mish"),
+        transformers.Gemma2Config(**SIZES, hidden_activation="mish"),
+    ],
+)
+def test_unknown_activations_are_refused(config: PretrainedConfig) -> None:
+    with pytest.raises(InputError, match=r"config.json: activation 'mish' is not .* are gelu, "):
+        family_of(config).build_trunk(config)
 
 
 @pytest.mark.parametrize("end_of_text", [2, 40])
