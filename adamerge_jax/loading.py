@@ -129,8 +129,8 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
             tied embeddings still are one. Otherwise only configs and headers are read.
 
     Raises:
-        InputError: A checkpoint is missing, damaged or of another architecture, or a pattern in
-            `keep_from_base` fits no parameter.
+        InputError: A checkpoint is missing, damaged, of another architecture or not for classes,
+            or a pattern in `keep_from_base` fits no parameter.
     """
     with _explained("base", root):
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
@@ -617,9 +617,10 @@ def _open_expert(
     read_weights: bool,
 ) -> Expert:
     """Opens a whole fine-tuned model or a LoRA adapter."""
+    has_classes = family.auto_class is not None and not family.language
 
     def head(config: PretrainedConfig) -> Shapes:
-        if family.auto_class is None or family.language:
+        if not has_classes:
             return {}
         return {name: leaf.shape for name, leaf in family.build_head(config).shapes.items()}
 
@@ -645,10 +646,14 @@ def _open_expert(
                 f"{role} ({source.path}) lacks {missing[0]}: an adapter for classification must "
                 "bring its head; train it with modules_to_save"
             )
+        if has_classes and adapter.checkpoint.config.num_labels < 2:
+            raise _no_classes(role, source.path, "a head with 1 output")
         return adapter
     with _explained(role, root):
         expert = Checkpoint.in_folder(path, folder)
     require_same_architecture(base.checkpoint, expert, role=role)
+    if has_classes:
+        _require_classes(expert, role)
     return match(
         expert,
         trunk | head(expert.config),
@@ -657,6 +662,24 @@ def _open_expert(
         optional=family.base_only,
         ignored=(*family.ignored(expert.config), *family.ignored_in_experts),
         second_names=_second_names(family, expert.config),
+    )
+
+
+def _require_classes(expert: Checkpoint, role: str) -> None:
+    """Refuses an expert whose outputs are not the logits of classes that exclude each other."""
+    problem = expert.config.problem_type
+    if problem not in (None, "single_label_classification"):
+        raise _no_classes(role, expert.source, f"problem_type {problem!r} in its config.json")
+    # What `transformers` takes for regression.
+    if expert.config.num_labels < 2:
+        found = f"num_labels {expert.config.num_labels} in its config.json"
+        raise _no_classes(role, expert.source, found)
+
+
+def _no_classes(role: str, source: str, found: str) -> InputError:
+    return InputError(
+        f"{role} ({source}) has {found}; an expert must give every example one of two or more "
+        "classes: leave it out"
     )
 
 

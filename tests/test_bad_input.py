@@ -126,6 +126,19 @@ def test_a_head_of_another_shape_than_its_config_says(text_recipe, expert, refus
     refused(text_recipe, "expert 'topic'", "classifier.bias", "(9,)", "(3,)")
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"id2label": {"0": "score"}, "label2id": {"score": 0}}, "num_labels 1"),
+        ({"problem_type": "regression"}, "problem_type 'regression'"),
+        ({"problem_type": "multi_label_classification"}, "'multi_label_classification'"),
+    ],
+)
+def test_an_expert_that_does_not_choose_a_class(text_recipe, expert, refused, fields, said):
+    edit_config(expert, **fields)
+    refused(text_recipe, "expert 'topic'", str(expert), said, "two or more classes")
+
+
 @pytest.mark.parametrize("config_too", [True, False])
 def test_a_resized_vocabulary(text_recipe, expert, refused, config_too):
     name = "bert.embeddings.word_embeddings.weight"

@@ -401,6 +401,13 @@ def test_a_head_that_is_only_factors(bases, tmp_path):
     refused(bases["bert"], tmp_path, "factors for classifier.weight", "modules_to_save")
 
 
+def test_a_head_for_a_number(bases, tmp_path):
+    """As that of a regression or a reward model."""
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
+    train(classifier(bases["bert"], classes=1), tmp_path, config)
+    refused(bases["bert"], tmp_path, "has a head with 1 output", "two or more classes")
+
+
 @pytest.mark.parametrize(
     "options",
     [
