@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import BertConfig
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Embedding,
@@ -99,6 +100,7 @@ class Layer(nnx.Module):
 
 class Encoder(nnx.Module):
     def __init__(self, config: BertConfig, rematerialize: Rematerialize):
+        _require_encoder(config)
         self.layer = Stack(lambda: Layer(config), config.num_hidden_layers, rematerialize)
 
 
@@ -147,3 +149,14 @@ class BertHead(nnx.Module):
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
         return self.classifier(outputs.pooled)
+
+
+def _require_encoder(config: BertConfig) -> None:
+    """Refuses configs whose tokens do not see later ones, or see those of another model."""
+    for name in ("is_decoder", "add_cross_attention"):
+        if getattr(config, name, False):
+            raise InputError(
+                f"config.json: {name} is true, which makes a decoder of a "
+                f"{config.model_type!r}; only classifiers that see a text in both directions are "
+                "supported"
+            )

@@ -179,6 +179,14 @@ def test_clip_vision(activation: str, tmp_path: Path) -> None:
         assert_close(actual, state)
 
 
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "camembert"])
+@pytest.mark.parametrize("field", ["is_decoder", "add_cross_attention"])
+def test_decoders_of_families_of_encoders_are_refused(model_type: str, field: str) -> None:
+    config = transformers.AutoConfig.for_model(model_type, **TEXT, **{field: True})
+    with pytest.raises(InputError, match=f"config.json: {field} is true, which .*{model_type}"):
+        family_of(config).build_trunk(config)
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name: str) -> None:
     x = np.linspace(-6, 6, 1000, dtype=np.float32)
