@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
 
+from adamerge_jax.checkpoints.huggingface import in_one_line
 from adamerge_jax.data import load_examples
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
@@ -183,7 +184,15 @@ def _preprocessor(
             # Importing it takes a second or more, which only images are to cost.
             from transformers import AutoImageProcessor
 
-            return AutoImageProcessor.from_pretrained(model.checkpoint.folder)
+            try:
+                return AutoImageProcessor.from_pretrained(model.checkpoint.folder)
+            # The processors' own checks raise errors of many types.
+            except Exception as error:
+                raise InputError(
+                    f"{model.role} ({model.checkpoint.source}): its preprocessor_config.json "
+                    f"cannot be read: {in_one_line(error)}; save it again with "
+                    "image_processor.save_pretrained(folder)"
+                ) from error
     return None
 
 

@@ -271,6 +271,14 @@ def test_labels_that_zero_shot_heads_do_not_have(clip_recipe, refused):
     refused(clip_recipe, "test data of task 'birds'", "has label 2", "0 to 1")
 
 
+@pytest.mark.parametrize("content", ["{", '{"image_processor_type": "Unheard"}'])
+def test_an_image_processor_that_cannot_be_read(image_recipe, tmp_path, refused, content):
+    folder = shutil.copytree(image_recipe["tasks"]["shape"]["expert"], tmp_path / "broken")
+    (folder / "preprocessor_config.json").write_text(content)
+    image_recipe["tasks"]["shape"]["expert"] = str(folder)
+    refused(image_recipe, f"expert 'shape' ({folder}): its preprocessor_config.json cannot be read")
+
+
 def test_test_data_without_labels(text_recipe, refused):
     del text_recipe["tasks"]["tone"]["test"]["label"]
     refused(text_recipe, "tasks.tone.test.label", "is missing")
