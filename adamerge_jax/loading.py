@@ -383,9 +383,21 @@ def require_fitting(models: Models, coefficients: Coefficients) -> None:
 
 
 def resolve(path: str, root: Path) -> str:
-    """A path of a recipe against its root; what is not there stays as written: a Hub id."""
+    """A path of a recipe against its root; what is not there stays as written: a Hub id.
+
+    Raises:
+        InputError: It is a folder of the current directory: it would be opened in place of what is
+            on the Hub, and elsewhere the recipe would mean another model.
+    """
     local = root / Path(path).expanduser()
-    return str(local) if local.exists() else path
+    if local.exists():
+        return str(local)
+    if Path(path).is_dir():
+        raise InputError(
+            f"{path} is a folder of the current directory ({Path.cwd()}), where paths do not "
+            "start; give its absolute path, or another root"
+        )
+    return path
 
 
 _materialize = jax.jit(Mixture.materialize)
@@ -624,8 +636,8 @@ def _open_expert(
             return {}
         return {name: leaf.shape for name, leaf in family.build_head(config).shapes.items()}
 
-    path = resolve(source.path, root)
     with _explained(role, root):
+        path = resolve(source.path, root)
         folder = locate(path, revision=source.revision)
     if is_adapter(folder):
         adapter = open_adapter(

@@ -396,6 +396,25 @@ def test_paths(tmp_path):
     assert resolve(str(tmp_path / "base"), Path("/elsewhere")) == str(tmp_path / "base")
 
 
+@pytest.mark.parametrize("what", ["base", "expert"])
+def test_paths_do_not_start_in_the_current_directory(text_recipe, tmp_path, monkeypatch, what):
+    """A folder there is neither what the recipe means nor the Hub's model of that name."""
+    root = tmp_path / "root"
+    root.mkdir()
+    owner = text_recipe if what == "base" else text_recipe["tasks"]["topic"]
+    shutil.copytree(owner[what], tmp_path / "org" / "name")
+    owner[what] = "org/name"
+    monkeypatch.chdir(tmp_path)
+    recipe = parse_recipe(text_recipe)
+    role = "base" if what == "base" else "expert 'topic'"
+    said = rf"^{role}: org/name is a folder of .* \({tmp_path}\), .* paths start at {root}\)$"
+    with pytest.raises(InputError, match=said):
+        open_models(recipe, root)
+    open_models(recipe, tmp_path)
+    monkeypatch.chdir(root)
+    open_models(recipe, Path(".."))
+
+
 def test_loading_in_another_dtype(text_recipe):
     models = opened(text_recipe)
     dtype = np.dtype(ml_dtypes.bfloat16)
