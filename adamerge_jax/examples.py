@@ -190,10 +190,9 @@ class ArrayExamples(Examples):
         taken = {name: array[index] for name, array in self._inputs.items()}
         if not self._length or length <= self._length:
             return taken
-        if "attention_mask" not in taken:
-            taken["attention_mask"] = np.ones_like(taken["input_ids"])
         missing = [(0, 0), (0, length - self._length)]
-        return {name: np.pad(array, missing) for name, array in taken.items()}
+        whole = completed(taken, ["attention_mask"])
+        return {name: np.pad(array, missing) for name, array in whole.items()}
 
 
 def sorted_batches(
@@ -276,16 +275,17 @@ def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         parts: Inputs `[B, ...]` by name, of the same shapes but for B.
     """
     names = dict.fromkeys(name for part in parts for name in part)
-    whole = [_complete(part, names) for part in parts]
+    whole = [completed(part, names) for part in parts]
     return {name: np.concatenate([part[name] for part in whole]) for name in names}
 
 
-def _complete(part: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
+def completed(inputs: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
     """Inputs with all of these names, as far as they can be made of the token ids."""
-    made = {}
-    if "input_ids" in part:
-        made = {name: _COMPLETED[name](part["input_ids"]) for name in names if name in _COMPLETED}
-    return made | dict(part)
+    made = dict(inputs)
+    for name in names:
+        if name not in made and name in _COMPLETED and "input_ids" in made:
+            made[name] = _COMPLETED[name](made["input_ids"])
+    return made
 
 
 def require_joinable(examples: Mapping[str, Examples]) -> None:
@@ -301,7 +301,7 @@ def require_joinable(examples: Mapping[str, Examples]) -> None:
     length = max(data.padded_length(first) for data in examples.values())
     taken = {task: data.take(first, length) for task, data in examples.items()}
     names = dict.fromkeys(name for part in taken.values() for name in part)
-    whole = {task: _complete(part, names) for task, part in taken.items()}
+    whole = {task: completed(part, names) for task, part in taken.items()}
     for name in names:
         having = {task: part[name].shape[1:] for task, part in whole.items() if name in part}
         task, shape = next(iter(having.items()))

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.ndimage import affine_transform
 
+from adamerge_jax.examples import completed
+
 TOKENS_HIDDEN = 0.2
 """Part of a text's tokens that a strong view hides."""
 
@@ -33,10 +35,8 @@ def strong_view(
     if "pixel_values" in inputs:
         pixels = np.stack([_crop_and_mirror(image, generator) for image in inputs["pixel_values"]])
         return dict(inputs) | {"pixel_values": pixels}
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = np.ones_like(inputs["input_ids"])
-    return dict(inputs) | {"attention_mask": _hide_tokens(mask, generator)}
+    whole = completed(inputs, ["attention_mask"])
+    return whole | {"attention_mask": _hide_tokens(whole["attention_mask"], generator)}
 
 
 def _hide_tokens(

@@ -104,6 +104,22 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     return Workspace(models, data, dtype, spread, heads, networks, evaluator, root)
 
 
+def open_classifiers(recipe: Recipe, root: Path) -> Workspace:
+    """A workspace for what compares accuracies.
+
+    Args:
+        recipe: Says which models and data.
+        root: Folder that relative paths start from.
+
+    Raises:
+        InputError: The models are language models, or what `open_workspace` raises.
+    """
+    workspace = open_workspace(recipe, root)
+    if workspace.models.family.language:
+        raise InputError("accuracies are compared, and a language model has none")
+    return workspace
+
+
 def example_loader(
     recipe: Recipe, models: Models, root: Path
 ) -> Callable[[DataSource, str], Examples]:

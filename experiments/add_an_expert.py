@@ -24,7 +24,7 @@ from rich.table import Table
 from adamerge_jax import InputError, Recipe, jobs, learning, load_recipe, parse_recipe
 from adamerge_jax.console import make_console
 from adamerge_jax.merging import Watch, learn_coefficients, pose
-from adamerge_jax.workspace import Workspace, open_workspace
+from adamerge_jax.workspace import open_classifiers
 
 RESULTS_FILE = "add_an_expert.json"
 SCRATCH, WARM = "from scratch", "from the others' coefficients"
@@ -122,18 +122,6 @@ def changed(recipe: Recipe, steps: int, learning_rate: float, start: Path | None
     fields["learning"]["optimizer"]["learning_rate"] = learning_rate
     fields["coefficients"]["start"] = None if start is None else str(start)
     return parse_recipe(fields)
-
-
-def open_classifiers(recipe: Recipe, root: Path) -> Workspace:
-    """The models and data of a recipe.
-
-    Raises:
-        InputError: They are language models, or something cannot be used.
-    """
-    workspace = open_workspace(recipe, root)
-    if workspace.models.family.language:
-        raise InputError("accuracies are compared, and a language model has none")
-    return workspace
 
 
 def learn_others(recipe: Recipe, root: Path, file: Path, console: Console) -> None:

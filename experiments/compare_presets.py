@@ -30,7 +30,7 @@ from adamerge_jax.presets import PRESETS
 from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe, read_fields
 from adamerge_jax.report.results import gap_closed, in_words, scores
 from adamerge_jax.run_record import peak_memory_of_arrays
-from adamerge_jax.workspace import open_workspace
+from adamerge_jax.workspace import open_classifiers, open_workspace
 
 BASELINES = "baselines"
 HOW_TO_LEARN = {
@@ -153,10 +153,7 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     if preset == BASELINES:
         # Whatever the preset; this one does not ask the experts.
         recipe = parse_recipe(fields | {"preset": REFERENCE})
-        workspace = open_workspace(recipe, root)
-        if workspace.models.family.language:
-            raise InputError(f"{file}: accuracies are compared, and a language model has none")
-        problem = pose(recipe, workspace)
+        problem = pose(recipe, open_classifiers(recipe, root))
         return {row.method: row.as_json() for row in jobs.baselines(problem)}
     recipe = recipe_for(fields, preset, seed, arguments.examples)
     workspace = open_workspace(recipe, root)
