@@ -33,15 +33,8 @@ from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
 from adamerge_jax.granularities import ALONG_AXES, unprepared
-from adamerge_jax.loading import (
-    DTYPES,
-    Models,
-    fold,
-    load_head,
-    load_trunk,
-    match_trunk,
-    read_parameter,
-)
+from adamerge_jax.loading import DTYPES, fold, load_head, load_trunk, read_parameter
+from adamerge_jax.opening import Models, match_trunk
 from adamerge_jax.provenance import hub_datasets, model_origins
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.tokenizers import tokenizer_owner

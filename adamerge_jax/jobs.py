@@ -24,8 +24,9 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Row
 from adamerge_jax.exporting import EXPORTS, export, export_bytes, export_mergekit, require_adapters
 from adamerge_jax.learning import NonFiniteObjectiveError, Progress
-from adamerge_jax.loading import load_trunk, match_trunk, open_models
+from adamerge_jax.loading import load_trunk
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
+from adamerge_jax.opening import match_trunk, open_models
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.resuming import STATE_FOLDER, as_fields, put_right, require_startable

@@ -24,17 +24,17 @@ from adamerge_jax.granularities import (
     Values,
     constant,
     count_units,
-    importance_pieces,
     make_granularity,
     per_tensor,
-    require_budget,
 )
+from adamerge_jax.importance import importance_pieces, require_budget
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import DELTA_DTYPES, Models, load_task_vectors
+from adamerge_jax.loading import DELTA_DTYPES, load_task_vectors
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import Network
 from adamerge_jax.names import is_stacked, matches
 from adamerge_jax.objectives import Needs
+from adamerge_jax.opening import Models
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
 from adamerge_jax.reuse import Start, begin, open_start
 from adamerge_jax.targets import StoredTargets, ask_expert

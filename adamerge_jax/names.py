@@ -4,7 +4,7 @@
 the L tensors `encoder.layer.0.output.dense.weight`, `encoder.layer.1.output.dense.weight`, ...
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import jax
@@ -32,6 +32,15 @@ def tensors_of(name: str, shape: tuple[int, ...]) -> list[str]:
 def tensor_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of each tensor that a parameter of the given (stacked) shape consists of."""
     return shape[1:] if is_stacked(name) else shape
+
+
+def unstacked_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names of checkpoint tensors, from those of (stacked) parameters."""
+    return {
+        tensor: tensor_shape(name, shape)
+        for name, shape in shapes.items()
+        for tensor in tensors_of(name, shape)
+    }
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.data import is_on_hub
-from adamerge_jax.loading import Models, resolve
+from adamerge_jax.opening import Models, resolve
 from adamerge_jax.recipes import Recipe
 
 

@@ -17,17 +17,10 @@ from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Evaluator
 from adamerge_jax.examples import Examples, ImageProcessor, Subset
-from adamerge_jax.loading import (
-    DTYPES,
-    Models,
-    load_expert,
-    load_head,
-    load_trunk,
-    load_zero_shot_head,
-    open_models,
-)
+from adamerge_jax.loading import DTYPES, load_expert, load_head, load_trunk, load_zero_shot_head
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Network
+from adamerge_jax.opening import Models, open_models
 from adamerge_jax.recipes import DataSource, Recipe, TaskRecipe
 from adamerge_jax.tokenizers import find_tokenizer
 

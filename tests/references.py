@@ -38,9 +38,10 @@ from transformers import (
 from adamerge_jax.coefficients import Coefficients, unstack_values
 from adamerge_jax.granularities import constant, make_granularity
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import Models, load_task_vectors
+from adamerge_jax.loading import load_task_vectors
 from adamerge_jax.models import Network
-from adamerge_jax.names import is_stacked, unstack
+from adamerge_jax.names import is_stacked, unstack, unstacked_shapes
+from adamerge_jax.opening import Models
 
 # Tiny models: on a busy machine PyTorch's threads wait for each other longer than they compute.
 torch.set_num_threads(1)
@@ -134,15 +135,9 @@ def parameters_of(network: Network, tensors: Mapping[str, np.ndarray]) -> dict[s
     }
 
 
-def unstacked_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+def shapes_in_file(network: Network) -> dict[str, tuple[int, ...]]:
     """Shapes by the names in a file, one per layer."""
-    shapes = {}
-    for name, shape in network.shapes.items():
-        if is_stacked(name):
-            shapes |= {each: shape.shape[1:] for each in unstack(name, shape.shape[0])}
-        else:
-            shapes[name] = shape.shape
-    return shapes
+    return unstacked_shapes({name: leaf.shape for name, leaf in network.shapes.items()})
 
 
 def edit_weights(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> None:

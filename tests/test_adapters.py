@@ -26,7 +26,7 @@ from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.exporting import export
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import Models, open_models
+from adamerge_jax.opening import Models, open_models
 from adamerge_jax.recipes import Recipe, parse_recipe
 from tests.adapter_references import PLAIN, letter_tokenizer, save_experts
 from tests.references import (

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from adamerge_jax import cli
 from adamerge_jax.coefficients import Coefficients
-from adamerge_jax.loading import open_models
+from adamerge_jax.opening import open_models
 from adamerge_jax.recipes import parse_recipe
 from tests.references import (
     edit_weights,

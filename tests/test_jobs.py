@@ -29,9 +29,10 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.orbax import load_parameters
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.exporting import export
-from adamerge_jax.loading import fold, load_head, load_zero_shot_head, open_models, tensors_of
+from adamerge_jax.loading import fold, load_head, load_zero_shot_head
 from adamerge_jax.models.layers import Outputs
-from adamerge_jax.names import is_stacked
+from adamerge_jax.names import is_stacked, tensors_of
+from adamerge_jax.opening import open_models
 from adamerge_jax.recipes import load_recipe, parse_recipe
 from adamerge_jax.tracking import flatten
 from tests.references import (

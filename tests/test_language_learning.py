@@ -33,9 +33,9 @@ from adamerge_jax.checkpoints import matching
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients, unstack_values
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import constant, make_granularity
-from adamerge_jax.loading import open_models
 from adamerge_jax.merging import Problem, learn_coefficients, pose
 from adamerge_jax.objectives import NOT_PREDICTED
+from adamerge_jax.opening import open_models
 from adamerge_jax.recipes import parse_recipe
 from adamerge_jax.workspace import open_workspace
 from tests.language_references import (

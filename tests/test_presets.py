@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from adamerge_jax.calibration import Batch, Calibration
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import importance_pieces
+from adamerge_jax.importance import importance_pieces
 from adamerge_jax.merging import Problem, learn_coefficients, pose
 from adamerge_jax.presets import DEFAULT_PRESET, PRESETS, apply_preset
 from adamerge_jax.recipes import Recipe, parse_recipe

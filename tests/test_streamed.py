@@ -14,9 +14,10 @@ import pytest
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import DELTA_DTYPES, load_task_vectors, open_models
+from adamerge_jax.loading import DELTA_DTYPES, load_task_vectors
 from adamerge_jax.merging import learn_coefficients, pose
 from adamerge_jax.mixing import Mixture, materialize
+from adamerge_jax.opening import open_models
 from adamerge_jax.recipes import parse_recipe
 from adamerge_jax.task_vectors import DenseDelta, LoadedDelta, QuantizedDelta, StreamedDelta
 from adamerge_jax.task_vectors.memory import DiskMemory, Memory, make_memory

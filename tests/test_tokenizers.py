@@ -24,7 +24,7 @@ from adamerge_jax import tokenizers
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from adamerge_jax.errors import InputError
-from adamerge_jax.loading import Models, open_models
+from adamerge_jax.opening import Models, open_models
 from adamerge_jax.recipes import parse_recipe
 from adamerge_jax.tokenizers import find_tokenizer
 from tests.language_references import SPECIAL, TASKS, byte_tokenizer, save_models

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.loading import Models
+from adamerge_jax.opening import Models
 from adamerge_jax.recipes import DataSource, Recipe
 from adamerge_jax.workspace import example_loader
 

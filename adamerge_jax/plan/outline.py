@@ -13,21 +13,14 @@ import numpy as np
 from adamerge_jax.calibration import Batch
 from adamerge_jax.granularities import Granularity, Shapes, Values, constant, make_granularity
 from adamerge_jax.learning import Frozen, Learner, State
-from adamerge_jax.loading import (
-    DELTA_DTYPES,
-    DTYPES,
-    FLOAT32,
-    INT8,
-    Expert,
-    Models,
-    open_models,
-)
+from adamerge_jax.loading import DELTA_DTYPES, DTYPES, FLOAT32, INT8
 from adamerge_jax.merging import granularity_of, learner_of, needs_of
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, Outputs, head_parameters
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.names import is_stacked, tensor_shape
 from adamerge_jax.objectives import Needs, Targets, TopTokens
+from adamerge_jax.opening import Expert, Models, open_models
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, Recipe

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
-from adamerge_jax.loading import Models, require_fitting
+from adamerge_jax.loading import require_fitting
+from adamerge_jax.opening import Models
 from adamerge_jax.reuse.identities import namesake, other_contents
 
 

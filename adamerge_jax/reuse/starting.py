@@ -26,8 +26,8 @@ from adamerge_jax.granularities import (
     Values,
     constant,
 )
-from adamerge_jax.loading import Models
 from adamerge_jax.names import is_stacked, tensor_shape, tensors_of, unstack
+from adamerge_jax.opening import Models
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.reuse.carrying import carry
 from adamerge_jax.reuse.identities import namesake, other_contents

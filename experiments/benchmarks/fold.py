@@ -39,9 +39,10 @@ from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.console import make_console
 from adamerge_jax.granularities import constant, make_granularity
 from adamerge_jax.jobs import fold_file
-from adamerge_jax.loading import DTYPES, open_models
+from adamerge_jax.loading import DTYPES
 from adamerge_jax.models import family_of
 from adamerge_jax.names import tensor_shape, tensors_of
+from adamerge_jax.opening import open_models
 from adamerge_jax.recipes import Recipe, parse_recipe
 
 EXPERTS = [f"expert{number}" for number in range(1, 5)]

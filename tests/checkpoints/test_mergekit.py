@@ -26,7 +26,8 @@ from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.exporting import export_mergekit
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import Models, fold, open_models
+from adamerge_jax.loading import fold
+from adamerge_jax.opening import Models, open_models
 from adamerge_jax.recipes import Recipe, parse_recipe
 from tests.language_references import language_expert
 from tests.references import random_coefficients, randomise, write_recipe

@@ -10,7 +10,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.models import FAMILIES, family_of
 from adamerge_jax.names import matches
 from adamerge_jax.zero_shot import text_network
-from tests.references import saved_parameters, unstacked_shapes
+from tests.references import saved_parameters, shapes_in_file
 
 SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
 TEXT = dict(vocab_size=20, max_position_embeddings=10, num_labels=3, **SIZES)
@@ -43,8 +43,8 @@ def test_classifiers_have_the_names_of_their_files(
     model_class = getattr(transformers, model_class)
     config = model_class.config_class(**settings)
     family = family_of(config)
-    trunk = unstacked_shapes(family.build_trunk(config))
-    head = unstacked_shapes(family.build_head(config))
+    trunk = shapes_in_file(family.build_trunk(config))
+    head = shapes_in_file(family.build_head(config))
     assert not trunk.keys() & head.keys()
     assert trunk | head == saved_shapes(model_class(config), tmp_path)
     assert all(name.startswith(family.prefixes) for name in trunk)
@@ -72,8 +72,8 @@ def test_decoders_have_the_names_of_their_files(
         **TEXT, **settings, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=tied
     )
     family = family_of(config)
-    trunk = unstacked_shapes(family.build_trunk(config))
-    head = unstacked_shapes(family.build_head(config))
+    trunk = shapes_in_file(family.build_trunk(config))
+    head = shapes_in_file(family.build_head(config))
     output = "model.embed_tokens.weight" if tied else "lm_head.weight"
     assert trunk == saved_shapes(model_class(config), tmp_path)
     assert head == {output: (20, 8)} and head.items() <= trunk.items()
@@ -90,15 +90,15 @@ def test_decoders_have_the_names_of_their_files(
 
 
 def test_both_clip_towers_have_the_names_of_the_file(tmp_path: Path) -> None:
-    vision = unstacked_shapes(family_of(CLIP).build_trunk(CLIP))
-    text = unstacked_shapes(text_network(CLIP))
+    vision = shapes_in_file(family_of(CLIP).build_trunk(CLIP))
+    text = shapes_in_file(text_network(CLIP))
     assert not vision.keys() & text.keys()
     assert vision | text == saved_shapes(transformers.CLIPModel(CLIP), tmp_path)
 
 
 def test_a_clip_expert_lacks_only_what_stays_the_base_s(tmp_path: Path) -> None:
     family = family_of(CLIP)
-    trunk = unstacked_shapes(family.build_trunk(CLIP))
+    trunk = shapes_in_file(family.build_trunk(CLIP))
     expert = saved_shapes(transformers.CLIPVisionModel(CLIP.vision_config), tmp_path)
     (prefix,) = family.prefixes
     assert {name for name in trunk if not matches(name, family.base_only)} == {
@@ -109,7 +109,7 @@ def test_a_clip_expert_lacks_only_what_stays_the_base_s(tmp_path: Path) -> None:
 
 
 def test_zero_shot_head_shapes() -> None:
-    assert unstacked_shapes(family_of(CLIP).build_head(CLIP)) == {
+    assert shapes_in_file(family_of(CLIP).build_head(CLIP)) == {
         "text_embeddings": (2, 6),
         "logit_scale": (),
     }

@@ -20,7 +20,7 @@ from adamerge_jax.models import Network, Rematerialize, family_of, head_paramete
 from adamerge_jax.models.t5 import T5Trunk, relative_buckets
 from adamerge_jax.names import is_stacked, matches, tensors_of
 from adamerge_jax.task_vectors import task_vectors
-from tests.references import parameters_of, randomise, saved_parameters, unstacked_shapes
+from tests.references import parameters_of, randomise, saved_parameters, shapes_in_file
 
 TOLERANCE = 1e-4
 
@@ -260,8 +260,8 @@ def test_greedy_continuation(version: str, tmp_path: Path) -> None:
 def test_names_are_those_of_the_file(checkpoint: tuple) -> None:
     config, model, tensors = checkpoint
     family = family_of(config)
-    trunk = unstacked_shapes(family.build_trunk(config))
-    head = unstacked_shapes(family.build_head(config))
+    trunk = shapes_in_file(family.build_trunk(config))
+    head = shapes_in_file(family.build_head(config))
     assert trunk == {name: tensor.shape for name, tensor in tensors.items()}
     assert head == {name: trunk[name] for name in head}
     assert list(head) == ["shared.weight" if config.scale_decoder_outputs else "lm_head.weight"]
@@ -278,7 +278,7 @@ def test_names_are_those_of_the_file(checkpoint: tuple) -> None:
 def test_heads_are_those_of_the_projections() -> None:
     config = config_of("1.1")
     family = family_of(config)
-    shapes = unstacked_shapes(family.build_trunk(config))
+    shapes = shapes_in_file(family.build_trunk(config))
     heads = family.heads(config)
     found = {
         name: shapes[name][axis] // count

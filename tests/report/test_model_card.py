@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from adamerge_jax.evaluation import Row
-from adamerge_jax.loading import open_models
+from adamerge_jax.opening import open_models
 from adamerge_jax.provenance import Origin, hub_datasets, model_origins, shared_license
 from adamerge_jax.recipes import parse_recipe
 from adamerge_jax.report import model_card

@@ -14,7 +14,8 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import fold, open_models
+from adamerge_jax.loading import fold
+from adamerge_jax.opening import open_models
 from adamerge_jax.recipes import parse_recipe
 from adamerge_jax.reuse import prepare_fold
 from adamerge_jax.reuse.folding import parse_scale

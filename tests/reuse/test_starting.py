@@ -16,9 +16,9 @@ from adamerge_jax import cli
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.granularities import make_granularity
-from adamerge_jax.loading import open_models
 from adamerge_jax.merging import learn_coefficients, pose
 from adamerge_jax.names import is_stacked
+from adamerge_jax.opening import open_models
 from adamerge_jax.recipes import parse_recipe
 from adamerge_jax.reuse import Start, begin, open_start, start_from_file
 from adamerge_jax.workspace import open_workspace
