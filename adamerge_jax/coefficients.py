@@ -137,6 +137,7 @@ class Coefficients:
         step: The step at which they were the best on the held-out calibration data.
         started_from: The file that their learning started from, if any.
         scaled: Factors that they were multiplied with since, by expert; 0 leaves one out.
+        depths: Number of layers of each stack of the base, mixed or not; see `stack_depths`.
 
     Examples:
         >>> import tempfile
@@ -178,6 +179,7 @@ class Coefficients:
     step: int
     started_from: str | None = None
     scaled: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    depths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[str, ...]:

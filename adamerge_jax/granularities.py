@@ -24,6 +24,7 @@ Examples:
     {'dense.weight': (2, 4, 1), 'dense.bias': (2, 1)}
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -405,6 +406,18 @@ def make_granularity(name: str, options: Mapping[str, Any], shapes: Shapes) -> G
     return call_registered(
         "coefficients.granularity", GRANULARITIES, name, options, arguments=(shapes,)
     )
+
+
+def same_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether a granularity's options are the same.
+
+    Tuples are as lists, which is what a file makes of them. The order of options does not count,
+    that within one does: of name patterns the first that fits a parameter takes it.
+    """
+    first, second = (
+        {name: json.dumps(value) for name, value in options.items()} for options in (first, second)
+    )
+    return first == second
 
 
 def shapes_of(base: PyTree[Array], deltas: Iterable[str]) -> Shapes:

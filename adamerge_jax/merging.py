@@ -32,7 +32,7 @@ from adamerge_jax.interference import FittedStep
 from adamerge_jax.loading import DELTA_DTYPES, load_task_vectors
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import Network
-from adamerge_jax.names import is_stacked, matches
+from adamerge_jax.names import is_stacked, matches, stack_depths
 from adamerge_jax.objectives import Needs
 from adamerge_jax.opening import Models
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
@@ -392,6 +392,7 @@ def _describe(problem: Problem, stage: _Stage, learned: learning.Learned) -> Coe
         seed=recipe.seed,
         step=learned.step,
         started_from=problem.start.source if problem.start else None,
+        depths=stack_depths(models.base.names),
     )
 
 

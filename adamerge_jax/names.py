@@ -75,6 +75,21 @@ def place_in_stack(name: str) -> tuple[str, int] | None:
     return None
 
 
+def stack_of(stacked: str) -> str:
+    """`encoder.layer.*` of `encoder.layer.*.output.dense.weight`."""
+    return stacked.partition(STACKED)[0] + STACKED
+
+
+def stack_depths(tensors: Iterable[str]) -> dict[str, int]:
+    """The number of layers of each stack that tensors are in, by names like `encoder.layer.*`."""
+    depths: dict[str, int] = {}
+    for name in tensors:
+        if place := place_in_stack(name):
+            stack = stack_of(place[0])
+            depths[stack] = max(depths.get(stack, 0), place[1] + 1)
+    return depths
+
+
 def named_leaves(tree: PyTree[Array]) -> dict[str, Array]:
     """The leaves of a pytree by their dotted names."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

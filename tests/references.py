@@ -40,7 +40,7 @@ from adamerge_jax.granularities import constant, make_granularity
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.loading import load_task_vectors
 from adamerge_jax.models import Network
-from adamerge_jax.names import is_stacked, unstack, unstacked_shapes
+from adamerge_jax.names import is_stacked, stack_depths, unstack, unstacked_shapes
 from adamerge_jax.opening import Models
 
 # Tiny models: on a busy machine PyTorch's threads wait for each other longer than they compute.
@@ -184,6 +184,7 @@ def random_coefficients(
         objective="entropy",
         seed=0,
         step=0,
+        depths=stack_depths(models.base.names),
     )
 
 

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from jaxtyping import Float
 
-from adamerge_jax.names import STACKED, place_in_stack
+from adamerge_jax.names import STACKED, place_in_stack, stack_depths, stack_of
 
 
 def carry(
-    per_tensor: Mapping[str, Float[np.ndarray, " K"]], tensors: Iterable[str]
+    per_tensor: Mapping[str, Float[np.ndarray, " K"]],
+    depths: Mapping[str, int],
+    tensors: Iterable[str],
 ) -> dict[str, Float[np.ndarray, " K"]]:
     """Finds for every tensor of one model the tensor of another that does the same job.
 
@@ -19,39 +21,25 @@ def carry(
 
     Args:
         per_tensor: Coefficients of the other model, by names without `*`.
+        depths: Number of layers of each stack of the other model; see `stack_depths`.
         tensors: Names of all tensors of the model, without `*`.
 
     Returns:
         By tensor of the model; those that the other model has no coefficients for are left out.
     """
     tensors = list(tensors)
-    here, there = _depths(tensors), _depths(per_tensor)
+    here = stack_depths(tensors)
     carried = {}
     for name in tensors:
         twin = name
         if place := place_in_stack(name):
             stacked, layer = place
-            stack = _stack(stacked)
-            if stack not in there:
+            stack = stack_of(stacked)
+            if stack not in depths:
                 continue
             # Halves up, as one learns it; Python's own round would go to the even layer.
-            twin_layer = int(layer * (there[stack] - 1) / max(here[stack] - 1, 1) + 0.5)
+            twin_layer = int(layer * (depths[stack] - 1) / max(here[stack] - 1, 1) + 0.5)
             twin = stacked.replace(STACKED, str(twin_layer), 1)
         if twin in per_tensor:
             carried[name] = per_tensor[twin]
     return carried
-
-
-def _depths(tensors: Iterable[str]) -> dict[str, int]:
-    """The number of layers of each stack."""
-    depths: dict[str, int] = {}
-    for name in tensors:
-        if place := place_in_stack(name):
-            stack = _stack(place[0])
-            depths[stack] = max(depths.get(stack, 0), place[1] + 1)
-    return depths
-
-
-def _stack(stacked: str) -> str:
-    """`encoder.layer.*` of `encoder.layer.*.output.dense.weight`."""
-    return stacked.partition(STACKED)[0] + STACKED

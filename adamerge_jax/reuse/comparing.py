@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from adamerge_jax.coefficients import Coefficients, Source
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import layer_of
+from adamerge_jax.granularities import layer_of, same_options
 from adamerge_jax.reuse.identities import other_contents
 
 
@@ -79,7 +79,9 @@ def compare(first: Coefficients, second: Coefficients) -> Comparison:
         )
     fields = tuple(_fields(first, second))
     first, second = first.of_experts(names), second.of_experts(names)
-    one_by_one = first.granularity == second.granularity and _options(first) == _options(second)
+    one_by_one = first.granularity == second.granularity and same_options(
+        first.granularity_options, second.granularity_options
+    )
     a, b = (each.values if one_by_one else each.per_tensor() for each in (first, second))
     common = [group for group in a if group in b and a[group].shape == b[group].shape]
     if not common:
@@ -157,12 +159,13 @@ def _fields(first: Coefficients, second: Coefficients) -> Iterator[tuple[str, st
         yield from _models(expert.name, expert, theirs.pop(expert.name, None))
     for expert in theirs.values():
         yield from _models(expert.name, None, expert)
-    for field in ("granularity", "granularity_options", "constraint", "objective", "seed", "step"):
+    for field in ("granularity", "constraint", "objective", "seed", "step"):
         a, b = getattr(first, field), getattr(second, field)
-        if field == "granularity_options":
-            a, b = _options(first), _options(second)
         if a != b:
-            yield field.replace("_", " "), str(a), str(b)
+            yield field, str(a), str(b)
+    options = [each.granularity_options for each in (first, second)]
+    if not same_options(*options):
+        yield "granularity options", *map(json.dumps, options)
     for field in ("interference", "scaled", "started_from"):
         a, b = getattr(first, field), getattr(second, field)
         if a != b:
@@ -173,8 +176,3 @@ def _models(name: str, a: Source | None, b: Source | None) -> Iterator[tuple[str
     """What differs of one model."""
     if a is None or b is None or other_contents([a], [b]):
         yield name, *(each.in_words if each else "not in it" for each in (a, b))
-
-
-def _options(coefficients: Coefficients) -> str:
-    """The granularity's options as a file has them, where tuples are lists."""
-    return json.dumps(coefficients.granularity_options, sort_keys=True)

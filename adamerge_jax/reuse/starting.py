@@ -5,7 +5,6 @@ granularity. So another source of a start is one function that returns a `Start`
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -25,8 +24,9 @@ from adamerge_jax.granularities import (
     Shapes,
     Values,
     constant,
+    same_options,
 )
-from adamerge_jax.names import is_stacked, tensor_shape, tensors_of, unstack
+from adamerge_jax.names import is_stacked, stack_depths, tensor_shape, tensors_of, unstack
 from adamerge_jax.opening import Models
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.reuse.carrying import carry
@@ -147,15 +147,18 @@ def start_from_file(
             f"coefficients.start: {source} was learned for {', '.join(coefficients.names)}, the "
             f"recipe has {', '.join(names)}; experts are matched by name, and none has the same"
         )
+    change = other_contents([coefficients.base], [base])
+    depths, here = _depths(coefficients), stack_depths(models.base.names)
+    # A deeper base has all tensors of a shallower one, at other relative depths.
     same_size = all(
         name in models.base.names and models.base.shape(name) == shape
         for name, shape in coefficients.shapes.items()
-    )
+    ) and (not change or all(here.get(stack) == depth for stack, depth in depths.items()))
     notes = _notes_on_experts(coefficients, models, known, initial, source)
-    if change := other_contents([coefficients.base], [base]):
+    if change:
         words = f"{source} was {change['base']}"
         if not same_size:
-            words += ", and tensors of other names or shapes"
+            words += ", and is of another size or family"
         if not other_base:
             raise InputError(
                 f"coefficients.start: {words}; coefficients.other_base: true starts from it all "
@@ -168,7 +171,7 @@ def start_from_file(
     else:
         learned = None
         per_tensor = _rearranged(coefficients, names).per_tensor()
-        scales = carry(per_tensor, models.base.names)
+        scales = carry(per_tensor, depths, models.base.names)
         if not scales:
             raise InputError(
                 f"coefficients.start: {source} was learned for tensors such as "
@@ -209,19 +212,11 @@ def begin(
         experts: K.
     """
     entries = {name: _entries(start, name, shape, experts) for name, shape in shapes.items()}
-    if chosen[0] in ALONG_AXES:
-        values = _shared_mean(granularity, entries, shapes, experts)
-    else:
-        values = granularity.init(
-            {
-                name: jnp.asarray(
-                    entry.reshape(*entry.shape[:2], -1).mean(-1)
-                    if is_stacked(name)
-                    else entry.reshape(1, experts, -1).mean(-1)
-                )
-                for name, entry in entries.items()
-            }
-        )
+    mean = _shared_mean if chosen[0] in ALONG_AXES else _mean_of_tensors
+    values = {
+        group: jnp.where(share > 0, sums / jnp.where(share > 0, share, 1), start.initial)
+        for group, (sums, share) in mean(granularity, entries, shapes, experts).items()
+    }
     if start.learned is not None and _is_same(start.learned, chosen):
         values = {
             group: _as_learned(group, array, start.learned, start.initial)
@@ -233,12 +228,14 @@ def begin(
 def _entries(
     start: Start, name: str, shape: tuple[int, ...], experts: int
 ) -> Float[np.ndarray, "..."]:
-    """What a start says of one parameter: `[K, ...]`, or `[L, K, ...]`, that broadcasts to it."""
+    """What a start says of one parameter: `[K, ...]`, or `[L, K, ...]`, that broadcasts to it.
+
+    NaN where nothing is known.
+    """
     own = tensor_shape(name, shape)
     scales = []
     for tensor in tensors_of(name, shape):
         scale = np.asarray(start.scales.get(tensor, np.full(experts, np.nan)), np.float32)
-        scale = np.where(np.isnan(scale), np.float32(start.initial), scale)
         scales.append(scale.reshape(experts, *(scale.shape[1:] or (1,) * len(own))))
     return np.stack(np.broadcast_arrays(*scales)) if is_stacked(name) else scales[0]
 
@@ -248,8 +245,8 @@ def _shared_mean(
     entries: Mapping[str, Float[np.ndarray, "..."]],
     shapes: Shapes,
     experts: int,
-) -> dict[str, Array]:
-    """The mean of entries over all parameters that share a coefficient.
+) -> dict[str, tuple[Array, Array]]:
+    """Sums of entries over all parameters that share a coefficient, and how many are known.
 
     A scale is a linear function of the coefficients, one 1 in each of its rows. Its transpose
     therefore sums, over the entries of a scale that share a coefficient, what it is given: once
@@ -264,13 +261,37 @@ def _shared_mean(
         shared = tuple(
             entry.ndim - len(own) + axis for axis, size in enumerate(of_scale) if size == 1
         )
-        if shared:
-            entry = entry.mean(shared, keepdims=True)
-        count = prod(own) / prod(of_scale)
-        sums[name] = jnp.asarray(np.broadcast_to(entry, scale.shape) * np.float32(count))
-        counts[name] = jnp.full(scale.shape, count, jnp.float32)
-    (total,), (count,) = transpose(sums), transpose(counts)
-    return {group: total[group] / count[group] for group in total}
+        known = ~np.isnan(entry)
+        count = np.float32(prod(own) / prod(of_scale))
+        for found, values in ((sums, np.where(known, entry, 0)), (counts, known)):
+            values = values.astype(np.float32)
+            mean = values.mean(shared, keepdims=True) if shared else values
+            found[name] = jnp.asarray(np.broadcast_to(mean, scale.shape) * count)
+    (total,), (share,) = transpose(sums), transpose(counts)
+    return {group: (total[group], share[group]) for group in total}
+
+
+def _mean_of_tensors(
+    granularity: Granularity,
+    entries: Mapping[str, Float[np.ndarray, "..."]],
+    shapes: Shapes,
+    experts: int,
+) -> dict[str, tuple[Array, Array]]:
+    """As `_shared_mean`, through the mean of each tensor, of which a granularity's start is one."""
+    means = {
+        name: entry.reshape(-1, experts, prod(entry.shape[1 + is_stacked(name) :])).mean(-1)
+        for name, entry in entries.items()
+    }
+    total = granularity.init({name: jnp.asarray(np.nan_to_num(own)) for name, own in means.items()})
+    share = granularity.init(
+        {name: jnp.asarray(~np.isnan(own), jnp.float32) for name, own in means.items()}
+    )
+    return {group: (total[group], share[group]) for group in total}
+
+
+def _depths(coefficients: Coefficients) -> Mapping[str, int]:
+    """The depths of the base's stacks; files of earlier versions only know what was mixed."""
+    return coefficients.depths or stack_depths(coefficients.shapes)
 
 
 def _as_learned(
@@ -314,8 +335,7 @@ def _along_axes(coefficients: Coefficients) -> dict[str, Float[np.ndarray, "K ..
 def _is_same(learned: Coefficients, chosen: tuple[str, Mapping[str, Any]]) -> bool:
     """Whether coefficients are of a granularity with just these options."""
     name, options = chosen
-    own = json.dumps(learned.granularity_options, sort_keys=True)
-    return learned.granularity == name and own == json.dumps(options, sort_keys=True)
+    return learned.granularity == name and same_options(learned.granularity_options, options)
 
 
 def _notes_on_experts(

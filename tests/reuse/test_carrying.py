@@ -11,7 +11,8 @@ def names(encoder: int, decoder: int = 0) -> list[str]:
 
 def layers_taken(here: int, there: int) -> list[int]:
     """Which layer each of `here` layers takes after, among `there`."""
-    found = carry({name: np.array([i]) for i, name in enumerate(names(there))}, names(here))
+    other = {name: np.array([i]) for i, name in enumerate(names(there))}
+    found = carry(other, {"encoder.layer.*": there}, names(here))
     return [int(found[f"encoder.layer.{i}.mlp.0.weight"][0]) - 1 for i in range(here)]
 
 
@@ -27,7 +28,8 @@ def test_layers_are_matched_by_relative_depth():
 def test_each_stack_and_what_is_outside_of_them():
     there = {name: np.array([i, -i]) for i, name in enumerate(names(2, 4))}
     del there["embeddings.weight"]
-    found = carry(there, [*names(3, 2), "head.weight", "vision.layer.0.weight"])
+    depths = {"encoder.layer.*": 2, "decoder.layer.*": 4}
+    found = carry(there, depths, [*names(3, 2), "head.weight", "vision.layer.0.weight"])
     assert found.keys() == {*names(3, 2)} - {"embeddings.weight"}
     assert found["pooler.weight"].tolist() == [7, -7]
     assert [found[f"decoder.layer.{i}.mlp.0.weight"][0] for i in range(2)] == [3, 6]
@@ -39,7 +41,8 @@ def test_a_layer_without_coefficients_of_its_own():
         "block.2.weight": np.ones(1),
         "block.0.weight": np.zeros(1),
     }
-    found = carry(there, [f"block.{i}.{kind}" for i in range(2) for kind in ("bias", "weight")])
+    here = [f"block.{i}.{kind}" for i in range(2) for kind in ("bias", "weight")]
+    found = carry(there, {"block.*": 3}, here)
     assert {name: float(own[0]) for name, own in found.items()} == {
         "block.0.bias": 1,
         "block.0.weight": 0,

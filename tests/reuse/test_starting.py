@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from adamerge_jax import cli
 from adamerge_jax.coefficients import CONSTRAINTS, Coefficients
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import make_granularity
+from adamerge_jax.granularities import GRANULARITIES, make_granularity, same_options
 from adamerge_jax.merging import learn_coefficients, pose
 from adamerge_jax.names import is_stacked
 from adamerge_jax.opening import open_models
@@ -162,6 +162,53 @@ def test_what_is_not_known_starts_at_initial():
     np.testing.assert_allclose(values["embed.weight"], INITIAL)
 
 
+@pytest.mark.parametrize("after", ["task", "layer", "groups", "tensor", "row"])
+def test_what_is_not_known_is_in_no_mean(after):
+    """Of layers that were kept from the base a file says nothing."""
+    known = {"layer.1.dense.weight": 0.5, "layer.1.dense.bias": 0.5, "pooler.weight": 0.9}
+    scales = {name: np.array([value, np.nan]) for name, value in known.items()}
+    _, values = started(Start(scales, INITIAL, "file"), after)
+    sizes = {"layer.1.dense.weight": 24, "layer.1.dense.bias": 4, "pooler.weight": 16}
+    total = sum(sizes[name] * value for name, value in known.items()) / sum(sizes.values())
+    expected = {
+        "task": {"all": total},
+        "layer": {"embed": INITIAL, "layer.0": INITIAL, "layer.1": 0.5, "pooler": 0.9},
+        "groups": {"dense": (24 * 0.5 + 16 * 0.9) / 40, "first": INITIAL, "others": 0.5},
+    }
+    per_tensor = {"pooler.weight": 0.9, "embed.weight": INITIAL}
+    for group, value in expected.get(after, per_tensor).items():
+        np.testing.assert_allclose(values[group][0, 0], value, rtol=1e-6, err_msg=group)
+    if after in ("tensor", "row"):
+        for layer, value in enumerate([INITIAL, 0.5]):
+            np.testing.assert_allclose(values["layer.*.dense.weight"][layer, 0], value)
+    for group, own in values.items():
+        np.testing.assert_allclose(own[:, 1], INITIAL, rtol=1e-6, err_msg=group)
+
+
+def test_what_is_not_known_is_in_no_mean_of_a_granularity_of_ones_own():
+    target = GRANULARITIES["task"](SHAPES)
+    scales = {"pooler.weight": np.array([0.9, np.nan])}
+    start = Start(scales, INITIAL, "file")
+    chosen = ("package.module:function", {})
+    values = begin(start, target, chosen, CONSTRAINTS["free"], SHAPES, 2)
+    np.testing.assert_allclose(values["all"], [[0.9, INITIAL]], rtol=1e-6)
+
+
+def test_the_order_of_patterns_counts():
+    source = learned("groups")
+    patterns = OPTIONS["groups"]["patterns"]
+    other = {"patterns": dict(reversed(patterns.items()))}
+    assert other == OPTIONS["groups"]
+    target = make_granularity("groups", other, SHAPES)
+    scales = {name: np.asarray(scale) for name, scale in source.scales().items()}
+    start = Start(scales, INITIAL, "file", learned=source)
+    values = begin(start, target, ("groups", other), CONSTRAINTS["free"], SHAPES, 2)
+    # The first layer's matrix was in `dense`, and is now in `first` with its bias.
+    first = (24 * source.values["dense"] + 4 * source.values["first"]) / 28
+    np.testing.assert_allclose(values["first"][0], first, rtol=1e-5)
+    assert not same_options(OPTIONS["groups"], other)
+
+
 @pytest.mark.parametrize(
     ("constraint", "expected"),
     [
@@ -243,17 +290,15 @@ def test_another_version_of_the_base(text_fields, tmp_path):
     models = models_of(text_fields | {"base": str(base)})
     with pytest.raises(InputError, match=r"learned for base = .*other_base: true starts") as caught:
         from_file(before, models)
-    assert "shapes" not in str(caught.value)
+    assert "another size" not in str(caught.value)
     start = from_file(before, models, other_base=True)
     assert start.learned is not None
     assert str(base) in start.notes[1]
 
 
-@pytest.fixture(scope="module")
-def smaller(text_fields, tmp_path_factory) -> dict[str, Any]:
-    """A recipe with a BERT of half the layers and less than half the size, and experts of it."""
-    root = tmp_path_factory.mktemp("smaller")
-    sizes = BERT | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+def relatives(text_fields: dict[str, Any], root: Path, **sizes: int) -> dict[str, Any]:
+    """A recipe with a BERT of other sizes, and experts of it."""
+    sizes = BERT | sizes
     base = randomise(BertModel(BertConfig(**sizes)))
     base.save_pretrained(root / "base")
     for file in Path(text_fields["base"]).glob("*token*"):
@@ -266,19 +311,54 @@ def smaller(text_fields, tmp_path_factory) -> dict[str, Any]:
     return fields
 
 
+@pytest.fixture(scope="module")
+def smaller(text_fields, tmp_path_factory) -> dict[str, Any]:
+    """A recipe with a BERT of half the layers and less than half the size, and experts of it."""
+    root = tmp_path_factory.mktemp("smaller")
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    return relatives(text_fields, root, **sizes)
+
+
+QUERY = "bert.encoder.layer.{}.attention.self.query.weight"
+
+
+def test_a_deeper_base_of_the_same_width(text_fields, tmp_path):
+    """It has all the tensors of the shallower one, and other layers at their relative depths."""
+    before = random_coefficients(models_of(text_fields), "tensor")
+    models = models_of(relatives(text_fields, tmp_path, num_hidden_layers=6))
+    start = from_file(before, models, other_base=True)
+    assert start.learned is None
+    assert "carried over from a model of another size" in start.notes[-1]
+    for here, there in enumerate([0, 1, 1, 2, 2, 3]):
+        found = start.scales[QUERY.format(here)]
+        np.testing.assert_array_equal(found, before.values[QUERY.format(there)])
+
+
+def test_layers_that_are_not_mixed_count_in_the_depth(text_fields, smaller, tmp_path):
+    before = random_coefficients(models_of(text_fields | {"keep_from_base": ["*.layer.3.*"]}))
+    start = from_file(before, models_of(smaller), other_base=True)
+    # Its last layer takes after the other's last one, of which nothing was learned.
+    assert QUERY.format(0) in start.scales
+    assert QUERY.format(1) not in start.scales
+    base = shutil.copytree(text_fields["base"], tmp_path / "base")
+    edit_weights(base, lambda tensors: tensors["pooler.dense.bias"].__iadd__(0.1))
+    same_depth = models_of(text_fields | {"base": str(base)})
+    assert from_file(before, same_depth, other_base=True).learned is not None
+
+
 @pytest.mark.parametrize("granularity", ["row", "layer"])
 def test_another_size_of_the_family(text_fields, smaller, granularity):
     before = random_coefficients(models_of(text_fields), granularity)
     models = models_of(smaller)
-    with pytest.raises(InputError, match="tensors of other names or shapes"):
+    with pytest.raises(InputError, match="of another size or family"):
         from_file(before, models)
     start = from_file(before, models, other_base=True)
     assert "they are a starting point and nothing more" in start.notes[-1]
     assert start.learned is None
     means = before.per_tensor()
     for here, there in ((0, 0), (1, 3)):
-        name = "bert.encoder.layer.{}.attention.self.query.weight"
-        np.testing.assert_array_equal(start.scales[name.format(here)], means[name.format(there)])
+        found = start.scales[QUERY.format(here)]
+        np.testing.assert_array_equal(found, means[QUERY.format(there)])
     assert start.scales.keys() == {name for name in models.base.names if "key.bias" not in name}
     with pytest.raises(InputError, match="and the base has none of these names"):
         other = dataclasses.replace(
