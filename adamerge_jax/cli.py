@@ -135,7 +135,9 @@ class Mergekit:
     def run(self, console: Console) -> None:
         """Runs the command."""
         root = _root(self.recipe_file, self.root)
-        jobs.write_mergekit(self.coefficients, self.recipe, root=root, out=self.out)
+        jobs.write_mergekit(
+            self.coefficients, self.recipe, root=root, out=self.out, console=console
+        )
         console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
 
 

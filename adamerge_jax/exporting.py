@@ -106,12 +106,11 @@ def _export_checkpoint(
     rows: list[Row],
 ) -> None:
     """Writes the merged model and that of every task as `save_pretrained` would."""
+    dtype = DTYPES[recipe.export.dtype] if recipe.export.dtype else None
 
     def cast(array: np.ndarray) -> np.ndarray:
         is_weight = jnp.issubdtype(array.dtype, jnp.floating)
-        if recipe.export.dtype is None or not is_weight:
-            return array
-        return array.astype(DTYPES[recipe.export.dtype])
+        return array if dtype is None or not is_weight else array.astype(dtype)
 
     config = copy.deepcopy(models.config)
     # A head of the base's own would stand beside each task's head under the same name.
@@ -124,8 +123,13 @@ def _export_checkpoint(
         max_shard_bytes=recipe.export.shard_megabytes * 10**6,
         expected_bytes=checkpoint_bytes(models, recipe),
     )
+    tasks = [
+        task
+        for task in models.experts
+        if models.head_names(task) and task not in coefficients.left_out
+    ]
     with writer:
-        for name, array in fold(models, coefficients):
+        for name, array in fold(models, coefficients, dtype):
             writer.add(name, cast(array))
         for name in carried:
             writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
@@ -140,21 +144,19 @@ def _export_checkpoint(
             origins=model_origins(models, root),
             datasets=hub_datasets(recipe, root),
             auto_class=models.family.auto_class,
-            task_folders=[task for task in models.experts if models.head_names(task)],
+            task_folders=tasks,
         )
         writer.write_text("README.md", card)
-        for task, expert in models.experts.items():
-            if task in coefficients.left_out:
-                continue
-            if head := load_head(models, task):
-                whole = isinstance(expert, MatchedCheckpoint)
-                writer.add_task_model(
-                    task,
-                    config=expert.checkpoint.config if whole else _task_config(models, expert),
-                    head={name: cast(array) for name, array in head.items()},
-                    assets=expert.checkpoint if whole else models.base.checkpoint,
-                    otherwise=every,
-                )
+        for task in tasks:
+            expert = models.experts[task]
+            whole = isinstance(expert, MatchedCheckpoint)
+            writer.add_task_model(
+                task,
+                config=expert.checkpoint.config if whole else _task_config(models, expert),
+                head={name: cast(array) for name, array in load_head(models, task).items()},
+                assets=expert.checkpoint if whole else models.base.checkpoint,
+                otherwise=every,
+            )
 
 
 def _orbax_parameters(
@@ -239,6 +241,8 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
     prefix = models.family.prefixes[0] if headed else ""
     modules = {}
     for name in coefficients.parameters:
+        if name in models.kept:
+            continue
         a, b, embedding = [], [], False
         for expert, scale in zip(models.experts.values(), np.asarray(scales[name]), strict=True):
             factors = expert.low_rank(name)

@@ -29,6 +29,7 @@ def fold_tensor(
     experts: Sequence[MatchedCheckpoint],
     scale: Float[np.ndarray, "K ..."],
     threads: ThreadPoolExecutor,
+    dtype: np.dtype | None = None,
 ) -> Float[np.ndarray, "..."]:
     """`theta_base + sum_k scale_k * (theta_k - theta_base)`, summed in float32.
 
@@ -38,15 +39,13 @@ def fold_tensor(
         experts: K whole models.
         scale: The coefficients, broadcasting against `[K, *shape]`.
         threads: That blocks are folded in.
-
-    Returns:
-        The merged tensor in the base's dtype.
+        dtype: Of the merged tensor, by default the base's.
 
     Raises:
         InputError: A value of the base or of an expert is NaN or infinite.
     """
     shape = base.shape(name)
-    merged = np.empty(shape, base.dtype(name))
+    merged = np.empty(shape, dtype or base.dtype(name))
     # Blocks are of entries where all have the same coefficients, else of whole rows.
     if scale.size == len(scale):
         rows, scale = merged.reshape(-1, 1), scale.reshape(len(scale), 1, 1)

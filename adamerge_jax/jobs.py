@@ -26,7 +26,8 @@ from adamerge_jax.exporting import EXPORTS, export, export_bytes, export_mergeki
 from adamerge_jax.learning import NonFiniteObjectiveError, Progress
 from adamerge_jax.loading import load_trunk
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
-from adamerge_jax.opening import match_trunk, open_models
+from adamerge_jax.opening import Models, match_trunk, open_models
+from adamerge_jax.presets import PRESETS
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.resuming import STATE_FOLDER, as_fields, put_right, require_startable
@@ -188,7 +189,7 @@ def fold_file(
     require_new(out)
     coefficients, models, notes = prepare_fold(
         file,
-        dataclasses.replace(open_models(recipe, root), devices=devices),
+        dataclasses.replace(_open_to_fold(recipe, root), devices=devices),
         scale=scale,
         allow_other_models=allow_other_models,
     )
@@ -223,7 +224,7 @@ def compare_files(first: Path, second: Path, *, out: Path | None, console: Conso
         console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
 
 
-def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path) -> None:
+def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
     """Writes the YAML file with which mergekit makes the merge of learned coefficients.
 
     Args:
@@ -231,13 +232,15 @@ def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path) -> None
         recipe: Says where base and experts are, and the merge's dtype.
         root: Folder that relative paths of the recipe start from.
         out: The file to make.
+        console: Where notes are printed.
 
     Raises:
         InputError: The file cannot be read, was learned for other models, or is of a merge that
             mergekit cannot make.
     """
-    coefficients, models, _ = prepare_fold(file, open_models(recipe, root))
+    coefficients, models, notes = prepare_fold(file, _open_to_fold(recipe, root))
     export_mergekit(recipe, models, coefficients, out)
+    _print_notes(notes, console)
 
 
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:
@@ -333,6 +336,17 @@ def _summary(problem: Problem) -> str:
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
         f"{examples} examples to learn from, {held_out} held out; on {problem.devices}"
     )
+
+
+def _open_to_fold(recipe: Recipe, root: Path) -> Models:
+    """Opens a recipe's models, of which the coefficients file says what is mixed.
+
+    What a preset keeps from the base it keeps from learning, perhaps with another preset than the
+    one that the file was learned with; `keep_from_base` of the user's own counts here too.
+    """
+    if recipe.keep_from_base == PRESETS[recipe.preset].get("keep_from_base", []):
+        recipe = recipe.model_copy(update={"keep_from_base": []})
+    return open_models(recipe, root)
 
 
 def _print_notes(notes: Sequence[str], console: Console) -> None:

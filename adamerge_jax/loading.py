@@ -190,12 +190,20 @@ def load_head(models: Models, task: str) -> dict[str, np.ndarray]:
     return {name: models.experts[task].read(name) for name in models.head_names(task)}
 
 
-def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.ndarray]]:
-    """The merged trunk, tensor by tensor, in the order and the dtype of the base.
+def fold(
+    models: Models, coefficients: Coefficients, dtype: np.dtype | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The merged trunk, tensor by tensor, in the order of the base.
 
     Reads the checkpoints again rather than the task vectors in memory: sums are those of the
     stored weights whatever the representation while learning, and memory stays at one tensor of
     every expert, or at a few blocks of it where nothing else is asked for than entries.
+
+    Args:
+        models: The base and its experts.
+        coefficients: How much of each expert goes where.
+        dtype: What the float32 sums are rounded to, once; by default each tensor's in the base.
+            Tensors that are not mixed stay as they are stored.
 
     Yields:
         The name of a tensor (without `*`) and its merged value.
@@ -221,9 +229,10 @@ def fold(models: Models, coefficients: Coefficients) -> Iterator[tuple[str, np.n
                 yield name, models.base.read(name)
             elif stored:
                 scale = np.asarray(scales[name])
-                yield name, fold_tensor(name, models.base, experts, scale, threads)
+                yield name, fold_tensor(name, models.base, experts, scale, threads, dtype)
             else:
-                yield name, _fold_delta(models, coefficients, granularity, name, scales[name])
+                merged = _fold_delta(models, coefficients, granularity, name, scales[name])
+                yield name, merged.astype(dtype or models.base.dtype(name))
 
 
 def require_fitting(models: Models, coefficients: Coefficients) -> None:
@@ -253,7 +262,7 @@ _materialize = jax.jit(Mixture.materialize)
 def _fold_delta(
     models: Models, coefficients: Coefficients, granularity: Granularity, name: str, scale: Array
 ) -> np.ndarray:
-    """One merged tensor from the representation that its granularity asks for."""
+    """One merged tensor, float32, from the representation that its granularity asks for."""
     tensor = models.base.read(name)
     if coefficients.interference:
         values, _ = _read_entries(models, name, [name], FLOAT32)
@@ -263,7 +272,7 @@ def _fold_delta(
     if delta is None:
         return tensor  # only experts that are left out changed it
     mixture = Mixture(tensor.astype(np.float32), granularity.prepare(name, delta), scale)
-    return np.asarray(_materialize(mixture)).astype(tensor.dtype)
+    return np.asarray(_materialize(mixture))
 
 
 def _read_delta(

@@ -232,6 +232,22 @@ def test_what_is_kept_from_the_base_is_not_in_the_adapter(llama, tmp_path):
     assert all(".layers.0.self_attn." in name for name in names)
 
 
+def test_what_a_fold_keeps_from_the_base_is_not_in_the_adapter(llama, tmp_path):
+    models = open_models(parse_recipe(llama.adapters), Path("/"))
+    random_coefficients(models, "row").save(tmp_path / "rows.safetensors")
+    fields = llama.adapters | {"keep_from_base": ["*.q_proj.*"], "export": {"adapter": True}}
+    out = tmp_path / "out"
+    jobs.fold_file(
+        tmp_path / "rows.safetensors",
+        parse_recipe(fields),
+        root=Path("/"),
+        out=out,
+        console=quiet(),
+    )
+    require_same("llama", Path(llama.adapters["base"]), out)
+    assert not any("q_proj" in name for name in load_file(out / "adapter" / WEIGHTS_FILE))
+
+
 def refusal(fields: Fields, out: Path, **changes: Any) -> str:
     """Why learning is refused before anything is learned or written."""
     with pytest.raises(InputError) as caught:

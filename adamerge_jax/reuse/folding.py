@@ -18,7 +18,8 @@ class Fold(NamedTuple):
     Attributes:
         coefficients: Those of the file, scaled; without the experts that are left out, unless
             interference steps need them.
-        models: The base and the experts of these coefficients, in their order.
+        models: The base and the experts of these coefficients, in their order; what the file does
+            not mix is among what they keep.
         notes: What a user should know of it, a sentence each.
     """
 
@@ -79,6 +80,11 @@ def prepare_fold(
         )
     require_fitting(models, coefficients)
     notes = [f"{file} was {difference}" for difference in differences.values()]
+    if left := [name for name in coefficients.shapes if name in models.kept]:
+        notes.append(
+            f"{len(left)} of the {len(coefficients.shapes)} tensors that {file} mixes stay the "
+            f"base's, such as {left[0]}: keep_from_base says so, or an expert has none"
+        )
     order = [name for name in coefficients.names if name in needed]
     base, by_name = models.sources[0], {source.name: source for source in experts}
     return Fold(
@@ -87,6 +93,7 @@ def prepare_fold(
             models,
             experts={name: models.experts[name] for name in order},
             sources=(base, *(by_name[name] for name in order)),
+            kept=models.kept | (models.base.names.keys() - coefficients.shapes.keys()),
         ),
         tuple(notes),
     )

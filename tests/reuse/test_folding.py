@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from adamerge_jax import cli, jobs
 from adamerge_jax.checkpoints.huggingface import Checkpoint
@@ -84,6 +87,67 @@ def test_the_command_scales_and_says_so(text_fields, file, reference, tmp_path, 
     )
     cli.main(["inspect", str(out / "coefficients.safetensors")])
     assert "tone times 0.5" in capsys.readouterr().out
+
+
+def test_the_card_of_a_fold_with_interference_names_the_models_that_are_there(
+    text_fields, tmp_path
+):
+    steps = [FittedStep("trim", {"density": 0.5}), FittedStep("elect_sign", {})]
+    path, out = tmp_path / "steps.safetensors", tmp_path / "out"
+    random_coefficients(models_of(text_fields), interference=steps).save(path)
+    recipe = write_recipe(tmp_path, text_fields)
+    cli.main(["fold", str(path), "--recipe", str(recipe), "--out", str(out), "--scale", "tone=0"])
+    card = (out / "checkpoint/README.md").read_text()
+    assert "tasks/topic" in card
+    assert "tasks/tone" not in card
+    assert not (out / "checkpoint/tasks/tone").exists()
+
+
+def test_the_file_says_what_is_mixed(text_fields, file, tmp_path, capsys):
+    """Not what the recipe's preset keeps from the base, but what its own patterns keep."""
+    recipe = write_recipe(tmp_path, text_fields | {"preset": "expert-merging"})
+    models = models_of(text_fields)
+    merged = dict(fold(models, Coefficients.load(file)))
+    pattern = "*.attention.self.*"
+
+    def kept(*options: str) -> set[str]:
+        """The mixed tensors that a fold leaves at the base's."""
+        out = tmp_path / f"out {len(options)}"
+        cli.main(["fold", str(file), "--recipe", str(recipe), "--out", str(out), *options])
+        checkpoint = Checkpoint.open(out / "checkpoint")
+        different = {n for n in merged if (checkpoint.read(n) != merged[n]).any()}
+        for name in different:
+            np.testing.assert_array_equal(checkpoint.read(name), models.base.read(name))
+        return different
+
+    assert kept() == set()
+    assert "note" not in capsys.readouterr().out
+    found = kept("--keep-from-base", pattern)
+    assert found == {n for n in Coefficients.load(file).shapes if fnmatchcase(n, pattern)}
+    assert f"{len(found)} of the " in (printed := capsys.readouterr().out)
+    assert "stay the base's, such as bert.encoder.layer.0.attention.self." in printed
+
+
+@pytest.mark.parametrize("granularity", ["row", "chunk"])
+def test_float32_keeps_the_sums_of_bfloat16_models(text_recipe, tmp_path, granularity):
+    AutoModel.from_pretrained(text_recipe["base"]).bfloat16().save_pretrained(tmp_path / "base")
+    fields = text_recipe | {"base": str(tmp_path / "base")}
+    for task, own in fields["tasks"].items():
+        model = AutoModelForSequenceClassification.from_pretrained(own["expert"]).bfloat16()
+        model.save_pretrained(tmp_path / task)
+        own["expert"] = str(tmp_path / task)
+    models = models_of(fields)
+    options = {"pieces": 3} if granularity == "chunk" else {}
+    coefficients = random_coefficients(models, granularity, **options)
+    wide = dict(fold(models, coefficients, np.dtype(np.float32)))
+    rounded = 0
+    for name, array in fold(models, coefficients):
+        assert array.dtype == ml_dtypes.bfloat16
+        if name in coefficients.shapes:
+            assert wide[name].dtype == np.float32
+            rounded += (wide[name] != array).sum()
+        np.testing.assert_array_equal(wide[name].astype(ml_dtypes.bfloat16), array)
+    assert rounded > 1000
 
 
 def test_factors_are_read():
