@@ -13,6 +13,7 @@ def make_console(width: int = 120) -> Console:
         width: Of what is no terminal, such as a log file, in characters, unless the environment
             variable `COLUMNS` says otherwise. Rich would cut tables there to 80.
     """
+    # No markup: names and paths may have brackets.
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        return Console()
-    return Console(width=width)
+        return Console(markup=False)
+    return Console(width=width, markup=False)

@@ -18,6 +18,7 @@ from adamerge_jax.baselines import average, task_arithmetic
 from adamerge_jax.checkpoints.folders import require_new, require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import require_same_architecture
+from adamerge_jax.checkpoints.orbax import require_plain_path
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError
@@ -82,7 +83,9 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     """
     devices = open_devices(recipe.devices)
     first, console = is_first_process(), _of_first_process(console)
+    out = out.expanduser()
     require_startable(out, recipe, resume=resume)
+    require_plain_path(out)
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
@@ -186,7 +189,10 @@ def fold_file(
     """
     devices = open_devices(recipe.devices)
     console = _of_first_process(console)
+    out = out.expanduser()
     require_new(out)
+    if recipe.export.orbax:
+        require_plain_path(out)
     coefficients, models, notes = prepare_fold(
         file,
         dataclasses.replace(_open_to_fold(recipe, root), devices=devices),
@@ -215,6 +221,7 @@ def compare_files(first: Path, second: Path, *, out: Path | None, console: Conso
         InputError: A file cannot be read, they have nothing in common, or `out` is no PNG file in
             a folder that exists.
     """
+    out = out and out.expanduser()
     if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
         raise InputError(f"--out {out}: expected a .png file in a folder that exists")
     comparison = compare(Coefficients.load(first), Coefficients.load(second))
@@ -351,4 +358,4 @@ def _open_to_fold(recipe: Recipe, root: Path) -> Models:
 
 def _print_notes(notes: Sequence[str], console: Console) -> None:
     for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)

@@ -87,13 +87,21 @@ def put_right(out: Path, exports: tuple[str, ...]) -> int | None:
 def _first_difference(
     before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """The first field in which two recipes differ, and what it is in each."""
+    """The first field in which two recipes differ, and what it is in each.
+
+    A field that is missing is as one that is null. The order of names counts: it is that of the
+    experts, and of name patterns.
+    """
     for name in {**before, **now}:
         was, is_now = before.get(name), now.get(name)
-        if was == is_now:
+        if not (isinstance(was, dict) and isinstance(is_now, dict)):
+            if was != is_now:
+                return name, was, is_now
             continue
-        if isinstance(was, dict) and isinstance(is_now, dict):
-            field, was, is_now = _first_difference(was, is_now)
+        if difference := _first_difference(was, is_now):
+            field, was, is_now = difference
             return f"{name}.{field}", was, is_now
-        return name, was, is_now
+        orders = [key for key in was if key in is_now], [key for key in is_now if key in was]
+        if orders[0] != orders[1]:
+            return name, *orders
     return None

@@ -18,6 +18,16 @@ RESULTS_FILE = "results.json"
 COEFFICIENTS_FILE = "coefficients.safetensors"
 HEAT_MAP_FILE = "coefficients.png"
 
+_FILLED_IN = (
+    "base.path",
+    "preset",
+    "keep_from_base",
+    "coefficients.granularity",
+    "coefficients.constraint",
+    "learning.steps",
+)
+"""Fields that the recipe of a run has whatever its user wrote, and that are read from it."""
+
 ByTask = dict[str, float | None]
 
 
@@ -93,6 +103,11 @@ class SavedRun:
             tasks = list(recipe["tasks"])
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise InputError(f"{folder / RECIPE_FILE} is no recipe: {error}") from error
+        if missing := [field for field in _FILLED_IN if not _has(recipe, field)]:
+            raise InputError(
+                f"{folder} is no run folder: its {RECIPE_FILE} lacks {missing[0]}, which a run "
+                "fills in; give the folder that `adamerge learn` has written"
+            )
         return cls(
             folder,
             recipe,
@@ -120,6 +135,15 @@ class SavedRun:
                 return None
         step = self.coefficients.step
         return next((record for record in self.stages[-1] if record.step == step), None)
+
+
+def _has(fields: Any, path: str) -> bool:
+    """Whether nested dictionaries have a field, such as `base.path`."""
+    for name in path.split("."):
+        if not isinstance(fields, dict) or name not in fields:
+            return False
+        fields = fields[name]
+    return True
 
 
 def _read_stages(file: Path, tasks: list[str]) -> list[Stage]:

@@ -20,12 +20,12 @@ from adamerge_jax.devices import is_first_process
 from adamerge_jax.granularities import layer_of
 from adamerge_jax.merging import Problem
 from adamerge_jax.names import is_stacked
-from adamerge_jax.run_folder import RECORD_FILE, write_whole
+from adamerge_jax.run_folder import RECIPE_FILE, RECORD_FILE, write_whole
 from adamerge_jax.task_vectors.similarity import cosines, inner_products
 
 
 class RunRecord:
-    """The record of one run, written to its folder as soon as that is there."""
+    """The record of one run, written to its folder as soon as that holds the recipe."""
 
     def __init__(self, folder: Path):
         """Goes on with the record that the folder has, so that a resumed run's times add up.
@@ -57,11 +57,12 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        """Writes the file, with the peak memory up to now; nothing where there is no folder yet.
+        """Writes the file, with the peak memory up to now; nothing before the run has its folder.
 
-        Of several processes the first one does.
+        A folder that is there may be somebody's empty one, and the run may yet be refused. Of
+        several processes the first one writes.
         """
-        if self._folder.is_dir() and is_first_process():
+        if (self._folder / RECIPE_FILE).is_file() and is_first_process():
             self._fields["peak_memory_bytes"] = peak_memory()
             text = json.dumps(self._fields, indent=2, ensure_ascii=False)
             # A run that is killed meanwhile is to find a whole record when it goes on.

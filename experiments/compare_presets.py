@@ -131,7 +131,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 command += ["--until", str(reference["average"])]
             process = subprocess.run(command, capture_output=True, text=True)
             if process.returncode:
-                console.print(process.stderr, markup=False)
+                console.print(process.stderr)
                 sys.exit(process.returncode)
             runs[key] = json.loads(process.stdout.splitlines()[-1])
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 
 from adamerge_jax import cli, jobs
 from adamerge_jax.checkpoints.snapshots import Snapshots, last_step
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.progress import show_progress
+from adamerge_jax.recipes import parse_recipe
+from adamerge_jax.resuming import as_fields, require_startable
 from tests.references import write_recipe
 
 COARSE = {
@@ -149,6 +152,9 @@ def test_what_is_refused(fields, tmp_path, monkeypatch, capsys):
     assert "go on with it with --resume" in error_of(capsys, tmp_path, fields)
     said = error_of(capsys, tmp_path, fields, "--resume", "--learning.optimizer.learning-rate", "1")
     assert "another recipe: learning.optimizer.learning_rate was 0.02, now it is 1.0" in said
+    backwards = fields | {"tasks": dict(reversed(fields["tasks"].items()))}
+    said = error_of(capsys, tmp_path, backwards, "--resume")
+    assert "another recipe: tasks was ['shape', 'colour'], now it is ['colour', 'shape']" in said
     said = error_of(capsys, tmp_path, fields, "--resume", "--seed", "3")
     assert "another recipe: seed was 0, now it is 3" in said
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")}
@@ -214,3 +220,17 @@ def test_snapshots_keep_every_bit(tmp_path):
     with pytest.raises(InputError, match="of something else"):
         again.load((raw, 7))
     again.close()
+
+
+def test_a_field_that_is_missing_is_as_one_that_is_null(tmp_path, fields):
+    recipe = parse_recipe(fields)
+    before = as_fields(recipe)
+    before["learning"]["optimizer"]["options"] = {"mu_dtype": None}
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(before, sort_keys=False))
+    require_startable(run, recipe, resume=True)
+    before["learning"]["optimizer"]["options"] = {"mu_dtype": "bfloat16"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(before, sort_keys=False))
+    with pytest.raises(InputError, match=r"optimizer\.options\.mu_dtype was 'bfloat16', now it is"):
+        require_startable(run, recipe, resume=True)

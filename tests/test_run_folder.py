@@ -65,3 +65,10 @@ def test_what_cannot_be_read(tmp_path):
     (tmp_path / "recipe.yaml").write_text("- a list")
     with pytest.raises(InputError, match=r"recipe\.yaml is no recipe"):
         SavedRun.open(tmp_path)
+
+
+def test_a_recipe_that_is_not_of_a_run(tmp_path):
+    text = "base: org/base\ntasks:\n  a: {expert: org/a, calibration: a.jsonl}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"no run folder: its recipe\.yaml lacks base\.path"):
+        SavedRun.open(tmp_path)

@@ -8,6 +8,7 @@ from adamerge_jax.run_record import RunRecord
 
 
 def test_times_of_phases_add_up(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
     record = RunRecord(tmp_path)
     with record.phase("learning"):
         time.sleep(0.02)
@@ -24,6 +25,7 @@ def test_times_of_phases_add_up(tmp_path):
 
 def test_a_record_is_replaced_and_not_written_over(tmp_path):
     """Whenever a run is killed, there is a whole record to go on with."""
+    (tmp_path / "recipe.yaml").touch()
     record = RunRecord(tmp_path)
     record.add(device="a chip")
     before = tmp_path / "before.json"
@@ -32,16 +34,24 @@ def test_a_record_is_replaced_and_not_written_over(tmp_path):
     assert json.loads(before.read_text())["device"] == "a chip"
     found = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (found["device"], found["note"]) == ("another chip", "\N{EN DASH}")
-    assert {file.name for file in tmp_path.iterdir()} == {"before.json", "run.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "before.json",
+        "recipe.yaml",
+        "run.json",
+    }
 
 
-def test_nothing_is_written_before_the_folder_is_there(tmp_path):
+def test_nothing_is_written_before_the_recipe_is_there(tmp_path):
     folder = tmp_path / "run"
     record = RunRecord(folder)
     with record.phase("opening"):
         pass
     assert not folder.exists()
     folder.mkdir()
+    with record.phase("opening"):
+        pass
+    assert not any(folder.iterdir())
+    (folder / "recipe.yaml").touch()
     with record.phase("learning"):
         pass
     assert json.loads((folder / "run.json").read_text())["seconds"].keys() == {

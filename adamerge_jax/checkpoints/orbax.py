@@ -3,6 +3,7 @@
 It is a flat dictionary: the keys are the parameters' names, dots and `*` included.
 """
 
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,19 @@ class UnreadArray:
     read: Callable[[], np.ndarray]
 
 
+def require_plain_path(folder: Path) -> None:
+    """Refuses a folder that Orbax cannot write to: it takes its own paths as patterns.
+
+    Raises:
+        InputError: The path has a `*`, `?` or `[`.
+    """
+    if glob.has_magic(str(folder.absolute())):
+        raise InputError(
+            f"{folder.absolute()} has one of the characters * ? [ in its path, with which Orbax "
+            "writes nothing that can be read; choose another folder"
+        )
+
+
 def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | UnreadArray]) -> None:
     """Writes parameters; the folder appears when it is complete.
 
@@ -41,8 +55,10 @@ def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | Unr
         parameters: Arrays by name, such as `bert.encoder.layer.*.output.dense.weight`.
 
     Raises:
-        InputError: The folder is in use or cannot be made, or the disk becomes full.
+        InputError: The folder is in use, cannot be made or has no plain path, or the disk becomes
+            full.
     """
+    require_plain_path(Path(folder))
     if jax.process_count() > 1:
         # Orbax has the processes agree on a temporary name of its own.
         with ocp.StandardCheckpointer() as checkpointer:

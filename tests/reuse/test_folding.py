@@ -150,6 +150,14 @@ def test_float32_keeps_the_sums_of_bfloat16_models(text_recipe, tmp_path, granul
     assert rounded > 1000
 
 
+def test_a_home_folder_that_no_shell_has_filled_in(text_fields, file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = write_recipe(tmp_path, text_fields)
+    cli.main(["fold", str(file), "--recipe", str(recipe), "--out=~/out", "--scale", "tone=0"])
+    found = {entry.name for entry in (tmp_path / "out").iterdir()}
+    assert found == {"checkpoint", "coefficients.safetensors", "orbax"}
+
+
 def test_factors_are_read():
     with pytest.raises(InputError, match="found 'tone'; expected an expert and a factor"):
         parse_scale(("tone",))
