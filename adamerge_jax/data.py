@@ -3,7 +3,7 @@
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -24,6 +24,37 @@ from adamerge_jax.recipes import DataSource
 from adamerge_jax.tables import no_column, texts_of
 
 
+class TokenLimits(NamedTuple):
+    """The token ids that a model can read.
+
+    Attributes:
+        vocabulary: Number of rows of its table.
+        longest: The longest text that it has positions for.
+    """
+
+    vocabulary: int
+    longest: int
+
+    def require(self, token_ids: Int[np.ndarray, "N T"]) -> None:
+        """Refuses token ids that are none of this model's.
+
+        Raises:
+            InputError: They are no whole numbers, too large, or too many.
+        """
+        if not np.issubdtype(token_ids.dtype, np.integer):
+            raise InputError(f"input_ids are {token_ids.dtype}, expected whole numbers")
+        if token_ids.min() < 0 or token_ids.max() >= self.vocabulary:
+            raise InputError(
+                f"input_ids go from {token_ids.min()} to {token_ids.max()}, the model's tokens "
+                f"from 0 to {self.vocabulary - 1}; they are another tokenizer's"
+            )
+        if token_ids.shape[1] > self.longest:
+            raise InputError(
+                f"input_ids: texts have {token_ids.shape[1]} tokens, the model has positions for "
+                f"{self.longest}; truncate them to {self.longest}"
+            )
+
+
 def load_examples(
     source: DataSource,
     *,
@@ -33,6 +64,7 @@ def load_examples(
     max_length: int,
     seed: int,
     name: str,
+    limits: TokenLimits | None = None,
     language: bool = False,
     decoder_start: int | None = None,
 ) -> Examples:
@@ -46,6 +78,7 @@ def load_examples(
         max_length: Longest text in tokens.
         seed: Draws the examples where `source.limit` is under their number.
         name: What error messages call these examples.
+        limits: Of token ids in NumPy files; None where the inputs are images.
         language: Whether they are for a language model.
         decoder_start: The token that the responses of an encoder-decoder start with.
 
@@ -59,7 +92,7 @@ def load_examples(
                 f"{name}: {source.path}: a language model's data are texts, not NumPy arrays; give "
                 "a table (.jsonl, .csv, .parquet) with messages, prompts and responses, or texts"
             )
-        examples = _load_arrays(path, source, inputs, name)
+        examples = _load_arrays(path, source, inputs, limits, name)
     else:
         table = _load_table(path, source, name)
         if language:
@@ -193,7 +226,9 @@ def _require_rows(
         raise InputError(f"{name}: neither the base nor an expert comes with a {kind}; save one")
 
 
-def _load_arrays(path: Path, source: DataSource, inputs: Sequence[str], name: str) -> Examples:
+def _load_arrays(
+    path: Path, source: DataSource, inputs: Sequence[str], limits: TokenLimits | None, name: str
+) -> Examples:
     """Reads model inputs from a NumPy file."""
     if not path.is_file():
         raise InputError(f"{name}: no such file: {path}")
@@ -220,6 +255,8 @@ def _load_arrays(path: Path, source: DataSource, inputs: Sequence[str], name: st
         raise InputError(f"{name}: {path} has no examples")
     try:
         examples = ArrayExamples(chosen)
+        if limits is not None:
+            limits.require(chosen["input_ids"])
     except InputError as error:
         raise InputError(f"{name}: {path}: {error}") from error
     if labels is not None:

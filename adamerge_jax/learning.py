@@ -23,7 +23,7 @@ from adamerge_jax.granularities import Granularity, Values
 from adamerge_jax.microbatches import split
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, head_parameters
-from adamerge_jax.objectives import NOT_PREDICTED, Objective, Targets, TaskOutputs
+from adamerge_jax.objectives import NOT_PREDICTED, Objective, Targets, TaskOutputs, require_given
 from adamerge_jax.regularizers import Regularizer
 from adamerge_jax.task_vectors import Delta
 
@@ -245,6 +245,7 @@ def _evaluate_task(
     objective: Objective, outputs: TaskOutputs, targets: Targets, weights: Float[Array, " B"]
 ) -> tuple[Float[Array, ""], Int[Array, "B ..."]]:
     """The objective of one task, and the classes predicted."""
+    require_given(objective.needs, outputs, targets)
 
     def evaluate() -> tuple[Array, Array]:
         known = outputs

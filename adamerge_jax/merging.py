@@ -136,6 +136,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
     needs = needs_of(recipe, models)
     _require_layers(needs, models)
     _require_fitting_objectives(recipe, models, needs)
+    _require_fitting_optimizer(recipe)
     kept = recipe.task_vectors
     deltas, mixed, interference = load_task_vectors(
         models,
@@ -459,6 +460,18 @@ def _require_fitting_objectives(recipe: Recipe, models: Models, needs: Mapping[s
                 f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
                 "name the column of the class index, or choose an objective that needs none"
             )
+
+
+def _require_fitting_optimizer(recipe: Recipe) -> None:
+    """Refuses an optimizer that a gradient is not enough for, such as one with a line search."""
+    optimizer = recipe.learning.optimizer.build(recipe.learning.steps)
+    try:
+        jax.eval_shape(lambda one: optimizer.update(one, optimizer.init(one), one), jnp.zeros(1))
+    except TypeError as error:
+        raise InputError(
+            f"learning.optimizer.name: optax.{recipe.learning.optimizer.name} asks for more than "
+            "a gradient in each step; use e.g. adam"
+        ) from error
 
 
 def _require_layers(needs: Mapping[str, Needs], models: Models) -> None:

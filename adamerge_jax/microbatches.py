@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from adamerge_jax.calibration import Batch
+from adamerge_jax.errors import InputError
 
 
 def split(batch: Batch, parts: int) -> Batch:
@@ -18,8 +19,16 @@ def split(batch: Batch, parts: int) -> Batch:
 
     Returns:
         The same with a leading axis of length `parts` on every array.
+
+    Raises:
+        InputError: B is no such multiple.
     """
     tasks, size = batch.weights.shape
+    if size % parts:
+        raise InputError(
+            f"{parts} microbatches cannot have as many each of {size} examples of a task; choose "
+            f"a number that divides {size}"
+        )
 
     def by_task(tree: PyTree, blocks: int) -> PyTree:
         """`[blocks * B, ...]`, one block for each task, to `[parts, blocks * B / parts, ...]`."""

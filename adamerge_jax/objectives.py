@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.registries import call_registered
 
 NOT_PREDICTED = -100
@@ -123,6 +124,30 @@ class Objective(NamedTuple):
 
     value: Callable[[TaskOutputs, Targets], Float[Array, " B"]]
     needs: Needs = Needs()
+
+
+def require_given(needs: Needs, outputs: TaskOutputs, targets: Targets) -> None:
+    """Refuses outputs and targets without something that an objective must be given.
+
+    Raises:
+        InputError: Says what is missing, and who makes it.
+    """
+    layers = set(needs.hidden_states)
+    missing = {
+        "the expert's logits in the targets; ask_expert makes them": needs.expert_logits
+        and targets.expert_logits is None
+        and targets.expert_top is None,
+        "labels in the targets; give them to the examples": needs.labels and targets.labels is None,
+        "the logits of a strong view in the outputs; recipes make them": needs.strong_view
+        and outputs.strong is None,
+        "the expert's hidden states in the targets; ask_expert makes them": not layers
+        <= targets.expert_hidden_states.keys(),
+        "hidden states in the outputs; the forward function returns them": not layers
+        <= outputs.hidden_states.keys(),
+    }
+    for what, is_missing in missing.items():
+        if is_missing:
+            raise InputError(f"an objective must be given {what}")
 
 
 def entropy() -> Objective:

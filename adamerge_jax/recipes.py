@@ -224,6 +224,11 @@ class OptimizerRecipe(Section):
             if function and "decay_steps" in inspect.signature(function).parameters:
                 options = {"decay_steps": steps} | options
             rate = _call_optax("learning.optimizer.schedule", self.schedule, modules, options)
+        if "learning_rate" in self.options:
+            raise InputError(
+                "learning.optimizer.options: learning_rate is a field of its own, "
+                "learning.optimizer.learning_rate"
+            )
         options = self.options | {"learning_rate": rate}
         field = "learning.optimizer.name"
         optimizer = _call_optax(field, self.name, [optax, optax.contrib], options)

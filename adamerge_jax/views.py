@@ -56,7 +56,7 @@ def _crop_and_mirror(
     offset = generator.uniform(0, 1, 2) * (1 - scale) * (size - 1)
     cropped = [
         affine_transform(channel, [scale, scale], offset, order=1, mode="nearest")
-        for channel in image
+        for channel in image.astype(np.float32)
     ]
     pixels = np.stack(cropped).astype(image.dtype)
     return pixels[:, :, ::-1] if generator.random() < 0.5 else pixels

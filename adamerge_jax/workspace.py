@@ -12,7 +12,7 @@ from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
 
 from adamerge_jax.checkpoints.huggingface import in_one_line
-from adamerge_jax.data import load_examples
+from adamerge_jax.data import TokenLimits, load_examples
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import Evaluator
@@ -127,7 +127,9 @@ def example_loader(
         InputError: A tokenizer that is asked for is missing, or the experts' differ.
     """
     preprocessor = _preprocessor(models, recipe.tokenizer)
-    lengths = [recipe.max_length, models.family.max_tokens(models.config)]
+    longest = models.family.max_tokens(models.config)
+    limits = None if longest is None else TokenLimits(models.config.vocab_size, longest)
+    lengths = [recipe.max_length, longest]
     lengths.append(getattr(preprocessor, "model_max_length", None))
     max_length = min(length for length in lengths if length is not None)
     decoder_start = _decoder_start(models) if models.config.is_encoder_decoder else None
@@ -141,6 +143,7 @@ def example_loader(
             max_length=max_length,
             seed=recipe.seed,
             name=name,
+            limits=limits,
             language=models.family.language,
             decoder_start=decoder_start,
         )

@@ -227,6 +227,8 @@ def test_an_unknown_recipe_field(text_recipe, tmp_path, refused):
         ("--coefficients.initial", "1.5", "coefficients.initial: 1.5 is not from 0 to 1"),
         ("--seed", "-1", "seed: found -1"),
         ("--learning.optimizer.name", "adamm", "optax has no 'adamm'; did you mean 'adam'"),
+        ("--learning.optimizer.name", "lbfgs", "optax.lbfgs asks for more than a gradient"),
+        ("--learning.optimizer.options", "{learning_rate: 7}", "learning_rate is a field of its"),
     ],
 )
 def test_unusable_options(text_recipe, tmp_path, capfd, option, value, message):
@@ -384,3 +386,38 @@ def test_one_line_is_all_that_a_user_sees(text_recipe, expert, tmp_path):
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"error: expert 'topic' ({expert}): {QUERY} holds 1 NaN")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_stays_empty(text_recipe, tmp_path, capfd):
+    """So that the recipe, once it is put right, can be started in it."""
+    (tmp_path / "out").mkdir()
+    text_recipe["tasks"]["topic"]["calibration"] = "none.jsonl"
+    recipe = write_recipe(tmp_path, text_recipe)
+    status, said = failure(capfd, "learn", str(recipe), "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert "no such file" in said
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_run_folder_that_orbax_takes_for_a_pattern(text_recipe, tmp_path, capfd):
+    recipe = write_recipe(tmp_path, text_recipe)
+    out = tmp_path / "run [v2]"
+    status, said = failure(capfd, "learn", str(recipe), "--out", str(out))
+    assert status == 2
+    assert f"{out} has one of the characters * ? [ in its path" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (np.full((8, 4), 30_000), "input_ids go from 30000 to 30000, the model's tokens from 0 to"),
+        (np.full((8, 4), -1), "input_ids go from -1 to -1"),
+        (np.ones((8, 4), np.float32), "input_ids are float32, expected whole numbers"),
+        (np.ones((8, 4000), int), "texts have 4000 tokens, the model has positions for"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have(text_recipe, tmp_path, refused, ids, said):
+    np.savez(tmp_path / "data.npz", input_ids=ids)
+    text_recipe["tasks"]["topic"]["calibration"] = str(tmp_path / "data.npz")
+    refused(text_recipe, "calibration data of task 'topic'", "data.npz", said)

@@ -86,3 +86,9 @@ def test_coefficients_are_those_of_the_whole_batch(image_recipe, tmp_path):
 def test_what_cannot_be_is_refused_when_the_recipe_is_read(image_recipe, changes, message):
     with pytest.raises(InputError, match=message):
         parse_recipe(image_recipe | changes)
+
+
+def test_parts_that_do_not_come_out_even():
+    batch = Batch({"x": np.zeros((8, 2))}, np.ones((2, 4)), [Targets()] * 2)
+    with pytest.raises(InputError, match=r"3 microbatches .* choose a number that divides 4"):
+        split(batch, 3)

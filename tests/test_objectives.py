@@ -16,6 +16,7 @@ from adamerge_jax.objectives import (
     TopTokens,
     entropy,
     make_objective,
+    require_given,
     token_losses,
     weighted_sum,
 )
@@ -464,3 +465,23 @@ def test_ones_own_objective(tmp_path, monkeypatch):
     np.testing.assert_allclose(values, 2 * draw(0).max(-1))
     with pytest.raises(InputError, match="its options are scale"):
         make_objective("own_objectives:largest", {"size": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "targets", "missing"),
+    [
+        ("logit_alignment", {}, Targets(), "the expert's logits in the targets; ask_expert"),
+        ("cross_entropy", {}, Targets(), "labels in the targets"),
+        ("pseudo_labels", {}, Targets(), "the logits of a strong view"),
+        ("hidden_state_alignment", {"layers": [0]}, Targets(), "expert's hidden states in the"),
+        (
+            "hidden_state_alignment",
+            {"layers": [0]},
+            Targets(expert_hidden_states={0: np.zeros((6, 2, 3))}),
+            "hidden states in the outputs",
+        ),
+    ],
+)
+def test_what_an_objective_was_not_given(name, options, targets, missing):
+    with pytest.raises(InputError, match=missing):
+        require_given(make_objective(name, options).needs, TaskOutputs(draw(0)), targets)

@@ -151,6 +151,18 @@ def test_experts_that_do_not_fit(expert, message):
         task_vectors(base, [base, expert])
 
 
+def test_what_is_no_number_stays_the_bases():
+    """The state of a Flax NNX model with dropout holds a random key and its counter."""
+
+    def model(kernel: float, seed: int) -> dict[str, jax.Array]:
+        count = jnp.asarray(seed, jnp.uint32)
+        return {"kernel": jnp.full((2, 2), kernel), "key": jax.random.key(seed), "count": count}
+
+    deltas = task_vectors(model(1.0, 3), [model(2.0, 1), model(3.0, 2)])
+    assert list(deltas) == ["kernel"]
+    np.testing.assert_array_equal(deltas["kernel"].values[:, 0, 0], [1, 2])
+
+
 EXPERTS, ROWS, COLUMNS, LAYERS = 3, 6, 5, 3
 SCALES = {
     "whole": (EXPERTS, 1, 1),

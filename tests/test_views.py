@@ -84,3 +84,13 @@ def test_an_images_strong_view_is_a_part_of_it_enlarged():
     )
     mirrored = (steps_right < 0).all((1, 2))
     assert 10 < mirrored.sum() < 40
+
+
+def test_an_images_strong_view_in_half_precision():
+    pixels = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float16)
+    views = [
+        strong_view({"pixel_values": array}, np.random.default_rng(1))["pixel_values"]
+        for array in (pixels, pixels.astype(np.float32))
+    ]
+    assert views[0].dtype == np.float16
+    np.testing.assert_array_equal(views[0], views[1].astype(np.float16))

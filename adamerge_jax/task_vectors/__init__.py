@@ -45,7 +45,9 @@ def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[
 
     Returns:
         One delta per parameter name, `[K, *shape]`, or `[L, K, *shape]` where the name is stacked.
-        Parameters that no expert changed have no entry: nothing is to be mixed there.
+        Parameters that no expert changed have no entry: nothing is to be mixed there. Nor have
+        leaves that are no floating-point numbers, such as counters and random keys, which stay the
+        base's.
 
     Raises:
         InputError: An expert's structure or a shape differs from the base's.
@@ -80,6 +82,8 @@ def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[
                     f"expert {position}: parameter {name!r} has shape {leaves[name].shape}, "
                     f"the base has {base_leaf.shape}"
                 )
+        if not jnp.issubdtype(base_leaf.dtype, jnp.floating):
+            continue
         start = jnp.asarray(base_leaf, jnp.float32)
         differences = [jnp.asarray(leaves[name], jnp.float32) - start for leaves in expert_leaves]
         values = jnp.stack(differences, axis=1 if is_stacked(name) else 0)
