@@ -24,7 +24,7 @@ from adamerge_jax.names import numbered_block
 Expert = MatchedCheckpoint | MatchedAdapter
 
 _SMALLEST_SUM = 1e-8
-"""Of weights that mergekit divides by; below, `task_arithmetic` divides by 1."""
+"""Of weights that mergekit divides by; below, `task_arithmetic` divides by 1, `linear` fails."""
 
 
 def write_merge(
@@ -126,41 +126,33 @@ def read_weights(
             f"{file}: base_model is {config.get('base_model')!r}, the base is "
             f"{base.checkpoint.source}"
         )
+    own = _parameters(config, f"{file}: ")
+    roles = {"base": base, **experts}
     found: dict[str, Mapping[str, Any]] = {}
     for position, entry in enumerate(config["models"]):
         model = entry.get("model") if isinstance(entry, dict) else None
-        role = next(
-            (
-                role
-                for role, own in {"base": base, **experts}.items()
-                if _is_model(model, own, file)
-            ),
-            None,
-        )
-        if role is None:
-            raise InputError(
-                f"{file}: models.{position} is {model!r}, which is neither the base nor an expert"
-            )
-        found[role] = entry.get("parameters") or {}
+        role = _role(model, roles, file, f"models.{position}")
+        found[role] = _parameters(entry, f"{file}: models.{position}.")
     if missing := [task for task in experts if task not in found]:
         raise InputError(
             f"{file}: has no model for expert {missing[0]!r} "
             f"({experts[missing[0]].checkpoint.source})"
         )
-    own = config.get("parameters") or {}
     depths = _depths(base.names)
     weights = {}
     for name, in_file in base.names.items():
         place = (in_file, depths[name])
 
         def setting(key: str, default: object, place: tuple[str, float] = place) -> Any:
-            value = _resolve(own[key], *place, file) if key in own else None
+            value = None
+            if key in own:
+                value = _resolve(own[key], *place, f"{file}: parameters.{key}")
             return default if value is None else value
 
         def weight(role: str, place: tuple[str, float] = place) -> float:
             value = None
             if "weight" in found[role]:
-                value = _resolve(found[role]["weight"], *place, file)
+                value = _resolve(found[role]["weight"], *place, f"{file}: weight of {role}")
             if value is None:
                 value = setting("weight", None, place)
             if value is None:
@@ -176,6 +168,11 @@ def read_weights(
                 raise InputError(
                     f"{file}: the weights of {in_file} sum to {total:g}; without normalize only "
                     "weights of base and experts that sum to 1 are coefficients"
+                )
+            if abs(total) < _SMALLEST_SUM:
+                raise InputError(
+                    f"{file}: the weights of {in_file} sum to {total:g}, and linear divides by "
+                    "their sum; choose others, or task_arithmetic"
                 )
             weights[name] = values / total
             continue
@@ -250,6 +247,27 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def _parameters(owner: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The parameters of a config or of one of its models."""
+    parameters = owner.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise InputError(
+            f"{where}parameters is {parameters!r}; write names with values, as in "
+            "parameters: {weight: 0.5}"
+        )
+    return parameters
+
+
+def _role(reference: Any, roles: Mapping[str, Expert], file: Path, where: str) -> str:
+    """Which of our models a reference of a config is."""
+    for role, model in roles.items():
+        if _is_model(reference, model, file):
+            return role
+    raise InputError(f"{file}: {where} is {reference!r}, which is neither the base nor an expert")
+
+
 def _is_model(reference: Any, model: Expert, file: Path) -> bool:
     """Whether a reference of a config is one of our models."""
     if isinstance(reference, dict):
@@ -279,26 +297,34 @@ def _depths(names: Iterable[str]) -> dict[str, float]:
     return depths
 
 
-def _resolve(setting: Any, name: str, depth: float, file: Path) -> Any:
+def _resolve(setting: Any, name: str, depth: float, where: str) -> Any:
     """The value of a setting for one tensor, or None where no filter fits it.
 
     A list of numbers is a gradient over the depth of the network, piece by piece linear.
     """
+    value = setting
     if isinstance(setting, str):
         # To YAML 1.1, 1e-3 is a text.
         with suppress(ValueError):
-            return float(setting)
-    if isinstance(setting, (bool, int, float)):
-        return setting
+            value = float(setting)
     if isinstance(setting, list) and setting:
-        if all(isinstance(value, (int, float)) for value in setting):
-            return float(np.interp(depth, np.linspace(0, 1, len(setting)), setting))
-        if all(isinstance(entry, dict) and "value" in entry for entry in setting):
+        if all(isinstance(entry, (int, float)) for entry in setting):
+            value = float(np.interp(depth, np.linspace(0, 1, len(setting)), setting))
+        elif all(isinstance(entry, dict) and "value" in entry for entry in setting):
             for entry in setting:
                 own = entry.get("filter")
+                if own is not None and not isinstance(own, str):
+                    raise InputError(
+                        f"{where}: filter is {own!r}; write a part of tensors' names, in quotes "
+                        "if it is a number"
+                    )
                 if own in (None, "*") or own in name:
-                    return _resolve(entry["value"], name, depth, file)
+                    return _resolve(entry["value"], name, depth, where)
             return None
-    raise InputError(
-        f"{file}: {setting!r} is no number, list of numbers or list of filters with values"
-    )
+    if not isinstance(value, (bool, int, float)):
+        raise InputError(
+            f"{where}: {setting!r} is no number, list of numbers or list of filters with values"
+        )
+    if not np.isfinite(value):
+        raise InputError(f"{where}: {setting!r} is not finite; write finite numbers")
+    return value

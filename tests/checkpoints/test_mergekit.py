@@ -58,6 +58,9 @@ def bert(root: Path) -> Recipe:
     return save(root, BertForSequenceClassification(config), keep_from_base=["*.bias"])
 
 
+LINEAR = {"merge_method": "linear", "base_model": None}
+"""Changes of a config that make it an average of the experts alone."""
+
 KINDS = {"llama": llama, "bert": bert}
 
 
@@ -139,6 +142,14 @@ def write_config(folder: Path, recipe: Recipe, **changes: Any) -> Path:
     return file
 
 
+def weighted(recipe: Recipe, *weights: Any) -> list[dict[str, Any]]:
+    """The list of models of a config: the experts with these weights."""
+    return [
+        {"model": task.expert.path, "parameters": {"weight": weight}}
+        for task, weight in zip(recipe.tasks.values(), weights, strict=True)
+    ]
+
+
 def read(file: Path, recipe: Recipe) -> dict[str, np.ndarray]:
     models = open_models(recipe, Path())
     return read_weights(file, models.base, models.experts)
@@ -150,7 +161,7 @@ def read(file: Path, recipe: Recipe) -> dict[str, np.ndarray]:
         ({}, [0.25, 0.5]),
         ({"parameters": {"lambda": 2}}, [0.5, 1.0]),
         ({"parameters": {"normalize": True, "lambda": 1.5}}, [0.5, 1.0]),
-        ({"merge_method": "linear"}, [1 / 3, 2 / 3]),
+        (LINEAR, [1 / 3, 2 / 3]),
     ],
 )
 def test_what_weights_are_multiplied_and_divided_by(llama_recipe, tmp_path, changes, expected):
@@ -204,9 +215,15 @@ def test_filters_and_gradients(llama_recipe, tmp_path):
         ({"base_model": "other/base"}, "base_model is 'other/base', the base is"),
         ({"models": [{"model": "other/expert"}]}, "models.0 is 'other/expert', which is neither"),
         ({"models": []}, "has no model for expert 'counting'"),
-        ({"parameters": {"lambda": {"a": 1}}}, "is no number, list of numbers or list of filters"),
         (
-            {"merge_method": "linear", "parameters": {"normalize": False}},
+            {"parameters": {"lambda": {"a": 1}}},
+            "parameters.lambda: .* is no number, list of numbers or list of filters",
+        ),
+        ({"parameters": {"lambda": float("nan")}}, "parameters.lambda: nan is not finite"),
+        ({"parameters": {"lambda": [{"filter": 0, "value": 1}]}}, "lambda: filter is 0; write"),
+        ({"parameters": 3}, "config.yaml: parameters is 3; write names with values"),
+        (
+            LINEAR | {"parameters": {"normalize": False}},
             "the weights of .* sum to 0.75; without normalize only",
         ),
     ],
@@ -216,6 +233,42 @@ def test_configs_that_are_no_coefficients(llama_recipe, tmp_path, changes, match
     with pytest.raises(InputError, match=match) as caught:
         read(file, llama_recipe)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [{}, LINEAR])
+@pytest.mark.parametrize(
+    "weight", [float("nan"), float("inf"), "nan", [1.0, float("inf")], [{"value": float("nan")}]]
+)
+def test_weights_that_are_not_finite(llama_recipe, tmp_path, method, weight):
+    models = weighted(llama_recipe, 1, weight)
+    file = write_config(tmp_path, llama_recipe, models=models, **method)
+    with pytest.raises(InputError, match=r"weight of naming: .* is not finite"):
+        read(file, llama_recipe)
+
+
+@pytest.mark.parametrize("weights", [(1, -1), (0, 0), (0.1, -0.1 + 1e-9)])
+def test_linear_with_weights_that_sum_to_nothing(llama_recipe, tmp_path, weights):
+    models = weighted(llama_recipe, *weights)
+    file = write_config(tmp_path, llama_recipe, models=models, **LINEAR)
+    with pytest.raises(InputError, match=r"weights of \S+ sum to .* linear divides by"):
+        read(file, llama_recipe)
+
+
+@pytest.mark.parametrize(
+    "parameters, match",
+    [
+        (1, "models.0.parameters is 1; write names with values"),
+        (0, "models.0.parameters is 0; write names with values"),
+        (["weight"], r"models.0.parameters is \['weight'\]; write names with values"),
+        ({"weight": [{"filter": 0, "value": 1}]}, "weight of counting: filter is 0; write a part"),
+        ({"weight": None}, "weight of counting: None is no number, list of numbers or list"),
+    ],
+)
+def test_parameters_of_a_model_that_are_none(llama_recipe, tmp_path, parameters, match):
+    models = weighted(llama_recipe, 1, 1)
+    models[0]["parameters"] = parameters
+    with pytest.raises(InputError, match=match):
+        read(write_config(tmp_path, llama_recipe, models=models), llama_recipe)
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "- 1", "base: x"])
