@@ -132,6 +132,11 @@ def read_weights(
     for position, entry in enumerate(config["models"]):
         model = entry.get("model") if isinstance(entry, dict) else None
         role = _role(model, roles, file, f"models.{position}")
+        if role in found:
+            raise InputError(
+                f"{file}: models.{position} is {model!r}, which is in the list already; list every "
+                "model once"
+            )
         found[role] = _parameters(entry, f"{file}: models.{position}.")
     if missing := [task for task in experts if task not in found]:
         raise InputError(
@@ -271,6 +276,11 @@ def _role(reference: Any, roles: Mapping[str, Expert], file: Path, where: str) -
 def _is_model(reference: Any, model: Expert, file: Path) -> bool:
     """Whether a reference of a config is one of our models."""
     if isinstance(reference, dict):
+        if reference.get("lora"):
+            raise InputError(
+                f"{file}: the model {reference!r} has a lora, and models with one are not read; "
+                "write an expert by its own path or Hub name, as the recipe does"
+            )
         reference = reference.get("model", reference)
     path = reference.get("path") if isinstance(reference, dict) else reference
     if not isinstance(path, str):
@@ -278,7 +288,9 @@ def _is_model(reference: Any, model: Expert, file: Path) -> bool:
     local = file.parent / Path(path).expanduser()
     if local.is_dir():
         return local.resolve() == model.checkpoint.folder.resolve()
-    return path.partition("@")[0] == model.checkpoint.source
+    name, _, revision = path.partition("@")
+    # What follows a + is a lora.
+    return name == model.checkpoint.source and "+" not in revision
 
 
 def _depths(names: Iterable[str]) -> dict[str, float]:

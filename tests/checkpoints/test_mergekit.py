@@ -3,6 +3,7 @@
 With MERGEKIT naming a `mergekit-yaml` (in an environment of its own), it is run on them.
 """
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -269,6 +270,47 @@ def test_parameters_of_a_model_that_are_none(llama_recipe, tmp_path, parameters,
     models[0]["parameters"] = parameters
     with pytest.raises(InputError, match=match):
         read(write_config(tmp_path, llama_recipe, models=models), llama_recipe)
+
+
+@pytest.mark.parametrize("method", [{}, LINEAR])
+def test_a_model_with_a_lora(llama_recipe, tmp_path, method):
+    models = weighted(llama_recipe, 1, 1)
+    path = models[0]["model"]
+    models[0]["model"] = {"model": {"path": path}, "lora": {"path": "some/lora"}}
+    file = write_config(tmp_path, llama_recipe, models=models, **method)
+    with pytest.raises(InputError, match=r"config\.yaml: the model .*some/lora.* has a lora"):
+        read(file, llama_recipe)
+    # One that is none is none.
+    models[0]["model"]["lora"] = None
+    file = write_config(tmp_path, llama_recipe, models=models, **method)
+    assert read(file, llama_recipe)
+
+
+def test_a_lora_behind_a_revision(llama_recipe, tmp_path):
+    opened = open_models(llama_recipe, Path())
+    one = opened.experts["counting"]
+    on_hub = dataclasses.replace(one.checkpoint, source="some/expert")
+    experts = opened.experts | {"counting": dataclasses.replace(one, checkpoint=on_hub)}
+    models = weighted(llama_recipe, 1, 1)
+    models[0]["model"] = "some/expert@main"
+    file = write_config(tmp_path, llama_recipe, models=models)
+    assert read_weights(file, opened.base, experts)
+    models[0]["model"] = "some/expert@main+some/lora"
+    file = write_config(tmp_path, llama_recipe, models=models)
+    with pytest.raises(InputError, match=r"models.0 is 'some/expert@main\+some/lora', which is"):
+        read_weights(file, opened.base, experts)
+
+
+@pytest.mark.parametrize("role", ["base", *TASKS])
+def test_a_model_that_is_listed_twice(llama_recipe, tmp_path, role):
+    models = weighted(llama_recipe, 1, 1)
+    paths = {"base": llama_recipe.base.path} | dict(
+        zip(TASKS, (entry["model"] for entry in models), strict=True)
+    )
+    models = [{"model": paths["base"]}, *models, {"model": {"model": {"path": paths[role]}}}]
+    file = write_config(tmp_path, llama_recipe, models=models)
+    with pytest.raises(InputError, match=r"models.3 is .*, which is in the list already"):
+        read(file, llama_recipe)
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "- 1", "base: x"])
