@@ -102,7 +102,7 @@ def read_weights(
     Args:
         file: A config with `merge_method: task_arithmetic` or `linear` and `models`, which are the
             base and the experts under the same paths or Hub names. Relative paths start at the
-            file's folder.
+            file's folder. To `linear`, a `base_model` is one of the models, listed or not.
         base: The base.
         experts: The K experts by task.
 
@@ -138,6 +138,14 @@ def read_weights(
                 "model once"
             )
         found[role] = _parameters(entry, f"{file}: models.{position}.")
+    if method == "linear" and config.get("base_model") is not None:
+        role = _role(config["base_model"], roles, file, "base_model")
+        if role not in found and "weight" not in own:
+            raise InputError(
+                f"{file}: linear merges base_model too, and it has no weight; list it among the "
+                "models with one, or leave base_model out"
+            )
+        found.setdefault(role, {})
     if missing := [task for task in experts if task not in found]:
         raise InputError(
             f"{file}: has no model for expert {missing[0]!r} "

@@ -184,6 +184,30 @@ def test_linear_with_the_base_among_the_models(llama_recipe, tmp_path):
         np.testing.assert_allclose(values, [0.25, 0.25])
 
 
+@pytest.mark.parametrize(
+    "base_model, listed, expected",
+    [
+        ("base", TASKS, [1 / 3, 1 / 3]),
+        ("base", ("base", *TASKS), [1 / 3, 1 / 3]),
+        ("counting", TASKS, [1 / 2, 1 / 2]),
+        ("counting", ("naming",), [1 / 2, 1 / 2]),
+    ],
+)
+def test_linear_merges_its_base_model_too(llama_recipe, tmp_path, base_model, listed, expected):
+    paths = {"base": llama_recipe.base.path}
+    paths |= {name: task.expert.path for name, task in llama_recipe.tasks.items()}
+    file = write_config(
+        tmp_path,
+        llama_recipe,
+        merge_method="linear",
+        base_model=paths[base_model],
+        models=[{"model": paths[name]} for name in listed],
+        parameters={"weight": 1},
+    )
+    for values in read(file, llama_recipe).values():
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
 def test_filters_and_gradients(llama_recipe, tmp_path):
     one, two = (task.expert.path for task in llama_recipe.tasks.values())
     weight = [
@@ -223,6 +247,12 @@ def test_filters_and_gradients(llama_recipe, tmp_path):
         ({"parameters": {"lambda": float("nan")}}, "parameters.lambda: nan is not finite"),
         ({"parameters": {"lambda": [{"filter": 0, "value": 1}]}}, "lambda: filter is 0; write"),
         ({"parameters": 3}, "config.yaml: parameters is 3; write names with values"),
+        ({"merge_method": "linear"}, "linear merges base_model too, and it has no weight"),
+        (
+            {"merge_method": "linear", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}},
+            r"base has no weight for lm_head\.weight",
+        ),
+        (LINEAR | {"base_model": "other/base"}, "base_model is 'other/base', which is neither"),
         (
             LINEAR | {"parameters": {"normalize": False}},
             "the weights of .* sum to 0.75; without normalize only",
