@@ -95,12 +95,14 @@ class MatchedCheckpoint:
         role: What it is in the merge, for messages: `base`, `expert 'trec'`.
         names: The name in the file of every parameter that the checkpoint has.
         extra: The tensors that are no parameter of the model, by their name in the file.
+        copies: The parameters that the file has twice, by the name of the second tensor.
     """
 
     checkpoint: Checkpoint
     role: str
     names: Mapping[str, str] = field(repr=False)
     extra: tuple[str, ...]
+    copies: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> np.ndarray:
         """Reads one parameter, in the dtype that it is stored in.
@@ -181,7 +183,15 @@ def match(
         if name not in names and second in checkpoint.tensors
     }
     found = MatchedCheckpoint(
-        checkpoint, role, names, tuple(sorted(set(tensors) - set(names.values())))
+        checkpoint,
+        role,
+        names,
+        extra=tuple(sorted(set(tensors) - set(names.values()))),
+        copies={
+            second: name
+            for name, second in second_names.items()
+            if second in checkpoint.tensors and names.get(name, second) != second
+        },
     )
     where = f"{role} ({checkpoint.source})"
     missing = [name for name in expected if name not in names and not matches(name, optional)]

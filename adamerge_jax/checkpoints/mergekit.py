@@ -51,6 +51,9 @@ def write_merge(
     """
     if file.exists():
         raise InputError(f"{file} exists; choose another file, or remove it first")
+    # Every tensor that it merges, so that a filter that is a part of another name changes none.
+    in_file = {own: name for name, own in base.names.items()} | {own: own for own in base.extra}
+    in_file |= base.copies
     references = {"base": _reference(base, revisions.get("base"))}
     for task, expert in experts.items():
         if isinstance(expert, MatchedAdapter):
@@ -58,12 +61,12 @@ def write_merge(
                 f"expert {task!r} is an adapter; build it out with PEFT's merge_and_unload()"
             )
         _require_same_names(base, expert)
+        # What one model has twice, it merges twice; of the others it takes the embeddings again.
+        in_file |= expert.copies
         references[task] = _reference(expert, revisions.get(task))
         for other in list(references)[:-1]:
             if references[other] == references[task]:
                 raise inexpressible(f"{other!r} and {task!r} are one model to it")
-    # Every tensor of the file, so that a filter that is a part of another name changes none.
-    in_file = {name: base.names.get(name, name) for name in (*base.names, *base.extra)}
     zeros = np.zeros(len(experts))
     config = {
         "merge_method": "task_arithmetic",
@@ -75,7 +78,7 @@ def write_merge(
                     "weight": _setting(
                         {
                             own: float(weights.get(name, zeros)[position])
-                            for name, own in in_file.items()
+                            for own, name in in_file.items()
                         }
                     )
                 },

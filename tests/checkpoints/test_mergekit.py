@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -126,6 +126,31 @@ def test_a_name_within_another_changes_only_its_own(llama_recipe, tmp_path):
     export_mergekit(llama_recipe, models, only, tmp_path / "merge.yaml")
     read = read_weights(tmp_path / "merge.yaml", models.base, models.experts)
     assert [name for name, own in read.items() if own.any()] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("doubled", [("base", *TASKS), ("base",), ("naming",), ()])
+def test_the_second_copy_of_tied_embeddings_is_weighted_as_the_first(doubled, tmp_path):
+    recipe = save(
+        tmp_path,
+        LlamaForCausalLM(LlamaConfig(vocab_size=40, tie_word_embeddings=True, **SIZES)),
+    )
+    for model in doubled:
+        file = tmp_path / model / "model.safetensors"
+        tensors = load_file(file)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        save_file(tensors, file, metadata={"format": "pt"})
+    models = open_models(recipe, Path())
+    coefficients = random_coefficients(models)
+    values = {name: np.ones_like(own) for name, own in coefficients.values.items()}
+    values["model.embed_tokens.weight"] = np.array([0.25, 0.5], np.float32)
+    coefficients = dataclasses.replace(coefficients, values=values)
+    export_mergekit(recipe, models, coefficients, tmp_path / "merge.yaml")
+    config = yaml.safe_load((tmp_path / "merge.yaml").read_text())
+    tables = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if doubled else set())
+    for entry, expected in zip(config["models"], (0.25, 0.5), strict=True):
+        *own, usual = entry["parameters"]["weight"]
+        assert {each["filter"]: each["value"] for each in own} == dict.fromkeys(tables, expected)
+        assert usual == {"value": 1.0}
 
 
 def write_config(folder: Path, recipe: Recipe, **changes: Any) -> Path:
