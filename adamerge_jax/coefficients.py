@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -22,6 +23,7 @@ from adamerge_jax.granularities import (
     Granularity,
     Shapes,
     Values,
+    constant,
     make_granularity,
     per_tensor,
 )
@@ -213,7 +215,8 @@ class Coefficients:
             factors: By expert; the others keep theirs. 0 leaves an expert out of the merge.
 
         Raises:
-            InputError: There is no such expert, a factor is not finite, or none is left.
+            InputError: There is no such expert, a factor or a product with it is not finite, or
+                none is left.
         """
         for name, factor in factors.items():
             if name not in self.names:
@@ -222,13 +225,21 @@ class Coefficients:
                 )
             if not np.isfinite(factor):
                 raise InputError(f"scale: the factor of {name!r} is {factor}, expected a number")
-        by_expert = np.array([factors.get(name, 1.0) for name in self.names], np.float32)
+        # Coefficients are float32, where a factor that is finite here may not be.
+        with np.errstate(over="ignore", invalid="ignore"):
+            by_expert = np.array([factors.get(name, 1.0) for name in self.names]).astype(np.float32)
+            values = {
+                group: array * by_expert.reshape(-1, *(1 for _ in array.shape[1:]))
+                for group, array in self.values.items()
+            }
         if not by_expert.any():
             raise InputError("scale: every expert is left out; the merge would be the base")
-        values = {
-            group: array * by_expert.reshape(-1, *(1 for _ in array.shape[1:]))
-            for group, array in self.values.items()
-        }
+        for position, name in enumerate(self.names):
+            if not all(_are_finite(array[position]) for array in values.values()):
+                raise InputError(
+                    f"scale: coefficients of {name!r} times {factors.get(name, 1.0):g} are not "
+                    "finite in float32; take a smaller factor"
+                )
         before = {name: self.scaled.get(name, 1.0) * factor for name, factor in factors.items()}
         return dataclasses.replace(self, values=values, scaled={**self.scaled, **before})
 
@@ -275,7 +286,9 @@ class Coefficients:
         """Reads a file written by `save`.
 
         Raises:
-            InputError: There is no such file, or it is not a coefficients file.
+            InputError: There is no such file, it is not a coefficients file, or it is damaged: its
+                metadata cannot be read, or its values are not finite or not those of the
+                granularity for its tensors and experts.
         """
         if not Path(path).is_file():
             raise InputError(
@@ -297,13 +310,58 @@ class Coefficients:
             raise InputError(
                 f"{path}: not a coefficients file; expected the coefficients.safetensors of a run"
             )
-        del metadata["version"]
-        fields: dict[str, Any] = {name: json.loads(text) for name, text in metadata.items()}
-        fields["shapes"] = {name: tuple(shape) for name, shape in fields["shapes"].items()}
-        fields["interference"] = tuple(FittedStep(**step) for step in fields["interference"])
-        fields["base"] = Source(**fields["base"])
-        fields["experts"] = tuple(Source(**expert) for expert in fields["experts"])
-        return cls(values=values, **fields)
+        try:
+            found = cls(values=values, **_parse_fields(metadata))
+            found._require_sound()
+        except InputError as error:
+            raise InputError(
+                f"{path}: {error}; the file is damaged or was changed: take it from the run folder "
+                "again, or learn again"
+            ) from error
+        return found
+
+    def _require_sound(self) -> None:
+        """Refuses values that no learning leaves.
+
+        Raises:
+            InputError: They are not finite, or not those of the granularity.
+        """
+        experts = len(self.experts)
+        if not experts or not self.shapes:
+            raise InputError(f"it is of {experts} experts and {len(self.shapes)} merged tensors")
+        for group, array in self.values.items():
+            if array.shape[:1] != (experts,):
+                raise InputError(
+                    f"the coefficients of {group} have shape {array.shape}, expected a row for "
+                    f"each of {experts} experts"
+                )
+            if not _are_finite(array):
+                raise InputError(f"coefficients of {group} are not finite")
+        if ":" in self.granularity:
+            # A user's own: what only reads the file can do without its module.
+            return
+        granularity = self.make_granularity(self.shapes)
+        made = jax.eval_shape(lambda: granularity.init(constant(self.shapes, experts, 0.0)))
+        if unlike := made.keys() ^ self.values.keys():
+            group = min(unlike)
+            raise InputError(
+                f"it {'lacks' if group in made else 'has'} coefficients of {group}, "
+                f"{'which' if group in made else 'not what'} the granularity {self.granularity!r} "
+                "has for its tensors"
+            )
+        for group, array in self.values.items():
+            expected = made[group].shape[1:]
+            # What is not cut has an axis for its one piece where layers of its stack are cut.
+            if array.shape != expected and (array.shape, expected) != ((experts, 1), (experts,)):
+                raise InputError(
+                    f"the coefficients of {group} have shape {array.shape}, expected {expected} "
+                    f"for the granularity {self.granularity!r}"
+                )
+
+
+def _are_finite(values: np.ndarray) -> bool:
+    """Whether coefficients are finite as float32, which they become when they are used."""
+    return bool((np.abs(values) <= np.finfo(np.float32).max).all())
 
 
 _FORMAT = "adamerge_jax coefficients 3"
@@ -317,3 +375,30 @@ def unstack_values(values: Values) -> dict[str, np.ndarray]:
         names = unstack(group, len(rows)) if is_stacked(group) else [group]
         unstacked |= dict(zip(names, rows, strict=True))
     return unstacked
+
+
+_FIELDS = {
+    field.name: TypeAdapter(field.type)
+    for field in dataclasses.fields(Coefficients)
+    if field.name != "values"
+}
+"""How each field is read that a file has as metadata."""
+
+
+def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that a file has as metadata; what other tools have added to them is ignored.
+
+    Raises:
+        InputError: One is missing, no JSON, or of another type.
+    """
+    fields = {}
+    for name, kind in _FIELDS.items():
+        if name not in metadata:
+            raise InputError(f"its metadata lack {name}")
+        try:
+            fields[name] = kind.validate_python(json.loads(metadata[name]))
+        except ValueError as error:  # json's own, or pydantic's
+            raise InputError(
+                f"its metadata have {metadata[name]!r:.60} for {name}, which cannot be read"
+            ) from error
+    return fields

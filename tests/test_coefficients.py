@@ -168,11 +168,11 @@ def test_granularity_options_are_saved(tmp_path: Path):
         values={"bert.pooler.dense.weight": np.ones((3, 4), np.float32)},
         granularity="head",
         granularity_options={"heads": {"*.dense.weight": (1, 4)}},
+        shapes={"bert.pooler.dense.weight": (6, 8)},
     )
     saved.save(tmp_path / "c.safetensors")
     loaded = Coefficients.load(tmp_path / "c.safetensors")
-    shapes = {"bert.pooler.dense.weight": (6, 8)}
-    (scale,) = loaded.make_granularity(shapes).scales(loaded.stacked_once()).values()
+    (scale,) = loaded.make_granularity(loaded.shapes).scales(loaded.stacked_once()).values()
     assert scale.shape == (3, 1, 8)
 
 
@@ -216,3 +216,101 @@ def test_files_that_are_no_coefficients(tmp_path: Path):
         save_file({"weight": np.zeros(2)}, file, metadata)
         with pytest.raises(InputError, match="not a coefficients file"):
             Coefficients.load(file)
+
+
+POOLER = "bert.pooler.dense.bias"
+
+
+def edited(file: Path, group: str, array: np.ndarray | None, **metadata: str | None) -> None:
+    """Writes `COEFFICIENTS` with a group and fields of the metadata replaced, or left out."""
+    COEFFICIENTS.save(file)
+    with safe_open(file, "np") as saved:
+        fields = saved.metadata() | metadata
+        values = {name: saved.get_tensor(name) for name in saved.keys()} | {group: array}  # noqa: SIM118
+    values = {name: array for name, array in values.items() if array is not None}
+    save_file(values, file, {name: text for name, text in fields.items() if text is not None})
+
+
+def refused(file: Path, message: str) -> None:
+    """Loading raises an InputError of one line that names the file and says what to do."""
+    with pytest.raises(InputError, match=message) as error:
+        Coefficients.load(file)
+    said = str(error.value)
+    assert said.startswith(f"{file}: ")
+    assert said.endswith("take it from the run folder again, or learn again")
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("group", "array", "message"),
+    [
+        (POOLER, np.array([0, np.nan, 0], np.float32), f"coefficients of {POOLER} are not finite"),
+        (POOLER, np.array([0, -np.inf, 0], np.float32), "are not finite"),
+        (POOLER, np.array([0, 1e39, 0]), "are not finite"),
+        (POOLER, np.zeros(2, np.float32), r"have shape \(2,\), expected a row for each of 3"),
+        (POOLER, np.zeros(1, np.float32), r"have shape \(1,\), expected a row for each of 3"),
+        (POOLER, np.zeros((), np.float32), r"have shape \(\), expected a row for each of 3"),
+        (POOLER, np.zeros((3, 2), np.float32), r"have shape \(3, 2\), expected \(3,\) for"),
+        (POOLER, None, f"it lacks coefficients of {POOLER}, which the granularity 'tensor' has"),
+        ("other", np.zeros(3, np.float32), "it has coefficients of other, not what the gran"),
+    ],
+)
+def test_values_that_are_damaged(tmp_path: Path, group, array, message):
+    edited(tmp_path / "c.safetensors", group, array)
+    refused(tmp_path / "c.safetensors", message)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("shapes", None, "its metadata lack shapes"),
+        ("shapes", "{", "have '{' for shapes, which cannot be read"),
+        ("shapes", json.dumps({POOLER: 4}), "for shapes, which cannot be read"),
+        ("shapes", "{}", "it is of 3 experts and 0 merged tensors"),
+        ("experts", "[]", "it is of 0 experts"),
+        ("experts", json.dumps([{"name": "a"}]), "for experts, which cannot be read"),
+        ("base", "null", "have 'null' for base"),
+        ("interference", json.dumps(["trim"]), "for interference, which cannot be read"),
+        ("seed", "x" * 200, "have 'x{59} for seed"),
+        ("granularity", '"atom"', "found 'atom'; expected one of task"),
+        ("granularity", '"row"', r"expected \(3, 4\) for the granularity 'row'"),
+        ("granularity_options", '{"pieces": 3}', "tensor says: .*'pieces'"),
+    ],
+)
+def test_metadata_that_are_damaged(tmp_path: Path, field, text, message):
+    edited(tmp_path / "c.safetensors", POOLER, np.zeros(3, np.float32), **{field: text})
+    refused(tmp_path / "c.safetensors", message)
+
+
+def test_metadata_of_other_tools_are_ignored(tmp_path: Path):
+    own = {"description": "not JSON", "values": "[]", "version": None}
+    edited(tmp_path / "c.safetensors", POOLER, COEFFICIENTS.values[POOLER], **own)
+    loaded = Coefficients.load(tmp_path / "c.safetensors")
+    assert replace(loaded, values={}) == replace(COEFFICIENTS, values={})
+
+
+def test_what_needs_no_module_reads_ones_own_granularity(tmp_path: Path):
+    own = replace(COEFFICIENTS, granularity="no_such_module:f")
+    own.save(tmp_path / "c.safetensors")
+    assert Coefficients.load(tmp_path / "c.safetensors").granularity == "no_such_module:f"
+
+
+def test_layers_that_are_cut_unlike_are_loaded(tmp_path: Path):
+    options = {"pieces": {"*.layer.1.*": 4}}
+    values = make_granularity("chunk", options, SHAPES).init(constant(SHAPES, 3, 0.5))
+    saved = replace(
+        COEFFICIENTS,
+        values=unstack_values(values),
+        granularity="chunk",
+        granularity_options=options,
+    )
+    saved.save(tmp_path / "c.safetensors")
+    loaded = Coefficients.load(tmp_path / "c.safetensors")
+    assert loaded.values["bert.encoder.layer.0.output.dense.weight"].shape == (3, 1)
+
+
+@pytest.mark.parametrize("factor", [1e39, -1e39, 3e38])
+def test_factors_that_are_too_large(factor):
+    COEFFICIENTS.times({"t1": 1e30})
+    with pytest.raises(InputError, match=r"'t1' times -?[13]e\+3[89] are not finite in float32"):
+        COEFFICIENTS.times({"t1": factor})
