@@ -128,7 +128,7 @@ def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity
             group `others`.
 
     Raises:
-        InputError: A group's patterns are no list, or it is called like a stack of layers.
+        InputError: A group's patterns are no list of texts, or it is called like a stack of layers.
 
     Examples:
         >>> from adamerge_jax.granularities import constant, groups
@@ -138,9 +138,16 @@ def groups(shapes: Shapes, patterns: Mapping[str, Sequence[str]]) -> Granularity
         >>> {group: array.shape for group, array in values.items()}  # [G, K]
         {'attention': (1, 3), 'others': (1, 3)}
     """
+    if not isinstance(patterns, Mapping):
+        raise InputError(
+            f"patterns is {patterns!r}, expected lists of name patterns by group: "
+            "{attention: ['*.attention.*']}"
+        )
     for group, own in patterns.items():
-        if isinstance(own, str):
-            raise InputError(f"the patterns of {group!r} are {own!r}, expected a list")
+        if not isinstance(group, str):
+            raise InputError(f"a group is called {group!r}, expected a text; put it in quotes")
+        if not isinstance(own, list | tuple) or not all(isinstance(each, str) for each in own):
+            raise InputError(f"the patterns of {group!r} are {own!r}, expected a list of texts")
         if is_stacked(group):
             raise InputError(f"a group cannot be called {group!r}; give it a name without '*'")
 
@@ -162,12 +169,16 @@ def row(shapes: Shapes, tables: bool = False) -> Granularity:
             whose output layer is the table: there every position of the calibration data says
             something about every token.
 
+    Raises:
+        InputError: `tables` is neither true nor false.
+
     Examples:
         >>> from adamerge_jax.granularities import constant, row
         >>> shapes = {"dense.weight": (4, 3)}
         >>> row(shapes).init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
         (1, 2, 4)
     """
+    _require_bool("tables", tables)
     return _split(shapes, lambda name, shape: _along(shape, 0, shape[0], "by row"), tables=tables)
 
 
@@ -194,7 +205,8 @@ def head(shapes: Shapes, heads: Mapping[str, tuple[int, int]]) -> Granularity:
             axis 0 (rows) for projections to queries, keys and values, 1 for the output projection.
 
     Raises:
-        InputError: No parameter has heads, or the axis is no multiple of their number.
+        InputError: No parameter has heads, the axis is no multiple of their number, or one of the
+            two is no whole number.
 
     Examples:
         >>> from adamerge_jax.granularities import constant, head
@@ -204,8 +216,17 @@ def head(shapes: Shapes, heads: Mapping[str, tuple[int, int]]) -> Granularity:
         >>> values["query.weight"].shape, values["mlp.weight"].shape  # [G, K, heads], [G, K]
         ((1, 2, 4), (1, 2))
     """
-    if any(count < 1 for _, count in heads.values()):
-        raise InputError("heads: their number must be at least 1")
+    if not isinstance(heads, Mapping) or not all(
+        isinstance(pattern, str) and isinstance(own, list | tuple) and len(own) == 2
+        for pattern, own in heads.items()
+    ):
+        raise InputError(
+            f"heads is {heads!r}, expected axis and number of heads by name pattern: "
+            "{'*.query.*': [0, 12]}"
+        )
+    for pattern, (axis, count) in heads.items():
+        require_whole(f"the axis of {pattern!r} in heads", axis, 0)
+        require_whole(f"the number of {pattern!r} in heads", count, 1)
 
     def split(name: str, shape: tuple[int, ...]) -> "_Split | None":
         for pattern, (axis, count) in heads.items():
@@ -219,7 +240,7 @@ def head(shapes: Shapes, heads: Mapping[str, tuple[int, int]]) -> Granularity:
         return None
 
     granularity = _split(shapes, split, vectors=True)
-    if "by head" not in granularity.units.values():
+    if shapes and "by head" not in granularity.units.values():
         raise InputError("no merged parameter has attention heads; take another granularity")
     return granularity
 
@@ -238,7 +259,8 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int], tables: bool = False)
         tables: Whether embedding tables are cut as well; see `row`.
 
     Raises:
-        InputError: A tensor has fewer entries than pieces, or a stack cannot be cut as asked.
+        InputError: A number of pieces is no whole number, a tensor has fewer entries than pieces,
+            or a stack cannot be cut as asked.
 
     Examples:
         >>> from adamerge_jax.granularities import chunk, constant
@@ -247,6 +269,14 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int], tables: bool = False)
         >>> granularity.init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
         (1, 2, 6)
     """
+    _require_bool("tables", tables)
+    if isinstance(pieces, Mapping):
+        for pattern, number in pieces.items():
+            if not isinstance(pattern, str):
+                raise InputError(f"pieces are for {pattern!r}, expected a name pattern in quotes")
+            require_whole(f"the number of pieces of {pattern!r}", number, 1)
+    else:
+        require_whole("pieces", pieces, 1)
     counts = {name: _pieces_of(name, shapes, pieces, tables) for name in shapes}
 
     def split(name: str, shape: tuple[int, ...]) -> "_Split | None":
@@ -306,7 +336,7 @@ def partition(shapes: Shapes, groups: int, seed: int = 0) -> Granularity:
         seed: Of the assignment.
 
     Raises:
-        InputError: A tensor has fewer entries than groups.
+        InputError: A tensor has fewer entries than groups, or an option is no whole number.
 
     Examples:
         >>> from adamerge_jax.granularities import constant, partition
@@ -315,8 +345,8 @@ def partition(shapes: Shapes, groups: int, seed: int = 0) -> Granularity:
         >>> granularity.init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
         (1, 2, 5)
     """
-    if seed < 0:
-        raise InputError(f"seed is {seed}, expected at least 0")
+    require_whole("groups", groups, 1)
+    require_whole("seed", seed, 0)
     for name in shapes:
         _pieces_of(name, shapes, groups)
     return _split(
@@ -339,7 +369,7 @@ def singular(shapes: Shapes, rank: int) -> Granularity:
         rank: Number of leading directions.
 
     Raises:
-        InputError: A matrix has fewer than `rank` singular directions.
+        InputError: The rank is no whole number, or a matrix has fewer singular directions.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -353,8 +383,7 @@ def singular(shapes: Shapes, rank: int) -> Granularity:
         >>> granularity.prepare("dense.weight", delta).left.shape  # [K, m, rank]
         (2, 4, 2)
     """
-    if rank < 1:
-        raise InputError(f"rank is {rank}, expected at least 1")
+    require_whole("rank", rank, 1)
 
     def split(name: str, shape: tuple[int, ...]) -> "_Split | None":
         if len(shape) != 2:
@@ -418,6 +447,27 @@ def same_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
         {name: json.dumps(value) for name, value in options.items()} for options in (first, second)
     )
     return first == second
+
+
+def require_whole(option: str, value: Any, least: int) -> None:
+    """Refuses an option that is to be a whole number and is none.
+
+    Args:
+        option: What it is called.
+        value: What it is, from a recipe: anything.
+        least: The smallest number that it may be.
+
+    Raises:
+        InputError: Says what it is and what is expected.
+    """
+    # To Python true is 1.
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{option} is {value!r}, expected a whole number, at least {least}")
+
+
+def _require_bool(option: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{option} is {value!r}, expected true or false")
 
 
 def shapes_of(base: PyTree[Array], deltas: Iterable[str]) -> Shapes:
@@ -643,9 +693,6 @@ def _pieces_of(
     name: str, shapes: Shapes, pieces: int | Mapping[str, int], tables: bool = False
 ) -> list[int]:
     """The number of pieces of each tensor that a parameter stands for."""
-    numbers = pieces.values() if isinstance(pieces, Mapping) else [pieces]
-    if not all(isinstance(number, int) for number in numbers):
-        raise InputError(f"the number of pieces is {pieces!r}, expected a whole number")
     shape = shapes[name]
     own = tensor_shape(name, shape)
     if not can_be_split(name, own, tables=tables):
@@ -655,7 +702,7 @@ def _pieces_of(
         count = pieces
         if not isinstance(pieces, int):
             count = next((n for pattern, n in pieces.items() if matches(each, [pattern])), 1)
-        if not 1 <= count <= prod(own):
+        if count > prod(own):
             raise InputError(
                 f"{each} has {prod(own)} entries and cannot be cut into {count} pieces"
             )

@@ -18,7 +18,7 @@ from adamerge_jax import schedules
 from adamerge_jax.checkpoints.huggingface_export import require_task_name
 from adamerge_jax.coefficients import CONSTRAINTS
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import GRANULARITIES
+from adamerge_jax.granularities import GRANULARITIES, make_granularity, require_whole
 from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.models import Rematerialize
 from adamerge_jax.objectives import Objective, make_objective, weighted_sum
@@ -424,10 +424,7 @@ class Recipe(Section):
             InputError: Says which field, and what to change.
         """
         self._require_fields_that_go_together()
-        if self.coefficients.granularity != IMPORTANCE_CHUNK:
-            find_registered(
-                "coefficients.granularity", GRANULARITIES, self.coefficients.granularity
-            )
+        self._require_options_of_granularity()
         self.learning.optimizer.build(self.learning.steps)
         self.build_regularizers()
         self.build_interference()
@@ -437,6 +434,16 @@ class Recipe(Section):
                 "learning.microbatches: pseudo_labels, and hidden_state_alignment with relative, "
                 "look at the whole batch; set it to 1, or choose another objective"
             )
+
+    def _require_options_of_granularity(self) -> None:
+        name, options = self.coefficients.granularity, self.coefficients.granularity_options
+        if name == IMPORTANCE_CHUNK:
+            require_whole("coefficients.granularity_options.budget", options["budget"], 1)
+            return
+        find_registered("coefficients.granularity", GRANULARITIES, name)
+        # Without parameters only options are looked at; those of heads may be left to the model.
+        if name in GRANULARITIES and (options or name != "head"):
+            make_granularity(name, options, {})
 
     def _require_fields_that_go_together(self) -> None:
         for task in self.tasks:

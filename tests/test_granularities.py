@@ -523,7 +523,7 @@ def test_singular_directions_of_a_matrix_of_that_rank_have_no_rest():
     ("name", "options", "message"),
     [
         ("chunk", {"pieces": 25}, "pooler.weight has 24 entries and cannot be cut into 25 pieces"),
-        ("chunk", {"pieces": 0}, "cannot be cut into 0 pieces"),
+        ("chunk", {"pieces": 0}, "pieces is 0, expected a whole number, at least 1"),
         ("chunk", {"pieces": {"encoder.1.query.*": 25}}, "encoder.1.query.weight has 24 entries"),
         (
             "chunk",
@@ -535,16 +535,37 @@ def test_singular_directions_of_a_matrix_of_that_rank_have_no_rest():
             {"pieces": {"encoder.0.query.*": 5}},
             "encoder.*.query.weight cannot be cut into 5, 1, 1 pieces; .* the tensor's 24 entries",
         ),
-        ("chunk", {"pieces": "many"}, "pieces"),
-        ("chunk", {"pieces": 2.5}, "pieces"),
-        ("chunk", {"pieces": {"pooler.*": "many"}}, "chunk"),
+        *(
+            ("chunk", {"pieces": found}, "pieces is .*, expected a whole number, at least 1$")
+            for found in ("many", 2.5, 4.0, True, None, [4])
+        ),
+        *(
+            (
+                "chunk",
+                {"pieces": {"pooler.*": found}},
+                r"the number of pieces of 'pooler.\*' is .*, expected a whole number, at least 1$",
+            )
+            for found in ("many", 2.0, 0, [2])
+        ),
+        ("chunk", {"pieces": {1: 4}}, "pieces are for 1, expected a name pattern in quotes"),
+        ("chunk", {"pieces": 2, "tables": 3}, "tables is 3, expected true or false"),
+        ("row", {"tables": "no"}, "tables is 'no', expected true or false"),
         ("chunk", {}, "chunk says: missing a required argument: 'pieces'; its options are pieces"),
         ("partition", {"groups": 25}, "cannot be cut into 25 pieces"),
-        ("partition", {"groups": 4, "seed": -1}, "seed"),
+        *(
+            ("partition", {"groups": found}, "groups is .*, expected a whole number, at least 1$")
+            for found in (0, 4.0, "4", {"pooler.*": 4})
+        ),
+        *(
+            ("partition", {"groups": 4, "seed": found}, "seed is .*, expected a whole number")
+            for found in (-1, 1.5, "first")
+        ),
         ("partition", {"pieces": 4}, "partition says: .*; its options are groups, seed"),
         ("singular", {"rank": 5}, r"of shape \(.*\) has 4 singular directions, fewer than rank 5"),
-        ("singular", {"rank": -1}, "rank"),
-        ("singular", {"rank": "high"}, "singular"),
+        *(
+            ("singular", {"rank": found}, "rank is .*, expected a whole number, at least 1$")
+            for found in (-1, 1.5, 2.0, "high")
+        ),
         ("head", {"heads": {"*.absent.*": (0, 2)}}, "no merged parameter has attention heads"),
         ("head", {"heads": {}}, "no merged parameter has attention heads"),
         (
@@ -552,8 +573,24 @@ def test_singular_directions_of_a_matrix_of_that_rank_have_no_rest():
             {"heads": {"*.query.weight": (0, 3)}},
             r"encoder.*query.weight has 4 units along axis 0, which is no multiple of 3 heads",
         ),
-        ("head", {"heads": {"*.query.weight": (0, 0)}}, "heads"),
-        ("groups", {"patterns": {"a": "encoder.0.*"}}, "patterns"),
+        *(
+            ("head", {"heads": found}, "heads is .*, expected axis and number of heads by name")
+            for found in (2, "*", {"*.query.*": 2}, {"*.query.*": [0, 2, 1]}, {1: [0, 2]})
+        ),
+        *(
+            (
+                "head",
+                {"heads": {"*.query.weight": found}},
+                r"the (axis|number) of '\*.query.weight' in heads is .*, expected a whole number",
+            )
+            for found in ((0, 0), (0, 2.0), (-1, 2), ("row", 2))
+        ),
+        *(
+            ("groups", {"patterns": {"a": found}}, "the patterns of 'a' are .*, expected a list of")
+            for found in ("encoder.0.*", 3, [3], None)
+        ),
+        ("groups", {"patterns": ["*.query.*"]}, "patterns is .*, expected lists of name patterns"),
+        ("groups", {"patterns": {1: ["*.query.*"]}}, "a group is called 1, expected a text"),
         ("groups", {"patterns": {"*.query.*": ["*.query.*"]}}, "a name without '\\*'"),
         ("row", {"pieces": 2}, "row says: .*'pieces'; its options are tables"),
         ("rows", {}, "found 'rows'; expected one of .* \\(nearest is 'row'\\)"),

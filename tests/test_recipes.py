@@ -231,6 +231,31 @@ def test_weights_by_task():
             {"coefficients": {"granularity": "importance_chunk", "coarse": {"steps": 3}}},
             "granularity_options: importance_chunk takes one option, budget",
         ),
+        *(
+            (
+                {
+                    "coefficients": {
+                        "granularity": "importance_chunk",
+                        "granularity_options": {"budget": found},
+                        "coarse": {"steps": 3},
+                    }
+                },
+                "granularity_options.budget is .*, expected a whole number, at least 1$",
+            )
+            for found in ("lots", 2000.0, 0, None)
+        ),
+        *(
+            ({"coefficients": {"granularity": name, "granularity_options": options}}, message)
+            for name, options, message in [
+                ("tensor", {"pieces": 4}, "tensor says: .*'pieces'; its options are none"),
+                ("groups", {"patterns": ["*.attention.*"]}, "groups says: patterns is "),
+                ("head", {"heads": 2}, "head says: heads is 2, expected axis and number"),
+                ("chunk", {"pieces": 2.5}, "chunk says: pieces is 2.5, expected a whole number"),
+                ("partition", {"groups": "4"}, "partition says: groups is '4', expected a whole"),
+                ("singular", {"rank": 1.5}, "singular says: rank is 1.5, expected a whole number"),
+                ("row", {"tables": 3}, "row says: tables is 3, expected true or false"),
+            ]
+        ),
         ({"coefficients": {"granularity": "no.such:thing"}}, "'no.such:thing' cannot be imported"),
         ({"regularizers": [{"name": "l2"}]}, "regularizers: found 'l2'; expected one of distance"),
         (
@@ -246,6 +271,21 @@ def test_weights_by_task():
 )
 def test_combinations_that_make_no_sense(changes, message):
     refused(message, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("groups", {"patterns": {"attention": ["*.attention.*"]}}),
+        ("head", {}),
+        ("head", {"heads": {"*.query.*": [0, 12]}}),
+        ("chunk", {"pieces": {"*.query.*": 4}, "tables": True}),
+        ("partition", {"groups": 4}),
+    ],
+)
+def test_options_of_granularities_need_no_model(name, options):
+    coefficients = {"granularity": name, "granularity_options": options}
+    assert parse_recipe(fields(coefficients=coefficients)).coefficients.granularity == name
 
 
 def test_files(tmp_path):
