@@ -35,22 +35,26 @@ class TokenLimits(NamedTuple):
     vocabulary: int
     longest: int
 
-    def require(self, token_ids: Int[np.ndarray, "N T"]) -> None:
+    def require(self, token_ids: Int[np.ndarray, "N T"], where: str) -> None:
         """Refuses token ids that are none of this model's.
+
+        Args:
+            token_ids: Of N texts, any array of two axes.
+            where: What error messages begin with.
 
         Raises:
             InputError: They are no whole numbers, too large, or too many.
         """
         if not np.issubdtype(token_ids.dtype, np.integer):
-            raise InputError(f"input_ids are {token_ids.dtype}, expected whole numbers")
+            raise InputError(f"{where}: input_ids are {token_ids.dtype}, expected whole numbers")
         if token_ids.min() < 0 or token_ids.max() >= self.vocabulary:
             raise InputError(
-                f"input_ids go from {token_ids.min()} to {token_ids.max()}, the model's tokens "
+                f"{where}: input_ids go from {token_ids.min()} to {token_ids.max()}, the model's tokens "
                 f"from 0 to {self.vocabulary - 1}; they are another tokenizer's"
             )
         if token_ids.shape[1] > self.longest:
             raise InputError(
-                f"input_ids: texts have {token_ids.shape[1]} tokens, the model has positions for "
+                f"{where}: input_ids: texts have {token_ids.shape[1]} tokens, the model has positions for "
                 f"{self.longest}; truncate them to {self.longest}"
             )
 
@@ -246,22 +250,38 @@ def _load_arrays(
     if source.label and source.label not in arrays:
         raise InputError(f"{name}: {path} has no array {source.label!r} for the labels")
     labels = arrays[source.label] if source.label else None
-    sizes = {array.shape[:1] for array in chosen.values()}
+    examples = examples_of_arrays(chosen, path, name, () if labels is None else (labels,))
+    if limits is not None:
+        limits.require(chosen["input_ids"], f"{name}: {path}")
     if labels is not None:
-        sizes.add(labels.shape[:1])
+        examples.labels = _class_indices(labels.tolist(), source, name)
+    return examples
+
+
+def examples_of_arrays(
+    inputs: dict[str, np.ndarray], path: Path, name: str, others: Sequence[np.ndarray] = ()
+) -> ArrayExamples:
+    """The examples that the arrays of a NumPy file are, if they are any.
+
+    Args:
+        inputs: The model's inputs among them; only shapes are looked at.
+        path: The file.
+        name: What error messages call these examples.
+        others: Further arrays that must have as many rows.
+
+    Raises:
+        InputError: There is no example, the arrays differ in their number, or texts in their
+            number of tokens.
+    """
+    sizes = {array.shape[:1] for array in (*inputs.values(), *others)}
     if len(sizes) != 1 or sizes == {()}:
         raise InputError(f"{name}: the arrays of {path} differ in their number of examples")
     if sizes == {(0,)}:
         raise InputError(f"{name}: {path} has no examples")
     try:
-        examples = ArrayExamples(chosen)
-        if limits is not None:
-            limits.require(chosen["input_ids"])
+        return ArrayExamples(inputs)
     except InputError as error:
         raise InputError(f"{name}: {path}: {error}") from error
-    if labels is not None:
-        examples.labels = _class_indices(labels.tolist(), source, name)
-    return examples
 
 
 def _class_indices(values: Sequence[Any], source: DataSource, name: str) -> Int[np.ndarray, " N"]:

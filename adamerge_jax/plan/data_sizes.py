@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from adamerge_jax.data import examples_of_arrays
 from adamerge_jax.errors import InputError
 from adamerge_jax.opening import Models
 from adamerge_jax.recipes import DataSource, Recipe
@@ -57,7 +58,7 @@ def data_sizes(recipe: Recipe, models: Models, root: Path, part: str) -> dict[st
         part: `calibration`, `validation` or `test`.
 
     Raises:
-        InputError: A file is missing or cannot be read.
+        InputError: A file is missing, cannot be read, or holds no examples.
     """
     load = None
     sizes = {}
@@ -100,5 +101,7 @@ def _of_arrays(path: Path, name: str, what: str) -> DataSize:
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{what}: {path} is no .npz file with {name!r} ({reason})") from error
+    # An array of that shape that takes no memory.
+    examples_of_arrays({name: np.broadcast_to(np.zeros((), dtype), shape)}, path, what)
     lengths = np.full(shape[0], shape[1] if name == "input_ids" else 0)
     return DataSize(lengths, int(np.prod(shape)) * dtype.itemsize)
