@@ -144,8 +144,7 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         recipe.build_interference(),
         make_memory(kept.memory, models.devices),
     )
-    if not deltas:
-        raise InputError("no expert differs from the base in any parameter that is merged")
+    require_any_merged(deltas)
     # What does not fit is to be known before anything is learned or written.
     if recipe.coefficients.granularity == IMPORTANCE_CHUNK:
         require_budget(
@@ -177,6 +176,19 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
         elsewhere=elsewhere,
     )
     return Problem(recipe, workspace, base, deltas, mixed, interference, calibration, start)
+
+
+def require_any_merged(deltas: Mapping[str, object]) -> None:
+    """Refuses a merge of nothing.
+
+    Args:
+        deltas: By name of the parameter that experts changed.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not deltas:
+        raise InputError("no expert differs from the base in any parameter that is merged")
 
 
 def needs_of(recipe: Recipe, models: Models) -> dict[str, Needs]:

@@ -14,7 +14,7 @@ from adamerge_jax.calibration import Batch
 from adamerge_jax.granularities import Granularity, Shapes, Values, constant, make_granularity
 from adamerge_jax.learning import Frozen, Learner, State
 from adamerge_jax.loading import DELTA_DTYPES, DTYPES, FLOAT32, INT8
-from adamerge_jax.merging import granularity_of, learner_of, needs_of
+from adamerge_jax.merging import granularity_of, learner_of, needs_of, require_any_merged
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, Outputs, head_parameters
 from adamerge_jax.models.inputs import ImageGeometry
@@ -217,7 +217,8 @@ def outline(recipe: Recipe, root: Path) -> Outline:
         root: Folder that relative paths start from.
 
     Raises:
-        InputError: A checkpoint or a file is missing, damaged or of another architecture.
+        InputError: A checkpoint or a file is missing, damaged or of another architecture, or
+            nothing is merged.
     """
     models = open_models(recipe, root, read_weights=False)
     data = {
@@ -233,7 +234,11 @@ def outline(recipe: Recipe, root: Path) -> Outline:
 def of_models(
     recipe: Recipe, models: Models, data: Mapping[str, Mapping[str, DataSize]]
 ) -> Outline:
-    """The outline of a recipe whose models are open: another recipe of the same is quick."""
+    """The outline of a recipe whose models are open: another recipe of the same is quick.
+
+    Raises:
+        InputError: No expert brings a parameter that is merged.
+    """
     dtype = _dtype(recipe)
     base = {
         name: Abstract(shape, dtype or models.base.dtype(models.tensors(name)[0]))
@@ -244,6 +249,8 @@ def of_models(
         for task, expert in models.experts.items()
     }
     kept = {task: _kept_by_task(recipe, models, heads[task], task) for task in heads}
+    deltas = _deltas(models, _delta_dtype(recipe), interference=bool(recipe.interference))
+    require_any_merged(deltas)
     needs = needs_of(recipe, models)
     if recipe.learning.control is not None and not models.family.language:
         needs = {task: own._replace(expert_logits=True) for task, own in needs.items()}
@@ -255,7 +262,7 @@ def of_models(
         heads,
         kept,
         base,
-        _deltas(models, _delta_dtype(recipe), interference=bool(recipe.interference)),
+        deltas,
         needs,
     )
 

@@ -182,17 +182,19 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
         for other, size in calibration.items()
         if merge.needs[task].expert
     )
-    steps = recipe.learning.steps
-    between = recipe.learning.evaluate_every or max(1, steps // 10)
+    coarse = recipe.coefficients.coarse
+    stages = [recipe.learning.steps, *([coarse.steps] if coarse else [])]
+    looks = sum(
+        1 + ceil(steps / (recipe.learning.evaluate_every or max(1, steps // 10)))
+        for steps in stages
+    )
     held_out = max(max(1, round(recipe.learning.held_out * len(s))) for s in calibration.values())
-    looks = 1 + ceil(steps / between)
-    coarse = recipe.coefficients.coarse.steps if recipe.coefficients.coarse else 0
     step = share * seconds(programs.step)
     batches = ceil(held_out / recipe.learning.batch_size)
     return Seconds(
         step,
         share * seconds(programs.ask) * asked / recipe.evaluation.batch_size,
-        step * (steps + coarse),
+        step * sum(stages),
         share * seconds(programs.look) * batches * looks,
     )
 

@@ -239,6 +239,48 @@ def test_bad_input(text_recipe, image_recipe, tmp_path):
         make_plan(parse_recipe(image_recipe), tmp_path, "h100")
 
 
+@pytest.mark.parametrize(
+    ("kind", "array", "message"),
+    [
+        ("image", np.zeros(()), "the arrays of .*a.npz differ in their number of examples"),
+        ("image", np.zeros((0, 3, 8, 8)), "a.npz has no examples"),
+        ("text", np.zeros(5, int), r"a.npz: token arrays have the shapes input_ids \(5,\)"),
+    ],
+)
+def test_arrays_that_are_no_examples(text_recipe, image_recipe, tmp_path, kind, array, message):
+    recipe, task, name = text_recipe, "tone", "input_ids"
+    if kind == "image":
+        recipe, task, name = image_recipe, "shape", "pixel_values"
+    np.savez(tmp_path / "a.npz", **{name: array})
+    recipe["tasks"][task]["calibration"] = "a.npz"
+    # Learning says the same.
+    for prepare in (outline, open_workspace):
+        with pytest.raises(InputError, match=f"^calibration data of task '{task}': .*{message}"):
+            prepare(parse_recipe(recipe), tmp_path)
+
+
+def test_nothing_to_merge(text_recipe, tmp_path):
+    recipe = parse_recipe(text_recipe | {"keep_from_base": ["*"]})
+    with pytest.raises(InputError) as of_plan:
+        make_plan(recipe, tmp_path, "h100")
+    with pytest.raises(InputError, match="no expert differs from the base") as of_learning:
+        pose(recipe, open_workspace(recipe, tmp_path))
+    assert str(of_plan.value) == str(of_learning.value)
+
+
+@pytest.mark.parametrize(("every", "ratio"), [(None, (4 + 13) / 4), (2, (3 + 7) / 3)])
+def test_coarse_coefficients_take_time_too(text_recipe, tmp_path, every, ratio):
+    text_recipe["learning"] |= {"steps": 3, "evaluate_every": every}
+
+    def seconds(**coefficients: Any) -> Any:
+        recipe = parse_recipe(text_recipe | {"coefficients": coefficients})
+        return make_plan(recipe, tmp_path, "h100").seconds
+
+    alone, after = seconds(), seconds(coarse={"steps": 12})
+    assert after.looks == pytest.approx(ratio * alone.looks)
+    assert after.steps == pytest.approx(5 * alone.steps)
+
+
 def test_lengths_are_those_of_the_texts(text_recipe, tmp_path):
     rows = [{"text": "a " * count} for count in (3, 20, 27)] * 4
     text_recipe["tasks"]["tone"]["calibration"] = str(write_json_lines(tmp_path / "t.jsonl", rows))
