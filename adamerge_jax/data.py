@@ -49,13 +49,13 @@ class TokenLimits(NamedTuple):
             raise InputError(f"{where}: input_ids are {token_ids.dtype}, expected whole numbers")
         if token_ids.min() < 0 or token_ids.max() >= self.vocabulary:
             raise InputError(
-                f"{where}: input_ids go from {token_ids.min()} to {token_ids.max()}, the model's tokens "
-                f"from 0 to {self.vocabulary - 1}; they are another tokenizer's"
+                f"{where}: input_ids go from {token_ids.min()} to {token_ids.max()}, the model's "
+                f"tokens from 0 to {self.vocabulary - 1}; they are another tokenizer's"
             )
         if token_ids.shape[1] > self.longest:
             raise InputError(
-                f"{where}: input_ids: texts have {token_ids.shape[1]} tokens, the model has positions for "
-                f"{self.longest}; truncate them to {self.longest}"
+                f"{where}: input_ids: texts have {token_ids.shape[1]} tokens, the model has "
+                f"positions for {self.longest}; truncate them to {self.longest}"
             )
 
 
