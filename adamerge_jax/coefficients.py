@@ -377,28 +377,25 @@ def unstack_values(values: Values) -> dict[str, np.ndarray]:
     return unstacked
 
 
-_FIELDS = {
-    field.name: TypeAdapter(field.type)
-    for field in dataclasses.fields(Coefficients)
-    if field.name != "values"
-}
-"""How each field is read that a file has as metadata."""
-
-
 def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The fields that a file has as metadata; what other tools have added to them is ignored.
 
     Raises:
         InputError: One is missing, no JSON, or of another type.
     """
-    fields = {}
-    for name, kind in _FIELDS.items():
+    parsed = {}
+    for field in dataclasses.fields(Coefficients):
+        name = field.name
+        if name == "values":
+            continue
         if name not in metadata:
-            raise InputError(f"its metadata lack {name}")
+            if field.default is field.default_factory is dataclasses.MISSING:
+                raise InputError(f"its metadata lack {name}")
+            continue
         try:
-            fields[name] = kind.validate_python(json.loads(metadata[name]))
+            parsed[name] = TypeAdapter(field.type).validate_python(json.loads(metadata[name]))
         except ValueError as error:  # json's own, or pydantic's
             raise InputError(
                 f"its metadata have {metadata[name]!r:.60} for {name}, which cannot be read"
             ) from error
-    return fields
+    return parsed

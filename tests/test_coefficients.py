@@ -289,6 +289,14 @@ def test_metadata_of_other_tools_are_ignored(tmp_path: Path):
     assert replace(loaded, values={}) == replace(COEFFICIENTS, values={})
 
 
+def test_what_earlier_files_do_not_say(tmp_path: Path):
+    saved = replace(COEFFICIENTS, depths={"bert.encoder.layer.*": 2})
+    saved.save(tmp_path / "c.safetensors")
+    assert Coefficients.load(tmp_path / "c.safetensors").depths == saved.depths
+    edited(tmp_path / "c.safetensors", POOLER, COEFFICIENTS.values[POOLER], depths=None)
+    assert Coefficients.load(tmp_path / "c.safetensors").depths == {}
+
+
 def test_what_needs_no_module_reads_ones_own_granularity(tmp_path: Path):
     own = replace(COEFFICIENTS, granularity="no_such_module:f")
     own.save(tmp_path / "c.safetensors")
