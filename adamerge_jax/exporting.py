@@ -90,7 +90,8 @@ def export(
     if recipe.export.orbax:
         with console.status("writing the Orbax checkpoint"):
             merged = Checkpoint.open(out / CHECKPOINT_FOLDER)
-            parameters = _orbax_parameters(models, match_trunk(models, merged, "merged checkpoint"))
+            matched = match_trunk(models, merged, "merged checkpoint")
+            parameters = _orbax_parameters(models, matched, _dtype(recipe))
             save_parameters(out / ORBAX_FOLDER, parameters)
     if recipe.export.adapter and first:
         with console.status("writing the adapter"):
@@ -106,7 +107,7 @@ def _export_checkpoint(
     rows: list[Row],
 ) -> None:
     """Writes the merged model and that of every task as `save_pretrained` would."""
-    dtype = DTYPES[recipe.export.dtype] if recipe.export.dtype else None
+    dtype = _dtype(recipe)
 
     def cast(array: np.ndarray) -> np.ndarray:
         is_weight = jnp.issubdtype(array.dtype, jnp.floating)
@@ -160,19 +161,24 @@ def _export_checkpoint(
 
 
 def _orbax_parameters(
-    models: Models, merged: MatchedCheckpoint
+    models: Models, merged: MatchedCheckpoint, dtype: np.dtype | None
 ) -> dict[str, Array] | dict[str, UnreadArray]:
     """The merged trunk: of several processes each has its part, a single one reads in its turn."""
     if jax.process_count() > 1:
-        return load_trunk(models, merged, None)
+        return load_trunk(models, merged, dtype)
     return {
         name: UnreadArray(
             shape,
-            models.base.dtype(models.tensors(name)[0]),
-            partial(read_parameter, models, merged, name, None),
+            dtype or models.base.dtype(models.tensors(name)[0]),
+            partial(read_parameter, models, merged, name, dtype),
         )
         for name, shape in models.shapes.items()
     }
+
+
+def _dtype(recipe: Recipe) -> np.dtype | None:
+    """That of what is written; None for each tensor's in the base."""
+    return DTYPES[recipe.export.dtype] if recipe.export.dtype else None
 
 
 def require_adapters(models: Models, granularity: str, interference: Sequence[object]) -> None:
@@ -327,6 +333,6 @@ def checkpoint_bytes(models: Models, recipe: Recipe) -> int:
     """Size of the merged weights in one checkpoint."""
     total = 0
     for tensor in models.base.checkpoint.tensors.values():
-        dtype = DTYPES[recipe.export.dtype] if recipe.export.dtype else tensor.dtype
+        dtype = _dtype(recipe) or tensor.dtype
         total += int(np.prod(tensor.shape)) * dtype.itemsize
     return total

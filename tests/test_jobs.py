@@ -520,6 +520,8 @@ def test_export_in_another_dtype(text_run, tmp_path, dtype):
         np.testing.assert_array_equal(array, exact[name].astype(array.dtype))
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["dtype"] == dtype
+    parameters = load_parameters(tmp_path / "out" / "orbax").values()
+    assert {array.dtype.name for array in parameters} == {dtype}
     half = BertForSequenceClassification.from_pretrained(checkpoint / "tasks" / "mood")
     assert half.dtype == getattr(torch, dtype)
 
