@@ -28,7 +28,6 @@ from adamerge_jax.learning import NonFiniteObjectiveError, Progress
 from adamerge_jax.loading import load_trunk
 from adamerge_jax.merging import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.opening import Models, match_trunk, open_models
-from adamerge_jax.presets import PRESETS
 from adamerge_jax.progress import show_progress
 from adamerge_jax.recipes import Recipe
 from adamerge_jax.resuming import STATE_FOLDER, as_fields, put_right, require_startable
@@ -246,7 +245,7 @@ def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console
             mergekit cannot make.
     """
     coefficients, models, notes = prepare_fold(file, _open_to_fold(recipe, root))
-    export_mergekit(recipe, models, coefficients, out)
+    export_mergekit(recipe, models, coefficients, out.expanduser())
     _print_notes(notes, console)
 
 
@@ -351,7 +350,7 @@ def _open_to_fold(recipe: Recipe, root: Path) -> Models:
     What a preset keeps from the base it keeps from learning, perhaps with another preset than the
     one that the file was learned with; `keep_from_base` of the user's own counts here too.
     """
-    if recipe.keep_from_base == PRESETS[recipe.preset].get("keep_from_base", []):
+    if recipe.keeps_what_the_preset_keeps:
         recipe = recipe.model_copy(update={"keep_from_base": []})
     return open_models(recipe, root)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match
+from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.checkpoints.tokenizer_files import load_tokenizer
 from adamerge_jax.coefficients import Coefficients
 from adamerge_jax.devices import ONE_DEVICE
@@ -23,7 +24,7 @@ from adamerge_jax.granularities import Granularity, constant, make_granularity, 
 from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
 from adamerge_jax.mixing import Mixture, mix
 from adamerge_jax.names import is_stacked, tensors_of, unstacked_shapes
-from adamerge_jax.opening import Expert, Models
+from adamerge_jax.opening import Models
 from adamerge_jax.task_vectors import (
     DenseDelta,
     JoinedDelta,

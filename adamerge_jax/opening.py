@@ -14,7 +14,7 @@ from adamerge_jax.checkpoints.matching import (
     require_same_architecture,
     require_tied,
 )
-from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter, open_adapter
+from adamerge_jax.checkpoints.peft import Expert, is_adapter, open_adapter
 from adamerge_jax.coefficients import Source
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
@@ -22,9 +22,6 @@ from adamerge_jax.granularities import Shapes
 from adamerge_jax.models import OUTPUT_LAYER, Family, family_of
 from adamerge_jax.names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.recipes import ModelSource, Recipe
-
-Expert = MatchedCheckpoint | MatchedAdapter
-"""A whole fine-tuned model, or an adapter."""
 
 
 @dataclasses.dataclass(frozen=True)

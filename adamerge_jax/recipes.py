@@ -368,8 +368,16 @@ class Recipe(Section):
     @property
     def own_keep_from_base(self) -> list[str]:
         """Patterns that must fit a parameter: not those of the preset, which is for any model."""
-        of_preset = PRESETS[self.preset].get("keep_from_base", [])
-        return [pattern for pattern in self.keep_from_base if pattern not in of_preset]
+        return [each for each in self.keep_from_base if each not in self._kept_by_preset]
+
+    @property
+    def keeps_what_the_preset_keeps(self) -> bool:
+        """Whether `keep_from_base` is the preset's list, and not one of the user's."""
+        return self.keep_from_base == self._kept_by_preset
+
+    @property
+    def _kept_by_preset(self) -> list[str]:
+        return PRESETS[self.preset].get("keep_from_base", [])
 
     def build_objectives(self) -> dict[str, Objective]:
         """What is minimised, by task.

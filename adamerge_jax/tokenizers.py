@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from adamerge_jax.checkpoints.huggingface import and_more
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
+from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from adamerge_jax.errors import InputError
-from adamerge_jax.opening import Expert, Models
+from adamerge_jax.opening import Models
 
 log = logging.getLogger(__name__)
 

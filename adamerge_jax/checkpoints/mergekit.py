@@ -17,11 +17,9 @@ from jaxtyping import Float
 
 from adamerge_jax.checkpoints.huggingface import in_one_line
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
-from adamerge_jax.checkpoints.peft import MatchedAdapter
+from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter
 from adamerge_jax.errors import InputError
 from adamerge_jax.names import numbered_block
-
-Expert = MatchedCheckpoint | MatchedAdapter
 
 _SMALLEST_SUM = 1e-8
 """Of weights that mergekit divides by; below, `task_arithmetic` divides by 1, `linear` fails."""

@@ -166,6 +166,10 @@ class MatchedAdapter:
         return array
 
 
+Expert = MatchedCheckpoint | MatchedAdapter
+"""A whole fine-tuned model, or an adapter."""
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter rather than a whole model."""
     # Trainers leave the base's config.json beside an adapter, and an adapter's beside a model.

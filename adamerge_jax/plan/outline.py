@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from adamerge_jax.calibration import Batch
+from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.granularities import Granularity, Shapes, Values, constant, make_granularity
 from adamerge_jax.learning import Frozen, Learner, State
 from adamerge_jax.loading import DELTA_DTYPES, DTYPES, FLOAT32, INT8
@@ -20,7 +21,7 @@ from adamerge_jax.models import Network, Outputs, head_parameters
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.names import is_stacked, tensor_shape
 from adamerge_jax.objectives import Needs, Targets, TopTokens
-from adamerge_jax.opening import Expert, Models, open_models
+from adamerge_jax.opening import Models, open_models
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes import IMPORTANCE_CHUNK, Recipe

@@ -212,10 +212,10 @@ def begin(
         experts: K.
     """
     entries = {name: _entries(start, name, shape, experts) for name, shape in shapes.items()}
-    mean = _shared_mean if chosen[0] in ALONG_AXES else _mean_of_tensors
+    collect = _sums_over_parameters if chosen[0] in ALONG_AXES else _sums_over_tensors
     values = {
         group: jnp.where(share > 0, sums / jnp.where(share > 0, share, 1), start.initial)
-        for group, (sums, share) in mean(granularity, entries, shapes, experts).items()
+        for group, (sums, share) in collect(granularity, entries, shapes, experts).items()
     }
     if start.learned is not None and _is_same(start.learned, chosen):
         values = {
@@ -240,7 +240,7 @@ def _entries(
     return np.stack(np.broadcast_arrays(*scales)) if is_stacked(name) else scales[0]
 
 
-def _shared_mean(
+def _sums_over_parameters(
     granularity: Granularity,
     entries: Mapping[str, Float[np.ndarray, "..."]],
     shapes: Shapes,
@@ -271,13 +271,13 @@ def _shared_mean(
     return {group: (total[group], share[group]) for group in total}
 
 
-def _mean_of_tensors(
+def _sums_over_tensors(
     granularity: Granularity,
     entries: Mapping[str, Float[np.ndarray, "..."]],
     shapes: Shapes,
     experts: int,
 ) -> dict[str, tuple[Array, Array]]:
-    """As `_shared_mean`, through the mean of each tensor, of which a granularity's start is one."""
+    """As `_sums_over_parameters`, up to a factor, of whole tensors, which `init` averages."""
     means = {
         name: entry.reshape(-1, experts, prod(entry.shape[1 + is_stacked(name) :])).mean(-1)
         for name, entry in entries.items()
