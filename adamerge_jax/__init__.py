@@ -10,31 +10,62 @@ The core takes any pytree of parameters:
 - `make_learner`, `Frozen`, `learn`: the steps; `Learner` and `Learned` are what they return.
 
 For Hugging Face checkpoints a recipe says all of it: `load_recipe`, `parse_recipe` and `Recipe`,
-with `adamerge_jax.jobs` to run one, and `Coefficients`, the file that a run leaves. Whatever the
-user gave that cannot be used is an `InputError`.
+with `adamerge_jax.pipeline` to run one, and `Coefficients`, the file that a run leaves. Whatever
+the user gave that cannot be used is an `InputError`.
 
 Shapes are written with K experts, G groups or layers of a stack, L stacked layers, B examples, T
 tokens, C classes and H features. Coefficients have no unit; objectives are in nats where they are
 entropies.
 """
 
-import logging
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-# Said on import wherever PyTorch is missing, and of no use here: nothing needs PyTorch.
-logging.getLogger("transformers").addFilter(
-    lambda record: "PyTorch was not found" not in record.getMessage()
-)
+if TYPE_CHECKING:
+    from adamerge_jax import interference, objectives
+    from adamerge_jax.coefficients import granularities
+    from adamerge_jax.coefficients.constraints import CONSTRAINTS
+    from adamerge_jax.coefficients.file import Coefficients
+    from adamerge_jax.data.batches import calibrate
+    from adamerge_jax.data.examples import ArrayExamples
+    from adamerge_jax.data.expert_targets import ask_expert
+    from adamerge_jax.errors import InputError
+    from adamerge_jax.learning.learner import Frozen, Learned, Learner, learn, make_learner
+    from adamerge_jax.mixing import Mixture, materialize, mix
+    from adamerge_jax.objectives import regularizers
+    from adamerge_jax.recipes.schema import Recipe, load_recipe, parse_recipe
+    from adamerge_jax.task_vectors import DenseDelta, LowRankDelta, task_vectors
 
-from adamerge_jax import granularities, interference, objectives, regularizers
-from adamerge_jax.calibration import calibrate
-from adamerge_jax.coefficients import CONSTRAINTS, Coefficients
-from adamerge_jax.errors import InputError
-from adamerge_jax.examples import ArrayExamples
-from adamerge_jax.learning import Frozen, Learned, Learner, learn, make_learner
-from adamerge_jax.mixing import Mixture, materialize, mix
-from adamerge_jax.recipes import Recipe, load_recipe, parse_recipe
-from adamerge_jax.targets import ask_expert
-from adamerge_jax.task_vectors import DenseDelta, LowRankDelta, task_vectors
+_HOMES = {
+    "CONSTRAINTS": "coefficients.constraints",
+    "ArrayExamples": "data.examples",
+    "Coefficients": "coefficients.file",
+    "DenseDelta": "task_vectors",
+    "Frozen": "learning.learner",
+    "InputError": "errors",
+    "Learned": "learning.learner",
+    "Learner": "learning.learner",
+    "LowRankDelta": "task_vectors",
+    "Mixture": "mixing",
+    "Recipe": "recipes.schema",
+    "ask_expert": "data.expert_targets",
+    "calibrate": "data.batches",
+    "granularities": "coefficients",
+    "interference": "",
+    "learn": "learning.learner",
+    "load_recipe": "recipes.schema",
+    "make_learner": "learning.learner",
+    "materialize": "mixing",
+    "mix": "mixing",
+    "objectives": "",
+    "parse_recipe": "recipes.schema",
+    "regularizers": "objectives",
+    "task_vectors": "task_vectors",
+}
+"""The module of each public name: imported when the name is asked for, so that a command which
+needs little starts at once."""
 
 __all__ = [
     "CONSTRAINTS",
@@ -62,3 +93,27 @@ __all__ = [
     "regularizers",
     "task_vectors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES[name]}".rstrip("."))
+    value = getattr(home, name, None) or importlib.import_module(f"{home.__name__}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Keeps the function `task_vectors`, in whose place importing the room would put the room."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "task_vectors" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -17,10 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import is_stacked
+from adamerge_jax.parameter_names import is_stacked
 
 if TYPE_CHECKING:
-    from adamerge_jax.recipes import DevicesRecipe
+    from adamerge_jax.recipes.schema import DevicesRecipe
 
 DATA, MODEL = "data", "model"
 """Names of the axes of the mesh."""

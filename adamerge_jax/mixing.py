@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
-from adamerge_jax.names import is_stacked, leaf_name
+from adamerge_jax.parameter_names import is_stacked, leaf_name
 from adamerge_jax.task_vectors import Delta
-from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
+from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
 MERGED_WEIGHT = "merged_weight"
 """What a materialised mixture is called in a rematerialisation policy."""

@@ -27,8 +27,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import adamerge_jax
-from adamerge_jax import presets
-from adamerge_jax.recipes import Recipe
+from adamerge_jax.recipes.schema import Recipe, presets
 
 ROOT = Path(__file__).parents[1]
 DESCRIBED_ELSEWHERE = ("DenseDelta", "LowRankDelta", "Recipe")

@@ -21,10 +21,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from adamerge_jax import InputError, Recipe, jobs, learning, load_recipe, parse_recipe
-from adamerge_jax.console import make_console
-from adamerge_jax.merging import Watch, learn_coefficients, pose
-from adamerge_jax.workspace import open_classifiers
+from adamerge_jax import InputError, Recipe, load_recipe, parse_recipe
+from adamerge_jax.cli.console import make_console
+from adamerge_jax.learning import learner as learning
+from adamerge_jax.pipeline import run as jobs
+from adamerge_jax.pipeline.inputs import open_classifiers
+from adamerge_jax.pipeline.learn import Watch, learn_coefficients, pose
 
 RESULTS_FILE = "add_an_expert.json"
 SCRATCH, WARM = "from scratch", "from the others' coefficients"

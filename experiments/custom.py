@@ -6,7 +6,7 @@ A recipe names them as `custom:by_kind` and `custom:confidence`, where this file
 import jax
 from jaxtyping import Array, Float
 
-from adamerge_jax.granularities import Granularity, Shapes, groups
+from adamerge_jax.coefficients.granularities import Granularity, Shapes, groups
 from adamerge_jax.objectives import Objective, Targets, TaskOutputs
 
 

@@ -35,13 +35,13 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface_export import save_model
 from adamerge_jax.checkpoints.peft import AdapterWeights, save_adapter
-from adamerge_jax.cli import main as adamerge
-from adamerge_jax.console import make_console
+from adamerge_jax.cli.console import make_console
+from adamerge_jax.cli.main import main as adamerge
+from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import constant, make_granularity
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import family_of, head_parameters
-from adamerge_jax.names import is_stacked, tensors_of
+from adamerge_jax.parameter_names import is_stacked, tensors_of
 from adamerge_jax.task_vectors import LowRankDelta
 
 Parameters = Mapping[str, Array]

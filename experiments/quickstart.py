@@ -29,11 +29,11 @@ from transformers import ViTConfig
 
 from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface_export import save_model
-from adamerge_jax.cli import main as adamerge
-from adamerge_jax.console import make_console
+from adamerge_jax.cli.console import make_console
+from adamerge_jax.cli.main import main as adamerge
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
-from adamerge_jax.names import is_stacked
+from adamerge_jax.parameter_names import is_stacked
 
 Images = Float[np.ndarray, "N height width"]
 Parameters = dict[str, Array]

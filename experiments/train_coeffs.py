@@ -3,7 +3,7 @@
 The launcher to start on an accelerator; the same job as `adamerge learn`. See `--help`.
 """
 
-from adamerge_jax.cli import learn
+from adamerge_jax.cli.main import learn
 
 if __name__ == "__main__":
     learn()

@@ -35,13 +35,13 @@ from transformers import (
     ViTModel,
 )
 
-from adamerge_jax.coefficients import Coefficients, unstack_values
-from adamerge_jax.granularities import constant, make_granularity
+from adamerge_jax.coefficients.file import Coefficients, unstack_values
+from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import load_task_vectors
 from adamerge_jax.models import Network
-from adamerge_jax.names import is_stacked, stack_depths, unstack, unstacked_shapes
-from adamerge_jax.opening import Models
+from adamerge_jax.parameter_names import is_stacked, stack_depths, unstack, unstacked_shapes
+from adamerge_jax.pipeline.models import Models
+from adamerge_jax.pipeline.read import load_task_vectors
 
 # Tiny models: on a busy machine PyTorch's threads wait for each other longer than they compute.
 torch.set_num_threads(1)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from adamerge_jax import cli
 from adamerge_jax.checkpoints.orbax import load_parameters
-from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.cli import main as cli
+from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.devices import ONE_DEVICE, Devices, open_devices
 from adamerge_jax.errors import InputError
-from adamerge_jax.merging import learn_coefficients, pose
-from adamerge_jax.recipes import DevicesRecipe, parse_recipe
-from adamerge_jax.workspace import open_workspace
+from adamerge_jax.pipeline.inputs import open_workspace
+from adamerge_jax.pipeline.learn import learn_coefficients, pose
+from adamerge_jax.recipes.schema import DevicesRecipe, parse_recipe
 from tests.adapter_references import letter_tokenizer, save_experts
 from tests.references import sentences, write_json_lines, write_recipe
 
@@ -38,9 +38,9 @@ import json, sys
 from contextlib import nullcontext
 from pathlib import Path
 from adamerge_jax.devices import open_devices
-from adamerge_jax.merging import learn_coefficients, pose
-from adamerge_jax.recipes import load_recipe
-from adamerge_jax.workspace import open_workspace
+from adamerge_jax.pipeline.learn import learn_coefficients, pose
+from adamerge_jax.recipes.schema import load_recipe
+from adamerge_jax.pipeline.inputs import open_workspace
 
 for folder in map(Path, sys.argv[1:]):
     recipe = load_recipe(folder / "recipe.yaml")

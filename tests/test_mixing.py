@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adamerge_jax.granularities import GRANULARITIES, constant
+from adamerge_jax.coefficients.granularities import GRANULARITIES, constant
 from adamerge_jax.mixing import Mixture, is_mixture, materialize, mix
-from adamerge_jax.names import is_stacked
+from adamerge_jax.parameter_names import is_stacked
 from adamerge_jax.task_vectors import DenseDelta
 
 EXPERTS = 3

@@ -1,1 +1,1 @@
-"""Checkpoint formats, one file each: Hugging Face in and out, Orbax in and out."""
+"""Checkpoints and adapters, in and out: one file a format."""

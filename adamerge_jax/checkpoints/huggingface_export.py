@@ -44,7 +44,7 @@ from adamerge_jax.checkpoints.huggingface import (
 )
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import is_stacked, tensors_of
+from adamerge_jax.parameter_names import is_stacked, tensors_of
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

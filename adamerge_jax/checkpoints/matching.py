@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint, and_more, require_finite
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import matches
+from adamerge_jax.parameter_names import matches
 
 # Checkpoints converted from TensorFlow, bert-base-uncased among them, name LayerNorm's parameters
 # as TensorFlow does. (LayerScale has a gamma too, which stays a gamma.)

@@ -19,7 +19,7 @@ from adamerge_jax.checkpoints.huggingface import in_one_line
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import numbered_block
+from adamerge_jax.parameter_names import numbered_block
 
 _SMALLEST_SUM = 1e-8
 """Of weights that mergekit divides by; below, `task_arithmetic` divides by 1, `linear` fails."""

@@ -27,7 +27,7 @@ from adamerge_jax.checkpoints.huggingface import (
 from adamerge_jax.checkpoints.huggingface import WEIGHTS_FILE as MODEL_FILE
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, find_names
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import matches
+from adamerge_jax.parameter_names import matches
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -26,7 +26,7 @@ import numpy as np
 from adamerge_jax.interference.dare import drop_and_rescale
 from adamerge_jax.interference.step import Step
 from adamerge_jax.interference.ties import disjoint_mean, elect_sign, trim
-from adamerge_jax.registries import call_registered
+from adamerge_jax.registry import call_registered
 
 __all__ = [
     "STEPS",

@@ -1,7 +1,7 @@
 """CLIP (Radford et al., 2021): the vision tower, the text tower, the zero-shot head.
 
 Experts are vision towers fine-tuned with the head frozen. A task's head is made once, from its
-class names, by the base's text tower (`adamerge_jax.zero_shot`).
+class names, by the base's text tower (`adamerge_jax.models.zero_shot`).
 """
 
 from collections.abc import Mapping

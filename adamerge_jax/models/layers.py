@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
-from adamerge_jax.names import STACKED
-from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
+from adamerge_jax.parameter_names import STACKED
+from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
 LINEAR_OUTPUT = "linear_output"
 """What outputs of linear layers and of attention are called in a rematerialisation policy."""

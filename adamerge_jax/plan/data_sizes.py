@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from adamerge_jax.data import examples_of_arrays
+from adamerge_jax.data.sources import examples_of_arrays
 from adamerge_jax.errors import InputError
-from adamerge_jax.opening import Models
-from adamerge_jax.recipes import DataSource, Recipe
-from adamerge_jax.workspace import example_loader
+from adamerge_jax.pipeline.inputs import example_loader
+from adamerge_jax.pipeline.models import Models
+from adamerge_jax.recipes.schema import DataSource, Recipe
 
 ASSUMED_EXAMPLES = 1000
 """Of a task whose data is not on this machine, where the recipe sets no limit."""

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adamerge_jax.exporting import checkpoint_bytes
+from adamerge_jax.data.expert_targets import MEMORY_BYTES, most_likely
 from adamerge_jax.models import head_parameters
+from adamerge_jax.pipeline.export import checkpoint_bytes
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of
-from adamerge_jax.targets import MEMORY_BYTES, most_likely
 
 RUNTIME_BYTES = 400_000_000
 """Compiled programs, and what the C library's allocator does not give back: what runs on a CPU had

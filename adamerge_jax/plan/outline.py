@@ -10,21 +10,27 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adamerge_jax.calibration import Batch
 from adamerge_jax.checkpoints.peft import Expert
-from adamerge_jax.granularities import Granularity, Shapes, Values, constant, make_granularity
-from adamerge_jax.learning import Frozen, Learner, State
-from adamerge_jax.loading import DELTA_DTYPES, DTYPES, FLOAT32, INT8
-from adamerge_jax.merging import granularity_of, learner_of, needs_of, require_any_merged
+from adamerge_jax.coefficients.granularities import (
+    Granularity,
+    Shapes,
+    Values,
+    constant,
+    make_granularity,
+)
+from adamerge_jax.data.batches import Batch
+from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import Network, Outputs, head_parameters
 from adamerge_jax.models.inputs import ImageGeometry
-from adamerge_jax.names import is_stacked, tensor_shape
 from adamerge_jax.objectives import Needs, Targets, TopTokens
-from adamerge_jax.opening import Models, open_models
+from adamerge_jax.parameter_names import is_stacked, tensor_shape
+from adamerge_jax.pipeline.learn import granularity_of, learner_of, needs_of, require_any_merged
+from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.pipeline.read import DELTA_DTYPES, DTYPES, FLOAT32, INT8
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes
 from adamerge_jax.plan.work import bytes_of
-from adamerge_jax.recipes import IMPORTANCE_CHUNK, Recipe
+from adamerge_jax.recipes.schema import IMPORTANCE_CHUNK, Recipe
 from adamerge_jax.task_vectors import (
     ChunkedDelta,
     Delta,

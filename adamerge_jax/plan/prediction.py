@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adamerge_jax.calibration import BATCHES_SORTED_TOGETHER
+from adamerge_jax.coefficients.granularities import count_units
+from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER
 from adamerge_jax.errors import InputError
-from adamerge_jax.exporting import export_bytes
-from adamerge_jax.granularities import count_units
+from adamerge_jax.pipeline.export import export_bytes
 from adamerge_jax.plan.hardware import (
     DEVICES,
     Device,
@@ -23,7 +23,7 @@ from adamerge_jax.plan.hardware import (
 from adamerge_jax.plan.memory import Memory, Programs, memory_of, programs_of
 from adamerge_jax.plan.outline import Outline, of_models, outline
 from adamerge_jax.plan.work import Work
-from adamerge_jax.recipes import Recipe, parse_recipe
+from adamerge_jax.recipes.schema import Recipe, parse_recipe
 
 
 class Change(NamedTuple):

@@ -13,8 +13,8 @@ from matplotlib.image import AxesImage
 from rich.console import Console
 from rich.table import Table
 
-from adamerge_jax.coefficients import Coefficients
-from adamerge_jax.granularities import layer_of
+from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.coefficients.granularities import layer_of
 from adamerge_jax.report.colours import SEQUENTIAL
 
 

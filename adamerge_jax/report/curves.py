@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from adamerge_jax.report.colours import AGREEMENT, HELD_OUT, TRAINING
-from adamerge_jax.run_folder import Stage, StepRecord
+from adamerge_jax.runs.folder import Stage, StepRecord
 
 
 def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> Figure:

@@ -6,9 +6,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from adamerge_jax.coefficients import Coefficients
-from adamerge_jax.evaluation import Row
-from adamerge_jax.provenance import Origin, shared_license
+from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.pipeline.evaluate import Row
+from adamerge_jax.pipeline.provenance import Origin, shared_license
 from adamerge_jax.report.coefficients import interference_in_words, scaled_in_words, spreads
 from adamerge_jax.report.results import TITLES, in_words, scores
 

@@ -24,7 +24,7 @@ from adamerge_jax.report.results import (
     scores,
 )
 from adamerge_jax.report.similarity import cosine_range, draw_similarity
-from adamerge_jax.run_folder import RECIPE_FILE, SavedRun, Stage, write_whole
+from adamerge_jax.runs.folder import RECIPE_FILE, SavedRun, Stage, write_whole
 
 PAGE_FILE = "report.html"
 PICTURE_FOLDER = "report"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from adamerge_jax.evaluation import Row
+from adamerge_jax.pipeline.evaluate import Row
 
 TITLES = {"accuracy": "Accuracy (%)", "loss": "Loss (nats per token)"}
 """What a table of results shows, by its metric."""

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.names import is_stacked, named_leaves
+from adamerge_jax.parameter_names import is_stacked, named_leaves
 from adamerge_jax.task_vectors.delta import Delta, LoadedDelta
 from adamerge_jax.task_vectors.dense import ChunkedDelta, DenseDelta
 from adamerge_jax.task_vectors.factored import FactoredDelta
 from adamerge_jax.task_vectors.joined import JoinedDelta
 from adamerge_jax.task_vectors.low_rank import LowRankDelta, LowRankPieces
+from adamerge_jax.task_vectors.offload.streamed import StreamedDelta
 from adamerge_jax.task_vectors.quantized import QuantizedDelta
-from adamerge_jax.task_vectors.streamed import StreamedDelta
 
 __all__ = [
     "ChunkedDelta",

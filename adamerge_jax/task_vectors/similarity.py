@@ -12,7 +12,7 @@ from adamerge_jax.devices import fetch
 from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.joined import JoinedDelta
 from adamerge_jax.task_vectors.low_rank import LowRankDelta
-from adamerge_jax.task_vectors.streamed import apart_from_layers, with_sources
+from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
 _contract = functools.partial(
     jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32

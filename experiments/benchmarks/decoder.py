@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from language_steps import MakeStep, Size, learning_step, llama, run
 
-from adamerge_jax.names import is_stacked
+from adamerge_jax.parameter_names import is_stacked
 from adamerge_jax.task_vectors import Delta, DenseDelta
 
 EXPERTS = 4

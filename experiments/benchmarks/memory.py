@@ -28,16 +28,16 @@ from rich.table import Table
 from safetensors.numpy import save_file
 from transformers import ViTConfig
 
-from adamerge_jax import learning
-from adamerge_jax.coefficients import CONSTRAINTS
-from adamerge_jax.console import make_console
-from adamerge_jax.granularities import constant, make_granularity
-from adamerge_jax.merging import pose
+from adamerge_jax.cli.console import make_console
+from adamerge_jax.coefficients.constraints import CONSTRAINTS
+from adamerge_jax.coefficients.granularities import constant, make_granularity
+from adamerge_jax.learning import learner as learning
 from adamerge_jax.models import family_of
-from adamerge_jax.names import is_stacked, unstack
-from adamerge_jax.recipes import parse_recipe
-from adamerge_jax.run_record import peak_memory
-from adamerge_jax.workspace import open_workspace
+from adamerge_jax.parameter_names import is_stacked, unstack
+from adamerge_jax.pipeline.inputs import open_workspace
+from adamerge_jax.pipeline.learn import pose
+from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.runs.record import peak_memory
 
 PLACES = ("device", "host", "disk")
 EXPERTS = (1, 2, 4, 8, 16)

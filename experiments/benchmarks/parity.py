@@ -19,9 +19,9 @@ from rich.table import Table
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
-from adamerge_jax.console import make_console
+from adamerge_jax.cli.console import make_console
 from adamerge_jax.models import Network, Outputs, family_of
-from adamerge_jax.names import is_stacked, unstack
+from adamerge_jax.parameter_names import is_stacked, unstack
 
 TOLERANCE = 1e-4
 """What counts as the same computation in float32."""

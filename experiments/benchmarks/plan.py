@@ -34,9 +34,9 @@ from transformers import (
 
 from adamerge_jax.checkpoints.huggingface_export import save_model
 from adamerge_jax.checkpoints.peft import AdapterWeights, save_adapter
-from adamerge_jax.console import make_console
+from adamerge_jax.cli.console import make_console
 from adamerge_jax.models import family_of
-from adamerge_jax.names import is_stacked, tensors_of
+from adamerge_jax.parameter_names import is_stacked, tensors_of
 
 TASKS = 4
 STEPS = 2
@@ -202,7 +202,7 @@ def predict(recipe: Path) -> dict[str, float]:
 def measure(recipe: Path) -> dict[str, float]:
     """Peak of a merge, and seconds of its last step."""
     from adamerge_jax import cli
-    from adamerge_jax.run_record import peak_memory_of_arrays
+    from adamerge_jax.runs.record import peak_memory_of_arrays
 
     out = recipe.parent / "run"
     cli.main(["learn", str(recipe), "--out", str(out)])

@@ -13,7 +13,7 @@ import sys
 
 from rich.table import Table
 
-from adamerge_jax.console import make_console
+from adamerge_jax.cli.console import make_console
 
 
 def measure(size: str, count: int, model: int, repeats: int) -> dict[str, object] | None:

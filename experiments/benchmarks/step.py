@@ -23,11 +23,11 @@ import optax
 import timing
 from transformers import CLIPConfig, PretrainedConfig, ViTConfig
 
-from adamerge_jax.calibration import Batch
-from adamerge_jax.coefficients import CONSTRAINTS
+from adamerge_jax.coefficients.constraints import CONSTRAINTS
+from adamerge_jax.coefficients.granularities import constant, tensor
+from adamerge_jax.data.batches import Batch
 from adamerge_jax.devices import ONE_DEVICE, Devices
-from adamerge_jax.granularities import constant, tensor
-from adamerge_jax.learning import Frozen, forward_with_heads, make_learner
+from adamerge_jax.learning.learner import Frozen, forward_with_heads, make_learner
 from adamerge_jax.models import family_of
 from adamerge_jax.objectives import Targets, entropy
 from adamerge_jax.task_vectors import DenseDelta

@@ -12,8 +12,8 @@ import numpy as np
 from rich.live import Live
 from rich.table import Table
 
-from adamerge_jax.console import make_console
-from adamerge_jax.run_record import peak_memory_of_arrays
+from adamerge_jax.cli.console import make_console
+from adamerge_jax.runs.record import peak_memory_of_arrays
 
 MakeStep = Callable[[str], Callable[[], object]]
 """From a size to a function that runs one step and waits for it."""

@@ -21,15 +21,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from adamerge_jax import cli
 from adamerge_jax.checkpoints.mergekit import read_weights
-from adamerge_jax.coefficients import Coefficients
+from adamerge_jax.cli import main as cli
+from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
-from adamerge_jax.exporting import export_mergekit
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.loading import fold
-from adamerge_jax.opening import Models, open_models
-from adamerge_jax.recipes import Recipe, parse_recipe
+from adamerge_jax.pipeline.export import export_mergekit
+from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.pipeline.read import fold
+from adamerge_jax.recipes.schema import Recipe, parse_recipe
 from tests.language_references import language_expert
 from tests.references import random_coefficients, randomise, write_recipe
 

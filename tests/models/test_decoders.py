@@ -21,7 +21,7 @@ from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import family_of, head_parameters
 from adamerge_jax.models.decoder_layers import Rotary
 from adamerge_jax.models.layers import attention
-from adamerge_jax.names import is_stacked
+from adamerge_jax.parameter_names import is_stacked
 from adamerge_jax.task_vectors import task_vectors
 from tests.references import parameters_of, randomise, saved_parameters
 

@@ -9,7 +9,7 @@ from transformers import BertConfig, CLIPConfig, PretrainedConfig, RobertaConfig
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import Network, family_of
-from adamerge_jax.zero_shot import text_network
+from adamerge_jax.models.zero_shot import text_network
 
 SIZES = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
 TEXT = dict(vocab_size=20, max_position_embeddings=10, **SIZES)

@@ -8,8 +8,8 @@ from transformers import CLIPConfig, CLIPVisionConfig, GPT2Config
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import FAMILIES, family_of
-from adamerge_jax.names import matches
-from adamerge_jax.zero_shot import text_network
+from adamerge_jax.models.zero_shot import text_network
+from adamerge_jax.parameter_names import matches
 from tests.references import saved_parameters, shapes_in_file
 
 SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)

@@ -25,9 +25,9 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Rematerialize, family_of
 from adamerge_jax.models.layers import ACTIVATIONS, activation_of
-from adamerge_jax.names import is_stacked, unstack
+from adamerge_jax.models.zero_shot import text_network
+from adamerge_jax.parameter_names import is_stacked, unstack
 from adamerge_jax.task_vectors import DenseDelta, task_vectors
-from adamerge_jax.zero_shot import text_network
 from tests.references import parameters_of, randomise, saved_parameters
 
 TOLERANCE = 1e-4

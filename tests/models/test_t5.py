@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import Network, Rematerialize, family_of, head_parameters
 from adamerge_jax.models.t5 import T5Trunk, relative_buckets
-from adamerge_jax.names import is_stacked, matches, tensors_of
+from adamerge_jax.parameter_names import is_stacked, matches, tensors_of
 from adamerge_jax.task_vectors import task_vectors
 from tests.references import parameters_of, randomise, saved_parameters, shapes_in_file
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from adamerge_jax import cli
 from adamerge_jax.checkpoints import huggingface
+from adamerge_jax.cli import main as cli
+from adamerge_jax.coefficients.granularities import make_granularity
 from adamerge_jax.errors import InputError
-from adamerge_jax.granularities import make_granularity
-from adamerge_jax.merging import granularity_of, pose
+from adamerge_jax.pipeline.inputs import open_workspace
+from adamerge_jax.pipeline.learn import granularity_of, pose
 from adamerge_jax.plan import hardware, make_plan
 from adamerge_jax.plan.outline import outline
 from adamerge_jax.plan.work import BESIDE_THE_TRACE, bytes_of, work_of
-from adamerge_jax.recipes import parse_recipe
-from adamerge_jax.workspace import open_workspace
+from adamerge_jax.recipes.schema import parse_recipe
 from tests.adapter_references import save_experts
 from tests.references import write_json_lines, write_recipe
 

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from adamerge_jax.evaluation import Row
-from adamerge_jax.opening import open_models
-from adamerge_jax.provenance import Origin, hub_datasets, model_origins, shared_license
-from adamerge_jax.recipes import parse_recipe
+from adamerge_jax.pipeline.evaluate import Row
+from adamerge_jax.pipeline.models import open_models
+from adamerge_jax.pipeline.provenance import Origin, hub_datasets, model_origins, shared_license
+from adamerge_jax.recipes.schema import parse_recipe
 from adamerge_jax.report import model_card
 from tests.report.saved_runs import COEFFICIENTS
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from adamerge_jax import cli
+from adamerge_jax.cli import main as cli
 from adamerge_jax.report import write_page
 from tests.report.saved_runs import ALL, STEPS, TASKS, step, write_run, write_steps
 

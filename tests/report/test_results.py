@@ -1,6 +1,6 @@
 import pytest
 
-from adamerge_jax.evaluation import Row
+from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.report.results import best_single, gap_closed, outcome
 
 ACCURACY = [

@@ -1,0 +1,1 @@
+"""Which parameters share a coefficient, which values it may take, the file that keeps it."""

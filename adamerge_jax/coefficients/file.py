@@ -1,0 +1,331 @@
+"""The coefficients file: all that is needed to make a merge again from the same models."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from adamerge_jax.coefficients.granularities import (
+    Granularity,
+    Shapes,
+    Values,
+    constant,
+    make_granularity,
+    per_tensor,
+)
+from adamerge_jax.errors import InputError
+from adamerge_jax.interference import FittedStep
+from adamerge_jax.parameter_names import is_stacked, unstack
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model came from.
+
+    Attributes:
+        name: `base`, or the task of an expert.
+        source: The folder or Hub id as the recipe gives it.
+        revision: The Hub revision asked for, if any.
+        identity: A fingerprint of the checkpoint; see `Checkpoint.identity`.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    identity: str
+
+    @property
+    def in_words(self) -> str:
+        """Where it came from and the beginning of its identity: enough to tell two apart."""
+        at = f" at {self.revision}" if self.revision else ""
+        return f"{self.source}{at} ({self.identity[:19]})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """Learned coefficients with all that a later merge must know of them.
+
+    Attributes:
+        values: `[K, ...]` by group, float32; groups are named without `*`, one per layer.
+        granularity: Name of the granularity.
+        granularity_options: Its options.
+        interference: What was done to the task vectors before mixing, in this order.
+        constraint: Name of the constraint that they were learned under.
+        shapes: Of the mixed parameters, by names without `*`; all others stay the base's.
+        base: The base model.
+        experts: The K experts in the order of the last axis of the scale.
+        objective: What was minimised, in words.
+        seed: The recipe's seed.
+        step: The step at which they were the best on the held-out calibration data.
+        started_from: The file that their learning started from, if any.
+        scaled: Factors that they were multiplied with since, by expert; 0 leaves one out.
+        depths: Number of layers of each stack of the base, mixed or not; see `stack_depths`.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from adamerge_jax import Coefficients
+        >>> from adamerge_jax.coefficients import Source
+        >>> base, expert = (Source(name, f"models/{name}", None, "") for name in ("base", "law"))
+        >>> learned = Coefficients(
+        ...     values={"dense.weight": np.array([0.4], np.float32)},  # [K] by group
+        ...     granularity="tensor",
+        ...     granularity_options={},
+        ...     interference=(),
+        ...     constraint="clip",
+        ...     shapes={"dense.weight": (2, 3)},
+        ...     base=base,
+        ...     experts=(expert,),
+        ...     objective="entropy",
+        ...     seed=0,
+        ...     step=100,
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     learned.save(Path(folder) / "coefficients.safetensors")
+        ...     again = Coefficients.load(Path(folder) / "coefficients.safetensors")
+        >>> again.granularity, again.experts[0].name, again.values["dense.weight"].shape
+        ('tensor', 'law', (1,))
+    """
+
+    values: Mapping[str, np.ndarray]
+    granularity: str
+    granularity_options: Mapping[str, Any]
+    interference: tuple[FittedStep, ...]
+    constraint: str
+    shapes: Shapes
+    base: Source
+    experts: tuple[Source, ...]
+    objective: str
+    seed: int
+    step: int
+    started_from: str | None = None
+    scaled: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    depths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the mixed parameters, without `*`."""
+        return tuple(self.shapes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the experts."""
+        return tuple(expert.name for expert in self.experts)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the experts whose coefficients were multiplied with 0."""
+        return frozenset(name for name, factor in self.scaled.items() if factor == 0)
+
+    def scales(self) -> dict[str, Float[Array, "K ..."]]:
+        """The scale of each mixed parameter, by names without `*`."""
+        return self.make_granularity(self.shapes).scales(self.stacked_once())
+
+    def per_tensor(self) -> dict[str, Float[np.ndarray, " K"]]:
+        """The mean coefficient of each mixed parameter, by names without `*`."""
+        granularity = self.make_granularity(self.shapes)
+        means = per_tensor(granularity, self.stacked_once(), self.shapes, len(self.experts))
+        return {name: np.asarray(mean[0]) for name, mean in means.items()}
+
+    def times(self, factors: Mapping[str, float]) -> "Coefficients":
+        """The coefficients with some experts' multiplied with a factor.
+
+        Args:
+            factors: By expert; the others keep theirs. 0 leaves an expert out of the merge.
+
+        Raises:
+            InputError: There is no such expert, a factor or a product with it is not finite, or
+                none is left.
+        """
+        for name, factor in factors.items():
+            if name not in self.names:
+                raise InputError(
+                    f"scale: there is no expert {name!r}; the experts are {', '.join(self.names)}"
+                )
+            if not np.isfinite(factor):
+                raise InputError(f"scale: the factor of {name!r} is {factor}, expected a number")
+        # Coefficients are float32, where a factor that is finite here may not be.
+        with np.errstate(over="ignore", invalid="ignore"):
+            by_expert = np.array([factors.get(name, 1.0) for name in self.names]).astype(np.float32)
+            values = {
+                group: array * by_expert.reshape(-1, *(1 for _ in array.shape[1:]))
+                for group, array in self.values.items()
+            }
+        if not by_expert.any():
+            raise InputError("scale: every expert is left out; the merge would be the base")
+        for position, name in enumerate(self.names):
+            if not all(_are_finite(array[position]) for array in values.values()):
+                raise InputError(
+                    f"scale: coefficients of {name!r} times {factors.get(name, 1.0):g} are not "
+                    "finite in float32; take a smaller factor"
+                )
+        before = {name: self.scaled.get(name, 1.0) * factor for name, factor in factors.items()}
+        return dataclasses.replace(self, values=values, scaled={**self.scaled, **before})
+
+    def of_experts(self, names: Sequence[str]) -> "Coefficients":
+        """The coefficients of some experts, in the given order.
+
+        Interference steps depend on all experts and on their order: with some of them, what is
+        returned is for reading and for starting from, not for folding.
+
+        Args:
+            names: Experts of these coefficients.
+        """
+        chosen = [self.names.index(name) for name in names]
+        return dataclasses.replace(
+            self,
+            values={group: array[chosen] for group, array in self.values.items()},
+            experts=tuple(self.experts[position] for position in chosen),
+            scaled={name: self.scaled[name] for name in names if name in self.scaled},
+        )
+
+    def make_granularity(self, shapes: Shapes) -> Granularity:
+        """The granularity for parameters of the given shapes.
+
+        Args:
+            shapes: Shapes of `self.parameters`, by names without `*`.
+        """
+        return make_granularity(self.granularity, self.granularity_options, shapes)
+
+    def stacked_once(self) -> Values:
+        """The values `[1, K, ...]` as a granularity of parameters without `*` takes them."""
+        return {group: jnp.asarray(values)[None] for group, values in self.values.items()}
+
+    def save(self, path: Path | str) -> None:
+        """Writes a safetensors file: one `[K, ...]` tensor per group, the rest as metadata."""
+        fields = dataclasses.asdict(self)
+        del fields["values"]
+        metadata = {name: json.dumps(field) for name, field in fields.items()}
+        metadata |= {"format": _FORMAT, "version": version("adamerge_jax")}
+        arrays = {group: np.ascontiguousarray(array) for group, array in self.values.items()}
+        Path(path).write_bytes(save(arrays, metadata))
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Coefficients":
+        """Reads a file written by `save`.
+
+        Raises:
+            InputError: There is no such file, it is not a coefficients file, or it is damaged: its
+                metadata cannot be read, or its values are not finite or not those of the
+                granularity for its tensors and experts.
+        """
+        if not Path(path).is_file():
+            raise InputError(
+                f"{path}: no such file; expected a coefficients file of an earlier run"
+            )
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                values = {group: file.get_tensor(group) for group in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+        found = metadata.pop("format", None)
+        if found != _FORMAT:
+            if found is not None and found.startswith(_FORMAT.rstrip("0123456789")):
+                raise InputError(
+                    f"{path}: not a coefficients file of this version, which reads {_FORMAT!r}; "
+                    f"it says {found!r}: learn again, or use the version that wrote it"
+                )
+            raise InputError(
+                f"{path}: not a coefficients file; expected the coefficients.safetensors of a run"
+            )
+        try:
+            found = cls(values=values, **_parse_fields(metadata))
+            found._require_sound()
+        except InputError as error:
+            raise InputError(
+                f"{path}: {error}; the file is damaged or was changed: take it from the run folder "
+                "again, or learn again"
+            ) from error
+        return found
+
+    def _require_sound(self) -> None:
+        """Refuses values that no learning leaves.
+
+        Raises:
+            InputError: They are not finite, or not those of the granularity.
+        """
+        experts = len(self.experts)
+        if not experts or not self.shapes:
+            raise InputError(f"it is of {experts} experts and {len(self.shapes)} merged tensors")
+        for group, array in self.values.items():
+            if array.shape[:1] != (experts,):
+                raise InputError(
+                    f"the coefficients of {group} have shape {array.shape}, expected a row for "
+                    f"each of {experts} experts"
+                )
+            if not _are_finite(array):
+                raise InputError(f"coefficients of {group} are not finite")
+        if ":" in self.granularity:
+            # A user's own: what only reads the file can do without its module.
+            return
+        granularity = self.make_granularity(self.shapes)
+        made = jax.eval_shape(lambda: granularity.init(constant(self.shapes, experts, 0.0)))
+        if unlike := made.keys() ^ self.values.keys():
+            group = min(unlike)
+            raise InputError(
+                f"it {'lacks' if group in made else 'has'} coefficients of {group}, "
+                f"{'which' if group in made else 'not what'} the granularity {self.granularity!r} "
+                "has for its tensors"
+            )
+        for group, array in self.values.items():
+            expected = made[group].shape[1:]
+            # What is not cut has an axis for its one piece where layers of its stack are cut.
+            if array.shape != expected and (array.shape, expected) != ((experts, 1), (experts,)):
+                raise InputError(
+                    f"the coefficients of {group} have shape {array.shape}, expected {expected} "
+                    f"for the granularity {self.granularity!r}"
+                )
+
+
+def _are_finite(values: np.ndarray) -> bool:
+    """Whether coefficients are finite as float32, which they become when they are used."""
+    return bool((np.abs(values) <= np.finfo(np.float32).max).all())
+
+
+_FORMAT = "adamerge_jax coefficients 3"
+
+
+def unstack_values(values: Values) -> dict[str, np.ndarray]:
+    """From `[G, K, ...]` by stacked group to `[K, ...]` by the group of each layer, on the host."""
+    unstacked = {}
+    for group, array in values.items():
+        rows = np.asarray(array, np.float32)
+        names = unstack(group, len(rows)) if is_stacked(group) else [group]
+        unstacked |= dict(zip(names, rows, strict=True))
+    return unstacked
+
+
+def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that a file has as metadata; what other tools have added to them is ignored.
+
+    Raises:
+        InputError: One is missing, no JSON, or of another type.
+    """
+    parsed = {}
+    for field in dataclasses.fields(Coefficients):
+        name = field.name
+        if name == "values":
+            continue
+        if name not in metadata:
+            if field.default is field.default_factory is dataclasses.MISSING:
+                raise InputError(f"its metadata lack {name}")
+            continue
+        try:
+            parsed[name] = TypeAdapter(field.type).validate_python(json.loads(metadata[name]))
+        except ValueError as error:  # json's own, or pydantic's
+            raise InputError(
+                f"its metadata have {metadata[name]!r:.60} for {name}, which cannot be read"
+            ) from error
+    return parsed

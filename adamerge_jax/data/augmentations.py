@@ -1,0 +1,62 @@
+"""Strong views of examples, for objectives that ask a model to say the same of both views."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.ndimage import affine_transform
+
+from adamerge_jax.data.examples import completed
+
+TOKENS_HIDDEN = 0.2
+"""Part of a text's tokens that a strong view hides."""
+
+SMALLEST_CROP = 0.5
+"""Part of an image's area that a strong view shows at least."""
+
+
+def strong_view(
+    inputs: Mapping[str, np.ndarray], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """A strong view of model inputs.
+
+    Texts: one token in five is hidden from attention, never the first nor the last, which are
+    often special. Images: a random part of them, at least half of the area, enlarged to the whole
+    and mirrored half of the time, as in aTLAS's test-time adaptation.
+
+    Args:
+        inputs: `input_ids` and `attention_mask`, `[B, T]`, without which nothing is padding; or
+            `pixel_values`, `[B, channels, height, width]`.
+        generator: What is random comes from it.
+
+    Returns:
+        Inputs of the same shapes, those of texts with a mask.
+    """
+    if "pixel_values" in inputs:
+        pixels = np.stack([_crop_and_mirror(image, generator) for image in inputs["pixel_values"]])
+        return dict(inputs) | {"pixel_values": pixels}
+    whole = completed(inputs, ["attention_mask"])
+    return whole | {"attention_mask": _hide_tokens(whole["attention_mask"], generator)}
+
+
+def _hide_tokens(
+    mask: Int[np.ndarray, "B T"], generator: np.random.Generator
+) -> Int[np.ndarray, "B T"]:
+    hidden = generator.random(mask.shape) < TOKENS_HIDDEN
+    shown = np.cumsum(mask, axis=1)
+    ends = (shown == 1) | (shown == shown[:, -1:])
+    return np.where(hidden & ~ends, 0, mask).astype(mask.dtype)
+
+
+def _crop_and_mirror(
+    image: Float[np.ndarray, "channels height width"], generator: np.random.Generator
+) -> Float[np.ndarray, "channels height width"]:
+    size = np.array(image.shape[1:])
+    scale = np.sqrt(generator.uniform(SMALLEST_CROP, 1))
+    offset = generator.uniform(0, 1, 2) * (1 - scale) * (size - 1)
+    cropped = [
+        affine_transform(channel, [scale, scale], offset, order=1, mode="nearest")
+        for channel in image.astype(np.float32)
+    ]
+    pixels = np.stack(cropped).astype(image.dtype)
+    return pixels[:, :, ::-1] if generator.random() < 0.5 else pixels

@@ -1,0 +1,211 @@
+"""Batches of fixed shape: every batch holds the same number of examples of every task.
+
+Texts are padded to one of a few bucket lengths, so that few shapes are compiled, and texts of like
+length share a batch, so that little is computed on padding.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from adamerge_jax.data.augmentations import strong_view
+from adamerge_jax.data.examples import Examples, joined, require_joinable
+from adamerge_jax.data.expert_targets import StoredTargets
+from adamerge_jax.errors import InputError
+from adamerge_jax.objectives import Targets
+
+BATCHES_SORTED_TOGETHER = 16
+"""Of so many batches in a row, the shortest texts of all tasks make one, the next longer ones the
+next, and so on. Fewer where the examples of a task do not fill so many: the same text, drawn twice,
+would be sorted beside itself."""
+
+
+class Batch(NamedTuple):
+    """Examples of all tasks.
+
+    Attributes:
+        inputs: Model inputs, `[tasks * B, ...]`: B examples of the first task, of the second, ...
+        weights: `[tasks, B]`, the share of each example in its task's mean; rows sum to 1, or to
+            less where the mean is spread over several batches.
+        targets: What each task's examples are compared with.
+        strong_inputs: A strong view of the same examples, or None where no objective needs one.
+    """
+
+    inputs: dict[str, np.ndarray]
+    weights: Float[np.ndarray, "tasks B"]
+    targets: Sequence[Targets]
+    strong_inputs: dict[str, np.ndarray] | None = None
+
+
+class Calibration(NamedTuple):
+    """The calibration data of all tasks, split in two.
+
+    Attributes:
+        learning: Indices of the examples that coefficients are learned from, by task.
+        held_out: Indices of those that choose which coefficients are kept, by task.
+        examples: The examples by task.
+        batch_size: B, examples of every task in a batch.
+        seed: Decides on the split and on the order.
+        targets: What each task's examples are compared with.
+        strong_view: Whether batches hold a strong view of their examples.
+        elsewhere: By task, what its expert says of the examples of each other task, `[N, C]`, NaN
+            where it was not asked; batches to learn from have it as a target.
+    """
+
+    learning: dict[str, Int[np.ndarray, " N"]]
+    held_out: dict[str, Int[np.ndarray, " M"]]
+    examples: Mapping[str, Examples]
+    batch_size: int
+    seed: int
+    targets: Mapping[str, StoredTargets]
+    strong_view: bool = False
+    elsewhere: Mapping[str, Mapping[str, Float[np.ndarray, "N C"]]] = {}
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """Endless batches for learning; a task's examples are reshuffled when they are used up.
+
+        Args:
+            first: How many batches to leave out at the beginning; they are not put together.
+        """
+        weights = np.full((len(self.examples), self.batch_size), 1 / self.batch_size, np.float32)
+        lengths = {task: examples.padded_lengths() for task, examples in self.examples.items()}
+        together = 1
+        if any(len(np.unique(each)) > 1 for each in lengths.values()):
+            fewest = min(map(len, self.learning.values()))
+            together = min(BATCHES_SORTED_TOGETHER, fewest // self.batch_size)
+        draws = {
+            task: self._draws(position, together * self.batch_size)
+            for position, task in enumerate(self.examples)
+        }
+        generator = np.random.default_rng([self.seed, 2])
+        numbers = count()
+        while True:
+            parts = {}
+            for task, drawn in draws.items():
+                index = next(drawn)
+                index = index[np.argsort(lengths[task][index], kind="stable")]
+                parts[task] = index.reshape(together, self.batch_size)
+            for part in generator.permutation(together):
+                number = next(numbers)
+                if number < first:
+                    continue
+                chosen = {task: rows[part] for task, rows in parts.items()}
+                views = np.random.default_rng([self.seed, 4, number])
+                batch = self._batch(chosen, weights, views)
+                yield batch._replace(targets=self._with_elsewhere(batch.targets, chosen))
+
+    def _with_elsewhere(
+        self, targets: Sequence[Targets], chosen: Mapping[str, Int[np.ndarray, " B"]]
+    ) -> list[Targets]:
+        """Adds what each expert says of the chosen examples of the other tasks, in their order."""
+        added = []
+        for task, own in zip(chosen, targets, strict=True):
+            if task in self.elsewhere:
+                said, weights = [], []
+                for other, logits in self.elsewhere[task].items():
+                    asked = ~np.isnan(logits[:, 0])
+                    # Those that it was asked of stand for all that are learned from.
+                    weight = asked / asked[self.learning[other]].mean()
+                    drawn = chosen[other]
+                    said.append(np.where(asked[drawn, None], logits[drawn], 0))
+                    weights.append(weight[drawn].astype(np.float32))
+                own = own._replace(
+                    expert_elsewhere=np.concatenate(said),
+                    elsewhere_weights=np.concatenate(weights),
+                )
+            added.append(own)
+        return added
+
+    def _draws(self, position: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
+        """Endless draws of one task's examples; they are reshuffled when they are used up."""
+        index = list(self.learning.values())[position]
+        order = np.empty(0, int)
+        for epoch in count():
+            generator = np.random.default_rng([self.seed, 1, position, epoch])
+            order = np.concatenate([order, generator.permutation(index)])
+            while len(order) >= size:
+                drawn, order = np.split(order, [size])
+                yield drawn
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """Batches that together hold every held-out example once."""
+        longest = max(map(len, self.held_out.values()))
+        for start in range(0, longest, self.batch_size):
+            weights = np.zeros((len(self.examples), self.batch_size), np.float32)
+            chosen = {}
+            for row, (task, index) in zip(weights, self.held_out.items(), strict=True):
+                part = index[start : start + self.batch_size]
+                row[: len(part)] = 1 / len(index)
+                chosen[task] = np.resize(part if len(part) else index, self.batch_size)
+            yield self._batch(chosen, weights, np.random.default_rng([self.seed, 3, start]))
+
+    def _batch(
+        self,
+        chosen: Mapping[str, Int[np.ndarray, " B"]],
+        weights: Float[np.ndarray, "tasks B"],
+        generator: np.random.Generator,
+    ) -> Batch:
+        length = max(self.examples[task].padded_length(index) for task, index in chosen.items())
+        parts = [self.examples[task].take(index, length) for task, index in chosen.items()]
+        inputs = joined(parts)
+        targets = [self.targets[task].take(index, length) for task, index in chosen.items()]
+        strong = strong_view(inputs, generator) if self.strong_view else None
+        return Batch(inputs, weights, targets, strong)
+
+
+def calibrate(
+    examples: Mapping[str, Examples],
+    *,
+    batch_size: int,
+    held_out: float,
+    seed: int,
+    targets: Mapping[str, StoredTargets] | None = None,
+) -> Calibration:
+    """Splits each task's examples into those to learn from and those held out.
+
+    Args:
+        examples: Examples by task.
+        batch_size: Examples of every task in a batch.
+        held_out: Part of each task's examples that is held out; at least one is.
+        seed: Decides on the split and on the order of batches.
+        targets: What each task's examples are compared with, from `ask_expert`; by default their
+            labels, where they have some.
+
+    Raises:
+        InputError: A task has too few examples for one batch and one held-out example, or no
+            targets where others have some, or the tasks' examples cannot share a batch.
+
+    Examples:
+        >>> import numpy as np
+        >>> from adamerge_jax import ArrayExamples, calibrate
+        >>> examples = {task: ArrayExamples({"x": np.zeros((20, 3))}) for task in ("one", "other")}
+        >>> calibration = calibrate(examples, batch_size=4, held_out=0.25, seed=0)
+        >>> {task: len(index) for task, index in calibration.held_out.items()}
+        {'one': 5, 'other': 5}
+        >>> next(calibration.batches()).inputs["x"].shape  # [tasks * B, ...]
+        (8, 3)
+    """
+    if targets is not None and (missing := examples.keys() - targets.keys()):
+        raise InputError(f"targets of task {min(missing)!r} are missing; ask its expert too")
+    learning, kept = {}, {}
+    for position, (task, data) in enumerate(examples.items()):
+        size = max(1, round(held_out * len(data)))
+        if len(data) - size < batch_size:
+            raise InputError(
+                f"calibration data of task {task!r}: {len(data)} example(s), {size} of them held "
+                f"out, leave fewer than the {batch_size} of one batch; give more, or lower "
+                "learning.batch_size"
+            )
+        order = np.random.default_rng([seed, 0, position]).permutation(len(data))
+        # Held-out examples of like length share a batch: there is no need to mix them, and less
+        # is computed on padding.
+        lengths = data.padded_lengths()[order[:size]]
+        kept[task] = order[:size][np.argsort(lengths, kind="stable")]
+        learning[task] = np.sort(order[size:])
+    require_joinable(examples)
+    if targets is None:
+        targets = {task: StoredTargets(data) for task, data in examples.items()}
+    return Calibration(learning, kept, examples, batch_size, seed, targets)

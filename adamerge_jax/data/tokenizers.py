@@ -1,0 +1,163 @@
+"""The tokenizer of a merge: there is one, so that every expert must have learned with the same."""
+
+import filecmp
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from adamerge_jax.checkpoints.huggingface import and_more
+from adamerge_jax.checkpoints.matching import MatchedCheckpoint
+from adamerge_jax.checkpoints.peft import Expert
+from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
+from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.models import Models
+
+log = logging.getLogger(__name__)
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+"""What a tokenizer is made of."""
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token")
+
+_SHOWN = 3
+"""How many of the tokens that differ a message names."""
+
+
+def tokenizer_owner(models: Models, chosen: str | None) -> Expert | None:
+    """The model whose tokenizer the merge takes: the chosen one, else the first that has one.
+
+    Args:
+        models: The base and its experts.
+        chosen: `base` or a task, or None.
+
+    Raises:
+        InputError: There is no such model, or it has no tokenizer.
+    """
+    every = {"base": models.base} | dict(models.experts)
+    if chosen is None:
+        return next((model for model in every.values() if has_tokenizer(model.checkpoint)), None)
+    if chosen not in every:
+        raise InputError(f"tokenizer: {chosen!r} is none of {', '.join(every)}")
+    if not has_tokenizer(every[chosen].checkpoint):
+        raise InputError(f"tokenizer: {chosen} ({every[chosen].checkpoint.source}) has none")
+    return every[chosen]
+
+
+def find_tokenizer(models: Models, chosen: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the merge.
+
+    Those of the other whole experts are compared with it; an adapter is one of the base's. Chat
+    templates may differ, and so may the token that pads: it is never part of a text. Where the
+    recipe chose a tokenizer, other special tokens are no error either, nor tokens that it has in
+    free rows of the embeddings and another model lacks.
+
+    Args:
+        models: The base and its experts.
+        chosen: `base` or a task, or None for the first that has one.
+
+    Returns:
+        None if neither the base nor an expert brings a tokenizer.
+
+    Raises:
+        InputError: One cannot be read, or an expert has another vocabulary or other special
+            tokens.
+    """
+    first = tokenizer_owner(models, chosen)
+    if first is None:
+        return None
+    every = (models.base, *models.experts.values())
+    others = [model for model in every if model is not first and has_tokenizer(model.checkpoint)]
+    tokenizer = load_tokenizer(first.checkpoint, first.role)
+    for model in others:
+        if isinstance(model, MatchedCheckpoint) and not _same_files(
+            first.checkpoint.folder, model.checkpoint.folder
+        ):
+            own = load_tokenizer(model.checkpoint, model.role)
+            where = f"{model.role} ({model.checkpoint.source})"
+            reference = "the base" if first is models.base else first.role
+            _require_same(tokenizer, own, where, reference, strict=chosen is None)
+    return tokenizer
+
+
+def _same_files(first: Path, second: Path) -> bool:
+    """Whether two folders have the same tokenizer byte by byte, so that none need be loaded."""
+    names = [
+        sorted(file.name for pattern in _FILES for file in folder.glob(pattern))
+        for folder in (first, second)
+    ]
+    return names[0] == names[1] and all(
+        filecmp.cmp(first / name, second / name, shallow=False) for name in names[0]
+    )
+
+
+def _require_same(
+    tokenizer: PreTrainedTokenizerBase,
+    own: PreTrainedTokenizerBase,
+    where: str,
+    reference: str,
+    *,
+    strict: bool,
+) -> None:
+    """Refuses an expert's tokenizer whose tokens are others than those of the reference."""
+    ids, own_ids = tokenizer.get_vocab(), own.get_vocab()
+    padding = {tokenizer.pad_token, own.pad_token}
+    differing = []
+    if ids != own_ids:
+        # In the order of their ids, whichever of the two they are in.
+        every = sorted({**own_ids, **ids}.items(), key=lambda item: (item[1], item[0]))
+        differing = [
+            token
+            for token, _ in every
+            if ids.get(token) != own_ids.get(token) and token not in padding
+        ]
+    if differing and not strict and not any(token in own_ids for token in differing):
+        log.warning("%s lacks %d token(s) of %s, which are kept", where, len(differing), reference)
+        differing = []
+    if differing:
+        more = and_more(max(0, len(differing) - _SHOWN))
+        shown = ", ".join(
+            f"{token!r} is {_place(own_ids, token)} in the expert and "
+            f"{_place(ids, token)} in {reference}"
+            for token in differing[:_SHOWN]
+        )
+        raise InputError(
+            f"{where} has another vocabulary than {reference}: {len(differing)} token(s) differ: "
+            f"{shown}{more}; all experts must have been fine-tuned with one tokenizer"
+        )
+    for name in _SPECIAL:
+        if getattr(own, name) != getattr(tokenizer, name):
+            difference = (
+                f"{where} has {name} {getattr(own, name)!r}, {reference} has "
+                f"{getattr(tokenizer, name)!r}"
+            )
+            if strict:
+                raise InputError(
+                    f"{difference}; the merge has one tokenizer: say in the recipe whose it takes "
+                    "(tokenizer: base, or a task)"
+                )
+            log.warning("%s: the merge has the latter", difference)
+    if own.pad_token != tokenizer.pad_token:
+        log.warning(
+            "%s has pad_token %r, %s has %r: the merge has the latter",
+            where,
+            own.pad_token,
+            reference,
+            tokenizer.pad_token,
+        )
+    if own.chat_template != tokenizer.chat_template:
+        log.info("%s has another chat template than %s, which is used", where, reference)
+
+
+def _place(ids: dict[str, int], token: str) -> str:
+    return str(ids[token]) if token in ids else "missing"

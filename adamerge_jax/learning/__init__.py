@@ -1,0 +1,1 @@
+"""How coefficients are learned: the compiled step, the loop, the choice by held-out data."""

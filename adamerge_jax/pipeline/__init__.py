@@ -1,0 +1,1 @@
+"""From a recipe to a checkpoint: a file a stage, in the order of the data."""

@@ -1,0 +1,151 @@
+"""How good a model is: accuracy per task with its own head, or a language model's loss per task."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from adamerge_jax.data.examples import Examples, sorted_batches
+from adamerge_jax.devices import fetch
+from adamerge_jax.models import Network, head_parameters
+from adamerge_jax.objectives import NOT_PREDICTED, token_losses
+
+Parameters = Mapping[str, Array]
+
+Metric = Literal["accuracy", "loss"]
+"""What a score is: the share of right classes, or nats per token."""
+
+
+class Row(NamedTuple):
+    """One line of the table of results.
+
+    Attributes:
+        method: What was evaluated.
+        tasks: Accuracy by task, from 0 to 1; or loss by task, in nats per token.
+        metric: Which of the two.
+    """
+
+    method: str
+    tasks: dict[str, float]
+    metric: Metric = "accuracy"
+
+    @property
+    def average(self) -> float:
+        """Mean over the tasks."""
+        return float(np.mean(list(self.tasks.values())))
+
+    @property
+    def goodness(self) -> float:
+        """The average, with its sign turned where less is better."""
+        return self.average if self.metric == "accuracy" else -self.average
+
+    def as_json(self) -> dict:
+        """The row as `results.json` holds it."""
+        return {
+            "method": self.method,
+            "metric": self.metric,
+            "tasks": self.tasks,
+            "average": self.average,
+        }
+
+
+class Evaluator:
+    """Runs models of one architecture on the examples of their tasks.
+
+    The trunk is compiled once per input shape and shared by all models and tasks.
+    """
+
+    def __init__(
+        self,
+        trunk: Network,
+        heads: Mapping[str, Network],
+        kept_by_tasks: Mapping[str, Parameters],
+        batch_size: int,
+        metric: Metric = "accuracy",
+    ):
+        """Compiles nothing yet.
+
+        Args:
+            trunk: What all models share.
+            heads: By task.
+            kept_by_tasks: Parameters of each task's head.
+            batch_size: Examples per batch.
+            metric: What a score is.
+        """
+        self.metric = metric
+        self._trunk = jax.jit(trunk, static_argnames="hidden_states")
+        self._heads = {task: jax.jit(head) for task, head in heads.items()}
+        self._networks = heads
+        self._kept_by_tasks = kept_by_tasks
+        self._batch_size = batch_size
+
+    def run(
+        self,
+        parameters: Parameters,
+        task: str,
+        inputs: Mapping[str, np.ndarray],
+        hidden_states: Sequence[int] = (),
+    ) -> tuple[Float[Array, "B C"], dict[int, Float[Array, "B T H"]]]:
+        """The logits of one batch, and the hidden states of the layers asked for.
+
+        A language model's logits are `[B, T, V]`.
+
+        Args:
+            parameters: Of the trunk, arrays by name.
+            task: Whose head to use.
+            inputs: Of the model, `[B, ...]`.
+            hidden_states: Layers, 0 for the embeddings.
+        """
+        outputs = self._trunk(parameters, inputs, hidden_states=bool(hidden_states))
+        own = head_parameters(self._networks[task], self._kept_by_tasks[task], parameters)
+        logits = self._heads[task](own, outputs)
+        return logits, {layer: outputs.hidden_states[layer] for layer in hidden_states}
+
+    def logits(
+        self, parameters: Parameters, task: str, examples: Examples
+    ) -> Float[np.ndarray, "N C"]:
+        """What a model says of each example.
+
+        Args:
+            parameters: Of the trunk, arrays by name.
+            task: Whose head to use.
+            examples: N examples.
+        """
+        order, rows = [], []
+        for index, inputs in sorted_batches(examples, self._batch_size):
+            order.append(index)
+            rows.append(fetch(self.run(parameters, task, inputs)[0])[: len(index)])
+        return np.concatenate(rows)[np.argsort(np.concatenate(order))]
+
+    def score(self, parameters: Parameters, task: str, examples: Examples) -> float:
+        """How good a model is on labelled examples.
+
+        Returns:
+            The share of examples that get their own class, from 0 to 1; or for a language model
+            the mean loss over all tokens to be predicted, in nats per token.
+        """
+        if self.metric == "accuracy":
+            predicted = self.logits(parameters, task, examples).argmax(-1)
+            return float((predicted == examples.labels).mean())
+        total, count = 0.0, 0
+        for index, inputs in sorted_batches(examples, self._batch_size):
+            logits, _ = self.run(parameters, task, inputs)
+            labels = examples.take_labels(index, logits.shape[1])
+            # The last batch repeats examples, which do not count.
+            missing = [(0, len(logits) - len(labels)), (0, 0)]
+            labels = np.pad(labels, missing, constant_values=NOT_PREDICTED)
+            total += float(_total_loss(logits, labels))
+            count += int((labels != NOT_PREDICTED).sum())
+        return total / count
+
+    def row(self, method: str, parameters: Parameters, data: Mapping[str, Examples]) -> Row:
+        """A model's score on labelled examples of each task."""
+        scores = {task: self.score(parameters, task, data[task]) for task in data}
+        return Row(method, scores, self.metric)
+
+
+@jax.jit
+def _total_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    return token_losses(logits, labels).sum()

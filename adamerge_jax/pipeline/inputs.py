@@ -1,0 +1,275 @@
+"""What a recipe is about, opened and loaded: models, task heads and data."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from transformers import PreTrainedTokenizerBase
+
+from adamerge_jax.checkpoints.huggingface import in_one_line
+from adamerge_jax.data.examples import Examples, ImageProcessor, Subset
+from adamerge_jax.data.sources import TokenLimits, load_examples
+from adamerge_jax.data.tokenizers import find_tokenizer
+from adamerge_jax.devices import ONE_DEVICE, Devices
+from adamerge_jax.errors import InputError
+from adamerge_jax.mixing import Mixture
+from adamerge_jax.models import Network
+from adamerge_jax.pipeline.evaluate import Evaluator
+from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.pipeline.read import (
+    DTYPES,
+    load_expert,
+    load_head,
+    load_trunk,
+    load_zero_shot_head,
+)
+from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
+
+
+class Data(NamedTuple):
+    """Examples by task; validation and test are empty unless every task has them."""
+
+    calibration: dict[str, Examples]
+    validation: dict[str, Examples]
+    test: dict[str, Examples]
+
+
+class Workspace(NamedTuple):
+    """The models and the data of a recipe.
+
+    Attributes:
+        models: The base and its experts, opened; their weights are read when they are asked for.
+        data: Examples by task.
+        dtype: Of weights and activations; None for the checkpoint's.
+        trunk: What is merged, as a function of its parameters.
+        heads: Parameters of each task's head.
+        head_networks: Each task's head as a function of its parameters.
+        evaluator: Runs models of this architecture on examples.
+        root: Folder that relative paths of the recipe start from.
+    """
+
+    models: Models
+    data: Data
+    dtype: np.dtype | None
+    trunk: Network
+    heads: dict[str, dict[str, Array]]
+    head_networks: dict[str, Network]
+    evaluator: Evaluator
+    root: Path
+
+    def base(self) -> dict[str, Array]:
+        """Reads the parameters of the base."""
+        return load_trunk(self.models, self.models.base, self.dtype)
+
+    def expert(self, task: str, base: Mapping[str, Array]) -> dict[str, Array | Mixture]:
+        """Reads the parameters of a task's expert, without its head.
+
+        Args:
+            task: Whose expert.
+            base: The base's parameters, which an adapter shares.
+        """
+        return load_expert(self.models, task, base, self.dtype)
+
+
+def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) -> Workspace:
+    """Opens and checks all that a recipe names.
+
+    Args:
+        recipe: Says which models and data.
+        root: Folder that relative paths start from.
+        devices: Where weights go and models run.
+
+    Raises:
+        InputError: Something cannot be read, or models and data do not belong together.
+    """
+    models = dataclasses.replace(open_models(recipe, root), devices=devices)
+    data = _load_data(recipe, models, root)
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    trunk = models.family.build_trunk(models.config, recipe.learning.rematerialize)
+    heads = _load_heads(recipe, models, data, dtype)
+    _require_labels_in_range(models, heads, data)
+    networks = {
+        task: models.family.build_head(expert.checkpoint.config)
+        for task, expert in models.experts.items()
+    }
+    metric = "loss" if models.family.language else "accuracy"
+    spread = devices.spread(trunk)
+    evaluator = Evaluator(spread, networks, heads, recipe.evaluation.batch_size, metric)
+    return Workspace(models, data, dtype, spread, heads, networks, evaluator, root)
+
+
+def open_classifiers(recipe: Recipe, root: Path) -> Workspace:
+    """A workspace for what compares accuracies.
+
+    Args:
+        recipe: Says which models and data.
+        root: Folder that relative paths start from.
+
+    Raises:
+        InputError: The models are language models, or what `open_workspace` raises.
+    """
+    workspace = open_workspace(recipe, root)
+    if workspace.models.family.language:
+        raise InputError("accuracies are compared, and a language model has none")
+    return workspace
+
+
+def example_loader(
+    recipe: Recipe, models: Models, root: Path
+) -> Callable[[DataSource, str], Examples]:
+    """How a recipe's data become inputs of its models: `(source, name in messages) -> examples`.
+
+    Args:
+        recipe: Says whose tokenizer, and how long texts may be.
+        models: The base and its experts, who bring tokenizer or image processor.
+        root: Folder that relative paths start from.
+
+    Raises:
+        InputError: A tokenizer that is asked for is missing, or the experts' differ.
+    """
+    preprocessor = _preprocessor(models, recipe.tokenizer)
+    longest = models.family.max_tokens(models.config)
+    limits = None if longest is None else TokenLimits(models.config.vocab_size, longest)
+    lengths = [recipe.max_length, longest]
+    lengths.append(getattr(preprocessor, "model_max_length", None))
+    max_length = min(length for length in lengths if length is not None)
+    decoder_start = _decoder_start(models) if models.config.is_encoder_decoder else None
+
+    def load(source: DataSource, name: str) -> Examples:
+        return load_examples(
+            source,
+            root=root,
+            inputs=models.family.inputs,
+            preprocessor=preprocessor,
+            max_length=max_length,
+            seed=recipe.seed,
+            name=name,
+            limits=limits,
+            language=models.family.language,
+            decoder_start=decoder_start,
+        )
+
+    return load
+
+
+def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
+    load_one = example_loader(recipe, models, root)
+
+    def load(part: str) -> dict[str, Examples]:
+        sources = {task: getattr(recipe.tasks[task], part) for task in recipe.tasks}
+        given = [task for task, source in sources.items() if source is not None]
+        missing = [task for task in sources if task not in given]
+        if given and missing:
+            raise InputError(
+                f"tasks.{missing[0]}.{part}: is missing while {given[0]} has {part} data; "
+                "give it for every task or for none"
+            )
+        return {
+            task: load_one(source, f"{part} data of task {task!r}")
+            for task, source in sources.items()
+            if source is not None
+        }
+
+    calibration = load("calibration")
+    if recipe.learning.examples is not None:
+        calibration = {
+            task: Subset.draw(examples, recipe.learning.examples, recipe.seed)
+            for task, examples in calibration.items()
+        }
+    data = Data(calibration, load("validation"), load("test"))
+    for part in ("validation", "test"):
+        for task, examples in getattr(data, part).items():
+            if examples.labels is None and not models.family.language:
+                raise InputError(
+                    f"tasks.{task}.{part}.label: is missing; name the column of the class index"
+                )
+    return data
+
+
+def _preprocessor(
+    models: Models, chosen: str | None
+) -> PreTrainedTokenizerBase | ImageProcessor | None:
+    """The tokenizer or image processor of the base, or of the first expert that has one."""
+    if models.family.inputs[0] == "input_ids":
+        return find_tokenizer(models, chosen)
+    for model in (models.base, *models.experts.values()):
+        if (model.checkpoint.folder / "preprocessor_config.json").is_file():
+            # Importing it takes a second or more, which only images are to cost.
+            from transformers import AutoImageProcessor
+
+            try:
+                return AutoImageProcessor.from_pretrained(model.checkpoint.folder)
+            # The processors' own checks raise errors of many types.
+            except Exception as error:
+                raise InputError(
+                    f"{model.role} ({model.checkpoint.source}): its preprocessor_config.json "
+                    f"cannot be read: {in_one_line(error)}; save it again with "
+                    "image_processor.save_pretrained(folder)"
+                ) from error
+    return None
+
+
+def _decoder_start(models: Models) -> int:
+    """The token that an encoder-decoder's responses start with."""
+    start = getattr(models.config, "decoder_start_token_id", None)
+    file = models.base.checkpoint.folder / "generation_config.json"
+    if start is None and file.is_file():
+        start = json.loads(file.read_text(encoding="utf-8")).get("decoder_start_token_id")
+    if not isinstance(start, int):
+        raise InputError(
+            f"base ({models.base.checkpoint.source}): decoder_start_token_id is neither in its "
+            "config.json nor in its generation_config.json; add it (T5 has that of its padding, 0)"
+        )
+    return start
+
+
+def _load_heads(
+    recipe: Recipe, models: Models, data: Data, dtype: np.dtype | None
+) -> dict[str, dict[str, Array]]:
+    heads = {}
+    for task, task_recipe in recipe.tasks.items():
+        if models.family.auto_class is not None:
+            head = load_head(models, task)
+        else:
+            names = _class_names(task, task_recipe, data)
+            head = load_zero_shot_head(models, names, task_recipe.templates)
+        own = {name: jnp.asarray(array, dtype) for name, array in head.items()}
+        heads[task] = models.devices.replicate(own)
+    return heads
+
+
+def _require_labels_in_range(
+    models: Models, heads: Mapping[str, Mapping[str, Array]], data: Data
+) -> None:
+    """Refuses labelled data with a class that the task's head does not have."""
+    for part in Data._fields:
+        for task, examples in getattr(data, part).items():
+            if examples.labels is None:
+                continue
+            if models.family.auto_class is None:
+                classes = len(heads[task]["text_embeddings"])
+            else:
+                classes = models.experts[task].checkpoint.config.num_labels
+            if examples.labels.max() >= classes:
+                row = int(np.argmax(examples.labels >= classes))
+                raise InputError(
+                    f"{part} data of task {task!r}: example {row} has label "
+                    f"{examples.labels[row]}, the task's head has classes 0 to {classes - 1}; "
+                    "check that data and expert belong together"
+                )
+
+
+def _class_names(task: str, recipe: TaskRecipe, data: Data) -> list[str]:
+    if recipe.class_names is not None:
+        return recipe.class_names
+    for part in (data.test, data.calibration):
+        if task in part and part[task].class_names is not None:
+            return part[task].class_names
+    raise InputError(
+        f"tasks.{task}.class_names: is missing, and the data set does not name its classes"
+    )

@@ -1,0 +1,120 @@
+"""Folding a coefficients file again: with some experts scaled or left out, in any order."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.coefficients.identities import namesake, other_contents
+from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.models import Models
+from adamerge_jax.pipeline.read import require_fitting
+
+
+class Fold(NamedTuple):
+    """What belongs together in a fold.
+
+    Attributes:
+        coefficients: Those of the file, scaled; without the experts that are left out, unless
+            interference steps need them.
+        models: The base and the experts of these coefficients, in their order; what the file does
+            not mix is among what they keep.
+        notes: What a user should know of it, a sentence each.
+    """
+
+    coefficients: Coefficients
+    models: Models
+    notes: tuple[str, ...]
+
+
+def prepare_fold(
+    file: Path,
+    models: Models,
+    *,
+    scale: Mapping[str, float] | None = None,
+    allow_other_models: bool = False,
+) -> Fold:
+    """Finds the models that a coefficients file was learned for, by name and identity.
+
+    Args:
+        file: The coefficients.
+        models: The base and experts of a recipe, in any order. An expert that is left out may be
+            missing, unless there are interference steps: these depend on all experts.
+        scale: What each expert's coefficients are multiplied with; 0 leaves the expert out.
+        allow_other_models: Whether models with other contents than those that the file was
+            learned for are a note rather than an error.
+
+    Raises:
+        InputError: The file cannot be read, an expert is missing, unknown or another model, a
+            factor is no number, or the base has other tensors.
+    """
+    coefficients = Coefficients.load(file)
+    if scale:
+        coefficients = coefficients.times(scale)
+    found, (_, *experts) = list(models.experts), models.sources
+    for name in found:
+        if name not in coefficients.names:
+            raise InputError(
+                f"{file} has no coefficients for {name!r}; it was learned for "
+                f"{', '.join(coefficients.names)}: take {name!r} out of the recipe, or learn with "
+                "coefficients.start, which begins with this file"
+            )
+    needed = set(coefficients.names)
+    if not coefficients.interference:
+        needed -= coefficients.left_out
+    for expert in coefficients.experts:
+        if expert.name in needed and expert.name not in found:
+            why = f"add it, or leave it out of the merge with --scale {expert.name}=0"
+            if expert.name in coefficients.left_out:
+                why = "interference steps need every expert, also one that is left out: add it"
+            raise InputError(
+                f"{file} was learned for {', '.join(coefficients.names)}; the recipe has no "
+                f"{expert.name!r}{namesake(expert, experts)}; {why}"
+            )
+    differences = other_contents((coefficients.base, *coefficients.experts), models.sources)
+    if differences and not allow_other_models:
+        raise InputError(
+            f"{file} was {'; it was '.join(differences.values())}; "
+            "--allow-other-models folds all the same"
+        )
+    require_fitting(models, coefficients)
+    notes = [f"{file} was {difference}" for difference in differences.values()]
+    if left := [name for name in coefficients.shapes if name in models.kept]:
+        notes.append(
+            f"{len(left)} of the {len(coefficients.shapes)} tensors that {file} mixes stay the "
+            f"base's, such as {left[0]}: keep_from_base says so, or an expert has none"
+        )
+    order = [name for name in coefficients.names if name in needed]
+    base, by_name = models.sources[0], {source.name: source for source in experts}
+    return Fold(
+        coefficients if coefficients.interference else coefficients.of_experts(order),
+        dataclasses.replace(
+            models,
+            experts={name: models.experts[name] for name in order},
+            sources=(base, *(by_name[name] for name in order)),
+            kept=models.kept | (models.base.names.keys() - coefficients.shapes.keys()),
+        ),
+        tuple(notes),
+    )
+
+
+def parse_scale(factors: Sequence[str]) -> dict[str, float]:
+    """Reads factors by expert: `trec=0.5`.
+
+    Raises:
+        InputError: One is no name, `=` and number, or a name comes twice.
+    """
+    scale: dict[str, float] = {}
+    for text in factors:
+        name, _, number = text.rpartition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = None
+        if not name or factor is None:
+            raise InputError(f"--scale: found {text!r}; expected an expert and a factor: trec=0.5")
+        if name in scale:
+            raise InputError(f"--scale: {name!r} is given twice")
+        scale[name] = factor
+    return scale

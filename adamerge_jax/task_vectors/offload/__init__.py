@@ -1,0 +1,1 @@
+"""Where task vectors lie while coefficients are learned."""

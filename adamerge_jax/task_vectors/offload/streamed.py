@@ -1,0 +1,263 @@
+"""Task vectors outside the device: read inside the step, one expert's piece of one layer at a time.
+
+So the memory that they take on the device does not grow with the number of experts. Low-rank
+factors are never kept so: they are small, and their product asks for those of all experts at once.
+"""
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from adamerge_jax.task_vectors.delta import Delta, LoadedDelta
+from adamerge_jax.task_vectors.dense import ChunkedDelta
+from adamerge_jax.task_vectors.offload.scratch import Scratch, ScratchArray
+
+
+class Source(Protocol):
+    """Where the arrays of a delta lie. Their first axis is that of experts, or layers before it."""
+
+    def expert(self, layer: Int[Array, ""] | None, k: Int[Array, ""]) -> Delta:
+        """Brings one expert's delta to the device, in one layer where there are any, `[1, ...]`."""
+        ...
+
+    def loaded(self) -> LoadedDelta:
+        """All of it as NumPy arrays."""
+        ...
+
+    def another(self, delta: Delta) -> "Source":
+        """Puts another delta to the same place."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HostSource:
+    """Arrays in the host's memory, as JAX's memory kind `pinned_host` has it.
+
+    On the CPU, whose own memory is the host's, they are read where they are.
+
+    Attributes:
+        delta: A delta of such arrays.
+    """
+
+    delta: Delta
+
+    @classmethod
+    def put(cls, delta: Delta) -> "HostSource":
+        """Puts the arrays of a delta there."""
+        device = jax.local_devices()[0]
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        return cls(jax.device_put(delta, sharding, may_alias=True))
+
+    def expert(self, layer: Int[Array, ""] | None, k: Int[Array, ""]) -> Delta:
+        """Slices each array once and transfers the piece.
+
+        That is all that XLA does to an array in host memory without computing there.
+        """
+        index = (k,) if layer is None else (layer, k)
+
+        def bring(array: Array) -> Array:
+            shape = array.shape[len(index) :]
+            start = (*index, *(jnp.zeros_like(k) for _ in shape))
+            piece = jax.lax.dynamic_slice(array, start, (*(1 for _ in index), *shape))
+            return jax.device_put(piece.reshape(1, *shape), jax.memory.Space.Device)
+
+        return jax.tree.map(bring, self.delta)
+
+    def loaded(self) -> LoadedDelta:
+        """All of it as NumPy arrays."""
+        return jax.tree.map(np.asarray, self.delta)
+
+    def another(self, delta: Delta) -> "HostSource":
+        """Puts another delta there."""
+        return HostSource.put(delta)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiskSource:
+    """Arrays in a scratch file, which a callback reads.
+
+    Attributes:
+        delta: A delta of arrays in the file.
+        scratch: The file.
+    """
+
+    delta: Delta
+    scratch: Scratch
+
+    @classmethod
+    def put(cls, delta: Delta, scratch: Scratch) -> "DiskSource":
+        """Writes the arrays of a delta that are not there yet."""
+
+        def write(array: Array | ScratchArray) -> ScratchArray:
+            if isinstance(array, ScratchArray):
+                return array
+            written = scratch.empty(array.shape, array.dtype)
+            written[...] = np.asarray(array)
+            return written
+
+        return cls(jax.tree.map(write, delta), scratch)
+
+    def expert(self, layer: Int[Array, ""] | None, k: Int[Array, ""]) -> Delta:
+        """Reads one expert's part of each array."""
+        index = (k,) if layer is None else (layer, k)
+        arrays, structure = jax.tree.flatten(self.delta)
+
+        def read(*index: Int[Array, ""]) -> list[np.ndarray]:
+            parts = arrays
+            for position in map(int, index):
+                parts = [part[position] for part in parts]
+            return [np.asarray(part)[None] for part in parts]
+
+        shapes = [
+            jax.ShapeDtypeStruct((1, *array.shape[len(index) :]), array.dtype) for array in arrays
+        ]
+        return structure.unflatten(jax.pure_callback(read, shapes, *index))
+
+    def loaded(self) -> LoadedDelta:
+        """All of it as NumPy arrays."""
+        return jax.tree.map(np.asarray, self.delta)
+
+    def another(self, delta: Delta) -> "DiskSource":
+        """Puts another delta there."""
+        return DiskSource.put(delta, self.scratch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamedDelta:
+    """Deltas of any representation that lie outside the device.
+
+    Attributes:
+        source: Where. None while a scan over layers slices the rest (`apart_from_layers`).
+        layer: `[L]`, the number of each layer for a stacked parameter, a single number once it is
+            sliced; None where nothing is stacked.
+        index: Of rows, or None for the whole parameter.
+    """
+
+    source: Source | None
+    layer: Int[Array, " L"] | Int[Array, ""] | None
+    index: Int[Array, "..."] | None = None
+
+    def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
+        """The sum over experts, of whom one at a time is on the device.
+
+        The backward pass brings every expert once more.
+        """
+        return _weighted_sum(self, scale.astype(jnp.float32))
+
+    def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
+        """None: the merged weights are summed first."""
+        return None
+
+    def rows(self, index: Int[Array, "..."]) -> "StreamedDelta":
+        """The rows are taken on the device, from one expert's parameter at a time."""
+        return dataclasses.replace(self, index=index)
+
+    def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> Delta:
+        """In memory while it is cut, all experts of this parameter; then where it was."""
+        with _on_host():
+            pieces = self.source.loaded().in_pieces(pieces, stacked=stacked, seed=seed)
+        return self._another(pieces)
+
+    def by_direction(self, rank: int) -> Delta:
+        """In memory while it is decomposed, all experts of this parameter; then where it was."""
+        with _on_host():
+            factors = self.source.loaded().by_direction(rank)
+        return self._another(factors)
+
+    def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
+        """Frobenius norm of each expert's delta."""
+        with _on_host():
+            return self.source.loaded().norms(stacked=stacked)
+
+    def expert(self, k: Int[Array, ""]) -> Delta:
+        """One expert's delta on the device, `[1, ...]`."""
+        delta = self.source.expert(self.layer, k)
+        return delta if self.index is None else delta.rows(self.index)
+
+    def _another(self, delta: Delta) -> Delta:
+        if isinstance(delta, ChunkedDelta):
+            # Where entries lie among the pieces is the same for all experts, and stays at hand.
+            position = None if delta.position is None else jnp.asarray(np.asarray(delta.position))
+            return dataclasses.replace(delta, deltas=self._another(delta.deltas), position=position)
+        return dataclasses.replace(self, source=self.source.another(delta))
+
+
+@jax.custom_vjp
+def _weighted_sum(delta: StreamedDelta, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
+    def add(total: Array, expert: tuple[Array, Array]) -> tuple[Array, None]:
+        k, own = expert
+        return total + delta.expert(k).weighted_sum(own[None]), None
+
+    like = jax.eval_shape(lambda own: delta.expert(jnp.int32(0)).weighted_sum(own), scale[:1])
+    experts = (jnp.arange(len(scale), dtype=jnp.int32), scale)
+    return jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), experts)[0]
+
+
+def _forward(
+    delta: StreamedDelta, scale: Float[Array, "K ..."]
+) -> tuple[Float[Array, "..."], tuple[StreamedDelta, Float[Array, "K ..."]]]:
+    return _weighted_sum(delta, scale), (delta, scale)
+
+
+def _backward(
+    kept: tuple[StreamedDelta, Float[Array, "K ..."]], cotangent: Float[Array, "..."]
+) -> tuple[None, Float[Array, "K ..."]]:
+    delta, scale = kept
+
+    def of_expert(_: None, expert: tuple[Array, Array]) -> tuple[None, Array]:
+        k, own = expert
+        # The sum is linear in the scale, so its own value does not matter.
+        _, transposed = jax.vjp(delta.expert(k).weighted_sum, own[None])
+        return None, transposed(cotangent)[0][0]
+
+    experts = (jnp.arange(len(scale), dtype=jnp.int32), scale)
+    return None, jax.lax.scan(of_expert, None, experts)[1]
+
+
+_weighted_sum.defvjp(_forward, _backward)
+
+
+def apart_from_layers(tree: PyTree) -> tuple[PyTree, list[Source | None]]:
+    """Takes out of stacked parameters what a scan over their layers must not slice.
+
+    An array in host memory is to be sliced by layer and expert at once, where it is used: a slice
+    of a slice would bring all experts of a layer to the device.
+
+    Returns:
+        The tree without sources, all of whose arrays have a leading axis of layers; the sources.
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_streamed)
+    sources = [leaf.source if _is_streamed(leaf) else None for leaf in leaves]
+    leaves = [
+        dataclasses.replace(leaf, source=None) if _is_streamed(leaf) else leaf for leaf in leaves
+    ]
+    return structure.unflatten(leaves), sources
+
+
+def with_sources(tree: PyTree, sources: list[Source | None]) -> PyTree:
+    """Puts back what `apart_from_layers` took out, into one layer."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_streamed)
+    pairs = zip(leaves, sources, strict=True)
+    return structure.unflatten(
+        [
+            leaf if source is None else dataclasses.replace(leaf, source=source)
+            for leaf, source in pairs
+        ]
+    )
+
+
+def _on_host() -> AbstractContextManager[None]:
+    """What is computed here is computed in the host's memory."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def _is_streamed(leaf: object) -> bool:
+    return isinstance(leaf, StreamedDelta)

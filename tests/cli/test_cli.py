@@ -1,0 +1,185 @@
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+
+from adamerge_jax.cli import main as cli
+from adamerge_jax.cli.compilation import keep_compiled_programs
+from adamerge_jax.errors import InputError
+from tests.references import write_recipe
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], *([name, "--help"] for name in cli.COMMANDS)]
+)
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert not caught.value.code
+    printed = capsys.readouterr().out
+    for name in cli.COMMANDS if arguments in ([], ["--help"]) else [f"adamerge {arguments[0]}"]:
+        assert name in printed
+
+
+def test_help_shows_the_recipe_as_defaults(text_recipe, tmp_path, capsys):
+    text_recipe["learning"]["steps"] = 1234
+    recipe = write_recipe(tmp_path, text_recipe)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["learn", str(recipe), "--help"])
+    assert not caught.value.code
+    printed = capsys.readouterr().out
+    assert "--learning.steps" in printed
+    assert "Number of optimizer steps" in printed
+    assert "1234" in printed
+
+
+MINIMAL = {
+    "base": "base",
+    "tasks": {task: {"expert": task, "calibration": f"{task}.jsonl"} for task in ("law", "topic")},
+}
+
+
+def parsed(recipe, *options):
+    return cli._parse(["learn", str(recipe), *options]).recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Of the recommended preset: row, free from 0.3, logit alignment with options, Adam.
+        (["--coefficients.constraint", "softmax"], {"coefficients.initial": None}),
+        (
+            ["--coefficients.constraint", "sigmoid", "--coefficients.initial=0.4"],
+            {"coefficients.initial": 0.4},
+        ),
+        (
+            ["--objectives", "[{name: entropy}, {name: logit_alignment, weight: 0.5}]"],
+            {
+                "objectives.0.name": "entropy",
+                "objectives.0.options": {},
+                "objectives.1.weight": 0.5,
+            },
+        ),
+        (
+            ["--interference", "[{name: trim, options: {density: 0.2}}]"],
+            {"interference.0.options": {"density": 0.2}},
+        ),
+        (
+            [
+                "--coefficients.granularity",
+                "chunk",
+                "--coefficients.granularity-options={pieces: 4}",
+            ],
+            {"coefficients.granularity_options": {"pieces": 4}, "coefficients.initial": 0.3},
+        ),
+        (
+            ["--preset", "atlas-k", "--coefficients.granularity", "layer"],
+            {
+                "coefficients.granularity_options": {},
+                "learning.optimizer.options.weight_decay": 0.1,
+            },
+        ),
+        (
+            ["--preset=atlas", "--learning.optimizer.name", "sgd"],
+            {"learning.optimizer.options": {}, "learning.optimizer.learning_rate": 0.1},
+        ),
+        (["--preset", "expert-merging", "--regularizers", "[]"], {"regularizers": []}),
+        (["--learning.optimizer.options", "{b1: 0.5}"], {"learning.optimizer.options.b1": 0.5}),
+    ],
+)
+def test_choices_on_the_command_line(tmp_path, options, expected):
+    recipe = parsed(write_recipe(tmp_path, MINIMAL), *options).model_dump()
+    for path, value in expected.items():
+        found = recipe
+        for key in path.split("."):
+            found = found[int(key) if key.isdigit() else key]
+        assert found == value, path
+
+
+def test_a_choice_takes_the_place_of_the_file_s(tmp_path):
+    chosen = {"granularity": "chunk", "granularity_options": {"pieces": 4}}
+    recipe = write_recipe(tmp_path, MINIMAL | {"coefficients": chosen})
+    assert parsed(recipe).coefficients.granularity_options == {"pieces": 4}
+    assert parsed(recipe, "--seed", "3").coefficients.granularity_options == {"pieces": 4}
+    assert (
+        parsed(recipe, "--coefficients.granularity=tensor").coefficients.granularity_options == {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--coefficients.constraint", "softmax", "--coefficients.initial", "0.3"], "initial: 0.3"),
+        (["--objectives", "entropy"], "field objectives: found 'entropy'"),
+        (["--objectives", "[{name: entrpy}]"], "nearest is 'entropy'"),
+        (["--objectives", "[{name: entropy, wait: 1}]"], "unknown field objectives.0.wait"),
+    ],
+)
+def test_choices_that_cannot_be(tmp_path, options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parsed(write_recipe(tmp_path, MINIMAL), *options)
+    assert str(caught.value).startswith("command line: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_that_is_no_yaml(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(write_recipe(tmp_path, MINIMAL), "--objectives", "[{name: entropy")
+    assert caught.value.code == 2
+    assert "not valid YAML" in capsys.readouterr().err
+
+
+def test_a_yaml_file_that_is_no_recipe(tmp_path):
+    recipe = str(write_recipe(tmp_path, MINIMAL))
+    start = ["--coefficients.start", "merge.yaml"]
+    for arguments in ([*start, recipe], [recipe, *start], ["--coefficients.start=m.yaml", recipe]):
+        assert list(cli._parse(["learn", *arguments]).recipe.tasks) == list(MINIMAL["tasks"])
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands_of_the_readme() -> list[str]:
+    """The README's `adamerge` commands that take a recipe, each as one line."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"^    (?:PYTHONPATH=\S+ )?(adamerge .*)", text, re.MULTILINE)
+    return [line for line in found if ".yaml" in line]
+
+
+@pytest.mark.parametrize("line", commands_of_the_readme())
+def test_commands_of_the_readme_fit_its_first_recipe(line, tmp_path, monkeypatch):
+    _, *arguments = shlex.split(line.partition("  #")[0])
+    written = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    for argument in arguments:
+        if Path(argument).name in ("recipe.yaml", "more.yaml"):
+            (tmp_path / argument).write_text(written)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    assert list(cli._parse(arguments).recipe.tasks) == ["sentiment", "topic"]
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["lern", "recipe.yaml"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no command 'lern'; the commands are learn,")
+
+
+@pytest.mark.parametrize("chosen", [None, "/elsewhere", ""])
+def test_compiled_programs_are_kept(chosen, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if chosen is None:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    else:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", chosen)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        # As JAX reads it when it is imported.
+        jax.config.update("jax_compilation_cache_dir", chosen or None)
+        keep_compiled_programs()
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found == (str(tmp_path / "adamerge_jax/compiled") if chosen is None else chosen or None)

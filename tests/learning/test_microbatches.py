@@ -1,0 +1,94 @@
+"""Batches in parts, against the whole batch."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adamerge_jax.data.batches import Batch
+from adamerge_jax.errors import InputError
+from adamerge_jax.learning.microbatches import split
+from adamerge_jax.objectives import Targets
+from adamerge_jax.pipeline.inputs import open_workspace
+from adamerge_jax.pipeline.learn import learn_coefficients, pose
+from adamerge_jax.recipes.schema import parse_recipe
+
+
+def test_every_part_has_its_share_of_every_task():
+    tasks, size = 3, 4
+    # Of every example: its task, its place in the task.
+    rows = np.array([[task, place] for task in range(tasks) for place in range(size)])
+    own = [rows[task * size : (task + 1) * size] for task in range(tasks)]
+    others = [np.concatenate([r for k, r in enumerate(own) if k != task]) for task in range(tasks)]
+    targets = [
+        Targets(own[task], expert_elsewhere=others[task], elsewhere_weights=others[task][:, 1])
+        for task in range(tasks)
+    ]
+    weights = np.arange(tasks * size).reshape(tasks, size)
+    parts = split(Batch({"x": rows}, weights, targets, {"x": rows}), 2)
+    for part, places in enumerate([(0, 1), (2, 3)]):
+        expected = [[task, place] for task in range(tasks) for place in places]
+        np.testing.assert_array_equal(parts.inputs["x"][part], expected)
+        np.testing.assert_array_equal(parts.strong_inputs["x"][part], expected)
+        np.testing.assert_array_equal(parts.weights[part], weights[:, list(places)])
+        for task, cut in enumerate(parts.targets):
+            of_task = [row for row in expected if row[0] == task]
+            np.testing.assert_array_equal(cut.expert_logits[part], of_task)
+            elsewhere = [row for row in expected if row[0] != task]
+            np.testing.assert_array_equal(cut.expert_elsewhere[part], elsewhere)
+            places_elsewhere = [place for _, place in elsewhere]
+            np.testing.assert_array_equal(cut.elsewhere_weights[part], places_elsewhere)
+            assert cut.labels is None
+
+
+def learned(fields: dict[str, Any], folder: Path, microbatches: int) -> dict[str, np.ndarray]:
+    learning = {"steps": 3, "batch_size": 4, "microbatches": microbatches}
+    learning |= {"optimizer": {"name": "sgd", "learning_rate": 0.01}}
+    recipe = parse_recipe(
+        fields
+        | {"learning": learning, "regularizers": [{"name": "distance", "weight": 0.1}]}
+        | {"objectives": [{"name": "logit_alignment", "options": {"elsewhere": 0.5}}]}
+    )
+    problem = pose(recipe, open_workspace(recipe, folder))
+    watch = lambda *_: nullcontext(lambda progress: None)  # noqa: E731
+    return dict(learn_coefficients(problem, watch=watch).values)
+
+
+def test_coefficients_are_those_of_the_whole_batch(image_recipe, tmp_path):
+    whole, parts = (learned(image_recipe, tmp_path, count) for count in (1, 2))
+    moved = 0.0
+    for name, values in parts.items():
+        # Sums over examples in another order.
+        np.testing.assert_allclose(values, whole[name], atol=1e-6, err_msg=name)
+        moved = max(moved, np.abs(values - 0.3).max())
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning": {"batch_size": 4, "microbatches": 3}}, r"learning\.microbatches: 3 equal"),
+        (
+            {
+                "learning": {"batch_size": 4, "microbatches": 2},
+                "objectives": [{"name": "pseudo_labels"}],
+            },
+            r"learning\.microbatches: pseudo_labels",
+        ),
+        (
+            {"task_vectors": {"dtype": "int8"}, "coefficients": {"granularity": "singular"}},
+            r"task_vectors\.dtype: int8 has a step for each row, .* 'singular'",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_when_the_recipe_is_read(image_recipe, changes, message):
+    with pytest.raises(InputError, match=message):
+        parse_recipe(image_recipe | changes)
+
+
+def test_parts_that_do_not_come_out_even():
+    batch = Batch({"x": np.zeros((8, 2))}, np.ones((2, 4)), [Targets()] * 2)
+    with pytest.raises(InputError, match=r"3 microbatches .* choose a number that divides 4"):
+        split(batch, 3)

@@ -1,0 +1,141 @@
+"""From a recipe to learned coefficients: stages, attention heads, layers, forgetting."""
+
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.learning import learner as learning
+from adamerge_jax.pipeline.inputs import open_workspace
+from adamerge_jax.pipeline.learn import Merge, Problem, learn_coefficients, pose
+from adamerge_jax.recipes.schema import parse_recipe
+
+
+class Seen(list):
+    """What the learning loop reports, stage by stage: `(what, steps, [Progress, ...])`."""
+
+    @contextmanager
+    def watch(self, what: str, steps: int):
+        self.append((what, steps, []))
+        yield self[-1][2].append
+
+
+def problem_of(fields: dict[str, Any], folder, **changes: Any) -> Problem:
+    recipe = parse_recipe(fields | changes)
+    return pose(recipe, open_workspace(recipe, folder))
+
+
+def learned(fields: dict[str, Any], folder, seen: Seen, **changes: Any) -> Merge:
+    return learn_coefficients(problem_of(fields, folder, **changes), watch=seen.watch)
+
+
+def test_fine_coefficients_start_from_coarse_ones(text_recipe, tmp_path):
+    seen = Seen()
+    merge = learned(
+        text_recipe,
+        tmp_path,
+        seen,
+        coefficients={"granularity": "row", "coarse": {"granularity": "layer", "steps": 4}},
+    )
+    assert [(what.partition(":")[0], steps) for what, steps, _ in seen] == [
+        ("coarse", 4),
+        ("learning", 3),
+    ]
+    best = [progress.best for progress in seen[0][2] if progress.best][-1]
+    start = seen[1][2][0].best.values
+    name = "bert.encoder.layer.*.output.dense.weight"
+    layers = [best.values[f"bert.encoder.layer.{index}"] for index in range(len(start[name]))]
+    layer = np.concatenate(layers)
+    np.testing.assert_allclose(start[name], np.repeat(layer[..., None], 96, axis=2), rtol=1e-6)
+    assert merge.coefficients.granularity == "row"
+
+
+def test_one_task_has_no_other_to_ask_about(text_recipe, tmp_path):
+    name, task = next(iter(text_recipe["tasks"].items()))
+    chosen = text_recipe | {"tasks": {name: task}}
+    chosen["objectives"] = [{"name": "logit_alignment", "options": {"elsewhere": 0.6}}]
+    seen = Seen()
+    learned(chosen, tmp_path, seen)
+    ((_, _, steps),) = seen
+    start, *_, last = [progress.held_out.objective for progress in steps if progress.held_out]
+    assert np.isfinite(last).all()
+    assert not np.array_equal(start, last)
+
+
+def test_heads_are_those_of_the_model(text_recipe, tmp_path):
+    seen = Seen()
+    merge = learned(text_recipe, tmp_path, seen, coefficients={"granularity": "head"})
+    values = merge.coefficients.values
+    assert values["bert.encoder.layer.0.attention.self.query.weight"].shape == (3, 4)
+    assert values["bert.encoder.layer.0.attention.output.dense.weight"].shape == (3, 4)
+    assert values["bert.encoder.layer.0.intermediate.dense.weight"].shape == (3,)
+    heads = merge.coefficients.granularity_options["heads"]
+    assert heads["*.attention.output.dense.weight"] == (1, 4)
+    assert "by head" in seen[0][0]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "options", "message"),
+    [
+        ("groups", {"patterns": {"a": ["*.absent.*"]}}, "fits no merged tensor"),
+        ("chunk", {"pieces": {"*.absent.*": 4}}, "fits no merged tensor"),
+        ("chunk", {"pieces": 10**6}, "cannot be cut into 1000000 pieces"),
+        ("singular", {"rank": 97}, "fewer than rank 97"),
+        ("groups", {}, "missing a required argument: 'patterns'"),
+    ],
+)
+def test_granularities_that_do_not_fit(text_recipe, tmp_path, granularity, options, message):
+    chosen = {"granularity": granularity, "granularity_options": options}
+    with pytest.raises(InputError, match=message) as caught:
+        problem_of(text_recipe, tmp_path, coefficients=chosen)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_that_is_too_small(text_recipe, tmp_path):
+    chosen = {
+        "granularity": "importance_chunk",
+        "granularity_options": {"budget": 10},
+        "coarse": {"steps": 1},
+    }
+    with pytest.raises(InputError, match=r"budget: 10 is under .* raise it to at least 201"):
+        problem_of(text_recipe, tmp_path, coefficients=chosen)
+
+
+def test_layers_that_the_model_does_not_have(text_recipe, tmp_path):
+    term = {"name": "hidden_state_alignment", "options": {"layers": [5]}}
+    with pytest.raises(InputError, match=r"layer 5 .* layers 0 \(the embeddings\) to 4"):
+        problem_of(text_recipe, tmp_path, objectives=[term])
+    term["options"] = {"layers": [-5, 4]}
+    problem_of(text_recipe, tmp_path, objectives=[term])
+
+
+def test_forgetting_a_task(text_recipe, tmp_path):
+    objectives = [
+        {"name": "logit_alignment", "weight": {"mood": -1}},
+        {"name": "logit_alignment", "weight": {"tone": 1, "topic": 1}},
+    ]
+    seen = Seen()
+    learned(
+        text_recipe,
+        tmp_path,
+        seen,
+        objectives=objectives,
+        learning={
+            "control": 0.9,
+            "steps": 10,
+            "evaluate_every": 2,
+            "batch_size": 4,
+            "held_out": 0.5,
+            "optimizer": {"learning_rate": 0.05},
+        },
+    )
+    _, _, progress = seen[0]
+    looks: list[learning.Look] = [p.held_out for p in progress if p.held_out is not None]
+    # What the objective is for is forgotten, by raising the loss; the others are kept.
+    kept = [p for p in progress if p.best is not None][-1].held_out
+    position = list(text_recipe["tasks"]).index("mood")
+    assert kept.objective[position] < looks[0].objective[position] < 0
+    others = [k for k in range(3) if k != position]
+    assert kept.agreement[others].mean() >= 0.9 * looks[0].agreement[others].mean()

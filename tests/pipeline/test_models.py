@@ -1,0 +1,64 @@
+"""Opening the base and the experts of a recipe."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.models import open_models, resolve
+from adamerge_jax.recipes.schema import parse_recipe
+from tests.references import BERT, edit_weights, fine_tune, randomise
+
+
+def test_a_pattern_that_fits_nothing(text_recipe):
+    fields = text_recipe | {"keep_from_base": ["*.bias", "embeddings.*"]}
+    with pytest.raises(InputError, match=r"keep_from_base: 'embeddings\.\*' fits no parameter"):
+        open_models(parse_recipe(fields), Path("/"))
+
+
+def test_a_pooler_that_no_classifier_reads(tmp_path):
+    """As older versions of `transformers` saved it with every RoBERTa."""
+    sizes = BERT | dict(hidden_size=16, num_hidden_layers=1, intermediate_size=24)
+    base = randomise(RobertaModel(RobertaConfig(**sizes)))
+    base.save_pretrained(tmp_path / "base")
+    config = RobertaConfig(**sizes, num_labels=2)
+    expert = fine_tune(RobertaForSequenceClassification(config), base, 1)
+    expert.save_pretrained(tmp_path / "expert")
+    pooler = {
+        f"roberta.pooler.dense.{part}": tensor.detach().numpy()
+        for part, tensor in base.pooler.dense.named_parameters()
+    }
+    edit_weights(tmp_path / "expert", lambda tensors: tensors.update(pooler))
+    task = {"expert": str(tmp_path / "expert"), "calibration": "none"}
+    fields = {"base": str(tmp_path / "base"), "tasks": {"task": task}}
+    models = open_models(parse_recipe(fields), tmp_path)
+    assert not any("pooler" in name for name in models.experts["task"].names)
+    assert models.base.extra == ("pooler.dense.bias", "pooler.dense.weight")
+
+
+def test_paths(tmp_path):
+    (tmp_path / "base").mkdir()
+    assert resolve("base", tmp_path) == str(tmp_path / "base")
+    assert resolve("org/base", tmp_path) == "org/base"
+    assert resolve(str(tmp_path / "base"), Path("/elsewhere")) == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("what", ["base", "expert"])
+def test_paths_do_not_start_in_the_current_directory(text_recipe, tmp_path, monkeypatch, what):
+    """A folder there is neither what the recipe means nor the Hub's model of that name."""
+    root = tmp_path / "root"
+    root.mkdir()
+    owner = text_recipe if what == "base" else text_recipe["tasks"]["topic"]
+    shutil.copytree(owner[what], tmp_path / "org" / "name")
+    owner[what] = "org/name"
+    monkeypatch.chdir(tmp_path)
+    recipe = parse_recipe(text_recipe)
+    role = "base" if what == "base" else "expert 'topic'"
+    said = rf"^{role}: org/name is a folder of .* \({tmp_path}\), .* paths start at {root}\)$"
+    with pytest.raises(InputError, match=said):
+        open_models(recipe, root)
+    open_models(recipe, tmp_path)
+    monkeypatch.chdir(root)
+    open_models(recipe, Path(".."))

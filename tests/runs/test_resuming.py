@@ -1,0 +1,237 @@
+"""Runs that are killed and go on: the same bits as those of a run that nothing happened to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+
+from adamerge_jax.cli import main as cli
+from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.errors import InputError
+from adamerge_jax.learning.snapshots import Snapshots, last_step
+from adamerge_jax.pipeline import run as jobs
+from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.runs.progress import show_progress
+from adamerge_jax.runs.resuming import as_fields, require_startable
+from tests.references import write_recipe
+
+COARSE = {
+    "coefficients": {"granularity": "row", "coarse": {"granularity": "tensor", "steps": 4}},
+    "learning": {
+        "steps": 6,
+        "evaluate_every": 2,
+        "batch_size": 4,
+        "optimizer": {"learning_rate": 0.02, "schedule": "cosine_decay_schedule"},
+    },
+}
+
+
+class Killed(BaseException):
+    """What stands for a signal that cannot be caught."""
+
+
+def learn(folder: Path, fields: dict[str, Any], *options: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    recipe = write_recipe(folder, fields)
+    cli.main(["learn", str(recipe), "--out", str(folder / "run"), *options])
+    return folder / "run"
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, records: int) -> None:
+    """Ends the run when so many records are in the metrics."""
+    seen = 0
+
+    def killing(*arguments):
+        shown = show_progress(*arguments)
+
+        class Watch:
+            def __enter__(self):
+                show = shown.__enter__()
+
+                def count(progress):
+                    nonlocal seen
+                    show(progress)
+                    seen += 1
+                    if seen == records:
+                        raise Killed
+
+                return count
+
+            def __exit__(self, *error):
+                return shown.__exit__(*error)
+
+        return Watch()
+
+    monkeypatch.setattr(jobs, "show_progress", killing)
+
+
+def require_same(run: Path, undisturbed: Path) -> None:
+    found, expected = (
+        Coefficients.load(each / "coefficients.safetensors") for each in (run, undisturbed)
+    )
+    assert found.step == expected.step > 0
+    assert found.values.keys() == expected.values.keys()
+    for group, values in expected.values.items():
+        np.testing.assert_array_equal(found.values[group], values, strict=True)
+    records = [metrics(each) for each in (run, undisturbed)]
+    assert records[0] == records[1]
+    folders = [sorted(file.name for file in each.iterdir()) for each in (run, undisturbed)]
+    assert folders[0] == folders[1]
+    assert "state" not in folders[0]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: own for key, own in record.items() if key != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def fields(image_fields) -> dict[str, Any]:
+    """A recipe of two stages, without test data."""
+    tasks = {
+        name: {key: own for key, own in task.items() if key != "test"}
+        for name, task in image_fields["tasks"].items()
+    }
+    return image_fields | COARSE | {"tasks": tasks}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fields, tmp_path_factory) -> Path:
+    return learn(tmp_path_factory.mktemp("undisturbed"), fields)
+
+
+# There are 5 records of the coarse stage, then 7. Before anything is kept, between looks of the
+# first stage, and between those of the second.
+@pytest.mark.parametrize("records", [1, 4, 9])
+def test_going_on_gives_the_same_bits(records, fields, undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        kill_after(patched, records)
+        with pytest.raises(Killed):
+            learn(tmp_path, fields)
+    assert len(metrics(tmp_path / "run")) == records
+    require_same(learn(tmp_path, fields, "--resume"), undisturbed)
+
+
+def test_killed_while_exporting(fields, undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+
+        def killed(*arguments):
+            raise Killed
+
+        patched.setattr("adamerge_jax.pipeline.export.save_parameters", killed)
+        with pytest.raises(Killed):
+            learn(tmp_path, fields)
+    run = tmp_path / "run"
+    (run / ".checkpoint.partial-0123").mkdir()
+    assert (run / "checkpoint").is_dir()
+    require_same(learn(tmp_path, fields, "--resume"), undisturbed)
+
+
+def error_of(capsys, folder: Path, fields: dict[str, Any], *options: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        learn(folder, fields, *options)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_is_refused(fields, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        kill_after(patched, 3)
+        with pytest.raises(Killed):
+            learn(tmp_path, fields)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")}
+    assert "go on with it with --resume" in error_of(capsys, tmp_path, fields)
+    said = error_of(capsys, tmp_path, fields, "--resume", "--learning.optimizer.learning-rate", "1")
+    assert "another recipe: learning.optimizer.learning_rate was 0.02, now it is 1.0" in said
+    backwards = fields | {"tasks": dict(reversed(fields["tasks"].items()))}
+    said = error_of(capsys, tmp_path, backwards, "--resume")
+    assert "another recipe: tasks was ['shape', 'colour'], now it is ['colour', 'shape']" in said
+    said = error_of(capsys, tmp_path, fields, "--resume", "--seed", "3")
+    assert "another recipe: seed was 0, now it is 3" in said
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")}
+
+
+def test_what_has_ended_cannot_go_on(undisturbed, tmp_path, capsys):
+    recipe = str(undisturbed.parent / "recipe.yaml")
+    for out, message in [(undisturbed, "a run that has ended"), (tmp_path, "holds no run")]:
+        (tmp_path / "something").touch()
+        with pytest.raises(SystemExit):
+            cli.main(["learn", recipe, "--out", str(out), "--resume"])
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed(fields, tmp_path):
+    """A process that is killed by the system, and another one that goes on."""
+    learning = COARSE["learning"] | {"steps": 300, "evaluate_every": 50}
+    fields = fields | {"coefficients": {"granularity": "tensor"}, "learning": learning}
+    expected = learn(tmp_path / "undisturbed", fields)
+    recipe = write_recipe(tmp_path, fields)
+    run = tmp_path / "run"
+    script = "from adamerge_jax import cli; cli.main()"
+    command = [sys.executable, "-c", script, "learn", str(recipe), "--out", str(run), "--resume"]
+    variables = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    variables |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        lines = run / "metrics.jsonl"
+        if lines.is_file() and lines.read_bytes().count(b"\n") > 130:
+            process.kill()
+            break
+        time.sleep(0.002)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "coefficients.safetensors").exists()
+    # What was compiled before is not compiled again, from one process to the next.
+    compiled = {file: file.stat().st_mtime_ns for file in programs(tmp_path)}
+    assert compiled
+    subprocess.run(command, env=variables, check=True, stdout=subprocess.DEVNULL)
+    require_same(run, expected)
+    assert compiled.items() <= {f: f.stat().st_mtime_ns for f in programs(tmp_path)}.items()
+
+
+def programs(folder: Path) -> list[Path]:
+    return list((folder / "cache" / "adamerge_jax" / "compiled").glob("jit_*-cache"))
+
+
+def test_snapshots_keep_every_bit(tmp_path):
+    raw = {"a": jnp.asarray([[1e-38, np.nan, -0.0]]), "b": jnp.ones((2, 3), jnp.bfloat16)}
+    tree = (raw, optax.adam(1e-3).init(raw), 7, np.array([True, False]))
+    snapshots = Snapshots(tmp_path / "state")
+    assert last_step(tmp_path / "state") is None and snapshots.load(tree) is None
+    snapshots.save(3, tree)
+    snapshots.save(5, tree)
+    snapshots.close()
+    again = Snapshots(tmp_path / "state")
+    assert last_step(tmp_path / "state") == 5
+    found = again.load(tree)
+    assert found[2] == 7 and type(found[2]) is int
+    for key, array in raw.items():
+        assert found[0][key].dtype == array.dtype
+        assert found[0][key].tobytes() == np.asarray(array).tobytes()
+    assert found[1][0].count == 0 and found[3].tolist() == [True, False]
+    with pytest.raises(InputError, match="of something else"):
+        again.load((raw, 7))
+    again.close()
+
+
+def test_a_field_that_is_missing_is_as_one_that_is_null(tmp_path, fields):
+    recipe = parse_recipe(fields)
+    before = as_fields(recipe)
+    before["learning"]["optimizer"]["options"] = {"mu_dtype": None}
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(before, sort_keys=False))
+    require_startable(run, recipe, resume=True)
+    before["learning"]["optimizer"]["options"] = {"mu_dtype": "bfloat16"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(before, sort_keys=False))
+    with pytest.raises(InputError, match=r"optimizer\.options\.mu_dtype was 'bfloat16', now it is"):
+        require_startable(run, recipe, resume=True)
