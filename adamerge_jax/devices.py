@@ -92,17 +92,17 @@ class Devices:
 
         return jax.tree.map(put, tree)
 
-    def spread(self, trunk: Callable[..., Any]) -> Callable[..., Any]:
-        """A trunk that runs on all devices, each of them on its part of the examples.
+    def spread(self, backbone: Callable[..., Any]) -> Callable[..., Any]:
+        """A backbone that runs on all devices, each of them on its part of the examples.
 
         Where the number of examples is no multiple of that of the devices, the last example is
         repeated until it is; the outputs are those of the given examples alone.
 
         Args:
-            trunk: From parameters and inputs `[N, ...]` by name to `Outputs`.
+            backbone: From parameters and inputs `[N, ...]` by name to `Outputs`.
         """
         if self.mesh is None:
-            return trunk
+            return backbone
         sharding = NamedSharding(self.mesh, _OVER_ALL)
 
         def run(parameters: PyTree, inputs: PyTree, *, hidden_states: bool = False) -> Any:
@@ -114,7 +114,7 @@ class Devices:
                     array = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), "edge")
                 return jax.lax.with_sharding_constraint(array, sharding)
 
-            outputs = trunk(parameters, jax.tree.map(split, inputs), hidden_states=hidden_states)
+            outputs = backbone(parameters, jax.tree.map(split, inputs), hidden_states=hidden_states)
             return outputs.examples(slice(given)) if missing else outputs
 
         return run

@@ -40,7 +40,7 @@ from adamerge_jax.cli.main import main as adamerge
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import mix
-from adamerge_jax.models import family_of, head_parameters
+from adamerge_jax.models import complete_head, family_of
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 from adamerge_jax.task_vectors import LowRankDelta
 
@@ -302,7 +302,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Int[np.ndarr
 def initial_parameters(seed: int) -> dict[str, Array]:
     """Random weights by name, `*` where layers are stacked."""
     generator = np.random.default_rng([seed, 0])
-    shapes = family_of(CONFIG).build_trunk(CONFIG).shapes
+    shapes = family_of(CONFIG).build_backbone(CONFIG).shapes
     return {
         name: jnp.ones(leaf.shape)
         if "norm" in name
@@ -360,13 +360,13 @@ def make_trainer(
         parameters_of: From what stays as it is and what is trained to the model's parameters.
     """
     family = family_of(CONFIG)
-    trunk, head = family.build_trunk(CONFIG, "elementwise"), family.build_head(CONFIG)
+    backbone, head = family.build_backbone(CONFIG, "elementwise"), family.build_head(CONFIG)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
     def loss(trained: dict, frozen: Parameters, ids: Int[Array, "B T+1"]) -> Float[Array, ""]:
         parameters = parameters_of(frozen, trained)
-        outputs = trunk(parameters, {"input_ids": ids[:, :-1]})
-        logits = head(head_parameters(head, {}, parameters), outputs)
+        outputs = backbone(parameters, {"input_ids": ids[:, :-1]})
+        logits = head(complete_head(head, {}, parameters), outputs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
     @jax.jit

@@ -179,7 +179,7 @@ def initial_parameters(seed: int) -> Parameters:
     """Random weights by name, `*` where layers are stacked."""
     generator = np.random.default_rng([seed, 0])
     family = family_of(CONFIG)
-    shapes = family.build_trunk(CONFIG).shapes | family.build_head(CONFIG).shapes
+    shapes = family.build_backbone(CONFIG).shapes | family.build_head(CONFIG).shapes
     parameters = {}
     for name, leaf in shapes.items():
         if name.endswith("bias"):
@@ -199,14 +199,14 @@ def initial_parameters(seed: int) -> Parameters:
 def make_trainer() -> Callable[..., Parameters]:
     """A function that trains a model; the step is compiled once for all of them."""
     family = family_of(CONFIG)
-    trunk = family.build_trunk(CONFIG, "nothing")
+    backbone = family.build_backbone(CONFIG, "nothing")
     head = family.build_head(CONFIG)
     optimizer = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, weight_decay=0.01)
 
     def loss(parameters: Parameters, images: Array, labels: Array) -> Array:
         own = {name: parameters[name] for name in head.shapes}
-        shared = {name: parameters[name] for name in trunk.shapes}
-        logits = head(own, trunk(shared, {"pixel_values": images}))
+        shared = {name: parameters[name] for name in backbone.shapes}
+        logits = head(own, backbone(shared, {"pixel_values": images}))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit

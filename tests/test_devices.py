@@ -195,8 +195,8 @@ def test_how_parameters_are_split(name, shape, expected):
 
 def test_one_device_is_left_alone():
     assert open_devices(DevicesRecipe()) is ONE_DEVICE
-    trunk = object()
-    assert ONE_DEVICE.spread(trunk) is trunk
+    backbone = object()
+    assert ONE_DEVICE.spread(backbone) is backbone
     batch = {"pixel_values": np.zeros((3, 2))}
     assert ONE_DEVICE.examples(batch) is batch
 

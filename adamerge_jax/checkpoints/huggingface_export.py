@@ -1,13 +1,13 @@
 """Writing a Hugging Face checkpoint: shard by shard, complete or not at all.
 
-A merge of K experts with K heads is written once, as a trunk and K small heads:
+A merge of K experts with K heads is written once, as a backbone and K small heads:
 
     merged/
       config.json  model-00001-of-00002.safetensors  ...  model.safetensors.index.json
       tasks/trec/
         config.json  model.safetensors.index.json
-        model-00001-of-00003.safetensors    the same file as the trunk's first shard (a hard link)
-        model-00002-of-00003.safetensors    the same file as the trunk's second shard
+        model-00001-of-00003.safetensors    the backbone's first shard (a hard link)
+        model-00002-of-00003.safetensors    the backbone's second shard
         model-00003-of-00003.safetensors    the head of this task
 
 Both the folder and each folder under `tasks/` are ordinary checkpoints for `from_pretrained`.
@@ -312,23 +312,23 @@ class CheckpointWriter:
         for task, model in self._task_models.items():
             self._write_task_model(task, model, shards)
 
-    def _write_task_model(self, task: str, model: _TaskModel, trunk: Sequence[_Shard]) -> None:
+    def _write_task_model(self, task: str, model: _TaskModel, backbone: Sequence[_Shard]) -> None:
         shared = sorted(self._names & model.head.keys())
         if shared:
             raise ValueError(f"{shared[0]} is both a shared tensor and in the head of {task!r}")
         folder = self._partial / "tasks" / task
         folder.mkdir(parents=True)
-        count = len(trunk) + bool(model.head)
+        count = len(backbone) + bool(model.head)
         # Numbered even if there is one: transformers would take a model.safetensors for the whole
         # model and never look at the index.
         files = [folder / _shard_name(number, count) for number in range(1, count + 1)]
         shards = [
             _Shard(file, shard.names, shard.values_of)
-            for file, shard in zip(files, trunk, strict=False)
+            for file, shard in zip(files, backbone, strict=False)
         ]
         copied = sum(
             shard.bytes
-            for shard, file in zip(trunk, files, strict=False)
+            for shard, file in zip(backbone, files, strict=False)
             if not _link_or_copy(shard.file, file)
         )
         if copied:

@@ -200,7 +200,7 @@ def open_adapter(
         head: Shapes of the parameters of a task's head, from a config with the number of classes.
         prefixes: Prefixes of parameter names that the adapter may lack.
         ignored: Name patterns of tensors that are no parameters but second names of tied weights.
-        unused: Name patterns of what it may change and is not used: modules outside the trunk.
+        unused: Name patterns of what it may change and is not used: modules outside the backbone.
         renamed: Parts of names in a checkpoint, and what they may be in an adapter.
         tied: Names of the embedding tables that are the output layer too, to be checked for
             whether they still are: what was saved whole of them is read.
@@ -251,7 +251,7 @@ def open_adapter(
             f"({base.checkpoint.source}) does not have; an adapter must be trained on the base"
         )
     adapter = MatchedAdapter(checkpoint, role, base, placed, saved)
-    # The head comes last: what is wrong with the trunk says more.
+    # The head comes last: what is wrong with the backbone says more.
     found = {name: _product_shape(own, tensors) for name, own in placed.items()}
     found |= {name: tensors[tensor].shape for name, tensor in saved.items()}
     for name, shape in found.items():

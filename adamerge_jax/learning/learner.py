@@ -22,7 +22,7 @@ from adamerge_jax.data.batches import Batch, Calibration
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.learning.microbatches import split
 from adamerge_jax.mixing import mix
-from adamerge_jax.models import Network, head_parameters
+from adamerge_jax.models import Network, complete_head
 from adamerge_jax.objectives import (
     NOT_PREDICTED,
     Objective,
@@ -264,16 +264,16 @@ def _evaluate_task(
 
 
 def forward_with_heads(
-    trunk: Network,
+    backbone: Network,
     heads: Sequence[Network],
     hidden_states: Sequence[int] = (),
     elsewhere: bool = False,
     logits_again: bool = False,
 ) -> Forward:
-    """Runs one trunk on the examples of all tasks in one batch, then each task's head on its own.
+    """Runs one backbone on the examples of all tasks in one batch, then each task's own head.
 
     Args:
-        trunk: From parameters and inputs `[tasks * B, ...]` to outputs.
+        backbone: From parameters and inputs `[tasks * B, ...]` to outputs.
         heads: One per task, from its parameters and the outputs of its B examples to logits.
         hidden_states: Layers whose hidden states the outputs are to hold.
         elsewhere: Whether they are to hold each head's logits on the other tasks' examples.
@@ -281,13 +281,13 @@ def forward_with_heads(
             kept: those of a language model are the largest arrays of a step.
     """
 
-    def forward(parameters: PyTree, kept_by_tasks: PyTree, inputs: PyTree) -> list[TaskOutputs]:
-        outputs = trunk(parameters, inputs, hidden_states=bool(hidden_states))
+    def forward(parameters: PyTree, head_parameters: PyTree, inputs: PyTree) -> list[TaskOutputs]:
+        outputs = backbone(parameters, inputs, hidden_states=bool(hidden_states))
         size = len(outputs.last_hidden_state) // len(heads)
         mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
         by_task = []
-        for position, (head, own) in enumerate(zip(heads, kept_by_tasks, strict=True)):
-            own = head_parameters(head, own, parameters)
+        for position, (head, own) in enumerate(zip(heads, head_parameters, strict=True)):
+            own = complete_head(head, own, parameters)
             chosen = slice(position * size, (position + 1) * size)
             task_outputs = outputs.examples(chosen)
             every = head(own, outputs) if elsewhere else None

@@ -1,7 +1,7 @@
-"""Model families: the trunk that is merged, the head that each task keeps.
+"""Model families: the backbone that is merged, the head that each task keeps.
 
 A model is described by its `transformers` config. `family_of(config)` finds its family; the
-family builds the trunk and the head as `Network`s, pure functions of flat parameter dictionaries
+family builds the backbone and the head as `Network`s, pure functions of flat parameter dictionaries
 whose keys are the names in a Hugging Face checkpoint (`*` where layers are stacked).
 """
 
@@ -16,19 +16,19 @@ from jaxtyping import Array, PyTree
 from transformers import PretrainedConfig
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.bert import BertHead, BertTrunk
-from adamerge_jax.models.clip import ClipVisionTrunk, ZeroShotHead
+from adamerge_jax.models.bert import BertBackbone, BertHead
+from adamerge_jax.models.clip import ClipVisionBackbone, ZeroShotHead
 from adamerge_jax.models.decoder_layers import CausalHead, ignored_decoder_tensors
-from adamerge_jax.models.gemma2 import Gemma2Trunk, GemmaHead
-from adamerge_jax.models.gemma3 import Gemma3Trunk
+from adamerge_jax.models.gemma2 import Gemma2Backbone, GemmaHead
+from adamerge_jax.models.gemma3 import Gemma3Backbone
 from adamerge_jax.models.layers import Outputs, Rematerialize
-from adamerge_jax.models.llama import LlamaTrunk
-from adamerge_jax.models.mistral import MistralTrunk
-from adamerge_jax.models.qwen2 import Qwen2Trunk
-from adamerge_jax.models.qwen3 import Qwen3Trunk
-from adamerge_jax.models.roberta import RobertaHead, RobertaTrunk
-from adamerge_jax.models.t5 import T5Head, T5Trunk, ignored_tensors
-from adamerge_jax.models.vit import VitHead, VitTrunk
+from adamerge_jax.models.llama import LlamaBackbone
+from adamerge_jax.models.mistral import MistralBackbone
+from adamerge_jax.models.qwen2 import Qwen2Backbone
+from adamerge_jax.models.qwen3 import Qwen3Backbone
+from adamerge_jax.models.roberta import RobertaBackbone, RobertaHead
+from adamerge_jax.models.t5 import T5Backbone, T5Head, ignored_tensors
+from adamerge_jax.models.vit import VitBackbone, VitHead
 
 __all__ = [
     "OUTPUT_LAYER",
@@ -36,8 +36,8 @@ __all__ = [
     "Network",
     "Outputs",
     "Rematerialize",
+    "complete_head",
     "family_of",
-    "head_parameters",
 ]
 
 OUTPUT_LAYER = "lm_head.weight"
@@ -70,11 +70,11 @@ class Network:
         return nnx.merge(self._graph, nnx.State(nested))(*arguments, **options)
 
 
-def head_parameters(
-    head: Network, own: Mapping[str, Array], trunk: Mapping[str, Array]
+def complete_head(
+    head: Network, own: Mapping[str, Array], backbone: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """The parameters of a head: what the task keeps for itself, and for the rest the trunk's."""
-    return {name: own[name] if name in own else trunk[name] for name in head.shapes}
+    """The parameters of a head: what the task keeps for itself, and for the rest the backbone's."""
+    return {name: own[name] if name in own else backbone[name] for name in head.shapes}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Family:
     """One architecture family.
 
     Attributes:
-        trunk: Makes the module that is merged, from a config.
+        backbone: Makes the module that is merged, from a config.
         head: Makes the module that each task keeps, from a config.
-        prefixes: What a checkpoint saved without its head may lack in front of trunk names.
+        prefixes: What a checkpoint saved without its head may lack in front of backbone names.
         inputs: Names of the arrays in a batch, the first one required.
         max_tokens: The longest text that a model of this config can read; None for images.
         heads: From a config, name patterns of parameters with attention heads side by side, the
@@ -92,18 +92,18 @@ class Family:
             projection) and their number.
         auto_class: The `transformers` class that loads a task's model, or None where a head is
             no part of a checkpoint.
-        base_only: Name patterns of trunk parameters that an expert may lack, and which then stay
+        base_only: Name patterns of backbone parameters that an expert may lack, and which then stay
             the base's. A CLIP expert is a vision tower, without the projection behind it.
         ignored: From a config, name patterns of tensors in a checkpoint that are no parameters.
-        ignored_in_experts: Name patterns of parameters outside the trunk that an expert may bring
-            and that are not used. What the base brings of them is carried into the merge.
+        ignored_in_experts: Name patterns of parameters outside the backbone that an expert may
+            bring and that are not used. What the base brings of them is carried into the merge.
         renamed: Parts of names in a checkpoint, and what they are in the model that `transformers`
             makes of it, whose names adapters have; in the order in which to replace them.
         language: Whether it predicts tokens, with an output layer that is merged like all others,
             rather than classes, with a head of each task's own.
     """
 
-    trunk: Callable[[PretrainedConfig, Rematerialize], nnx.Module]
+    backbone: Callable[[PretrainedConfig, Rematerialize], nnx.Module]
     head: Callable[[PretrainedConfig], nnx.Module]
     prefixes: tuple[str, ...]
     inputs: tuple[str, ...]
@@ -116,16 +116,16 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     language: bool = False
 
-    def build_trunk(
+    def build_backbone(
         self, config: PretrainedConfig, rematerialize: Rematerialize = "elementwise"
     ) -> Network:
-        """The trunk as a function `(parameters, inputs, hidden_states=False) -> Outputs`."""
-        return Network(partial(self.trunk, config, rematerialize))
+        """The backbone as a function `(parameters, inputs, hidden_states=False) -> Outputs`."""
+        return Network(partial(self.backbone, config, rematerialize))
 
     def build_head(self, config: PretrainedConfig) -> Network:
         """The head as a function `(parameters, outputs) -> logits [B, C]`, or `[B, T, V]`.
 
-        What a task does not keep for itself of these parameters is the trunk's.
+        What a task does not keep for itself of these parameters is the backbone's.
         """
         return Network(partial(self.head, config))
 
@@ -161,7 +161,7 @@ _BERT_HEADS = _heads(
 )
 
 _ROBERTA = Family(
-    trunk=RobertaTrunk,
+    backbone=RobertaBackbone,
     head=RobertaHead,
     prefixes=("roberta.",),
     inputs=("input_ids", "attention_mask", "token_type_ids"),
@@ -174,12 +174,12 @@ _ROBERTA = Family(
 
 
 def _decoder(
-    trunk: Callable[[PretrainedConfig, Rematerialize], nnx.Module],
+    backbone: Callable[[PretrainedConfig, Rematerialize], nnx.Module],
     head: Callable[[PretrainedConfig], nnx.Module] = CausalHead,
 ) -> Family:
     """A family of decoder language models."""
     return Family(
-        trunk=trunk,
+        backbone=backbone,
         head=head,
         prefixes=("model.",),
         inputs=("input_ids", "attention_mask"),
@@ -198,7 +198,7 @@ def _decoder(
 
 FAMILIES = {
     "bert": Family(
-        trunk=BertTrunk,
+        backbone=BertBackbone,
         head=BertHead,
         prefixes=("bert.",),
         inputs=("input_ids", "attention_mask", "token_type_ids"),
@@ -210,7 +210,7 @@ FAMILIES = {
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
     "vit": Family(
-        trunk=VitTrunk,
+        backbone=VitBackbone,
         head=VitHead,
         prefixes=("vit.",),
         inputs=("pixel_values",),
@@ -233,7 +233,7 @@ FAMILIES = {
         ),
     ),
     "clip": Family(
-        trunk=ClipVisionTrunk,
+        backbone=ClipVisionBackbone,
         head=ZeroShotHead,
         prefixes=("vision_model.",),
         inputs=("pixel_values",),
@@ -250,7 +250,7 @@ FAMILIES = {
         ignored_in_experts=("text_model.*", "text_projection.*", "logit_scale"),
     ),
     "t5": Family(
-        trunk=T5Trunk,
+        backbone=T5Backbone,
         head=T5Head,
         prefixes=(),
         inputs=("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"),
@@ -260,12 +260,12 @@ FAMILIES = {
         ignored=ignored_tensors,
         language=True,
     ),
-    "llama": _decoder(LlamaTrunk),
-    "mistral": _decoder(MistralTrunk),
-    "qwen2": _decoder(Qwen2Trunk),
-    "qwen3": _decoder(Qwen3Trunk),
-    "gemma2": _decoder(Gemma2Trunk, GemmaHead),
-    "gemma3_text": _decoder(Gemma3Trunk, GemmaHead),
+    "llama": _decoder(LlamaBackbone),
+    "mistral": _decoder(MistralBackbone),
+    "qwen2": _decoder(Qwen2Backbone),
+    "qwen3": _decoder(Qwen3Backbone),
+    "gemma2": _decoder(Gemma2Backbone, GemmaHead),
+    "gemma3_text": _decoder(Gemma3Backbone, GemmaHead),
 }
 """Families by the `model_type` of their configs."""
 

@@ -129,7 +129,7 @@ class Bert(nnx.Module):
         return Outputs(self.pooler(last), last, every)
 
 
-class BertTrunk(nnx.Module):
+class BertBackbone(nnx.Module):
     """What is merged in a `BertForSequenceClassification`."""
 
     def __init__(self, config: BertConfig, rematerialize: Rematerialize):

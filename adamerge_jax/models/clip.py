@@ -119,7 +119,7 @@ class VisionModel(nnx.Module):
         return Outputs(self.post_layernorm(last[:, 0]), last, every)
 
 
-class ClipVisionTrunk(nnx.Module):
+class ClipVisionBackbone(nnx.Module):
     """What is merged in a `CLIPModel`: the vision tower and its projection.
 
     `pooled` is the projected image embedding `[B, D]`, not normalised.
@@ -192,7 +192,7 @@ class TextModel(nnx.Module):
 
 
 class ClipText(nnx.Module):
-    """What a zero-shot head is made of: all of a `CLIPModel` that `ClipVisionTrunk` is not.
+    """What a zero-shot head is made of: all of a `CLIPModel` that `ClipVisionBackbone` is not.
 
     Called with a batch of token sequences, it returns their embeddings `[B, D]`, not normalised:
     the projected state of each sequence's end-of-text token.

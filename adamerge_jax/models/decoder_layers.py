@@ -277,7 +277,7 @@ class Decoder(nnx.Module):
         return Outputs(None, last, every.at[-1].set(last) if hidden_states else None)
 
 
-class DecoderTrunk(nnx.Module):
+class DecoderBackbone(nnx.Module):
     """What is merged in a decoder language model: all of it.
 
     Args:
@@ -313,7 +313,7 @@ class DecoderTrunk(nnx.Module):
             embedding_scale,
         )
         if not config.tie_word_embeddings:
-            # Read by the head, which is given the trunk's parameters.
+            # Read by the head, which is given the backbone's parameters.
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
@@ -330,7 +330,7 @@ class TiedOutput(nnx.Module):
 
 
 class CausalHead(nnx.Module):
-    """Logits of the next token, in float32, by a parameter of the trunk."""
+    """Logits of the next token, in float32, by a parameter of the backbone."""
 
     def __init__(self, config: PretrainedConfig):
         if config.tie_word_embeddings:

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, PretrainedConfig
 from adamerge_jax.models.decoder_layers import (
     Attention,
     CausalHead,
-    DecoderTrunk,
+    DecoderBackbone,
     GatedMLP,
     windows_by_type,
 )
@@ -71,7 +71,7 @@ class Gemma2Layer(GemmaLayer):
         super().__init__(config, attention)
 
 
-class Gemma2Trunk(DecoderTrunk):
+class Gemma2Backbone(DecoderBackbone):
     """What is merged in a `Gemma2ForCausalLM`."""
 
     def __init__(self, config: Gemma2Config, rematerialize: Rematerialize):

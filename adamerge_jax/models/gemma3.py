@@ -6,7 +6,7 @@ is no soft cap on attention.
 
 from transformers import Gemma3TextConfig
 
-from adamerge_jax.models.decoder_layers import Attention, DecoderTrunk, Rotary, windows_by_type
+from adamerge_jax.models.decoder_layers import Attention, DecoderBackbone, Rotary, windows_by_type
 from adamerge_jax.models.gemma2 import GemmaLayer, GemmaNorm
 from adamerge_jax.models.layers import Rematerialize
 
@@ -23,7 +23,7 @@ class Gemma3Layer(GemmaLayer):
         super().__init__(config, attention)
 
 
-class Gemma3Trunk(DecoderTrunk):
+class Gemma3Backbone(DecoderBackbone):
     """What is merged in a `Gemma3ForCausalLM`."""
 
     def __init__(self, config: Gemma3TextConfig, rematerialize: Rematerialize):

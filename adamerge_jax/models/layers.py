@@ -82,7 +82,7 @@ def activation_of(name: str) -> Activation:
 
 
 class Outputs(NamedTuple):
-    """What a trunk computes.
+    """What a backbone computes.
 
     Attributes:
         pooled: `[B, H]`, what classification heads read, or None for a language model.

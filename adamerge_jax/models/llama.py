@@ -6,7 +6,7 @@ longer wavelengths of its rotary positions (`rope_type` `llama3`).
 
 from transformers import LlamaConfig
 
-from adamerge_jax.models.decoder_layers import Attention, DecoderTrunk, PreNormLayer
+from adamerge_jax.models.decoder_layers import Attention, DecoderBackbone, PreNormLayer
 from adamerge_jax.models.layers import Rematerialize
 
 
@@ -17,7 +17,7 @@ class LlamaLayer(PreNormLayer):
         super().__init__(config, attention, mlp_bias=config.mlp_bias)
 
 
-class LlamaTrunk(DecoderTrunk):
+class LlamaBackbone(DecoderBackbone):
     """What is merged in a `LlamaForCausalLM`."""
 
     def __init__(self, config: LlamaConfig, rematerialize: Rematerialize):

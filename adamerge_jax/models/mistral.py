@@ -5,7 +5,7 @@ Later versions have no window. There are no biases.
 
 from transformers import MistralConfig
 
-from adamerge_jax.models.decoder_layers import Attention, DecoderTrunk, PreNormLayer
+from adamerge_jax.models.decoder_layers import Attention, DecoderBackbone, PreNormLayer
 from adamerge_jax.models.layers import Rematerialize
 
 
@@ -14,7 +14,7 @@ class MistralLayer(PreNormLayer):
         super().__init__(config, Attention(config))
 
 
-class MistralTrunk(DecoderTrunk):
+class MistralBackbone(DecoderBackbone):
     """What is merged in a `MistralForCausalLM`."""
 
     def __init__(self, config: MistralConfig, rematerialize: Rematerialize):

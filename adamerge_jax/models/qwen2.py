@@ -7,7 +7,7 @@ from transformers import Qwen2Config
 
 from adamerge_jax.models.decoder_layers import (
     Attention,
-    DecoderTrunk,
+    DecoderBackbone,
     PreNormLayer,
     windows_by_type,
 )
@@ -19,7 +19,7 @@ class Qwen2Layer(PreNormLayer):
         super().__init__(config, Attention(config, bias=True))
 
 
-class Qwen2Trunk(DecoderTrunk):
+class Qwen2Backbone(DecoderBackbone):
     """What is merged in a `Qwen2ForCausalLM`."""
 
     def __init__(self, config: Qwen2Config, rematerialize: Rematerialize):

@@ -4,7 +4,7 @@ from transformers import Qwen3Config
 
 from adamerge_jax.models.decoder_layers import (
     Attention,
-    DecoderTrunk,
+    DecoderBackbone,
     PreNormLayer,
     RMSNorm,
     windows_by_type,
@@ -18,7 +18,7 @@ class Qwen3Layer(PreNormLayer):
         super().__init__(config, Attention(config, bias=bias, output_bias=bias, norm=RMSNorm))
 
 
-class Qwen3Trunk(DecoderTrunk):
+class Qwen3Backbone(DecoderBackbone):
     """What is merged in a `Qwen3ForCausalLM`."""
 
     def __init__(self, config: Qwen3Config, rematerialize: Rematerialize):

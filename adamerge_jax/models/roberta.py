@@ -43,7 +43,7 @@ class Roberta(nnx.Module):
         return Outputs(last[:, 0], last, every)
 
 
-class RobertaTrunk(nnx.Module):
+class RobertaBackbone(nnx.Module):
     """What is merged in a `RobertaForSequenceClassification`."""
 
     def __init__(self, config: RobertaConfig, rematerialize: Rematerialize):

@@ -293,7 +293,7 @@ class Tower(nnx.Module):
         return Outputs(None, last, every if every is None else every.at[-1].set(last))
 
 
-class T5Trunk(nnx.Module):
+class T5Backbone(nnx.Module):
     """What is merged in a `T5ForConditionalGeneration`: all of it, the output layer included."""
 
     def __init__(self, config: T5Config, rematerialize: Rematerialize):
@@ -342,7 +342,7 @@ class T5Trunk(nnx.Module):
 
 
 class T5Head(nnx.Module):
-    """The output layer of a `T5ForConditionalGeneration`, a parameter of the trunk."""
+    """The output layer of a `T5ForConditionalGeneration`, a parameter of the backbone."""
 
     def __init__(self, config: T5Config):
         self.name = "shared" if has_tied_head(config) else "lm_head"

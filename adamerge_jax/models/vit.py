@@ -111,7 +111,7 @@ class Vit(nnx.Module):
         return Outputs(last[:, 0], last, every)
 
 
-class VitTrunk(nnx.Module):
+class VitBackbone(nnx.Module):
     """What is merged in a `ViTForImageClassification`."""
 
     def __init__(self, config: ViTConfig, rematerialize: Rematerialize):

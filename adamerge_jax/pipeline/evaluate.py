@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.devices import fetch
-from adamerge_jax.models import Network, head_parameters
+from adamerge_jax.models import Network, complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
 
 Parameters = Mapping[str, Array]
@@ -37,7 +37,7 @@ class Row(NamedTuple):
         return float(np.mean(list(self.tasks.values())))
 
     @property
-    def goodness(self) -> float:
+    def score(self) -> float:
         """The average, with its sign turned where less is better."""
         return self.average if self.metric == "accuracy" else -self.average
 
@@ -54,31 +54,31 @@ class Row(NamedTuple):
 class Evaluator:
     """Runs models of one architecture on the examples of their tasks.
 
-    The trunk is compiled once per input shape and shared by all models and tasks.
+    The backbone is compiled once per input shape and shared by all models and tasks.
     """
 
     def __init__(
         self,
-        trunk: Network,
+        backbone: Network,
         heads: Mapping[str, Network],
-        kept_by_tasks: Mapping[str, Parameters],
+        head_parameters: Mapping[str, Parameters],
         batch_size: int,
         metric: Metric = "accuracy",
     ):
         """Compiles nothing yet.
 
         Args:
-            trunk: What all models share.
+            backbone: What all models share.
             heads: By task.
-            kept_by_tasks: Parameters of each task's head.
+            head_parameters: Parameters of each task's head.
             batch_size: Examples per batch.
             metric: What a score is.
         """
         self.metric = metric
-        self._trunk = jax.jit(trunk, static_argnames="hidden_states")
+        self._backbone = jax.jit(backbone, static_argnames="hidden_states")
         self._heads = {task: jax.jit(head) for task, head in heads.items()}
         self._networks = heads
-        self._kept_by_tasks = kept_by_tasks
+        self._head_parameters = head_parameters
         self._batch_size = batch_size
 
     def run(
@@ -93,13 +93,13 @@ class Evaluator:
         A language model's logits are `[B, T, V]`.
 
         Args:
-            parameters: Of the trunk, arrays by name.
+            parameters: Of the backbone, arrays by name.
             task: Whose head to use.
             inputs: Of the model, `[B, ...]`.
             hidden_states: Layers, 0 for the embeddings.
         """
-        outputs = self._trunk(parameters, inputs, hidden_states=bool(hidden_states))
-        own = head_parameters(self._networks[task], self._kept_by_tasks[task], parameters)
+        outputs = self._backbone(parameters, inputs, hidden_states=bool(hidden_states))
+        own = complete_head(self._networks[task], self._head_parameters[task], parameters)
         logits = self._heads[task](own, outputs)
         return logits, {layer: outputs.hidden_states[layer] for layer in hidden_states}
 
@@ -109,7 +109,7 @@ class Evaluator:
         """What a model says of each example.
 
         Args:
-            parameters: Of the trunk, arrays by name.
+            parameters: Of the backbone, arrays by name.
             task: Whose head to use.
             examples: N examples.
         """

@@ -34,9 +34,9 @@ from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.evaluate import Row
-from adamerge_jax.pipeline.models import Models, match_trunk
+from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
-from adamerge_jax.pipeline.read import DTYPES, fold, load_head, load_trunk, read_parameter
+from adamerge_jax.pipeline.read import DTYPES, fold, load_backbone, load_head, read_parameter
 from adamerge_jax.recipes.schema import Recipe
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -90,7 +90,7 @@ def export(
     if recipe.export.orbax:
         with console.status("writing the Orbax checkpoint"):
             merged = Checkpoint.open(out / CHECKPOINT_FOLDER)
-            matched = match_trunk(models, merged, "merged checkpoint")
+            matched = match_backbone(models, merged, "merged checkpoint")
             parameters = _orbax_parameters(models, matched, _dtype(recipe))
             save_parameters(out / ORBAX_FOLDER, parameters)
     if recipe.export.adapter and first:
@@ -163,9 +163,9 @@ def _export_checkpoint(
 def _orbax_parameters(
     models: Models, merged: MatchedCheckpoint, dtype: np.dtype | None
 ) -> dict[str, Array] | dict[str, UnreadArray]:
-    """The merged trunk: of several processes each has its part, a single one reads in its turn."""
+    """The merged backbone: several processes have a part each, a single one reads in its turn."""
     if jax.process_count() > 1:
-        return load_trunk(models, merged, dtype)
+        return load_backbone(models, merged, dtype)
     return {
         name: UnreadArray(
             shape,
@@ -228,8 +228,8 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
 
     The factors are float32, their rank is the sum of the experts'. A language model is loaded as
     PEFT does it, with `AutoPeftModelForCausalLM.from_pretrained(out)` for example. The adapter of a
-    classifier is that of its trunk and brings no head, as each task has its own: it is for the base
-    as `AutoModel` loads it (`AutoPeftModelForFeatureExtraction`, or `PeftModel.from_pretrained` on
+    classifier is that of its backbone and brings no head, as each task has its own: it is for the
+    base as `AutoModel` loads it (`AutoPeftModelForFeatureExtraction`, or `PeftModel.from_pretrained` on
     any base in memory), and its task type is `FEATURE_EXTRACTION` for texts and none for images.
 
     Args:
@@ -242,7 +242,7 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
         InputError: A factor has NaN or infinite values, or the folder cannot be written.
     """
     scales = coefficients.scales()
-    # AutoModel's own names lack what a class with a head puts in front of its trunk's.
+    # AutoModel's own names lack what a class with a head puts in front of its backbone's.
     headed = models.family.auto_class is not None and not models.family.language
     prefix = models.family.prefixes[0] if headed else ""
     modules = {}

@@ -23,9 +23,9 @@ from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import (
     DTYPES,
+    load_backbone,
     load_expert,
     load_head,
-    load_trunk,
     load_zero_shot_head,
 )
 from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
@@ -46,7 +46,7 @@ class Workspace(NamedTuple):
         models: The base and its experts, opened; their weights are read when they are asked for.
         data: Examples by task.
         dtype: Of weights and activations; None for the checkpoint's.
-        trunk: What is merged, as a function of its parameters.
+        backbone: What is merged, as a function of its parameters.
         heads: Parameters of each task's head.
         head_networks: Each task's head as a function of its parameters.
         evaluator: Runs models of this architecture on examples.
@@ -56,7 +56,7 @@ class Workspace(NamedTuple):
     models: Models
     data: Data
     dtype: np.dtype | None
-    trunk: Network
+    backbone: Network
     heads: dict[str, dict[str, Array]]
     head_networks: dict[str, Network]
     evaluator: Evaluator
@@ -64,7 +64,7 @@ class Workspace(NamedTuple):
 
     def base(self) -> dict[str, Array]:
         """Reads the parameters of the base."""
-        return load_trunk(self.models, self.models.base, self.dtype)
+        return load_backbone(self.models, self.models.base, self.dtype)
 
     def expert(self, task: str, base: Mapping[str, Array]) -> dict[str, Array | Mixture]:
         """Reads the parameters of a task's expert, without its head.
@@ -90,7 +90,7 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
     data = _load_data(recipe, models, root)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
-    trunk = models.family.build_trunk(models.config, recipe.learning.rematerialize)
+    backbone = models.family.build_backbone(models.config, recipe.learning.rematerialize)
     heads = _load_heads(recipe, models, data, dtype)
     _require_labels_in_range(models, heads, data)
     networks = {
@@ -98,7 +98,7 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
         for task, expert in models.experts.items()
     }
     metric = "loss" if models.family.language else "accuracy"
-    spread = devices.spread(trunk)
+    spread = devices.spread(backbone)
     evaluator = Evaluator(spread, networks, heads, recipe.evaluation.batch_size, metric)
     return Workspace(models, data, dtype, spread, heads, networks, evaluator, root)
 

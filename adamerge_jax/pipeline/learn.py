@@ -258,7 +258,7 @@ def granularity_of(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, ob
 def learner_of(
     recipe: Recipe,
     models: Models,
-    trunk: Network,
+    backbone: Network,
     heads: Sequence[Network],
     granularity: Granularity,
     steps: int,
@@ -268,7 +268,7 @@ def learner_of(
     Args:
         recipe: Says how.
         models: The base and its experts.
-        trunk: What is merged, as a function of its parameters.
+        backbone: What is merged, as a function of its parameters.
         heads: Each task's head as a function of its parameters.
         granularity: Which parameters share a coefficient.
         steps: Number of optimizer steps.
@@ -276,7 +276,7 @@ def learner_of(
     needs = needs_of(recipe, models).values()
     return learning.make_learner(
         learning.forward_with_heads(
-            trunk,
+            backbone,
             heads,
             sorted({layer for own in needs for layer in own.hidden_states}),
             elsewhere=any(own.elsewhere for own in needs),
@@ -333,7 +333,7 @@ def _learn_stage(
     }
     networks = list(workspace.head_networks.values())
     learner = learner_of(
-        recipe, workspace.models, workspace.trunk, networks, granularity, stage.steps
+        recipe, workspace.models, workspace.backbone, networks, granularity, stage.steps
     )
     control = None
     if recipe.forgotten:

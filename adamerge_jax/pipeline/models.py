@@ -30,12 +30,12 @@ class Models:
 
     Attributes:
         family: The architecture family of all of them.
-        shapes: Shape of every parameter of the trunk, `(L, *shape)` where stacked.
+        shapes: Shape of every parameter of the backbone, `(L, *shape)` where stacked.
         base: The base's checkpoint.
         experts: The experts' checkpoints by task.
         sources: Where they come from, for the coefficients file: the base, then the experts. Empty
             where no weight was to be read.
-        kept: Names without `*` of the trunk's parameters that are not merged but stay the base's.
+        kept: Names without `*` of the backbone's parameters that stay the base's.
         devices: Where the weights go when they are read.
     """
 
@@ -63,7 +63,7 @@ class Models:
         return name.removesuffix(in_file) if name.endswith(in_file) else ""
 
     def tensors(self, name: str) -> list[str]:
-        """The checkpoint tensors that a parameter of the trunk consists of."""
+        """The checkpoint tensors that a parameter of the backbone consists of."""
         return tensors_of(name, self.shapes[name])
 
     def head_names(self, task: str) -> list[str]:
@@ -87,19 +87,19 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     with _explained("base", root):
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     family = family_of(base.config)
-    shapes = {name: leaf.shape for name, leaf in family.build_trunk(base.config).shapes.items()}
-    trunk = unstacked_shapes(shapes)
+    shapes = {name: leaf.shape for name, leaf in family.build_backbone(base.config).shapes.items()}
+    backbone = unstacked_shapes(shapes)
     for pattern in recipe.own_keep_from_base:
-        if not any(matches(name, [pattern]) for name in trunk):
+        if not any(matches(name, [pattern]) for name in backbone):
             raise InputError(
                 f"keep_from_base: {pattern!r} fits no parameter; "
-                f"parameters are called e.g. {next(iter(trunk))!r}"
+                f"parameters are called e.g. {next(iter(backbone))!r}"
             )
-    base_match = _match_trunk(family, trunk, base, "base")
+    base_match = _match_backbone(family, backbone, base, "base")
     experts = {
         task: _open_expert(
             family,
-            trunk,
+            backbone,
             base_match,
             task_recipe.expert,
             root,
@@ -110,7 +110,7 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     }
     kept = {
         name
-        for name in trunk
+        for name in backbone
         if matches(name, recipe.keep_from_base)
         or any(name not in expert.names for expert in experts.values())
     }
@@ -126,15 +126,15 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     return Models(family, shapes, base_match, experts, sources, frozenset(kept))
 
 
-def match_trunk(models: Models, checkpoint: Checkpoint, role: str) -> MatchedCheckpoint:
-    """Finds the trunk's parameters in another checkpoint of the same architecture.
+def match_backbone(models: Models, checkpoint: Checkpoint, role: str) -> MatchedCheckpoint:
+    """Finds the backbone's parameters in another checkpoint of the same architecture.
 
     Raises:
         InputError: One is missing or has another shape, or embeddings are not the output layer
             although the config says so.
     """
     shapes = unstacked_shapes(models.shapes)
-    found = _match_trunk(models.family, shapes, checkpoint, role)
+    found = _match_backbone(models.family, shapes, checkpoint, role)
     _require_tied(models.family, found)
     return found
 
@@ -157,12 +157,12 @@ def resolve(path: str, root: Path) -> str:
     return path
 
 
-def _match_trunk(
-    family: Family, trunk: Shapes, checkpoint: Checkpoint, role: str
+def _match_backbone(
+    family: Family, backbone: Shapes, checkpoint: Checkpoint, role: str
 ) -> MatchedCheckpoint:
     return match(
         checkpoint,
-        trunk,
+        backbone,
         role=role,
         prefixes=family.prefixes,
         ignored=family.ignored(checkpoint.config),
@@ -185,7 +185,7 @@ def _require_tied(family: Family, model: Expert) -> None:
 
 def _open_expert(
     family: Family,
-    trunk: Shapes,
+    backbone: Shapes,
     base: MatchedCheckpoint,
     source: ModelSource,
     root: Path,
@@ -233,7 +233,7 @@ def _open_expert(
         _require_classes(expert, role)
     return match(
         expert,
-        trunk | head(expert.config),
+        backbone | head(expert.config),
         role=role,
         prefixes=family.prefixes,
         optional=family.base_only,

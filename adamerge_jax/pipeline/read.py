@@ -61,17 +61,17 @@ DEVICE = DeviceMemory()
 def load_expert(
     models: Models, task: str, base: Mapping[str, Array], dtype: np.dtype | None
 ) -> dict[str, Array | Mixture]:
-    """The trunk of one expert: its own arrays, or for an adapter the base's with lazy factors.
+    """The backbone of one expert: its own arrays, or for an adapter the base's with lazy factors.
 
     Args:
         models: The base and its experts.
         task: Whose expert.
-        base: The base's trunk.
+        base: The base's backbone.
         dtype: Of the arrays; by default each tensor's in the base.
     """
     expert = models.experts[task]
     if isinstance(expert, MatchedCheckpoint):
-        return load_trunk(models, expert, dtype)
+        return load_backbone(models, expert, dtype)
     alone = dataclasses.replace(models, experts={task: expert}, kept=frozenset())
     deltas, _, _ = load_task_vectors(alone, dtype)
     shapes = {name: models.shapes[name] for name in deltas}
@@ -79,8 +79,8 @@ def load_expert(
     return mix(base, deltas, whole.scales(whole.init(constant(shapes, 1, 1.0))))
 
 
-def load_trunk(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> dict[str, Array]:
-    """Reads the trunk of the base or of one expert; what an expert lacks is the base's.
+def load_backbone(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> dict[str, Array]:
+    """Reads the backbone of the base or of one expert; what an expert lacks is the base's.
 
     Args:
         models: The base and its experts.
@@ -99,7 +99,7 @@ def load_trunk(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> di
 def read_parameter(
     models: Models, checkpoint: Expert, name: str, dtype: np.dtype | None
 ) -> np.ndarray:
-    """Reads one parameter of the trunk, `[L, *shape]` where stacked; see `load_trunk`."""
+    """Reads one parameter of the backbone, `[L, *shape]` where stacked; see `load_backbone`."""
     tensors = models.tensors(name)
     array = aligned_empty(models.shapes[name], dtype or models.base.dtype(tensors[0]))
     for row, tensor in zip(array if is_stacked(name) else [array], tensors, strict=True):
@@ -199,7 +199,7 @@ def load_head(models: Models, task: str) -> dict[str, np.ndarray]:
 def fold(
     models: Models, coefficients: Coefficients, dtype: np.dtype | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The merged trunk, tensor by tensor, in the order of the base.
+    """The merged backbone, tensor by tensor, in the order of the base.
 
     Reads the checkpoints again rather than the task vectors in memory: sums are those of the
     stored weights whatever the representation while learning, and memory stays at one tensor of

@@ -35,8 +35,8 @@ from adamerge_jax.pipeline.export import (
 from adamerge_jax.pipeline.inputs import open_workspace
 from adamerge_jax.pipeline.learn import Merge, Problem, learn_coefficients, merged_parameters, pose
 from adamerge_jax.pipeline.match import prepare_fold
-from adamerge_jax.pipeline.models import Models, match_trunk, open_models
-from adamerge_jax.pipeline.read import load_trunk
+from adamerge_jax.pipeline.models import Models, match_backbone, open_models
+from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.comparison import compare
 from adamerge_jax.report.comparison_view import draw_comparison, print_comparison
@@ -49,7 +49,12 @@ from adamerge_jax.runs.folder import (
 )
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.record import RunRecord, describe_machine, describe_problem
-from adamerge_jax.runs.resuming import STATE_FOLDER, as_fields, put_right, require_startable
+from adamerge_jax.runs.resuming import (
+    STATE_FOLDER,
+    as_fields,
+    discard_after_last_snapshot,
+    require_startable,
+)
 from adamerge_jax.runs.tracking import require_installed, track
 
 PLAIN_TASK_ARITHMETIC = 0.3
@@ -114,7 +119,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     resolved = as_fields(recipe)
     if first:
         out.mkdir(parents=True, exist_ok=True)
-        if resume and (steps := put_right(out, EXPORTS)) is not None:
+        if resume and (steps := discard_after_last_snapshot(out, EXPORTS)) is not None:
             console.print(f"going on after {steps} steps")
         (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
     wait_for_all("run folder made")
@@ -272,10 +277,10 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     console = _of_first_process(console)
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
-    matched = match_trunk(workspace.models, opened, "checkpoint")
+    matched = match_backbone(workspace.models, opened, "checkpoint")
     if not workspace.data.test:
         raise InputError("tasks: every task needs test data to evaluate on")
-    parameters = load_trunk(workspace.models, matched, workspace.dtype)
+    parameters = load_backbone(workspace.models, matched, workspace.dtype)
     row = workspace.evaluator.row(checkpoint, parameters, workspace.data.test)
     console.print(report.results_table([row]))
     return row
@@ -304,7 +309,7 @@ def baselines(problem: Problem) -> list[Row]:
     if validation:
         coefficient = max(
             recipe.evaluation.task_arithmetic,
-            key=lambda value: workspace.evaluator.row("", scaled(value), validation).goodness,
+            key=lambda value: workspace.evaluator.row("", scaled(value), validation).score,
         )
     row = workspace.evaluator.row
     after = " after interference steps" if problem.interference else ""

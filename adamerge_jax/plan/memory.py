@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, most_likely
-from adamerge_jax.models import head_parameters
+from adamerge_jax.models import complete_head
 from adamerge_jax.pipeline.export import checkpoint_bytes
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of
@@ -86,12 +86,12 @@ def programs_of(outline: Outline, learning: AbstractLearning, *, compiled: bool)
     step = (learning.learner.step, learning.state, learning.frozen, batch)
     look = (learning.learner.evaluate, learning.state, learning.frozen, batch)
     # The head with most classes; a language model has one for all tasks.
-    task = max(outline.heads, key=lambda each: bytes_of(outline.kept_by_tasks[each]))
+    task = max(outline.heads, key=lambda each: bytes_of(outline.head_parameters[each]))
     size = outline.recipe.evaluation.batch_size
     ask = (
         jax.jit(partial(_ask, outline, task)),
         outline.expert(task),
-        outline.kept_by_tasks[task],
+        outline.head_parameters[task],
         outline.inputs(size, outline.longest),
     )
     works = [work_of(*call) for call in (step, look, ask)]
@@ -106,9 +106,9 @@ def programs_of(outline: Outline, learning: AbstractLearning, *, compiled: bool)
 def _ask(outline: Outline, task: str, parameters: Any, kept: Any, inputs: Any) -> Any:
     """What asking an expert computes."""
     needs = outline.needs[task]
-    outputs = outline.trunk(parameters, inputs, hidden_states=bool(needs.hidden_states))
+    outputs = outline.backbone(parameters, inputs, hidden_states=bool(needs.hidden_states))
     head = outline.heads[task]
-    logits = head(head_parameters(head, kept, parameters), outputs)
+    logits = head(complete_head(head, kept, parameters), outputs)
     hidden = [outputs.hidden_states[layer] for layer in needs.hidden_states]
     if logits.ndim == 3 and needs.expert_logits and needs.top_tokens is not None:
         return logits, hidden, most_likely(logits, min(needs.top_tokens, logits.shape[-1]))
@@ -147,7 +147,7 @@ def memory_of(
         for name, own in learning.frozen.deltas.items()
         if own is not outline.deltas[name]
     )
-    heads = bytes_of(outline.kept_by_tasks)
+    heads = bytes_of(outline.head_parameters)
     batch = bytes_of(outline.batch(outline.longest))
     # The new state is in the step's outputs; the best coefficients are on the host.
     state, coefficients = bytes_of(learning.state), bytes_of(learning.values)

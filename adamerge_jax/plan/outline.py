@@ -21,7 +21,7 @@ from adamerge_jax.coefficients.granularities import (
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.mixing import mix
-from adamerge_jax.models import Network, Outputs, head_parameters
+from adamerge_jax.models import Network, Outputs, complete_head
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.objectives import Needs, Targets, TopTokens
 from adamerge_jax.parameter_names import is_stacked, tensor_shape
@@ -55,9 +55,9 @@ class Outline(NamedTuple):
         recipe: Says how to learn.
         models: Opened, no weight read.
         data: Sizes of the data by part (`calibration`, `validation`, `test`) and task.
-        trunk: What is merged, as a function of its parameters.
+        backbone: What is merged, as a function of its parameters.
         heads: Each task's head as a function of its parameters.
-        kept_by_tasks: Abstract parameters of each head.
+        head_parameters: Abstract parameters of each head.
         base: Abstract parameters of the base.
         deltas: Abstract task vectors as they are loaded.
         needs: What the objective of each task must be given.
@@ -66,9 +66,9 @@ class Outline(NamedTuple):
     recipe: Recipe
     models: Models
     data: Mapping[str, Mapping[str, DataSize]]
-    trunk: Network
+    backbone: Network
     heads: Mapping[str, Network]
-    kept_by_tasks: Mapping[str, Mapping[str, Abstract]]
+    head_parameters: Mapping[str, Mapping[str, Abstract]]
     base: dict[str, Abstract]
     deltas: dict[str, Delta]
     needs: Mapping[str, Needs]
@@ -99,14 +99,14 @@ class Outline(NamedTuple):
         return {name: Abstract((examples, length), np.int32) for name in names}
 
     def outputs(self, examples: int, length: int) -> Outputs:
-        """What the trunk says of them, all hidden states included."""
-        run = partial(self.trunk, hidden_states=True)
+        """What the backbone says of them, all hidden states included."""
+        run = partial(self.backbone, hidden_states=True)
         return jax.eval_shape(run, self.base, self.inputs(examples, length))
 
     def logits(self, task: str, examples: int, length: int) -> Abstract:
         """What a task's head says of them, `[B, C]` or `[B, T, V]`."""
         head = self.heads[task]
-        own = head_parameters(head, self.kept_by_tasks[task], self.base)
+        own = complete_head(head, self.head_parameters[task], self.base)
         return jax.eval_shape(head, own, self.outputs(examples, length))
 
     def targets(self, task: str, examples: int, length: int) -> Targets:
@@ -174,7 +174,7 @@ class Outline(NamedTuple):
         learner = learner_of(
             self.recipe,
             self.models,
-            self.trunk,
+            self.backbone,
             list(self.heads.values()),
             granularity,
             self.recipe.learning.steps,
@@ -182,7 +182,7 @@ class Outline(NamedTuple):
         start = partial(constant, self.shapes, self.experts, self.recipe.initial_coefficient)
         values = jax.eval_shape(lambda: granularity.init(start()))
         state = jax.eval_shape(lambda: learner.init(granularity.init(start())))
-        frozen = Frozen(self.base, deltas, list(self.kept_by_tasks.values()))
+        frozen = Frozen(self.base, deltas, list(self.head_parameters.values()))
         return AbstractLearning(granularity, learner, state, frozen, values)
 
     @property
@@ -265,7 +265,7 @@ def of_models(
         recipe,
         models,
         data,
-        models.family.build_trunk(models.config, recipe.learning.rematerialize),
+        models.family.build_backbone(models.config, recipe.learning.rematerialize),
         heads,
         kept,
         base,

@@ -61,7 +61,7 @@ def as_fields(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def put_right(out: Path, exports: tuple[str, ...]) -> int | None:
+def discard_after_last_snapshot(out: Path, exports: tuple[str, ...]) -> int | None:
     """Takes from a run folder what was written after its last state.
 
     Args:

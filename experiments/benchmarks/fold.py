@@ -91,7 +91,7 @@ class Result(NamedTuple):
 
 def write_models(root: Path, dtype: str) -> None:
     """Writes the base and the experts, of random weights."""
-    shapes = {n: leaf.shape for n, leaf in family_of(CONFIG).build_trunk(CONFIG).shapes.items()}
+    shapes = {n: leaf.shape for n, leaf in family_of(CONFIG).build_backbone(CONFIG).shapes.items()}
     for seed, model in enumerate(["base", *EXPERTS]):
         generator = np.random.default_rng(seed)
         size = SHARD_MEGABYTES[dtype] * 10**6

@@ -14,7 +14,7 @@ from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.learning.learner import Frozen, forward_with_heads, make_learner
-from adamerge_jax.models import family_of, head_parameters
+from adamerge_jax.models import complete_head, family_of
 from adamerge_jax.objectives import NOT_PREDICTED, Targets, cross_entropy, token_losses
 from adamerge_jax.task_vectors import Delta
 
@@ -40,7 +40,7 @@ class Size(NamedTuple):
     @property
     def parameters(self) -> int:
         """Of the model."""
-        shapes = family_of(self.config).build_trunk(self.config).shapes
+        shapes = family_of(self.config).build_backbone(self.config).shapes
         return sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
 
 
@@ -92,7 +92,7 @@ def weights(size: Size) -> dict[str, jax.Array]:
         name: jnp.ones(leaf.shape)
         if "norm" in name
         else jnp.asarray(0.02 * generator.standard_normal(leaf.shape, np.float32))
-        for name, leaf in family_of(size.config).build_trunk(size.config).shapes.items()
+        for name, leaf in family_of(size.config).build_backbone(size.config).shapes.items()
     }
 
 
@@ -105,14 +105,14 @@ def tokens(size: Size) -> np.ndarray:
 def plain_step(size: Size) -> Callable[[], object]:
     """The gradient of the mean loss with respect to all weights of the base, nothing recomputed."""
     family = family_of(size.config)
-    trunk, head = family.build_trunk(size.config, "nothing"), family.build_head(size.config)
+    backbone, head = family.build_backbone(size.config, "nothing"), family.build_head(size.config)
     parameters, ids = weights(size), jnp.asarray(tokens(size))
 
     @jax.jit
     def step(parameters, ids):
         def loss(parameters):
-            outputs = trunk(parameters, {"input_ids": ids})
-            logits = head(head_parameters(head, {}, parameters), outputs)
+            outputs = backbone(parameters, {"input_ids": ids})
+            logits = head(complete_head(head, {}, parameters), outputs)
             return token_losses(logits[:, :-1], ids[:, 1:]).mean()
 
         return jax.grad(loss)(parameters)
@@ -129,13 +129,16 @@ def learning_step(
 ) -> Callable[[], object]:
     """Our learning step, with the experts that `make_deltas` makes for a base."""
     family = family_of(size.config)
-    trunk, head = family.build_trunk(size.config, rematerialize), family.build_head(size.config)
+    backbone, head = (
+        family.build_backbone(size.config, rematerialize),
+        family.build_head(size.config),
+    )
     base, ids = weights(size), tokens(size)
     deltas = make_deltas(base)
     shapes = {name: base[name].shape for name in deltas}
     chosen = make_granularity(granularity, {}, shapes)
     learner = make_learner(
-        forward_with_heads(trunk, [head] * size.experts, logits_again=True),
+        forward_with_heads(backbone, [head] * size.experts, logits_again=True),
         chosen,
         CONSTRAINTS["free"],
         cross_entropy(),

@@ -78,13 +78,13 @@ def tensors(parameters: dict[str, Any], generator: np.random.Generator) -> Itera
 def write_checkpoints(folder: Path, config: ViTConfig, experts: int) -> None:
     """A base, an expert for each task, and images."""
     family = family_of(config)
-    trunk, head = family.build_trunk(config).shapes, family.build_head(config).shapes
+    backbone, head = family.build_backbone(config).shapes, family.build_head(config).shapes
     for position in range(experts + 1):
         own = folder / (f"expert{position}" if position else "base")
         own.mkdir()
         config.architectures = ["ViTForImageClassification"]
         config.save_pretrained(own)
-        parameters = trunk | head if position else trunk
+        parameters = backbone | head if position else backbone
         generator = np.random.default_rng(position)
         save_file(
             dict(tensors(parameters, generator)),
@@ -117,7 +117,7 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
     granularity = make_granularity("tensor", {}, problem.shapes)
     heads = list(workspace.head_networks.values())
     learner = learning.make_learner(
-        learning.forward_with_heads(workspace.trunk, heads),
+        learning.forward_with_heads(workspace.backbone, heads),
         granularity,
         CONSTRAINTS["clip"],
         list(recipe.build_objectives().values()),
@@ -170,7 +170,7 @@ def main() -> None:
         print(json.dumps(measure(Path(folder), place, int(experts))))
         return
     config = model(arguments.size)
-    shapes = family_of(config).build_trunk(config).shapes
+    shapes = family_of(config).build_backbone(config).shapes
     parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
     device = jax.devices()[0].device_kind
     table = Table(title=f"MB; {parameters / 1e6:.1f} M parameters, float32; on {device}")

@@ -86,7 +86,7 @@ def head_of_checkpoint(
 def zero_shot_head(
     model: PreTrainedModel, head: Network, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The reference's text embeddings of the same five texts, so that the trunk is compared."""
+    """The reference's text embeddings of the same five texts, so that the backbone is compared."""
     text = torch.arange(50).reshape(5, 10)
     embeddings = model.get_text_features(text).pooler_output
     normalised = torch.nn.functional.normalize(embeddings, dim=-1)
@@ -118,11 +118,11 @@ def differences(
     model: PreTrainedModel,
     batch: Mapping[str, np.ndarray],
     reference: Callable[..., Reference],
-    head_parameters: Callable[..., dict[str, np.ndarray]],
+    complete_head: Callable[..., dict[str, np.ndarray]],
 ) -> list[float | None]:
     """The largest absolute differences of logits, pooled (None if there is none), hidden states."""
     family = family_of(model.config)
-    trunk, head = family.build_trunk(model.config), family.build_head(model.config)
+    backbone, head = family.build_backbone(model.config), family.build_head(model.config)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tensors = load_file(Path(folder) / "model.safetensors")
@@ -130,15 +130,15 @@ def differences(
         name: np.stack([tensors[each] for each in unstack(name, shape.shape[0])])
         if is_stacked(name)
         else tensors[name]
-        for name, shape in trunk.shapes.items()
+        for name, shape in backbone.shapes.items()
     }
     with torch.no_grad():
         expected = reference(model, {name: torch.from_numpy(x) for name, x in batch.items()})
-        of_head = head_parameters(model, head, tensors)
+        of_head = complete_head(model, head, tensors)
 
     @jax.jit
     def run(parameters: dict, of_head: dict, batch: dict) -> tuple[jax.Array, Outputs]:
-        outputs = trunk(parameters, batch, hidden_states=True)
+        outputs = backbone(parameters, batch, hidden_states=True)
         return head(of_head, outputs), outputs
 
     logits, outputs = run(parameters, of_head, dict(batch))
@@ -213,9 +213,9 @@ def main() -> None:
     for column in ("logits", "pooled", "hidden states"):
         table.add_column(column, justify="right")
     worst = 0.0
-    for model_class, settings, batch, reference, head_parameters in cases:
+    for model_class, settings, batch, reference, complete_head in cases:
         model = randomise(model_class(model_class.config_class(**settings)))
-        found = differences(model, batch, reference, head_parameters)
+        found = differences(model, batch, reference, complete_head)
         shown = ("-" if difference is None else f"{difference:.1e}" for difference in found)
         table.add_row(model_class.__name__, *shown)
         # NumPy's maximum, unlike Python's, of anything and NaN is NaN.

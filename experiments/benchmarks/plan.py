@@ -46,7 +46,9 @@ CLASSES = 5
 def save_weights(folder: Path, config: PretrainedConfig, seed: int, *, head: bool) -> None:
     """Writes a model with random weights."""
     family = family_of(config)
-    shapes = family.build_trunk(config).shapes | (family.build_head(config).shapes if head else {})
+    shapes = family.build_backbone(config).shapes | (
+        family.build_head(config).shapes if head else {}
+    )
     generator = np.random.default_rng(seed)
     save_model(
         folder,
@@ -62,7 +64,7 @@ def save_adapter_of(folder: Path, base: Path, config: PretrainedConfig, seed: in
     """Writes an adapter of rank 16 on every matrix of a decoder's layers."""
     generator = np.random.default_rng(seed)
     modules = {}
-    for name, leaf in family_of(config).build_trunk(config).shapes.items():
+    for name, leaf in family_of(config).build_backbone(config).shapes.items():
         if len(leaf.shape) != 3 or not is_stacked(name):
             continue
         _, m, n = leaf.shape

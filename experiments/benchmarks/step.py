@@ -68,11 +68,11 @@ def plain_step(size: str) -> Callable[[], object]:
     """(a): the gradient of the summed entropy with respect to all weights of one model."""
     config, experts = config_of(size)
     family = family_of(config)
-    trunk, head = family.build_trunk(config, "nothing"), family.build_head(config)
+    backbone, head = family.build_backbone(config, "nothing"), family.build_head(config)
     generator = np.random.default_rng(0)
-    parameters = jax.device_put(arrays(trunk.shapes, generator))
+    parameters = jax.device_put(arrays(backbone.shapes, generator))
     heads = jax.device_put([arrays(head.shapes, generator) for _ in range(experts)])
-    forward = forward_with_heads(trunk, [head] * experts)
+    forward = forward_with_heads(backbone, [head] * experts)
     inputs = {"pixel_values": jnp.asarray(pixels_of(config, experts))}
     value = entropy().value
 
@@ -92,21 +92,21 @@ def learning_step(
     """(b): our learning step, one coefficient per tensor and expert."""
     config, experts = config_of(size)
     family = family_of(config)
-    trunk, head = family.build_trunk(config, rematerialize), family.build_head(config)
+    backbone, head = family.build_backbone(config, rematerialize), family.build_head(config)
     generator = np.random.default_rng(0)
     base = {
         name: devices.parameter(name, array)
-        for name, array in arrays(trunk.shapes, generator).items()
+        for name, array in arrays(backbone.shapes, generator).items()
     }
     heads = devices.replicate([arrays(head.shapes, generator) for _ in range(experts)])
     deltas = {
         name: devices.delta(name, DenseDelta(array))
-        for name, array in arrays(trunk.shapes, generator, (experts,)).items()
+        for name, array in arrays(backbone.shapes, generator, (experts,)).items()
     }
-    shapes = {name: leaf.shape for name, leaf in trunk.shapes.items()}
+    shapes = {name: leaf.shape for name, leaf in backbone.shapes.items()}
     granularity = tensor(shapes)
     learner = make_learner(
-        forward_with_heads(devices.spread(trunk), [head] * experts),
+        forward_with_heads(devices.spread(backbone), [head] * experts),
         granularity,
         CONSTRAINTS["clip"],
         entropy(),
@@ -170,7 +170,7 @@ VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
 def title(size: str) -> str:
     """What a table is about."""
     config, experts = config_of(size)
-    shapes = family_of(config).build_trunk(config).shapes
+    shapes = family_of(config).build_backbone(config).shapes
     parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
     return (
         f"{size}: {parameters / 1e6:.1f} M parameters, {experts} experts (task vectors "

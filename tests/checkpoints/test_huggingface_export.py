@@ -49,7 +49,7 @@ def small_tensors() -> dict[str, np.ndarray]:
 
 
 def expert(folder: Path, *, seed: int, num_labels: int) -> BertForSequenceClassification:
-    """A BERT classifier with a trunk that is the same for every seed and a head that is not."""
+    """A BERT classifier with a backbone that is the same for every seed and a head that is not."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**BERT, num_labels=num_labels)).eval()
     torch.manual_seed(seed)
@@ -243,7 +243,7 @@ def test_task_models_of_text(tmp_path, max_shard_bytes):
     shared = list((tmp_path / "out").glob("model*.safetensors"))
     assert (len(shared) == 1) == (max_shard_bytes > 8_000)
     assert all(file.stat().st_nlink == 3 for file in shared)
-    # The trunk itself is an ordinary checkpoint as well.
+    # The backbone itself is an ordinary checkpoint as well.
     _, info = BertModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
 

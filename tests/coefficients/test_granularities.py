@@ -337,7 +337,7 @@ def test_factors_are_merged_as_their_products_are(case):
 def test_tables_that_are_read_by_rows_stay_whole():
     """Also where their names do not say that they are embeddings, as T5's."""
     config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
-    shapes = {n: leaf.shape for n, leaf in family_of(config).build_trunk(config).shapes.items()}
+    shapes = {n: leaf.shape for n, leaf in family_of(config).build_backbone(config).shapes.items()}
     for name, options in (("row", {}), ("chunk", {"pieces": 4}), ("singular", {"rank": 2})):
         units = make_granularity(name, options, shapes).units
         assert units["shared.weight"] == "whole"
@@ -709,7 +709,7 @@ def test_scales_of_whole_tensors_broadcast(case):
     ],
 )
 def test_layers_of_models(config, layers):
-    network = family_of(config).build_trunk(config)
+    network = family_of(config).build_backbone(config)
     names = shapes_in_file(network)
     found = {name: layer_of(name, names) for name in names}
     assert {name: found[name] for name in layers} == layers

@@ -60,7 +60,7 @@ def objective_and_gradient(
     workspace = problem.workspace
     granularity = make_granularity("tensor", {}, problem.shapes)
     learner = learning.make_learner(
-        learning.forward_with_heads(workspace.trunk, list(workspace.head_networks.values())),
+        learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         granularity,
         CONSTRAINTS["free"],
         list(recipe.build_objectives().values()),

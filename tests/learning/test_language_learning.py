@@ -269,7 +269,7 @@ def test_same_coefficients_as_a_pytorch_loop(llama, tmp_path):
     workspace = problem.workspace
     granularity = make_granularity("tensor", {}, problem.shapes)
     learner = learning.make_learner(
-        learning.forward_with_heads(workspace.trunk, list(workspace.head_networks.values())),
+        learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         granularity,
         CONSTRAINTS["clip"],
         list(recipe.build_objectives().values()),

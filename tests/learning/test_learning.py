@@ -87,7 +87,7 @@ def prepare(
     workspace = problem.workspace
     chosen = make_granularity(granularity, {}, problem.shapes)
     learner = learning.make_learner(
-        learning.forward_with_heads(workspace.trunk, list(workspace.head_networks.values())),
+        learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         chosen,
         CONSTRAINTS[constraint],
         make_objective(objective, {}),
@@ -384,9 +384,9 @@ def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
     problem = pose(recipe, open_workspace(recipe, tmp_path))
     workspace = problem.workspace
     batch = next(problem.calibration.batches())
-    trunk, heads = workspace.trunk, workspace.head_networks
+    backbone, heads = workspace.backbone, workspace.head_networks
     learner = learning.make_learner(
-        learning.forward_with_heads(trunk, list(heads.values()), elsewhere=True),
+        learning.forward_with_heads(backbone, list(heads.values()), elsewhere=True),
         make_granularity("tensor", {}, problem.shapes),
         CONSTRAINTS["clip"],
         list(recipe.build_objectives().values()),
@@ -405,7 +405,7 @@ def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
     for position, task in enumerate(recipe.tasks):
 
         def log_softmax(parameters, task=task):
-            outputs = trunk(parameters, batch.inputs)
+            outputs = backbone(parameters, batch.inputs)
             logits = heads[task](workspace.heads[task], outputs)
             return torch.tensor(np.asarray(logits)).log_softmax(-1)
 

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import materialize, mix
-from adamerge_jax.models import family_of, head_parameters
+from adamerge_jax.models import complete_head, family_of
 from adamerge_jax.models.decoder_layers import Rotary
 from adamerge_jax.models.layers import attention
 from adamerge_jax.parameter_names import is_stacked
@@ -177,13 +177,16 @@ class OurModel:
 
     def __init__(self, model: PreTrainedModel, folder: Path):
         self.family = family_of(model.config)
-        trunk, head = self.family.build_trunk(model.config), self.family.build_head(model.config)
-        self.parameters = parameters_of(trunk, saved_parameters(model, folder))
+        backbone, head = (
+            self.family.build_backbone(model.config),
+            self.family.build_head(model.config),
+        )
+        self.parameters = parameters_of(backbone, saved_parameters(model, folder))
 
         @jax.jit
         def run(parameters: dict, batch: dict) -> tuple:
-            outputs = trunk(parameters, batch, hidden_states=True)
-            return outputs, head(head_parameters(head, {}, parameters), outputs)
+            outputs = backbone(parameters, batch, hidden_states=True)
+            return outputs, head(complete_head(head, {}, parameters), outputs)
 
         self.run = run
 
@@ -254,9 +257,9 @@ def test_batch_without_mask(tmp_path: Path) -> None:
 
 
 def test_texts_beyond_the_last_position_are_refused() -> None:
-    trunk = family_of(make("llama").config).build_trunk(make("llama").config)
+    backbone = family_of(make("llama").config).build_backbone(make("llama").config)
     with pytest.raises(InputError, match="65 tokens, the model has positions for 64"):
-        jax.eval_shape(trunk, trunk.shapes, {"input_ids": np.zeros((1, 65), np.int32)})
+        jax.eval_shape(backbone, backbone.shapes, {"input_ids": np.zeros((1, 65), np.int32)})
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH_FAMILY)
@@ -264,14 +267,15 @@ def test_half_precision_stays(case: str) -> None:
     """Activations have the parameters' dtype, logits are float32."""
     config = make(case).config
     family = family_of(config)
-    trunk, head = family.build_trunk(config), family.build_head(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
 
     def run(parameters: dict, batch: dict) -> tuple:
-        outputs = trunk(parameters, batch, hidden_states=True)
-        return outputs, head(head_parameters(head, {}, parameters), outputs)
+        outputs = backbone(parameters, batch, hidden_states=True)
+        return outputs, head(complete_head(head, {}, parameters), outputs)
 
     parameters = {
-        name: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for name, leaf in trunk.shapes.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+        for name, leaf in backbone.shapes.items()
     }
     outputs, logits = jax.eval_shape(run, parameters, padded_batch("left"))
     assert outputs.last_hidden_state.dtype == outputs.hidden_states.dtype == jnp.bfloat16
@@ -286,9 +290,9 @@ def test_mixtures_and_their_gradients(tmp_path: Path) -> None:
     """
     models = [make("gemma3", seed) for seed in range(3)]
     family, config = family_of(models[0].config), models[0].config
-    trunk, head = family.build_trunk(config), family.build_head(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
     base, *experts = (
-        parameters_of(trunk, saved_parameters(model, tmp_path / str(position)))
+        parameters_of(backbone, saved_parameters(model, tmp_path / str(position)))
         for position, model in enumerate(models)
     )
     generator = np.random.default_rng(0)
@@ -304,7 +308,7 @@ def test_mixtures_and_their_gradients(tmp_path: Path) -> None:
         parameters = mix(base, deltas, scales)
         if merged_first:
             parameters = materialize(parameters)
-        logits = head(head_parameters(head, {}, parameters), trunk(parameters, batch))
+        logits = head(complete_head(head, {}, parameters), backbone(parameters, batch))
         return (jax.nn.log_softmax(logits)[..., 3] * batch["attention_mask"]).mean()
 
     run = jax.jit(jax.value_and_grad(loss), static_argnames="merged_first")
@@ -375,7 +379,7 @@ def test_other_kinds_of_rope_are_refused(family: str, rope: dict) -> None:
     config = config_class(**SIZES, **layers, rope_parameters=rope)
     kind = rope.get("full_attention", rope)["rope_type"]
     with pytest.raises(InputError, match=f"rope_type '{kind}' is not supported.*default, linear"):
-        family_of(config).build_trunk(config)
+        family_of(config).build_backbone(config)
 
 
 @pytest.mark.parametrize(
@@ -402,4 +406,4 @@ def test_configs_that_would_be_computed_wrongly_are_refused(
     config: transformers.PretrainedConfig, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        family_of(config).build_trunk(config)
+        family_of(config).build_backbone(config)

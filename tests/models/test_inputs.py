@@ -31,7 +31,7 @@ def tokens(length: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("network", "longest"),
     [
-        (family_of(config).build_trunk(config), longest)
+        (family_of(config).build_backbone(config), longest)
         # RoBERTa's first positions, up to that of padding, are those of no token.
         for config, longest in [(BertConfig(**TEXT), 10), (RobertaConfig(**TEXT), 8)]
     ]
@@ -47,7 +47,7 @@ def test_sequences_longer_than_the_positions(network: Network, longest: int) -> 
 @pytest.mark.parametrize("config", [VIT, CLIP], ids=["vit", "clip"])
 @pytest.mark.parametrize("shape", [(3, 8, 12), (3, 4, 8), (1, 8, 8)])
 def test_images_of_another_size(config: PretrainedConfig, shape: tuple[int, ...]) -> None:
-    network = family_of(config).build_trunk(config)
+    network = family_of(config).build_backbone(config)
     trace(network, {"pixel_values": np.zeros((2, 3, 8, 8), np.float32)})
     pattern = rf"\({', '.join(map(str, shape))}\).*expects \(3, 8, 8\)"
     with pytest.raises(InputError, match=pattern):
@@ -57,4 +57,4 @@ def test_images_of_another_size(config: PretrainedConfig, shape: tuple[int, ...]
 def test_oblong_patches() -> None:
     config = ViTConfig(image_size=8, patch_size=(4, 2), **SIZES)
     with pytest.raises(InputError, match="patch_size is 4 x 2"):
-        family_of(config).build_trunk(config)
+        family_of(config).build_backbone(config)

@@ -43,11 +43,11 @@ def test_classifiers_have_the_names_of_their_files(
     model_class = getattr(transformers, model_class)
     config = model_class.config_class(**settings)
     family = family_of(config)
-    trunk = shapes_in_file(family.build_trunk(config))
+    backbone = shapes_in_file(family.build_backbone(config))
     head = shapes_in_file(family.build_head(config))
-    assert not trunk.keys() & head.keys()
-    assert trunk | head == saved_shapes(model_class(config), tmp_path)
-    assert all(name.startswith(family.prefixes) for name in trunk)
+    assert not backbone.keys() & head.keys()
+    assert backbone | head == saved_shapes(model_class(config), tmp_path)
+    assert all(name.startswith(family.prefixes) for name in backbone)
     auto_class = getattr(transformers, family.auto_class)
     assert auto_class._model_mapping[type(config)] is model_class
 
@@ -72,25 +72,25 @@ def test_decoders_have_the_names_of_their_files(
         **TEXT, **settings, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=tied
     )
     family = family_of(config)
-    trunk = shapes_in_file(family.build_trunk(config))
+    backbone = shapes_in_file(family.build_backbone(config))
     head = shapes_in_file(family.build_head(config))
     output = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    assert trunk == saved_shapes(model_class(config), tmp_path)
-    assert head == {output: (20, 8)} and head.items() <= trunk.items()
-    assert all(name.startswith(family.prefixes) for name in trunk if name != "lm_head.weight")
+    assert backbone == saved_shapes(model_class(config), tmp_path)
+    assert head == {output: (20, 8)} and head.items() <= backbone.items()
+    assert all(name.startswith(family.prefixes) for name in backbone if name != "lm_head.weight")
     auto_class = getattr(transformers, family.auto_class)
     assert auto_class._model_mapping[type(config)] is model_class
 
     assert matches("lm_head.weight", family.ignored(config)) == tied
     assert matches("model.layers.1.self_attn.rotary_emb.inv_freq", family.ignored(config))
-    assert not any(matches(name, family.ignored(config)) for name in trunk)
+    assert not any(matches(name, family.ignored(config)) for name in backbone)
     for pattern, (axis, count) in family.heads(config).items():
-        shapes = [shape for name, shape in trunk.items() if matches(name, [pattern])]
+        shapes = [shape for name, shape in backbone.items() if matches(name, [pattern])]
         assert shapes and all(shape[axis] % count == 0 for shape in shapes)
 
 
 def test_both_clip_towers_have_the_names_of_the_file(tmp_path: Path) -> None:
-    vision = shapes_in_file(family_of(CLIP).build_trunk(CLIP))
+    vision = shapes_in_file(family_of(CLIP).build_backbone(CLIP))
     text = shapes_in_file(text_network(CLIP))
     assert not vision.keys() & text.keys()
     assert vision | text == saved_shapes(transformers.CLIPModel(CLIP), tmp_path)
@@ -98,10 +98,10 @@ def test_both_clip_towers_have_the_names_of_the_file(tmp_path: Path) -> None:
 
 def test_a_clip_expert_lacks_only_what_stays_the_base_s(tmp_path: Path) -> None:
     family = family_of(CLIP)
-    trunk = shapes_in_file(family.build_trunk(CLIP))
+    backbone = shapes_in_file(family.build_backbone(CLIP))
     expert = saved_shapes(transformers.CLIPVisionModel(CLIP.vision_config), tmp_path)
     (prefix,) = family.prefixes
-    assert {name for name in trunk if not matches(name, family.base_only)} == {
+    assert {name for name in backbone if not matches(name, family.base_only)} == {
         # Files of older releases have the prefix, recent ones do not.
         prefix + name.removeprefix(prefix)
         for name in expert

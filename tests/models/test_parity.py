@@ -121,15 +121,15 @@ def test_classifiers(case: str, tmp_path: Path) -> None:
     batch = text.batch(config) if text else {"pixel_values": images(config)}
 
     family = family_of(config)
-    trunk, head = family.build_trunk(config), family.build_head(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
     tensors = saved_parameters(model, tmp_path)
 
     @jax.jit
-    def run(trunk_parameters: dict, head_parameters: dict, batch: dict) -> tuple:
-        outputs = trunk(trunk_parameters, batch, hidden_states=True)
-        return outputs, head(head_parameters, outputs)
+    def run(backbone_parameters: dict, complete_head: dict, batch: dict) -> tuple:
+        outputs = backbone(backbone_parameters, batch, hidden_states=True)
+        return outputs, head(complete_head, outputs)
 
-    outputs, logits = run(parameters_of(trunk, tensors), parameters_of(head, tensors), batch)
+    outputs, logits = run(parameters_of(backbone, tensors), parameters_of(head, tensors), batch)
 
     with torch.no_grad():
         expected = model(**torch_batch(batch), output_hidden_states=True)
@@ -154,7 +154,7 @@ def test_clip_vision(activation: str, tmp_path: Path) -> None:
     )
     model = randomise(transformers.CLIPModel(config))
     family = family_of(config)
-    trunk, head = family.build_trunk(config), family.build_head(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
     batch = {"pixel_values": images(config.vision_config)}
     token_ids = torch.arange(36).reshape(3, 12)
     with torch.no_grad():
@@ -162,16 +162,16 @@ def test_clip_vision(activation: str, tmp_path: Path) -> None:
         features = model.get_image_features(**torch_batch(batch), output_hidden_states=True)
 
     @jax.jit
-    def run(parameters: dict, head_parameters: dict, batch: dict) -> tuple:
-        outputs = trunk(parameters, batch, hidden_states=True)
-        return outputs, head(head_parameters, outputs)
+    def run(parameters: dict, complete_head: dict, batch: dict) -> tuple:
+        outputs = backbone(parameters, batch, hidden_states=True)
+        return outputs, head(complete_head, outputs)
 
-    head_parameters = {
+    complete_head = {
         "text_embeddings": expected.text_embeds.numpy(),
         "logit_scale": model.logit_scale.detach().numpy(),
     }
-    parameters = parameters_of(trunk, saved_parameters(model, tmp_path))
-    outputs, logits = run(parameters, head_parameters, batch)
+    parameters = parameters_of(backbone, saved_parameters(model, tmp_path))
+    outputs, logits = run(parameters, complete_head, batch)
     assert_close(logits, expected.logits_per_image)
     assert_close(outputs.pooled, features.pooler_output)
     assert_close(outputs.last_hidden_state, features.last_hidden_state)
@@ -184,7 +184,7 @@ def test_clip_vision(activation: str, tmp_path: Path) -> None:
 def test_decoders_of_families_of_encoders_are_refused(model_type: str, field: str) -> None:
     config = transformers.AutoConfig.for_model(model_type, **TEXT, **{field: True})
     with pytest.raises(InputError, match=f"config.json: {field} is true, which .*{model_type}"):
-        family_of(config).build_trunk(config)
+        family_of(config).build_backbone(config)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -208,7 +208,7 @@ def test_activations(name: str) -> None:
 )
 def test_unknown_activations_are_refused(config: PretrainedConfig) -> None:
     with pytest.raises(InputError, match=r"config.json: activation 'mish' is not .* are gelu, "):
-        family_of(config).build_trunk(config)
+        family_of(config).build_backbone(config)
 
 
 @pytest.mark.parametrize("end_of_text", [2, 40])
@@ -231,12 +231,12 @@ def test_clip_text(end_of_text: int, padding: str, tmp_path: Path) -> None:
 
 def test_batch_without_mask_and_types(tmp_path: Path) -> None:
     config = transformers.BertConfig(**TEXT)
-    trunk = family_of(config).build_trunk(config)
+    backbone = family_of(config).build_backbone(config)
     model = randomise(transformers.BertForSequenceClassification(config))
-    parameters = parameters_of(trunk, saved_parameters(model, tmp_path))
+    parameters = parameters_of(backbone, saved_parameters(model, tmp_path))
     batch = Text(padding=None).batch(config)
     token_ids = {"input_ids": batch["input_ids"]}
-    run = jax.jit(trunk)
+    run = jax.jit(backbone)
     np.testing.assert_array_equal(
         run(parameters, token_ids).pooled, run(parameters, batch).pooled, strict=True
     )
@@ -246,16 +246,17 @@ def test_batch_without_mask_and_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "vit", "clip"])
 def test_outputs_have_the_dtype_of_the_parameters(model_type: str) -> None:
     config = transformers.AutoConfig.for_model(model_type)
-    trunk = family_of(config).build_trunk(config)
+    backbone = family_of(config).build_backbone(config)
     parameters = {
-        name: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for name, leaf in trunk.shapes.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+        for name, leaf in backbone.shapes.items()
     }
     batch = (
         {"pixel_values": jax.ShapeDtypeStruct((2, 3, 224, 224), jnp.float32)}
         if model_type in ("vit", "clip")
         else {"input_ids": jax.ShapeDtypeStruct((2, 12), jnp.int32)}
     )
-    outputs = jax.eval_shape(trunk, parameters, batch)
+    outputs = jax.eval_shape(backbone, parameters, batch)
     assert outputs.pooled.dtype == outputs.last_hidden_state.dtype == jnp.bfloat16
 
 
@@ -293,8 +294,8 @@ def merge(tmp_path_factory: pytest.TempPathFactory) -> Merge:
         for position, model in enumerate([base, *experts])
     ]
     family = family_of(MERGE_CONFIG)
-    trunk, head = family.build_trunk(MERGE_CONFIG), family.build_head(MERGE_CONFIG)
-    base_parameters, *expert_parameters = (parameters_of(trunk, each) for each in tensors)
+    backbone, head = family.build_backbone(MERGE_CONFIG), family.build_head(MERGE_CONFIG)
+    base_parameters, *expert_parameters = (parameters_of(backbone, each) for each in tensors)
     generator = np.random.default_rng(0)
     scales = {
         name: generator.uniform(0, 0.6, scale_shape(name, leaf.shape)).astype(np.float32)
@@ -337,23 +338,23 @@ def merge(tmp_path_factory: pytest.TempPathFactory) -> Merge:
 
 @pytest.mark.parametrize("rematerialize", ["nothing", "weights", "elementwise", "layer"])
 def test_mixtures_and_their_gradients(rematerialize: Rematerialize, merge: Merge) -> None:
-    """A trunk of Mixtures against PyTorch in float64, which merges first and differentiates.
+    """A backbone of Mixtures against PyTorch in float64, which merges first and differentiates.
 
     The tolerance on gradients is relative to the largest one: they are sums of products over
     whole rows, whose rounding in float32 is relative to the largest terms.
     """
     family = family_of(MERGE_CONFIG)
-    trunk = family.build_trunk(MERGE_CONFIG, rematerialize)
+    backbone = family.build_backbone(MERGE_CONFIG, rematerialize)
     head = family.build_head(MERGE_CONFIG)
 
     def loss(
-        scales: dict, parameters: dict, deltas: dict, head_parameters: dict, batch: dict
+        scales: dict, parameters: dict, deltas: dict, complete_head: dict, batch: dict
     ) -> tuple:
         mixtures = {
             name: Mixture(leaf, deltas[name], scales[name]) for name, leaf in parameters.items()
         }
-        outputs = trunk(mixtures, batch)
-        return jnp.square(head(head_parameters, outputs)).sum(), outputs.pooled
+        outputs = backbone(mixtures, batch)
+        return jnp.square(head(complete_head, outputs)).sum(), outputs.pooled
 
     gradients, pooled = jax.jit(jax.grad(loss, has_aux=True))(
         merge.scales, merge.parameters, merge.deltas, merge.head, merge.batch

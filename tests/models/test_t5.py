@@ -16,8 +16,8 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from adamerge_jax.mixing import Mixture
-from adamerge_jax.models import Network, Rematerialize, family_of, head_parameters
-from adamerge_jax.models.t5 import T5Trunk, relative_buckets
+from adamerge_jax.models import Network, Rematerialize, complete_head, family_of
+from adamerge_jax.models.t5 import T5Backbone, relative_buckets
 from adamerge_jax.parameter_names import is_stacked, matches, tensors_of
 from adamerge_jax.task_vectors import task_vectors
 from tests.references import parameters_of, randomise, saved_parameters, shapes_in_file
@@ -106,10 +106,10 @@ BATCHES = {
 }
 
 
-class Encoder(T5Trunk):
-    """A trunk that, called, only encodes."""
+class Encoder(T5Backbone):
+    """A backbone that, called, only encodes."""
 
-    __call__ = T5Trunk.encode
+    __call__ = T5Backbone.encode
 
 
 def torch_batch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -135,16 +135,16 @@ def test_logits_and_states(pairs: str, checkpoint: tuple) -> None:
     config, model, tensors = checkpoint
     batch = BATCHES[pairs].batch(config)
     family = family_of(config)
-    trunk, head = family.build_trunk(config), family.build_head(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
     encoder = Network(lambda: Encoder(config, "elementwise"))
 
     @jax.jit
     def run(parameters: dict, batch: dict) -> tuple:
-        outputs = trunk(parameters, batch, hidden_states=True)
-        logits = head(head_parameters(head, {}, parameters), outputs)
+        outputs = backbone(parameters, batch, hidden_states=True)
+        logits = head(complete_head(head, {}, parameters), outputs)
         return outputs, logits, encoder(parameters, batch, hidden_states=True)
 
-    outputs, logits, encoded = run(parameters_of(trunk, tensors), batch)
+    outputs, logits, encoded = run(parameters_of(backbone, tensors), batch)
 
     with torch.no_grad():
         expected = model(**torch_batch(batch), output_hidden_states=True)
@@ -167,12 +167,12 @@ def test_padding_changes_nothing(checkpoint: tuple) -> None:
     """A pair alone has the logits that it has beside longer ones, padded on either side."""
     config, _, tensors = checkpoint
     family = family_of(config)
-    trunk, head = family.build_trunk(config), family.build_head(config)
-    parameters = parameters_of(trunk, tensors)
+    backbone, head = family.build_backbone(config), family.build_head(config)
+    parameters = parameters_of(backbone, tensors)
 
     @jax.jit
     def run(parameters: dict, batch: dict) -> jax.Array:
-        return head(head_parameters(head, {}, parameters), trunk(parameters, batch))
+        return head(complete_head(head, {}, parameters), backbone(parameters, batch))
 
     for side in ("left", "right"):
         batch = Pairs(padding=side, decoder_padding=side).batch(config)
@@ -190,17 +190,17 @@ def test_padding_changes_nothing(checkpoint: tuple) -> None:
 def test_nothing_but_padding_is_finite(tmp_path: Path) -> None:
     config = config_of("1.1")
     tensors = saved_parameters(random_model(config), tmp_path)
-    trunk = family_of(config).build_trunk(config)
+    backbone = family_of(config).build_backbone(config)
     batch = Pairs(padding="right", decoder_padding="left").batch(config)
     batch["attention_mask"][1] = 0
     batch["decoder_attention_mask"][2] = 0
 
     def total(parameters: dict, batch: dict) -> tuple:
-        outputs = trunk(parameters, batch, hidden_states=True)
+        outputs = backbone(parameters, batch, hidden_states=True)
         return jnp.square(outputs.last_hidden_state).sum(), outputs
 
     gradients, outputs = jax.jit(jax.grad(total, has_aux=True))(
-        parameters_of(trunk, tensors), batch
+        parameters_of(backbone, tensors), batch
     )
     for array in jax.tree.leaves((gradients, outputs)):
         assert np.isfinite(array).all()
@@ -232,7 +232,7 @@ def test_greedy_continuation(version: str, tmp_path: Path) -> None:
             parameter.mul_(factor)
     tensors = saved_parameters(model, tmp_path)
     family = family_of(config)
-    trunk, head = family.build_trunk(config), family.build_head(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
     batch = Pairs(padding="left").batch(config)
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
 
@@ -241,10 +241,10 @@ def test_greedy_continuation(version: str, tmp_path: Path) -> None:
 
     @jax.jit
     def next_tokens(parameters: dict, batch: dict, written: int) -> jax.Array:
-        logits = head(head_parameters(head, {}, parameters), trunk(parameters, batch))
+        logits = head(complete_head(head, {}, parameters), backbone(parameters, batch))
         return logits[:, written - 1].argmax(-1)
 
-    parameters = parameters_of(trunk, tensors)
+    parameters = parameters_of(backbone, tensors)
     decoded = np.full((3, steps + 1), config.pad_token_id)
     decoded[:, 0] = config.decoder_start_token_id
     for written in range(1, steps + 1):
@@ -260,16 +260,16 @@ def test_greedy_continuation(version: str, tmp_path: Path) -> None:
 def test_names_are_those_of_the_file(checkpoint: tuple) -> None:
     config, model, tensors = checkpoint
     family = family_of(config)
-    trunk = shapes_in_file(family.build_trunk(config))
+    backbone = shapes_in_file(family.build_backbone(config))
     head = shapes_in_file(family.build_head(config))
-    assert trunk == {name: tensor.shape for name, tensor in tensors.items()}
-    assert head == {name: trunk[name] for name in head}
+    assert backbone == {name: tensor.shape for name, tensor in tensors.items()}
+    assert head == {name: backbone[name] for name in head}
     assert list(head) == ["shared.weight" if config.scale_decoder_outputs else "lm_head.weight"]
     # What the model also calls its parameters, and what old files hold beside them.
-    aliases = set(model.state_dict()) - set(trunk)
+    aliases = set(model.state_dict()) - set(backbone)
     aliases.add("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
     ignored = family.ignored(config)
-    assert {name for name in aliases | set(trunk) if matches(name, ignored)} == aliases
+    assert {name for name in aliases | set(backbone) if matches(name, ignored)} == aliases
     assert AutoModelForSeq2SeqLM._model_mapping[type(config)] is T5ForConditionalGeneration
     assert family.language and family.auto_class == "AutoModelForSeq2SeqLM"
     assert family.max_tokens(config) is None
@@ -278,7 +278,7 @@ def test_names_are_those_of_the_file(checkpoint: tuple) -> None:
 def test_heads_are_those_of_the_projections() -> None:
     config = config_of("1.1")
     family = family_of(config)
-    shapes = shapes_in_file(family.build_trunk(config))
+    shapes = shapes_in_file(family.build_backbone(config))
     heads = family.heads(config)
     found = {
         name: shapes[name][axis] // count
@@ -298,7 +298,7 @@ def test_a_config_read_from_a_file_says_the_same_of_the_head(version: str, tmp_p
     config.save_pretrained(tmp_path)
     read = T5Config.from_pretrained(tmp_path)
     family = family_of(config)
-    assert family.build_trunk(read).shapes == family.build_trunk(config).shapes
+    assert family.build_backbone(read).shapes == family.build_backbone(config).shapes
     assert family.build_head(read).shapes == family.build_head(config).shapes
 
 
@@ -309,17 +309,17 @@ def test_dtypes(version: str, dtype: str, last: str | None) -> None:
     """Outputs have the parameters' dtype. `transformers` keeps `wo` in float32 beside float16."""
     config = config_of(version)
     family = family_of(config)
-    trunk, head = family.build_trunk(config), family.build_head(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
     parameters = {
         name: jax.ShapeDtypeStruct(
             leaf.shape, last if last and name.endswith(".wo.weight") else dtype
         )
-        for name, leaf in trunk.shapes.items()
+        for name, leaf in backbone.shapes.items()
     }
 
     def run(parameters: dict, batch: dict) -> tuple:
-        outputs = trunk(parameters, batch)
-        return outputs.last_hidden_state, head(head_parameters(head, {}, parameters), outputs)
+        outputs = backbone(parameters, batch)
+        return outputs.last_hidden_state, head(complete_head(head, {}, parameters), outputs)
 
     hidden, logits = jax.eval_shape(run, parameters, Pairs().batch(config))
     assert hidden.dtype == dtype
@@ -330,16 +330,16 @@ def test_dtypes(version: str, dtype: str, last: str | None) -> None:
 def test_mixtures_and_their_gradients(
     version: str, rematerialize: Rematerialize, tmp_path: Path
 ) -> None:
-    """A trunk of Mixtures against PyTorch, which merges first; the rest is the chain rule.
+    """A backbone of Mixtures against PyTorch, which merges first; the rest is the chain rule.
 
     The tolerance on gradients is relative to the largest one, as in `test_parity.py`.
     """
     config = config_of(version)
     family = family_of(config)
-    trunk, head = family.build_trunk(config, rematerialize), family.build_head(config)
+    backbone, head = family.build_backbone(config, rematerialize), family.build_head(config)
     models = [random_model(config, seed) for seed in range(3)]
     base, *experts = (
-        parameters_of(trunk, saved_parameters(model, tmp_path / str(position)))
+        parameters_of(backbone, saved_parameters(model, tmp_path / str(position)))
         for position, model in enumerate(models)
     )
     # The axis of experts comes after that of layers.
@@ -376,8 +376,8 @@ def test_mixtures_and_their_gradients(
 
     def loss(scales: dict, base: dict, deltas: dict, batch: dict) -> jax.Array:
         mixtures = {name: Mixture(base[name], deltas[name], scales[name]) for name in base}
-        outputs = trunk(mixtures, batch)
-        return jnp.square(head(head_parameters(head, {}, mixtures), outputs)).mean()
+        outputs = backbone(mixtures, batch)
+        return jnp.square(head(complete_head(head, {}, mixtures), outputs)).mean()
 
     actual_loss, gradients = jax.jit(jax.value_and_grad(loss))(
         scales, base, task_vectors(base, experts), batch

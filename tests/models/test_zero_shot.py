@@ -69,12 +69,12 @@ def test_one_template_is_clip_itself(
     model = randomise(CLIPModel(config))
     tensors = saved_parameters(model, tmp_path)
     family = family_of(config)
-    trunk = family.build_trunk(config)
+    backbone = family.build_backbone(config)
     parameters = parameters_of(text_network(config), tensors)
-    head_parameters = zero_shot_head(config, parameters, tokenizer, CLASS_NAMES, ["{}"])
+    complete_head = zero_shot_head(config, parameters, tokenizer, CLASS_NAMES, ["{}"])
     pixels = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
-    outputs = jax.jit(trunk)(parameters_of(trunk, tensors), {"pixel_values": pixels})
-    logits = family.build_head(config)(head_parameters, outputs)
+    outputs = jax.jit(backbone)(parameters_of(backbone, tensors), {"pixel_values": pixels})
+    logits = family.build_head(config)(complete_head, outputs)
     with torch.no_grad():
         expected = model(
             **tokenizer(CLASS_NAMES, padding=True, return_tensors="pt"),

@@ -20,10 +20,10 @@ from adamerge_jax.parameter_names import is_stacked, tensors_of, unstack
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import (
     fold,
+    load_backbone,
     load_expert,
     load_head,
     load_task_vectors,
-    load_trunk,
     load_zero_shot_head,
 )
 from adamerge_jax.recipes.schema import parse_recipe
@@ -65,10 +65,10 @@ def test_a_base_without_head_and_prefix(text_recipe):
     base, experts = files(text_recipe)
     assert not any(name.startswith("bert.") for name in base)
     assert models.prefix == "bert."
-    trunk = unstacked(models, load_trunk(models, models.base, None))
-    assert {f"bert.{name}" for name in base} == trunk.keys()
+    backbone = unstacked(models, load_backbone(models, models.base, None))
+    assert {f"bert.{name}" for name in base} == backbone.keys()
     for name, array in base.items():
-        np.testing.assert_array_equal(trunk[f"bert.{name}"], array)
+        np.testing.assert_array_equal(backbone[f"bert.{name}"], array)
     for expert, (task, classes) in zip(experts, TEXT_TASKS.items(), strict=True):
         head = load_head(models, task)
         assert head.keys() == {"classifier.weight", "classifier.bias"}
@@ -117,8 +117,8 @@ def test_a_tensor_that_changed_in_one_layer_only(text_recipe, tmp_path):
 @pytest.mark.parametrize("task", TEXT_TASKS)
 def test_an_expert_is_the_base_and_a_one_hot_coefficient(text_recipe, task):
     models = opened(text_recipe)
-    base = load_trunk(models, models.base, None)
-    expert = load_trunk(models, models.experts[task], None)
+    base = load_backbone(models, models.base, None)
+    expert = load_backbone(models, models.experts[task], None)
     deltas, *_ = load_task_vectors(models, None)
     granularity = GRANULARITIES["task"]({name: models.shapes[name] for name in deltas})
     one_hot = np.eye(3, dtype=np.float32)[[list(TEXT_TASKS).index(task)]]
@@ -198,7 +198,7 @@ def test_fold_is_the_merge_in_memory(image_recipe, granularity, options, interfe
         array.size for array in coefficients.values.values()
     )
     merged = jax.jit(lambda *trees: materialize(mix(*trees)))(
-        load_trunk(models, models.base, None),
+        load_backbone(models, models.base, None),
         {name: stacked.prepare(name, delta) for name, delta in deltas.items()},
         stacked.scales(values),
     )
@@ -328,10 +328,10 @@ def test_a_whole_clip_and_vision_only_experts(clip_recipe, tmp_path, prefixed):
     for task, expert in models.experts.items():
         tensors = load_file(f"{clip_recipe['tasks'][task]['expert']}/model.safetensors")
         tensors = {with_prefix(name): array for name, array in tensors.items()}
-        trunk = unstacked(models, load_trunk(models, expert, None))
-        projection = trunk.pop("visual_projection.weight")
+        backbone = unstacked(models, load_backbone(models, expert, None))
+        projection = backbone.pop("visual_projection.weight")
         np.testing.assert_array_equal(projection, references["visual_projection.weight"])
-        for name, array in trunk.items():
+        for name, array in backbone.items():
             np.testing.assert_array_equal(array, tensors[name], err_msg=name)
     merged = dict(fold(models, random_coefficients(models)))
     assert merged.keys() == {n for n in references if n.startswith(("vision_", "visual_"))}
@@ -358,9 +358,9 @@ def test_loading_in_another_dtype(text_recipe):
     models = opened(text_recipe)
     dtype = np.dtype(ml_dtypes.bfloat16)
     base, _ = files(text_recipe)
-    trunk = unstacked(models, load_trunk(models, models.base, dtype))
+    backbone = unstacked(models, load_backbone(models, models.base, dtype))
     for name, array in base.items():
-        np.testing.assert_array_equal(trunk[f"bert.{name}"], array.astype(dtype))
+        np.testing.assert_array_equal(backbone[f"bert.{name}"], array.astype(dtype))
     deltas, *_ = load_task_vectors(models, dtype)
     assert {delta.values.dtype for delta in deltas.values()} == {dtype}
 
@@ -455,7 +455,7 @@ def test_task_vectors_stay_factors(plain, mixed_forms):
 
 
 def test_experts_of_adapters(pair):
-    base = load_trunk(pair.adapters, pair.adapters.base, None)
+    base = load_backbone(pair.adapters, pair.adapters.base, None)
     for task in pair.adapters.experts:
         found, expected = (
             materialize(load_expert(models, task, base, None))
@@ -471,9 +471,9 @@ def test_an_adapter_is_an_expert_whatever_is_kept_from_the_base(mixed_forms):
         mixed_forms.adapters, kept=frozenset(mixed_forms.adapters.base.names)
     )
     assert load_task_vectors(kept, None)[0] == {}
-    base = load_trunk(kept, kept.base, None)
+    base = load_backbone(kept, kept.base, None)
     found = materialize(load_expert(kept, "saved", base, None))
-    expected = load_trunk(mixed_forms.whole, mixed_forms.whole.experts["saved"], None)
+    expected = load_backbone(mixed_forms.whole, mixed_forms.whole.experts["saved"], None)
     for name, array in found.items():
         np.testing.assert_allclose(array, expected[name], err_msg=name, **BUILT_OUT)
 

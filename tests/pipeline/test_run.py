@@ -64,11 +64,11 @@ class Run(NamedTuple):
         return dict(fold(models, coefficients))
 
     def outputs(self, inputs: Mapping[str, np.ndarray]) -> tuple[Outputs, dict[str, np.ndarray]]:
-        """What our merged model computes: the trunk's outputs and the logits of each task."""
+        """What our merged model computes: the backbone's outputs and the logits of each task."""
         recipe = load_recipe(self.recipe)
         models = open_models(recipe, self.recipe.parent)
-        trunk = models.family.build_trunk(models.config)
-        outputs = trunk(parameters_of(trunk, self.merged()), inputs)
+        backbone = models.family.build_backbone(models.config)
+        outputs = backbone(parameters_of(backbone, self.merged()), inputs)
         logits = {}
         for task, expert in models.experts.items():
             head = models.family.build_head(expert.checkpoint.config)
@@ -161,7 +161,7 @@ def clip_inputs(recipe: Path, task: str) -> dict[str, np.ndarray]:
 def opened(text_run, image_run, clip_run, tmp_path_factory) -> dict[tuple[str, str], Opened]:
     """What `transformers` computes with every exported folder, in a process without this package.
 
-    By kind of model and task, `""` for the trunk.
+    By kind of model and task, `""` for the backbone.
     """
     folder = tmp_path_factory.mktemp("opened")
     jobs = []
@@ -365,15 +365,15 @@ def test_transformers_opens_text_models(text_run, opened, task):
         ("clip", "", []),
     ],
 )
-def test_transformers_opens_trunks_and_image_models(kind, task, missing, opened, request):
+def test_transformers_opens_backbones_and_image_models(kind, task, missing, opened, request):
     run = request.getfixturevalue(f"{kind}_run")
     inputs = {"text": text_inputs, "image": image_inputs, "clip": clip_inputs}[kind]
     first = {"text": "tone", "image": "shape", "clip": "birds"}[kind]
     outputs, logits = run.outputs(inputs(run.recipe, first))
-    of_trunk = outputs.last_hidden_state if kind == "image" else outputs.pooled
+    of_backbone = outputs.last_hidden_state if kind == "image" else outputs.pooled
     result = opened[kind, task]
     assert result.missing == missing
-    expected = logits[task] if task else of_trunk
+    expected = logits[task] if task else of_backbone
     np.testing.assert_allclose(result.values, expected, rtol=0, atol=1e-4)
 
 
@@ -451,16 +451,16 @@ def test_a_base_with_a_head_of_its_own(text_recipe, text_run, tmp_path):
     base.save_pretrained(tmp_path / "base")
     run = learn(tmp_path, text_recipe | {"base": str(tmp_path / "base")})
     checkpoint = run.folder / "checkpoint"
-    trunk, expected = weights(checkpoint), weights(text_run.folder / "checkpoint")
-    assert trunk.keys() == expected.keys()
+    backbone, expected = weights(checkpoint), weights(text_run.folder / "checkpoint")
+    assert backbone.keys() == expected.keys()
     for name, array in expected.items():
-        np.testing.assert_array_equal(trunk[name], array)
+        np.testing.assert_array_equal(backbone[name], array)
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["architectures"] == ["BertModel"]
     for task, fields in text_recipe["tasks"].items():
         expert = load_file(Path(fields["expert"]) / "model.safetensors")
         model = weights(checkpoint / "tasks" / task)
-        assert model.keys() == trunk.keys() | {"classifier.weight", "classifier.bias"}
+        assert model.keys() == backbone.keys() | {"classifier.weight", "classifier.bias"}
         np.testing.assert_array_equal(model["classifier.weight"], expert["classifier.weight"])
 
 

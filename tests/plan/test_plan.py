@@ -114,7 +114,7 @@ def check_arrays(fields: dict[str, Any], root: Any) -> None:
     workspace = open_workspace(recipe, root)
     problem = pose(recipe, workspace)
     assert shapes_of(found.base) == shapes_of(problem.base)
-    assert shapes_of(found.kept_by_tasks) == shapes_of(workspace.heads)
+    assert shapes_of(found.head_parameters) == shapes_of(workspace.heads)
     # The plan cannot know that an expert left a tensor as it was.
     changed = list(problem.deltas)
     assert set(changed) <= set(found.deltas)

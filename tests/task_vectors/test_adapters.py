@@ -218,10 +218,12 @@ def test_the_adapter_computes_what_the_checkpoint_computes(llama, bert, tmp_path
         np.testing.assert_allclose(found(ids).logits.numpy(), logits, rtol=1e-4, atol=1e-5)
 
     folded(bert.adapters, tmp_path / "bert", granularity="column")
-    trunk = AutoPeftModelForFeatureExtraction.from_pretrained(tmp_path / "bert" / "adapter").eval()
+    backbone = AutoPeftModelForFeatureExtraction.from_pretrained(
+        tmp_path / "bert" / "adapter"
+    ).eval()
     merged = AutoModel.from_pretrained(tmp_path / "bert" / "checkpoint").eval()
     with torch.no_grad():
-        states = [model(ids).last_hidden_state.numpy() for model in (trunk, merged)]
+        states = [model(ids).last_hidden_state.numpy() for model in (backbone, merged)]
     np.testing.assert_allclose(*states, rtol=1e-4, atol=1e-5)
 
 
