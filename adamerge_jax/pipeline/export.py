@@ -229,8 +229,9 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
     The factors are float32, their rank is the sum of the experts'. A language model is loaded as
     PEFT does it, with `AutoPeftModelForCausalLM.from_pretrained(out)` for example. The adapter of a
     classifier is that of its backbone and brings no head, as each task has its own: it is for the
-    base as `AutoModel` loads it (`AutoPeftModelForFeatureExtraction`, or `PeftModel.from_pretrained` on
-    any base in memory), and its task type is `FEATURE_EXTRACTION` for texts and none for images.
+    base as `AutoModel` loads it (`AutoPeftModelForFeatureExtraction`, or
+    `PeftModel.from_pretrained` on any base in memory), and its task type is `FEATURE_EXTRACTION`
+    for texts and none for images.
 
     Args:
         recipe: Says which revision the base is.
