@@ -130,7 +130,7 @@ def test_two_processes(image_fields, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from adamerge_jax import cli; cli.main()", "learn"]
+    command = [sys.executable, "-c", "from adamerge_jax.cli.main import main; main()", "learn"]
     command += [str(recipe), "--out", str(tmp_path / "two"), "--devices.distributed"]
     command += ["--devices.coordinator", f"127.0.0.1:{port}", "--devices.processes", "2"]
     command += ["--devices.model", "2"]

@@ -177,7 +177,7 @@ def test_a_run_that_is_killed(fields, tmp_path):
     expected = learn(tmp_path / "undisturbed", fields)
     recipe = write_recipe(tmp_path, fields)
     run = tmp_path / "run"
-    script = "from adamerge_jax import cli; cli.main()"
+    script = "from adamerge_jax.cli.main import main; main()"
     command = [sys.executable, "-c", script, "learn", str(recipe), "--out", str(run), "--resume"]
     variables = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     variables |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
