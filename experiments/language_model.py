@@ -40,7 +40,8 @@ from adamerge_jax.cli.main import main as adamerge
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import mix
-from adamerge_jax.models import complete_head, family_of
+from adamerge_jax.models import family_of
+from adamerge_jax.models.family import complete_head
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 from adamerge_jax.task_vectors import LowRankDelta
 

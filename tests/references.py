@@ -38,7 +38,7 @@ from transformers import (
 from adamerge_jax.coefficients.file import Coefficients, unstack_values
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.models import Network
+from adamerge_jax.models.family import Network
 from adamerge_jax.parameter_names import is_stacked, stack_depths, unstack, unstacked_shapes
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.read import load_task_vectors

@@ -22,7 +22,7 @@ from adamerge_jax.data.batches import Batch, Calibration
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.learning.microbatches import split
 from adamerge_jax.mixing import mix
-from adamerge_jax.models import Network, complete_head
+from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.objectives import (
     NOT_PREDICTED,
     Objective,

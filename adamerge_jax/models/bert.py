@@ -1,18 +1,22 @@
 """BERT (Devlin et al., 2019) for sequence classification, as `transformers` builds it."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from transformers import BertConfig
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    LinearHead,
     Outputs,
     Rematerialize,
     Stack,
@@ -20,6 +24,9 @@ from adamerge_jax.models.layers import (
     attention,
     padding_bias,
 )
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 
 class Embeddings(nnx.Module):
@@ -125,12 +132,12 @@ class Bert(nnx.Module):
         token_ids, mask, token_types = text_inputs(inputs, self.longest)
         embedded = self.embeddings(token_ids, token_types, jnp.arange(token_ids.shape[1]))
         bias = padding_bias(mask)
-        last, every = self.encoder.layer(embedded, bias, hidden_states=hidden_states)
-        return Outputs(self.pooler(last), last, every)
+        last, states = self.encoder.layer(embedded, bias, hidden_states=hidden_states)
+        return Outputs(self.pooler(last), last, states)
 
 
 class BertBackbone(nnx.Module):
-    """What is merged in a `BertForSequenceClassification`."""
+    """The merged part of a `BertForSequenceClassification`."""
 
     def __init__(self, config: BertConfig, rematerialize: Rematerialize):
         self.bert = Bert(config, rematerialize)
@@ -139,16 +146,6 @@ class BertBackbone(nnx.Module):
         self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool = False
     ) -> Outputs:
         return self.bert(inputs, hidden_states)
-
-
-class BertHead(nnx.Module):
-    """What each task keeps of a `BertForSequenceClassification`."""
-
-    def __init__(self, config: BertConfig):
-        self.classifier = Linear(config.hidden_size, config.num_labels)
-
-    def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
-        return self.classifier(outputs.pooled)
 
 
 def _require_encoder(config: BertConfig) -> None:
@@ -160,3 +157,21 @@ def _require_encoder(config: BertConfig) -> None:
                 f"{config.model_type!r}; only classifiers that see a text in both directions are "
                 "supported"
             )
+
+
+BERT_HEADS = attention_heads(
+    "*.attention.self.query.*",
+    "*.attention.self.key.*",
+    "*.attention.self.value.*",
+    "*.attention.output.dense.weight",
+)
+
+FAMILY = Family(
+    backbone=BertBackbone,
+    head=LinearHead,
+    prefixes=("bert.",),
+    inputs=("input_ids", "attention_mask", "token_type_ids"),
+    max_tokens=lambda config: config.max_position_embeddings,
+    heads=BERT_HEADS,
+    auto_class="AutoModelForSequenceClassification",
+)

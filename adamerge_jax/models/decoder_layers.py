@@ -1,20 +1,23 @@
-"""What decoder language models share: normalisation, rotary positions, attention, the skeleton.
+"""Layers of decoder language models: normalisation, rotary positions, attention, the skeleton.
 
-A family is a layer and what differs from the usual: how far a layer sees, how its positions
-rotate, how it is normalised. All layers of a model run in one scan, so what differs between them
-is an array with an entry per layer.
+An architecture is a layer and its differences from the usual one: the windows that layers see, the
+rotation of positions, the norms. All layers of a model run in one scan, so a difference between
+them is an array with an entry per layer.
 """
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from transformers import PretrainedConfig
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Embedding,
@@ -28,6 +31,9 @@ from adamerge_jax.models.layers import (
     unit_mean_square,
     value,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MakeNorm = Callable[[int, float], nnx.Module]
 """Makes a normalisation from a number of features and the epsilon under its root."""
@@ -47,21 +53,21 @@ class RMSNorm(nnx.Module):
 
 
 def head_features(config: PretrainedConfig) -> int:
-    """Features of one attention head, which need not be the hidden size divided by the heads."""
+    """Returns the features of one head, which need not be the hidden size divided by the heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Rotary position embeddings (Su et al., 2021): how fast each pair of features turns.
+    """Rotary position embeddings (Su et al., 2021): the angular speed of each pair of features.
 
     Attributes:
         features: Features of an attention head.
         theta: The base of the geometric series of wavelengths.
-        factor: How many times longer wavelengths are than `theta` makes them.
-        band: Which wavelengths that holds for (Llama 3.1), or None for all: it holds for those
-            that fit less than `band[0]` times into the context of pretraining, not for those that
-            fit more than `band[1]` times, and in between the frequency is interpolated.
+        factor: The factor by which wavelengths are longer than those that `theta` gives.
+        band: The limits of the factor (Llama 3.1), or None if all wavelengths are stretched: those
+            that fit less than `band[0]` times into the context of pretraining are, those that fit
+            more than `band[1]` times are not, and in between the frequency is interpolated.
         context: The context of pretraining, in tokens; read only with a `band`.
     """
 
@@ -72,8 +78,8 @@ class Rotary:
     context: int | None = None
 
     @classmethod
-    def of(cls, config: PretrainedConfig, layer_type: str | None = None) -> "Rotary":
-        """What a config says, of the layers of one type where they differ.
+    def of(cls, config: PretrainedConfig, layer_type: str | None = None) -> Rotary:
+        """Reads a config's rotary positions, those of one type of layer where types differ.
 
         Raises:
             InputError: The config asks for another kind of scaling than `linear` and `llama3`.
@@ -81,11 +87,11 @@ class Rotary:
         settings = config.rope_parameters
         settings = settings[layer_type] if layer_type else settings
         kind = settings["rope_type"]
-        known = ("default", "linear", "llama3")
-        if kind not in known:
+        supported = ("default", "linear", "llama3")
+        if kind not in supported:
             raise InputError(
                 f"config.json: rope_type {kind!r} is not supported; "
-                f"supported are {', '.join(known)}"
+                f"supported are {', '.join(supported)}"
             )
         rotary = cls(head_features(config), settings["rope_theta"])
         if kind == "default":
@@ -100,7 +106,7 @@ class Rotary:
         )
 
     def frequencies(self) -> Float[np.ndarray, " features/2"]:
-        """Radians per position, in float32 because PyTorch computes them so."""
+        """Returns radians per position, computed in float32 as PyTorch does."""
         exponents = np.arange(0, self.features, 2, dtype=np.float32) / np.float32(self.features)
         fast = 1 / np.float32(self.theta) ** exponents
         slow = fast / np.float32(self.factor)
@@ -108,11 +114,11 @@ class Rotary:
             return slow
         low, high = self.band
         turns = self.context * fast / (2 * np.pi)
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        return ((1 - kept) * slow + kept * fast).astype(np.float32)
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        return ((1 - share) * slow + share * fast).astype(np.float32)
 
     def table(self, length: int) -> Float[Array, "2 T features/2"]:
-        """Cosines and sines of the angles at positions 0 to `length - 1`."""
+        """Returns cosines and sines of the angles at positions 0 to `length - 1`."""
         positions = jnp.arange(length, dtype=jnp.float32)
         angles = positions[:, None] * self.frequencies()
         return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
@@ -132,9 +138,9 @@ class Attention(nnx.Module):
     """Causal self-attention in which neighbouring heads of queries may share keys and values.
 
     Args:
-        config: Says the numbers of heads and their features.
-        bias: Whether queries, keys and values have one.
-        output_bias: Whether the output has one.
+        config: The model's config: numbers of heads, and features of each.
+        bias: Adds a bias to queries, keys and values.
+        output_bias: Adds a bias to the output.
         norm: Normalises queries and keys head by head, or None.
         scale: As in `layers.attention`.
         soft_cap: As in `layers.attention`.
@@ -174,9 +180,9 @@ class Attention(nnx.Module):
         Args:
             x: The layer's input.
             mask: 1 for tokens, 0 for padding.
-            tables: What the model's layers rotate by.
-            window: How many positions this layer sees, counted back from each, itself included.
-            rotary: Which of the tables this layer rotates by.
+            tables: Cosines and sines of every rotation in the model.
+            window: The number of positions that each position sees, itself included.
+            rotary: The index of this layer's table.
         """
         query, key = self._by_head(self.q_proj(x)), self._by_head(self.k_proj(x))
         if hasattr(self, "q_norm"):
@@ -198,9 +204,10 @@ class Attention(nnx.Module):
 
 
 def window_bias(mask: Int[Array, "B T"], window: Int[Array, ""]) -> Float[Array, "B 1 T T"]:
-    """Zero at a position's last `window` tokens, itself included, elsewhere the lowest float32.
+    """Returns zero at a position's last `window` tokens, elsewhere the lowest finite float32.
 
-    Finite, so that the softmax of a position that sees no token, as padding on the left, is one.
+    A position is one of its own tokens. The lowest number is finite, so that the softmax of a
+    position that sees no token, such as padding on the left, is defined.
     """
     positions = jnp.arange(mask.shape[1])
     back = positions[:, None] - positions
@@ -264,30 +271,30 @@ class Decoder(nnx.Module):
         embedded = self.embed_tokens(token_ids)
         embedded = embedded * jnp.asarray(self.embedding_scale, embedded.dtype)
 
-        different = list(dict.fromkeys(self.rotaries))
-        tables = jnp.stack([rotary.table(length) for rotary in different])
+        rotaries = list(dict.fromkeys(self.rotaries))
+        tables = jnp.stack([rotary.table(length) for rotary in rotaries])
         windows = jnp.array([window or length for window in self.windows])
-        chosen = jnp.array([different.index(rotary) for rotary in self.rotaries])
+        table_of_layer = jnp.array([rotaries.index(rotary) for rotary in self.rotaries])
 
-        last, every = self.layers(
-            embedded, mask, tables, per_layer=(windows, chosen), hidden_states=hidden_states
+        last, states = self.layers(
+            embedded, mask, tables, per_layer=(windows, table_of_layer), hidden_states=hidden_states
         )
         last = self.norm(last)
-        # As `transformers` returns them: of the last layer, what comes after the norm.
-        return Outputs(None, last, every.at[-1].set(last) if hidden_states else None)
+        # As in `transformers`, the last state is the one after the norm.
+        return Outputs(None, last, states.at[-1].set(last) if hidden_states else None)
 
 
 class DecoderBackbone(nnx.Module):
-    """What is merged in a decoder language model: all of it.
+    """A whole decoder language model: all of it is merged.
 
     Args:
         config: The model's config.
-        rematerialize: What the backward pass computes again.
+        rematerialize: The values that the backward pass computes again.
         layer: Makes a layer; it is called with its input and the other arguments of `Attention`.
-        windows: How many tokens each layer sees, None for all; if not given, all layers see all.
-        rotaries: What each layer rotates by; if not given, all by what the config says.
+        windows: The number of tokens that each layer sees, None for all; by default all see all.
+        rotaries: The rotation of each layer; by default the config's one for all.
         norm: Makes the last normalisation.
-        embedding_scale: What embeddings are multiplied by.
+        embedding_scale: The factor of the embeddings.
     """
 
     def __init__(
@@ -344,7 +351,7 @@ class CausalHead(nnx.Module):
 
 
 def windows_by_type(config: PretrainedConfig) -> list[int | None]:
-    """How many tokens each layer sees, by `layer_types`: `sliding_window` or all.
+    """Returns the number of tokens that each layer sees: `sliding_window`, or None for all.
 
     Raises:
         InputError: A layer is of another type, or there is no window for those that slide.
@@ -363,8 +370,36 @@ def windows_by_type(config: PretrainedConfig) -> list[int | None]:
     return [windows[kind] for kind in config.layer_types]
 
 
-def ignored_decoder_tensors(config: PretrainedConfig) -> tuple[str, ...]:
-    """Name patterns of tensors in a checkpoint that are no parameters of their own."""
+def decoder_family(
+    backbone: Callable[[PretrainedConfig, Rematerialize], nnx.Module],
+    head: Callable[[PretrainedConfig], nnx.Module] = CausalHead,
+) -> Family:
+    """Returns the family of a decoder language model.
+
+    Args:
+        backbone: Makes the merged part from a config, a `DecoderBackbone`.
+        head: Makes the output layer from a config.
+    """
+    return Family(
+        backbone=backbone,
+        head=head,
+        prefixes=("model.",),
+        inputs=("input_ids", "attention_mask"),
+        max_tokens=lambda config: config.max_position_embeddings,
+        heads=attention_heads(
+            "*.self_attn.q_proj.*",
+            "*.self_attn.k_proj.*",
+            "*.self_attn.v_proj.*",
+            "*.self_attn.o_proj.weight",
+        ),
+        auto_class="AutoModelForCausalLM",
+        ignored=_ignored_tensors,
+        language=True,
+    )
+
+
+def _ignored_tensors(config: PretrainedConfig) -> tuple[str, ...]:
+    """Returns name patterns of tensors in a checkpoint that are no parameters of their own."""
     computed = ("*.position_ids", "*.rotary_emb.inv_freq")
     return (*computed, "lm_head.weight") if config.tie_word_embeddings else computed
 

@@ -4,16 +4,20 @@ Embeddings are scaled, norms multiply by `1 + weight`, every other layer sees on
 text, and scores and logits are bent into a range.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-from transformers import Gemma2Config, PretrainedConfig
 
 from adamerge_jax.models.decoder_layers import (
     Attention,
     CausalHead,
     DecoderBackbone,
     GatedMLP,
+    decoder_family,
     windows_by_type,
 )
 from adamerge_jax.models.layers import (
@@ -24,6 +28,9 @@ from adamerge_jax.models.layers import (
     unit_mean_square,
     value,
 )
+
+if TYPE_CHECKING:
+    from transformers import Gemma2Config, PretrainedConfig
 
 
 class GemmaNorm(nnx.Module):
@@ -72,7 +79,7 @@ class Gemma2Layer(GemmaLayer):
 
 
 class Gemma2Backbone(DecoderBackbone):
-    """What is merged in a `Gemma2ForCausalLM`."""
+    """The merged part of a `Gemma2ForCausalLM`."""
 
     def __init__(self, config: Gemma2Config, rematerialize: Rematerialize):
         super().__init__(
@@ -86,7 +93,7 @@ class Gemma2Backbone(DecoderBackbone):
 
 
 class GemmaHead(CausalHead):
-    """Logits of the next token, bent into a range where the config says one."""
+    """Logits of the next token, bent into a range if the config gives one."""
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)
@@ -95,3 +102,6 @@ class GemmaHead(CausalHead):
     def __call__(self, outputs: Outputs) -> Float[Array, "B T V"]:
         logits = super().__call__(outputs)
         return logits if self.soft_cap is None else capped(logits, self.soft_cap)
+
+
+FAMILY = decoder_family(Gemma2Backbone, GemmaHead)

@@ -4,11 +4,22 @@ Layers that see a window of the text rotate positions faster than those that see
 is no soft cap on attention.
 """
 
-from transformers import Gemma3TextConfig
+from __future__ import annotations
 
-from adamerge_jax.models.decoder_layers import Attention, DecoderBackbone, Rotary, windows_by_type
-from adamerge_jax.models.gemma2 import GemmaLayer, GemmaNorm
+from typing import TYPE_CHECKING
+
+from adamerge_jax.models.decoder_layers import (
+    Attention,
+    DecoderBackbone,
+    Rotary,
+    decoder_family,
+    windows_by_type,
+)
+from adamerge_jax.models.gemma2 import GemmaHead, GemmaLayer, GemmaNorm
 from adamerge_jax.models.layers import Rematerialize
+
+if TYPE_CHECKING:
+    from transformers import Gemma3TextConfig
 
 
 class Gemma3Layer(GemmaLayer):
@@ -24,7 +35,7 @@ class Gemma3Layer(GemmaLayer):
 
 
 class Gemma3Backbone(DecoderBackbone):
-    """What is merged in a `Gemma3ForCausalLM`."""
+    """The merged part of a `Gemma3ForCausalLM`."""
 
     def __init__(self, config: Gemma3TextConfig, rematerialize: Rematerialize):
         super().__init__(
@@ -36,3 +47,6 @@ class Gemma3Backbone(DecoderBackbone):
             norm=GemmaNorm,
             embedding_scale=config.hidden_size**0.5,
         )
+
+
+FAMILY = decoder_family(Gemma3Backbone, GemmaHead)

@@ -1,18 +1,22 @@
-"""What the families expect of a batch: what may be absent, and sizes that must fit the config.
+"""The arrays of a batch: optional ones are completed, sizes are checked against the config.
 
-Shapes are known when a model is traced, so a batch that does not fit fails there with a message,
-rather than reading position embeddings that do not exist.
+A batch that does not fit is refused when the model is traced, where shapes are known; otherwise the
+model would read position embeddings that do not exist.
 """
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from transformers import PretrainedConfig
 
 from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class TextInputs(NamedTuple):
@@ -48,7 +52,7 @@ def text_inputs(inputs: Mapping[str, Int[Array, "B T"]], longest: int) -> TextIn
 
 @dataclasses.dataclass(frozen=True)
 class ImageGeometry:
-    """The images that a model reads, and the patches it cuts them into.
+    """The images that a model reads, and the patches that it cuts them into.
 
     Attributes:
         channels: Colour channels.
@@ -63,8 +67,8 @@ class ImageGeometry:
     patch: int
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> "ImageGeometry":
-        """The geometry that a vision config says.
+    def of(cls, config: PretrainedConfig) -> ImageGeometry:
+        """Reads the geometry of a vision config.
 
         Raises:
             InputError: The patches are not square.
@@ -79,7 +83,7 @@ class ImageGeometry:
 
     @property
     def patches(self) -> int:
-        """How many whole patches an image has."""
+        """The number of whole patches in an image."""
         return (self.height // self.patch) * (self.width // self.patch)
 
     def whole_patches(
@@ -101,6 +105,6 @@ class ImageGeometry:
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width from a config's size, one number where both are the same."""
+    """Returns height and width from a config's size, one number where both are the same."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width

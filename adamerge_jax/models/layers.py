@@ -1,11 +1,13 @@
-"""What the model files share: modules whose paths are the names of a Hugging Face checkpoint.
+"""Layers that the architectures share, with the paths of Hugging Face checkpoints.
 
 Checkpoint tensors keep PyTorch's layout, `(out, in)` for a linear layer. A parameter is an array
-or a `Mixture`; modules read it through `value`, which mixes it at the place of its use.
+or a `Mixture`; modules read it through `value`, which mixes it where it is used.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +17,15 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
+from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.parameter_names import STACKED
 from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 LINEAR_OUTPUT = "linear_output"
-"""What outputs of linear layers and of attention are called in a rematerialisation policy."""
-
-Rematerialize = Literal["nothing", "weights", "elementwise", "layer"]
-"""What the backward pass computes again rather than keeps, from fastest to smallest.
-
-- `nothing`: every intermediate value is kept, merged weights included.
-- `weights`: merged weights are mixed again.
-- `elementwise`: only outputs of linear layers and of attention are kept; mixing, normalisation,
-  activations and attention scores are computed again.
-- `layer`: only the input of each layer is kept.
-"""
+"""The name of outputs of linear layers and of attention in a rematerialisation policy."""
 
 _POLICIES = {
     "weights": jax.checkpoint_policies.save_anything_except_these_names(MERGED_WEIGHT),
@@ -68,10 +64,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation_of(name: str) -> Activation:
-    """The activation function of a config's name.
+    """Returns the activation function of a name in a config.
 
     Raises:
-        InputError: There is none of that name here.
+        InputError: No function here has that name.
     """
     if name not in ACTIVATIONS:
         raise InputError(
@@ -82,13 +78,13 @@ def activation_of(name: str) -> Activation:
 
 
 class Outputs(NamedTuple):
-    """What a backbone computes.
+    """The outputs of a backbone.
 
     Attributes:
-        pooled: `[B, H]`, what classification heads read, or None for a language model.
+        pooled: `[B, H]`, the input of classification heads, or None for a language model.
         last_hidden_state: `[B, T, H]`, after the last norm.
         hidden_states: `[L + 1, B, T, H]`, the embeddings and the output of each layer, or None
-            where they were not asked for. As in `transformers`, a decoder's last entry is the
+            if they were not asked for. As in `transformers`, a decoder's last entry is the
             last hidden state.
     """
 
@@ -96,21 +92,21 @@ class Outputs(NamedTuple):
     last_hidden_state: Float[Array, "B T H"]
     hidden_states: Float[Array, "L+1 B T H"] | None
 
-    def examples(self, chosen: slice) -> "Outputs":
-        """The outputs of some of the examples."""
+    def examples(self, chosen: slice) -> Outputs:
+        """Returns the outputs of some of the examples."""
         states = None if self.hidden_states is None else self.hidden_states[:, chosen]
         pooled = None if self.pooled is None else self.pooled[chosen]
         return Outputs(pooled, self.last_hidden_state[chosen], states)
 
 
-def value(parameter: nnx.Param) -> Float[Array, "..."]:
-    """The parameter's array, mixed here and now if it is a `Mixture`."""
+def value(parameter: nnx.Param) -> Float[Array, ...]:
+    """Returns the parameter's array, mixing it if it is a `Mixture`."""
     leaf = parameter.get_value()
     return leaf.materialize() if is_mixture(leaf) else leaf
 
 
 def parameter(*shape: int) -> nnx.Param:
-    """A parameter of the given shape; its values come from a checkpoint."""
+    """Returns a parameter of the given shape; its values come from a checkpoint."""
     return nnx.Param(jnp.zeros(shape))
 
 
@@ -133,13 +129,23 @@ class Linear(nnx.Module):
         return checkpoint_name(y, LINEAR_OUTPUT).reshape(*x.shape[:-1], -1)
 
 
+class LinearHead(nnx.Module):
+    """A classification head of one linear layer, the parameters under `classifier.`."""
+
+    def __init__(self, config: PretrainedConfig):
+        self.classifier = Linear(config.hidden_size, config.num_labels)
+
+    def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
+        return self.classifier(outputs.pooled)
+
+
 class Embedding(nnx.Module):
     """Rows of `weight`, `(entries, features)`, by index."""
 
     def __init__(self, entries: int, features: int):
         self.weight = parameter(entries, features)
 
-    def __call__(self, index: Int[Array, "..."]) -> Float[Array, "... H"]:
+    def __call__(self, index: Int[Array, ...]) -> Float[Array, "... H"]:
         leaf = self.weight.get_value()
         return leaf.rows(index) if is_mixture(leaf) else leaf[index]
 
@@ -161,7 +167,7 @@ class LayerNorm(nnx.Module):
 
 
 def unit_mean_square(x: Float[Array, "... H"], epsilon: float) -> Float[Array, "... H"]:
-    """The vectors along the last axis divided by their root mean square, in float32."""
+    """Divides the vectors along the last axis by their root mean square, in float32."""
     wide = x.astype(jnp.float32)
     return wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
 
@@ -188,7 +194,7 @@ class PatchEmbedding(nnx.Module):
 class Stack(nnx.Module):
     """L layers of one shape as one module, its parameters stacked along a leading axis.
 
-    The layer sits at the attribute `*`, so that its parameters are called
+    The layer sits at the attribute `*`, so that its parameters have names like
     `encoder.layer.*.output.dense.weight`. Compile time does not grow with L.
     """
 
@@ -207,12 +213,12 @@ class Stack(nnx.Module):
         per_layer: PyTree[Shaped[Array, "L ..."]] = (),
         hidden_states: bool = False,
     ) -> tuple[Float[Array, "B T H"], Float[Array, "L+1 B T H"] | None]:
-        """Runs `layer(hidden, *arguments, *own)` for each layer in turn.
+        """Runs `layer(hidden, *arguments, *layer_arguments)` for each layer in turn.
 
         Args:
             hidden: The first layer's input.
-            *arguments: What all layers are given.
-            per_layer: Further arguments, of which each layer is given its own row.
+            *arguments: Arguments of all layers.
+            per_layer: Further arguments, one row for each layer.
             hidden_states: Whether to return every layer's output.
 
         Returns:
@@ -221,9 +227,9 @@ class Stack(nnx.Module):
         graph, parameters = nnx.split(getattr(self, STACKED))
         parameters, sources = apart_from_layers(parameters)
 
-        def run_layer(hidden: Array, parameters: nnx.State, own: PyTree) -> Array:
+        def run_layer(hidden: Array, parameters: nnx.State, layer_arguments: PyTree) -> Array:
             layer = nnx.merge(graph, with_sources(parameters, sources))
-            return layer(hidden, *arguments, *own)
+            return layer(hidden, *arguments, *layer_arguments)
 
         if self.rematerialize != "nothing":
             # A scan's body is not subject to the common-subexpression elimination that
@@ -236,8 +242,8 @@ class Stack(nnx.Module):
             hidden = run_layer(hidden, *layer)
             return hidden, hidden if hidden_states else None
 
-        last, every = jax.lax.scan(body, hidden, (parameters, per_layer))
-        return last, jnp.concatenate([hidden[None], every]) if hidden_states else None
+        last, states = jax.lax.scan(body, hidden, (parameters, per_layer))
+        return last, jnp.concatenate([hidden[None], states]) if hidden_states else None
 
 
 def attention(
@@ -250,16 +256,16 @@ def attention(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> Float[Array, "B T H"]:
-    """Scaled dot-product attention over `heads` heads, the softmax in float32.
+    """Computes scaled dot-product attention over `heads` heads, the softmax in float32.
 
     Args:
         query: Projected queries, heads side by side in the last axis.
-        key: Projected keys. There may be fewer heads of them than of queries, which their width
-            tells; neighbouring heads of queries then share one.
+        key: Projected keys. Where they are narrower than the queries they have fewer heads, and
+            neighbouring heads of queries share one.
         value: Projected values, as many heads as of keys.
         heads: Number of heads of queries; H is divisible by it.
         bias: Added to the scores before the softmax (`padding_bias`, `causal_bias`).
-        scale: What products of queries and keys are multiplied by, `(H / heads)**-0.5` if None.
+        scale: The factor of products of queries and keys, `(H / heads)**-0.5` if None.
         soft_cap: Scaled scores are bent by `soft_cap * tanh(score / soft_cap)`, unless None.
     """
     batch, length, width = query.shape
@@ -290,18 +296,18 @@ def attention(
     return checkpoint_name(mixed.reshape(batch, length, width), LINEAR_OUTPUT)
 
 
-def capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
-    """Values bent smoothly into the range from -cap to cap, small ones almost as they were."""
+def capped(x: Float[Array, ...], cap: float) -> Float[Array, ...]:
+    """Bends values smoothly into the range from -cap to cap; small ones hardly change."""
     return jnp.tanh(x / cap) * cap
 
 
 def padding_bias(attention_mask: Int[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
-    """Zero where the mask is 1, the lowest finite float32 where it is 0."""
+    """Returns zero where the mask is 1, the lowest finite float32 where it is 0."""
     lowest = jnp.finfo(jnp.float32).min
     return jnp.where(attention_mask[:, None, None, :] > 0, 0.0, lowest)
 
 
 def causal_bias(length: int) -> Float[Array, "1 1 T T"]:
-    """Zero at and before each position, the lowest finite float32 after it."""
+    """Returns zero at and before each position, the lowest finite float32 after it."""
     lowest = jnp.finfo(jnp.float32).min
     return jnp.where(jnp.tri(length, dtype=bool), 0.0, lowest)[None, None]

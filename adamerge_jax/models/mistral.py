@@ -3,10 +3,20 @@
 Later versions have no window. There are no biases.
 """
 
-from transformers import MistralConfig
+from __future__ import annotations
 
-from adamerge_jax.models.decoder_layers import Attention, DecoderBackbone, PreNormLayer
+from typing import TYPE_CHECKING
+
+from adamerge_jax.models.decoder_layers import (
+    Attention,
+    DecoderBackbone,
+    PreNormLayer,
+    decoder_family,
+)
 from adamerge_jax.models.layers import Rematerialize
+
+if TYPE_CHECKING:
+    from transformers import MistralConfig
 
 
 class MistralLayer(PreNormLayer):
@@ -15,8 +25,11 @@ class MistralLayer(PreNormLayer):
 
 
 class MistralBackbone(DecoderBackbone):
-    """What is merged in a `MistralForCausalLM`."""
+    """The merged part of a `MistralForCausalLM`."""
 
     def __init__(self, config: MistralConfig, rematerialize: Rematerialize):
         windows = [config.sliding_window] * config.num_hidden_layers
         super().__init__(config, rematerialize, MistralLayer, windows=windows)
+
+
+FAMILY = decoder_family(MistralBackbone)

@@ -4,22 +4,29 @@ BERT's layers without its pooler, with positions that skip padding, and with a h
 XLM-RoBERTa and CamemBERT are the same computation under the same names.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from transformers import RobertaConfig
 
-from adamerge_jax.models.bert import Embeddings, Encoder
+from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder
+from adamerge_jax.models.family import Family
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import Linear, Outputs, Rematerialize, padding_bias
 
+if TYPE_CHECKING:
+    from transformers import RobertaConfig
+
 
 def positions_of(token_ids: Int[Array, "B T"], padding: int) -> Int[Array, "B T"]:
-    """The position of each token: counted over tokens that are not padding, from `padding + 1`.
+    """Returns the position of each token, counted over tokens that are not padding.
 
-    Padding is told by its token id, not by the attention mask, and sits at position `padding`.
+    The first one is at `padding + 1`. Padding is recognised by its token id, not by the attention
+    mask, and is at position `padding`.
     """
     present = (token_ids != padding).astype(token_ids.dtype)
     return jnp.cumsum(present, axis=1) * present + padding
@@ -39,12 +46,12 @@ class Roberta(nnx.Module):
         token_ids, mask, token_types = text_inputs(inputs, self.longest)
         positions = positions_of(token_ids, self.padding)
         embedded = self.embeddings(token_ids, token_types, positions)
-        last, every = self.encoder.layer(embedded, padding_bias(mask), hidden_states=hidden_states)
-        return Outputs(last[:, 0], last, every)
+        last, states = self.encoder.layer(embedded, padding_bias(mask), hidden_states=hidden_states)
+        return Outputs(last[:, 0], last, states)
 
 
 class RobertaBackbone(nnx.Module):
-    """What is merged in a `RobertaForSequenceClassification`."""
+    """The merged part of a `RobertaForSequenceClassification`."""
 
     def __init__(self, config: RobertaConfig, rematerialize: Rematerialize):
         self.roberta = Roberta(config, rematerialize)
@@ -65,10 +72,23 @@ class Classifier(nnx.Module):
 
 
 class RobertaHead(nnx.Module):
-    """What each task keeps of a `RobertaForSequenceClassification`."""
+    """The part of a `RobertaForSequenceClassification` that each task keeps."""
 
     def __init__(self, config: RobertaConfig):
         self.classifier = Classifier(config)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
         return self.classifier(outputs.pooled)
+
+
+FAMILY = Family(
+    backbone=RobertaBackbone,
+    head=RobertaHead,
+    prefixes=("roberta.",),
+    inputs=("input_ids", "attention_mask", "token_type_ids"),
+    max_tokens=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+    heads=BERT_HEADS,
+    auto_class="AutoModelForSequenceClassification",
+    # Older versions of `transformers` made and saved it with classifiers that do not read it.
+    ignored_in_experts=("roberta.pooler.*",),
+)

@@ -6,15 +6,18 @@ GELU and an output layer of their own.
 Padding may be on either side: positions are relative.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from transformers import T5Config
 
+from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.layers import (
     Embedding,
     Linear,
@@ -28,6 +31,9 @@ from adamerge_jax.models.layers import (
     value,
 )
 
+if TYPE_CHECKING:
+    from transformers import T5Config
+
 _UNUSED = (
     # Other names of `shared.weight`.
     "encoder.embed_tokens.weight",
@@ -38,33 +44,33 @@ _UNUSED = (
 
 
 def has_tied_head(config: T5Config) -> bool:
-    """Whether the output layer is the embeddings' matrix, its input scaled by `d_model**-0.5`.
+    """Tells a model whose output layer is the embeddings' matrix, its input times `d_model**-0.5`.
 
-    What `tie_word_embeddings` says in a config.json, the config in memory calls
-    `scale_decoder_outputs`: `transformers` 5 sets `tie_word_embeddings` to true for every T5.
+    The field `tie_word_embeddings` of a config.json becomes `scale_decoder_outputs` in memory:
+    `transformers` 5 sets `tie_word_embeddings` to true for every T5.
     """
     return config.scale_decoder_outputs
 
 
 def ignored_tensors(config: T5Config) -> tuple[str, ...]:
-    """Tensors in a checkpoint that are no parameters of their own."""
+    """Returns the names of tensors in a checkpoint that are no parameters of their own."""
     return (*_UNUSED, "lm_head.weight") if has_tied_head(config) else _UNUSED
 
 
 def relative_buckets(
-    distances: Int[np.ndarray, "..."], count: int, furthest: int, *, bidirectional: bool
-) -> Int[np.ndarray, "..."]:
-    """The bucket of each distance.
+    distances: Int[np.ndarray, ...], count: int, furthest: int, *, bidirectional: bool
+) -> Int[np.ndarray, ...]:
+    """Returns the bucket of each distance.
 
     Short distances have a bucket each. Longer ones share buckets whose widths grow geometrically
-    up to `furthest`; all that is further off is in the last one.
+    up to `furthest`; all longer distances are in the last one.
 
     Args:
         distances: Position of the key less that of the query.
         count: Number of buckets.
-        furthest: The distance from which on they are no longer told apart.
-        bidirectional: Whether later keys have half of the buckets to themselves (encoder), or are
-            all in bucket 0 because they are masked (decoder).
+        furthest: The distance from which all distances share the last bucket.
+        bidirectional: True where later keys have half of the buckets to themselves (encoder),
+            False where all are in bucket 0 because they are masked (decoder).
     """
     if bidirectional:
         count //= 2
@@ -113,7 +119,7 @@ class Attention(nnx.Module):
         mask: Bool[Array, "#B 1 #T S"],
         bias: Float[Array, "1 heads T S"] | None = None,
     ) -> Float[Array, "B T H"]:
-        # Where nothing is left of a row of the mask, the result is the mean of all values.
+        # A query whose mask is empty attends to all values alike.
         seen = jnp.where(mask, 0.0 if bias is None else bias, jnp.finfo(jnp.float32).min)
         mixed = attention(self.q(x), self.k(source), self.v(source), self.heads, seen, scale=1.0)
         return self.o(mixed)
@@ -220,14 +226,14 @@ class SelfAttentionBiasLayer(nnx.Module):
 
 
 class BlockBias(nnx.Module):
-    """What block 0 has and the others have not: the position bias that all of them add."""
+    """The position bias: a parameter of block 0 alone, added by all blocks."""
 
     def __init__(self, config: T5Config):
         self.layer = nnx.Dict({"0": SelfAttentionBiasLayer(config)})
 
 
 class Blocks(Stack):
-    """Stacked blocks, and at the attribute `0` what is not stacked because only one has it."""
+    """Stacked blocks, and at the attribute `0` the position bias, which is not stacked."""
 
     def __init__(
         self,
@@ -243,7 +249,7 @@ class Blocks(Stack):
         self.bidirectional = block is EncoderBlock
 
     def position_bias(self, length: int) -> Float[Array, "1 heads T T"]:
-        """What is added to the scores of self-attention over `length` tokens, in float32."""
+        """Returns the term that is added to the scores of self-attention, in float32."""
         buckets = relative_buckets(
             np.arange(1 - length, length),
             self.buckets,
@@ -281,20 +287,20 @@ class Tower(nnx.Module):
 
         Args:
             embedded: The embedded tokens.
-            mask: Which keys each query attends to.
+            mask: True for the keys that a query attends to.
             *source: For a decoder, the encoder's output `[B, S, H]` and its mask `[B, 1, 1, S]`.
             hidden_states: Whether to return every block's output, the last one after the norm.
         """
         # The sums of large T5 models exceed what float16 can hold.
         stream = embedded.astype(jnp.float32) if embedded.dtype == jnp.float16 else embedded
         bias = self.block.position_bias(embedded.shape[1])
-        last, every = self.block(stream, mask, bias, *source, hidden_states=hidden_states)
+        last, states = self.block(stream, mask, bias, *source, hidden_states=hidden_states)
         last = self.final_layer_norm(last)
-        return Outputs(None, last, every if every is None else every.at[-1].set(last))
+        return Outputs(None, last, None if states is None else states.at[-1].set(last))
 
 
 class T5Backbone(nnx.Module):
-    """What is merged in a `T5ForConditionalGeneration`: all of it, the output layer included."""
+    """A whole `T5ForConditionalGeneration`: all of it is merged, the output layer included."""
 
     def __init__(self, config: T5Config, rematerialize: Rematerialize):
         self.shared = Embedding(config.vocab_size, config.d_model)
@@ -307,10 +313,10 @@ class T5Backbone(nnx.Module):
     def __call__(
         self, inputs: Mapping[str, Int[Array, "B _"]], hidden_states: bool = False
     ) -> Outputs:
-        """Encodes a batch and decodes what is given of its continuation.
+        """Encodes a batch and decodes the given beginnings of its continuations.
 
         Args:
-            inputs: Of the encoder `input_ids` and optionally `attention_mask`, `[B, S]`; of the
+            inputs: For the encoder `input_ids` and optionally `attention_mask`, `[B, S]`; for the
                 decoder `decoder_input_ids`, which begin with the config's
                 `decoder_start_token_id`, and optionally `decoder_attention_mask`, `[B, T]`.
             hidden_states: Whether to return the decoder's states.
@@ -336,7 +342,7 @@ class T5Backbone(nnx.Module):
     def encode(
         self, inputs: Mapping[str, Int[Array, "B _"]], hidden_states: bool = False
     ) -> Outputs:
-        """The encoder's outputs, its states in the same way as the decoder's."""
+        """Returns the encoder's outputs; its states end with the norm, as the decoder's do."""
         embedded = self.shared(inputs["input_ids"])
         return self.encoder(embedded, _encoder_mask(inputs), hidden_states=hidden_states)
 
@@ -350,7 +356,7 @@ class T5Head(nnx.Module):
         self.scale = config.d_model**-0.5 if has_tied_head(config) else 1.0
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B T V"]:
-        """The logits of the next token after each one, float32."""
+        """Returns the logits of the token after each position, float32."""
         return getattr(self, self.name)(outputs.last_hidden_state * self.scale).astype(jnp.float32)
 
 
@@ -360,3 +366,16 @@ def _padding_mask(attention_mask: Int[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
 
 def _encoder_mask(inputs: Mapping[str, Int[Array, "B _"]]) -> Bool[Array, "B 1 1 S"]:
     return _padding_mask(inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"])))
+
+
+FAMILY = Family(
+    backbone=T5Backbone,
+    head=T5Head,
+    prefixes=(),
+    inputs=("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"),
+    max_tokens=lambda config: None,
+    heads=attention_heads("*.q.weight", "*.k.weight", "*.v.weight", "*.o.weight"),
+    auto_class="AutoModelForSeq2SeqLM",
+    ignored=ignored_tensors,
+    language=True,
+)

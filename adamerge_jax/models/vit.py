@@ -1,21 +1,25 @@
 """ViT (Dosovitskiy et al., 2021) for image classification, as `transformers` saves it.
 
-The paths are the names in a saved checkpoint. The attributes of recent `transformers` classes are
-called otherwise and are renamed to these on saving.
+The paths are the names in a saved checkpoint. Recent `transformers` classes have attributes with
+other names, which are renamed to these on saving.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-from transformers import ViTConfig
 
 from adamerge_jax.models.bert import Intermediate
+from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import (
     LayerNorm,
     Linear,
+    LinearHead,
     Outputs,
     PatchEmbedding,
     Rematerialize,
@@ -24,6 +28,9 @@ from adamerge_jax.models.layers import (
     parameter,
     value,
 )
+
+if TYPE_CHECKING:
+    from transformers import ViTConfig
 
 
 class PatchEmbeddings(nnx.Module):
@@ -106,13 +113,13 @@ class Vit(nnx.Module):
     def __call__(
         self, pixels: Float[Array, "B channels height width"], hidden_states: bool
     ) -> Outputs:
-        last, every = self.encoder.layer(self.embeddings(pixels), hidden_states=hidden_states)
+        last, states = self.encoder.layer(self.embeddings(pixels), hidden_states=hidden_states)
         last = self.layernorm(last)
-        return Outputs(last[:, 0], last, every)
+        return Outputs(last[:, 0], last, states)
 
 
 class VitBackbone(nnx.Module):
-    """What is merged in a `ViTForImageClassification`."""
+    """The merged part of a `ViTForImageClassification`."""
 
     def __init__(self, config: ViTConfig, rematerialize: Rematerialize):
         self.vit = Vit(config, rematerialize)
@@ -125,11 +132,26 @@ class VitBackbone(nnx.Module):
         return self.vit(inputs["pixel_values"], hidden_states)
 
 
-class VitHead(nnx.Module):
-    """What each task keeps of a `ViTForImageClassification`."""
-
-    def __init__(self, config: ViTConfig):
-        self.classifier = Linear(config.hidden_size, config.num_labels)
-
-    def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
-        return self.classifier(outputs.pooled)
+FAMILY = Family(
+    backbone=VitBackbone,
+    head=LinearHead,
+    prefixes=("vit.",),
+    inputs=("pixel_values",),
+    max_tokens=lambda config: None,
+    heads=attention_heads(
+        "*.attention.attention.query.*",
+        "*.attention.attention.key.*",
+        "*.attention.attention.value.*",
+        "*.attention.output.dense.weight",
+    ),
+    auto_class="AutoModelForImageClassification",
+    renamed=(
+        ("encoder.layer.", "layers."),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    ),
+)

@@ -1,33 +1,64 @@
-"""Zero-shot heads: what CLIP's text tower makes of the names of a task's classes.
+"""Zero-shot heads: embeddings of the names of a task's classes by CLIP's text tower.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
 2021, section 3.1.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
-from transformers import CLIPConfig, PreTrainedTokenizerBase
+from flax import nnx
+from jaxtyping import Array, Float
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models import Network
-from adamerge_jax.models.clip import ClipText, normalise
+from adamerge_jax.models.clip_text import ClipText
+from adamerge_jax.models.family import Network
+from adamerge_jax.models.layers import Outputs, parameter, value
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, PreTrainedTokenizerBase
 
 BATCH_SIZE = 64
 """Prompts that are embedded at once."""
 
 PLACEHOLDER = "{}"
-"""Where the name of a class goes in a template."""
+"""The place of a class name in a template."""
+
+
+class ZeroShotHead(nnx.Module):
+    """Scaled cosine similarity of an image to each class name.
+
+    `logits = exp(logit_scale) * normalise(pooled) @ text_embeddings.T`
+
+    `text_embeddings`, `[C, D]`, have length 1. No checkpoint holds them: `zero_shot_head` makes
+    them, and C is `config.num_labels` only in the shapes that are declared here.
+    """
+
+    def __init__(self, config: CLIPConfig):
+        self.text_embeddings = parameter(config.num_labels, config.projection_dim)
+        self.logit_scale = parameter()
+
+    def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
+        similarity = normalise(outputs.pooled) @ value(self.text_embeddings).T
+        return jnp.exp(value(self.logit_scale)) * similarity
+
+
+def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Scales the vectors along the last axis to length 1, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True))
 
 
 def text_network(config: CLIPConfig) -> Network:
-    """The text tower as a function `(parameters, inputs) -> embeddings [B, D]`.
+    """Returns the text tower, `(parameters, inputs) -> embeddings [B, D]`.
 
-    Its `shapes` are the parameters that `zero_shot_head` needs of the base.
+    Its `shapes` are those of the base's parameters that `zero_shot_head` needs.
     """
     return Network(partial(ClipText, config))
 
@@ -82,7 +113,7 @@ def zero_shot_head(
 def _tokenize(
     sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> dict[str, np.ndarray]:
-    """Token ids and attention mask, `[sentences, length]` each."""
+    """Returns token ids and attention mask, `[sentences, length]` each."""
     tokens = tokenizer(list(sentences), padding="max_length", max_length=length)
     for sentence, token_ids in zip(sentences, tokens["input_ids"], strict=True):
         # Cut short, a sentence may lose the name it is about.
@@ -97,7 +128,7 @@ def _tokenize(
 def _embed(
     network: Network, parameters: Mapping[str, Array], tokens: Mapping[str, np.ndarray]
 ) -> Array:
-    """Embeds token sequences batch by batch, `[sentences, D]`."""
+    """Embeds token sequences batch by batch; returns `[sentences, D]`."""
     count = len(tokens["input_ids"])
     size = min(BATCH_SIZE, count)
     embed = jax.jit(network)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.devices import fetch
-from adamerge_jax.models import Network, complete_head
+from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
 
 Parameters = Mapping[str, Array]

@@ -18,7 +18,7 @@ from adamerge_jax.data.tokenizers import find_tokenizer
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import Mixture
-from adamerge_jax.models import Network
+from adamerge_jax.models.family import Network
 from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import (

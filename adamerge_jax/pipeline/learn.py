@@ -32,7 +32,7 @@ from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning import learner as learning
 from adamerge_jax.learning.snapshots import Snapshots
 from adamerge_jax.mixing import materialize, mix
-from adamerge_jax.models import Network
+from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import Needs
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
 from adamerge_jax.pipeline.inputs import Workspace

@@ -19,7 +19,8 @@ from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
-from adamerge_jax.models import OUTPUT_LAYER, Family, family_of
+from adamerge_jax.models import family_of
+from adamerge_jax.models.family import OUTPUT_LAYER, Family
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.recipes.schema import ModelSource, Recipe
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, most_likely
-from adamerge_jax.models import complete_head
+from adamerge_jax.models.family import complete_head
 from adamerge_jax.pipeline.export import checkpoint_bytes
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of

@@ -21,8 +21,9 @@ from adamerge_jax.coefficients.granularities import (
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.mixing import mix
-from adamerge_jax.models import Network, Outputs, complete_head
+from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.inputs import ImageGeometry
+from adamerge_jax.models.layers import Outputs
 from adamerge_jax.objectives import Needs, Targets, TopTokens
 from adamerge_jax.parameter_names import is_stacked, tensor_shape
 from adamerge_jax.pipeline.learn import granularity_of, learner_of, needs_of, require_any_merged

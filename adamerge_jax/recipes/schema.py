@@ -20,7 +20,7 @@ from adamerge_jax.coefficients.granularities import GRANULARITIES, make_granular
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.learning import schedules
-from adamerge_jax.models import Rematerialize
+from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.objectives import Objective, make_objective, weighted_sum
 from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
 from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS, apply_preset

@@ -14,7 +14,8 @@ from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.learning.learner import Frozen, forward_with_heads, make_learner
-from adamerge_jax.models import complete_head, family_of
+from adamerge_jax.models import family_of
+from adamerge_jax.models.family import complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, Targets, cross_entropy, token_losses
 from adamerge_jax.task_vectors import Delta
 

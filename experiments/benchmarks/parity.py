@@ -20,7 +20,9 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from adamerge_jax.cli.console import make_console
-from adamerge_jax.models import Network, Outputs, family_of
+from adamerge_jax.models import family_of
+from adamerge_jax.models.family import Network
+from adamerge_jax.models.layers import Outputs
 from adamerge_jax.parameter_names import is_stacked, unstack
 
 TOLERANCE = 1e-4

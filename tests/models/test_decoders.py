@@ -18,8 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import materialize, mix
-from adamerge_jax.models import complete_head, family_of
+from adamerge_jax.models import family_of
 from adamerge_jax.models.decoder_layers import Rotary
+from adamerge_jax.models.family import complete_head
 from adamerge_jax.models.layers import attention
 from adamerge_jax.parameter_names import is_stacked
 from adamerge_jax.task_vectors import task_vectors

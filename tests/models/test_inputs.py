@@ -8,7 +8,8 @@ import pytest
 from transformers import BertConfig, CLIPConfig, PretrainedConfig, RobertaConfig, ViTConfig
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models import Network, family_of
+from adamerge_jax.models import family_of
+from adamerge_jax.models.family import Network
 from adamerge_jax.models.zero_shot import text_network
 
 SIZES = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)

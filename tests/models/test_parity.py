@@ -23,8 +23,9 @@ from transformers.activations import ACT2FN
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import Mixture
-from adamerge_jax.models import Rematerialize, family_of
+from adamerge_jax.models import family_of
 from adamerge_jax.models.layers import ACTIVATIONS, activation_of
+from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.models.zero_shot import text_network
 from adamerge_jax.parameter_names import is_stacked, unstack
 from adamerge_jax.task_vectors import DenseDelta, task_vectors

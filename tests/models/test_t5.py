@@ -16,7 +16,9 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from adamerge_jax.mixing import Mixture
-from adamerge_jax.models import Network, Rematerialize, complete_head, family_of
+from adamerge_jax.models import family_of
+from adamerge_jax.models.family import Network, complete_head
+from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.models.t5 import T5Backbone, relative_buckets
 from adamerge_jax.parameter_names import is_stacked, matches, tensors_of
 from adamerge_jax.task_vectors import task_vectors

@@ -1,0 +1,149 @@
+"""A family of models: the backbone that is merged, and the head that each task keeps.
+
+Both are `Network`s, pure functions of flat parameter dictionaries whose keys are the names in a
+Hugging Face checkpoint (`*` where layers are stacked).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from adamerge_jax.models.layers import Rematerialize
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+OUTPUT_LAYER = "lm_head.weight"
+"""The name of a language model's output layer, where it is not the embedding table."""
+
+
+class Network:
+    """An NNX module as a pure function of its parameters.
+
+    Attributes:
+        shapes: Shape and dtype of every parameter by name, `[L, *shape]` where stacked.
+    """
+
+    def __init__(self, make_module: Callable[[], nnx.Module]):
+        """Builds the module abstractly: no parameter is allocated."""
+        self._graph, state = nnx.split(nnx.eval_shape(make_module))
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {
+            ".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)
+        }
+
+    def __call__(self, parameters: Mapping[str, Array], *arguments: PyTree, **options: Any) -> Any:
+        """Calls the module with the given parameters, arrays or `Mixture`s by name."""
+        nested: dict[str, Any] = {}
+        for name, leaf in parameters.items():
+            *modules, attribute = name.split(".")
+            module = nested
+            for key in modules:
+                module = module.setdefault(key, {})
+            module[attribute] = leaf
+        return nnx.merge(self._graph, nnx.State(nested))(*arguments, **options)
+
+
+def complete_head(
+    head: Network, task_parameters: Mapping[str, Array], backbone: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Returns the parameters of a head: those that the task keeps, the others of the backbone."""
+    return {
+        name: task_parameters[name] if name in task_parameters else backbone[name]
+        for name in head.shapes
+    }
+
+
+HeadAxes = Mapping[str, tuple[int, int]]
+"""Axis and number of attention heads by name pattern of the parameters that they lie in.
+
+The axis is 0 for projections to queries, keys and values, and 1 for the output projection.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture family.
+
+    Attributes:
+        backbone: Makes the module that is merged, from a config.
+        head: Makes the module that each task keeps, from a config.
+        prefixes: Beginnings of backbone names that a checkpoint saved without its head may lack.
+        inputs: Names of the arrays in a batch, the first one required.
+        max_tokens: The length, in tokens, of the longest text that a model of a config can read;
+            None for images.
+        heads: The axis and number of attention heads in the parameters of a model of a config.
+        auto_class: The `transformers` class that loads a task's model, or None where a head is
+            no part of a checkpoint.
+        base_only: Name patterns of backbone parameters that an expert may lack, and which then stay
+            the base's. A CLIP expert is a vision tower, without the projection behind it.
+        ignored: Name patterns, from a config, of tensors in a checkpoint that are no parameters.
+        ignored_in_experts: Name patterns of parameters outside the backbone that an expert may
+            bring and that are not used. Those of the base are carried into the merge.
+        renamed: Pairs of a part of names in a checkpoint and its replacement in the model that
+            `transformers` makes of it, whose names adapters have; in the order of replacement.
+        language: True for a model that predicts tokens, whose output layer is merged like all
+            other parameters; False for a classifier, whose head each task keeps.
+    """
+
+    backbone: Callable[[PretrainedConfig, Rematerialize], nnx.Module]
+    head: Callable[[PretrainedConfig], nnx.Module]
+    prefixes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    max_tokens: Callable[[PretrainedConfig], int | None]
+    heads: Callable[[PretrainedConfig], HeadAxes]
+    auto_class: str | None
+    base_only: tuple[str, ...] = ()
+    ignored: Callable[[PretrainedConfig], tuple[str, ...]] = lambda config: ("*.position_ids",)
+    ignored_in_experts: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    language: bool = False
+
+    def build_backbone(
+        self, config: PretrainedConfig, rematerialize: Rematerialize = "elementwise"
+    ) -> Network:
+        """Returns the backbone, `(parameters, inputs, hidden_states=False) -> Outputs`."""
+        return Network(partial(self.backbone, config, rematerialize))
+
+    def build_head(self, config: PretrainedConfig) -> Network:
+        """Returns the head, `(parameters, outputs) -> logits [B, C]`, or `[B, T, V]`.
+
+        Parameters of it that a task does not keep are the backbone's.
+        """
+        return Network(partial(self.head, config))
+
+    def tied(self, config: PretrainedConfig) -> tuple[str, ...]:
+        """Returns the names of the embedding tables that are the output layer too."""
+        if not self.language:
+            return ()
+        return tuple(name for name in self.build_head(config).shapes if name != OUTPUT_LAYER)
+
+
+def attention_heads(
+    query: str, key: str, value: str, output: str, part: str | None = None
+) -> Callable[[PretrainedConfig], HeadAxes]:
+    """Returns `Family.heads` from the name patterns of the four projections.
+
+    Keys and values may have fewer heads than queries.
+
+    Args:
+        query: Pattern of the projections to queries.
+        key: Pattern of the projections to keys.
+        value: Pattern of the projections to values.
+        output: Pattern of the output projections.
+        part: The field of the config that holds the numbers of heads, if not the config itself.
+    """
+
+    def heads(config: PretrainedConfig) -> HeadAxes:
+        config = getattr(config, part) if part else config
+        count = config.num_attention_heads
+        key_value = getattr(config, "num_key_value_heads", None) or count
+        return {query: (0, count), key: (0, key_value), value: (0, key_value), output: (1, count)}
+
+    return heads
