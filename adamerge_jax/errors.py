@@ -1,4 +1,9 @@
-"""The one error that means: the input is wrong, not the program."""
+"""The errors that a user may meet: unusable input, and learning that diverges."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adamerge_jax.learning.learner import Learned
 
 
 class InputError(ValueError):
@@ -17,3 +22,15 @@ class InputError(ValueError):
         ...     print(error)
         expert 0: parameter 'kernel' has shape (2, 4), the base has (2, 3)
     """
+
+
+class NonFiniteObjectiveError(RuntimeError):
+    """The objective stopped being a finite number.
+
+    Attributes:
+        learned: The last good coefficients: the best on held-out data up to then.
+    """
+
+    def __init__(self, message: str, learned: "Learned | None"):
+        super().__init__(message)
+        self.learned = learned

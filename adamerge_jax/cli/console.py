@@ -1,19 +1,34 @@
-"""Where commands print."""
+"""The console of commands and experiments, and the log lines of commands that compute."""
 
+import logging
 import os
 import sys
 
 from rich.console import Console
+from rich.logging import RichHandler
 
 
 def make_console(width: int = 120) -> Console:
-    """Standard output, as wide as the terminal.
+    """Returns a console on standard output, as wide as the terminal.
 
     Args:
-        width: Of what is no terminal, such as a log file, in characters, unless the environment
-            variable `COLUMNS` says otherwise. Rich would cut tables there to 80.
+        width: Characters in a line where standard output is no terminal, such as a log file, unless
+            the environment variable `COLUMNS` gives another number. Rich would cut tables there to
+            80.
     """
     # No markup: names and paths may have brackets.
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         return Console(markup=False)
     return Console(width=width, markup=False)
+
+
+def show_log_lines() -> None:
+    """Shows warnings on standard error, those of `transformers` excepted."""
+    import transformers
+
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    transformers.logging.set_verbosity_error()

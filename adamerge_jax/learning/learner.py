@@ -20,6 +20,7 @@ from adamerge_jax.coefficients.constraints import Constraint
 from adamerge_jax.coefficients.granularities import Granularity, Values
 from adamerge_jax.data.batches import Batch, Calibration
 from adamerge_jax.devices import ONE_DEVICE, Devices
+from adamerge_jax.errors import NonFiniteObjectiveError
 from adamerge_jax.learning.microbatches import split
 from adamerge_jax.mixing import mix
 from adamerge_jax.models.family import Network, complete_head
@@ -446,18 +447,6 @@ class Snapshot(NamedTuple):
         """One of the same structure as those of a learner, whatever its leaves."""
         look = Look(*np.zeros((4, 1)))
         return cls(learner.init(initial), 0, look, Learned(initial, 0, look), False)
-
-
-class NonFiniteObjectiveError(RuntimeError):
-    """The objective stopped being a finite number.
-
-    Attributes:
-        learned: The last good coefficients: the best on held-out data up to then.
-    """
-
-    def __init__(self, message: str, learned: Learned | None):
-        super().__init__(message)
-        self.learned = learned
 
 
 def learn(

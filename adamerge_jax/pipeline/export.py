@@ -21,7 +21,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from adamerge_jax import report
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
@@ -38,6 +37,7 @@ from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import DTYPES, fold, load_backbone, load_head, read_parameter
 from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.report.model_card import model_card
 
 CHECKPOINT_FOLDER = "checkpoint"
 ORBAX_FOLDER = "orbax"
@@ -139,7 +139,7 @@ def _export_checkpoint(
         # In the order in which the run looks for them.
         every = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
         writer.copy_assets(owner.checkpoint, every)
-        card = report.model_card(
+        card = model_card(
             coefficients,
             rows,
             origins=model_origins(models, root),

@@ -13,7 +13,6 @@ import yaml
 from jaxtyping import Array
 from rich.console import Console
 
-from adamerge_jax import report
 from adamerge_jax.checkpoints.folders import require_new, require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import require_same_architecture
@@ -21,8 +20,8 @@ from adamerge_jax.checkpoints.orbax import require_plain_path
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
-from adamerge_jax.errors import InputError
-from adamerge_jax.learning.learner import NonFiniteObjectiveError, Progress
+from adamerge_jax.errors import InputError, NonFiniteObjectiveError
+from adamerge_jax.learning.learner import Progress
 from adamerge_jax.methods import average, task_arithmetic
 from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.export import (
@@ -38,8 +37,9 @@ from adamerge_jax.pipeline.match import prepare_fold
 from adamerge_jax.pipeline.models import Models, match_backbone, open_models
 from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.recipes.schema import Recipe
-from adamerge_jax.report.comparison import compare
-from adamerge_jax.report.comparison_view import draw_comparison, print_comparison
+from adamerge_jax.report.maps import draw_coefficients
+from adamerge_jax.report.page import write_page
+from adamerge_jax.report.results import results_table, write_results
 from adamerge_jax.runs.folder import (
     COEFFICIENTS_FILE,
     HEAT_MAP_FILE,
@@ -152,20 +152,20 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
             shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
         raise
     if first:
-        report.draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
+        draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
 
     rows = []
     if workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
             rows = [*baselines(problem), evaluate_merge(problem, merge)]
         if first:
-            report.write_results(rows, out / RESULTS_FILE)
+            write_results(rows, out / RESULTS_FILE)
     with record.phase("writing checkpoints"):
         export(recipe, models, merge.coefficients, out, root=root, rows=rows, console=console)
     if first:
-        report.write_page(out)
+        write_page(out)
     if rows:
-        console.print(report.results_table(rows))
+        console.print(results_table(rows))
     wait_for_all("exported")
     if first:
         shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
@@ -219,29 +219,6 @@ def fold_file(
         coefficients.save(out / COEFFICIENTS_FILE)
 
 
-def compare_files(first: Path, second: Path, *, out: Path | None, console: Console) -> None:
-    """Prints what differs between two coefficients files, and draws it where asked to.
-
-    Args:
-        first: What is compared with.
-        second: What is compared.
-        out: The PNG file to write.
-        console: Where the tables are printed.
-
-    Raises:
-        InputError: A file cannot be read, they have nothing in common, or `out` is no PNG file in
-            a folder that exists.
-    """
-    out = out and out.expanduser()
-    if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
-        raise InputError(f"--out {out}: expected a .png file in a folder that exists")
-    comparison = compare(Coefficients.load(first), Coefficients.load(second))
-    print_comparison(comparison, console)
-    if out is not None:
-        draw_comparison(comparison, out)
-        console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
-
-
 def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
     """Writes the YAML file with which mergekit makes the merge of learned coefficients.
 
@@ -282,7 +259,7 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
         raise InputError("tasks: every task needs test data to evaluate on")
     parameters = load_backbone(workspace.models, matched, workspace.dtype)
     row = workspace.evaluator.row(checkpoint, parameters, workspace.data.test)
-    console.print(report.results_table([row]))
+    console.print(results_table([row]))
     return row
 
 

@@ -1,31 +1,32 @@
 """Colours that colour-blind readers can tell apart, and that keep their order in grey print."""
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import to_hex
 
 SEQUENTIAL = "viridis"
-"""For values from little to much: even in lightness."""
+"""The colour map for values from little to much: even in lightness."""
 
 DIVERGING = "PuOr"
-"""For values on both sides of 0."""
+"""The colour map for values on both sides of 0: orange to violet, with white between."""
 
 TRAINING, HELD_OUT, AGREEMENT = "#56b4e9", "#d55e00", "#000000"
-"""Of curves (Okabe and Ito, Color Universal Design, 2008)."""
+"""The colours of curves (Okabe and Ito, Color Universal Design, 2008)."""
 
 CATEGORIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-"""For what has no order, such as experts; of the same palette."""
+"""The colours of things without an order, such as experts; of the same palette."""
 
 
 def cell_style(value: float, low: float, high: float, colours: str = SEQUENTIAL) -> str:
-    """The CSS of a coloured cell: the value's colour, and black or white on it.
+    """Returns the CSS of a coloured cell: the value's colour, and black or white on it.
 
     Args:
-        value: What the cell holds.
+        value: The number in the cell.
         low: Value of the first colour.
         high: Value of the last colour.
         colours: Name of a matplotlib colour map.
     """
+    import matplotlib
+    from matplotlib.colors import to_hex
+
     part = np.clip((value - low) / (high - low), 0, 1)
     red, green, blue, _ = matplotlib.colormaps[colours](part)
     # Relative luminance (WCAG 2.2); from 0.179 on black has the higher contrast.

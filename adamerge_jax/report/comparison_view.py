@@ -1,15 +1,11 @@
 """What people look at of a comparison: tables, and a map of the differences."""
 
-from pathlib import Path
-
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from adamerge_jax.report.coefficients import draw_means
 from adamerge_jax.report.comparison import Comparison
 
-_COLOURS = "PuOr"  # orange to violet with white between, told apart by colour-blind readers
 _LAYERS = 10
 """So many of the layers that changed most are shown."""
 
@@ -57,21 +53,3 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for layer, changes in comparison.layers[:_LAYERS]:
         table.add_row(layer, *(f"{change:.3f}" for change in changes))
     console.print(table)
-
-
-def draw_comparison(comparison: Comparison, path: Path) -> None:
-    """Draws where the second file gives more of an expert and where less, as a PNG.
-
-    The colours are white at 0 and as strong on one side as on the other.
-    """
-    largest = max(float(np.abs(own).max()) for own in comparison.differences.values()) or 1.0
-    figure = draw_means(
-        comparison.differences,
-        [own.name for own in comparison.experts],
-        by_tensor=comparison.by_tensor,
-        colours=_COLOURS,
-        limits=(-largest, largest),
-        label="change",
-    )
-    figure.suptitle("Coefficients, second file less first", fontsize=11)
-    figure.savefig(path, dpi=150)

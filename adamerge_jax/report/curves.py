@@ -1,13 +1,16 @@
-"""Learning curves: what each task's objective and held-out agreement did from step to step."""
+"""Learning curves: each task's objective and held-out agreement from step to step."""
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from adamerge_jax.report.colours import AGREEMENT, HELD_OUT, TRAINING
 from adamerge_jax.runs.folder import Stage, StepRecord
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> Figure:
+
+def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> "Figure":
     """Draws the learning curves of one task, small enough for the width of a phone.
 
     Above: the objective on each step's batch and on the held-out data. Below, where it is known:
@@ -15,9 +18,11 @@ def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> Figure:
 
     Args:
         stage: The steps.
-        task: Whose curves.
-        kept: The step that was kept, if one was.
+        task: The task.
+        kept: The step whose coefficients were kept, if one was.
     """
+    from matplotlib.figure import Figure
+
     agreement = [(r.step, r.agreement[task]) for r in stage if r.agreement is not None]
     agreement = [(step, 100 * value) for step, value in agreement if value is not None]
     trained = [(r.step, r.objective[task]) for r in stage if r.objective is not None]
@@ -44,7 +49,7 @@ def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> Figure:
     return figure
 
 
-def _finish(axes: Axes, kept: StepRecord | None, label: str | None = None) -> None:
+def _finish(axes: "Axes", kept: StepRecord | None, label: str | None = None) -> None:
     if kept is not None:
         axes.axvline(kept.step, color="#666666", linestyle=":", linewidth=1.2, label=label)
     axes.tick_params(labelsize=7)

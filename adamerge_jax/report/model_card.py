@@ -9,7 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.provenance import Origin, shared_license
-from adamerge_jax.report.coefficients import interference_in_words, scaled_in_words, spreads
+from adamerge_jax.report.coefficients import (
+    count_coefficients,
+    interference_in_words,
+    scaled_in_words,
+    spreads,
+)
 from adamerge_jax.report.results import TITLES, in_words, scores
 
 _PIPELINES = {
@@ -67,7 +72,7 @@ def model_card(
     )
     text = environment.get_template("model_card.md.jinja").render(
         coefficients=coefficients,
-        count=sum(values.size for values in coefficients.values.values()),
+        count=count_coefficients(coefficients),
         interference=interference_in_words(coefficients),
         scaled=scaled_in_words(coefficients),
         base=origins[0],

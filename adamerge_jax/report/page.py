@@ -11,9 +11,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from adamerge_jax.checkpoints.folders import readable_size
-from adamerge_jax.report.coefficients import draw_expert, layer_means, spreads, value_range
+from adamerge_jax.report.coefficients import (
+    count_coefficients,
+    layer_means,
+    spreads,
+    value_range,
+)
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
 from adamerge_jax.report.curves import draw_curves
+from adamerge_jax.report.maps import cosine_range, draw_expert, draw_similarity
 from adamerge_jax.report.pictures import Picture, save_picture
 from adamerge_jax.report.results import (
     TITLES,
@@ -23,10 +29,8 @@ from adamerge_jax.report.results import (
     outcome,
     scores,
 )
-from adamerge_jax.report.similarity import cosine_range, draw_similarity
-from adamerge_jax.runs.folder import RECIPE_FILE, SavedRun, Stage, write_whole
+from adamerge_jax.runs.folder import PAGE_FILE, RECIPE_FILE, SavedRun, Stage, write_whole
 
-PAGE_FILE = "report.html"
 PICTURE_FOLDER = "report"
 
 
@@ -192,7 +196,7 @@ def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
                 save_picture(figure, pictures / f"coefficients-{expert}.png", expert, words)
             )
     return {
-        "count": sum(values.size for values in learned.values.values()),
+        "count": count_coefficients(learned),
         "by_layer": Grid("Mean coefficient by layer and expert", experts, lines),
         "scale": _scale(low, high, SEQUENTIAL),
         "spread": Grid(
@@ -357,8 +361,7 @@ def _cost(run: SavedRun) -> Grid | None:
     facts: dict[str, str] = {}
     record = run.record
     if run.coefficients is not None:
-        count = sum(values.size for values in run.coefficients.values.values())
-        facts["coefficients"] = f"{count:,}"
+        facts["coefficients"] = f"{count_coefficients(run.coefficients):,}"
     if "examples" in record:
         for part, words in (("learning", "to learn from"), ("held_out", "held out")):
             total = sum(own[part] for own in record["examples"].values())

@@ -3,20 +3,20 @@
 import base64
 import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Picture(NamedTuple):
     """A figure in a page.
 
     Attributes:
-        title: What stands above it.
-        alternative: What it shows, in words.
+        title: Its title.
+        alternative: Its content in words.
         source: A data URI.
-        width: In CSS pixels, at which its text is readable.
+        width: The width at which its text is readable, in CSS pixels.
     """
 
     title: str
@@ -25,15 +25,17 @@ class Picture(NamedTuple):
     width: int
 
 
-def save_picture(figure: Figure, file: Path, title: str, alternative: str) -> Picture:
-    """Writes a figure as a PNG file, and gives it as a picture for a page.
+def save_picture(figure: "Figure", file: Path, title: str, alternative: str) -> Picture:
+    """Writes a figure as a PNG file, and returns it as a picture for a page.
 
     Args:
-        figure: Of matplotlib.
+        figure: A matplotlib figure.
         file: The PNG to write.
-        title: What stands above it.
-        alternative: What it shows, in words, for those who do not see it.
+        title: The picture's title.
+        alternative: The picture's content in words, for those who do not see it.
     """
+    import matplotlib
+
     figure.savefig(file, dpi=150)
     # Laid out for the file, and as slow to lay out as to draw.
     figure.set_layout_engine("none")

@@ -17,6 +17,7 @@ RECORD_FILE = "run.json"
 RESULTS_FILE = "results.json"
 COEFFICIENTS_FILE = "coefficients.safetensors"
 HEAT_MAP_FILE = "coefficients.png"
+PAGE_FILE = "report.html"
 
 _FILLED_IN = (
     "base.path",

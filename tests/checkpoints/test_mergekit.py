@@ -404,13 +404,13 @@ def test_the_command(llama_recipe, tmp_path, capsys):
     file = write_recipe(tmp_path, fields)
     models = open_models(llama_recipe, Path())
     random_coefficients(models).save(tmp_path / "coefficients.safetensors")
-    # Options in any order: of two YAML files, the recipe is the one that is called so.
+    # Options in any order: of two YAML files, the recipe is the one that is no option's.
     out = tmp_path / "merge.yaml"
-    command = ["mergekit", str(tmp_path / "coefficients.safetensors"), "--out", str(out)]
-    cli.main([*command, "--recipe", str(file), "--export.dtype", "bfloat16"])
+    command = ["mergekit", "--out", str(out), str(file), str(tmp_path / "coefficients.safetensors")]
+    cli.main([*command, "--export.dtype", "bfloat16"])
     assert str(out) in capsys.readouterr().out
     config = yaml.safe_load(out.read_text())
     assert (config["dtype"], config["out_dtype"]) == ("float32", "bfloat16")
     with pytest.raises(SystemExit):
-        cli.main([*command, "--recipe", str(file)])
+        cli.main(command)
     assert "merge.yaml exists" in capsys.readouterr().err

@@ -305,8 +305,8 @@ def test_coefficients_of_other_experts(text_recipe, tmp_path, capfd):
 
     def refused(fields: Fields) -> str:
         recipe = write_recipe(tmp_path, fields)
-        options = ["--recipe", str(recipe), "--out", str(tmp_path / "out")]
-        status, said = failure(capfd, "fold", str(file), *options)
+        options = ["--out", str(tmp_path / "out")]
+        status, said = failure(capfd, "fold", str(recipe), str(file), *options)
         assert status == 2
         assert not (tmp_path / "out").exists()
         return said

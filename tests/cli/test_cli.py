@@ -42,7 +42,7 @@ MINIMAL = {
 
 
 def parsed(recipe, *options):
-    return cli._parse(["learn", str(recipe), *options]).recipe
+    return cli.parse(["learn", str(recipe), *options]).recipe
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_yaml_file_that_is_no_recipe(tmp_path):
     recipe = str(write_recipe(tmp_path, MINIMAL))
     start = ["--coefficients.start", "merge.yaml"]
     for arguments in ([*start, recipe], [recipe, *start], ["--coefficients.start=m.yaml", recipe]):
-        assert list(cli._parse(["learn", *arguments]).recipe.tasks) == list(MINIMAL["tasks"])
+        assert list(cli.parse(["learn", *arguments]).recipe.tasks) == list(MINIMAL["tasks"])
 
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def test_commands_of_the_readme_fit_its_first_recipe(line, tmp_path, monkeypatch
             (tmp_path / argument).write_text(written)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    assert list(cli._parse(arguments).recipe.tasks) == ["sentiment", "topic"]
+    assert list(cli.parse(arguments).recipe.tasks) == ["sentiment", "topic"]
 
 
 def test_unknown_command(capsys):
@@ -183,3 +183,22 @@ def test_compiled_programs_are_kept(chosen, monkeypatch, tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert found == (str(tmp_path / "adamerge_jax/compiled") if chosen is None else chosen or None)
+
+
+@pytest.fixture
+def old_order(tmp_path) -> list[str]:
+    recipe = str(write_recipe(tmp_path, MINIMAL))
+    return ["fold", "old.safetensors", "--recipe", recipe, "--out", "merged", "--scale", "law=0"]
+
+
+def test_a_recipe_as_an_option_still_works(old_order, capsys):
+    parsed_command = cli.parse(old_order)
+    assert list(parsed_command.recipe.tasks) == list(MINIMAL["tasks"])
+    command = parsed_command.command
+    assert (str(command.coefficients), command.scale) == ("old.safetensors", ("law=0",))
+    assert str(command.recipe_file) == old_order[3]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "adamerge fold: --recipe is deprecated; give the recipe first: "
+        f"adamerge fold {old_order[3]} ..."
+    )

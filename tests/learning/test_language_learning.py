@@ -490,7 +490,7 @@ def fold(fields: Mapping[str, Any], folder: Path, file: Path | None = None) -> P
         file = folder / "coefficients.safetensors"
         random_coefficients(open_models(parse_recipe(dict(fields)), folder)).save(file)
     recipe = write_recipe(folder, fields)
-    cli.main(["fold", str(file), "--recipe", str(recipe), "--out", str(folder / "out")])
+    cli.main(["fold", str(recipe), str(file), "--out", str(folder / "out")])
     return folder / "out" / "checkpoint"
 
 

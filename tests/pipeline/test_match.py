@@ -70,8 +70,8 @@ def test_experts_are_found_in_any_order_and_left_out(text_fields, file, referenc
 
 def test_the_command_scales_and_says_so(text_fields, file, reference, tmp_path, capsys):
     recipe, out = write_recipe(tmp_path, text_fields), tmp_path / "out"
-    options = ["--recipe", str(recipe), "--out", str(out), "--scale", "tone=0.5", "topic=0"]
-    cli.main(["fold", str(file), *options])
+    options = ["--out", str(out), "--scale", "tone=0.5", "topic=0"]
+    cli.main(["fold", str(recipe), str(file), *options])
     checkpoint = Checkpoint.open(out / "checkpoint")
     for name, array in reference.items():
         np.testing.assert_allclose(checkpoint.read(name), array, rtol=1e-5, atol=1e-6)
@@ -96,7 +96,7 @@ def test_the_card_of_a_fold_with_interference_names_the_models_that_are_there(
     path, out = tmp_path / "steps.safetensors", tmp_path / "out"
     random_coefficients(models_of(text_fields), interference=steps).save(path)
     recipe = write_recipe(tmp_path, text_fields)
-    cli.main(["fold", str(path), "--recipe", str(recipe), "--out", str(out), "--scale", "tone=0"])
+    cli.main(["fold", str(recipe), str(path), "--out", str(out), "--scale", "tone=0"])
     card = (out / "checkpoint/README.md").read_text()
     assert "tasks/topic" in card
     assert "tasks/tone" not in card
@@ -113,7 +113,7 @@ def test_the_file_says_what_is_mixed(text_fields, file, tmp_path, capsys):
     def kept(*options: str) -> set[str]:
         """The mixed tensors that a fold leaves at the base's."""
         out = tmp_path / f"out {len(options)}"
-        cli.main(["fold", str(file), "--recipe", str(recipe), "--out", str(out), *options])
+        cli.main(["fold", str(recipe), str(file), "--out", str(out), *options])
         checkpoint = Checkpoint.open(out / "checkpoint")
         different = {n for n in merged if (checkpoint.read(n) != merged[n]).any()}
         for name in different:
@@ -153,7 +153,7 @@ def test_float32_keeps_the_sums_of_bfloat16_models(text_recipe, tmp_path, granul
 def test_a_home_folder_that_no_shell_has_filled_in(text_fields, file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = write_recipe(tmp_path, text_fields)
-    cli.main(["fold", str(file), "--recipe", str(recipe), "--out=~/out", "--scale", "tone=0"])
+    cli.main(["fold", str(recipe), str(file), "--out=~/out", "--scale", "tone=0"])
     found = {entry.name for entry in (tmp_path / "out").iterdir()}
     assert found == {"checkpoint", "coefficients.safetensors", "orbax"}
 

@@ -392,7 +392,7 @@ def test_the_orbax_checkpoint_holds_the_same(text_run):
 
 def test_fold_writes_the_same_checkpoint(text_run, tmp_path):
     file = text_run.folder / "coefficients.safetensors"
-    cli.main(["fold", str(file), "--recipe", str(text_run.recipe), "--out", str(tmp_path / "out")])
+    cli.main(["fold", str(text_run.recipe), str(file), "--out", str(tmp_path / "out")])
     for folder in [Path("checkpoint"), *(Path("checkpoint/tasks") / task for task in TEXT_TASKS)]:
         learned, folded = weights(text_run.folder / folder), weights(tmp_path / "out" / folder)
         assert folded.keys() == learned.keys()
@@ -404,8 +404,8 @@ def test_fold_writes_the_same_checkpoint(text_run, tmp_path):
 
 def test_fold_without_an_orbax_checkpoint(text_run, tmp_path):
     file, out = text_run.folder / "coefficients.safetensors", tmp_path / "out"
-    arguments = ["--recipe", str(text_run.recipe), "--out", str(out), "--export.no-orbax"]
-    cli.main(["fold", str(file), *arguments])
+    arguments = [str(text_run.recipe), str(file), "--out", str(out), "--export.no-orbax"]
+    cli.main(["fold", *arguments])
     assert [folder.name for folder in out.iterdir()] == ["checkpoint"]
 
 
@@ -414,7 +414,7 @@ def test_fold_refuses_a_disk_too_full_for_both_checkpoints(text_run, tmp_path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 3 * 10**6))
     file, out = text_run.folder / "coefficients.safetensors", tmp_path / "out"
     with pytest.raises(SystemExit):
-        cli.main(["fold", str(file), "--recipe", str(text_run.recipe), "--out", str(out)])
+        cli.main(["fold", str(text_run.recipe), str(file), "--out", str(out)])
     assert "4.1 MB will be written" in capsys.readouterr().err
     assert not out.exists()
 
@@ -511,8 +511,8 @@ def test_clip(clip_run):
 def test_export_in_another_dtype(text_run, tmp_path, dtype):
     file = text_run.folder / "coefficients.safetensors"
     out = str(tmp_path / "out")
-    options = ["--recipe", str(text_run.recipe), "--out", out, "--export.dtype", dtype]
-    cli.main(["fold", str(file), *options])
+    options = ["--out", out, "--export.dtype", dtype]
+    cli.main(["fold", str(text_run.recipe), str(file), *options])
     checkpoint = tmp_path / "out" / "checkpoint"
     exact = weights(text_run.folder / "checkpoint" / "tasks" / "mood")
     for name, array in weights(checkpoint / "tasks" / "mood").items():

@@ -28,6 +28,6 @@ def test_a_run_with_both(text_recipe, tmp_path, monkeypatch):
     assert coefficients.objective == "custom:confidence"
     # Folding finds the granularity again.
     file, folded = run / "coefficients.safetensors", tmp_path / "folded"
-    cli.main(["fold", str(file), "--recipe", str(recipe), "--out", str(folded)])
+    cli.main(["fold", str(recipe), str(file), "--out", str(folded)])
     first = (run / "checkpoint" / "model.safetensors").read_bytes()
     assert (folded / "checkpoint" / "model.safetensors").read_bytes() == first

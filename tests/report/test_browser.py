@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from adamerge_jax.report import write_page
+from adamerge_jax.report.page import write_page
 from tests.report.saved_runs import ALL, write_run
 
 playwright = pytest.importorskip("playwright.sync_api")

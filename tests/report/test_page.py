@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from adamerge_jax.cli import main as cli
-from adamerge_jax.report import write_page
+from adamerge_jax.report.page import write_page
 from tests.report.saved_runs import ALL, STEPS, TASKS, step, write_run, write_steps
 
 VOID = {"meta", "link", "img", "br", "wbr", "hr", "input"}

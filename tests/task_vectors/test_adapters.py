@@ -327,9 +327,9 @@ def test_fold_refuses_before_it_writes(llama, tmp_path, capfd, case):
     file = tmp_path / "coefficients.safetensors"
     random_coefficients(opened, granularity, steps, **options).save(file)
     recipe = write_recipe(tmp_path, fields)
-    arguments = ["--recipe", str(recipe), "--out", str(tmp_path / "out"), "--export.adapter"]
+    arguments = [str(recipe), str(file), "--out", str(tmp_path / "out"), "--export.adapter"]
     with pytest.raises(SystemExit):
-        cli.main(["fold", str(file), *arguments])
+        cli.main(["fold", *arguments])
     assert "error: export.adapter: " in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -340,8 +340,7 @@ def test_fold_on_the_command_line(llama, tmp_path, capsys):
     random_coefficients(opened, "column").save(file)
     recipe = write_recipe(tmp_path, llama.adapters)
     out = tmp_path / "out"
-    arguments = ["--recipe", str(recipe), "--out", str(out), "--export.adapter"]
-    cli.main(["fold", str(file), *arguments])
+    cli.main(["fold", str(recipe), str(file), "--out", str(out), "--export.adapter"])
     assert f"adapter           {out / 'adapter'}" in capsys.readouterr().out
     require_same("llama", Path(llama.adapters["base"]), out)
 

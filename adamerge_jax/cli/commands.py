@@ -1,0 +1,234 @@
+"""The commands: their options, and the stage of the pipeline that each of them runs.
+
+A command imports what it needs when it runs, so that help and small commands are there at once.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+
+from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from adamerge_jax.recipes.schema import Recipe
+
+
+CoefficientsFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="COEFFICIENTS")]
+
+
+@dataclasses.dataclass(kw_only=True)
+class RecipeCommand:
+    """A command that takes a recipe, whose fields are options too."""
+
+    recipe_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
+    """The recipe, a YAML file."""
+    root: Path | None = None
+    """Folder that relative paths of the recipe start from; by default the recipe's own."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths of the recipe start from."""
+        return (self.root or self.recipe_file.parent).expanduser().resolve()
+
+    def run(self, recipe: "Recipe", console: Console) -> None:
+        """Runs the command.
+
+        Args:
+            recipe: The recipe, changed by what the command line says of its fields.
+            console: The console for progress and results.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Learn(RecipeCommand):
+    """Learn merge coefficients, compare the merge with its baselines, and export one checkpoint."""
+
+    out: Path | None = None
+    """Run folder to make; by default runs/<recipe name>."""
+    resume: bool = False
+    """Go on with the run in that folder from its last state, where it was interrupted."""
+
+    def run(self, recipe: "Recipe", console: Console) -> None:
+        """Learns, exports, and says where the results are."""
+        from adamerge_jax.devices import is_first_process
+        from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
+        from adamerge_jax.pipeline.run import learn
+        from adamerge_jax.runs.folder import COEFFICIENTS_FILE, HEAT_MAP_FILE, PAGE_FILE
+
+        out = self.out or Path("runs") / recipe.name
+        result = learn(recipe, root=self.folder, out=out, console=console, resume=self.resume)
+        if not is_first_process():
+            return
+        console.print(
+            f"merged checkpoint {out / CHECKPOINT_FOLDER}\n"
+            f"coefficients      {out / COEFFICIENTS_FILE} (best after "
+            f"{result.coefficients.step} steps)\n"
+            f"heat map          {out / HEAT_MAP_FILE}\n"
+            f"report            {out / PAGE_FILE}{_adapter_line(recipe, out)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Plan(RecipeCommand):
+    """Predict memory, time and disk of a recipe's merge, and what to change; reads no weight."""
+
+    device: str | None = None
+    """Predict for this one: cpu, h100, h200, a100, l4, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e; by
+    default for the present device, for which the step is compiled."""
+
+    def run(self, recipe: "Recipe", console: Console) -> None:
+        """Prints the prediction."""
+        from adamerge_jax.plan import make_plan, print_plan
+
+        print_plan(make_plan(recipe, self.folder, self.device), console)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Fold(RecipeCommand):
+    """Export the merge of a coefficients file, without learning."""
+
+    coefficients: CoefficientsFile
+    """The coefficients.safetensors of a run."""
+    out: Path
+    """Folder to make."""
+    scale: tuple[str, ...] = ()
+    """What to multiply experts' coefficients with: trec=0.5 sst2=0; 0 leaves an expert out."""
+    allow_other_models: bool = False
+    """Whether to go on with models that the file was not learned for."""
+
+    def run(self, recipe: "Recipe", console: Console) -> None:
+        """Exports the merge, and says where it is."""
+        from adamerge_jax.devices import is_first_process
+        from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
+        from adamerge_jax.pipeline.match import parse_scale
+        from adamerge_jax.pipeline.run import fold_file
+
+        fold_file(
+            self.coefficients,
+            recipe,
+            root=self.folder,
+            out=self.out,
+            console=console,
+            scale=parse_scale(self.scale),
+            allow_other_models=self.allow_other_models,
+        )
+        if is_first_process():
+            checkpoint = self.out / CHECKPOINT_FOLDER
+            console.print(
+                f"merged checkpoint {checkpoint}{_adapter_line(recipe, self.out)}", soft_wrap=True
+            )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Mergekit(RecipeCommand):
+    """Write the merge of a coefficients file as a YAML file that mergekit makes it from."""
+
+    coefficients: CoefficientsFile
+    """The coefficients.safetensors of a run: whole experts, one coefficient per tensor or
+    coarser, no interference steps."""
+    out: Path
+    """YAML file to make."""
+
+    def run(self, recipe: "Recipe", console: Console) -> None:
+        """Writes the file, and says how to use it."""
+        from adamerge_jax.pipeline.run import write_mergekit
+
+        write_mergekit(self.coefficients, recipe, root=self.folder, out=self.out, console=console)
+        console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluate(RecipeCommand):
+    """Evaluate a checkpoint on a recipe's test data, with the heads of its experts."""
+
+    checkpoint: str
+    """Folder or Hub id of a model of the same architecture, e.g. a merged one."""
+
+    def run(self, recipe: "Recipe", console: Console) -> None:
+        """Prints the table of results."""
+        from adamerge_jax.pipeline.run import evaluate
+
+        evaluate(recipe, self.checkpoint, root=self.folder, console=console)
+
+
+@dataclasses.dataclass
+class Inspect:
+    """Show what a coefficients file says."""
+
+    coefficients: CoefficientsFile
+    """The coefficients.safetensors of a run."""
+
+    def run(self, console: Console) -> None:
+        """Prints the file's facts and mean coefficients."""
+        from adamerge_jax.coefficients.file import Coefficients
+        from adamerge_jax.report.coefficients import print_coefficients
+
+        print_coefficients(Coefficients.load(self.coefficients), console)
+
+
+@dataclasses.dataclass
+class Compare:
+    """Show what differs between two coefficients files: what, where, how much."""
+
+    first: CoefficientsFile
+    """A coefficients file."""
+    second: CoefficientsFile
+    """Another one; differences are this one's values less the first one's."""
+    out: Path | None = None
+    """A .png file to draw the map of differences to."""
+
+    def run(self, console: Console) -> None:
+        """Prints the differences, and draws them where asked to."""
+        from adamerge_jax.coefficients.file import Coefficients
+        from adamerge_jax.report.comparison import compare
+        from adamerge_jax.report.comparison_view import print_comparison
+        from adamerge_jax.report.maps import draw_comparison
+
+        out = self.out and self.out.expanduser()
+        if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
+            raise InputError(f"--out {out}: expected a .png file in a folder that exists")
+        comparison = compare(Coefficients.load(self.first), Coefficients.load(self.second))
+        print_comparison(comparison, console)
+        if out is not None:
+            draw_comparison(comparison, out)
+            console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass
+class Report:
+    """Write the report of a run anew, finished or not: one HTML page that needs nothing else."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """The run folder."""
+
+    def run(self, console: Console) -> None:
+        """Writes the page, and says where it is."""
+        from adamerge_jax.report.page import write_page
+
+        console.print(f"report {write_page(self.folder)}", highlight=False, soft_wrap=True)
+
+
+COMMANDS: dict[str, type] = {
+    "learn": Learn,
+    "plan": Plan,
+    "fold": Fold,
+    "mergekit": Mergekit,
+    "evaluate": Evaluate,
+    "inspect": Inspect,
+    "compare": Compare,
+    "report": Report,
+}
+"""The commands by name."""
+
+
+def _adapter_line(recipe: "Recipe", out: Path) -> str:
+    """The line that says where the adapter is, if there is one."""
+    from adamerge_jax.pipeline.export import ADAPTER_FOLDER
+
+    return f"\nadapter           {out / ADAPTER_FOLDER}" if recipe.export.adapter else ""

@@ -1,0 +1,155 @@
+"""The fields of a recipe as options: the file gives their defaults, the command line overrides.
+
+So the recipe is found and read first, then the command line is parsed with it. Lists of sections,
+and mappings of any names, are written on the command line as in the file: in YAML.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar, get_args
+
+import tyro
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from adamerge_jax.cli.commands import RecipeCommand
+from adamerge_jax.cli.compilation import keep_compiled_programs
+from adamerge_jax.cli.console import show_log_lines
+from adamerge_jax.errors import InputError
+from adamerge_jax.recipes.presets import drop_options_of_replaced
+from adamerge_jax.recipes.schema import (
+    Recipe,
+    Section,
+    describe_validation_error,
+    load_recipe,
+    parse_recipe,
+    read_yaml,
+)
+
+C = TypeVar("C", bound=RecipeCommand)
+
+_EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration": "DATA"}}}
+"""The recipe whose fields `--help` shows where none is given."""
+
+
+@dataclasses.dataclass
+class WithRecipe(Generic[C]):
+    """A command and its recipe.
+
+    Attributes:
+        command: The command with its own options.
+        recipe: The recipe as the command line changes it.
+    """
+
+    command: Annotated[C, tyro.conf.arg(name="")]
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+
+    def run(self, console: Console) -> None:
+        """Runs the command."""
+        keep_compiled_programs()
+        show_log_lines()
+        self.command.run(self.recipe, console)
+
+
+def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> WithRecipe[C]:
+    """Parses a command line, with the recipe that it names as the default of all fields.
+
+    Args:
+        name: The command's name.
+        command: Its class.
+        options: What follows the name.
+
+    Raises:
+        InputError: The recipe, or a field given on the command line, cannot be used.
+    """
+    parser = argparse.ArgumentParser(f"adamerge {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")  # decides on the defaults of all other options
+    parser.add_argument("--recipe")
+    early, options = parser.parse_known_args(options)
+    if early.recipe is not None:
+        print(
+            f"adamerge {name}: --recipe is deprecated; give the recipe first: "
+            f"adamerge {name} {early.recipe} ...",
+            file=sys.stderr,
+        )
+        options = [early.recipe, *options]
+    asks_for_help = bool({"-h", "--help"} & set(options))
+    file = _find_recipe(name, command, [o for o in options if o not in ("-h", "--help")])
+    if file is not None:
+        recipe = load_recipe(file, early.preset)
+    elif asks_for_help:
+        recipe = parse_recipe(_EXAMPLE)
+    else:
+        raise InputError(f"adamerge {name}: give a recipe, a .yaml file, and options after it")
+    parsed = _parse(name, command, options, recipe)
+    named = {o.removeprefix("--").partition("=")[0].replace("-", "_") for o in options}
+    fields = drop_options_of_replaced(parsed.recipe.model_dump(), recipe.model_dump(), named)
+    # Once more as a whole: what a field may be can depend on another.
+    parsed.recipe = parse_recipe(fields, "command line")
+    return parsed
+
+
+def _find_recipe(name: str, command: type[C], options: Sequence[str]) -> Path | None:
+    """Returns the recipe that a command line names, before its fields are known; or None."""
+    if not options:
+        return None
+    if not options[0].startswith("-"):
+        return Path(options[0])
+    # The parser alone knows how many values an option takes.
+    quietly = {"return_unknown_args": True, "console_outputs": False}
+    try:
+        parsed, _ = _parse(name, command, options, parse_recipe(_EXAMPLE), **quietly)
+    except SystemExit:
+        return None
+    return parsed.command.recipe_file
+
+
+def _parse(
+    name: str, command: type[C], options: Sequence[str], recipe: Recipe, **parsing: bool
+) -> Any:
+    """Parses options, with a recipe for the defaults of its fields."""
+    required = (f.name for f in dataclasses.fields(command) if f.default is dataclasses.MISSING)
+    try:
+        return tyro.cli(
+            WithRecipe[command],
+            default=WithRecipe(command(**dict.fromkeys(required, tyro.MISSING)), recipe),
+            args=options,
+            prog=f"adamerge {name}",
+            description=command.__doc__,
+            config=(tyro.conf.AvoidSubcommands,),
+            registry=_CONSTRUCTORS,
+            **parsing,
+        )
+    except ValidationError as error:
+        raise InputError(f"command line: {describe_validation_error(error)}") from error
+
+
+_CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
+
+
+@_CONSTRUCTORS.primitive_rule
+def _as_yaml(
+    field: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Reads fields in YAML that have no fixed names within: options, and lists of sections."""
+    members = [member for member in get_args(field.type) if isinstance(member, type)]
+    of_sections = field.type_origin is list and any(issubclass(m, Section) for m in members)
+    if field.type != dict[str, Any] and not of_sections:
+        return None
+
+    def write(value: Any) -> list[str]:
+        if of_sections:
+            value = [section.model_dump(exclude_defaults=True) for section in value]
+        return [yaml.safe_dump(value, default_flow_style=True, width=float("inf")).strip()]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="YAML",
+        instance_from_str=lambda given: read_yaml(given[0]),
+        is_instance=lambda value: isinstance(value, field.type_origin),
+        str_from_instance=write,
+    )
