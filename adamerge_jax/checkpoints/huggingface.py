@@ -1,5 +1,7 @@
 """Reading a Hugging Face checkpoint: its config, and its weights one tensor at a time."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field
 from io import RawIOBase
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -24,9 +26,11 @@ from huggingface_hub.errors import (
 )
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
 
 from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -102,7 +106,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
 
     @classmethod
-    def open(cls, source: str | Path, *, revision: str | None = None) -> "Checkpoint":
+    def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Opens a local folder, or a checkpoint of the Hugging Face Hub.
 
         Args:
@@ -115,7 +119,7 @@ class Checkpoint:
         return cls.in_folder(str(source), locate(source, revision=revision))
 
     @classmethod
-    def in_folder(cls, source: str, folder: Path) -> "Checkpoint":
+    def in_folder(cls, source: str, folder: Path) -> Checkpoint:
         """Opens what `locate` found.
 
         Args:
@@ -299,6 +303,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise InputError(
             f"{folder} has no config.json; give the folder that `save_pretrained` wrote"
         )
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # A config's own validation raises errors of many types.

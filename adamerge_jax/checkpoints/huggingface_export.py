@@ -13,6 +13,8 @@ A merge of K experts with K heads is written once, as a backbone and K small hea
 Both the folder and each folder under `tasks/` are ordinary checkpoints for `from_pretrained`.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import logging
@@ -28,12 +30,11 @@ from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Array
-from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.folders import new_folder, readable_size
 from adamerge_jax.checkpoints.huggingface import (
@@ -45,6 +46,9 @@ from adamerge_jax.checkpoints.huggingface import (
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import is_stacked, tensors_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -160,7 +164,7 @@ class CheckpointWriter:
         self._config: PretrainedConfig | None = None
         self._task_models: dict[str, _TaskModel] = {}
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __enter__(self) -> CheckpointWriter:
         """Makes the temporary folder.
 
         Raises:
@@ -344,6 +348,27 @@ class CheckpointWriter:
         _write_index(folder, shards)
         _write_config(folder, model.config, shards)
         _copy_assets(model.assets, model.otherwise, folder)
+
+
+def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
+    """Returns the name of the `transformers` class for models of a config.
+
+    Args:
+        config: The model's config.
+        auto_class: The class that chooses it, a classifier's; None for the model without a head.
+    """
+    from transformers.models.auto import modeling_auto
+
+    class_names = {
+        None: modeling_auto.MODEL_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": (
+            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        ),
+        "AutoModelForImageClassification": (
+            modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        ),
+    }
+    return class_names[auto_class][config.model_type]
 
 
 def require_task_name(task: str) -> None:

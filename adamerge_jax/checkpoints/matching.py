@@ -1,18 +1,22 @@
 """Which tensor of a checkpoint is which parameter of a model."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint, and_more, require_finite
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import matches
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Checkpoints converted from TensorFlow, bert-base-uncased among them, name LayerNorm's parameters
 # as TensorFlow does. (LayerScale has a gamma too, which stays a gamma.)

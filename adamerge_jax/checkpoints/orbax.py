@@ -3,18 +3,23 @@
 It is a flat dictionary: the keys are the parameters' names, dots and `*` included.
 """
 
+from __future__ import annotations
+
 import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from adamerge_jax.checkpoints.folders import new_folder
 from adamerge_jax.checkpoints.huggingface import in_one_line
 from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | Unr
     """
     require_plain_path(Path(folder))
     if jax.process_count() > 1:
+        import orbax.checkpoint as ocp
+
         # Orbax has the processes agree on a temporary name of its own.
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(Path(folder).expanduser().resolve(), dict(parameters))
@@ -86,6 +93,8 @@ def load_parameters(folder: str | Path) -> dict[str, jax.Array]:
     Raises:
         InputError: There is no such folder, or no complete checkpoint of this kind in it.
     """
+    import orbax.checkpoint as ocp
+
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
         raise InputError(f"no such folder: {folder}; give one that save_parameters wrote")
@@ -108,29 +117,35 @@ def load_parameters(folder: str | Path) -> dict[str, jax.Array]:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Writes what Orbax's own checkpointers read; weights as they are, as they hardly compress."""
+    """Returns a writer of what Orbax's own checkpointers read.
+
+    Weights are not compressed, as they hardly get smaller.
+    """
+    import orbax.checkpoint as ocp
+
+    class UnreadArrayHandler(ocp.type_handlers.NumpyHandler):
+        """Writes arrays one after the other, each read when the last one is written."""
+
+        def __init__(self) -> None:
+            super().__init__(deepcopy_host_arrays=False)
+
+        async def serialize(
+            self,
+            values: Sequence[UnreadArray],
+            infos: Sequence[ocp.type_handlers.ParamInfo],
+            args: Sequence[ocp.SaveArgs] | None = None,
+        ) -> Sequence[ocp.future.Future]:
+            for position, unread in enumerate(values):
+                arguments = args and [args[position]]
+                for written in await super().serialize(
+                    [unread.read()], [infos[position]], arguments
+                ):
+                    written.result()
+            return []
+
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()), (UnreadArray, _UnreadArrayHandler())
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (UnreadArray, UnreadArrayHandler())
     )
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     )
-
-
-class _UnreadArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Writes arrays one after the other, each read when the last one is written."""
-
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-
-    async def serialize(
-        self,
-        values: Sequence[UnreadArray],
-        infos: Sequence[ocp.type_handlers.ParamInfo],
-        args: Sequence[ocp.SaveArgs] | None = None,
-    ) -> Sequence[ocp.future.Future]:
-        for position, value in enumerate(values):
-            own = args and [args[position]]
-            for written in await super().serialize([value.read()], [infos[position]], own):
-                written.result()
-        return []

@@ -1,5 +1,7 @@
 """Reading and writing PEFT adapters: LoRA factors and what was saved whole beside them."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import json
@@ -7,12 +9,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save_file
-from transformers import PretrainedConfig
 
 from adamerge_jax.checkpoints.folders import new_folder
 from adamerge_jax.checkpoints.huggingface import (
@@ -28,6 +29,9 @@ from adamerge_jax.checkpoints.huggingface import WEIGHTS_FILE as MODEL_FILE
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, find_names
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import matches
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -1,11 +1,15 @@
 """The tokenizer beside the weights of a checkpoint."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint, in_one_line
 from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SIGNS = (
     ("tokenizer_config.json",),
@@ -38,6 +42,8 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
     Raises:
         InputError: There is none, it cannot be read, or its vocabulary is missing.
     """
+    from transformers import AutoTokenizer
+
     where = f"{role} ({checkpoint.source})"
     if not has_tokenizer(checkpoint):
         raise InputError(

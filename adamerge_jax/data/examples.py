@@ -4,16 +4,20 @@ Texts are tokenised once. Images are opened and preprocessed when they are first
 kept while there is room. NumPy files hold model inputs as they are.
 """
 
+from __future__ import annotations
+
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from transformers import PreTrainedTokenizerBase
 
 from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

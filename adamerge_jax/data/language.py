@@ -1,19 +1,23 @@
 """Texts, prompts with responses and conversations as tokens that a language model is to predict."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 from jaxtyping import Int
-from transformers import PreTrainedTokenizerBase
 
 from adamerge_jax.data.examples import Examples, bucket_length, padded
 from adamerge_jax.data.tables import no_column, texts_of
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.recipes.schema import DataSource
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -1,14 +1,14 @@
 """Reading examples from files, folders and the Hugging Face Hub."""
 
+from __future__ import annotations
+
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 from jaxtyping import Int
-from transformers import PreTrainedTokenizerBase
 
 from adamerge_jax.data.examples import (
     ArrayExamples,
@@ -22,6 +22,10 @@ from adamerge_jax.data.language import load_language_examples
 from adamerge_jax.data.tables import no_column, texts_of
 from adamerge_jax.errors import InputError
 from adamerge_jax.recipes.schema import DataSource
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
 
 
 class TokenLimits(NamedTuple):
@@ -136,6 +140,8 @@ def is_on_hub(source: DataSource, root: Path) -> bool:
 
 def _load_table(path: Path, source: DataSource, name: str) -> datasets.Dataset:
     """Reads a file, a folder of images, or a data set of the Hub."""
+    import datasets
+
     quiet = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     # `datasets` takes paths as patterns.
@@ -195,6 +201,8 @@ def _preprocess(
     name: str,
 ) -> Examples:
     """Turns a table into examples for a text or an image model."""
+    import datasets
+
     is_text = first_input == "input_ids"
     columns = [source.image]
     if is_text:

@@ -1,11 +1,15 @@
 """Columns of the tables that examples are read from."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import datasets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.recipes.schema import DataSource
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def texts_of(table: datasets.Dataset, column: str, source: DataSource, name: str) -> list[str]:

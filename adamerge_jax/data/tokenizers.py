@@ -1,10 +1,11 @@
 """The tokenizer of a merge: there is one, so that every expert must have learned with the same."""
 
+from __future__ import annotations
+
 import filecmp
 import logging
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from adamerge_jax.checkpoints.huggingface import and_more
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
@@ -12,6 +13,9 @@ from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import Models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

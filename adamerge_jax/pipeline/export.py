@@ -4,25 +4,22 @@ Where all experts are LoRA adapters the merge may be one too, written beside the
 mergekit can merge in the same way is written for it as a YAML file.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from rich.console import Console
-from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
+from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter, model_class
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.mergekit import inexpressible, write_merge
 from adamerge_jax.checkpoints.orbax import UnreadArray, save_parameters
@@ -38,6 +35,9 @@ from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import DTYPES, fold, load_backbone, load_head, read_parameter
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.model_card import model_card
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CHECKPOINT_FOLDER = "checkpoint"
 ORBAX_FOLDER = "orbax"
@@ -118,7 +118,7 @@ def _export_checkpoint(
     replaced = {name for task in models.experts for name in models.head_names(task)}
     carried = [name for name in models.base.extra if name not in replaced]
     if len(carried) < len(models.base.extra):
-        config.architectures = [MODEL_MAPPING_NAMES[config.model_type]]
+        config.architectures = [model_class(config)]
     writer = CheckpointWriter(
         out / CHECKPOINT_FOLDER,
         max_shard_bytes=recipe.export.shard_megabytes * 10**6,
@@ -314,15 +314,8 @@ def export_mergekit(recipe: Recipe, models: Models, coefficients: Coefficients, 
 def _task_config(models: Models, adapter: MatchedAdapter) -> PretrainedConfig:
     """The config of the model that an adapter makes of the base, with the class that loads it."""
     config = copy.deepcopy(adapter.checkpoint.config)
-    config.architectures = [_CLASSES[models.family.auto_class][config.model_type]]
+    config.architectures = [model_class(config, models.family.auto_class)]
     return config
-
-
-_CLASSES = {
-    "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForImageClassification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-}
-"""Names of the classes of `transformers`, by auto class and model type."""
 
 
 def export_bytes(models: Models, recipe: Recipe) -> int:

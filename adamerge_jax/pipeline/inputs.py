@@ -1,15 +1,16 @@
 """What a recipe is about, opened and loaded: models, task heads and data."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from transformers import PreTrainedTokenizerBase
 
 from adamerge_jax.checkpoints.huggingface import in_one_line
 from adamerge_jax.data.examples import Examples, ImageProcessor, Subset
@@ -29,6 +30,9 @@ from adamerge_jax.pipeline.read import (
     load_zero_shot_head,
 )
 from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Data(NamedTuple):

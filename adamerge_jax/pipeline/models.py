@@ -1,11 +1,12 @@
 """A recipe's base and experts: found, checked and matched by name, before a weight is loaded."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint, locate
 from adamerge_jax.checkpoints.matching import (
@@ -23,6 +24,9 @@ from adamerge_jax.models import family_of
 from adamerge_jax.models.family import OUTPUT_LAYER, Family
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.recipes.schema import ModelSource, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""An instant start: the package imports heavy libraries only when something needs them.
+
+In subprocesses, because the tests themselves import all of them.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "orbax")
+
+TOUCH_ALL_NAMES = """
+for name in adamerge_jax.__all__:
+    getattr(adamerge_jax, name)
+"""
+
+# Modules of the core and of the models, down to an architecture's own file.
+IMPORT_ALL_ARCHITECTURES = """
+import importlib
+from adamerge_jax.models import ARCHITECTURES, zero_shot
+for module in ARCHITECTURES.values():
+    importlib.import_module(module)
+"""
+
+IMPORT_ALL_STAGES = """
+import importlib, pkgutil
+for room in ("checkpoints", "data", "pipeline", "recipes"):
+    package = importlib.import_module(f"adamerge_jax.{room}")
+    for module in pkgutil.iter_modules(package.__path__, f"adamerge_jax.{room}."):
+        importlib.import_module(module.name)
+"""
+
+
+def imported_by(code: str) -> set[str]:
+    """The heavy libraries among the modules of a new process that ran some code."""
+    script = f"import json, sys\n{code}\nprint(json.dumps(sorted(sys.modules)))"
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    roots = {name.partition(".")[0] for name in json.loads(process.stdout)}
+    return roots & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["", TOUCH_ALL_NAMES, IMPORT_ALL_ARCHITECTURES, IMPORT_ALL_STAGES],
+    ids=["package", "names", "architectures", "stages"],
+)
+def test_importing_imports_nothing_heavy(code: str) -> None:
+    imported = imported_by(f"import adamerge_jax\n{code}")
+    if code == IMPORT_ALL_STAGES:
+        imported -= {"matplotlib", "orbax"}  # a run draws its pictures and keeps snapshots
+    assert imported == set()
+
+
+def test_heavy_libraries_are_noticed() -> None:
+    assert "matplotlib" in imported_by("import matplotlib")
