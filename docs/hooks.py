@@ -1,13 +1,9 @@
-"""What the pages take from the project itself at build time, so that nothing is said twice.
+"""The tables that pages take from the code at build time.
 
 In a page, on a line of its own:
 
-- `{{ readme: Heading }}`: that section of README.md without its heading, and without those of its
-  subsections that another page names;
-- `{{ readme introduction }}`: what comes before its first section;
-- `{{ readme rest }}`: its sections that no page names;
 - `{{ recipe fields }}`: tables of all fields of a recipe;
-- `{{ presets }}`: the presets with what they say;
+- `{{ presets }}`: the presets with their settings;
 - `{{ public names }}`: all that `adamerge_jax` exports.
 """
 
@@ -15,9 +11,8 @@ import inspect
 import re
 from collections.abc import Iterator
 from importlib.resources import files as resources
-from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -27,9 +22,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import adamerge_jax
-from adamerge_jax.recipes.schema import Recipe, presets
+from adamerge_jax.recipes import presets
+from adamerge_jax.recipes.schema import Recipe
 
-ROOT = Path(__file__).parents[1]
 DESCRIBED_ELSEWHERE = ("DenseDelta", "LowRankDelta", "Recipe")
 """Classes whose members a page of their own describes."""
 
@@ -38,81 +33,29 @@ MARKER = re.compile(r"^\{\{ (.+?) \}\}$", re.MULTILINE)
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fills in the markers of a page."""
-    pages = (file.content_string for file in files.documentation_pages())
-    named = {m[1].removeprefix("readme: ") for each in pages for m in MARKER.finditer(each)}
+    tables = {
+        "recipe fields": recipe_fields,
+        "presets": all_presets,
+        "public names": public_names,
+    }
 
     def fill(marker: re.Match[str]) -> str:
-        what = marker[1]
-        if what.startswith("readme: "):
-            return section(what.removeprefix("readme: "), named)
-        made = {
-            "readme introduction": lambda: readme()[0].text,
-            "readme rest": lambda: rest_of_the_readme(named),
-            "recipe fields": recipe_fields,
-            "presets": all_presets,
-            "public names": public_names,
-        }
-        if what not in made:
-            raise PluginError(f"{page.file.src_path}: there is no {{{{ {what} }}}}")
-        return made[what]()
+        if marker[1] not in tables:
+            raise PluginError(f"{page.file.src_path}: there is no {marker[0]}")
+        return tables[marker[1]]()
 
     return MARKER.sub(fill, markdown)
 
 
-class Section(NamedTuple):
-    """A heading of README.md and what stands below it, up to the next heading."""
-
-    level: int
-    heading: str
-    text: str
-
-
-def readme() -> list[Section]:
-    """The sections of README.md in their order; the first is its title with the introduction."""
-    found, in_code = [], False
-    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines(keepends=True):
-        in_code ^= line.startswith("```")
-        heading = None if in_code else re.match(r"(#+) (.+)", line)
-        if heading:
-            found.append(Section(len(heading[1]), heading[2], ""))
-        else:
-            found[-1] = found[-1]._replace(text=found[-1].text + line)
-    return found
-
-
-def section(heading: str, named: set[str]) -> str:
-    """A section of README.md without its heading, with those subsections that no page names."""
-    sections = readme()
-    position = next((i for i, own in enumerate(sections) if own.heading == heading), None)
-    if position is None:
-        raise PluginError(f"README.md has no section {heading!r}; a page asks for it")
-    parts = [sections[position].text]
-    for below in sections[position + 1 :]:
-        if below.level <= sections[position].level:
-            break
-        if below.heading not in named:
-            parts.append(f"{'#' * below.level} {below.heading}\n{below.text}")
-    return "\n".join(parts)
-
-
-def rest_of_the_readme(named: set[str]) -> str:
-    """The sections of README.md that no page names."""
-    return "\n".join(
-        f"## {own.heading}\n{section(own.heading, named)}"
-        for own in readme()
-        if own.level == 2 and own.heading not in named
-    )
-
-
 def recipe_fields() -> str:
-    """A table for the recipe and one for each of its sections."""
+    """Returns a table for the recipe and one for each of its sections."""
     return "\n\n".join(_table(where, model) for where, model in _sections("", Recipe, set()))
 
 
 def _sections(
     where: str, model: type[BaseModel], seen: set[type[BaseModel]]
 ) -> Iterator[tuple[str, type[BaseModel]]]:
-    """A section and those within, each once, with the path at which a recipe has it first."""
+    """Yields a section and those within, once, with the path at which a recipe first has it."""
     seen.add(model)
     yield where, model
     for name, field in model.model_fields.items():
@@ -137,9 +80,9 @@ def _table(where: str, model: type[BaseModel]) -> str:
     lines = [f"## {title} {{#{model.__name__}}}", "", _summary(model), ""]
     lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
-        what = _one_line(field.description or "") or _summary(field.annotation)
+        meaning = _one_line(field.description or "") or _summary(field.annotation)
         kind = " ".join([_type(field.annotation), *filter(None, map(_bound, field.metadata))])
-        lines.append(f"| `{name}` | {kind} | {_default(field)} | {what} |")
+        lines.append(f"| `{name}` | {kind} | {_default(field)} | {meaning} |")
     return "\n".join(lines)
 
 
@@ -152,7 +95,7 @@ def _one_line(text: str) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type in words; sections are links to their tables."""
+    """Returns a type in words; sections are links to their tables."""
     origin = get_origin(annotation)
     if _is_section(annotation):
         return f"[section](#{annotation.__name__})"
@@ -171,12 +114,13 @@ def _type(annotation: Any) -> str:
 
 
 def _bound(constraint: Any) -> str:
-    """What pydantic asks of a value, in words."""
+    """Returns a constraint of pydantic on a value, in words."""
     words = {"ge": "from", "gt": "over", "le": "to", "lt": "under", "min_length": "at least"}
-    found = [
-        (words[name], getattr(constraint, name)) for name in words if hasattr(constraint, name)
-    ]
-    return ", ".join(f"{word} {value}" for word, value in found)
+    return ", ".join(
+        f"{word} {getattr(constraint, name)}"
+        for name, word in words.items()
+        if hasattr(constraint, name)
+    )
 
 
 def _default(field: FieldInfo) -> str:
@@ -188,7 +132,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def all_presets() -> str:
-    """Each preset: its comment as text, then what it says."""
+    """Returns the comment of each preset as text, then its settings."""
     folder = resources(presets)
     return "\n\n".join(
         _preset(name, folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
@@ -205,14 +149,14 @@ def _preset(name: str, text: str) -> str:
 
 
 def public_names() -> str:
-    """A reference entry for each name that `adamerge_jax` exports; modules have their own pages."""
-    exported = {name: getattr(adamerge_jax, name) for name in adamerge_jax.__all__}
+    """Returns a reference entry for each name that `adamerge_jax` exports, except modules."""
     entries = []
-    for name, thing in exported.items():
-        if isinstance(thing, ModuleType):
+    for name in adamerge_jax.__all__:
+        exported = getattr(adamerge_jax, name)
+        if isinstance(exported, ModuleType):
             continue
-        # By where it is defined: `adamerge_jax.task_vectors` is a module too.
-        entry = f"::: {getattr(thing, '__module__', 'adamerge_jax')}.{name}"
+        # The module of its definition: `adamerge_jax.task_vectors` is a module too.
+        entry = f"::: {getattr(exported, '__module__', 'adamerge_jax')}.{name}"
         if name in DESCRIBED_ELSEWHERE:
             entry += "\n    options: {members: false}"
         entries.append(entry)

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from adamerge_jax.checkpoints.folders import require_new
-from adamerge_jax.learning.snapshots import last_step
 from adamerge_jax.errors import InputError
+from adamerge_jax.learning.snapshots import last_step
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.runs.folder import COEFFICIENTS_FILE, METRICS_FILE, RECIPE_FILE, write_whole
 

@@ -141,15 +141,16 @@ def test_a_yaml_file_that_is_no_recipe(tmp_path):
 ROOT = Path(__file__).parents[2]
 
 
-def commands_of_the_readme() -> list[str]:
-    """The README's `adamerge` commands that take a recipe, each as one line."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"^    (?:PYTHONPATH=\S+ )?(adamerge .*)", text, re.MULTILINE)
-    return [line for line in found if ".yaml" in line]
+def documented_commands() -> list[str]:
+    """Returns the `adamerge` commands of README and guides that take a recipe, one a line."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+    text = "".join(page.read_text() for page in pages).replace("\\\n", " ")
+    commands = re.findall(r"^    (?:PYTHONPATH=\S+ )?(adamerge .*)", text, re.MULTILINE)
+    return list(dict.fromkeys(line for line in commands if ".yaml" in line))
 
 
-@pytest.mark.parametrize("line", commands_of_the_readme())
-def test_commands_of_the_readme_fit_its_first_recipe(line, tmp_path, monkeypatch):
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_fit_the_first_recipe_of_the_readme(line, tmp_path, monkeypatch):
     _, *arguments = shlex.split(line.partition("  #")[0])
     written = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     for argument in arguments:

@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -39,12 +40,14 @@ def words(page: Path) -> str:
     return html.unescape(re.sub("<[^>]*>", "", page.read_text()))
 
 
-def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    yield model
-    for each in re.findall(
-        r"recipes\.(\w+)", str([f.annotation for f in model.model_fields.values()])
-    ):
-        yield from sections(getattr(adamerge_jax.recipes.schema, each))
+def sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yields the sections of a recipe within a type, at any depth."""
+    for part in get_args(annotation):
+        yield from sections(part)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        for field in annotation.model_fields.values():
+            yield from sections(field.annotation)
 
 
 def test_pages_ask_no_other_host(site: Path):
@@ -91,10 +94,35 @@ def test_every_public_name_is_in_the_reference(site: Path):
         )
 
 
-def test_the_whole_readme_is_on_the_site(site: Path):
+def test_the_architecture_names_every_room():
+    package = Path(adamerge_jax.__file__).parent
+    modules = {file.name for file in package.glob("*.py")} - {"__init__.py"}
+    rooms = {f"{folder.parent.name}/" for folder in package.glob("*/__init__.py")}
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = {name for row in re.findall(r"^\| (`.*?) \|", page, re.M) for name in row.split("`")}
+    assert {name for name in named if name.endswith((".py", "/"))} == modules | rooms
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).is_file(), link
+
+
+def test_the_readme_and_the_site_say_the_same(site: Path):
     pages = "".join(words(page) for page in site.rglob("*.html"))
-    readme = (ROOT / "README.md").read_text()
-    for paragraph in re.sub(r"```.*?```", "", readme, flags=re.DOTALL).split("\n\n"):
-        first = re.match(r"[A-Z][\w ,]{20,}", paragraph)
-        if first:
-            assert first[0] in pages
+    for command in re.findall(r"^    (\S.*)", README, re.MULTILINE):
+        assert command.partition("  #")[0] in pages
+    measured = (ROOT / "docs" / "guides" / "measured.md").read_text()
+    results = re.findall(r"\|((?: [\d.]+ \|){6}) \**([\d.]+)\** \|$", README, re.MULTILINE)
+    assert len(results) == 5
+    for tasks, average in results:
+        assert re.search(rf"{re.escape(tasks)} \**{average} ", measured)

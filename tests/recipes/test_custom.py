@@ -1,4 +1,4 @@
-"""The README's granularity and objective of one's own, in a whole run."""
+"""The guide's granularity and objective of one's own, in a whole run."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from tests.references import write_recipe
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_shows_the_file():
+def test_the_guide_shows_the_file():
     code = (ROOT / "experiments" / "custom.py").read_text()
     shown = code.split('"""\n', 1)[1].strip()
-    assert shown in (ROOT / "README.md").read_text()
+    assert shown in (ROOT / "docs/guides/custom.md").read_text()
 
 
 def test_a_run_with_both(text_recipe, tmp_path, monkeypatch):
