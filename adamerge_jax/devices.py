@@ -1,13 +1,13 @@
-"""Which devices a run is spread over, and what lies where on them.
+"""The devices that a run is spread over, and the placement of arrays on them.
 
 Parameters and task vectors are split along the `model` axis of a mesh, each layer's merged weights
-are gathered where they are used (fully-sharded data parallelism); examples are split over all
-devices. JAX's compiler puts in the communication.
+are gathered where they are used (fully-sharded data parallelism). Examples are split over all
+devices. JAX's compiler inserts the communication.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,10 @@ from jaxtyping import Array, PyTree
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import is_stacked
 
-if TYPE_CHECKING:
-    from adamerge_jax.recipes.schema import DevicesRecipe
-
 DATA, MODEL = "data", "model"
 """Names of the axes of the mesh."""
+
+_OVER_ALL = PartitionSpec((DATA, MODEL))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,35 +31,36 @@ class Devices:
 
     Attributes:
         mesh: All devices of all processes, `(data, model)`; None for the first one of this process
-            alone, where arrays go as they always do.
+            alone, where JAX puts arrays by itself.
     """
 
     mesh: Mesh | None = None
 
     @property
     def replicated(self) -> NamedSharding | None:
-        """The sharding of what every device has as a whole."""
+        """The sharding of arrays that every device has as a whole."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def parameter(self, name: str, array: np.ndarray) -> Array:
-        """Puts a parameter where it belongs: of the host's array, each device gets its own part.
+        """Returns the host's array of a parameter, split among the devices.
 
-        Matrices are split by their rows, so that summing experts needs no communication and what
-        is gathered is the merged matrix; or else along the largest axis that can be. Vectors and
-        what has no such axis are whole on every device, and layers are never split.
+        Matrices are split by their rows, so that summing experts needs no communication and the
+        merged matrix is gathered; where the number of rows does not allow it, along the largest
+        axis that does. Vectors and arrays without such an axis are whole on every device. The axis
+        of stacked layers is never split.
 
         Args:
-            name: Of the parameter.
+            name: The parameter's name.
             array: `[*shape]`, or `[L, *shape]` where the name is stacked.
         """
         return self._put(array, self._split(array.shape, int(is_stacked(name))))
 
     def delta(self, name: str, delta: PyTree) -> PyTree:
-        """Puts the deltas of a parameter where they belong, as `parameter` does.
+        """Returns the deltas of a parameter, split among the devices as `parameter` does.
 
         Args:
-            name: Of the parameter.
-            delta: In any representation, its arrays `[K, ...]` or `[L, K, ...]`.
+            name: The parameter's name.
+            delta: Any representation, with arrays `[K, ...]` or `[L, K, ...]`.
         """
 
         def put(path: tuple, array: np.ndarray | Array) -> Array:
@@ -80,8 +80,8 @@ class Devices:
     def examples(self, tree: PyTree[np.ndarray]) -> PyTree[np.ndarray | Array]:
         """Gives every device its part of the examples, `[N, ...]`.
 
-        Where their number is no multiple of that of the devices, every device is given all of them;
-        what is computed of them is split all the same, see `spread`.
+        If their number is no multiple of the number of devices, every device is given all of them;
+        the computation is split all the same, see `spread`.
         """
         if self.mesh is None:
             return tree
@@ -93,13 +93,13 @@ class Devices:
         return jax.tree.map(put, tree)
 
     def spread(self, backbone: Callable[..., Any]) -> Callable[..., Any]:
-        """A backbone that runs on all devices, each of them on its part of the examples.
+        """Returns a backbone that runs on all devices, each of them on its part of the examples.
 
-        Where the number of examples is no multiple of that of the devices, the last example is
+        If the number of examples is no multiple of the number of devices, the last example is
         repeated until it is; the outputs are those of the given examples alone.
 
         Args:
-            backbone: From parameters and inputs `[N, ...]` by name to `Outputs`.
+            backbone: A function from parameters and inputs `[N, ...]` by name to `Outputs`.
         """
         if self.mesh is None:
             return backbone
@@ -130,14 +130,14 @@ class Devices:
     def _split(
         self, shape: tuple[int, ...], whole: int, *, by_columns: bool = False
     ) -> PartitionSpec:
-        """How an array is split whose leading `whole` axes are not."""
-        own = shape[whole:]
-        if self.mesh is None or len(own) < 2 or self.mesh.shape[MODEL] == 1:
+        """Returns the split of an array whose leading `whole` axes are not split."""
+        sizes = shape[whole:]
+        if self.mesh is None or len(sizes) < 2 or self.mesh.shape[MODEL] == 1:
             return PartitionSpec()
-        first = len(own) - 1 if by_columns else 0
-        order = sorted(range(len(own)), key=lambda axis: (axis != first, -own[axis]))
+        first = len(sizes) - 1 if by_columns else 0
+        order = sorted(range(len(sizes)), key=lambda axis: (axis != first, -sizes[axis]))
         for axis in order:
-            if own[axis] % self.mesh.shape[MODEL] == 0:
+            if sizes[axis] % self.mesh.shape[MODEL] == 0:
                 return PartitionSpec(*[None] * (whole + axis), MODEL)
         return PartitionSpec()
 
@@ -156,21 +156,32 @@ class Devices:
 
 ONE_DEVICE = Devices()
 
-_OVER_ALL = PartitionSpec((DATA, MODEL))
 
+def open_devices(
+    model: int = 1,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> Devices:
+    """Finds the devices of a run, those of all processes if there are several.
 
-def open_devices(recipe: "DevicesRecipe") -> Devices:
-    """Finds the devices of a run, those of all processes where there are several.
+    If there are several processes, it must be called before anything is computed.
 
-    Must come before anything is computed where there are several processes.
+    Args:
+        model: The number of devices that every parameter is split among.
+        distributed: Whether this is one of several processes.
+        coordinator: `host:port` of the first process, where JAX does not detect the cluster.
+        processes: The number of processes, likewise.
+        process: The position of this process among them, from 0, likewise.
 
     Raises:
         InputError: The number of devices is no multiple of the `model` axis, or the processes
             cannot find each other.
     """
-    if recipe.distributed and not jax.distributed.is_initialized():
+    if distributed and not jax.distributed.is_initialized():
         try:
-            jax.distributed.initialize(recipe.coordinator, recipe.processes, recipe.process)
+            jax.distributed.initialize(coordinator, processes, process)
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 f"devices.distributed: JAX cannot start: {' '.join(str(error).split())}; where it "
@@ -178,30 +189,30 @@ def open_devices(recipe: "DevicesRecipe") -> Devices:
                 "devices.process"
             ) from error
     devices = jax.devices()
-    if len(devices) % recipe.model:
+    if len(devices) % model:
         possible = [str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise InputError(
-            f"devices.model: {recipe.model} does not divide the {len(devices)} devices; choose "
+            f"devices.model: {model} does not divide the {len(devices)} devices; choose "
             f"one of {', '.join(possible)}"
         )
     if len(devices) == 1:
         return ONE_DEVICE
-    return Devices(Mesh(np.array(devices).reshape(-1, recipe.model), (DATA, MODEL)))
+    return Devices(Mesh(np.array(devices).reshape(-1, model), (DATA, MODEL)))
 
 
 def fetch(array: Array | np.ndarray) -> np.ndarray:
-    """An array on this host as a whole, whichever processes have its parts; all must call this."""
+    """Returns a whole array on this host, gathered from all processes; all must call this."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Tells the process that writes and prints from the others."""
     return jax.process_index() == 0
 
 
 def wait_for_all(where: str) -> None:
-    """Goes on when all processes are here."""
+    """Waits until all processes have reached the named point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)

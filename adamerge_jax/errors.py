@@ -7,11 +7,11 @@ if TYPE_CHECKING:
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """An input that cannot be used.
 
-    The message is one line that names the file, the tensor or the field, says what was found and
-    what was expected, and what to do about it. The command line prints it without a traceback
-    and exits with status 2.
+    The message is one line that names the file, the tensor or the field, the value found and the
+    value expected, and a remedy. The command line prints it without a traceback and exits with
+    status 2.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -21,7 +21,7 @@ from adamerge_jax.devices import ONE_DEVICE, Devices, open_devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.inputs import open_workspace
 from adamerge_jax.pipeline.learn import learn_coefficients, pose
-from adamerge_jax.recipes.schema import DevicesRecipe, parse_recipe
+from adamerge_jax.recipes.schema import parse_recipe
 from tests.adapter_references import letter_tokenizer, save_experts
 from tests.references import sentences, write_json_lines, write_recipe
 
@@ -44,7 +44,7 @@ from adamerge_jax.pipeline.inputs import open_workspace
 
 for folder in map(Path, sys.argv[1:]):
     recipe = load_recipe(folder / "recipe.yaml")
-    devices = open_devices(recipe.devices)
+    devices = open_devices(**recipe.devices.model_dump())
     problem = pose(recipe, open_workspace(recipe, folder, devices))
     merge = learn_coefficients(problem, watch=lambda *what: nullcontext(lambda progress: None))
     merge.coefficients.save(folder / "coefficients.safetensors")
@@ -194,7 +194,7 @@ def test_how_parameters_are_split(name, shape, expected):
 
 
 def test_one_device_is_left_alone():
-    assert open_devices(DevicesRecipe()) is ONE_DEVICE
+    assert open_devices() is ONE_DEVICE
     backbone = object()
     assert ONE_DEVICE.spread(backbone) is backbone
     batch = {"pixel_values": np.zeros((3, 2))}
@@ -203,7 +203,7 @@ def test_one_device_is_left_alone():
 
 def test_what_is_refused():
     with pytest.raises(InputError, match=r"devices.model: 3 does not divide the 1 devices"):
-        open_devices(DevicesRecipe(model=3))
+        open_devices(model=3)
     fields = {"base": "b", "tasks": {"t": {"expert": "e", "calibration": "c"}}}
     with pytest.raises(InputError, match=r"devices.processes: is for several processes"):
         parse_recipe(fields | {"devices": {"processes": 2}})

@@ -92,7 +92,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         NonFiniteObjectiveError: Learning diverged; the run folder holds the last good
             coefficients.
     """
-    devices = open_devices(recipe.devices)
+    devices = open_devices(**recipe.devices.model_dump())
     first, console = is_first_process(), _of_first_process(console)
     out = out.expanduser()
     require_startable(out, recipe, resume=resume)
@@ -198,7 +198,7 @@ def fold_file(
     Raises:
         InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
-    devices = open_devices(recipe.devices)
+    devices = open_devices(**recipe.devices.model_dump())
     console = _of_first_process(console)
     out = out.expanduser()
     require_new(out)
@@ -250,7 +250,7 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     Raises:
         InputError: Something cannot be used, or a task has no test data.
     """
-    workspace = open_workspace(recipe, root, open_devices(recipe.devices))
+    workspace = open_workspace(recipe, root, open_devices(**recipe.devices.model_dump()))
     console = _of_first_process(console)
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
