@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom, and lies in the repository as a run left it."""
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -56,6 +58,20 @@ def test_it_runs(file: Path, tmp_path: Path, quickstart: Path):
         (cell,) = (cell for cell in notebook.cells if long in cell.source)
         cell.source = cell.source.replace(long, short)
     RUNNER.execute(notebook, tmp_path, quickstart)
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_it_imports_names_that_exist(file: Path):
+    cells = nbformat.read(file, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    code = re.sub(r"^%.*", "", code, flags=re.MULTILINE)
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    package = [node for node in imports if node.module.startswith("adamerge_jax")]
+    assert package or "import adamerge_jax" in code
+    for node in package:
+        module = importlib.import_module(node.module)
+        for name in node.names:
+            assert hasattr(module, name.name), f"{node.module}.{name.name}"
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
