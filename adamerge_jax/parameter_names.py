@@ -14,28 +14,33 @@ STACKED = "*"
 
 
 def is_stacked(name: str) -> bool:
-    """Whether the name stands for L tensors along a leading axis."""
+    """Returns True where the name stands for L tensors along a leading axis."""
     return STACKED in name.split(".")
 
 
 def unstack(name: str, length: int) -> list[str]:
-    """The names of the `length` tensors that a stacked name stands for, in order."""
+    """Returns the names of the `length` tensors that a stacked name stands for, in order."""
     before, _, after = name.partition(STACKED)
     return [f"{before}{index}{after}" for index in range(length)]
 
 
 def tensors_of(name: str, shape: tuple[int, ...]) -> list[str]:
-    """The checkpoint tensors that a parameter of the given (stacked) shape consists of."""
+    """Returns the checkpoint tensors that a parameter of the given (stacked) shape consists of."""
     return unstack(name, shape[0]) if is_stacked(name) else [name]
 
 
+def layers_of(name: str, shape: tuple[int, ...]) -> int:
+    """Returns the number of checkpoint tensors that a parameter consists of: L, or 1."""
+    return shape[0] if is_stacked(name) else 1
+
+
 def tensor_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of each tensor that a parameter of the given (stacked) shape consists of."""
+    """Returns the shape of each tensor that a parameter of a (stacked) shape consists of."""
     return shape[1:] if is_stacked(name) else shape
 
 
 def unstacked_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes by the names of checkpoint tensors, from those of (stacked) parameters."""
+    """Returns shapes by the names of checkpoint tensors, from those of (stacked) parameters."""
     return {
         tensor: tensor_shape(name, shape)
         for name, shape in shapes.items()
@@ -44,12 +49,12 @@ def unstacked_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[i
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name fits one of the shell-style patterns (`classifier.*`, `*.bias`)."""
+    """Returns True where a name fits a shell-style pattern (`classifier.*`, `*.bias`)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def numbered_block(name: str) -> str:
-    """The name up to its first number (or `*`), or nothing where it has none."""
+    """Returns the name up to its first number (or `*`), or nothing where it has none."""
     parts = name.split(".")
     for depth, part in enumerate(parts, start=1):
         if part == STACKED or part.isdigit():
@@ -57,13 +62,36 @@ def numbered_block(name: str) -> str:
     return ""
 
 
+def layer_of(name: str, names: Iterable[str]) -> str:
+    """Returns the layer that a parameter belongs to, among the parameters `names` of one model.
+
+    `encoder.layer.*.output.dense.weight` is in `encoder.layer.*`; a parameter outside the numbered
+    blocks is in the outermost module that holds none of them.
+    """
+    block = numbered_block(name)
+    if block:
+        return block
+    holders = {
+        ".".join(parts[:depth])
+        for other in names
+        if (parts := numbered_block(other).split(".")[:-1])
+        for depth in range(1, len(parts) + 1)
+    }
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        module = ".".join(parts[:depth])
+        if module not in holders:
+            return module
+    return name
+
+
 def leaf_name(path: tuple) -> str:
-    """The dotted name of a pytree leaf, from its `jax.tree_util` key path."""
+    """Returns the dotted name of a pytree leaf, from its `jax.tree_util` key path."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def place_in_stack(name: str) -> tuple[str, int] | None:
-    """The stacked name that a tensor belongs to and its layer, or None where it is in no stack.
+    """Returns the stacked name that a tensor belongs to and its layer; None outside of stacks.
 
     A name's first number is its layer: `encoder.layer.3.output.dense.weight` is layer 3 of
     `encoder.layer.*.output.dense.weight`.
@@ -76,12 +104,12 @@ def place_in_stack(name: str) -> tuple[str, int] | None:
 
 
 def stack_of(stacked: str) -> str:
-    """`encoder.layer.*` of `encoder.layer.*.output.dense.weight`."""
+    """Returns `encoder.layer.*` of `encoder.layer.*.output.dense.weight`."""
     return stacked.partition(STACKED)[0] + STACKED
 
 
 def stack_depths(tensors: Iterable[str]) -> dict[str, int]:
-    """The number of layers of each stack that tensors are in, by names like `encoder.layer.*`."""
+    """Returns the number of layers of each stack of tensors, by names like `encoder.layer.*`."""
     depths: dict[str, int] = {}
     for name in tensors:
         if place := place_in_stack(name):
@@ -91,5 +119,5 @@ def stack_depths(tensors: Iterable[str]) -> dict[str, int]:
 
 
 def named_leaves(tree: PyTree[Array]) -> dict[str, Array]:
-    """The leaves of a pytree by their dotted names."""
+    """Returns the leaves of a pytree by their dotted names."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

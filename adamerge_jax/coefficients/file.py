@@ -76,7 +76,7 @@ class Coefficients:
         >>> from pathlib import Path
         >>> import numpy as np
         >>> from adamerge_jax import Coefficients
-        >>> from adamerge_jax.coefficients import Source
+        >>> from adamerge_jax.coefficients.file import Source
         >>> base, expert = (Source(name, f"models/{name}", None, "") for name in ("base", "law"))
         >>> learned = Coefficients(
         ...     values={"dense.weight": np.array([0.4], np.float32)},  # [K] by group

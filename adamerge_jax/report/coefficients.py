@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adamerge_jax.coefficients.file import Coefficients
-from adamerge_jax.coefficients.granularities import layer_of
+from adamerge_jax.parameter_names import layer_of
 
 
 def print_coefficients(coefficients: Coefficients, console: Console) -> None:

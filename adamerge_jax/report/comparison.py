@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float
 
 from adamerge_jax.coefficients.file import Coefficients, Source
-from adamerge_jax.coefficients.granularities import layer_of, same_options
+from adamerge_jax.coefficients.granularities import same_options
 from adamerge_jax.coefficients.identities import other_contents
 from adamerge_jax.errors import InputError
+from adamerge_jax.parameter_names import layer_of
 
 
 class ExpertChange(NamedTuple):

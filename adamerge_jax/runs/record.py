@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from adamerge_jax.coefficients.granularities import layer_of
 from adamerge_jax.devices import is_first_process
-from adamerge_jax.parameter_names import is_stacked
+from adamerge_jax.parameter_names import is_stacked, layer_of
 from adamerge_jax.pipeline.learn import Problem
 from adamerge_jax.runs.folder import RECIPE_FILE, RECORD_FILE, write_whole
 from adamerge_jax.task_vectors.similarity import cosines, inner_products

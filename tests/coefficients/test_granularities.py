@@ -25,14 +25,13 @@ from adamerge_jax.coefficients.granularities import (
     Shapes,
     constant,
     count_units,
-    layer_of,
     make_granularity,
     per_tensor,
 )
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import family_of
-from adamerge_jax.parameter_names import is_stacked, matches, unstack
+from adamerge_jax.parameter_names import is_stacked, layer_of, matches, unstack
 from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
 from tests.references import shapes_in_file
 

@@ -12,7 +12,7 @@ import pytest
 
 import adamerge_jax
 from adamerge_jax import granularities, interference, objectives, regularizers
-from adamerge_jax.coefficients import constraints
+from adamerge_jax.coefficients import constraints, granularity
 
 CHOICES = {
     granularities: granularities.GRANULARITIES,
@@ -79,7 +79,7 @@ EXAMPLES = [
     if (test := doctest.DocTestParser().get_doctest(text, {}, name, None, 0)).examples
 ] + [
     test
-    for module in CHOICES
+    for module in (*CHOICES, granularity)
     for test in doctest.DocTestFinder().find(module)
     if test.examples and test.name not in DOCUMENTATION
 ]
