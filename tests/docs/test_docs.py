@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 import adamerge_jax
+from adamerge_jax import parse_recipe
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import GRANULARITIES
 from adamerge_jax.interference import STEPS
@@ -107,6 +109,21 @@ def test_the_architecture_names_every_room():
 
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+MINIMAL = {
+    "base": "base",
+    "tasks": {
+        task: {"expert": task, "calibration": f"{task}.jsonl"} for task in ("trec", "sst2", "subj")
+    },
+}
+"""The recipe that a fragment in a guide is added to."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_recipes_and_fragments_are_valid(page: Path):
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+        fields = yaml.safe_load(block)
+        parse_recipe(fields if "base" in fields else MINIMAL | fields)
 
 
 def test_the_readme_is_short():
