@@ -25,13 +25,13 @@ from adamerge_jax.cli.console import make_console
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import learner as learning
 from adamerge_jax.pipeline import run as jobs
-from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.inputs import open_classifiers, open_workspace
 from adamerge_jax.pipeline.learn import Problem, learn_coefficients, pose
 from adamerge_jax.recipes.presets import PRESETS
 from adamerge_jax.recipes.schema import Recipe, load_recipe, parse_recipe, read_fields
 from adamerge_jax.report.results import gap_closed, in_words, scores
 from adamerge_jax.runs.record import peak_memory_of_arrays
+from adamerge_jax.runs.results import Row
 
 BASELINES = "baselines"
 HOW_TO_LEARN = {

@@ -57,7 +57,7 @@ class Learn(RecipeCommand):
         from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.run import learn
-        from adamerge_jax.runs.folder import COEFFICIENTS_FILE, HEAT_MAP_FILE, PAGE_FILE
+        from adamerge_jax.runs.files import COEFFICIENTS_FILE, HEAT_MAP_FILE, PAGE_FILE
 
         out = self.out or Path("runs") / recipe.name
         result = learn(recipe, root=self.folder, out=out, console=console, resume=self.resume)

@@ -1,7 +1,6 @@
 """How good a model is: accuracy per task with its own head, or a language model's loss per task."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,44 +10,9 @@ from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.devices import fetch
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
+from adamerge_jax.runs.results import Metric, Row
 
 Parameters = Mapping[str, Array]
-
-Metric = Literal["accuracy", "loss"]
-"""What a score is: the share of right classes, or nats per token."""
-
-
-class Row(NamedTuple):
-    """One line of the table of results.
-
-    Attributes:
-        method: What was evaluated.
-        tasks: Accuracy by task, from 0 to 1; or loss by task, in nats per token.
-        metric: Which of the two.
-    """
-
-    method: str
-    tasks: dict[str, float]
-    metric: Metric = "accuracy"
-
-    @property
-    def average(self) -> float:
-        """Mean over the tasks."""
-        return float(np.mean(list(self.tasks.values())))
-
-    @property
-    def score(self) -> float:
-        """The average, with its sign turned where less is better."""
-        return self.average if self.metric == "accuracy" else -self.average
-
-    def as_json(self) -> dict:
-        """The row as `results.json` holds it."""
-        return {
-            "method": self.method,
-            "metric": self.metric,
-            "tasks": self.tasks,
-            "average": self.average,
-        }
 
 
 class Evaluator:

@@ -29,12 +29,12 @@ from adamerge_jax.coefficients.granularities import ALONG_AXES, unprepared
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import DTYPES, fold, load_backbone, load_head, read_parameter
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.model_card import model_card
+from adamerge_jax.runs.results import Row
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

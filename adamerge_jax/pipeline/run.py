@@ -23,7 +23,6 @@ from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.learning.learner import Progress
 from adamerge_jax.methods import average, task_arithmetic
-from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.export import (
     EXPORTS,
     export,
@@ -39,22 +38,25 @@ from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.maps import draw_coefficients
 from adamerge_jax.report.page import write_page
-from adamerge_jax.report.results import results_table, write_results
-from adamerge_jax.runs.folder import (
+from adamerge_jax.report.results import results_table
+from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
     HEAT_MAP_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     RESULTS_FILE,
+    STATE_FOLDER,
 )
 from adamerge_jax.runs.progress import show_progress
-from adamerge_jax.runs.record import RunRecord, describe_machine, describe_problem
-from adamerge_jax.runs.resuming import (
-    STATE_FOLDER,
-    as_fields,
-    discard_after_last_snapshot,
-    require_startable,
+from adamerge_jax.runs.record import (
+    RunRecord,
+    describe_data,
+    describe_machine,
+    describe_tensors,
+    similarity,
 )
+from adamerge_jax.runs.results import Row, write_results
+from adamerge_jax.runs.resuming import discard_after_last_snapshot, require_startable
 from adamerge_jax.runs.tracking import require_installed, track
 
 PLAIN_TASK_ARITHMETIC = 0.3
@@ -95,7 +97,8 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     devices = open_devices(**recipe.devices.model_dump())
     first, console = is_first_process(), _of_first_process(console)
     out = out.expanduser()
-    require_startable(out, recipe, resume=resume)
+    resolved = recipe.model_dump(mode="json")
+    require_startable(out, resolved, resume=resume)
     require_plain_path(out)
     require_installed(recipe.tracking)
     record = RunRecord(out)
@@ -116,7 +119,6 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
 
     # Nobody writes before everybody has checked.
     wait_for_all("checked")
-    resolved = as_fields(recipe)
     if first:
         out.mkdir(parents=True, exist_ok=True)
         if resume and (steps := discard_after_last_snapshot(out, EXPORTS)) is not None:
@@ -124,7 +126,14 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
     wait_for_all("run folder made")
     with record.phase("similarity of the task vectors"):
-        record.add(**describe_machine(), **describe_problem(problem))
+        record.add(
+            **describe_machine(),
+            **describe_data(
+                problem.calibration, workspace.data.test, language=models.family.language
+            ),
+            tensors=describe_tensors(models, problem.mixed),
+            similarity=similarity(models, problem.deltas, problem.shapes, problem.mixed),
+        )
 
     @contextmanager
     def watch(what: str, steps: int) -> Iterator[Callable[[Progress], None]]:

@@ -11,15 +11,14 @@ bfloat16 on TPUs.
 
 import os
 import re
-import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from adamerge_jax.errors import InputError
 
@@ -105,24 +104,13 @@ def find_device(name: str | None) -> Device:
 
 
 def host_memory() -> int:
-    """Memory of this machine that is free for a run, in bytes."""
-    if _MEMORY_FILE.is_file():
-        for line in _MEMORY_FILE.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    # Not on Linux, which alone says what is free.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Returns the memory of this machine that is free for a run, in bytes."""
+    return psutil.virtual_memory().available
 
 
 def resident_bytes() -> int:
-    """What this process has in memory now; where only that is known, at most so far."""
-    if _PAGES_FILE.is_file():
-        return int(_PAGES_FILE.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-_MEMORY_FILE = Path("/proc/meminfo")
-_PAGES_FILE = Path("/proc/self/statm")
+    """Returns the memory that this process occupies now, in bytes."""
+    return psutil.Process().memory_info().rss
 
 
 def measure_cpu(side: int = 1024) -> Device:

@@ -7,7 +7,6 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from adamerge_jax.coefficients.file import Coefficients
-from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.provenance import Origin, shared_license
 from adamerge_jax.report.coefficients import (
     count_coefficients,
@@ -16,6 +15,7 @@ from adamerge_jax.report.coefficients import (
     spreads,
 )
 from adamerge_jax.report.results import TITLES, in_words, scores
+from adamerge_jax.runs.results import Row
 
 _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",

@@ -29,7 +29,8 @@ from adamerge_jax.report.results import (
     outcome,
     scores,
 )
-from adamerge_jax.runs.folder import PAGE_FILE, RECIPE_FILE, SavedRun, Stage, write_whole
+from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE, write_whole
+from adamerge_jax.runs.folder import SavedRun, Stage
 
 PICTURE_FOLDER = "report"
 
@@ -126,7 +127,7 @@ def _missing(run: SavedRun) -> list[str]:
         missing.append(
             f"No coefficients: learning has not ended; step {done} of {steps} was the last."
         )
-    elif run.stages and run.kept is None:
+    elif run.stages and run.best is None:
         missing.append(
             "The coefficients are not those of the last stage of learning, which has not ended."
         )
@@ -220,7 +221,7 @@ def _curves(run: SavedRun, pictures: Path) -> list[tuple[str, list[Picture]]]:
     for number, stage in enumerate(run.stages):
         last = number == len(run.stages) - 1
         title = "" if len(run.stages) == 1 else ("Learning" if last else "Coarse coefficients")
-        kept = run.kept if last else None
+        kept = run.best if last else None
         prefix = "curves" if last else f"curves-coarse-{number}"
         own = [
             save_picture(
@@ -244,8 +245,8 @@ def _curve_in_words(stage: Stage, task: str, run: SavedRun) -> str:
         f"{looks[0].held_out[task]:.3f} at step {looks[0].step} to "
         f"{looks[-1].held_out[task]:.3f} at step {looks[-1].step}."
     )
-    if run.kept is not None and stage is run.stages[-1]:
-        words += f" The coefficients of step {run.kept.step} were kept."
+    if run.best is not None and stage is run.stages[-1]:
+        words += f" The coefficients of step {run.best.step} were kept."
     return words
 
 
@@ -311,7 +312,7 @@ def _disagreement(run: SavedRun) -> dict[str, Any] | None:
         return None
     # Of two stages, the start of the first is the start.
     before = run.stages[0][0].agreement or looks[0].agreement
-    after = run.kept if run.kept is not None and run.kept.agreement is not None else looks[-1]
+    after = run.best if run.best is not None and run.best.agreement is not None else looks[-1]
     compared: dict[str, list[str]] = {}
     examples = run.record.get("examples", {})
     lines = []
@@ -333,7 +334,7 @@ def _disagreement(run: SavedRun) -> dict[str, Any] | None:
         "grid": Grid("Part of the held-out examples", columns, lines),
         "compared": list(compared.items()),
         "step": after.step,
-        "kept": after is run.kept,
+        "kept": after is run.best,
     }
 
 

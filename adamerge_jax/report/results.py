@@ -1,12 +1,10 @@
 """The table of results: in the terminal, as JSON, and what it says of the merge."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.table import Table
 
-from adamerge_jax.pipeline.evaluate import Row
+from adamerge_jax.runs.results import Row
 
 TITLES = {"accuracy": "Accuracy (%)", "loss": "Loss (nats per token)"}
 """What a table of results shows, by its metric."""
@@ -59,14 +57,6 @@ def in_words(score: float, metric: str) -> str:
 def scores(row: Row) -> list[float]:
     """The scores of a row: one per task, then the average."""
     return [*row.tasks.values(), row.average]
-
-
-def write_results(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table as JSON.
-
-    That is `{"rows": [{"method", "metric", "tasks": {task: score}, "average"}]}`.
-    """
-    path.write_text(json.dumps({"rows": [row.as_json() for row in rows]}, indent=2) + "\n")
 
 
 def best_single(rows: Sequence[Row]) -> list[float]:

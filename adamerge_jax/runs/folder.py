@@ -1,4 +1,4 @@
-"""The run folder: what its files are called, and reading what a run has left, finished or not."""
+"""Reading a run folder, whether the run has finished or not."""
 
 import dataclasses
 import json
@@ -9,15 +9,15 @@ import yaml
 
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.evaluate import Row
-
-RECIPE_FILE = "recipe.yaml"
-METRICS_FILE = "metrics.jsonl"
-RECORD_FILE = "run.json"
-RESULTS_FILE = "results.json"
-COEFFICIENTS_FILE = "coefficients.safetensors"
-HEAT_MAP_FILE = "coefficients.png"
-PAGE_FILE = "report.html"
+from adamerge_jax.runs.files import (
+    COEFFICIENTS_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RECORD_FILE,
+    RESULTS_FILE,
+    read_json,
+)
+from adamerge_jax.runs.results import Row, read_results
 
 _FILLED_IN = (
     "base.path",
@@ -32,26 +32,14 @@ _FILLED_IN = (
 ByTask = dict[str, float | None]
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file, or writes it anew, such that it is never there in part.
-
-    Args:
-        file: In the run folder; until all is written, `.partial` beside it has what there is.
-        content: What it is to hold.
-    """
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(file)
-
-
 class StepRecord(NamedTuple):
-    """One line of `metrics.jsonl`, what is known after a step.
+    """One line of `metrics.jsonl`: the numbers of a step.
 
     Attributes:
         step: Number of optimizer steps taken.
-        objective: Of each task on the step's batch; None at step 0.
-        held_out: The objective of each task on held-out data, where this step looked at it.
-        agreement: The held-out agreement of each task, where this step looked.
+        objective: The objective of each task on the step's batch; None at step 0.
+        held_out: The objective of each task on held-out data, where this step evaluated it.
+        agreement: The held-out agreement of each task, where this step evaluated it.
         seconds: Wall-clock time of the step.
     """
 
@@ -68,7 +56,7 @@ Stage = list[StepRecord]
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """What a run folder holds; what is not there is None, or empty.
+    """The contents of a run folder; what is not there is None, or empty.
 
     Attributes:
         folder: The run folder.
@@ -101,7 +89,7 @@ class SavedRun:
         coefficients = folder / COEFFICIENTS_FILE
         try:
             recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-            tasks = list(recipe["tasks"])
+            list(recipe["tasks"])
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise InputError(f"{folder / RECIPE_FILE} is no recipe: {error}") from error
         if missing := [field for field in _FILLED_IN if not _has(recipe, field)]:
@@ -112,10 +100,10 @@ class SavedRun:
         return cls(
             folder,
             recipe,
-            _read_stages(folder / METRICS_FILE, tasks),
+            _read_stages(folder / METRICS_FILE),
             Coefficients.load(coefficients) if coefficients.is_file() else None,
-            _read_rows(folder / RESULTS_FILE),
-            _read_json(folder / RECORD_FILE),
+            read_results(folder / RESULTS_FILE),
+            read_json(folder / RECORD_FILE),
         )
 
     @property
@@ -124,8 +112,8 @@ class SavedRun:
         return list(self.recipe["tasks"])
 
     @property
-    def kept(self) -> StepRecord | None:
-        """The step that the coefficients are of, if the last stage got so far."""
+    def best(self) -> StepRecord | None:
+        """The step whose coefficients were kept, if the last stage got so far."""
         if self.coefficients is None or not self.stages:
             return None
         coarse = self.recipe["coefficients"].get("coarse")
@@ -139,7 +127,7 @@ class SavedRun:
 
 
 def _has(fields: Any, path: str) -> bool:
-    """Whether nested dictionaries have a field, such as `base.path`."""
+    """Returns whether nested dictionaries have a field, such as `base.path`."""
     for name in path.split("."):
         if not isinstance(fields, dict) or name not in fields:
             return False
@@ -147,8 +135,8 @@ def _has(fields: Any, path: str) -> bool:
     return True
 
 
-def _read_stages(file: Path, tasks: list[str]) -> list[Stage]:
-    """The lines of `metrics.jsonl`; a stage starts at step 0."""
+def _read_stages(file: Path) -> list[Stage]:
+    """Reads the lines of `metrics.jsonl`; a stage starts at step 0."""
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")
@@ -168,23 +156,3 @@ def _read_stages(file: Path, tasks: list[str]) -> list[Stage]:
         # Steps that were done again, after an interruption, count as they went the last time.
         stages[-1][record.step] = record
     return [[steps[step] for step in sorted(steps)] for steps in stages]
-
-
-def _read_rows(file: Path) -> list[Row]:
-    try:
-        return [
-            Row(row["method"], row["tasks"], row["metric"])
-            for row in _read_json(file).get("rows", [])
-        ]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file}: {error!r}; expected the table of results of a run") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: no readable JSON ({error})") from error

@@ -1,10 +1,10 @@
-"""How a run shows its progress: a bar for people, JSON lines for programs."""
+"""The progress of learning: a bar for people, JSON lines for programs."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -19,7 +19,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from adamerge_jax.learning.learner import Progress
+if TYPE_CHECKING:
+    from adamerge_jax.learning.learner import Progress
 
 
 @contextmanager
@@ -28,22 +29,22 @@ def show_progress(
     steps: int,
     metrics: Path,
     console: Console,
-    send: Callable[[dict[str, Any]], None] = lambda record: None,
-) -> Iterator[Callable[[Progress], None]]:
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Iterator[Callable[["Progress"], None]]:
     """Shows each step as it is done, and appends it to a file.
 
     On a terminal: a bar with the loss, the time of a step and the time left, and below it the
-    objective of each task. Elsewhere: a line for every look at the held-out data.
+    objective of each task. Elsewhere: a line for every evaluation of the held-out data.
 
     Args:
         tasks: Names of the tasks.
-        steps: How many steps there will be.
+        steps: The number of steps to come.
         metrics: A JSONL file to append to, one object per step.
-        console: Where to show it.
-        send: Called with each of these objects too.
+        console: The console to show it on.
+        on_record: Called with each of these objects too.
 
     Yields:
-        What to call with every step's progress.
+        `on_step`, to be called with every step's progress.
     """
     bar = Bar(
         TextColumn("learning"),
@@ -54,56 +55,62 @@ def show_progress(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    shown = bar.add_task("learning", total=steps, numbers="compiling")
+    line = bar.add_task("learning", total=steps, numbers="compiling")
     live = Live(bar, console=console)
+
+    def update_bar(progress: "Progress") -> None:
+        numbers = f"loss {progress.per_task.sum():.3f} {1000 * progress.seconds:.0f} ms/step"
+        bar.update(line, completed=progress.step, numbers=numbers)
+        objectives = zip(tasks, progress.per_task, strict=True)
+        text = "  ".join(f"{task} {value:.2f}" for task, value in objectives)
+        live.update(Group(bar, Text(text)))
+
     with (
         metrics.open("a", encoding="utf-8") as file,
         live if console.is_terminal else nullcontext(),
     ):
 
-        def show(progress: Progress) -> None:
-            seen = progress.held_out
-            record = {
-                "step": progress.step,
-                "objective": _by_task(tasks, progress.per_task),
-                "held_out": _by_task(tasks, seen and seen.objective),
-                "agreement": _by_task(tasks, seen and seen.agreement),
-                "seconds": round(progress.seconds, 4),
-            }
+        def on_step(progress: "Progress") -> None:
+            record = _as_record(tasks, progress)
             file.write(json.dumps(record) + "\n")
             file.flush()
-            send(record)
+            on_record(record)
             if progress.per_task is not None:
-                each = zip(tasks, progress.per_task, strict=True)
-                numbers = (
-                    f"loss {progress.per_task.sum():.3f} {1000 * progress.seconds:.0f} ms/step"
-                )
-                bar.update(shown, completed=progress.step, numbers=numbers)
-                live.update(
-                    Group(bar, Text("  ".join(f"{task} {value:.2f}" for task, value in each)))
-                )
+                update_bar(progress)
             for task in progress.collapsed:
-                part = 100 * seen.commonest[tasks.index(task)]
+                part = 100 * progress.held_out.commonest[tasks.index(task)]
                 console.print(
                     f"step {progress.step}: the predictions of {task} have collapsed: one class "
                     f"gets {part:.0f}% of its held-out examples while its objective falls; these "
                     "coefficients are not kept"
                 )
-            if seen is not None and not console.is_terminal:
-                known = seen.agreement[~np.isnan(seen.agreement)]
+            if progress.held_out is not None and not console.is_terminal:
+                agreement = progress.held_out.agreement
+                measured = agreement[~np.isnan(agreement)]
+                loss = progress.held_out.objective.sum()
                 console.print(
-                    f"step {progress.step}/{steps}: held-out loss {seen.objective.sum():.4f}"
-                    + (f", agreement {100 * known.mean():.1f}%" if known.size else "")
+                    f"step {progress.step}/{steps}: held-out loss {loss:.4f}"
+                    + (f", agreement {100 * measured.mean():.1f}%" if measured.size else "")
                 )
 
-        yield show
+        yield on_step
 
 
-def _by_task(tasks: Sequence[str], values: np.ndarray | None) -> dict[str, float | None] | None:
-    if values is None:
-        return None
-    # JSON has no NaN: where there is nothing to agree with, there is no number.
+def _as_record(tasks: Sequence[str], progress: "Progress") -> dict[str, Any]:
+    """Returns the line of `metrics.jsonl` for a step."""
+
+    def by_task(values: np.ndarray | None) -> dict[str, float | None] | None:
+        if values is None:
+            return None
+        # JSON has no NaN: where there is nothing to agree with, there is no number.
+        numbers = (None if np.isnan(value) else float(value) for value in values)
+        return dict(zip(tasks, numbers, strict=True))
+
+    held_out = progress.held_out
     return {
-        task: None if np.isnan(value) else float(value)
-        for task, value in zip(tasks, values, strict=True)
+        "step": progress.step,
+        "objective": by_task(progress.per_task),
+        "held_out": by_task(held_out and held_out.objective),
+        "agreement": by_task(held_out and held_out.agreement),
+        "seconds": round(progress.seconds, 4),
     }

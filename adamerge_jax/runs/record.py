@@ -1,4 +1,4 @@
-"""What a run leaves of itself beside its results: what it took, what it merged, how alike it was.
+"""The record of a run: its time and memory, what it merged, and how alike the experts are.
 
 All of it is in `run.json`, which grows phase by phase: an interrupted run has what was known then.
 """
@@ -7,20 +7,26 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from adamerge_jax.coefficients.granularity import Shapes
 from adamerge_jax.devices import is_first_process
 from adamerge_jax.parameter_names import is_stacked, layer_of
-from adamerge_jax.pipeline.learn import Problem
-from adamerge_jax.runs.folder import RECIPE_FILE, RECORD_FILE, write_whole
+from adamerge_jax.runs.files import RECIPE_FILE, RECORD_FILE, write_whole
+from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.similarity import cosines, inner_products
+
+if TYPE_CHECKING:
+    from adamerge_jax.data.batches import Calibration
+    from adamerge_jax.data.examples import Examples
+    from adamerge_jax.pipeline.models import Models
 
 
 class RunRecord:
@@ -51,7 +57,7 @@ class RunRecord:
             self.write()
 
     def add(self, **fields: Any) -> None:
-        """Adds what is known from now on, as JSON."""
+        """Adds fields, as JSON."""
         self._fields |= fields
         self.write()
 
@@ -69,7 +75,7 @@ class RunRecord:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory in bytes: of this process, and of the device where it has memory of its own."""
+    """Returns peak memory in bytes: of the process, and of a device with memory of its own."""
     # Linux counts in kilobytes, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
@@ -80,13 +86,13 @@ def peak_memory() -> dict[str, int]:
 
 
 def peak_memory_of_arrays() -> int:
-    """Peak memory in bytes where arrays lie: on the device, or in this process on the CPU."""
+    """Returns peak memory in bytes where arrays lie: on the device, or in this process on a CPU."""
     peak = peak_memory()
     return peak.get("device", peak["process"])
 
 
 def describe_machine() -> dict[str, Any]:
-    """Where a run takes place: the device, and the versions of what decides on its numbers."""
+    """Returns the device and the versions of the packages that decide on a run's numbers."""
     devices = jax.devices()
     return {
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
@@ -94,55 +100,86 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_problem(problem: Problem) -> dict[str, Any]:
-    """What a run merges and learns from.
+def describe_data(
+    calibration: "Calibration", test: Mapping[str, "Examples"], *, language: bool
+) -> dict[str, Any]:
+    """Describes the examples of a run.
+
+    Args:
+        calibration: The calibration data.
+        test: The test data by task.
+        language: Whether the model is a language model.
 
     Returns:
-        By name: `examples` of each task to learn from, held out and to test with; `agreement_with`,
-        what each task's held-out agreement compares the merge with (`expert`, `labels`, `tokens`,
-        or null where there is nothing); `tensors`, how many are merged with how many parameters,
-        which the recipe keeps from the base, and which no expert changes; `similarity` of the task
-        vectors, as `similarity` gives it.
+        `examples`: the number of each task's examples to learn from, held out, and to test with.
+        `agreement_with`: by task, what its held-out agreement compares the merge with (`expert`,
+        `labels`, `tokens`, or null where there is nothing).
     """
-    workspace, calibration = problem.workspace, problem.calibration
-    models = workspace.models
-    unmerged = set(models.base.names) - set(problem.mixed)
+    agreement_with: dict[str, str | None] = {}
+    for task, targets in calibration.targets.items():
+        if language:
+            agreement_with[task] = "tokens"
+        elif targets.examples.labels is not None:
+            agreement_with[task] = "labels"
+        else:
+            agreement_with[task] = None if targets.expert_logits is None else "expert"
     return {
         "examples": {
             task: {
                 "learning": len(calibration.learning[task]),
                 "held_out": len(calibration.held_out[task]),
-                "test": len(workspace.data.test.get(task, ())),
+                "test": len(test.get(task, ())),
             }
             for task in calibration.examples
         },
-        "agreement_with": {task: _agreement_with(problem, task) for task in calibration.examples},
-        "tensors": {
-            "merged": len(problem.mixed),
-            "parameters": sum(int(np.prod(models.base.shape(name))) for name in problem.mixed),
-            "kept": [name for name in models.base.names if name in models.kept],
-            "unchanged": [n for n in models.base.names if n in unmerged - models.kept],
-        },
-        "similarity": similarity(problem),
+        "agreement_with": {task: agreement_with[task] for task in calibration.examples},
     }
 
 
-def similarity(problem: Problem) -> dict[str, Any]:
-    """How alike the task vectors are, after the interference steps, over all and by layer.
+def describe_tensors(models: "Models", merged: Collection[str]) -> dict[str, Any]:
+    """Describes which tensors of the base are merged.
+
+    Args:
+        models: The base and its experts.
+        merged: Names of the merged tensors.
+
+    Returns:
+        `merged`: the number of merged tensors; `parameters`: the number of their entries; `kept`:
+        names of those that the recipe keeps from the base; `unchanged`: names of those that no
+        expert changes.
+    """
+    others = [name for name in models.base.names if name not in set(merged)]
+    return {
+        "merged": len(merged),
+        "parameters": sum(int(np.prod(models.base.shape(name))) for name in merged),
+        "kept": [name for name in models.base.names if name in models.kept],
+        "unchanged": [name for name in others if name not in models.kept],
+    }
+
+
+def similarity(
+    models: "Models", deltas: Mapping[str, Delta], shapes: Shapes, merged: Collection[str]
+) -> dict[str, Any]:
+    """Measures how alike the task vectors are, over all merged tensors and by layer.
+
+    Args:
+        models: The base and its K experts.
+        deltas: The deltas by parameter, after the interference steps.
+        shapes: The shapes of these parameters.
+        merged: Names of the merged tensors.
 
     Returns:
         `experts`: their names; `norms`: the norm of each task vector; `cosines`: `[K][K]`, null
         where a task vector is 0; `layers`: norms and cosines by layer. Small enough for JSON.
     """
-    mixed = set(problem.mixed)
-    models = problem.workspace.models
+    merged = dict.fromkeys(merged)
     total: dict[str, np.ndarray] = {}
-    for name, delta in problem.deltas.items():
+    for name, delta in deltas.items():
         stacked = is_stacked(name)
-        grams = inner_products(delta, problem.shapes[name], problem.experts, stacked=stacked)
+        grams = inner_products(delta, shapes[name], len(models.experts), stacked=stacked)
         for tensor, gram in zip(models.tensors(name), grams if stacked else [grams], strict=True):
-            if tensor in mixed:
-                layer = layer_of(tensor, problem.mixed)
+            if tensor in merged:
+                layer = layer_of(tensor, merged)
                 # Sums over millions of entries lose digits in float32.
                 total[layer] = total.get(layer, 0) + gram.astype(np.float64)
     return {
@@ -153,16 +190,6 @@ def similarity(problem: Problem) -> dict[str, Any]:
 
 
 def _norms_and_cosines(gram: np.ndarray) -> Mapping[str, Any]:
-    """As lists for JSON, which has no NaN: where there is no angle there is null."""
+    """Returns lists for JSON, which has no NaN: where there is no angle there is null."""
     rows = [[None if np.isnan(c) else round(float(c), 6) for c in row] for row in cosines(gram)]
     return {"norms": np.sqrt(np.maximum(np.diag(gram), 0)).tolist(), "cosines": rows}
-
-
-def _agreement_with(problem: Problem, task: str) -> str | None:
-    """What the held-out agreement of a task compares the merge's predictions with."""
-    targets = problem.calibration.targets[task]
-    if problem.workspace.models.family.language:
-        return "tokens"
-    if targets.examples.labels is not None:
-        return "labels"
-    return None if targets.expert_logits is None else "expert"

@@ -1,4 +1,4 @@
-"""Going on with a run that was killed: which run folders can be, and what is put right in them."""
+"""Going on with a run that was killed: which run folders allow it, and what is removed first."""
 
 import shutil
 from collections.abc import Mapping
@@ -9,21 +9,22 @@ import yaml
 
 from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.errors import InputError
-from adamerge_jax.learning.snapshots import last_step
-from adamerge_jax.recipes.schema import Recipe
-from adamerge_jax.runs.folder import COEFFICIENTS_FILE, METRICS_FILE, RECIPE_FILE, write_whole
+from adamerge_jax.runs.files import (
+    COEFFICIENTS_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    STATE_FOLDER,
+    write_whole,
+)
 
-STATE_FOLDER = "state"
-"""Where an unfinished run keeps the state to go on from."""
 
-
-def require_startable(out: Path, recipe: Recipe, *, resume: bool) -> None:
+def require_startable(out: Path, recipe: Mapping[str, Any], *, resume: bool) -> None:
     """Refuses a run folder that cannot be started in; changes nothing.
 
     Args:
         out: The run folder. With `resume` it may be new, too: a job that a cluster starts again and
             again is given the same command every time.
-        recipe: What is to be run.
+        recipe: The recipe to run with all its defaults, as YAML has it.
         resume: Whether to go on with the run that is there.
 
     Raises:
@@ -45,32 +46,31 @@ def require_startable(out: Path, recipe: Recipe, *, resume: bool) -> None:
             "folder, or remove it first"
         )
     before = yaml.safe_load((out / RECIPE_FILE).read_text(encoding="utf-8"))
-    now = as_fields(recipe)
     # A run may go on elsewhere: what it computes is the same.
-    before, now = ({k: v for k, v in fields.items() if k != "devices"} for fields in (before, now))
+    before, now = (
+        {k: v for k, v in fields.items() if k != "devices"} for fields in (before, recipe)
+    )
     if difference := _first_difference(before, now):
-        field, was, now = difference
+        field, was, is_now = difference
         raise InputError(
-            f"{out} was started with another recipe: {field} was {was!r}, now it is {now!r}; "
+            f"{out} was started with another recipe: {field} was {was!r}, now it is {is_now!r}; "
             "change it back, or choose another folder"
         )
 
 
-def as_fields(recipe: Recipe) -> dict[str, Any]:
-    """A recipe with all its defaults, as a run folder holds it."""
-    return recipe.model_dump(mode="json")
-
-
 def discard_after_last_snapshot(out: Path, exports: tuple[str, ...]) -> int | None:
-    """Takes from a run folder what was written after its last state.
+    """Removes from a run folder what was written after its last state.
 
     Args:
         out: A run folder that `require_startable` let pass.
         exports: Folders that are written when learning has ended.
 
     Returns:
-        Steps, of all stages, that need not be taken again; None where there is no state.
+        The number of steps, of all stages, that need not be taken again; None where there is no
+        state.
     """
+    from adamerge_jax.learning.snapshots import last_step
+
     for folder in (*(out / name for name in exports), *out.glob(".*.partial-*")):
         shutil.rmtree(folder, ignore_errors=True)
     stages = map(last_step, (out / STATE_FOLDER).glob("*"))
@@ -79,15 +79,15 @@ def discard_after_last_snapshot(out: Path, exports: tuple[str, ...]) -> int | No
     if metrics.is_file():
         with metrics.open("rb") as file:
             # A stage has one line for its start and one for every step.
-            kept = b"".join(file.readline() for _ in range(sum(steps) + len(steps)))
-        write_whole(metrics, kept)
+            lines = b"".join(file.readline() for _ in range(sum(steps) + len(steps)))
+        write_whole(metrics, lines)
     return sum(steps) if steps else None
 
 
 def _first_difference(
     before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """The first field in which two recipes differ, and what it is in each.
+    """Returns the first field in which two recipes differ, with its value in each.
 
     A field that is missing is as one that is null. The order of names counts: it is that of the
     experts, and of name patterns.

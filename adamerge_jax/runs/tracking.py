@@ -1,4 +1,4 @@
-"""Sending the numbers of a run to a tracker: TensorBoard, Weights & Biases.
+"""Trackers that the numbers of a run are sent to: TensorBoard, Weights & Biases.
 
 A tracker gets what `metrics.jsonl` gets, under names such as `held_out/sentiment`. Its package is
 installed by who asks for it and is imported only then.
@@ -19,15 +19,15 @@ Log = Callable[[int, Mapping[str, float]], None]
 """`(step, numbers by name) -> None`."""
 
 FINAL = "learning"
-"""The stage of learning whose coefficients are the result; others are tracked beside it."""
+"""Name of the stage whose coefficients are the result; other stages are tracked beside it."""
 
 
 class Tracker(NamedTuple):
-    """Where numbers can be sent.
+    """A service or format that takes numbers.
 
     Attributes:
-        package: What must be installed.
-        open: `(folder, stage, run name, recipe)`: a context whose value takes numbers.
+        package: The package that must be installed.
+        open: `(folder, stage, run name, recipe)` to a context whose value takes numbers.
     """
 
     package: str
@@ -36,7 +36,7 @@ class Tracker(NamedTuple):
 
 @contextmanager
 def _tensorboard(folder: Path, stage: str, name: str, recipe: Mapping[str, Any]) -> Iterator[Log]:
-    """Event files in `tensorboard/<stage>/`: each stage is a run of its own there."""
+    """Writes event files in `tensorboard/<stage>/`: each stage is a run of its own there."""
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard" / stage)) as writer:
@@ -50,7 +50,7 @@ def _tensorboard(folder: Path, stage: str, name: str, recipe: Mapping[str, Any])
 
 @contextmanager
 def _wandb(folder: Path, stage: str, name: str, recipe: Mapping[str, Any]) -> Iterator[Log]:
-    """A Weights & Biases run; its own variables hold, `WANDB_MODE=offline` for one."""
+    """Starts a Weights & Biases run; its own variables hold, `WANDB_MODE=offline` for one."""
     import wandb
 
     run = wandb.init(
@@ -95,13 +95,13 @@ def track(
     """Opens trackers for one stage of learning, and closes them however it ends.
 
     Args:
-        names: Which trackers; none is fine.
+        names: Names of trackers; none is fine.
         folder: The run folder.
-        stage: What is learned.
-        recipe: With all defaults filled in, `name` among its fields.
+        stage: Name of the stage.
+        recipe: The recipe with all defaults filled in, `name` among its fields.
 
     Yields:
-        What to call with each record of `metrics.jsonl`.
+        `on_record`, to be called with each record of `metrics.jsonl`.
     """
     with ExitStack() as stack:
         logs = [
@@ -109,20 +109,20 @@ def track(
             for name in names
         ]
 
-        def send(record: Mapping[str, Any]) -> None:
+        def on_record(record: Mapping[str, Any]) -> None:
             for log in logs:
                 log(record["step"], flatten(record))
 
-        yield send
+        yield on_record
 
 
 def flatten(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record of `metrics.jsonl` by name: `objective/sentiment`, `seconds`."""
+    """Returns the numbers of a record of `metrics.jsonl`: `objective/sentiment`, `seconds`."""
     numbers = {}
     for field, value in record.items():
         if isinstance(value, Mapping):
-            known = {task: own for task, own in value.items() if own is not None}
-            numbers |= {f"{field}/{task}": own for task, own in known.items()}
+            by_task = {task: number for task, number in value.items() if number is not None}
+            numbers |= {f"{field}/{task}": number for task, number in by_task.items()}
         elif field != "step" and value is not None:
             numbers[field] = value
     return numbers

@@ -1,7 +1,7 @@
 import pytest
 
-from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.report.results import best_single, gap_closed, outcome
+from adamerge_jax.runs.results import Row
 
 ACCURACY = [
     Row("base", {"a": 0.2, "b": 0.9}),

@@ -11,8 +11,8 @@ def test_a_finished_run(tmp_path):
     run = SavedRun.open(write_run(tmp_path, *ALL))
     assert run.tasks == list(TASKS)
     assert [record.step for record in run.stages[0]] == [0, 1, 2, 3, 4]
-    assert run.kept.step == 2
-    assert run.kept.agreement == {"cat": 0.75, "dog": 0.75}
+    assert run.best.step == 2
+    assert run.best.agreement == {"cat": 0.75, "dog": 0.75}
     assert run.rows[-1].average == pytest.approx(0.7)
     assert run.record["device"] == "1 x cpu (cpu)"
 
@@ -20,7 +20,7 @@ def test_a_finished_run(tmp_path):
 def test_a_run_that_has_just_begun(tmp_path):
     run = SavedRun.open(write_run(tmp_path))
     assert (run.stages, run.coefficients, run.rows, run.record) == ([], None, [], {})
-    assert run.kept is None
+    assert run.best is None
 
 
 def test_coarse_coefficients_are_a_stage_of_their_own(tmp_path):
@@ -30,7 +30,7 @@ def test_coarse_coefficients_are_a_stage_of_their_own(tmp_path):
     run = SavedRun.open(tmp_path)
     assert [[record.step for record in stage] for stage in run.stages] == [[0, 1, 2], [0, 1]]
     # The file holds one coefficient per tensor: those by row are not there yet.
-    assert run.kept is None
+    assert run.best is None
 
 
 def test_steps_that_were_done_again_count_once(tmp_path):

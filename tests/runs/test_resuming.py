@@ -1,5 +1,6 @@
 """Runs that are killed and go on: the same bits as those of a run that nothing happened to."""
 
+import copy
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from adamerge_jax.learning.snapshots import Snapshots, last_step
 from adamerge_jax.pipeline import run as jobs
 from adamerge_jax.recipes.schema import parse_recipe
 from adamerge_jax.runs.progress import show_progress
-from adamerge_jax.runs.resuming import as_fields, require_startable
+from adamerge_jax.runs.resuming import require_startable
 from tests.references import write_recipe
 
 COARSE = {
@@ -224,8 +225,8 @@ def test_snapshots_keep_every_bit(tmp_path):
 
 
 def test_a_field_that_is_missing_is_as_one_that_is_null(tmp_path, fields):
-    recipe = parse_recipe(fields)
-    before = as_fields(recipe)
+    recipe = parse_recipe(fields).model_dump(mode="json")
+    before = copy.deepcopy(recipe)
     before["learning"]["optimizer"]["options"] = {"mu_dtype": None}
     run = tmp_path / "run"
     (run / "state").mkdir(parents=True)
