@@ -1,0 +1,107 @@
+"""The page on the architecture names what there is, and what it says to add works once added."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import adamerge_jax
+from adamerge_jax.coefficients.granularities import (
+    GRANULARITIES,
+    constant,
+    make_granularity,
+)
+from adamerge_jax.mixing import materialize, mix
+from adamerge_jax.models import ARCHITECTURES, family_of
+from adamerge_jax.models.family import complete_head
+from adamerge_jax.task_vectors import task_vectors
+from tests.models.test_decoders import SIZES, TOLERANCE, padded_batch
+from tests.references import parameters_of, randomise, saved_parameters
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def section(heading: str) -> str:
+    return PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+
+
+def added(heading: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module of a section's first sample, imported as if its file were there."""
+    text = section(heading)
+    file = re.search(r"`(adamerge_jax/[\w/]+)\.py`:", text)[1]
+    assert not (ROOT / f"{file}.py").exists()
+    module = ModuleType(file.replace("/", "."))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], module.__dict__)
+    return module
+
+
+def test_it_names_every_room():
+    package = Path(adamerge_jax.__file__).parent
+    modules = {file.name for file in package.glob("*.py")} - {"__init__.py"}
+    rooms = {f"{folder.parent.name}/" for folder in package.glob("*/__init__.py")}
+    rows = re.findall(r"^\| (`.*?) \|", section("The rooms"), re.MULTILINE)
+    named = {name for row in rows for name in re.findall("`(.*?)`", row)}
+    assert named == modules | rooms
+
+
+def test_files_that_it_names_exist():
+    mentioned = re.findall(r"`([\w/]+/[\w]+\.(?:py|md|yaml))`(?!:)", PAGE)
+    assert mentioned
+    for file in mentioned:
+        assert any((folder / file).exists() for folder in (ROOT, ROOT / "adamerge_jax")), file
+
+
+def test_a_granularity(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(GRANULARITIES, "band", added("How to add a granularity", monkeypatch).band)
+    generator = np.random.default_rng(0)
+
+    def draw(size):
+        return generator.normal(size=size).astype(np.float32)
+
+    base = {
+        "layers": {"*": {"weight": draw(size=(2, 5, 3))}},
+        "out": {"weight": draw(size=(4, 3)), "bias": draw(size=4)},
+    }
+    experts = [jax.tree.map(lambda leaf: leaf + draw(size=leaf.shape), base) for _ in range(2)]
+    deltas = task_vectors(base, experts)
+    shapes = {"layers.*.weight": (2, 5, 3), "out.weight": (4, 3), "out.bias": (4,)}
+    granularity = make_granularity("band", {"rows": 3}, shapes)
+    values = granularity.init(constant(shapes, experts=2, value=0.0))
+    assert {name: array.shape for name, array in values.items()} == {
+        "layers.*.weight": (2, 2, 2),  # layers, experts, bands
+        "out.weight": (1, 2, 2),
+        "out.bias": (1, 2),
+    }
+    values = {name: jnp.asarray(draw(size=array.shape)) for name, array in values.items()}
+    merged = materialize(mix(base, deltas, granularity.scales(values)))
+    by_row = np.repeat(np.asarray(values["layers.*.weight"]), 3, axis=-1)[..., :5]
+    expected = base["layers"]["*"]["weight"] + sum(
+        by_row[:, k, :, None] * (expert["layers"]["*"]["weight"] - base["layers"]["*"]["weight"])
+        for k, expert in enumerate(experts)
+    )
+    np.testing.assert_allclose(merged["layers"]["*"]["weight"], expected, atol=1e-5)  # float32
+    assert granularity.keeps_factors(shapes) and granularity.along_axes(shapes)
+
+
+def test_an_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    module = added("How to add an architecture", monkeypatch)
+    monkeypatch.setitem(ARCHITECTURES, "seed_oss", module.__name__)
+    config = transformers.SeedOssConfig(**SIZES, head_dim=10, attention_out_bias=True)
+    model = randomise(transformers.SeedOssForCausalLM(config))
+    family = family_of(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
+    parameters = parameters_of(backbone, saved_parameters(model, tmp_path))
+    batch = padded_batch(None)
+    with torch.no_grad():
+        expected = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits
+    logits = head(complete_head(head, {}, parameters), backbone(parameters, batch))
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=TOLERANCE)
