@@ -1,5 +1,6 @@
 """The errors that a user may meet: unusable input, and learning that diverges."""
 
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,3 +35,13 @@ class NonFiniteObjectiveError(RuntimeError):
     def __init__(self, message: str, learned: "Learned | None"):
         super().__init__(message)
         self.learned = learned
+
+
+def in_one_line(error: BaseException) -> str:
+    """Returns another library's message as part of a one-line message."""
+    return textwrap.shorten(str(error), width=240, placeholder=" ...") or type(error).__name__
+
+
+def and_more(count: int) -> str:
+    """Returns the end of a list of which a message names only the first item."""
+    return f" (and {count} more)" if count else ""

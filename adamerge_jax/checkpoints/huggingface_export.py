@@ -21,73 +21,31 @@ import logging
 import os
 import re
 import shutil
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
+from adamerge_jax.checkpoints.assets import copy_assets
 from adamerge_jax.checkpoints.folders import new_folder, readable_size
-from adamerge_jax.checkpoints.huggingface import (
-    INDEX_FILE,
-    STORED_DTYPES,
-    WEIGHTS_FILE,
-    Checkpoint,
-)
-from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer
+from adamerge_jax.checkpoints.huggingface import INDEX_FILE, Checkpoint
+from adamerge_jax.checkpoints.safetensors_file import WeightFile, write_tensors
+from adamerge_jax.checkpoints.shards import ShardWriter, shard_name
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-)
-_PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-)
-_GENERATION_FILES = ("generation_config.json",)
-
-_NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in STORED_DTYPES.items()}
-
-# Of the format, in bytes.
-_HEADER_ALIGNMENT = 8
-
 _TASK_NAME = re.compile(r"\w[\w.+-]*")
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A weight file that has been written."""
-
-    file: Path
-    names: tuple[str, ...]
-    values_of: Mapping[np.dtype, int]
-
-    @property
-    def bytes(self) -> int:
-        return sum(dtype.itemsize * count for dtype, count in self.values_of.items())
 
 
 @dataclass(frozen=True)
@@ -95,7 +53,7 @@ class _TaskModel:
     config: PretrainedConfig
     head: Mapping[str, np.ndarray]
     assets: Checkpoint
-    otherwise: Sequence[Checkpoint]
+    other_assets: Sequence[Checkpoint]
 
 
 def save_model(
@@ -105,7 +63,7 @@ def save_model(
 
     Args:
         folder: The folder to make.
-        config: Of the model.
+        config: The model's config.
         parameters: Arrays by name, `[L, *shape]` where the name has a `*` for stacked layers.
 
     Raises:
@@ -123,9 +81,8 @@ def save_model(
 class CheckpointWriter:
     """Writes a checkpoint that `from_pretrained` reads.
 
-    Tensors are added one at a time. Once a shard is full, a thread writes it while the next one
-    fills; what is not yet written is a shard at most, and `add` waits where it would be more. The
-    folder appears when the block ends; after an error or an interrupt there is none.
+    Tensors are added one at a time, and a thread writes them (`ShardWriter`). The folder appears
+    when the block ends; after an error or an interrupt there is none.
 
     Example:
         with CheckpointWriter(Path("merged")) as writer:
@@ -147,20 +104,15 @@ class CheckpointWriter:
 
         Args:
             folder: The folder to make; it may exist if it is empty.
-            max_shard_bytes: The size that a weight file has at most, unless one tensor is larger.
-            expected_bytes: How much will be written, to find out first whether it fits.
+            max_shard_bytes: The size of a weight file, exceeded only by one with a single tensor.
+            expected_bytes: The size of all files, to check first that the disk has room for it.
         """
         self._folder = folder
         self._max_shard_bytes = max_shard_bytes
         self._expected_bytes = expected_bytes
         self._cleanup = ExitStack()
         self._partial: Path
-        self._pending: dict[str, np.ndarray] = {}
-        self._pending_bytes = 0
-        self._leaving_bytes = 0
-        self._room = threading.Condition()
-        self._shards: list[Future[_Shard]] = []
-        self._names: set[str] = set()
+        self._shards: ShardWriter
         self._config: PretrainedConfig | None = None
         self._task_models: dict[str, _TaskModel] = {}
 
@@ -174,7 +126,8 @@ class CheckpointWriter:
             new_folder(self._folder, expected_bytes=self._expected_bytes)
         )
         # Entered last, so that its thread has ended when the folder is renamed or removed.
-        self._thread = self._cleanup.enter_context(ThreadPoolExecutor(1))
+        thread = self._cleanup.enter_context(ThreadPoolExecutor(1))
+        self._shards = ShardWriter(self._partial, self._max_shard_bytes, thread)
         return self
 
     def __exit__(
@@ -198,34 +151,24 @@ class CheckpointWriter:
         """Adds a tensor, in its own dtype. It must not change until the block has ended.
 
         Raises:
-            OSError: An earlier shard could not be written; the block makes an `InputError` of it
-                where the disk is full.
+            OSError: An earlier shard could not be written; if the disk is full, the block makes an
+                `InputError` of it.
         """
-        if name in self._names:
-            raise ValueError(f"{name} was added twice")
-        self._names.add(name)
-        # safetensors writes an array's buffer as it lies in memory, so it must lie in C order.
-        # (np.ascontiguousarray would make a vector of a scalar.)
-        array = np.asarray(array, order="C")
-        if self._pending and self._pending_bytes + array.nbytes > self._max_shard_bytes:
-            self._close_shard()
-        self._wait_for_room(array.nbytes)
-        self._pending[name] = array
-        self._pending_bytes += array.nbytes
+        self._shards.add(name, array)
 
     def write_config(self, config: PretrainedConfig) -> None:
         """Writes `config` as config.json, with the dtype that the tensors turn out to have."""
         self._config = copy.deepcopy(config)
 
     def copy_assets(self, checkpoint: Checkpoint, otherwise: Sequence[Checkpoint] = ()) -> None:
-        """Copies the tokenizer, processor and generation settings that a checkpoint has.
+        """Copies the tokenizer, processor and generation settings of a checkpoint.
 
         Args:
-            checkpoint: Whose files they are.
-            otherwise: Where it has no tokenizer or no processor, that of the first of these that
-                has one is copied.
+            checkpoint: The checkpoint whose files are copied.
+            otherwise: Checkpoints to take the tokenizer or the processor from if it has none: the
+                first one that has.
         """
-        _copy_assets(checkpoint, otherwise, self._partial)
+        copy_assets(checkpoint, otherwise, self._partial)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, such as a model card, beside the weights."""
@@ -246,8 +189,8 @@ class CheckpointWriter:
             task: The name of its folder.
             config: Its configuration.
             head: The tensors that only this task has, by name.
-            assets: The checkpoint whose tokenizer and processor files it gets.
-            otherwise: As for `copy_assets`.
+            assets: The checkpoint whose tokenizer and processor files are copied.
+            otherwise: Further checkpoints to take them from, as for `copy_assets`.
 
         Raises:
             InputError: The task's name cannot be the name of a folder, or is there already.
@@ -262,92 +205,46 @@ class CheckpointWriter:
             tuple(otherwise),
         )
 
-    def _wait_for_room(self, size: int) -> None:
-        """Waits until what is not yet written is a shard at most, `size` bytes more included."""
-        with self._room:
-            self._room.wait_for(
-                lambda: (
-                    not self._leaving_bytes
-                    or self._leaving_bytes + self._pending_bytes + size <= self._max_shard_bytes
-                )
-            )
-        for shard in self._shards:
-            if shard.done():
-                shard.result()
-
-    def _close_shard(self) -> None:
-        file = self._partial / f"shard-{len(self._shards)}.safetensors"
-        with self._room:
-            self._leaving_bytes += self._pending_bytes
-        self._shards.append(self._thread.submit(self._write_pending, file, self._pending))
-        self._pending = {}
-        self._pending_bytes = 0
-
-    def _write_pending(self, file: Path, tensors: dict[str, np.ndarray]) -> _Shard:
-        """Writes a shard, in the thread, and forgets its tensors one by one."""
-        left = sum(array.nbytes for array in tensors.values())
-
-        def gone(size: int) -> None:
-            nonlocal left
-            left -= size
-            with self._room:
-                self._leaving_bytes -= size
-                self._room.notify_all()
-
-        try:
-            return _write_shard(file, tensors, written=gone)
-        finally:
-            # After an error too, or `add` would wait forever.
-            gone(left)
-
     def _finish(self) -> None:
-        if self._pending:
-            self._close_shard()
-        shards = []
-        count = len(self._shards)
-        for number, shard in enumerate([each.result() for each in self._shards], start=1):
-            name = WEIGHTS_FILE if count == 1 else _shard_name(number, count)
-            file = shard.file.rename(self._partial / name)
-            shards.append(_Shard(file, shard.names, shard.values_of))
-        if len(shards) > 1:
-            _write_index(self._partial, shards)
+        files = self._shards.finish()
+        if len(files) > 1:
+            _write_index(self._partial, files)
         if self._config is not None:
-            _write_config(self._partial, self._config, shards)
+            _write_config(self._partial, self._config, files)
         for task, model in self._task_models.items():
-            self._write_task_model(task, model, shards)
+            self._write_task_model(task, model, files)
 
-    def _write_task_model(self, task: str, model: _TaskModel, backbone: Sequence[_Shard]) -> None:
-        shared = sorted(self._names & model.head.keys())
+    def _write_task_model(
+        self, task: str, model: _TaskModel, backbone: Sequence[WeightFile]
+    ) -> None:
+        shared = sorted(self._shards.names & model.head.keys())
         if shared:
             raise ValueError(f"{shared[0]} is both a shared tensor and in the head of {task!r}")
         folder = self._partial / "tasks" / task
         folder.mkdir(parents=True)
-        count = len(backbone) + bool(model.head)
         # Numbered even if there is one: transformers would take a model.safetensors for the whole
         # model and never look at the index.
-        files = [folder / _shard_name(number, count) for number in range(1, count + 1)]
-        shards = [
-            _Shard(file, shard.names, shard.values_of)
-            for file, shard in zip(files, backbone, strict=False)
-        ]
-        copied = sum(
-            shard.bytes
-            for shard, file in zip(backbone, files, strict=False)
-            if not _link_or_copy(shard.file, file)
-        )
-        if copied:
+        count = len(backbone) + bool(model.head)
+        files = []
+        copied_bytes = 0
+        for number, shard in enumerate(backbone, start=1):
+            file = folder / shard_name(number, count)
+            if not _link_or_copy(shard.file, file):
+                copied_bytes += shard.bytes
+            files.append(WeightFile(file, shard.names, shard.values_of))
+        if copied_bytes:
             logging.getLogger(__name__).warning(
                 "the file system of %s refuses hard links: tasks/%s holds a copy of the shared "
                 "weights (%s)",
                 self._folder,
                 task,
-                readable_size(copied),
+                readable_size(copied_bytes),
             )
         if model.head:
-            shards.append(_write_shard(files[-1], dict(model.head)))
-        _write_index(folder, shards)
-        _write_config(folder, model.config, shards)
-        _copy_assets(model.assets, model.otherwise, folder)
+            files.append(write_tensors(folder / shard_name(count, count), dict(model.head)))
+        _write_index(folder, files)
+        _write_config(folder, model.config, files)
+        copy_assets(model.assets, model.other_assets, folder)
 
 
 def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
@@ -372,7 +269,7 @@ def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
 
 
 def require_task_name(task: str) -> None:
-    """Refuses a name that cannot be that of a folder under `tasks/`.
+    """Refuses a task name that cannot be the name of a folder under `tasks/`.
 
     Raises:
         InputError: It is empty, or has other characters than a folder's name should.
@@ -384,102 +281,29 @@ def require_task_name(task: str) -> None:
         )
 
 
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _write_shard(
-    file: Path, tensors: dict[str, np.ndarray], written: Callable[[int], None] = lambda size: None
-) -> _Shard:
-    """Writes a safetensors file: the header's length, the header as JSON, the values.
-
-    safetensors' own function copies all values before it writes them.
-
-    Args:
-        file: The file to make.
-        tensors: By name, in C order; each is taken out when it has been written.
-        written: Is told the bytes of each.
-    """
-    # Wide values first, so that all are aligned; there are no gaps in the format.
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    # Some versions of transformers refuse a file that does not name a framework.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    values_of: Counter[np.dtype] = Counter()
-    end = 0
-    for name in names:
-        array = tensors[name]
-        values_of[array.dtype] += array.size
-        header[name] = {
-            "dtype": _NAMES_OF_DTYPES[array.dtype],
-            "shape": array.shape,
-            "data_offsets": (end, end := end + array.nbytes),
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    with file.open("wb", buffering=0) as stream:
-        _write_all(stream, len(text).to_bytes(8, "little") + text)
-        for name in names:
-            array = tensors.pop(name)
-            _write_all(stream, array.reshape(-1).view(np.uint8))
-            written(array.nbytes)
-            del array
-        # Here, so that the disk works while the next shard is made.
-        os.fsync(stream.fileno())
-    return _Shard(file, tuple(names), values_of)
-
-
-def _write_all(stream: RawIOBase, data: bytes | np.ndarray) -> None:
-    """Writes all of it: one call writes 2 GB at most."""
-    left = memoryview(data)
-    while left:
-        left = left[stream.write(left) :]
-
-
-def _write_index(folder: Path, shards: Sequence[_Shard]) -> None:
+def _write_index(folder: Path, files: Sequence[WeightFile]) -> None:
     index = {
-        "metadata": {"total_size": sum(shard.bytes for shard in shards)},
-        "weight_map": {name: shard.file.name for shard in shards for name in sorted(shard.names)},
+        "metadata": {"total_size": sum(file.bytes for file in files)},
+        "weight_map": {name: file.file.name for file in files for name in sorted(file.names)},
     }
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(folder: Path, config: PretrainedConfig, shards: Sequence[_Shard]) -> None:
+def _write_config(folder: Path, config: PretrainedConfig, files: Sequence[WeightFile]) -> None:
     values_of: Counter[np.dtype] = Counter()
-    for shard in shards:
-        values_of.update(shard.values_of)
+    for file in files:
+        values_of.update(file.values_of)
     config = copy.deepcopy(config)
     if values_of:
-        # Where a few tensors have a dtype of their own, what most values have is the model's.
+        # The model's dtype is that of most values; a few tensors may have others.
         dtype = values_of.most_common(1)[0][0].name
         for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
             part.dtype = dtype
     config.to_json_file(folder / "config.json")
 
 
-def _copy_assets(checkpoint: Checkpoint, otherwise: Sequence[Checkpoint], folder: Path) -> None:
-    every = (checkpoint, *otherwise)
-    with_tokenizer = next((each for each in every if has_tokenizer(each)), checkpoint)
-    with_processor = next((each for each in every if _found(each, _PROCESSOR_FILES)), checkpoint)
-    for file in (
-        *_found(with_tokenizer, _TOKENIZER_FILES),
-        *_found(with_processor, _PROCESSOR_FILES),
-        *_found(checkpoint, _GENERATION_FILES),
-    ):
-        shutil.copyfile(file, folder / file.name)
-
-
-def _found(checkpoint: Checkpoint, patterns: Sequence[str]) -> list[Path]:
-    """The files of a checkpoint that one of some patterns fits."""
-    return [
-        file
-        for pattern in patterns
-        for file in sorted(checkpoint.folder.glob(pattern))
-        if file.is_file()
-    ]
-
-
 def _link_or_copy(source: Path, target: Path) -> bool:
-    """Makes `target` the same file as `source`, or a copy of it; whether it is the same file."""
+    """Makes `target` the same file as `source`, or else a copy; returns False for a copy."""
     try:
         os.link(source, target)
     except OSError:

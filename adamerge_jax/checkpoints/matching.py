@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from adamerge_jax.checkpoints.huggingface import Checkpoint, and_more, require_finite
-from adamerge_jax.errors import InputError
+from adamerge_jax.checkpoints.finite import require_finite
+from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.errors import InputError, and_more
 from adamerge_jax.parameter_names import matches
 
 if TYPE_CHECKING:

@@ -15,10 +15,9 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from adamerge_jax.checkpoints.huggingface import in_one_line
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.parameter_names import numbered_block
 
 _SMALLEST_SUM = 1e-8

@@ -15,8 +15,7 @@ import jax
 import numpy as np
 
 from adamerge_jax.checkpoints.folders import new_folder
-from adamerge_jax.checkpoints.huggingface import in_one_line
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp

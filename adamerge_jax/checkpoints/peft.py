@@ -15,19 +15,13 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
+from adamerge_jax.checkpoints.finite import require_finite
 from adamerge_jax.checkpoints.folders import new_folder
-from adamerge_jax.checkpoints.huggingface import (
-    INDEX_FILE,
-    Checkpoint,
-    TensorInfo,
-    and_more,
-    in_one_line,
-    read_header,
-    require_finite,
-)
+from adamerge_jax.checkpoints.huggingface import INDEX_FILE, Checkpoint
 from adamerge_jax.checkpoints.huggingface import WEIGHTS_FILE as MODEL_FILE
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, find_names
-from adamerge_jax.errors import InputError
+from adamerge_jax.checkpoints.safetensors_file import TensorInfo, read_header
+from adamerge_jax.errors import InputError, and_more, in_one_line
 from adamerge_jax.parameter_names import matches
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adamerge_jax.checkpoints.huggingface import Checkpoint, in_one_line
-from adamerge_jax.errors import InputError
+from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

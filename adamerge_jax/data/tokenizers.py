@@ -7,11 +7,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adamerge_jax.checkpoints.huggingface import and_more
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, and_more
 from adamerge_jax.pipeline.models import Models
 
 if TYPE_CHECKING:

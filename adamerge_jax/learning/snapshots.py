@@ -8,8 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from adamerge_jax.checkpoints.huggingface import in_one_line
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_one_line
 
 
 class Snapshots:

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from adamerge_jax.checkpoints.huggingface import in_one_line
 from adamerge_jax.data.examples import Examples, ImageProcessor, Subset
 from adamerge_jax.data.sources import TokenLimits, load_examples
 from adamerge_jax.data.tokenizers import find_tokenizer
 from adamerge_jax.devices import ONE_DEVICE, Devices
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Network
 from adamerge_jax.pipeline.evaluate import Evaluator

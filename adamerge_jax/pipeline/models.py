@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adamerge_jax.checkpoints.huggingface import Checkpoint, locate
+from adamerge_jax.checkpoints.hub import locate
+from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import (
     MatchedCheckpoint,
     match,

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from huggingface_hub.errors import (
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from adamerge_jax.checkpoints import huggingface
-from adamerge_jax.checkpoints.huggingface import Checkpoint, require_finite
+from adamerge_jax.checkpoints.finite import require_finite
+from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.errors import InputError
 
 TINY = dict(
@@ -120,7 +121,9 @@ def test_identity_sees_the_end_of_every_tensor(tmp_path):
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c", ""])
 def test_missing_folder(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "snapshot_download", lambda *_, **__: pytest.fail("the Hub"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the Hub")
+    )
     if source:
         refused(f"no such folder: {source}", source)
     refused("no such folder", tmp_path / "nowhere")
@@ -306,7 +309,7 @@ def test_what_the_hub_refuses(error, match, monkeypatch):
         raise error
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     refused(match, "org/name", revision="v2")
 
 

@@ -24,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from adamerge_jax.checkpoints import huggingface_export
+from adamerge_jax.checkpoints import huggingface_export, shards
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
 from adamerge_jax.errors import InputError
@@ -379,16 +379,16 @@ def test_disk_too_small(tmp_path):
 )
 @pytest.mark.parametrize("on_exit", [False, True])
 def test_disk_becomes_full(tmp_path, monkeypatch, error, on_exit):
-    write = huggingface_export._write_shard
-    shards = []
+    write = shards.write_tensors
+    started = []
 
     def write_one(file, tensors, **arguments):
-        shards.append(file)
-        if len(shards) > 1:
+        started.append(file)
+        if len(started) > 1:
             raise error
         return write(file, tensors, **arguments)
 
-    monkeypatch.setattr(huggingface_export, "_write_shard", write_one)
+    monkeypatch.setattr(shards, "write_tensors", write_one)
     message = r"no space left while writing .*out: 512 bytes were written .* were free;"
     with (
         pytest.raises(InputError, match=message) as caught,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from adamerge_jax.checkpoints.huggingface import Checkpoint, read_header
+from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
+from adamerge_jax.checkpoints.safetensors_file import read_header
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline import blocks as folding
 from adamerge_jax.pipeline.blocks import fold_tensor

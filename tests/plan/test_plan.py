@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from adamerge_jax.checkpoints import huggingface
+from adamerge_jax.checkpoints import fingerprint, huggingface, safetensors_file
 from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.granularities import make_granularity
 from adamerge_jax.errors import InputError
@@ -46,8 +46,9 @@ def no_weights(monkeypatch):
     def refuse(stream, name, *arguments):
         raise AssertionError(f"{name} is read")
 
-    monkeypatch.setattr(huggingface, "safe_open", HeaderOnly)
-    monkeypatch.setattr(huggingface, "_read_values", refuse)
+    monkeypatch.setattr(safetensors_file, "safe_open", HeaderOnly)
+    for module in (huggingface, fingerprint):
+        monkeypatch.setattr(module, "read_entries", refuse)
 
 
 def test_no_weight_is_read(text_recipe, tmp_path, no_weights, capsys):

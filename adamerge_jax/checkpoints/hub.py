@@ -1,0 +1,93 @@
+"""Finding a checkpoint: a folder of this machine, or a download from the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from adamerge_jax.errors import InputError, in_one_line
+
+_DOWNLOADED = (
+    *("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"),
+    "README.md",  # has the licence
+)
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
+    """Returns the folder of a checkpoint or an adapter, downloading it if it is on the Hub.
+
+    The name of an existing folder is that folder; other names like `name` and `org/name` are Hub
+    names. The conventions of the Hub's client hold: its cache, `HF_TOKEN`, `HF_HUB_OFFLINE`.
+
+    Args:
+        source: A folder, or a Hub name such as `google-bert/bert-base-uncased`.
+        revision: A branch, tag or commit of a checkpoint on the Hub.
+
+    Raises:
+        InputError: There is no such folder, or the Hub refuses the download.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"{source} is a local folder, so it has no revision {revision!r}; leave the "
+                "revision out, or name a checkpoint of the Hub"
+            )
+        return folder
+    if folder.exists():
+        raise InputError(f"{source} is a file; give the folder that the checkpoint is in")
+    if isinstance(source, Path) or not _HUB_NAME.fullmatch(source):
+        raise InputError(
+            f"no such folder: {source}; give the folder of a checkpoint, or a Hub name such as "
+            "org/name"
+        )
+    return _download(source, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Downloads the files of a Hub checkpoint that are needed, and no pickled ones."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at_revision = f" at revision {revision!r}" if revision else ""
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_DOWNLOADED),
+            # Subfolders hold other formats of the same weights (onnx/, openvino/, ...).
+            ignore_patterns=["*/*"],
+        )
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated on the Hugging Face Hub: accept its terms at "
+            f"https://huggingface.co/{name} and set HF_TOKEN to a token that may read it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name} is neither a local folder nor a checkpoint on the Hugging Face Hub; check "
+            "the name, and set HF_TOKEN if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"{name} on the Hugging Face Hub has no revision {revision!r}; give one of its "
+            "branches, tags or commits"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is unreachable"
+        raise InputError(
+            f"{name}{at_revision} is neither a local folder nor in the Hub's cache "
+            f"({constants.HF_HUB_CACHE}), and {reason}; download it while online, or give a folder"
+        ) from error
+    # The client also lets through whatever its transport, the disk and its own checks raise.
+    except Exception as error:
+        raise InputError(
+            f"cannot download {name}{at_revision} from the Hugging Face Hub: {in_one_line(error)}"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,223 @@
+"""A safetensors file: its header, and the values of its tensors, part by part.
+
+Values are read from and written to the file directly: no part is mapped into memory or copied, and
+several threads may read at once. Files are checked by the `safetensors` library.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+
+from adamerge_jax.errors import InputError, and_more, in_one_line
+
+STORED_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""NumPy dtypes by their names in a safetensors file."""
+
+_NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in STORED_DTYPES.items()}
+
+_HEADER_ALIGNMENT = 8  # bytes, of the format
+
+_AGAIN = "copy or download it again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor in the header of a safetensors file.
+
+    Attributes:
+        shape: The tensor's shape.
+        dtype: The dtype that it is stored in.
+        file: The file that it is in.
+        start: The byte of the file at which its values begin.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+    start: int
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Returns the tensors of a safetensors file by name.
+
+    Raises:
+        InputError: The file is damaged, or holds a dtype that cannot be read.
+    """
+    try:
+        with safe_open(file, framework="np") as tensors:
+            names = list(tensors.keys())
+    except SafetensorError as error:
+        raise InputError(f"{file} {_why_unreadable(file, error)}") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {in_one_line(error)}") from error
+    # safetensors has checked the file; it does not tell the offsets of values.
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(length))
+    unreadable = [name for name in names if entries[name]["dtype"] not in STORED_DTYPES]
+    if unreadable:
+        raise InputError(
+            f"{file}: {unreadable[0]} is stored as {entries[unreadable[0]]['dtype']}"
+            f"{and_more(len(unreadable) - 1)}, which cannot be read; save the model in float32, "
+            "float16 or bfloat16"
+        )
+    return {
+        name: TensorInfo(
+            tuple(entries[name]["shape"]),
+            np.dtype(STORED_DTYPES[entries[name]["dtype"]]),
+            file,
+            8 + length + entries[name]["data_offsets"][0],
+        )
+        for name in names
+    }
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[RawIOBase]:
+    """Opens a file for `read_entries`.
+
+    Raises:
+        InputError: It cannot be opened, or reading in the block fails.
+    """
+    try:
+        with file.open("rb", buffering=0) as stream:
+            yield stream
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {in_one_line(error)}") from error
+
+
+def read_entries(
+    stream: RawIOBase, name: str, info: TensorInfo, first: int, out: Shaped[np.ndarray, " N"]
+) -> None:
+    """Reads the entries `first : first + N` of a flattened tensor into `out`.
+
+    Raises:
+        InputError: The file was cut off after its header was read.
+    """
+    stream.seek(info.start + first * info.dtype.itemsize)
+    left = memoryview(out.view(np.uint8))
+    while left:
+        count = stream.readinto(left)
+        if not count:
+            raise InputError(f"{info.file} ends within {name}; {_AGAIN}")
+        left = left[count:]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A safetensors file that has been written.
+
+    Attributes:
+        file: The file.
+        names: The names of its tensors.
+        values_of: The number of values of each dtype.
+    """
+
+    file: Path
+    names: tuple[str, ...]
+    values_of: Mapping[np.dtype, int]
+
+    @property
+    def bytes(self) -> int:
+        """The size of the values."""
+        return sum(dtype.itemsize * count for dtype, count in self.values_of.items())
+
+
+def write_tensors(
+    file: Path, tensors: dict[str, np.ndarray], written: Callable[[int], None] = lambda size: None
+) -> WeightFile:
+    """Writes a safetensors file: the header's length, the header as JSON, the values.
+
+    The function of the `safetensors` library copies all values before it writes them.
+
+    Args:
+        file: The file to make.
+        tensors: Arrays by name, in C order; each is taken out when it has been written.
+        written: Called with the bytes of each tensor.
+    """
+    # Wide values first, so that all are aligned; there are no gaps in the format.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    # Some versions of transformers refuse a file that does not name a framework.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    values_of: Counter[np.dtype] = Counter()
+    end = 0
+    for name in names:
+        array = tensors[name]
+        values_of[array.dtype] += array.size
+        header[name] = {
+            "dtype": _NAMES_OF_DTYPES[array.dtype],
+            "shape": array.shape,
+            "data_offsets": (end, end := end + array.nbytes),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    with file.open("wb", buffering=0) as stream:
+        _write_all(stream, len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = tensors.pop(name)
+            _write_all(stream, array.reshape(-1).view(np.uint8))
+            written(array.nbytes)
+            del array
+        # Here, so that the disk works while the next file is made.
+        os.fsync(stream.fileno())
+    return WeightFile(file, tuple(names), values_of)
+
+
+def _write_all(stream: RawIOBase, data: bytes | np.ndarray) -> None:
+    """Writes all of the data: one call writes 2 GB at most."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
+
+
+def _why_unreadable(file: Path, error: SafetensorError) -> str:
+    """Describes the damage of a file that safetensors refused: cut off, a pointer, or corrupt."""
+    # The format: 8 bytes with the length of the header, the header as JSON, the values.
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start == b"version ":
+            return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+        values_start = 8 + int.from_bytes(start, "little")
+        header = stream.read(values_start - 8) if values_start <= size else b""
+    if not header:
+        return (
+            f"has {size} bytes and ends within its header: it is cut off, or no safetensors "
+            "file; copy or download it again"
+        )
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name[:2] != "__"]
+        expected = values_start + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        expected = size
+    if size != expected:
+        return f"has {size} bytes where its header describes {expected}; copy or download it again"
+    return f"is corrupt ({in_one_line(error)}); copy or download it again"
