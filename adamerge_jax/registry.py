@@ -1,18 +1,23 @@
 """Choices of a recipe by name: the package's own, and those of a user's module."""
 
+import copy
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from adamerge_jax.errors import InputError
 
 T = TypeVar("T")
 
+_RESULTS: dict[Hashable, Any] = {}
+"""Results of calls without arguments, by function and options; see `call_registered`."""
+
 
 def find_registered(field: str, registry: Mapping[str, Callable[..., T]], name: str) -> Callable:
-    """The function that a recipe names.
+    """Returns the function that a recipe names.
 
     Args:
         field: Field of the recipe, which begins error messages.
@@ -32,12 +37,12 @@ def find_registered(field: str, registry: Mapping[str, Callable[..., T]], name: 
         return registry[name]
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{field}: {name!r} cannot be imported ({error})") from error
-    if not callable(found):
+    if not callable(function):
         raise InputError(f"{field}: {name!r} is no function")
-    return found
+    return function
 
 
 def call_registered(
@@ -48,6 +53,10 @@ def call_registered(
     arguments: Sequence[Any] = (),
 ) -> T:
     """Calls the function that a recipe names with the options it gives.
+
+    A function must depend on its arguments alone. Without positional ones it is called once per
+    process for the same options, so that an objective of a recipe is one object wherever it is
+    asked for, and is compiled once.
 
     Args:
         field: Field of the recipe, which begins error messages.
@@ -60,14 +69,36 @@ def call_registered(
         InputError: There is no such function, or it does not take these options.
     """
     function = find_registered(field, registry, name)
+    key = None if arguments else _key(function, options)
+    if key is not None:
+        if key in _RESULTS:
+            return _RESULTS[key]
+        options = copy.deepcopy(dict(options))  # the result must not change with the recipe
     try:
         inspect.signature(function).bind(*arguments, **options)
     except TypeError as error:
-        known = list(inspect.signature(function).parameters)[len(arguments) :]
+        accepted = list(inspect.signature(function).parameters)[len(arguments) :]
         raise InputError(
-            f"{field}: {name} says: {error}; its options are {', '.join(known) or 'none'}"
+            f"{field}: {name} says: {error}; its options are {', '.join(accepted) or 'none'}"
         ) from error
     try:
-        return function(*arguments, **options)
+        result = function(*arguments, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"{field}: {name} says: {' '.join(str(error).split())}") from error
+    if key is not None:
+        _RESULTS[key] = result
+    return result
+
+
+def _key(function: Callable, options: Mapping[str, Any]) -> Hashable | None:
+    """Returns a key of a call, or None where an option is no plain data that tells it apart.
+
+    The order of options does not count, that within one does.
+    """
+    try:
+        json.dumps(options)
+        hash(function)
+    except (TypeError, ValueError):
+        return None
+    # As text 1, 1.0 and true differ, and a number and its text, which are one key of JSON.
+    return function, tuple(sorted((option, repr(value)) for option, value in options.items()))

@@ -1,4 +1,4 @@
-"""Constraints: which values merge coefficients may take."""
+"""Constraints: the values that merge coefficients may take."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from jaxtyping import Array
 
 
 class Constraint(NamedTuple):
-    """Which values coefficients may take.
+    """The values that coefficients may take.
 
     Attributes:
         apply: From unconstrained arrays `[G, K, ...]` to coefficients.
         invert: From coefficients to an unconstrained array that `apply` maps to them.
-        allows: Whether coefficients are in the range of `apply`, as an array of K values.
+        allows: From an array of K coefficients to True where they are in the range of `apply`.
         range: The range in words, for error messages.
     """
 
@@ -32,7 +32,7 @@ def _clip(raw: Array) -> Array:
 
 
 _SMALLEST = 1e-6
-"""How close to the ends of an open range a coefficient may start, so that it can leave again."""
+"""The least distance of a start to the ends of an open range, so that it can leave them again."""
 
 
 def _logit(values: Array) -> Array:
@@ -61,7 +61,7 @@ CONSTRAINTS: dict[str, Constraint] = {
         "positive and summing to 1 over the experts (1/K each)",
     ),
 }
-"""Constraints by their names in a recipe: which values coefficients `[G, K, ...]` may take.
+"""Constraints by their names in a recipe: the values that coefficients `[G, K, ...]` may take.
 
 `free`: any number. `clip`: cut to [0, 1] (AdaMerging, Yang et al., ICLR 2024). `sigmoid`: between 0
 and 1 (Expert Merging, Zhang et al., 2025). `softmax`: positive, the K experts of a group sum to 1.

@@ -1,6 +1,7 @@
 """The coefficients file: all that is needed to make a merge again from the same models."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from adamerge_jax.parameter_names import is_stacked, unstack
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model came from.
+    """The origin of a model.
 
     Attributes:
         name: `base`, or the task of an expert.
@@ -46,25 +47,25 @@ class Source:
 
     @property
     def in_words(self) -> str:
-        """Where it came from and the beginning of its identity: enough to tell two apart."""
-        at = f" at {self.revision}" if self.revision else ""
-        return f"{self.source}{at} ({self.identity[:19]})"
+        """The origin and the beginning of the identity: enough to tell two models apart."""
+        revision = f" at {self.revision}" if self.revision else ""
+        return f"{self.source}{revision} ({self.identity[:19]})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
-    """Learned coefficients with all that a later merge must know of them.
+    """Learned coefficients with all that a later merge needs.
 
     Attributes:
         values: `[K, ...]` by group, float32; groups are named without `*`, one per layer.
         granularity: Name of the granularity.
         granularity_options: Its options.
-        interference: What was done to the task vectors before mixing, in this order.
-        constraint: Name of the constraint that they were learned under.
-        shapes: Of the mixed parameters, by names without `*`; all others stay the base's.
+        interference: Steps that changed the task vectors before mixing, in this order.
+        constraint: Name of the constraint under which they were learned.
+        shapes: Shapes of the mixed parameters, by names without `*`; all others stay the base's.
         base: The base model.
         experts: The K experts in the order of the last axis of the scale.
-        objective: What was minimised, in words.
+        objective: The objective that was minimised, in words.
         seed: The recipe's seed.
         step: The step at which they were the best on the held-out calibration data.
         started_from: The file that their learning started from, if any.
@@ -129,17 +130,17 @@ class Coefficients:
         return frozenset(name for name, factor in self.scaled.items() if factor == 0)
 
     def scales(self) -> dict[str, Float[Array, "K ..."]]:
-        """The scale of each mixed parameter, by names without `*`."""
-        return self.make_granularity(self.shapes).scales(self.stacked_once())
+        """Returns the scale of each mixed parameter, by names without `*`."""
+        return self.unstacked_granularity.scales(self.stacked_once())
 
     def per_tensor(self) -> dict[str, Float[np.ndarray, " K"]]:
-        """The mean coefficient of each mixed parameter, by names without `*`."""
-        granularity = self.make_granularity(self.shapes)
-        means = per_tensor(granularity, self.stacked_once(), self.shapes, len(self.experts))
+        """Returns the mean coefficient of each mixed parameter, by names without `*`."""
+        values, granularity = self.stacked_once(), self.unstacked_granularity
+        means = per_tensor(granularity, values, self.shapes, len(self.experts))
         return {name: np.asarray(mean[0]) for name, mean in means.items()}
 
     def times(self, factors: Mapping[str, float]) -> "Coefficients":
-        """The coefficients with some experts' multiplied with a factor.
+        """Returns the coefficients, those of some experts multiplied with a factor.
 
         Args:
             factors: By expert; the others keep theirs. 0 leaves an expert out of the merge.
@@ -174,10 +175,10 @@ class Coefficients:
         return dataclasses.replace(self, values=values, scaled={**self.scaled, **before})
 
     def of_experts(self, names: Sequence[str]) -> "Coefficients":
-        """The coefficients of some experts, in the given order.
+        """Returns the coefficients of some experts, in the given order.
 
-        Interference steps depend on all experts and on their order: with some of them, what is
-        returned is for reading and for starting from, not for folding.
+        Interference steps depend on all experts and on their order: coefficients of some of them
+        are for reading and for starting from, not for folding.
 
         Args:
             names: Experts of these coefficients.
@@ -190,8 +191,13 @@ class Coefficients:
             scaled={name: self.scaled[name] for name in names if name in self.scaled},
         )
 
+    @functools.cached_property
+    def unstacked_granularity(self) -> Granularity:
+        """The granularity, made for the mixed parameters by their names without `*`."""
+        return make_granularity(self.granularity, self.granularity_options, self.shapes)
+
     def make_granularity(self, shapes: Shapes) -> Granularity:
-        """The granularity for parameters of the given shapes.
+        """Returns the granularity for parameters of the given shapes.
 
         Args:
             shapes: Shapes of `self.parameters`, by names without `*`.
@@ -199,7 +205,7 @@ class Coefficients:
         return make_granularity(self.granularity, self.granularity_options, shapes)
 
     def stacked_once(self) -> Values:
-        """The values `[1, K, ...]` as a granularity of parameters without `*` takes them."""
+        """Returns values `[1, K, ...]` as a granularity of parameters without `*` takes them."""
         return {group: jnp.asarray(values)[None] for group, values in self.values.items()}
 
     def save(self, path: Path | str) -> None:
@@ -230,28 +236,28 @@ class Coefficients:
                 values = {group: file.get_tensor(group) for group in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-        found = metadata.pop("format", None)
-        if found != _FORMAT:
-            if found is not None and found.startswith(_FORMAT.rstrip("0123456789")):
+        version_of_file = metadata.pop("format", None)
+        if version_of_file != _FORMAT:
+            if (version_of_file or "").startswith(_FORMAT.rstrip("0123456789")):
                 raise InputError(
                     f"{path}: not a coefficients file of this version, which reads {_FORMAT!r}; "
-                    f"it says {found!r}: learn again, or use the version that wrote it"
+                    f"it says {version_of_file!r}: learn again, or use the version that wrote it"
                 )
             raise InputError(
                 f"{path}: not a coefficients file; expected the coefficients.safetensors of a run"
             )
         try:
-            found = cls(values=values, **_parse_fields(metadata))
-            found._require_sound()
+            coefficients = cls(values=values, **_parse_fields(metadata))
+            coefficients._require_sound()
         except InputError as error:
             raise InputError(
                 f"{path}: {error}; the file is damaged or was changed: take it from the run folder "
                 "again, or learn again"
             ) from error
-        return found
+        return coefficients
 
     def _require_sound(self) -> None:
-        """Refuses values that no learning leaves.
+        """Refuses values that cannot have been learned.
 
         Raises:
             InputError: They are not finite, or not those of the granularity.
@@ -268,9 +274,9 @@ class Coefficients:
             if not _are_finite(array):
                 raise InputError(f"coefficients of {group} are not finite")
         if ":" in self.granularity:
-            # A user's own: what only reads the file can do without its module.
+            # A user's own: reading the file must not need its module.
             return
-        granularity = self.make_granularity(self.shapes)
+        granularity = self.unstacked_granularity
         made = jax.eval_shape(lambda: granularity.init(constant(self.shapes, experts, 0.0)))
         if unlike := made.keys() ^ self.values.keys():
             group = min(unlike)
@@ -281,7 +287,7 @@ class Coefficients:
             )
         for group, array in self.values.items():
             expected = made[group].shape[1:]
-            # What is not cut has an axis for its one piece where layers of its stack are cut.
+            # A tensor in one piece has an axis for it where other layers of its stack are cut.
             if array.shape != expected and (array.shape, expected) != ((experts, 1), (experts,)):
                 raise InputError(
                     f"the coefficients of {group} have shape {array.shape}, expected {expected} "
@@ -290,7 +296,7 @@ class Coefficients:
 
 
 def _are_finite(values: np.ndarray) -> bool:
-    """Whether coefficients are finite as float32, which they become when they are used."""
+    """Returns True for coefficients that are finite as float32, which they become when used."""
     return bool((np.abs(values) <= np.finfo(np.float32).max).all())
 
 
@@ -298,7 +304,11 @@ _FORMAT = "adamerge_jax coefficients 3"
 
 
 def unstack_values(values: Values) -> dict[str, np.ndarray]:
-    """From `[G, K, ...]` by stacked group to `[K, ...]` by the group of each layer, on the host."""
+    """Returns values `[K, ...]` by the group of each layer, on the host.
+
+    Args:
+        values: `[G, K, ...]` by stacked group.
+    """
     unstacked = {}
     for group, array in values.items():
         rows = np.asarray(array, np.float32)
@@ -308,7 +318,7 @@ def unstack_values(values: Values) -> dict[str, np.ndarray]:
 
 
 def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that a file has as metadata; what other tools have added to them is ignored.
+    """Returns the fields that a file has as metadata; those that other tools added are ignored.
 
     Raises:
         InputError: One is missing, no JSON, or of another type.

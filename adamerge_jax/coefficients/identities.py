@@ -1,33 +1,33 @@
-"""Whether models are those that coefficients were learned for."""
+"""Comparison of models with those that coefficients were learned for."""
 
 from collections.abc import Iterable
 
 from adamerge_jax.coefficients.file import Source
 
 
-def other_contents(learned_for: Iterable[Source], found: Iterable[Source]) -> dict[str, str]:
-    """Which models have the name of one that coefficients were learned for, and other contents.
+def other_contents(learned_for: Iterable[Source], models: Iterable[Source]) -> dict[str, str]:
+    """Returns the models that have a name that coefficients were learned for, and other contents.
 
     Args:
         learned_for: The models of a coefficients file.
-        found: The models at hand, in any order.
+        models: The models at hand, in any order.
 
     Returns:
         By name, the difference in words.
     """
-    own = {source.name: source for source in found}
+    by_name = {source.name: source for source in models}
     return {
         source.name: (
             f"learned for {source.name} = {source.in_words}; "
-            f"{own[source.name].in_words} has other contents"
+            f"{by_name[source.name].in_words} has other contents"
         )
         for source in learned_for
-        if source.name in own and own[source.name].identity != source.identity
+        if source.name in by_name and by_name[source.name].identity != source.identity
     }
 
 
 def namesake(source: Source, others: Iterable[Source]) -> str:
-    """The name under which others have the very same model, as a hint in a message; often empty."""
+    """Returns the name that others give to the very same model, as a hint; often nothing."""
     for other in others:
         if other.identity == source.identity and other.name != source.name:
             return f" ({other.name!r} is that very model: call it {source.name!r})"

@@ -1,13 +1,60 @@
-"""Which tensors get more coefficients than others: the ++ of Expert Merging."""
+"""Granularities that follow from coarse coefficients: the ++ of Expert Merging.
 
-from collections.abc import Mapping
+Such a granularity is another one, of `GRANULARITIES`, with options that are known when coarse
+coefficients have been learned. It has no function of shapes alone; `FROM_COARSE` has them all.
+"""
+
+from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from adamerge_jax.coefficients.granularities import Shapes, can_be_split
+from adamerge_jax.coefficients.granularity import Shapes, can_be_split, require_whole
 from adamerge_jax.errors import InputError
+
+IMPORTANCE_CHUNK = "importance_chunk"
+"""The granularity that is `chunk` with as many pieces as importance says."""
+
+
+class FromCoarse(NamedTuple):
+    """A granularity that is another one, whose options follow from coarse coefficients.
+
+    Attributes:
+        granularity: Name of the other one.
+        require_options: `(options)`; refuses options of a recipe that it does not take.
+        require_fitting: `(options, experts, tensors)`; refuses options that do not fit so many
+            experts and merged tensors.
+        expected: `(options, experts, tensors) -> options` of the other one that lead to about as
+            many coefficients: for what is asked before any are learned.
+        resolve: `(options, shapes, coefficients, magnitudes) -> options` of the other one, from
+            shapes, coarse coefficients `[K]` and norms of the task vectors `[K]` by the names of
+            merged tensors, without `*`.
+    """
+
+    granularity: str
+    require_options: Callable[[Mapping[str, Any]], None]
+    require_fitting: Callable[[Mapping[str, Any], int, int], None]
+    expected: Callable[[Mapping[str, Any], int, int], dict[str, Any]]
+    resolve: Callable[..., dict[str, Any]]
+
+
+def expected_granularity(
+    name: str, options: Mapping[str, Any], experts: int, tensors: int
+) -> tuple[str, Mapping[str, Any]]:
+    """Returns name and options of what a recipe's granularity is, or is likely to be once learned.
+
+    Args:
+        name: Name of the granularity in a recipe.
+        options: Its options.
+        experts: K.
+        tensors: Number of merged tensors.
+    """
+    if name not in FROM_COARSE:
+        return name, options
+    from_coarse = FROM_COARSE[name]
+    return from_coarse.granularity, from_coarse.expected(options, experts, tensors)
 
 
 def importance_pieces(
@@ -16,7 +63,7 @@ def importance_pieces(
     magnitudes: Mapping[str, Float[np.ndarray, " K"]],
     budget: int,
 ) -> dict[str, int]:
-    """How many pieces each tensor is cut into, by its importance.
+    """Returns the number of pieces that each tensor is cut into, by its importance.
 
     The importance of tensor t is
 
@@ -29,7 +76,7 @@ def importance_pieces(
     tensors are never cut. (Zhang et al., 2025, score a layer by the same three quantities.)
 
     Args:
-        shapes: Of the tensors, by names without `*`.
+        shapes: Shapes of the tensors, by names without `*`.
         coefficients: Learned ones, per tensor.
         magnitudes: Norms of the task vectors, per tensor.
         budget: Largest number of coefficients of all K experts together.
@@ -45,15 +92,17 @@ def importance_pieces(
         np.array([magnitudes[name].mean() for name in names]),
         np.array([prod(shapes[name]) for name in names], float),
     )
-    score = sum(each / max(each.sum(), np.finfo(float).tiny) for each in quantities)
+    importance = sum(
+        quantity / max(quantity.sum(), np.finfo(float).tiny) for quantity in quantities
+    )
     pieces = np.ones(len(names), int)
-    open_ = np.array([can_be_split(name, shapes[name]) for name in names])
+    can_be_cut = np.array([can_be_split(name, shapes[name]) for name in names])
     sizes = quantities[2].astype(int)
     while True:
-        open_ &= (sizes % (2 * pieces) == 0) & (experts * (pieces.sum() + pieces) <= budget)
-        if not open_.any():
+        can_be_cut &= (sizes % (2 * pieces) == 0) & (experts * (pieces.sum() + pieces) <= budget)
+        if not can_be_cut.any():
             return dict(zip(names, pieces.tolist(), strict=True))
-        pieces[np.argmax(np.where(open_, score / pieces, -1))] *= 2
+        pieces[np.argmax(np.where(can_be_cut, importance / pieces, -1))] *= 2
 
 
 def require_budget(budget: int, experts: int, tensors: int) -> None:
@@ -68,3 +117,28 @@ def require_budget(budget: int, experts: int, tensors: int) -> None:
             f"of {experts} experts and {tensors} merged tensors; raise it to at least "
             f"{experts * tensors}"
         )
+
+
+def _require_budget_alone(options: Mapping[str, Any]) -> None:
+    if list(options) != ["budget"]:
+        raise InputError(
+            "coefficients.granularity_options: importance_chunk takes one option, budget: "
+            "the largest number of coefficients"
+        )
+    require_whole("coefficients.granularity_options.budget", options["budget"], 1)
+
+
+FROM_COARSE: dict[str, FromCoarse] = {
+    IMPORTANCE_CHUNK: FromCoarse(
+        "chunk",
+        _require_budget_alone,
+        lambda options, experts, tensors: require_budget(options["budget"], experts, tensors),
+        lambda options, experts, tensors: {
+            "pieces": max(1, options["budget"] // (experts * tensors))
+        },
+        lambda options, shapes, coefficients, magnitudes: {
+            "pieces": importance_pieces(shapes, coefficients, magnitudes, options["budget"])
+        },
+    )
+}
+"""Granularities that follow from coarse coefficients, by their names in a recipe."""

@@ -13,11 +13,11 @@ def carry(
     depths: Mapping[str, int],
     tensors: Iterable[str],
 ) -> dict[str, Float[np.ndarray, " K"]]:
-    """Finds for every tensor of one model the tensor of another that does the same job.
+    """Returns coefficients for the tensors of one model, from those of a model of another size.
 
     Layer `i` of a stack of L takes after layer `round(i (L' - 1) / (L - 1))` of the stack of L' of
     the same name, so that the first takes after the first and the last after the last. Outside of
-    stacks tensors are found by their names.
+    stacks tensors take after those of the same name.
 
     Args:
         per_tensor: Coefficients of the other model, by names without `*`.
@@ -28,7 +28,7 @@ def carry(
         By tensor of the model; those that the other model has no coefficients for are left out.
     """
     tensors = list(tensors)
-    here = stack_depths(tensors)
+    depths_here = stack_depths(tensors)
     carried = {}
     for name in tensors:
         twin = name
@@ -38,7 +38,7 @@ def carry(
             if stack not in depths:
                 continue
             # Halves up, as one learns it; Python's own round would go to the even layer.
-            twin_layer = int(layer * (depths[stack] - 1) / max(here[stack] - 1, 1) + 0.5)
+            twin_layer = int(layer * (depths[stack] - 1) / max(depths_here[stack] - 1, 1) + 0.5)
             twin = stacked.replace(STACKED, str(twin_layer), 1)
         if twin in per_tensor:
             carried[name] = per_tensor[twin]

@@ -1,12 +1,12 @@
-"""What is done to task vectors before mixing, so that experts are less in each other's way.
+"""Interference steps: changes of task vectors before mixing, so that experts disturb less.
 
 A step is a pair of pure functions, and steps are chained as optax chains transformations:
 
     ties = [trim(density=0.2), elect_sign(), disjoint_mean()]
 
-`fit` looks once at all task vectors, `[K, *shape]` by tensor name, where a step needs to know
-something of the whole model; `apply` changes one tensor. So learning and folding, which reads
-tensor by tensor, do the same.
+`fit` looks once at all task vectors, `[K, *shape]` by tensor name, for a step that needs facts of
+the whole model; `apply` changes one tensor. So learning and folding, which reads tensor by tensor,
+do the same.
 
 Examples:
     >>> import numpy as np
@@ -57,7 +57,7 @@ class FittedStep:
     Attributes:
         name: Its name in a recipe.
         options: Its options.
-        fitted: What it learned of the whole model: plain numbers.
+        fitted: Facts of the whole model that it has found: plain numbers.
     """
 
     name: str
@@ -66,7 +66,7 @@ class FittedStep:
 
 
 def make_step(name: str, options: Mapping[str, Any]) -> Step:
-    """The step of a recipe.
+    """Returns the step of a recipe.
 
     Raises:
         InputError: There is no such step, or it refuses an option.
@@ -80,26 +80,26 @@ def fit_steps(
     """Runs the steps one after the other, in place.
 
     Args:
-        steps: In their order; what they were fitted to before is forgotten.
-        task_vectors: `[K, *shape]` by tensor name; each is changed in place.
+        steps: Steps in their order; an earlier fit is forgotten.
+        task_vectors: `[K, *shape]` by tensor name; all are changed in place.
 
     Returns:
-        The steps with what they learned.
+        The fitted steps.
     """
     if not task_vectors:
         return tuple(steps)
-    done = []
+    fitted_steps = []
     for step in steps:
-        function = make_step(step.name, step.options)
-        fitted = function.fit(task_vectors)
+        change = make_step(step.name, step.options)
+        fitted = change.fit(task_vectors)
         for name, values in task_vectors.items():
-            values[...] = function.apply(name, values, fitted)
-        done.append(dataclasses.replace(step, fitted=fitted))
-    return tuple(done)
+            values[...] = change.apply(name, values, fitted)
+        fitted_steps.append(dataclasses.replace(step, fitted=fitted))
+    return tuple(fitted_steps)
 
 
 def apply_steps(steps: Sequence[FittedStep], name: str, values: np.ndarray) -> np.ndarray:
-    """What fitted steps make of one tensor's task vectors, `[K, *shape]`."""
+    """Returns one tensor's task vectors `[K, *shape]` as fitted steps change them."""
     for step in steps:
         values = make_step(step.name, step.options).apply(name, values, step.fitted)
     return values

@@ -14,7 +14,8 @@ def drop_and_rescale(drop: float = 0.9, seed: int = 0) -> Step:
 
     Args:
         drop: Probability with which an entry is dropped, from 0 and under 1.
-        seed: Of the draw, which depends on it, the tensor's name and the expert's position alone.
+        seed: Seed of the draw, which depends on it, the tensor's name and the expert's position
+            alone.
 
     Raises:
         ValueError: An argument is outside of its range.
@@ -33,8 +34,8 @@ def drop_and_rescale(drop: float = 0.9, seed: int = 0) -> Step:
 
     def apply(name: str, values: np.ndarray, fitted: None) -> np.ndarray:
         generator = np.random.default_rng([seed, crc32(name.encode())])
-        kept = generator.random(values.shape, dtype=np.float32) >= drop
+        stays = generator.random(values.shape, dtype=np.float32) >= drop
         rescaled = values.astype(np.float32) / np.float32(1 - drop)
-        return np.where(kept, rescaled, 0).astype(values.dtype)
+        return np.where(stays, rescaled, 0).astype(values.dtype)
 
     return Step(apply)

@@ -1,4 +1,4 @@
-"""What an interference step is."""
+"""The interference step as a type."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ class Step(NamedTuple):
 
     Attributes:
         apply: `(tensor name, values [K, *shape], fitted) -> values [K, *shape]`.
-        fit: From all task vectors `[K, *shape]` by tensor name to what `apply` must know of the
-            whole model, as numbers and lists that JSON can hold.
+        fit: From all task vectors `[K, *shape]` by tensor name to the facts of the whole model
+            that `apply` needs, as numbers and lists that JSON can hold.
     """
 
     apply: Callable[[str, np.ndarray, Any], np.ndarray]

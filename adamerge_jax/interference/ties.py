@@ -1,4 +1,4 @@
-"""TIES (Yadav et al., NeurIPS 2023): trim, elect a sign, merge what agrees with it.
+"""TIES (Yadav et al., NeurIPS 2023): trim, elect a sign, merge the entries that agree with it.
 
 AdaMerging++ learns coefficients for task vectors after the first two steps.
 """
@@ -56,7 +56,7 @@ def trim(density: float = 0.2) -> Step:
 
 
 def elect_sign() -> Step:
-    """Sets to 0 what disagrees in sign with the sum over experts, entry by entry.
+    """Sets entries to 0 that disagree in sign with the sum over experts.
 
     The second step of TIES (Yadav et al., NeurIPS 2023).
 

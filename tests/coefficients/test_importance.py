@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
-from adamerge_jax.coefficients.granularities import GRANULARITIES, constant
-from adamerge_jax.coefficients.importance import importance_pieces
+from adamerge_jax.coefficients.granularities import GRANULARITIES, constant, make_granularity
+from adamerge_jax.coefficients.importance import (
+    FROM_COARSE,
+    expected_granularity,
+    importance_pieces,
+)
 from adamerge_jax.errors import InputError
 
 TINY = {"a.weight": (4, 4), "b.weight": (4, 4), "c.bias": (4,)}
@@ -91,3 +95,30 @@ def test_pieces_where_nothing_was_learned():
 def test_a_budget_that_is_too_small():
     with pytest.raises(InputError, match=r"budget: 5 is under .* raise it to at least 6$"):
         importance_pieces(TINY, TINY_COEFFICIENTS, TINY_MAGNITUDES, 5)
+
+
+def test_it_resolves_to_chunk():
+    (name,) = FROM_COARSE
+    from_coarse = FROM_COARSE[name]
+    options = {"budget": 8}
+    resolved = from_coarse.resolve(options, TINY, TINY_COEFFICIENTS, TINY_MAGNITUDES)
+    assert resolved == {"pieces": {"a.weight": 2, "b.weight": 1, "c.bias": 1}}
+    expected = expected_granularity(name, {"budget": 100}, experts=2, tensors=3)
+    assert expected == ("chunk", {"pieces": 16})
+    assert expected_granularity(name, options, experts=2, tensors=30) == ("chunk", {"pieces": 1})
+    for kind, chosen in (expected, (from_coarse.granularity, resolved)):
+        assert make_granularity(kind, chosen, TINY).prepares
+    assert expected_granularity("row", {"tables": True}, 2, 3) == ("row", {"tables": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "importance_chunk takes one option, budget"),
+        ({"budget": 8, "pieces": 2}, "importance_chunk takes one option, budget"),
+        ({"budget": 0}, "budget is 0, expected a whole number"),
+    ],
+)
+def test_options_that_it_does_not_take(options, message):
+    with pytest.raises(InputError, match=message):
+        FROM_COARSE["importance_chunk"].require_options(options)
