@@ -21,7 +21,7 @@ def write_whole(file: Path, content: bytes) -> None:
     """Writes a file, or writes it anew, such that it is never there in part.
 
     Args:
-        file: A file in the run folder; until all is written, `.partial` beside it has the beginning.
+        file: A file in the run folder; `.partial` beside it grows until it is whole.
         content: Its content.
     """
     partial = file.with_suffix(".partial")
