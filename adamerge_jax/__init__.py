@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from adamerge_jax.coefficients import granularities
     from adamerge_jax.coefficients.constraints import CONSTRAINTS
     from adamerge_jax.coefficients.file import Coefficients
+    from adamerge_jax.data.arrays import ArrayExamples
     from adamerge_jax.data.batches import calibrate
-    from adamerge_jax.data.examples import ArrayExamples
     from adamerge_jax.data.expert_targets import ask_expert
     from adamerge_jax.errors import InputError
     from adamerge_jax.learning.learner import Frozen, Learned, Learner, learn, make_learner
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CONSTRAINTS": "coefficients.constraints",
-    "ArrayExamples": "data.examples",
+    "ArrayExamples": "data.arrays",
     "Coefficients": "coefficients.file",
     "DenseDelta": "task_vectors",
     "Frozen": "learning.learner",

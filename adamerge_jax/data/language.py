@@ -10,13 +10,11 @@ import numpy as np
 from jaxtyping import Int
 
 from adamerge_jax.data.examples import Examples, bucket_length, padded
-from adamerge_jax.data.tables import no_column, texts_of
+from adamerge_jax.data.tables import Table
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import NOT_PREDICTED
-from adamerge_jax.recipes.schema import DataSource
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -54,7 +52,7 @@ class DecoderExamples(Examples):
         return {"input_ids": ids, "attention_mask": mask}
 
     def take_labels(self, index: Int[np.ndarray, " B"], length: int) -> Int[np.ndarray, "B T"]:
-        """The token after each position, or `NOT_PREDICTED`."""
+        """Returns the token after each position, or `NOT_PREDICTED`."""
         rows = []
         for i in index:
             following = zip(self._sequences[i].ids, self._sequences[i].predicted, strict=True)
@@ -98,62 +96,60 @@ class EncoderDecoderExamples(Examples):
         }
 
     def take_labels(self, index: Int[np.ndarray, " B"], length: int) -> Int[np.ndarray, "B T"]:
-        """The response's token at each position, or `NOT_PREDICTED`."""
+        """Returns the response's token at each position, or `NOT_PREDICTED`."""
         return padded([self._responses[i] for i in index], length, NOT_PREDICTED)[0]
 
 
-def load_language_examples(
-    table: datasets.Dataset,
-    source: DataSource,
+def make_language_examples(
+    table: Table,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     decoder_start: int | None,
-    name: str,
 ) -> Examples:
     """Makes examples of a table with conversations, prompts and responses, or texts.
 
     Args:
-        table: The first of these columns that it has decides: `source.messages`,
+        table: The table. The first of these columns that it has decides: `source.messages`,
             `source.prompt` with `source.response`, `source.text`.
-        source: Says which columns, which tokens are to be predicted, and whether to pack.
-        tokenizer: The base's.
+        tokenizer: The base's tokenizer.
         max_length: Longest sequence in tokens; what is longer is cut and counted in a warning.
-        decoder_start: What an encoder-decoder's responses start with; None for a decoder.
-        name: What error messages call these examples.
+        decoder_start: The token that an encoder-decoder's responses start with; None for a decoder.
 
     Raises:
         InputError: The table has none of these columns, a row holds something else, or nothing
             is left to predict.
     """
+    source, columns = table.source, table.columns
     padding = next(
         token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None
     )
-    columns = set(table.column_names)
     if decoder_start is not None:
         if not {source.prompt, source.response} <= columns:
-            raise no_column(table, source, name, [f"{source.prompt!r} and {source.response!r}"])
+            raise table.lacks([f"{source.prompt!r} and {source.response!r}"])
         if source.packed:
             raise InputError(
-                f"{name}: packed is for decoders; an encoder-decoder reads one prompt at a time"
+                f"{table.name}: packed is for decoders; an encoder-decoder reads one prompt at a "
+                "time"
             )
-        pairs = _pairs(table, source, tokenizer, max_length, name)
+        pairs = _pairs(table, tokenizer, max_length)
         prompts, responses = map(list, zip(*pairs, strict=True))
         return EncoderDecoderExamples(prompts, responses, decoder_start, padding, max_length)
     if source.messages in columns:
         if not tokenizer.is_fast:
             raise InputError(
-                f"{name}: the tokenizer ({type(tokenizer).__name__}) does not say which characters "
-                "a token stands for, so conversations cannot be used; give prompts and responses"
+                f"{table.name}: the tokenizer ({type(tokenizer).__name__}) does not say which "
+                "characters a token stands for, so conversations cannot be used; give prompts and "
+                "responses"
             )
         sequences = [
-            _conversation(messages, row, source, tokenizer, name)
-            for row, messages in enumerate(table[source.messages])
+            _conversation(messages, row, table, tokenizer)
+            for row, messages in enumerate(table.rows[source.messages])
         ]
     elif {source.prompt, source.response} <= columns:
-        sequences = _prompts_and_responses(table, source, tokenizer, name)
+        sequences = _prompts_and_responses(table, tokenizer)
     elif source.text in columns:
-        encoded = tokenizer(texts_of(table, source.text, source, name))["input_ids"]
+        encoded = tokenizer(table.texts(source.text))["input_ids"]
         sequences = [_ended(Tokens(ids, [True] * len(ids)), tokenizer) for ids in encoded]
     else:
         expected = [
@@ -161,45 +157,39 @@ def load_language_examples(
             f"{source.prompt!r} and {source.response!r}",
             repr(source.text),
         ]
-        raise no_column(table, source, name, expected)
+        raise table.lacks(expected)
     if source.packed:
         sequences = _packed(sequences, max_length)
     else:
         cut = sum(len(sequence.ids) > max_length for sequence in sequences)
-        _tell_cut(name, cut, len(sequences), max_length)
+        _tell_cut(table, cut, len(sequences), max_length)
         sequences = [Tokens(ids[:max_length], counts[:max_length]) for ids, counts in sequences]
-    kept = [sequence for sequence in sequences if any(sequence.predicted[1:])]
-    _tell_left_out(name, source, len(kept), len(sequences), max_length)
-    return DecoderExamples(kept, padding, max_length)
+    useful = [sequence for sequence in sequences if any(sequence.predicted[1:])]
+    _tell_left_out(table, len(useful), len(sequences), max_length)
+    return DecoderExamples(useful, padding, max_length)
 
 
 def _pairs(
-    table: datasets.Dataset,
-    source: DataSource,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    name: str,
+    table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Prompts for an encoder with the responses to them, each cut to `max_length` tokens."""
-    prompts = tokenizer(texts_of(table, source.prompt, source, name))["input_ids"]
+    """Returns prompts for an encoder and the responses to them, cut to `max_length` tokens."""
+    prompts = tokenizer(table.texts(table.source.prompt))["input_ids"]
     responses = [
         _ended(Tokens(ids, [True] * len(ids)), tokenizer).ids
-        for ids in tokenizer(texts_of(table, source.response, source, name))["input_ids"]
+        for ids in tokenizer(table.texts(table.source.response))["input_ids"]
     ]
     pairs = list(zip(prompts, responses, strict=True))
     cut = sum(max(map(len, pair)) > max_length for pair in pairs)
-    _tell_cut(name, cut, len(pairs), max_length)
-    kept = [(prompt[:max_length], response[:max_length]) for prompt, response in pairs if response]
-    _tell_left_out(name, source, len(kept), len(pairs), max_length)
-    return kept
+    _tell_cut(table, cut, len(pairs), max_length)
+    useful = [(prompt[:max_length], answer[:max_length]) for prompt, answer in pairs if answer]
+    _tell_left_out(table, len(useful), len(pairs), max_length)
+    return useful
 
 
-def _prompts_and_responses(
-    table: datasets.Dataset, source: DataSource, tokenizer: PreTrainedTokenizerBase, name: str
-) -> list[Tokens]:
-    prompts = tokenizer(texts_of(table, source.prompt, source, name))["input_ids"]
-    texts = texts_of(table, source.response, source, name)
-    responses = tokenizer(texts, add_special_tokens=False)["input_ids"]
+def _prompts_and_responses(table: Table, tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    source = table.source
+    prompts = tokenizer(table.texts(source.prompt))["input_ids"]
+    responses = tokenizer(table.texts(source.response), add_special_tokens=False)["input_ids"]
     sequences = []
     for prompt, response in zip(prompts, responses, strict=True):
         # Some tokenizers end every text; here it goes on.
@@ -213,12 +203,12 @@ def _prompts_and_responses(
 def _conversation(
     messages: Sequence[Mapping[str, Any]],
     row: int,
-    source: DataSource,
+    table: Table,
     tokenizer: PreTrainedTokenizerBase,
-    name: str,
 ) -> Tokens:
-    """A conversation in the tokenizer's chat template; the assistant's turns are predicted."""
-    where = f"{name}: {source.path}, row {row}"
+    """Writes a conversation in the chat template; the assistant's turns are predicted."""
+    source = table.source
+    where = f"{table.name}: {source.path}, row {row}"
     roles = [
         message.get("role") if isinstance(message, Mapping) else None
         for message in (messages if isinstance(messages, list) else [messages])
@@ -262,13 +252,13 @@ def _conversation(
 
 
 def _count_shared(first: str, second: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """Returns the number of characters that two texts share at their beginning."""
     pairs = zip(first, second, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _ended(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """With the token that ends a text, where the tokenizer has one: it is to be predicted too."""
+    """Adds the token that ends a text, where the tokenizer has one: it is to be predicted too."""
     end = tokenizer.eos_token_id
     if end is None or (tokens.ids and tokens.ids[-1] == end):
         return tokens
@@ -276,31 +266,35 @@ def _ended(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> Tokens:
 
 
 def _packed(sequences: Sequence[Tokens], length: int) -> list[Tokens]:
-    """All sequences one behind the other, cut into pieces of `length` tokens."""
+    """Joins all sequences and cuts them into pieces of `length` tokens."""
     ids = [token for sequence in sequences for token in sequence.ids]
     predicted = [counts for sequence in sequences for counts in sequence.predicted]
     starts = range(0, len(ids), length)
     return [Tokens(ids[at : at + length], predicted[at : at + length]) for at in starts]
 
 
-def _tell_left_out(name: str, source: DataSource, kept: int, count: int, max_length: int) -> None:
-    if not kept:
+def _tell_left_out(table: Table, useful: int, count: int, max_length: int) -> None:
+    if not useful:
         raise InputError(
-            f"{name}: no example of {source.path} has a token to predict within "
+            f"{table.name}: no example of {table.source.path} has a token to predict within "
             f"max_length={max_length}; raise max_length"
         )
-    if kept < count:
+    if useful < count:
         log.warning(
             "%s: %d of %d examples are left out: no token to predict within max_length=%d",
-            name,
-            count - kept,
+            table.name,
+            count - useful,
             count,
             max_length,
         )
 
 
-def _tell_cut(name: str, cut: int, count: int, max_length: int) -> None:
+def _tell_cut(table: Table, cut: int, count: int, max_length: int) -> None:
     if cut:
         log.warning(
-            "%s: %d of %d examples are cut to max_length=%d tokens", name, cut, count, max_length
+            "%s: %d of %d examples are cut to max_length=%d tokens",
+            table.name,
+            cut,
+            count,
+            max_length,
         )

@@ -1,9 +1,10 @@
-"""The tokenizer of a merge: there is one, so that every expert must have learned with the same."""
+"""The tokenizer of a merge: there is one, so every expert must have learned with the same."""
 
 from __future__ import annotations
 
 import filecmp
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from adamerge_jax.errors import InputError, and_more
-from adamerge_jax.pipeline.models import Models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,36 +29,37 @@ _FILES = (
     "*.tiktoken",
     "chat_template*",
 )
-"""What a tokenizer is made of."""
+"""Patterns of the files of a tokenizer."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token")
 
 _SHOWN = 3
-"""How many of the tokens that differ a message names."""
+"""The number of differing tokens that a message names."""
 
 
-def tokenizer_owner(models: Models, chosen: str | None) -> Expert | None:
-    """The model whose tokenizer the merge takes: the chosen one, else the first that has one.
+def tokenizer_owner(models: Mapping[str, Expert], chosen: str | None) -> Expert | None:
+    """Returns the model whose tokenizer the merge takes: the chosen one, else the first with one.
 
     Args:
-        models: The base and its experts.
+        models: The base as `base`, then the experts by task.
         chosen: `base` or a task, or None.
 
     Raises:
         InputError: There is no such model, or it has no tokenizer.
     """
-    every = {"base": models.base} | dict(models.experts)
     if chosen is None:
-        return next((model for model in every.values() if has_tokenizer(model.checkpoint)), None)
-    if chosen not in every:
-        raise InputError(f"tokenizer: {chosen!r} is none of {', '.join(every)}")
-    if not has_tokenizer(every[chosen].checkpoint):
-        raise InputError(f"tokenizer: {chosen} ({every[chosen].checkpoint.source}) has none")
-    return every[chosen]
+        return next((model for model in models.values() if has_tokenizer(model.checkpoint)), None)
+    if chosen not in models:
+        raise InputError(f"tokenizer: {chosen!r} is none of {', '.join(models)}")
+    if not has_tokenizer(models[chosen].checkpoint):
+        raise InputError(f"tokenizer: {chosen} ({models[chosen].checkpoint.source}) has none")
+    return models[chosen]
 
 
-def find_tokenizer(models: Models, chosen: str | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the merge.
+def find_tokenizer(
+    models: Mapping[str, Expert], chosen: str | None = None
+) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of the merge, or None if no model brings one.
 
     Those of the other whole experts are compared with it; an adapter is one of the base's. Chat
     templates may differ, and so may the token that pads: it is never part of a text. Where the
@@ -66,35 +67,33 @@ def find_tokenizer(models: Models, chosen: str | None = None) -> PreTrainedToken
     free rows of the embeddings and another model lacks.
 
     Args:
-        models: The base and its experts.
+        models: The base as `base`, then the experts by task.
         chosen: `base` or a task, or None for the first that has one.
-
-    Returns:
-        None if neither the base nor an expert brings a tokenizer.
 
     Raises:
         InputError: One cannot be read, or an expert has another vocabulary or other special
             tokens.
     """
-    first = tokenizer_owner(models, chosen)
-    if first is None:
+    owner = tokenizer_owner(models, chosen)
+    if owner is None:
         return None
-    every = (models.base, *models.experts.values())
-    others = [model for model in every if model is not first and has_tokenizer(model.checkpoint)]
-    tokenizer = load_tokenizer(first.checkpoint, first.role)
-    for model in others:
-        if isinstance(model, MatchedCheckpoint) and not _same_files(
-            first.checkpoint.folder, model.checkpoint.folder
+    tokenizer = load_tokenizer(owner.checkpoint, owner.role)
+    reference = "the base" if owner is models["base"] else owner.role
+    for model in models.values():
+        if (
+            model is not owner
+            and isinstance(model, MatchedCheckpoint)
+            and has_tokenizer(model.checkpoint)
+            and not _same_files(owner.checkpoint.folder, model.checkpoint.folder)
         ):
-            own = load_tokenizer(model.checkpoint, model.role)
             where = f"{model.role} ({model.checkpoint.source})"
-            reference = "the base" if first is models.base else first.role
-            _require_same(tokenizer, own, where, reference, strict=chosen is None)
+            other = load_tokenizer(model.checkpoint, model.role)
+            _require_same(tokenizer, other, where, reference, strict=chosen is None)
     return tokenizer
 
 
 def _same_files(first: Path, second: Path) -> bool:
-    """Whether two folders have the same tokenizer byte by byte, so that none need be loaded."""
+    """Returns whether two folders have the same tokenizer byte by byte: none need be loaded."""
     names = [
         sorted(file.name for pattern in _FILES for file in folder.glob(pattern))
         for folder in (first, second)
@@ -106,31 +105,31 @@ def _same_files(first: Path, second: Path) -> bool:
 
 def _require_same(
     tokenizer: PreTrainedTokenizerBase,
-    own: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
     where: str,
     reference: str,
     *,
     strict: bool,
 ) -> None:
     """Refuses an expert's tokenizer whose tokens are others than those of the reference."""
-    ids, own_ids = tokenizer.get_vocab(), own.get_vocab()
-    padding = {tokenizer.pad_token, own.pad_token}
+    ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
+    padding = {tokenizer.pad_token, other.pad_token}
     differing = []
-    if ids != own_ids:
+    if ids != other_ids:
         # In the order of their ids, whichever of the two they are in.
-        every = sorted({**own_ids, **ids}.items(), key=lambda item: (item[1], item[0]))
+        tokens = sorted({**other_ids, **ids}.items(), key=lambda item: (item[1], item[0]))
         differing = [
             token
-            for token, _ in every
-            if ids.get(token) != own_ids.get(token) and token not in padding
+            for token, _ in tokens
+            if ids.get(token) != other_ids.get(token) and token not in padding
         ]
-    if differing and not strict and not any(token in own_ids for token in differing):
+    if differing and not strict and not any(token in other_ids for token in differing):
         log.warning("%s lacks %d token(s) of %s, which are kept", where, len(differing), reference)
         differing = []
     if differing:
         more = and_more(max(0, len(differing) - _SHOWN))
         shown = ", ".join(
-            f"{token!r} is {_place(own_ids, token)} in the expert and "
+            f"{token!r} is {_place(other_ids, token)} in the expert and "
             f"{_place(ids, token)} in {reference}"
             for token in differing[:_SHOWN]
         )
@@ -139,9 +138,9 @@ def _require_same(
             f"{shown}{more}; all experts must have been fine-tuned with one tokenizer"
         )
     for name in _SPECIAL:
-        if getattr(own, name) != getattr(tokenizer, name):
+        if getattr(other, name) != getattr(tokenizer, name):
             difference = (
-                f"{where} has {name} {getattr(own, name)!r}, {reference} has "
+                f"{where} has {name} {getattr(other, name)!r}, {reference} has "
                 f"{getattr(tokenizer, name)!r}"
             )
             if strict:
@@ -150,15 +149,15 @@ def _require_same(
                     "(tokenizer: base, or a task)"
                 )
             log.warning("%s: the merge has the latter", difference)
-    if own.pad_token != tokenizer.pad_token:
+    if other.pad_token != tokenizer.pad_token:
         log.warning(
             "%s has pad_token %r, %s has %r: the merge has the latter",
             where,
-            own.pad_token,
+            other.pad_token,
             reference,
             tokenizer.pad_token,
         )
-    if own.chat_template != tokenizer.chat_template:
+    if other.chat_template != tokenizer.chat_template:
         log.info("%s has another chat template than %s, which is used", where, reference)
 
 

@@ -135,7 +135,7 @@ def _export_checkpoint(
         for name in carried:
             writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
         writer.write_config(config)
-        owner = tokenizer_owner(models, recipe.tokenizer) or models.base
+        owner = tokenizer_owner(models.by_name, recipe.tokenizer) or models.base
         # In the order in which the run looks for them.
         every = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
         writer.copy_assets(owner.checkpoint, every)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from adamerge_jax.data.examples import Examples, ImageProcessor, Subset
-from adamerge_jax.data.sources import TokenLimits, load_examples
+from adamerge_jax.data.arrays import TokenLimits
+from adamerge_jax.data.examples import Examples, Subset
+from adamerge_jax.data.images import ImageProcessor
+from adamerge_jax.data.sources import load_examples
 from adamerge_jax.data.tokenizers import find_tokenizer
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_one_line
@@ -199,7 +201,7 @@ def _preprocessor(
 ) -> PreTrainedTokenizerBase | ImageProcessor | None:
     """The tokenizer or image processor of the base, or of the first expert that has one."""
     if models.family.inputs[0] == "input_ids":
-        return find_tokenizer(models, chosen)
+        return find_tokenizer(models.by_name, chosen)
     for model in (models.base, *models.experts.values()):
         if (model.checkpoint.folder / "preprocessor_config.json").is_file():
             # Importing it takes a second or more, which only images are to cost.

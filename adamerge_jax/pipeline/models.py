@@ -54,6 +54,11 @@ class Models:
     devices: Devices = ONE_DEVICE
 
     @property
+    def by_name(self) -> dict[str, Expert]:
+        """The base's checkpoint as `base`, then the experts' by task."""
+        return {"base": self.base, **self.experts}
+
+    @property
     def config(self) -> PretrainedConfig:
         """The base's config."""
         return self.base.checkpoint.config

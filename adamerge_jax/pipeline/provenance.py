@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.data.sources import is_on_hub
+from adamerge_jax.data.tables import is_on_hub
 from adamerge_jax.pipeline.models import Models, resolve
 from adamerge_jax.recipes.schema import Recipe
 

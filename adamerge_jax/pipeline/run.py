@@ -219,7 +219,7 @@ def fold_file(
         scale=scale,
         allow_other_models=allow_other_models,
     )
-    tokenizer_owner(models, recipe.tokenizer)  # refused before anything is written
+    tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe))
     _print_notes(notes, console)
     wait_for_all("checked")

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from adamerge_jax.data.sources import examples_of_arrays
+from adamerge_jax.data.arrays import examples_of_arrays
+from adamerge_jax.data.tables import READERS
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.inputs import example_loader
 from adamerge_jax.pipeline.models import Models
@@ -15,8 +16,6 @@ from adamerge_jax.recipes.schema import DataSource, Recipe
 
 ASSUMED_EXAMPLES = 1000
 """Of a task whose data is not on this machine, where the recipe sets no limit."""
-
-_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ def data_sizes(recipe: Recipe, models: Models, root: Path, part: str) -> dict[st
         name = f"{part} data of task {task!r}"
         if path.suffix == ".npz":
             size = _of_arrays(path, models.family.inputs[0], name).limited(source.limit)
-        elif path.is_dir() or path.suffix in _FILES:
+        elif path.is_dir() or path.suffix in READERS:
             load = load or example_loader(recipe, models, root)
             size = DataSize(load(source, name).padded_lengths())
         else:

@@ -3,9 +3,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER, Calibration, calibrate
-from adamerge_jax.data.examples import ArrayExamples, TextExamples
 from adamerge_jax.data.expert_targets import StoredTargets
+from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets
 from tests.references import bert_tokenizer

@@ -2,9 +2,12 @@ import datasets
 import numpy as np
 import pytest
 
-from adamerge_jax.data.examples import ArrayExamples, Examples, TextExamples
+from adamerge_jax.data.arrays import ArrayExamples
+from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, StoredTargets, ask_expert
-from adamerge_jax.data.language import load_language_examples
+from adamerge_jax.data.language import make_language_examples
+from adamerge_jax.data.tables import Table
+from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.objectives import NOT_PREDICTED, Needs
 from adamerge_jax.recipes.schema import DataSource
 from tests.language_references import byte_tokenizer, split_sentences
@@ -135,13 +138,9 @@ def language_examples(decoder_start: int | None) -> Examples:
     rows = [{"prompt": p, "response": r} for p, r in split_sentences(9, seed=0)]
     rows[0] = {"prompt": "the red cat ", "response": "runs " * 20}
     rows[1] = {"prompt": "the red cat " * 8, "response": "x"}
-    return load_language_examples(
-        datasets.Dataset.from_list(rows),
-        DataSource(path="data"),
-        byte_tokenizer(),
-        max_length=40,
-        decoder_start=decoder_start,
-        name="data",
+    table = Table(datasets.Dataset.from_list(rows), DataSource(path="data"), "data")
+    return make_language_examples(
+        table, byte_tokenizer(), max_length=40, decoder_start=decoder_start
     )
 
 

@@ -11,8 +11,9 @@ import pytest
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adamerge_jax.data.examples import Examples, Subset
-from adamerge_jax.data.language import load_language_examples
+from adamerge_jax.data.language import make_language_examples
 from adamerge_jax.data.sources import load_examples
+from adamerge_jax.data.tables import Table
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.recipes.schema import DataSource
@@ -73,13 +74,10 @@ def load(
     decoder_start: int | None = None,
     **fields: Any,
 ) -> Examples:
-    return load_language_examples(
-        datasets.Dataset.from_list(rows),
-        DataSource(path="data.jsonl", **fields),
-        tokenizer,
-        max_length=max_length,
-        decoder_start=decoder_start,
-        name=NAME,
+    source = DataSource(path="data.jsonl", **fields)
+    table = Table(datasets.Dataset.from_list(rows), source, NAME)
+    return make_language_examples(
+        table, tokenizer, max_length=max_length, decoder_start=decoder_start
     )
 
 

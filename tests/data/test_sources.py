@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 from transformers import BertTokenizer, ViTImageProcessorPil
 
-from adamerge_jax.data.examples import (
-    ArrayExamples,
-    Concatenated,
-    Examples,
-    TextExamples,
-    bucket_length,
-)
+from adamerge_jax.data.arrays import ArrayExamples
+from adamerge_jax.data.examples import Concatenated, Examples, bucket_length
 from adamerge_jax.data.sources import load_examples
+from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.errors import InputError
 from adamerge_jax.recipes.schema import DataSource
 from tests.references import bert_tokenizer, save_image, write_json_lines

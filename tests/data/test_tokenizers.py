@@ -73,7 +73,7 @@ def drop(root: Path, name: str) -> None:
 
 def refused(root: Path) -> str:
     with pytest.raises(InputError) as caught:
-        find_tokenizer(models_in(root))
+        find_tokenizer(models_in(root).by_name)
     said = str(caught.value)
     assert "\n" not in said
     return said
@@ -81,7 +81,7 @@ def refused(root: Path) -> str:
 
 def test_the_same_tokenizer_everywhere(root, caplog):
     with caplog.at_level(logging.INFO, "adamerge_jax"):
-        tokenizer = find_tokenizer(models_in(root))
+        tokenizer = find_tokenizer(models_in(root).by_name)
     assert tokenizer.get_vocab() == byte_tokenizer().get_vocab()
     assert caplog.messages == []
 
@@ -97,7 +97,7 @@ def test_the_same_files_are_not_loaded_again(root, monkeypatch):
     monkeypatch.setattr(tokenizers, "load_tokenizer", load_and_tell)
     file = root / "naming" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"name_or_path": "other"}))
-    assert find_tokenizer(models_in(root)) is not None
+    assert find_tokenizer(models_in(root).by_name) is not None
     assert loaded == ["base", "expert 'naming'"]
 
 
@@ -162,21 +162,21 @@ def test_a_recipe_may_say_whose_tokenizer(root, caplog):
     give(root, "rhyming", eos_token="<|end|>")
     add_tokens(root, "naming", ["<name>"])
     with caplog.at_level(logging.WARNING, "adamerge_jax"):
-        tokenizer = find_tokenizer(models_in(root), "naming")
+        tokenizer = find_tokenizer(models_in(root).by_name, "naming")
     assert "<name>" in tokenizer.get_vocab() and tokenizer.eos_token == "</s>"
     assert "has eos_token '<|end|>'" in caplog.text
     assert caplog.text.count("lacks 1 token(s)") == 3
     # A token of another model that the chosen tokenizer does not have stays an error.
     with pytest.raises(InputError, match=r"'<name>' is .* in the expert and missing in the base"):
-        find_tokenizer(models_in(root), "base")
+        find_tokenizer(models_in(root).by_name, "base")
     with pytest.raises(InputError, match="tokenizer: 'nobody' is none of base, "):
-        find_tokenizer(models_in(root), "nobody")
+        find_tokenizer(models_in(root).by_name, "nobody")
 
 
 def test_a_chosen_model_without_a_tokenizer(root):
     drop(root, "counting")
     with pytest.raises(InputError, match=r"tokenizer: counting .* has none"):
-        find_tokenizer(models_in(root), "counting")
+        find_tokenizer(models_in(root).by_name, "counting")
 
 
 @pytest.mark.parametrize("new", [False, True])
@@ -190,7 +190,7 @@ def test_another_padding_token_is_only_told(root, caplog, new):
     else:
         give(root, "counting", pad_token="</s>")
     with caplog.at_level(logging.WARNING, "adamerge_jax"):
-        tokenizer = find_tokenizer(models_in(root))
+        tokenizer = find_tokenizer(models_in(root).by_name)
     assert tokenizer.pad_token is None
     own = "<new>" if new else "</s>"
     assert caplog.messages == [
@@ -202,7 +202,7 @@ def test_another_padding_token_is_only_told(root, caplog, new):
 def test_chat_templates_may_differ(root, caplog):
     give(root, "naming", chat_template="{{ messages }}")
     with caplog.at_level(logging.INFO, "adamerge_jax"):
-        tokenizer = find_tokenizer(models_in(root))
+        tokenizer = find_tokenizer(models_in(root).by_name)
     assert tokenizer.chat_template == byte_tokenizer().chat_template
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "expert 'naming'" in caplog.text and "another chat template than the base" in caplog.text
@@ -211,15 +211,15 @@ def test_chat_templates_may_differ(root, caplog):
 def test_models_without_a_tokenizer(root):
     for task in TASKS[1:]:
         drop(root, task)
-    assert find_tokenizer(models_in(root)) is not None
+    assert find_tokenizer(models_in(root).by_name) is not None
     # Then the first expert's takes the place of the base's.
     drop(root, "base")
-    assert find_tokenizer(models_in(root)) is not None
+    assert find_tokenizer(models_in(root).by_name) is not None
     give(root, "rhyming", eos_token="<|end|>")
     assert "has eos_token '<|end|>', expert 'counting' has '</s>'" in refused(root)
     for name in TASKS:
         drop(root, name)
-    assert find_tokenizer(models_in(root)) is None
+    assert find_tokenizer(models_in(root).by_name) is None
 
 
 def test_a_tokenizer_that_cannot_be_read(root):

@@ -21,8 +21,8 @@ from transformers import (
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.file import unstack_values
 from adamerge_jax.coefficients.granularities import Granularity, Values, constant, make_granularity
+from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.data.batches import Calibration, calibrate
-from adamerge_jax.data.examples import ArrayExamples
 from adamerge_jax.data.expert_targets import StoredTargets
 from adamerge_jax.learning import learner as learning
 from adamerge_jax.learning.learner import (
