@@ -34,7 +34,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface_export import save_model
-from adamerge_jax.checkpoints.peft import AdapterWeights, save_adapter
+from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.cli.main import main as adamerge
 from adamerge_jax.coefficients.granularities import constant, make_granularity

@@ -8,21 +8,11 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "*.model", "*.tiktoken", "chat_template*"),
 )
 _PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
+    *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
 )
 _GENERATION_FILES = ("generation_config.json",)
 

@@ -22,12 +22,11 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import jax
@@ -69,7 +68,7 @@ def save_model(
     Raises:
         InputError: The folder is in use or cannot be made, or the disk is too full.
     """
-    with CheckpointWriter(folder) as writer:
+    with write_checkpoint(folder) as writer:
         for name, array in parameters.items():
             values = np.asarray(array)
             rows = values if is_stacked(name) else [values]
@@ -78,74 +77,62 @@ def save_model(
         writer.write_config(config)
 
 
-class CheckpointWriter:
+@contextmanager
+def write_checkpoint(
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    expected_bytes: int | None = None,
+) -> Iterator[CheckpointWriter]:
     """Writes a checkpoint that `from_pretrained` reads.
 
-    Tensors are added one at a time, and a thread writes them (`ShardWriter`). The folder appears
-    when the block ends; after an error or an interrupt there is none.
+    The folder appears when the block ends; after an error or an interrupt there is none.
+
+    Args:
+        folder: The folder to make; it may exist if it is empty.
+        max_shard_bytes: The size of a weight file, exceeded only by one with a single tensor.
+        expected_bytes: The size of all files, to check first that the disk has room for it.
+
+    Yields:
+        A writer, to which tensors and all other parts are added.
+
+    Raises:
+        InputError: The folder is in use or cannot be made, or the disk is or becomes full.
 
     Example:
-        with CheckpointWriter(Path("merged")) as writer:
+        with write_checkpoint("merged") as writer:
             for name, array in merged:
                 writer.add(name, array)
             writer.write_config(base.config)
             writer.copy_assets(base)
             writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
     """
+    # The thread has ended when the folder is renamed or removed.
+    with (
+        new_folder(folder, expected_bytes=expected_bytes) as partial,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        writer = CheckpointWriter(folder, partial, ShardWriter(partial, max_shard_bytes, thread))
+        yield writer
+        writer.finish()
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        max_shard_bytes: int = 5_000_000_000,
-        expected_bytes: int | None = None,
-    ) -> None:
-        """Prepares to write; nothing is made until the block is entered.
+
+class CheckpointWriter:
+    """The parts of a checkpoint that is being written; made by `write_checkpoint`."""
+
+    def __init__(self, folder: str | Path, partial: Path, shards: ShardWriter) -> None:
+        """Begins without any part.
 
         Args:
-            folder: The folder to make; it may exist if it is empty.
-            max_shard_bytes: The size of a weight file, exceeded only by one with a single tensor.
-            expected_bytes: The size of all files, to check first that the disk has room for it.
+            folder: The folder that the checkpoint will be in, for messages.
+            partial: The folder that it is written to.
+            shards: The writer of its tensors.
         """
         self._folder = folder
-        self._max_shard_bytes = max_shard_bytes
-        self._expected_bytes = expected_bytes
-        self._cleanup = ExitStack()
-        self._partial: Path
-        self._shards: ShardWriter
+        self._partial = partial
+        self._shards = shards
         self._config: PretrainedConfig | None = None
         self._task_models: dict[str, _TaskModel] = {}
-
-    def __enter__(self) -> CheckpointWriter:
-        """Makes the temporary folder.
-
-        Raises:
-            InputError: The folder is in use or cannot be made, or the disk is too full.
-        """
-        self._partial = self._cleanup.enter_context(
-            new_folder(self._folder, expected_bytes=self._expected_bytes)
-        )
-        # Entered last, so that its thread has ended when the folder is renamed or removed.
-        thread = self._cleanup.enter_context(ThreadPoolExecutor(1))
-        self._shards = ShardWriter(self._partial, self._max_shard_bytes, thread)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Completes the checkpoint and gives it its name, or removes what was written.
-
-        Raises:
-            InputError: The disk became full.
-        """
-        if error is not None:
-            self._cleanup.__exit__(kind, error, traceback)
-            return
-        with self._cleanup:
-            self._finish()
 
     def add(self, name: str, array: np.ndarray | jax.Array) -> None:
         """Adds a tensor, in its own dtype. It must not change until the block has ended.
@@ -205,7 +192,8 @@ class CheckpointWriter:
             tuple(otherwise),
         )
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Writes the last shard, the index, the config and the models of tasks."""
         files = self._shards.finish()
         if len(files) > 1:
             _write_index(self._partial, files)

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint is which parameter of a model."""
+"""The tensors of a checkpoint, matched with the parameters of a model by their names."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
+from adamerge_jax.checkpoints.architecture import resized_vocabulary
 from adamerge_jax.checkpoints.finite import require_finite
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.errors import InputError, and_more
 from adamerge_jax.parameter_names import matches
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # Checkpoints converted from TensorFlow, bert-base-uncased among them, name LayerNorm's parameters
 # as TensorFlow does. (LayerScale has a gamma too, which stays a gamma.)
@@ -30,7 +27,7 @@ _PARAMETER_DTYPES = tuple(
     np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )
 
-# Values of two tensors that are in memory at once while they are compared.
+# The number of values of two tensors that are compared at once.
 _COMPARED_VALUES = 2**22
 
 _TOKEN_EMBEDDINGS = (
@@ -42,64 +39,16 @@ _TOKEN_EMBEDDINGS = (
     "lm_head.weight",
 )
 
-# Config fields that decide a parameter's shape or what is computed with it. Many leave every
-# shape as it is (the number of heads, the activation), so shapes alone cannot tell.
-_ARCHITECTURE_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "pooler_output_size",
-    "hidden_act",
-    "activation",
-    "activation_function",
-    "pooler_act",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rms_norm_eps",
-    "qkv_bias",
-    "attention_bias",
-    "mlp_bias",
-    "position_embedding_type",
-    "sinusoidal_pos_embds",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "sliding_window",
-    "layer_types",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "hidden_activation",
-    "tie_word_embeddings",
-    "scale_decoder_outputs",
-    "feed_forward_proj",
-    "relative_attention_max_distance",
-    "num_decoder_layers",
-    "is_decoder",
-    "add_cross_attention",
-)
-
-# Where a config has one of these, positions are computed and not looked up in a table: the number
-# of them that it says is advice, and fine-tuning changes it.
-_COMPUTED_POSITIONS = ("rope_parameters", "rope_theta", "relative_attention_num_buckets")
-
 
 @dataclass(frozen=True, eq=False)
 class MatchedCheckpoint:
-    """A checkpoint whose tensors are known by the model's own names.
+    """A checkpoint whose tensors have the names of the model's parameters.
 
     Attributes:
         checkpoint: The checkpoint that the tensors are read from.
-        role: What it is in the merge, for messages: `base`, `expert 'trec'`.
+        role: Its role in the merge, for messages: `base`, `expert 'trec'`.
         names: The name in the file of every parameter that the checkpoint has.
-        extra: The tensors that are no parameter of the model, by their name in the file.
+        extra: The names in the file of tensors that are no parameter of the model.
         copies: The parameters that the file has twice, by the name of the second tensor.
     """
 
@@ -110,7 +59,7 @@ class MatchedCheckpoint:
     copies: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one parameter, in the dtype that it is stored in.
+        """Returns one parameter, in the dtype that it is stored in.
 
         Raises:
             InputError: It has NaN or infinite values.
@@ -120,27 +69,27 @@ class MatchedCheckpoint:
         return array
 
     def identity(self) -> str:
-        """A fingerprint of its contents."""
+        """Returns a fingerprint of its contents."""
         return self.checkpoint.identity()
 
     def has_factors(self, name: str) -> bool:
-        """Whether a parameter's task vector is stored as factors: a whole model has none."""
+        """Returns False: no task vector of a whole model is stored as factors."""
         return False
 
     def low_rank(self, name: str) -> None:
-        """The factors of a parameter's task vector: a whole model has none."""
+        """Returns None: no task vector of a whole model is stored as factors."""
         return None
 
     def changes(self, name: str) -> bool:
-        """Whether a parameter may differ from the base's: any may."""
+        """Returns True if it has a parameter, which may then differ from the base's."""
         return name in self.names
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that a parameter is stored in."""
+        """Returns the dtype that a parameter is stored in."""
         return self.checkpoint.tensors[self.names[name]].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter."""
+        """Returns the shape of a parameter."""
         return self.checkpoint.tensors[self.names[name]].shape
 
 
@@ -157,25 +106,24 @@ def match(
 ) -> MatchedCheckpoint:
     """Finds the model's parameters among the tensors of a checkpoint.
 
-    A tensor is found under its own name, under that name without a prefix (`bert.`: what
-    `BertModel` saves lacks it, what `BertForSequenceClassification` saves has it), or under the
-    legacy `LayerNorm.gamma` and `LayerNorm.beta`.
+    A tensor may have the parameter's name, that name without a prefix (`bert.`, which files of
+    `BertModel` lack and files of `BertForSequenceClassification` have), or the legacy name
+    `LayerNorm.gamma` or `LayerNorm.beta`.
 
     Args:
         checkpoint: The checkpoint to look in.
         expected: The shape of every parameter, by name; layers are not stacked.
-        role: What the checkpoint is in the merge, for messages: `base`, `expert 'trec'`.
+        role: The role of the checkpoint in the merge, for messages: `base`, `expert 'trec'`.
         prefixes: Prefixes of expected names that the checkpoint may lack.
         optional: Patterns of the parameters that may be missing.
         ignored: Patterns of tensors in the checkpoint that are no parameters, such as
             `*.position_ids`.
-        second_names: Names of tensors, ignored ones too, in which the checkpoint may hold
-            parameters that it lacks under their own, by those.
-        allow_extra: Whether the checkpoint may have tensors that are not expected; they are
-            listed in the result.
+        second_names: Further names, by parameter, of tensors that may hold it, ignored ones
+            included; they count if the checkpoint lacks its first name.
+        allow_extra: Allows tensors that are not expected; they are listed in the result.
 
     Returns:
-        The checkpoint, known by the names in `expected`.
+        The checkpoint, with the names in `expected`.
 
     Raises:
         InputError: A tensor is missing, unexpected, of another shape or not of floating point.
@@ -187,7 +135,7 @@ def match(
         for name, second in second_names.items()
         if name not in names and second in checkpoint.tensors
     }
-    found = MatchedCheckpoint(
+    matched = MatchedCheckpoint(
         checkpoint,
         role,
         names,
@@ -205,31 +153,31 @@ def match(
             f"{where} lacks {missing[0]}{and_more(len(missing) - 1)}; all checkpoints of a merge "
             "must be fine-tuned from one base model"
         )
-    wrong = [name for name in names if found.shape(name) != tuple(expected[name])]
+    wrong = [name for name in names if matched.shape(name) != tuple(expected[name])]
     if wrong:
-        raise InputError(_wrong_shape(found, wrong, expected))
-    integers = [name for name in names if found.dtype(name) not in _PARAMETER_DTYPES]
+        raise InputError(_wrong_shape(matched, wrong, expected))
+    integers = [name for name in names if matched.dtype(name) not in _PARAMETER_DTYPES]
     if integers:
         raise InputError(
-            f"{where}: {integers[0]} is stored as {found.dtype(integers[0])}"
+            f"{where}: {integers[0]} is stored as {matched.dtype(integers[0])}"
             f"{and_more(len(integers) - 1)}, expected float32, float16 or bfloat16; undo its "
             "quantisation and save it again"
         )
-    if found.extra and not allow_extra:
+    if matched.extra and not allow_extra:
         raise InputError(
-            f"{where} has {found.extra[0]}{and_more(len(found.extra) - 1)}, which is no parameter "
-            "of this architecture; check that it is a fine-tune of the base model"
+            f"{where} has {matched.extra[0]}{and_more(len(matched.extra) - 1)}, which is no "
+            "parameter of this architecture; check that it is a fine-tune of the base model"
         )
-    return found
+    return matched
 
 
 def find_names(
     in_file: Iterable[str], expected: Mapping[str, tuple[int, ...]], prefixes: Sequence[str] = ()
 ) -> dict[str, str]:
-    """The name in a file of every parameter that the file has, by the parameter's own name.
+    """Returns the name in a file of every parameter that the file has, by the parameter's name.
 
     Args:
-        in_file: Names of a file's tensors.
+        in_file: The names of the file's tensors.
         expected: The shape of every parameter, by name.
         prefixes: Prefixes of expected names that the file may lack.
     """
@@ -242,47 +190,11 @@ def find_names(
     }
 
 
-def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str) -> None:
-    """Refuses an expert whose configuration is that of another network than the base's.
-
-    A model and a part of it go together: a CLIP checkpoint with one of its vision tower alone.
-
-    Args:
-        base: The base model.
-        expert: The checkpoint to compare with it.
-        role: What that checkpoint is in the merge, for the message: `expert 'trec'`.
-
-    Raises:
-        InputError: With the first field that differs, and both of its values.
-    """
-    where = f"{role} ({expert.source})"
-    base_parts, expert_parts = _parts(base.config), _parts(expert.config)
-    shared = [part for part in base_parts if part in expert_parts]
-    if not shared:
-        raise InputError(
-            f"{where} has model_type {expert.config.model_type!r}, the base ({base.source}) has "
-            f"{base.config.model_type!r}; an expert must be fine-tuned from the base"
-        )
-    for part in shared:
-        for name in ("vocab_size", *_ARCHITECTURE_FIELDS):
-            of_base = _field(base_parts[part], name)
-            of_expert = _field(expert_parts[part], name)
-            # A field that only one of them has came with another version of transformers.
-            if of_base is None or of_expert is None or of_base == of_expert:
-                continue
-            if name == "vocab_size":
-                raise InputError(_resized_vocabulary(where, "vocab_size", of_expert, of_base))
-            raise InputError(
-                f"{where} has {name} {of_expert!r} in its config.json, the base ({base.source}) "
-                f"has {of_base!r}; an expert must be fine-tuned from the base"
-            )
-
-
 def require_tied(model: MatchedCheckpoint, name: str, output: str) -> None:
     """Refuses an output layer that differs from the embeddings although the config ties them.
 
     Args:
-        model: The checkpoint, whose values are read where it has both.
+        model: The checkpoint, whose values are read if it has both.
         name: The embedding table, a parameter.
         output: The output layer's name in the file.
 
@@ -310,27 +222,6 @@ def require_tied(model: MatchedCheckpoint, name: str, output: str) -> None:
         )
 
 
-def _field(config: PretrainedConfig, name: str) -> Any:
-    """What a config says of its architecture in a field; None where it says nothing."""
-    if name == "max_position_embeddings" and any(
-        getattr(config, field, None) is not None for field in _COMPUTED_POSITIONS
-    ):
-        return None
-    return _without_legacy_type(getattr(config, name, None))
-
-
-def _without_legacy_type(value: Any) -> Any:
-    """Settings of rotary positions without the name that `rope_type` had in older configs."""
-    if not isinstance(value, dict):
-        return value
-    repeated = "type" in value and value.get("rope_type") == value["type"]
-    return {
-        key: _without_legacy_type(own)
-        for key, own in value.items()
-        if not (repeated and key == "type")
-    }
-
-
 def _current(name: str) -> str:
     for legacy, current in _LEGACY_ENDINGS.items():
         if name.endswith(legacy):
@@ -341,7 +232,7 @@ def _current(name: str) -> str:
 def _candidates(
     name: str, prefixes: Sequence[str], expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """The names that a parameter may have in a file; the one to prefer comes last."""
+    """Yields the names that a parameter may have in a file; the preferred one comes last."""
     for prefix in prefixes:
         bare = name.removeprefix(prefix)
         if bare not in expected:
@@ -349,34 +240,21 @@ def _candidates(
     yield name
 
 
-def _parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
-    """The configuration and those of its parts (text, vision, ...), by their model type."""
-    parts = [getattr(config, name) for name in config.sub_configs]
-    return {part.model_type: part for part in [config, *parts]}
-
-
 def _wrong_shape(
-    found: MatchedCheckpoint, wrong: Sequence[str], expected: Mapping[str, tuple[int, ...]]
+    matched: MatchedCheckpoint, wrong: Sequence[str], expected: Mapping[str, tuple[int, ...]]
 ) -> str:
-    where = f"{found.role} ({found.checkpoint.source})"
+    where = f"{matched.role} ({matched.checkpoint.source})"
     for name in wrong:
-        shape = found.shape(name)
+        shape = matched.shape(name)
         if (
             matches(name, _TOKEN_EMBEDDINGS)
             and len(shape) == len(expected[name]) == 2
             and shape[1] == expected[name][1]
         ):
-            return _resized_vocabulary(where, name, shape[0], expected[name][0])
+            return resized_vocabulary(where, name, shape[0], expected[name][0])
     name = wrong[0]
     return (
-        f"{where}: {name} has shape {found.shape(name)}, expected {tuple(expected[name])}"
+        f"{where}: {name} has shape {matched.shape(name)}, expected {tuple(expected[name])}"
         f"{and_more(len(wrong) - 1)}; all checkpoints of a merge must be fine-tuned from one base "
         "model"
-    )
-
-
-def _resized_vocabulary(where: str, name: str, size: Any, expected: Any) -> str:
-    return (
-        f"{where} has a resized vocabulary: {name} says {size} tokens where {expected} are "
-        f"expected; save it again after model.resize_token_embeddings({expected}), or leave it out"
     )

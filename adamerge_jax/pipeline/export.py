@@ -19,11 +19,12 @@ from jaxtyping import Array
 from rich.console import Console
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter, model_class
+from adamerge_jax.checkpoints.huggingface_export import model_class, write_checkpoint
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
-from adamerge_jax.checkpoints.mergekit import inexpressible, write_merge
+from adamerge_jax.checkpoints.mergekit_export import inexpressible, write_merge
 from adamerge_jax.checkpoints.orbax import UnreadArray, save_parameters
-from adamerge_jax.checkpoints.peft import AdapterWeights, MatchedAdapter, save_adapter
+from adamerge_jax.checkpoints.peft import MatchedAdapter
+from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import ALONG_AXES, unprepared
 from adamerge_jax.data.tokenizers import tokenizer_owner
@@ -119,7 +120,7 @@ def _export_checkpoint(
     carried = [name for name in models.base.extra if name not in replaced]
     if len(carried) < len(models.base.extra):
         config.architectures = [model_class(config)]
-    writer = CheckpointWriter(
+    opened = write_checkpoint(
         out / CHECKPOINT_FOLDER,
         max_shard_bytes=recipe.export.shard_megabytes * 10**6,
         expected_bytes=checkpoint_bytes(models, recipe),
@@ -129,7 +130,7 @@ def _export_checkpoint(
         for task in models.experts
         if models.head_names(task) and task not in coefficients.left_out
     ]
-    with writer:
+    with opened as writer:
         for name, array in fold(models, coefficients, dtype):
             writer.add(name, cast(array))
         for name in carried:

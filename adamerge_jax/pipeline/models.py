@@ -8,14 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.matching import (
-    MatchedCheckpoint,
-    match,
-    require_same_architecture,
-    require_tied,
-)
+from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_tied
 from adamerge_jax.checkpoints.peft import Expert, is_adapter, open_adapter
 from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes

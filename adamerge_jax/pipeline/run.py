@@ -13,9 +13,9 @@ import yaml
 from jaxtyping import Array
 from rich.console import Console
 
+from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.folders import require_new, require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.matching import require_same_architecture
 from adamerge_jax.checkpoints.orbax import require_plain_path
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner

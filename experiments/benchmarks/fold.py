@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
+from adamerge_jax.checkpoints.huggingface_export import write_checkpoint
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import constant, make_granularity
@@ -95,7 +95,7 @@ def write_models(root: Path, dtype: str) -> None:
     for seed, model in enumerate(["base", *EXPERTS]):
         generator = np.random.default_rng(seed)
         size = SHARD_MEGABYTES[dtype] * 10**6
-        with CheckpointWriter(root / model, max_shard_bytes=size) as writer:
+        with write_checkpoint(root / model, max_shard_bytes=size) as writer:
             for name, shape in shapes.items():
                 for tensor in tensors_of(name, shape):
                     values = generator.standard_normal(tensor_shape(name, shape), np.float32)

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from adamerge_jax.checkpoints.huggingface_export import save_model
-from adamerge_jax.checkpoints.peft import AdapterWeights, save_adapter
+from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.models import family_of
 from adamerge_jax.parameter_names import is_stacked, tensors_of

@@ -26,7 +26,7 @@ from transformers import (
 
 from adamerge_jax.checkpoints import huggingface_export, shards
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.huggingface_export import CheckpointWriter
+from adamerge_jax.checkpoints.huggingface_export import write_checkpoint
 from adamerge_jax.errors import InputError
 
 BERT = dict(
@@ -65,7 +65,7 @@ def test_one_file_when_it_fits(tmp_path, dtype):
     model = BertModel(BertConfig(**BERT), add_pooling_layer=True).eval()
     model.save_pretrained(tmp_path / "base")
     base = Checkpoint.open(tmp_path / "base")
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with write_checkpoint(tmp_path / "out") as writer:
         for name in base.tensors:
             writer.add(name, base.read(name).astype(dtype))
         writer.write_config(base.config)
@@ -87,7 +87,7 @@ def test_one_file_when_it_fits(tmp_path, dtype):
 
 def test_shards_stay_below_their_size(tmp_path):
     tensors = {**small_tensors(), "large": np.ones(1000, np.float32), "last": np.ones(1)}
-    with CheckpointWriter(tmp_path / "out", max_shard_bytes=1000) as writer:
+    with write_checkpoint(tmp_path / "out", max_shard_bytes=1000) as writer:
         for name, array in tensors.items():
             writer.add(name, array)
     # Two of 400 bytes each a shard; the large one, which is 4000 bytes, by itself.
@@ -108,7 +108,7 @@ def test_shards_stay_below_their_size(tmp_path):
 
 def test_arrays_of_any_layout(tmp_path):
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with write_checkpoint(tmp_path / "out") as writer:
         writer.add("transposed", matrix.T)
         writer.add("scalar", jnp.float32(2.5))
         writer.add("half", jnp.ones((2, 2), jnp.bfloat16))
@@ -121,7 +121,7 @@ def test_arrays_of_any_layout(tmp_path):
 
 def test_files_get_the_usual_permissions(tmp_path):
     (tmp_path / "usual").touch()
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with write_checkpoint(tmp_path / "out") as writer:
         writer.add("a", np.ones(2, np.float32))
     written = (tmp_path / "out" / "model.safetensors").stat().st_mode
     assert stat.S_IMODE(written) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)
@@ -130,7 +130,7 @@ def test_files_get_the_usual_permissions(tmp_path):
 def test_config_has_the_dtype_of_most_values_and_the_callers_is_untouched(tmp_path):
     config = CLIPConfig()
     config.dtype = config.vision_config.dtype = "float32"
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with write_checkpoint(tmp_path / "out") as writer:
         writer.add("weight", np.ones((4, 4), ml_dtypes.bfloat16))
         writer.add("logit_scale", np.ones((), np.float32))
         writer.write_config(config)
@@ -148,7 +148,7 @@ def test_assets_are_copied_from_links_too(tmp_path):
         (tmp_path / "base" / name).unlink(missing_ok=True)
         (tmp_path / "base" / name).symlink_to(blobs / name)
     (tmp_path / "base" / "README.md").touch()
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with write_checkpoint(tmp_path / "out") as writer:
         writer.add("a", np.ones(2, np.float32))
         writer.copy_assets(Checkpoint.open(tmp_path / "base"))
     assert set(os.listdir(tmp_path / "out")) == {"model.safetensors", *ASSETS}
@@ -167,7 +167,7 @@ def test_assets_that_a_checkpoint_lacks(tmp_path):
     for file in ("tokenizer.json", "merges.txt", "generation_config.json"):
         (tmp_path / "both" / file).write_text("both")
     none, processor, both = (Checkpoint.open(tmp_path / n) for n in ("none", "processor", "both"))
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with write_checkpoint(tmp_path / "out") as writer:
         writer.add("a", np.ones(2, np.float32))
         writer.copy_assets(none, [processor, both])
         head = {"b": np.ones(2, np.float32)}
@@ -193,7 +193,7 @@ def test_assets_that_a_checkpoint_lacks(tmp_path):
 def test_a_tensor_cannot_be_added_twice(tmp_path):
     with (
         pytest.raises(ValueError, match="a was added twice"),
-        CheckpointWriter(tmp_path / "out") as writer,
+        write_checkpoint(tmp_path / "out") as writer,
     ):
         writer.add("a", np.ones(2, np.float32))
         writer.add("a", np.ones(2, np.float32))
@@ -210,7 +210,7 @@ def test_task_models_of_text(tmp_path, max_shard_bytes):
         "sst2": expert(tmp_path / "sst2", seed=2, num_labels=2),
     }
     base = Checkpoint.open(tmp_path / "trec")
-    with CheckpointWriter(tmp_path / "out", max_shard_bytes=max_shard_bytes) as writer:
+    with write_checkpoint(tmp_path / "out", max_shard_bytes=max_shard_bytes) as writer:
         for name in base.tensors:
             if not name.startswith("classifier."):
                 writer.add(name, base.read(name))
@@ -261,7 +261,7 @@ def test_task_model_of_images(tmp_path):
     model = ViTForImageClassification(config).eval()
     model.save_pretrained(tmp_path / "cars")
     cars = Checkpoint.open(tmp_path / "cars")
-    with CheckpointWriter(tmp_path / "out") as writer:
+    with write_checkpoint(tmp_path / "out") as writer:
         head = {}
         for name in cars.tensors:
             if name.startswith("classifier."):
@@ -284,7 +284,7 @@ def test_copies_where_hard_links_are_refused(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(os, "link", refuse)
     expert(tmp_path / "trec", seed=1, num_labels=2)
     trec = Checkpoint.open(tmp_path / "trec")
-    with caplog.at_level(logging.WARNING), CheckpointWriter(tmp_path / "out") as writer:
+    with caplog.at_level(logging.WARNING), write_checkpoint(tmp_path / "out") as writer:
         writer.add("a", np.ones((10, 10), np.float32))
         head = {"b": np.ones(2, np.float32)}
         writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
@@ -298,7 +298,7 @@ def test_task_names_are_folder_names(tmp_path, task):
     trec = Checkpoint.open(tmp_path / "trec")
     with (
         pytest.raises(InputError, match=r"task name .* cannot be the name of a folder") as caught,
-        CheckpointWriter(tmp_path / "out") as writer,
+        write_checkpoint(tmp_path / "out") as writer,
     ):
         writer.add_task_model(task, config=trec.config, head={}, assets=trec)
     one_line(caught)
@@ -311,13 +311,13 @@ def test_tasks_and_tensors_have_one_place(tmp_path):
     head = {"a": np.ones(2, np.float32)}
     with (
         pytest.raises(InputError, match="two tasks named 'trec'"),
-        CheckpointWriter(tmp_path / "out") as writer,
+        write_checkpoint(tmp_path / "out") as writer,
     ):
         writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
         writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
     with (
         pytest.raises(ValueError, match="a is both a shared tensor and in the head of 'trec'"),
-        CheckpointWriter(tmp_path / "out") as writer,
+        write_checkpoint(tmp_path / "out") as writer,
     ):
         writer.add("a", np.ones(2, np.float32))
         writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
@@ -331,10 +331,10 @@ def test_folder_in_use(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("kept")
     with pytest.raises(InputError, match="out is not empty; choose another folder") as caught:
-        CheckpointWriter(tmp_path / "out").__enter__()
+        write_checkpoint(tmp_path / "out").__enter__()
     one_line(caught)
     with pytest.raises(InputError, match="precious is a file") as caught:
-        CheckpointWriter(tmp_path / "out" / "precious").__enter__()
+        write_checkpoint(tmp_path / "out" / "precious").__enter__()
     one_line(caught)
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "precious").read_text() == "kept"
@@ -343,7 +343,7 @@ def test_folder_in_use(tmp_path):
 def test_empty_folder_is_filled_and_parents_are_made(tmp_path):
     (tmp_path / "out").mkdir()
     for folder in (tmp_path / "out", tmp_path / "deep" / "er"):
-        with CheckpointWriter(folder) as writer:
+        with write_checkpoint(folder) as writer:
             writer.add("a", np.ones(2, np.float32))
         assert os.listdir(folder) == ["model.safetensors"]
 
@@ -353,19 +353,19 @@ def test_folder_that_cannot_be_made(tmp_path):
     with pytest.raises(
         InputError, match=r"cannot write to .*file/out .*; choose another"
     ) as caught:
-        CheckpointWriter(tmp_path / "file" / "out").__enter__()
+        write_checkpoint(tmp_path / "file" / "out").__enter__()
     one_line(caught)
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     if not os.access(closed, os.W_OK):  # root writes everywhere
         with pytest.raises(InputError, match=r"cannot write to .*closed is not writable"):
-            CheckpointWriter(closed / "deep" / "out").__enter__()
+            write_checkpoint(closed / "deep" / "out").__enter__()
 
 
 def test_disk_too_small(tmp_path):
     expected = shutil.disk_usage(tmp_path).free + 10**12
     with pytest.raises(InputError, match=r"not enough space for .*out: .*GB will be wri") as caught:
-        CheckpointWriter(tmp_path / "out", expected_bytes=expected).__enter__()
+        write_checkpoint(tmp_path / "out", expected_bytes=expected).__enter__()
     one_line(caught)
     assert os.listdir(tmp_path) == []
 
@@ -392,7 +392,7 @@ def test_disk_becomes_full(tmp_path, monkeypatch, error, on_exit):
     message = r"no space left while writing .*out: 512 bytes were written .* were free;"
     with (
         pytest.raises(InputError, match=message) as caught,
-        CheckpointWriter(tmp_path / "out", max_shard_bytes=600) as writer,
+        write_checkpoint(tmp_path / "out", max_shard_bytes=600) as writer,
     ):
         for name, array in list(small_tensors().items())[: 2 if on_exit else 5]:
             writer.add(name, array)
@@ -404,7 +404,7 @@ def test_disk_becomes_full(tmp_path, monkeypatch, error, on_exit):
 def test_interrupted_export_leaves_nothing(tmp_path, error):
     with (
         pytest.raises(error),
-        CheckpointWriter(tmp_path / "out", max_shard_bytes=500) as writer,
+        write_checkpoint(tmp_path / "out", max_shard_bytes=500) as writer,
     ):
         for name, array in small_tensors().items():
             writer.add(name, array)
@@ -420,7 +420,7 @@ def test_interrupt_while_finishing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_export, "_write_index", interrupt)
     with (
         pytest.raises(KeyboardInterrupt),
-        CheckpointWriter(tmp_path / "out", max_shard_bytes=500) as writer,
+        write_checkpoint(tmp_path / "out", max_shard_bytes=500) as writer,
     ):
         for name, array in small_tensors().items():
             writer.add(name, array)

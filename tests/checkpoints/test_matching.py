@@ -20,8 +20,9 @@ from transformers import (
     ViTConfig,
 )
 
+from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.matching import match, require_same_architecture
+from adamerge_jax.checkpoints.matching import match
 from adamerge_jax.errors import InputError
 
 BERT = dict(

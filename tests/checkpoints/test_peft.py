@@ -22,14 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from adamerge_jax.checkpoints.peft import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterWeights,
-    MatchedAdapter,
-    is_adapter,
-    save_adapter,
-)
+from adamerge_jax.checkpoints.peft import MatchedAdapter, is_adapter
+from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, WEIGHTS_FILE
+from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_head, load_task_vectors

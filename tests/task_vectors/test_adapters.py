@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.peft import WEIGHTS_FILE
+from adamerge_jax.checkpoints.peft_config import WEIGHTS_FILE
 from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError

@@ -1,0 +1,102 @@
+"""The architecture that a config describes, compared between a base and its experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Config fields that decide a parameter's shape or what is computed with it. Many leave every
+# shape as it is (the number of heads, the activation), so shapes alone cannot tell.
+_ARCHITECTURE_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings", "type_vocab_size"),
+    *("image_size", "patch_size", "num_channels", "pooler_output_size"),
+    *("hidden_act", "activation", "activation_function", "pooler_act"),
+    *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+    *("qkv_bias", "attention_bias", "mlp_bias"),
+    *("position_embedding_type", "sinusoidal_pos_embds"),
+    *("rope_parameters", "partial_rotary_factor", "sliding_window", "layer_types"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("hidden_activation", "tie_word_embeddings", "scale_decoder_outputs", "feed_forward_proj"),
+    *("relative_attention_max_distance", "num_decoder_layers", "is_decoder", "add_cross_attention"),
+)
+
+# A config with one of these has computed positions and no table of them: their number is advice
+# then, and fine-tuning changes it.
+_COMPUTED_POSITIONS = ("rope_parameters", "rope_theta", "relative_attention_num_buckets")
+
+
+def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str) -> None:
+    """Refuses an expert whose config describes another network than the base's.
+
+    A part of a model may be compared with the whole: a vision tower with a CLIP.
+
+    Args:
+        base: The base model.
+        expert: The checkpoint to compare with it.
+        role: The role of that checkpoint in the merge, for the message: `expert 'trec'`.
+
+    Raises:
+        InputError: With the first field that differs, and both of its values.
+    """
+    where = f"{role} ({expert.source})"
+    base_parts, expert_parts = _parts(base.config), _parts(expert.config)
+    shared = [part for part in base_parts if part in expert_parts]
+    if not shared:
+        raise InputError(
+            f"{where} has model_type {expert.config.model_type!r}, the base ({base.source}) has "
+            f"{base.config.model_type!r}; an expert must be fine-tuned from the base"
+        )
+    for part in shared:
+        for name in ("vocab_size", *_ARCHITECTURE_FIELDS):
+            of_base = _field(base_parts[part], name)
+            of_expert = _field(expert_parts[part], name)
+            # A field that only one of them has came with another version of transformers.
+            if of_base is None or of_expert is None or of_base == of_expert:
+                continue
+            if name == "vocab_size":
+                raise InputError(resized_vocabulary(where, "vocab_size", of_expert, of_base))
+            raise InputError(
+                f"{where} has {name} {of_expert!r} in its config.json, the base ({base.source}) "
+                f"has {of_base!r}; an expert must be fine-tuned from the base"
+            )
+
+
+def resized_vocabulary(where: str, name: str, size: Any, expected: Any) -> str:
+    """Returns the message about a model with more or fewer tokens than the base."""
+    return (
+        f"{where} has a resized vocabulary: {name} says {size} tokens where {expected} are "
+        f"expected; save it again after model.resize_token_embeddings({expected}), or leave it out"
+    )
+
+
+def _field(config: PretrainedConfig, name: str) -> Any:
+    """Returns a config's value of a field, None if it tells nothing of the architecture."""
+    if name == "max_position_embeddings" and any(
+        getattr(config, field, None) is not None for field in _COMPUTED_POSITIONS
+    ):
+        return None
+    return _without_legacy_type(getattr(config, name, None))
+
+
+def _without_legacy_type(value: Any) -> Any:
+    """Removes the name that `rope_type` had in older configs from settings of rotary positions."""
+    if not isinstance(value, dict):
+        return value
+    repeated = "type" in value and value.get("rope_type") == value["type"]
+    return {
+        key: _without_legacy_type(setting)
+        for key, setting in value.items()
+        if not (repeated and key == "type")
+    }
+
+
+def _parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
+    """Returns the config and those of its parts (text, vision, ...), by their model type."""
+    parts = [getattr(config, name) for name in config.sub_configs]
+    return {part.model_type: part for part in [config, *parts]}
