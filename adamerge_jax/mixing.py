@@ -18,7 +18,7 @@ from adamerge_jax.task_vectors import Delta
 from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
 MERGED_WEIGHT = "merged_weight"
-"""What a materialised mixture is called in a rematerialisation policy."""
+"""The name of a materialised mixture in a rematerialisation policy."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,7 @@ class Mixture:
 
     Attributes:
         base: The base model's parameter, `[*shape]`.
-        delta: What the K experts changed in it.
+        delta: The changes of the K experts to it.
         scale: The coefficients, `[K, ...]`, broadcasting against `[K, *shape]`.
 
     A stacked parameter has a leading axis of length L on all three.
@@ -47,19 +47,19 @@ class Mixture:
     scale: Float[Array, "K ..."]
 
     def materialize(self) -> Float[Array, "..."]:
-        """The merged parameter, summed in float32, in the base's dtype."""
+        """Returns the merged parameter, summed in float32, in the base's dtype."""
         merged = self.base.astype(jnp.float32) + self.delta.weighted_sum(self.scale)
         return checkpoint_name(merged.astype(self.base.dtype), MERGED_WEIGHT)
 
     def apply(self, x: Float[Array, "N n"]) -> Float[Array, "N m"]:
-        """`x @ materialize().T`, without the merged matrix where that is less work."""
+        """Returns `x @ materialize().T`, without the merged matrix where that is less work."""
         product = self.delta.product(x, self.scale)
         if product is None:
             return x @ self.materialize().T
         return x @ self.base.T + product
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "..."]:
-        """`materialize()[index]`, mixing whichever is less: the rows asked for, or all of them."""
+        """Returns `materialize()[index]`; mixes the rows asked for, or all where that is less."""
         delta = self.delta.rows(index) if index.size < self.base.shape[0] else None
         if delta is None:
             return self.materialize()[index]
@@ -72,7 +72,7 @@ class Mixture:
 
 
 def is_mixture(leaf: object) -> bool:
-    """Whether a leaf is a `Mixture`; for `jax.tree.map(..., is_leaf=is_mixture)`."""
+    """Returns True for a `Mixture`; for `jax.tree.map(..., is_leaf=is_mixture)`."""
     return isinstance(leaf, Mixture)
 
 
@@ -118,7 +118,7 @@ def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
     """Turns every `Mixture` in the tree into an array, layer by layer where it is stacked.
 
     Args:
-        tree: What `mix` returned, or a part of it.
+        tree: The result of `mix`, or a part of it.
 
     Returns:
         The same pytree with arrays `[*shape]`, `[L, *shape]` where a name is stacked, in the
@@ -139,7 +139,7 @@ def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
             return parameter
         if is_stacked(leaf_name(path)):
             layers, sources = apart_from_layers(parameter)
-            return jax.lax.map(lambda own: with_sources(own, sources).materialize(), layers)
+            return jax.lax.map(lambda layer: with_sources(layer, sources).materialize(), layers)
         return parameter.materialize()
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_mixture)

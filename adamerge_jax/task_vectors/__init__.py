@@ -1,4 +1,4 @@
-"""Task vectors: what each expert changed in the base model, `tau_k = theta_k - theta_base`.
+"""Task vectors: the changes of each expert to the base model, `tau_k = theta_k - theta_base`.
 
 A task vector is frozen. One leaf holds the deltas of all K experts for one parameter, in a
 representation of its own: entry by entry, as 8-bit integers, as low-rank factors that are never
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[str, DenseDelta]:
-    """Subtracts the base model from each of its experts.
+    """Subtracts the base model from its experts.
 
     Args:
         base: Parameters of the base model, any pytree.

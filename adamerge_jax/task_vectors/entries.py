@@ -1,4 +1,4 @@
-"""Where deltas are written while checkpoints are read."""
+"""Arrays that deltas are written to while checkpoints are read."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -19,7 +19,7 @@ class Entries(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator["Entries"]:
-        """Its parts along the first axis; what is written into one is in the whole."""
+        """Yields its parts along the first axis; to write into one is to write into the whole."""
         ...
 
     def __setitem__(self, where: type(Ellipsis), values: Float[ndarray, "..."] | int) -> None:

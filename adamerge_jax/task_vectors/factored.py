@@ -17,7 +17,7 @@ class FactoredDelta:
     Attributes:
         left: `[K, m, r]`, left singular vectors times singular values.
         right: `[K, r, n]`, right singular vectors.
-        rest: What is beyond rank r, or None where that is rounding for all experts.
+        rest: Deltas beyond rank r, or None where they are rounding for all experts.
 
     A stacked parameter has a leading axis of length L on all of them.
     """
@@ -27,7 +27,7 @@ class FactoredDelta:
     rest: Delta | None
 
     def weighted_sum(self, scale: Float[Array, "K r+1"]) -> Float[Array, "m n"]:
-        """The sum over experts and directions; the last coefficient is that of the rest."""
+        """Returns the sum over experts and directions; the last coefficient is that of the rest."""
         scale = scale.astype(jnp.float32)
         rank = self.left.shape[-1]
         summed = jnp.einsum(
@@ -41,9 +41,9 @@ class FactoredDelta:
         return summed + self.rest.weighted_sum(scale[:, rank, None, None])
 
     def product(self, x: Float[Array, "N n"], scale: Float[Array, "K r+1"]) -> None:
-        """None: the merged weights are summed first."""
+        """Returns None: the merged weights are summed first."""
         return None
 
     def rows(self, index: Int[Array, "..."]) -> "FactoredDelta":
-        """Not there: tables that are read by rows are never factored."""
+        """Raises NotImplementedError: tables that are read by rows are never factored."""
         raise NotImplementedError("rows of a factored parameter; embedding tables stay whole")

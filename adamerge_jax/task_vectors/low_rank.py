@@ -2,15 +2,15 @@
 
 import dataclasses
 from math import ceil, prod
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from adamerge_jax.devices import fetch
-from adamerge_jax.task_vectors.dense import positions_in, random_order
 from adamerge_jax.task_vectors.factored import FactoredDelta
+from adamerge_jax.task_vectors.layout import is_abstract, lay_out, positions_in, random_order
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class LowRankDelta:
     right: Float[Array, "K r n"]
 
     def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "m n"]:
-        """One product of matrices of rank K r; no expert's own product exists."""
+        """Returns one product of matrices of rank K r; no expert's own product exists."""
         left, right = self._scaled(scale)
         return jnp.dot(
             left.astype(jnp.float32),
@@ -51,7 +51,7 @@ class LowRankDelta:
     def product(
         self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]
     ) -> Float[Array, "N m"] | None:
-        """Through the narrow middle, or None where a step with the sum takes fewer operations.
+        """Returns the product through the narrow middle, or None where the sum is less work.
 
         A step is a forward and a backward pass. Through the middle that is `6 N K r (m + n)`; with
         the sum it is `6 m n K r` to make it and to part its gradient, and `2 N m n` for that
@@ -65,36 +65,41 @@ class LowRankDelta:
         return (x @ right.astype(x.dtype).T) @ left.astype(x.dtype).T
 
     def rows(self, index: Int[Array, "..."]) -> "LowRankRows":
-        """The deltas of `parameter[index]`."""
+        """Returns the deltas of `parameter[index]`."""
         return LowRankRows(jnp.take(self.left, index, axis=1), self.right)
 
     def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> "LowRankPieces":
-        """The same factors; entries exist one expert and one layer at a time."""
-        position = None
-        if seed is not None:
-            order = random_order(self.left.shape[-2] * self.right.shape[-1], seed)
-            position = positions_in(order, self.left.shape[:stacked])
+        """Returns the same factors; entries exist one expert and one layer at a time."""
+        size, layers = self.left.shape[-2] * self.right.shape[-1], self.left.shape[:stacked]
+        order = random_order(size, seed, abstract=is_abstract(self))
+        position = lay_out(lambda numpy, order: positions_in(numpy, order, layers), order)
         return LowRankPieces(self.left, self.right, position, pieces)
 
     def by_direction(self, rank: int) -> FactoredDelta:
-        """The singular value decomposition of every delta, from that of its factors."""
-        q_left, r_left = np.linalg.qr(fetch(self.left).astype(np.float32))
-        q_right, r_right = np.linalg.qr(fetch(self.right).astype(np.float32).swapaxes(-1, -2))
-        u, s, v = np.linalg.svd(r_left @ r_right.swapaxes(-1, -2), full_matrices=False)
-        left = (q_left @ u) * s[..., None, :]
-        right = v @ q_right.swapaxes(-1, -2)
-        found = left.shape[-1]
-        rest = None
-        if rank < found:
-            rest = LowRankDelta(jnp.asarray(left[..., rank:]), jnp.asarray(right[..., rank:, :]))
-        elif rank > found:
-            missing = [(0, 0)] * (left.ndim - 1) + [(0, rank - found)]
-            left = np.pad(left, missing)
-            right = np.pad(right, [*missing[:-2], missing[-1], missing[-2]])
-        return FactoredDelta(jnp.asarray(left[..., :rank]), jnp.asarray(right[..., :rank, :]), rest)
+        """Returns the singular value decomposition of every delta, from that of its factors."""
+
+        def decompose(
+            numpy: ModuleType, left: Float[Array, "K m r"], right: Float[Array, "K r n"]
+        ) -> FactoredDelta:
+            q_left, r_left = numpy.linalg.qr(left.astype(np.float32))
+            q_right, r_right = numpy.linalg.qr(right.astype(np.float32).swapaxes(-1, -2))
+            u, s, v = numpy.linalg.svd(r_left @ r_right.swapaxes(-1, -2), full_matrices=False)
+            left = (q_left @ u) * s[..., None, :]
+            right = v @ q_right.swapaxes(-1, -2)
+            directions = left.shape[-1]
+            rest = None
+            if rank < directions:
+                rest = LowRankDelta(left[..., rank:], right[..., rank:, :])
+            elif rank > directions:
+                missing = [(0, 0)] * (left.ndim - 1) + [(0, rank - directions)]
+                left = numpy.pad(left, missing)
+                right = numpy.pad(right, [*missing[:-2], missing[-1], missing[-2]])
+            return FactoredDelta(left[..., :rank], right[..., :rank, :], rest)
+
+        return lay_out(decompose, self.left, self.right)
 
     def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
-        """Frobenius norm of each expert's delta: `tr(left^T left right right^T)`, its root."""
+        """Returns the Frobenius norm of each delta: the root of `tr(left^T left right right^T)`."""
         left, right = self.left.astype(jnp.float32), self.right.astype(jnp.float32)
         exact = jax.lax.Precision.HIGHEST
         grams = (
@@ -106,7 +111,7 @@ class LowRankDelta:
     def _scaled(
         self, scale: Float[Array, "K ..."]
     ) -> tuple[Float[Array, "m Kr"], Float[Array, "Kr n"]]:
-        """The factors of all experts side by side, with the scale in whichever has its axis."""
+        """Returns the factors of all experts side by side, the scale in the one with its axis."""
         experts, m, rank = self.left.shape
         n = self.right.shape[-1]
         scale = scale.astype(jnp.float32)
@@ -134,7 +139,7 @@ class LowRankRows:
     right: Float[Array, "K r n"]
 
     def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "... n"]:
-        """The sum over experts of the rows; the scale is one for each row, or for each column."""
+        """Returns the sum over experts of the rows; the scale is by row, or by column."""
         scale = scale.astype(jnp.float32)
         left, right = self.left.astype(jnp.float32), self.right.astype(jnp.float32)
         if scale.shape[-1] == 1:
@@ -152,8 +157,8 @@ class LowRankPieces:
     Attributes:
         left: `[K, m, r]`.
         right: `[K, r, n]`.
-        position: `[m n]`, where each entry lies among the pieces, or None where they follow each
-            other.
+        position: `[m n]`, the place of each entry among the pieces, or None where they follow
+            each other.
         pieces: Their number.
 
     A stacked parameter has a leading axis of length L on all arrays.
@@ -165,17 +170,17 @@ class LowRankPieces:
     pieces: int = dataclasses.field(metadata={"static": True})
 
     def weighted_sum(self, scale: Float[Array, "K pieces 1"]) -> Float[Array, "m n"]:
-        """The sum over experts, of whom one at a time is multiplied out."""
+        """Returns the sum over experts, of whom one at a time is multiplied out."""
         shape = (self.left.shape[1], self.right.shape[2])
         size = prod(shape)
         length = ceil(size / self.pieces)
 
         @jax.checkpoint
-        def of_expert(own: Array, left: Array, right: Array) -> Float[Array, "m n"]:
+        def of_expert(by_piece: Array, left: Array, right: Array) -> Float[Array, "m n"]:
             if self.position is None:
-                spread = jnp.broadcast_to(own, (self.pieces, length)).reshape(-1)[:size]
+                spread = jnp.broadcast_to(by_piece, (self.pieces, length)).reshape(-1)[:size]
             else:
-                spread = own[self.position // length, 0]
+                spread = by_piece[self.position // length, 0]
             entries = jnp.dot(
                 left.astype(jnp.float32),
                 right.astype(jnp.float32),
@@ -190,9 +195,9 @@ class LowRankPieces:
         return jax.lax.scan(add, jnp.zeros(shape, jnp.float32), experts)[0]
 
     def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
-        """None: the merged weights are summed first."""
+        """Returns None: the merged weights are summed first."""
         return None
 
     def rows(self, index: Int[Array, "..."]) -> None:
-        """None: a piece is no row, so that the merged weights are summed first."""
+        """Returns None: a piece is no row, so that the merged weights are summed first."""
         return None

@@ -13,7 +13,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.task_vectors.entries import Entries
 
 LARGEST = 127
-"""Of the integers; -128 is not used, so that a delta and its negative are alike."""
+"""The largest integer; -128 is not used, so that a delta and its negative are alike."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,25 +35,25 @@ class QuantizedDelta:
     steps: Float[Array, "K ..."]
 
     def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
-        """`sum_k (scale[k] * steps[k]) * values[k]`, in float32.
+        """Returns `sum_k (scale[k] * steps[k]) * values[k]`, in float32.
 
         No expert's delta is kept as floating point, neither now nor for the backward pass.
         """
         return _weighted_sum(self, scale.astype(jnp.float32))
 
     def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
-        """None: one product with the merged weights is less than one for each expert."""
+        """Returns None: one product with the merged weights is less than one for each expert."""
         return None
 
     def rows(self, index: Int[Array, "..."]) -> "QuantizedDelta":
-        """The deltas of `parameter[index]`, each row with its own step."""
+        """Returns the deltas of `parameter[index]`, each row with its own step."""
         steps = self.steps
         if steps.ndim > 2:
             steps = jnp.take(steps, index, axis=1)
         return QuantizedDelta(jnp.take(self.values, index, axis=1), steps)
 
     def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> None:
-        """Refused: a piece would lie across rows, which have steps of their own.
+        """Refuses pieces, which would lie across rows that have steps of their own.
 
         Raises:
             InputError: Always.
@@ -64,7 +64,7 @@ class QuantizedDelta:
         )
 
     def by_direction(self, rank: int) -> None:
-        """Refused: singular directions of rounded deltas would be floating point again.
+        """Refuses singular directions, which would be floating point again.
 
         Raises:
             InputError: Always.
@@ -75,10 +75,10 @@ class QuantizedDelta:
         )
 
     def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
-        """Frobenius norm of each expert's rounded delta."""
-        lead = self.values.shape[: 1 + stacked]
+        """Returns the Frobenius norm of each expert's rounded delta."""
+        leading = self.values.shape[: 1 + stacked]
         deltas = jnp.asarray(self.values).astype(jnp.float32) * jnp.asarray(self.steps)
-        return jnp.linalg.norm(deltas.reshape(*lead, -1), axis=-1)
+        return jnp.linalg.norm(deltas.reshape(*leading, -1), axis=-1)
 
 
 def _of_expert(
@@ -101,13 +101,13 @@ def _forward(
 
 
 def _backward(
-    kept: tuple[QuantizedDelta, Float[Array, "K ..."]], cotangent: Float[Array, "..."]
+    residuals: tuple[QuantizedDelta, Float[Array, "K ..."]], cotangent: Float[Array, "..."]
 ) -> tuple[None, Float[Array, "K ..."]]:
-    delta, scale = kept
+    delta, scale = residuals
 
     def gradient(expert: tuple[Array, Array, Array]) -> Array:
-        values, steps, own = expert
-        _, transposed = jax.vjp(functools.partial(_of_expert, values, steps), own)
+        values, steps, scale_of_expert = expert
+        _, transposed = jax.vjp(functools.partial(_of_expert, values, steps), scale_of_expert)
         return transposed(cotangent)[0]
 
     return None, jax.lax.map(gradient, (delta.values, delta.steps, scale))
@@ -118,7 +118,7 @@ _weighted_sum.defvjp(_forward, _backward)
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedEntries:
-    """Where deltas are written one expert and one tensor at a time, and rounded as they come.
+    """Entries that are filled one expert and one tensor at a time, and rounded as they come.
 
     Attributes:
         values: `[..., *shape]`, int8.
@@ -130,7 +130,7 @@ class QuantizedEntries:
 
     @staticmethod
     def steps_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a parameter's steps."""
+        """Returns the shape of a parameter's steps."""
         return (shape[0], *(1 for _ in shape[1:])) if len(shape) > 1 else (1,) * len(shape)
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class QuantizedEntries:
 def quantize(
     delta: Float[np.ndarray, "*shape"],
 ) -> tuple[Int8[np.ndarray, "*shape"], Float[np.ndarray, "..."]]:
-    """One expert's delta of one parameter as integers and steps; see `QuantizedDelta`."""
+    """Returns one expert's delta of one parameter as integers and steps; see `QuantizedDelta`."""
     axes = tuple(range(1, delta.ndim)) if delta.ndim > 1 else None
     largest = np.abs(delta).max(axes, keepdims=True, initial=0)
     steps = (largest / LARGEST).astype(np.float32)

@@ -1,4 +1,4 @@
-"""How alike the experts' task vectors are: inner products that never multiply factors out."""
+"""Similarity of the experts' task vectors: inner products that never multiply factors out."""
 
 import functools
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _contract = functools.partial(
 def inner_products(
     delta: Delta, shape: tuple[int, ...], experts: int, *, stacked: bool
 ) -> Float[np.ndarray, "... K K"]:
-    """`<tau_j, tau_k>` over the entries of one parameter, for all pairs of experts.
+    """Returns `<tau_j, tau_k>` over the entries of one parameter, for all pairs of experts.
 
     Two deltas with factors take `sum((left_j^T left_k) * (right_j right_k^T))`, one with factors
     and one without `sum((left_j^T tau_k) * right_j)`: no product of factors exists. Any other
@@ -30,9 +30,9 @@ def inner_products(
 
     Args:
         delta: The deltas of all K experts for a parameter, as they come from checkpoints.
-        shape: Of the parameter, `(L, *shape)` where stacked.
+        shape: Shape of the parameter, `(L, *shape)` where stacked.
         experts: K.
-        stacked: Whether there is a leading axis of layers.
+        stacked: True where there is a leading axis of layers.
 
     Returns:
         float32, `[K, K]`, or `[L, K, K]` where stacked; symmetric, squared norms on the diagonal.
@@ -53,24 +53,24 @@ def _inner_products(
 
 
 def gram(delta: Delta, shape: tuple[int, ...], experts: int) -> Float[Array, "K K"]:
-    """`inner_products` of one parameter that is not stacked, on the device and to be compiled."""
+    """Returns `inner_products` of a parameter that is not stacked, for compiled functions."""
     parts = list(_parts(delta, tuple(range(experts)), shape))
     if len(parts) == 1 and len(parts[0][1]) == experts:
         return _block(parts[0][0], parts[0][0])
-    found = jnp.zeros((experts, experts))
+    products = jnp.zeros((experts, experts))
     for position, (one, rows) in enumerate(parts):
         for other, columns in parts[position:]:
             block = _block(one, other)
-            found = found.at[np.ix_(rows, columns)].add(block)
+            products = products.at[np.ix_(rows, columns)].add(block)
             if other is not one:
-                found = found.at[np.ix_(columns, rows)].add(block.T)
-    return found
+                products = products.at[np.ix_(columns, rows)].add(block.T)
+    return products
 
 
 def _parts(
     delta: Delta, experts: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[LowRankDelta | Array, tuple[int, ...]]]:
-    """Factors, or entries `[K, *shape]`, each with the experts that they are of."""
+    """Yields factors, or entries `[K, *shape]`, with the experts that they are of."""
     if isinstance(delta, JoinedDelta):
         for part, positions in zip(delta.parts, delta.experts, strict=True):
             yield from _parts(part, tuple(experts[at] for at in positions), shape)
@@ -82,7 +82,7 @@ def _parts(
 
 
 def _block(one: LowRankDelta | Array, other: LowRankDelta | Array) -> Float[Array, "J K"]:
-    """Inner products of J deltas with K deltas."""
+    """Returns the inner products of J deltas with K deltas."""
     if isinstance(one, LowRankDelta) and isinstance(other, LowRankDelta):
         left = _contract("jmr,kms->jkrs", one.left, other.left)
         right = _contract("jrn,ksn->jkrs", one.right, other.right)
@@ -97,7 +97,7 @@ def _block(one: LowRankDelta | Array, other: LowRankDelta | Array) -> Float[Arra
 
 
 def cosines(products: Float[np.ndarray, "K K"]) -> Float[np.ndarray, "K K"]:
-    """Cosines of the angles between K task vectors, from their inner products.
+    """Returns the cosines of the angles between K task vectors, from their inner products.
 
     Args:
         products: Inner products, of one parameter or summed over several.

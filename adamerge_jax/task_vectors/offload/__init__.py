@@ -1,1 +1,1 @@
-"""Where task vectors lie while coefficients are learned."""
+"""The places where task vectors lie while coefficients are learned."""

@@ -1,5 +1,8 @@
-"""Where task vectors are kept while coefficients are learned."""
+"""The memory that keeps task vectors while coefficients are learned."""
 
+import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import jax
@@ -16,7 +19,7 @@ from adamerge_jax.task_vectors.offload.scratch import Scratch
 from adamerge_jax.task_vectors.offload.streamed import DiskSource, HostSource, Source, StreamedDelta
 
 Place = Literal["device", "host", "disk"]
-"""Where task vectors are kept, from fastest to largest.
+"""The places for task vectors, from fastest to largest.
 
 - `device`: in the device's memory.
 - `host`: in the host's, brought to the device inside the step.
@@ -31,26 +34,26 @@ class Memory(Protocol):
     """A place for task vectors."""
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Entries:
-        """Room for the entries of a delta."""
+        """Returns room for the entries of a delta."""
         ...
 
     def keep(self, name: str, delta: LoadedDelta) -> LoadedDelta:
-        """A parameter's delta whose arrays came from `empty` and have been filled."""
+        """Returns a parameter's delta in its place; its arrays came from `empty` and are filled."""
         ...
 
 
 class DeviceMemory:
-    """The own memory of the devices."""
+    """The devices' memory."""
 
     def __init__(self, devices: Devices = ONE_DEVICE):
         self._devices = devices
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Room in the host's memory, which the device takes over."""
+        """Returns room in the host's memory, which the device takes over."""
         return aligned_empty(shape, dtype)
 
     def keep(self, name: str, delta: LoadedDelta) -> LoadedDelta:
-        """The delta on the devices."""
+        """Returns the delta on the devices."""
         return self._devices.delta(name, delta)
 
 
@@ -58,11 +61,11 @@ class HostMemory:
     """The host's memory."""
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Room there."""
+        """Returns room in the host's memory."""
         return aligned_empty(shape, dtype)
 
     def keep(self, name: str, delta: LoadedDelta) -> StreamedDelta:
-        """The delta there, for the step to bring to the device."""
+        """Returns the delta in the host's memory, for the step to bring to the device."""
         return _streamed(HostSource.put(delta), name, delta)
 
 
@@ -73,19 +76,53 @@ class DiskMemory:
         self._scratch = Scratch()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Entries:
-        """Room in the file, written as it is filled."""
+        """Returns room in the file, written as it is filled."""
         return self._scratch.empty(shape, dtype)
 
     def keep(self, name: str, delta: LoadedDelta) -> StreamedDelta:
-        """The delta in the file, for the step to read."""
+        """Returns the delta in the file, for the step to read."""
         return _streamed(DiskSource.put(delta, self._scratch), name, delta)
 
 
+class AbstractMemory:
+    """No memory: deltas are shapes and dtypes, `jax.ShapeDtypeStruct`, and nothing is written."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> "AbstractEntries":
+        """Returns entries that forget what they are filled with."""
+        return AbstractEntries(tuple(shape), np.dtype(dtype))
+
+    def keep(self, name: str, delta: LoadedDelta) -> LoadedDelta:
+        """Returns the shapes and dtypes of the delta."""
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), delta)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractEntries:
+    """Entries that are a shape and a dtype alone.
+
+    Attributes:
+        shape: Shape of the entries.
+        dtype: Dtype of the entries.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator["AbstractEntries"]:
+        return itertools.repeat(AbstractEntries(self.shape[1:], self.dtype), len(self))
+
+    def __setitem__(self, where: type(Ellipsis), values: np.ndarray | int) -> None:
+        """Forgets the values."""
+
+
 def make_memory(place: Place, devices: Devices = ONE_DEVICE) -> Memory:
-    """The memory of a recipe.
+    """Returns the memory of a recipe.
 
     Raises:
-        InputError: What is outside the device is asked for with several devices.
+        InputError: Memory outside the device is asked for with several devices.
     """
     if place == "device":
         return DeviceMemory(devices)
@@ -98,7 +135,7 @@ def make_memory(place: Place, devices: Devices = ONE_DEVICE) -> Memory:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that `jax.device_put` need not copy on CPU."""
+    """Returns an uninitialised array that `jax.device_put` need not copy on CPU."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     buffer = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT_BYTES

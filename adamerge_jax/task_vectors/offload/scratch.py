@@ -25,7 +25,7 @@ class Scratch:
         self._size = 0
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> "ScratchArray":
-        """Room for an array; what is not written is 0."""
+        """Returns room for an array; entries that are not written are 0."""
         array = ScratchArray(self, self._size, tuple(shape), np.dtype(dtype))
         self._size += array.nbytes
         os.ftruncate(self._file.fileno(), self._size)
@@ -64,7 +64,7 @@ class ScratchArray:
 
     Attributes:
         scratch: The file.
-        offset: Of its first byte.
+        offset: Position of its first byte.
         shape: Its shape.
         dtype: Its dtype.
     """
@@ -83,7 +83,7 @@ class ScratchArray:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> "ScratchArray":
-        """The part at an index of the first axis."""
+        """Returns the part at an index of the first axis."""
         part = ScratchArray(self.scratch, self.offset, self.shape[1:], self.dtype)
         return dataclasses.replace(part, offset=self.offset + index * part.nbytes)
 

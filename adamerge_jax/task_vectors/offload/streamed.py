@@ -19,14 +19,14 @@ from adamerge_jax.task_vectors.offload.scratch import Scratch, ScratchArray
 
 
 class Source(Protocol):
-    """Where the arrays of a delta lie. Their first axis is that of experts, or layers before it."""
+    """The place of a delta's arrays. Their first axis is that of experts, or layers before it."""
 
     def expert(self, layer: Int[Array, ""] | None, k: Int[Array, ""]) -> Delta:
         """Brings one expert's delta to the device, in one layer where there are any, `[1, ...]`."""
         ...
 
     def loaded(self) -> LoadedDelta:
-        """All of it as NumPy arrays."""
+        """Returns all of it as NumPy arrays."""
         ...
 
     def another(self, delta: Delta) -> "Source":
@@ -57,7 +57,7 @@ class HostSource:
     def expert(self, layer: Int[Array, ""] | None, k: Int[Array, ""]) -> Delta:
         """Slices each array once and transfers the piece.
 
-        That is all that XLA does to an array in host memory without computing there.
+        XLA can do no more to an array in host memory without computing there.
         """
         index = (k,) if layer is None else (layer, k)
 
@@ -70,7 +70,7 @@ class HostSource:
         return jax.tree.map(bring, self.delta)
 
     def loaded(self) -> LoadedDelta:
-        """All of it as NumPy arrays."""
+        """Returns all of it as NumPy arrays."""
         return jax.tree.map(np.asarray, self.delta)
 
     def another(self, delta: Delta) -> "HostSource":
@@ -121,7 +121,7 @@ class DiskSource:
         return structure.unflatten(jax.pure_callback(read, shapes, *index))
 
     def loaded(self) -> LoadedDelta:
-        """All of it as NumPy arrays."""
+        """Returns all of it as NumPy arrays."""
         return jax.tree.map(np.asarray, self.delta)
 
     def another(self, delta: Delta) -> "DiskSource":
@@ -135,10 +135,10 @@ class StreamedDelta:
     """Deltas of any representation that lie outside the device.
 
     Attributes:
-        source: Where. None while a scan over layers slices the rest (`apart_from_layers`).
+        source: The place. None while a scan over layers slices the rest (`apart_from_layers`).
         layer: `[L]`, the number of each layer for a stacked parameter, a single number once it is
             sliced; None where nothing is stacked.
-        index: Of rows, or None for the whole parameter.
+        index: Index of rows, or None for the whole parameter.
     """
 
     source: Source | None
@@ -146,45 +146,45 @@ class StreamedDelta:
     index: Int[Array, "..."] | None = None
 
     def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
-        """The sum over experts, of whom one at a time is on the device.
+        """Returns the sum over experts, of whom one at a time is on the device.
 
         The backward pass brings every expert once more.
         """
         return _weighted_sum(self, scale.astype(jnp.float32))
 
     def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
-        """None: the merged weights are summed first."""
+        """Returns None: the merged weights are summed first."""
         return None
 
     def rows(self, index: Int[Array, "..."]) -> "StreamedDelta":
-        """The rows are taken on the device, from one expert's parameter at a time."""
+        """Returns deltas whose rows are taken on the device, from one expert at a time."""
         return dataclasses.replace(self, index=index)
 
     def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> Delta:
-        """In memory while it is cut, all experts of this parameter; then where it was."""
+        """Cuts all experts of this parameter in memory, and puts the pieces where it was."""
         with _on_host():
-            pieces = self.source.loaded().in_pieces(pieces, stacked=stacked, seed=seed)
-        return self._another(pieces)
+            delta = self.source.loaded().in_pieces(pieces, stacked=stacked, seed=seed)
+        return self._another(delta)
 
     def by_direction(self, rank: int) -> Delta:
-        """In memory while it is decomposed, all experts of this parameter; then where it was."""
+        """Decomposes all experts of this parameter in memory, and puts the factors where it was."""
         with _on_host():
-            factors = self.source.loaded().by_direction(rank)
-        return self._another(factors)
+            delta = self.source.loaded().by_direction(rank)
+        return self._another(delta)
 
     def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
-        """Frobenius norm of each expert's delta."""
+        """Returns the Frobenius norm of each expert's delta."""
         with _on_host():
             return self.source.loaded().norms(stacked=stacked)
 
     def expert(self, k: Int[Array, ""]) -> Delta:
-        """One expert's delta on the device, `[1, ...]`."""
+        """Returns one expert's delta on the device, `[1, ...]`."""
         delta = self.source.expert(self.layer, k)
         return delta if self.index is None else delta.rows(self.index)
 
     def _another(self, delta: Delta) -> Delta:
         if isinstance(delta, ChunkedDelta):
-            # Where entries lie among the pieces is the same for all experts, and stays at hand.
+            # The places of entries among the pieces are the same for all experts, and stay at hand.
             position = None if delta.position is None else jnp.asarray(np.asarray(delta.position))
             return dataclasses.replace(delta, deltas=self._another(delta.deltas), position=position)
         return dataclasses.replace(self, source=self.source.another(delta))
@@ -193,10 +193,10 @@ class StreamedDelta:
 @jax.custom_vjp
 def _weighted_sum(delta: StreamedDelta, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
     def add(total: Array, expert: tuple[Array, Array]) -> tuple[Array, None]:
-        k, own = expert
-        return total + delta.expert(k).weighted_sum(own[None]), None
+        k, scale_of_expert = expert
+        return total + delta.expert(k).weighted_sum(scale_of_expert[None]), None
 
-    like = jax.eval_shape(lambda own: delta.expert(jnp.int32(0)).weighted_sum(own), scale[:1])
+    like = jax.eval_shape(lambda first: delta.expert(jnp.int32(0)).weighted_sum(first), scale[:1])
     experts = (jnp.arange(len(scale), dtype=jnp.int32), scale)
     return jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), experts)[0]
 
@@ -208,14 +208,14 @@ def _forward(
 
 
 def _backward(
-    kept: tuple[StreamedDelta, Float[Array, "K ..."]], cotangent: Float[Array, "..."]
+    residuals: tuple[StreamedDelta, Float[Array, "K ..."]], cotangent: Float[Array, "..."]
 ) -> tuple[None, Float[Array, "K ..."]]:
-    delta, scale = kept
+    delta, scale = residuals
 
     def of_expert(_: None, expert: tuple[Array, Array]) -> tuple[None, Array]:
-        k, own = expert
-        # The sum is linear in the scale, so its own value does not matter.
-        _, transposed = jax.vjp(delta.expert(k).weighted_sum, own[None])
+        k, scale_of_expert = expert
+        # The sum is linear in the scale, so that the point does not matter.
+        _, transposed = jax.vjp(delta.expert(k).weighted_sum, scale_of_expert[None])
         return None, transposed(cotangent)[0][0]
 
     experts = (jnp.arange(len(scale), dtype=jnp.int32), scale)
@@ -226,7 +226,7 @@ _weighted_sum.defvjp(_forward, _backward)
 
 
 def apart_from_layers(tree: PyTree) -> tuple[PyTree, list[Source | None]]:
-    """Takes out of stacked parameters what a scan over their layers must not slice.
+    """Takes the sources out of stacked parameters, which a scan over layers must not slice.
 
     An array in host memory is to be sliced by layer and expert at once, where it is used: a slice
     of a slice would bring all experts of a layer to the device.
@@ -243,7 +243,7 @@ def apart_from_layers(tree: PyTree) -> tuple[PyTree, list[Source | None]]:
 
 
 def with_sources(tree: PyTree, sources: list[Source | None]) -> PyTree:
-    """Puts back what `apart_from_layers` took out, into one layer."""
+    """Puts the sources that `apart_from_layers` took out back into one layer."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_streamed)
     pairs = zip(leaves, sources, strict=True)
     return structure.unflatten(
@@ -255,7 +255,7 @@ def with_sources(tree: PyTree, sources: list[Source | None]) -> PyTree:
 
 
 def _on_host() -> AbstractContextManager[None]:
-    """What is computed here is computed in the host's memory."""
+    """Returns a context in which arrays are computed in the host's memory."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
