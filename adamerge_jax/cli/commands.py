@@ -186,8 +186,7 @@ class Compare:
     def run(self, console: Console) -> None:
         """Prints the differences, and draws them where asked to."""
         from adamerge_jax.coefficients.file import Coefficients
-        from adamerge_jax.report.comparison import compare
-        from adamerge_jax.report.comparison_view import print_comparison
+        from adamerge_jax.report.comparison import compare, print_comparison
         from adamerge_jax.report.maps import draw_comparison
 
         out = self.out and self.out.expanduser()

@@ -22,13 +22,21 @@ def make_console(width: int = 120) -> Console:
     return Console(width=width, markup=False)
 
 
-def show_log_lines() -> None:
-    """Shows warnings on standard error, those of `transformers` excepted."""
+def show_log_lines(console: Console) -> None:
+    """Shows warnings, those of `transformers` excepted.
+
+    Args:
+        console: The console of the command. On a terminal it shows them too, above its progress
+            bar; elsewhere they go to standard error.
+    """
     import transformers
+
+    if not (console.is_terminal and sys.stderr.isatty()):
+        console = Console(stderr=True)
 
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
     )
     transformers.logging.set_verbosity_error()

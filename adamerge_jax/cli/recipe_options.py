@@ -51,7 +51,7 @@ class WithRecipe(Generic[C]):
     def run(self, console: Console) -> None:
         """Runs the command."""
         keep_compiled_programs()
-        show_log_lines()
+        show_log_lines(console)
         self.command.run(self.recipe, console)
 
 
@@ -61,7 +61,7 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     Args:
         name: The command's name.
         command: Its class.
-        options: What follows the name.
+        options: The arguments after the name.
 
     Raises:
         InputError: The recipe, or a field given on the command line, cannot be used.

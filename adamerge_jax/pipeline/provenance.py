@@ -1,8 +1,6 @@
-"""Where a merge comes from: models and data of the Hugging Face Hub, and licences as found."""
+"""The origin of a merge: models and data of the Hugging Face Hub, and licences as found."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard
@@ -11,28 +9,11 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.data.tables import is_on_hub
 from adamerge_jax.pipeline.models import Models, resolve
 from adamerge_jax.recipes.schema import Recipe
-
-
-class Origin(NamedTuple):
-    """A model that a merge was made of.
-
-    Attributes:
-        name: `base`, or the task of an expert.
-        source: The folder or Hub id as the recipe gives it.
-        revision: The Hub revision asked for, if any.
-        on_hub: Whether it is a Hub id.
-        license: The licence that its own model card names, or None where none is named.
-    """
-
-    name: str
-    source: str
-    revision: str | None
-    on_hub: bool
-    license: str | None
+from adamerge_jax.report.model_card import Origin
 
 
 def model_origins(models: Models, root: Path) -> list[Origin]:
-    """Where the base and the experts come from, the base first.
+    """Returns the origins of the base and of the experts, the base first.
 
     Args:
         models: The base and its experts.
@@ -51,24 +32,11 @@ def model_origins(models: Models, root: Path) -> list[Origin]:
     ]
 
 
-def shared_license(origins: Sequence[Origin]) -> str | None:
-    """The licence of all the models together, as the Hub names licences.
-
-    Returns:
-        Theirs where all name the same; `other` where they name different ones; None where one
-        names none: what holds for the merge is then for its owner to find out.
-    """
-    found = {origin.license for origin in origins}
-    if None in found:
-        return None
-    return found.pop() if len(found) == 1 else "other"
-
-
 def hub_datasets(recipe: Recipe, root: Path) -> list[str]:
-    """Hub ids of the data sets that coefficients are learned from.
+    """Returns the Hub ids of the data sets that coefficients are learned from.
 
     Args:
-        recipe: Names the data.
+        recipe: The recipe, which names the data.
         root: Folder that relative paths start from.
     """
     sources = [task.calibration for task in recipe.tasks.values()]

@@ -1,4 +1,4 @@
-"""Two coefficients files: what changed, where, how much."""
+"""Comparison of two coefficients files: what changed, where, and how much."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
 
 from adamerge_jax.coefficients.file import Coefficients, Source
 from adamerge_jax.coefficients.granularities import same_options
@@ -13,9 +15,12 @@ from adamerge_jax.coefficients.identities import other_contents
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import layer_of
 
+_LAYERS_SHOWN = 10
+"""The number of layers that are printed, those that changed most."""
+
 
 class ExpertChange(NamedTuple):
-    """How one expert's coefficients differ.
+    """The differences between one expert's coefficients.
 
     Attributes:
         name: The expert.
@@ -37,17 +42,17 @@ class ExpertChange(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What two coefficients files have in common, and what not.
+    """The differences between two coefficients files.
 
     Attributes:
-        fields: What else differs: name, in the first file, in the second.
-        per_tensor: Whether means per tensor are compared, because granularities differ.
+        fields: Other fields that differ: name, in the first file, in the second.
+        per_tensor: True where means per tensor are compared, because granularities differ.
         compared: Number of groups, or tensors, that both files have.
         unmatched: Number of groups, or tensors, that only the first has, and only the second.
-        experts: By expert that both files have.
+        experts: The changes of the experts that both files have.
         layers: Mean magnitude of the differences by layer and expert, `[K]`, largest first.
         differences: Mean of the second file's coefficients less the first's, by group, `[K]`.
-        by_tensor: Whether groups are tensors.
+        by_tensor: True where groups are tensors.
     """
 
     fields: tuple[tuple[str, str, str], ...]
@@ -66,8 +71,8 @@ def compare(first: Coefficients, second: Coefficients) -> Comparison:
     Experts are matched by name, tensors by theirs.
 
     Args:
-        first: What is compared with.
-        second: What is compared; where it has more, differences are positive.
+        first: The coefficients to compare with.
+        second: The coefficients to compare; where they are larger, differences are positive.
 
     Raises:
         InputError: The files have no expert, or no tensor, in common.
@@ -78,12 +83,12 @@ def compare(first: Coefficients, second: Coefficients) -> Comparison:
             f"the files have no expert in common: {', '.join(first.names)} and "
             f"{', '.join(second.names)}"
         )
-    fields = tuple(_fields(first, second))
+    fields = tuple(_differing_fields(first, second))
     first, second = first.of_experts(names), second.of_experts(names)
     one_by_one = first.granularity == second.granularity and same_options(
         first.granularity_options, second.granularity_options
     )
-    a, b = (each.values if one_by_one else each.per_tensor() for each in (first, second))
+    a, b = (file.values if one_by_one else file.per_tensor() for file in (first, second))
     common = [group for group in a if group in b and a[group].shape == b[group].shape]
     if not common:
         raise InputError(
@@ -91,43 +96,87 @@ def compare(first: Coefficients, second: Coefficients) -> Comparison:
             f"{next(iter(b))} in the other; they are of other models"
         )
     sizes = {group: float(np.prod(first.shapes.get(group, ()))) for group in common}
-    differences = {group: b[group] - a[group] for group in common}
+    a, b = ({g: values[g].reshape(len(names), -1) for g in common} for values in (a, b))
     return Comparison(
         fields,
         not one_by_one,
         len(common),
-        (len(a) - len(common), len(b) - len(common)),
-        tuple(_expert_change(k, name, a, b, sizes) for k, name in enumerate(names)),
-        _by_layer(differences, sizes),
-        {group: own.reshape(len(names), -1).mean(1) for group, own in differences.items()},
-        set(a) == set(first.shapes),
+        tuple(
+            len(file.values if one_by_one else file.shapes) - len(common)
+            for file in (first, second)
+        ),
+        tuple(_expert_changes(names, a, b, sizes)),
+        _by_layer({group: np.abs(b[group] - a[group]).mean(1) for group in common}, sizes),
+        {group: (b[group] - a[group]).mean(1) for group in common},
+        set(first.values if one_by_one else first.shapes) == set(first.shapes),
     )
 
 
-def _expert_change(
-    position: int,
-    name: str,
-    a: Mapping[str, np.ndarray],
-    b: Mapping[str, np.ndarray],
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Prints what differs, how much for each expert, and in which layers most."""
+    if comparison.fields:
+        table = Table(title="What differs")
+        for column in ("", "first", "second"):
+            table.add_column(column, overflow="fold")
+        for row in comparison.fields:
+            table.add_row(*row)
+        console.print(table)
+    groups = "tensors" if comparison.by_tensor else "groups of tensors"
+    only_first, only_second = comparison.unmatched
+    console.print(
+        f"compared: {comparison.compared} {groups}"
+        f"{' by their means, as granularities differ' if comparison.per_tensor else ''}"
+        f"{f', {only_first} only in the first' if only_first else ''}"
+        f"{f', {only_second} only in the second' if only_second else ''}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(title="Coefficients, second less first")
+    table.add_column("expert", no_wrap=True)
+    for column in ("mean before", "after", "mean change", "largest", "correlation"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("largest in", overflow="fold")
+    for expert in comparison.experts:
+        table.add_row(
+            expert.name,
+            *(f"{mean:.3f}" for mean in (expert.first, expert.second, expert.change)),
+            f"{expert.largest:+.3f}",
+            "" if np.isnan(expert.correlation) else f"{expert.correlation:.3f}",
+            expert.where,
+        )
+    console.print(table)
+    table = Table(title="Layers that changed most (mean change)")
+    table.add_column("layer", overflow="fold")
+    for expert in comparison.experts:
+        table.add_column(expert.name, justify="right", no_wrap=True)
+    for layer, changes in comparison.layers[:_LAYERS_SHOWN]:
+        table.add_row(layer, *(f"{change:.3f}" for change in changes))
+    console.print(table)
+
+
+def _expert_changes(
+    names: list[str],
+    first: Mapping[str, Float[np.ndarray, "K N"]],
+    second: Mapping[str, Float[np.ndarray, "K N"]],
     sizes: Mapping[str, float],
-) -> ExpertChange:
-    pairs = {group: (a[group][position].ravel(), b[group][position].ravel()) for group in sizes}
-    weights = np.concatenate(
-        [np.full(own.size, sizes[g] / own.size) for g, (own, _) in pairs.items()]
-    )
-    x, y = (np.concatenate(each).astype(float) for each in zip(*pairs.values(), strict=True))
-    peaks = {g: float(max(v - u, key=abs)) for g, (u, v) in pairs.items()}
-    where = max(peaks, key=lambda group: abs(peaks[group]))
+) -> Iterator[ExpertChange]:
+    """Yields the change of each expert; a group's coefficients share the weight of its size."""
+    counts = {group: values.shape[1] for group, values in first.items()}
+    groups = np.repeat(list(counts), list(counts.values()))
+    weights = np.concatenate([np.full(n, sizes[group] / n) for group, n in counts.items()])
     weights /= weights.sum()
-    return ExpertChange(
-        name,
-        float(weights @ x),
-        float(weights @ y),
-        float(weights @ np.abs(y - x)),
-        peaks[where],
-        where,
-        _correlation(x, y, weights),
-    )
+    before, after = (np.concatenate(list(v.values()), 1).astype(float) for v in (first, second))
+    for name, x, y in zip(names, before, after, strict=True):
+        peak = np.abs(y - x).argmax()
+        yield ExpertChange(
+            name,
+            float(weights @ x),
+            float(weights @ y),
+            float(weights @ np.abs(y - x)),
+            float((y - x)[peak]),
+            str(groups[peak]),
+            _correlation(x, y, weights),
+        )
 
 
 def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
@@ -138,42 +187,36 @@ def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
 
 
 def _by_layer(
-    changes: Mapping[str, np.ndarray], sizes: Mapping[str, float]
-) -> tuple[tuple[str, np.ndarray], ...]:
-    """Mean magnitude of the differences by layer, largest first."""
+    changes: Mapping[str, Float[np.ndarray, " K"]], sizes: Mapping[str, float]
+) -> tuple[tuple[str, Float[np.ndarray, " K"]], ...]:
+    """Returns the mean of the changes in each layer, largest first."""
     totals: dict[str, np.ndarray] = {}
     weights: dict[str, float] = {}
     for group, change in changes.items():
         layer = layer_of(group, changes)
-        mean = np.abs(change).reshape(len(change), -1).mean(1)
-        totals[layer] = totals.get(layer, 0) + sizes[group] * mean
+        totals[layer] = totals.get(layer, 0) + sizes[group] * change
         weights[layer] = weights.get(layer, 0) + sizes[group]
     layers = [(layer, totals[layer] / weights[layer]) for layer in totals]
-    return tuple(sorted(layers, key=lambda own: -own[1].mean()))
+    return tuple(sorted(layers, key=lambda layer: -layer[1].mean()))
 
 
-def _fields(first: Coefficients, second: Coefficients) -> Iterator[tuple[str, str, str]]:
-    """What differs besides the values: name, in the first, in the second."""
-    yield from _models("base", first.base, second.base)
-    theirs = {expert.name: expert for expert in second.experts}
-    for expert in first.experts:
-        yield from _models(expert.name, expert, theirs.pop(expert.name, None))
-    for expert in theirs.values():
-        yield from _models(expert.name, None, expert)
+def _differing_fields(first: Coefficients, second: Coefficients) -> Iterator[tuple[str, str, str]]:
+    """Yields the fields other than values that differ: name, in the first, in the second."""
+    before, after = (
+        {model.name: model for model in (file.base, *file.experts)} for file in (first, second)
+    )
+    for name in {**before, **after}:
+        models: list[Source | None] = [before.get(name), after.get(name)]
+        if None in models or other_contents(models[:1], models[1:]):
+            yield name, *(model.in_words if model else "not in it" for model in models)
     for field in ("granularity", "constraint", "objective", "seed", "step"):
         a, b = getattr(first, field), getattr(second, field)
         if a != b:
             yield field, str(a), str(b)
-    options = [each.granularity_options for each in (first, second)]
+    options = [file.granularity_options for file in (first, second)]
     if not same_options(*options):
         yield "granularity options", *map(json.dumps, options)
     for field in ("interference", "scaled", "started_from"):
         a, b = getattr(first, field), getattr(second, field)
         if a != b:
             yield field.replace("_", " "), str(a or "none"), str(b or "none")
-
-
-def _models(name: str, a: Source | None, b: Source | None) -> Iterator[tuple[str, str, str]]:
-    """What differs of one model."""
-    if a is None or b is None or other_contents([a], [b]):
-        yield name, *(each.in_words if each else "not in it" for each in (a, b))

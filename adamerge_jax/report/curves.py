@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> "Figure":
+def draw_curves(stage: Stage, task: str, best: StepRecord | None) -> "Figure":
     """Draws the learning curves of one task, small enough for the width of a phone.
 
     Above: the objective on each step's batch and on the held-out data. Below, where it is known:
@@ -19,7 +19,7 @@ def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> "Figure":
     Args:
         stage: The steps.
         task: The task.
-        kept: The step whose coefficients were kept, if one was.
+        best: The step whose coefficients were kept, if one was.
     """
     from matplotlib.figure import Figure
 
@@ -32,7 +32,7 @@ def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> "Figure":
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         below.plot(*zip(*agreement, strict=True), "s-", color=AGREEMENT, markersize=3, linewidth=1)
         below.set_ylabel("agreement (%)", fontsize=8)
-        _finish(below, kept)
+        _finish(below, best)
     else:
         axes = below = figure.subplots()
     if trained:
@@ -42,16 +42,16 @@ def draw_curves(stage: Stage, task: str, kept: StepRecord | None) -> "Figure":
         line = dict(color=HELD_OUT, linewidth=1.2, markersize=3.5)
         axes.plot(*zip(*held_out, strict=True), "o--", label="held out", **line)
     axes.set_ylabel("objective", fontsize=8)
-    _finish(axes, kept, f"kept: step {kept.step}" if kept is not None else None)
+    _finish(axes, best, f"kept: step {best.step}" if best is not None else None)
     # Outside, where it hides no curve.
     figure.legend(loc="outside upper center", ncols=3, fontsize=7, frameon=False)
     below.set_xlabel("step", fontsize=8)
     return figure
 
 
-def _finish(axes: "Axes", kept: StepRecord | None, label: str | None = None) -> None:
-    if kept is not None:
-        axes.axvline(kept.step, color="#666666", linestyle=":", linewidth=1.2, label=label)
+def _finish(axes: "Axes", best: StepRecord | None, label: str | None = None) -> None:
+    if best is not None:
+        axes.axvline(best.step, color="#666666", linestyle=":", linewidth=1.2, label=label)
     axes.tick_params(labelsize=7)
     axes.grid(color="#dddddd", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,20 +1,19 @@
 """The model card of a merged checkpoint, in the Hugging Face Hub's format."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from adamerge_jax.coefficients.file import Coefficients
-from adamerge_jax.pipeline.provenance import Origin, shared_license
 from adamerge_jax.report.coefficients import (
     count_coefficients,
     interference_in_words,
     scaled_in_words,
     spreads,
 )
-from adamerge_jax.report.results import TITLES, in_words, scores
+from adamerge_jax.report.results import TITLES, scores_in_words
 from adamerge_jax.runs.results import Row
 
 _PIPELINES = {
@@ -24,7 +23,25 @@ _PIPELINES = {
     "AutoModelForSeq2SeqLM": "text2text-generation",
     None: "zero-shot-image-classification",
 }
-"""What a model is for in the Hub's words, by the class of `transformers` that loads its tasks."""
+"""A model's purpose in the Hub's words, by the class of `transformers` that loads its tasks."""
+
+
+class Origin(NamedTuple):
+    """A model that a merge was made of.
+
+    Attributes:
+        name: `base`, or the task of an expert.
+        source: The folder or Hub id as the recipe gives it.
+        revision: The Hub revision asked for, if any.
+        on_hub: True for a Hub id.
+        license: The licence that its own model card names, or None where none is named.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    on_hub: bool
+    license: str | None
 
 
 def model_card(
@@ -36,14 +53,14 @@ def model_card(
     auto_class: str | None,
     task_folders: Sequence[str],
 ) -> str:
-    """A README.md for the merged checkpoint: metadata for the Hub, then what a reader asks.
+    """Returns a README.md for the merged checkpoint: metadata for the Hub, then text for readers.
 
     Nothing is claimed that was not found: a licence only where every model names the same.
 
     Args:
-        coefficients: How much of each expert went where.
+        coefficients: The coefficients of the merge.
         rows: The table of results, the merge last; may be empty.
-        origins: The base, then the experts.
+        origins: The origins of the base and of the experts, in this order.
         datasets: Hub ids of the calibration data.
         auto_class: Name of the class that loads the model of a task; None for zero-shot CLIP.
         task_folders: Tasks that have a model of their own beside the checkpoint.
@@ -85,6 +102,18 @@ def model_card(
         task_folders=task_folders,
         title=TITLES[rows[0].metric] if rows else "",
         tasks=list(rows[0].tasks) if rows else [],
-        rows=[(row.method, [in_words(s, row.metric) for s in scores(row)]) for row in rows],
+        rows=[(row.method, scores_in_words(row)) for row in rows],
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def shared_license(origins: Sequence[Origin]) -> str | None:
+    """Returns the licence of all the models together, as the Hub names licences.
+
+    That is theirs where all name the same; `other` where they name different ones; None where one
+    names none: the licence of the merge is then for its owner to find out.
+    """
+    licenses = {origin.license for origin in origins}
+    if None in licenses:
+        return None
+    return licenses.pop() if len(licenses) == 1 else "other"

@@ -25,9 +25,10 @@ from adamerge_jax.report.results import (
     TITLES,
     best_single,
     gap_closed,
-    in_words,
+    is_single_model,
     outcome,
     scores,
+    scores_in_words,
 )
 from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE, write_whole
 from adamerge_jax.runs.folder import SavedRun, Stage
@@ -36,11 +37,11 @@ PICTURE_FOLDER = "report"
 
 
 _NOTHING = "\N{EN DASH}"
-"""What a cell without a number holds."""
+"""The text of a cell without a number."""
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, its CSS, and whether it is the best of its column."""
+    """A cell of a table: its text, its CSS, and True for the best of its column."""
 
     text: str
     style: str = ""
@@ -55,7 +56,7 @@ class Line(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A table: what it shows, the headings of its columns, its lines."""
+    """A table: its caption, the headings of its columns, its lines."""
 
     caption: str
     columns: list[str]
@@ -106,12 +107,11 @@ def write_page(folder: Path) -> Path:
 
 
 def _facts(run: SavedRun) -> list[str]:
-    """The run in a few sentences."""
-    chosen = run.recipe["coefficients"]
-    base = run.recipe["base"]["path"]
+    """Describes the run in a few sentences."""
+    fields = run.recipe["coefficients"]
     facts = [
-        f"{len(run.tasks)} experts of {base}; {chosen['granularity']} coefficients, "
-        f"constraint {chosen['constraint']}, preset {run.recipe['preset']}."
+        f"{len(run.tasks)} experts of {run.recipe['base']['path']}; {fields['granularity']} "
+        f"coefficients, constraint {fields['constraint']}, preset {run.recipe['preset']}."
     ]
     if run.rows:
         facts.append(outcome(run.rows))
@@ -119,7 +119,7 @@ def _facts(run: SavedRun) -> list[str]:
 
 
 def _missing(run: SavedRun) -> list[str]:
-    """What the report cannot show, and why."""
+    """Explains which parts of the report are missing."""
     missing = []
     steps = run.recipe["learning"]["steps"]
     if run.coefficients is None:
@@ -154,13 +154,13 @@ def _results(run: SavedRun) -> Grid | None:
     best = best_single(run.rows)
     lines = []
     for row in run.rows:
-        # The experts are several models: theirs is what a merge is to reach, not a rival's.
-        single = not row.method.startswith("experts")
-        cells = [
-            Cell(in_words(score, row.metric), best=single and score == top)
-            for score, top in zip(scores(row), best, strict=True)
-        ]
-        lines.append(Line(row.method, cells))
+        cells = zip(scores_in_words(row), scores(row), best, strict=True)
+        single = is_single_model(row)
+        lines.append(
+            Line(
+                row.method, [Cell(text, best=single and score == top) for text, score, top in cells]
+            )
+        )
     closed = gap_closed(run.rows)
     if closed is not None:
         cells = [Cell(_NOTHING if part is None else f"{100 * part:.0f}%") for part in closed]
@@ -171,8 +171,7 @@ def _results(run: SavedRun) -> Grid | None:
 def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
     if run.coefficients is None:
         return None
-    learned = run.coefficients
-    experts = [expert.name for expert in learned.experts]
+    learned, experts = run.coefficients, list(run.coefficients.names)
     low, high = value_range(learned)
     layers, means = layer_means(learned)
     lines = [
@@ -180,18 +179,19 @@ def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
         for layer, row in zip(layers, means, strict=True)
     ]
     spread = [
-        Line(expert, [Cell(f"{value:.3f}") for value in own])
-        for expert, own in zip(experts, spreads(learned), strict=True)
+        Line(expert, [Cell(f"{value:.3f}") for value in numbers])
+        for expert, numbers in zip(experts, spreads(learned), strict=True)
     ]
     maps = []
     for position, expert in enumerate(experts):
         figure = draw_expert(learned, position)
         if figure is not None:
-            own = means[:, position]
-            most, least = layers[int(own.argmax())], layers[int(own.argmin())]
+            of_expert = means[:, position]
+            most, least = layers[int(of_expert.argmax())], layers[int(of_expert.argmin())]
             words = (
                 f"Mean coefficient of each tensor of {expert}, by layer. Most of it goes into "
-                f"{most} ({own.max():.2f} on average), least into {least} ({own.min():.2f})."
+                f"{most} ({of_expert.max():.2f} on average), least into {least} "
+                f"({of_expert.min():.2f})."
             )
             maps.append(
                 save_picture(figure, pictures / f"coefficients-{expert}.png", expert, words)
@@ -210,40 +210,40 @@ def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
 
 
 def _scale(low: float, high: float, colours: str) -> list[Cell]:
-    """The key of a heat map: a few values in their colours."""
+    """Returns the key of a heat map: a few values in their colours."""
     values = np.linspace(low, high, 6)
     return [Cell(f"{value:.2f}", cell_style(value, low, high, colours)) for value in values]
 
 
 def _curves(run: SavedRun, pictures: Path) -> list[tuple[str, list[Picture]]]:
-    """The learning curves of each stage, with its title."""
+    """Draws the learning curves of each stage; returns them with its title."""
     drawn = []
     for number, stage in enumerate(run.stages):
         last = number == len(run.stages) - 1
         title = "" if len(run.stages) == 1 else ("Learning" if last else "Coarse coefficients")
-        kept = run.best if last else None
+        best = run.best if last else None
         prefix = "curves" if last else f"curves-coarse-{number}"
-        own = [
+        curves = [
             save_picture(
-                draw_curves(stage, task, kept),
+                draw_curves(stage, task, best),
                 pictures / f"{prefix}-{task}.png",
                 task,
                 _curve_in_words(stage, task, run),
             )
             for task in run.tasks
         ]
-        drawn.append((title, own))
+        drawn.append((title, curves))
     return drawn
 
 
 def _curve_in_words(stage: Stage, task: str, run: SavedRun) -> str:
-    looks = [record for record in stage if record.held_out is not None]
-    if not looks:
+    evaluated = [record for record in stage if record.held_out is not None]
+    if not evaluated:
         return f"Learning curve of {task} over {stage[-1].step} steps."
     words = (
         f"Learning curves of {task}: its held-out objective goes from "
-        f"{looks[0].held_out[task]:.3f} at step {looks[0].step} to "
-        f"{looks[-1].held_out[task]:.3f} at step {looks[-1].step}."
+        f"{evaluated[0].held_out[task]:.3f} at step {evaluated[0].step} to "
+        f"{evaluated[-1].held_out[task]:.3f} at step {evaluated[-1].step}."
     )
     if run.best is not None and stage is run.stages[-1]:
         words += f" The coefficients of step {run.best.step} were kept."
@@ -251,12 +251,15 @@ def _curve_in_words(stage: Stage, task: str, run: SavedRun) -> str:
 
 
 def _similarity(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
-    found = run.record.get("similarity")
-    if not found or len(found["experts"]) < 2:
+    similarity = run.record.get("similarity")
+    if not similarity or len(similarity["experts"]) < 2:
         return None
-    experts = found["experts"]
-    save_picture(draw_similarity(found), pictures / "similarity.png", "", "")
-    matrices = [found["cosines"], *(own["cosines"] for own in found["layers"].values())]
+    experts = similarity["experts"]
+    save_picture(draw_similarity(similarity), pictures / "similarity.png", "", "")
+    matrices = [
+        similarity["cosines"],
+        *(numbers["cosines"] for numbers in similarity["layers"].values()),
+    ]
     limit = cosine_range(matrices)
 
     def matrix(caption: str, cosines: Sequence[Sequence[float | None]]) -> Grid:
@@ -270,16 +273,18 @@ def _similarity(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
         return Grid(caption, experts, lines)
 
     by_layer = [
-        Line(layer, [_cosine_cell(v, limit) for v in _mean_to_others(own["cosines"])])
-        for layer, own in found["layers"].items()
+        Line(layer, [_cosine_cell(v, limit) for v in _mean_to_others(numbers["cosines"])])
+        for layer, numbers in similarity["layers"].items()
     ]
-    norms = [Cell(f"{norm:.3g}") for norm in found["norms"]]
+    norms = [Cell(f"{norm:.3g}") for norm in similarity["norms"]]
     return {
-        "overall": matrix("Cosine between experts, all merged parameters", found["cosines"]),
+        "overall": matrix("Cosine between experts, all merged parameters", similarity["cosines"]),
         "scale": _scale(-limit, limit, DIVERGING),
         "norms": Grid("Length of the task vectors", experts, [Line("norm", norms)]),
         "by_layer": Grid("Mean cosine to the other experts, by layer", experts, by_layer),
-        "layers": [matrix(layer, own["cosines"]) for layer, own in found["layers"].items()],
+        "layers": [
+            matrix(layer, numbers["cosines"]) for layer, numbers in similarity["layers"].items()
+        ],
     }
 
 
@@ -290,11 +295,11 @@ def _cosine_cell(value: float | None, limit: float) -> Cell:
 
 
 def _mean_to_others(cosines: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """The mean cosine of each expert to the others that have a task vector there."""
+    """Returns the mean cosine of each expert to the others that have a task vector there."""
     means = []
     for row, values in enumerate(cosines):
-        known = [v for column, v in enumerate(values) if column != row and v is not None]
-        means.append(float(np.mean(known)) if known else None)
+        others = [v for column, v in enumerate(values) if column != row and v is not None]
+        means.append(float(np.mean(others)) if others else None)
     return means
 
 
@@ -306,13 +311,13 @@ _COMPARED_WITH = {
 
 
 def _disagreement(run: SavedRun) -> dict[str, Any] | None:
-    """The part of the held-out examples on which merge and expert disagree, before and after."""
-    looks = [record for record in (run.stages or [[]])[-1] if record.agreement is not None]
-    if not looks:
+    """Returns on how many held-out examples merge and expert disagree, before and after."""
+    evaluated = [record for record in (run.stages or [[]])[-1] if record.agreement is not None]
+    if not evaluated:
         return None
     # Of two stages, the start of the first is the start.
-    before = run.stages[0][0].agreement or looks[0].agreement
-    after = run.best if run.best is not None and run.best.agreement is not None else looks[-1]
+    before = run.stages[0][0].agreement or evaluated[0].agreement
+    after = run.best if run.best is not None and run.best.agreement is not None else evaluated[-1]
     compared: dict[str, list[str]] = {}
     examples = run.record.get("examples", {})
     lines = []
@@ -345,27 +350,26 @@ def _kept_from_base(run: SavedRun) -> dict[str, Any] | None:
     return {
         "merged": f"{tensors['merged']:,}",
         "parameters": f"{tensors['parameters']:,}",
-        "patterns": run.recipe["keep_from_base"],
         "kept": _by_pattern(tensors["kept"]),
         "unchanged": _by_pattern(tensors["unchanged"]),
     }
 
 
 def _by_pattern(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Names with `*` for their numbers, and how many each stands for."""
+    """Returns names with `*` for their numbers, and how many names each of them stands for."""
     patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names)
     return list(patterns.items())
 
 
 def _cost(run: SavedRun) -> Grid | None:
-    """What the run took, one number a line."""
+    """Returns the table of the run's cost, one number a line."""
     facts: dict[str, str] = {}
     record = run.record
     if run.coefficients is not None:
         facts["coefficients"] = f"{count_coefficients(run.coefficients):,}"
     if "examples" in record:
         for part, words in (("learning", "to learn from"), ("held_out", "held out")):
-            total = sum(own[part] for own in record["examples"].values())
+            total = sum(counts[part] for counts in record["examples"].values())
             facts[f"examples {words}"] = f"{total:,}"
     steps = [r.seconds for stage in run.stages for r in stage if r.objective is not None]
     if steps:
@@ -388,5 +392,5 @@ def _cost(run: SavedRun) -> Grid | None:
 
 
 def _breakable(name: str) -> Markup:
-    """A dotted name or a path that may be broken into lines behind its dots and slashes."""
+    """Returns a dotted name or a path that may be broken into lines behind dots and slashes."""
     return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
