@@ -74,7 +74,7 @@ class Granularity(NamedTuple):
         """Returns True where a merge of low-rank deltas is low-rank: scales go into one factor.
 
         Args:
-            shapes: Shapes of the parameters that have factors.
+            shapes: Shapes of the parameters that the granularity was made for.
         """
         return self._scales_fit(shapes, most_axes=1)
 
