@@ -1,1 +1,1 @@
-"""Which parameters share a coefficient, which values it may take, the file that keeps it."""
+"""The merge coefficients: the parameters that share one, the values allowed, their file."""
