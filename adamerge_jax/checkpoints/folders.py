@@ -1,4 +1,4 @@
-"""A folder that is there as a whole or not at all, whatever happens while it is written."""
+"""Folders that appear when they are complete, or not at all."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def new_folder(folder: str | Path, *, expected_bytes: int | None = None) -> Iter
 
     Args:
         folder: The folder to make; it may exist if it is empty.
-        expected_bytes: How much will be written, to find out first whether it fits.
+        expected_bytes: The size of all files, to check first that the disk has room for it.
 
     Yields:
         The folder to write to: a hidden sibling of `folder`.
@@ -60,17 +60,17 @@ def require_new(folder: Path, *, expected_bytes: int | None = None) -> None:
 
     Args:
         folder: The folder to make; it may exist if it is empty.
-        expected_bytes: How much will be written.
+        expected_bytes: The size of all files.
 
     Raises:
         InputError: `folder` is a file or not empty, cannot be made, or its disk is too full.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another folder to write to")
-    there = _nearest(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "is not writable" if there.is_dir() else "is a file"
-        raise InputError(f"cannot write to {folder} ({there} {reason}); choose another folder")
+    parent = _nearest(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "is not writable" if parent.is_dir() else "is a file"
+        raise InputError(f"cannot write to {folder} ({parent} {reason}); choose another folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose another folder, or remove it first")
     if expected_bytes is not None:
@@ -78,10 +78,10 @@ def require_new(folder: Path, *, expected_bytes: int | None = None) -> None:
 
 
 def require_space(folder: Path, expected_bytes: int) -> None:
-    """Refuses a folder whose disk is too full for what will be written to it.
+    """Refuses a folder whose disk has no room for the given number of bytes.
 
     Raises:
-        InputError: Says how much is free.
+        InputError: With the free space.
     """
     free = shutil.disk_usage(_nearest(folder)).free
     if expected_bytes > free:
@@ -92,12 +92,12 @@ def require_space(folder: Path, expected_bytes: int) -> None:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Returns the folder, or the nearest one above it that exists."""
     return next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
 
 
 def readable_size(size: int) -> str:
-    """A number of bytes as people say it: `1.3 GB`."""
+    """Returns a number of bytes in the largest unit that fits: `1.3 GB`."""
     for power, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= power:
             return f"{size / power:.1f} {unit}"
@@ -105,7 +105,7 @@ def readable_size(size: int) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Has everything on the disk before the rename, so that a power cut cannot leave half of it."""
+    """Writes all files to the disk before the rename, so that a power cut cannot leave a half."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Parameters as an Orbax checkpoint, for whoever goes on in JAX.
+"""Parameters as an Orbax checkpoint, for further work in JAX.
 
 It is a flat dictionary: the keys are the parameters' names, dots and `*` included.
 """
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UnreadArray:
-    """An array that is read when it is its turn to be written, so that they never all exist.
+    """An array that is read just before it is written, so that not all arrays exist at once.
 
     Attributes:
-        shape: Of the array.
-        dtype: Of the array.
-        read: Reads it.
+        shape: The array's shape.
+        dtype: The array's dtype.
+        read: Reads the array.
     """
 
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class UnreadArray:
 
 
 def require_plain_path(folder: Path) -> None:
-    """Refuses a folder that Orbax cannot write to: it takes its own paths as patterns.
+    """Refuses a folder that Orbax cannot write to: it treats paths as patterns.
 
     Raises:
         InputError: The path has a `*`, `?` or `[`.
@@ -52,7 +52,7 @@ def require_plain_path(folder: Path) -> None:
 def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | UnreadArray]) -> None:
     """Writes parameters; the folder appears when it is complete.
 
-    Where there are several processes all must call this, and each writes its own part.
+    If there are several processes, all must call this, and each writes its part.
 
     Args:
         folder: The folder to make; it may exist if it is empty.
@@ -71,7 +71,7 @@ def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | Unr
             checkpointer.save(Path(folder).expanduser().resolve(), dict(parameters))
         return
     with new_folder(folder) as partial:
-        # One level down, so that what Orbax keeps next to its target is removed on failure too.
+        # One level down, so that the files that Orbax keeps beside it are removed on failure too.
         target = partial / "parameters"
         with _checkpointer() as checkpointer:
             checkpointer.save(target, dict(parameters))
@@ -81,7 +81,7 @@ def save_parameters(folder: str | Path, parameters: Mapping[str, jax.Array | Unr
 
 
 def load_parameters(folder: str | Path) -> dict[str, jax.Array]:
-    """Reads what `save_parameters` wrote, to the first device of this machine.
+    """Reads parameters that `save_parameters` wrote, to the first device of this machine.
 
     Args:
         folder: The folder that `save_parameters` made.
@@ -97,7 +97,7 @@ def load_parameters(folder: str | Path) -> dict[str, jax.Array]:
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
         raise InputError(f"no such folder: {folder}; give one that save_parameters wrote")
-    # Where the arrays go is said here, because Orbax would ask for the devices they came from.
+    # The device is given, because Orbax would ask for the devices that the arrays came from.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         try:

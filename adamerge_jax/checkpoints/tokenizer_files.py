@@ -20,14 +20,14 @@ _SIGNS = (
     ("tokenizer.model",),
     ("sentencepiece.bpe.model",),
 )
-"""Files that together tell that there is a tokenizer."""
+"""Groups of files; a folder with all files of a group has a tokenizer."""
 
-# Read in place of the files that a class names.
+# Files that are read in place of those that a tokenizer's class names.
 _WHOLE = ("tokenizer.json", "tokenizer.*.json", "tokenizer.model*", "tekken.json", "tiktoken.model")
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether a tokenizer was saved with a checkpoint."""
+    """Returns True if a tokenizer was saved with a checkpoint."""
     folder = checkpoint.folder
     return any(all((folder / name).is_file() for name in files) for files in _SIGNS)
 
@@ -37,7 +37,7 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
 
     Args:
         checkpoint: The checkpoint in whose folder it is.
-        role: What the checkpoint is, for messages: `base`, `expert 'trec'`.
+        role: The role of the checkpoint, for messages: `base`, `expert 'trec'`.
 
     Raises:
         InputError: There is none, it cannot be read, or its vocabulary is missing.
@@ -51,7 +51,7 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except Exception as error:  # its own, those of tokenizers and of the libraries it asks for
+    except Exception as error:  # of transformers, of tokenizers, of libraries that they need
         raise InputError(f"{where}: its tokenizer cannot be read: {in_one_line(error)}") from error
     if not _has_vocabulary(tokenizer, checkpoint.folder):
         raise InputError(
@@ -63,17 +63,19 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
 
 
 def _has_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Whether there are the files that a tokenizer's tokens come from.
+    """Returns True if a folder has the files of a tokenizer's vocabulary.
 
-    Where there are none, `transformers` makes a tokenizer of a few special tokens, to which every
-    text is unknown.
+    If there are none, `transformers` makes a tokenizer of a few special tokens, to which all texts
+    are unknown.
     """
     # Some classes count their settings among these files.
-    own = [
+    vocabulary = [
         name
         for kind, name in tokenizer.vocab_files_names.items()
         if kind != "tokenizer_config_file"
     ]
-    if not own:
+    if not vocabulary:
         return True  # its tokens are bytes or characters, which no file lists
-    return any(file.is_file() for pattern in (*own, *_WHOLE) for file in folder.glob(pattern))
+    return any(
+        file.is_file() for pattern in (*vocabulary, *_WHOLE) for file in folder.glob(pattern)
+    )
