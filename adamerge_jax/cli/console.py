@@ -29,8 +29,6 @@ def show_log_lines(console: Console) -> None:
         console: The console of the command. On a terminal it shows them too, above its progress
             bar; elsewhere they go to standard error.
     """
-    import transformers
-
     if not (console.is_terminal and sys.stderr.isatty()):
         console = Console(stderr=True)
 
@@ -39,4 +37,7 @@ def show_log_lines(console: Console) -> None:
         format="%(message)s",
         handlers=[RichHandler(console=console, show_time=False, show_path=False)],
     )
-    transformers.logging.set_verbosity_error()
+    # Read when a command imports transformers, which warns on import where there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_error()

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 from adamerge_jax.cli.console import make_console
 
 
@@ -16,3 +20,18 @@ def test_brackets_are_no_markup(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "70")
     make_console().print("runs/[v2]/report.html")
     assert capsys.readouterr().out == "runs/[v2]/report.html\n"
+
+
+def test_transformers_is_quiet_and_not_imported_for_it():
+    code = """
+import os, sys
+from adamerge_jax.cli.console import make_console, show_log_lines
+show_log_lines(make_console())
+assert "transformers" not in sys.modules
+import transformers
+assert transformers.logging.get_verbosity() == transformers.logging.ERROR
+"""
+    environment = {
+        name: text for name, text in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"
+    }
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
