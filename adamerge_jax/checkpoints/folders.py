@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adamerge_jax.errors import InputError
+
+_TASK_NAME = re.compile(r"\w[\w.+-]*")
 
 
 @contextmanager
@@ -88,6 +91,19 @@ def require_space(folder: Path, expected_bytes: int) -> None:
         raise InputError(
             f"not enough space for {folder}: {readable_size(expected_bytes)} will be written, "
             f"{readable_size(free)} are free; free some, or write to another disk"
+        )
+
+
+def require_task_name(task: str) -> None:
+    """Refuses a task name that cannot be the name of a folder under `tasks/`.
+
+    Raises:
+        InputError: It is empty, or has other characters than a folder's name should.
+    """
+    if not _TASK_NAME.fullmatch(task):
+        raise InputError(
+            f"task name {task!r} cannot be the name of a folder; use letters, digits and any "
+            "of . _ + - after the first"
         )
 
 

@@ -19,7 +19,6 @@ import copy
 import json
 import logging
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ import numpy as np
 from jaxtyping import Array
 
 from adamerge_jax.checkpoints.assets import copy_assets
-from adamerge_jax.checkpoints.folders import new_folder, readable_size
+from adamerge_jax.checkpoints.folders import new_folder, readable_size, require_task_name
 from adamerge_jax.checkpoints.huggingface import INDEX_FILE, Checkpoint
 from adamerge_jax.checkpoints.safetensors_file import WeightFile, write_tensors
 from adamerge_jax.checkpoints.shards import ShardWriter, shard_name
@@ -43,8 +42,6 @@ from adamerge_jax.parameter_names import is_stacked, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-_TASK_NAME = re.compile(r"\w[\w.+-]*")
 
 
 @dataclass(frozen=True)
@@ -254,19 +251,6 @@ def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
         ),
     }
     return class_names[auto_class][config.model_type]
-
-
-def require_task_name(task: str) -> None:
-    """Refuses a task name that cannot be the name of a folder under `tasks/`.
-
-    Raises:
-        InputError: It is empty, or has other characters than a folder's name should.
-    """
-    if not _TASK_NAME.fullmatch(task):
-        raise InputError(
-            f"task name {task!r} cannot be the name of a folder; use letters, digits and any "
-            "of . _ + - after the first"
-        )
 
 
 def _write_index(folder: Path, files: Sequence[WeightFile]) -> None:

@@ -14,7 +14,7 @@ import optax
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adamerge_jax.checkpoints.huggingface_export import require_task_name
+from adamerge_jax.checkpoints.folders import require_task_name
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import GRANULARITIES, make_granularity, require_whole
 from adamerge_jax.errors import InputError
