@@ -98,9 +98,9 @@ class Fold(RecipeCommand):
     out: Path
     """Folder to make."""
     scale: tuple[str, ...] = ()
-    """What to multiply experts' coefficients with: trec=0.5 sst2=0; 0 leaves an expert out."""
+    """Factors of experts' coefficients: trec=0.5 sst2=0; 0 leaves an expert out."""
     allow_other_models: bool = False
-    """Whether to go on with models that the file was not learned for."""
+    """Go on with models that the file was not learned for."""
 
     def run(self, recipe: "Recipe", console: Console) -> None:
         """Exports the merge, and says where it is."""

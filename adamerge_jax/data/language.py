@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         ids: Token ids.
-        predicted: Whether each is to be predicted from those before it.
+        predicted: True for each token that is to be predicted from those before it.
     """
 
     ids: list[int]

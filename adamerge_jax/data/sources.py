@@ -44,7 +44,7 @@ def load_examples(
         seed: The seed for drawing examples where `source.limit` is under their number.
         name: Name of the examples in error messages.
         limits: The limits of token ids in NumPy files; None where the inputs are images.
-        language: Whether they are for a language model.
+        language: True for a language model.
         decoder_start: The token that the responses of an encoder-decoder start with.
 
     Raises:

@@ -77,7 +77,7 @@ def draw_means(
     Args:
         means: The numbers by group.
         experts: Names of the K experts.
-        by_tensor: Whether groups are tensors: then there is one map per expert, layers down and
+        by_tensor: True where groups are tensors: then there is one map per expert, layers down and
             the kinds of tensors across; otherwise one map, groups down and experts across.
         colours: A colour map of Matplotlib.
         limits: The numbers at its two ends.

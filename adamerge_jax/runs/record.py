@@ -108,7 +108,7 @@ def describe_data(
     Args:
         calibration: The calibration data.
         test: The test data by task.
-        language: Whether the model is a language model.
+        language: True for a language model.
 
     Returns:
         `examples`: the number of each task's examples to learn from, held out, and to test with.

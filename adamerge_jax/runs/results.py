@@ -20,7 +20,7 @@ class Row(NamedTuple):
     Attributes:
         method: Name of the model that was evaluated.
         tasks: Accuracy by task, from 0 to 1; or loss by task, in nats per token.
-        metric: Which of the two.
+        metric: The meaning of these scores.
     """
 
     method: str

@@ -25,7 +25,7 @@ def require_startable(out: Path, recipe: Mapping[str, Any], *, resume: bool) -> 
         out: The run folder. With `resume` it may be new, too: a job that a cluster starts again and
             again is given the same command every time.
         recipe: The recipe to run with all its defaults, as YAML has it.
-        resume: Whether to go on with the run that is there.
+        resume: True to go on with the run that is there.
 
     Raises:
         InputError: It is in use, or what is in it is no unfinished run of this recipe.
