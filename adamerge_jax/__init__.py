@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from adamerge_jax.learning.learner import Frozen, Learned, Learner, learn, make_learner
     from adamerge_jax.mixing import Mixture, materialize, mix
     from adamerge_jax.objectives import regularizers
-    from adamerge_jax.recipes.schema import Recipe, load_recipe, parse_recipe
+    from adamerge_jax.recipes.loading import load_recipe, parse_recipe
+    from adamerge_jax.recipes.schema import Recipe
     from adamerge_jax.task_vectors import DenseDelta, LowRankDelta, task_vectors
 
 _HOMES = {
@@ -55,12 +56,12 @@ _HOMES = {
     "granularities": "coefficients",
     "interference": "",
     "learn": "learning.learner",
-    "load_recipe": "recipes.schema",
+    "load_recipe": "recipes.loading",
     "make_learner": "learning.learner",
     "materialize": "mixing",
     "mix": "mixing",
     "objectives": "",
-    "parse_recipe": "recipes.schema",
+    "parse_recipe": "recipes.loading",
     "regularizers": "objectives",
     "task_vectors": "task_vectors",
 }

@@ -24,9 +24,10 @@ from rich.table import Table
 from adamerge_jax import InputError, Recipe, load_recipe, parse_recipe
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.learning import learner as learning
-from adamerge_jax.pipeline import run as jobs
-from adamerge_jax.pipeline.inputs import open_classifiers
-from adamerge_jax.pipeline.learn import Watch, learn_coefficients, pose
+from adamerge_jax.pipeline.baselines import learned_row
+from adamerge_jax.pipeline.learn import ShowStage, learn_coefficients, prepare
+from adamerge_jax.pipeline.workspace import open_classifiers
+from adamerge_jax.recipes.build import build
 
 RESULTS_FILE = "add_an_expert.json"
 SCRATCH, WARM = "from scratch", "from the others' coefficients"
@@ -128,37 +129,39 @@ def changed(recipe: Recipe, steps: int, learning_rate: float, start: Path | None
 
 def learn_others(recipe: Recipe, root: Path, file: Path, console: Console) -> None:
     """Learns the coefficients of all experts but the new one, and keeps them."""
-    problem = pose(recipe, open_classifiers(recipe, root))
-    learn_coefficients(problem, watch=watch_into([], console)).coefficients.save(file)
+    workspace = open_classifiers(recipe, root)
+    problem = prepare(build(recipe, workspace.models), workspace)
+    learn_coefficients(problem, show_stage=watch_into([], console)).coefficients.save(file)
 
 
 def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
     """Learns, then evaluates what each look at the held-out data had chosen.
 
     Raises:
-        InputError: There is no test data, or what `pose` raises.
+        InputError: There is no test data, or what `prepare` raises.
     """
-    problem = pose(recipe, open_classifiers(recipe, root))
+    workspace = open_classifiers(recipe, root)
+    problem = prepare(build(recipe, workspace.models), workspace)
     if not problem.workspace.data.test:
         raise InputError("tasks: every task needs test data to evaluate on")
     for note in problem.start.notes if problem.start else ():
         console.print(f"note: {note}", soft_wrap=True)
     looks: list[tuple[int, learning.Learned]] = []
     began = time.perf_counter()
-    merge = learn_coefficients(problem, watch=watch_into(looks, console))
+    merge = learn_coefficients(problem, show_stage=watch_into(looks, console))
     seconds = time.perf_counter() - began
     scores: dict[int, dict[str, float]] = {}
     by_chosen: dict[int, dict[str, float]] = {}
     for step, chosen in looks:
         if chosen.step not in by_chosen:
-            row = jobs.evaluate_merge(problem, merge._replace(values=chosen.values))
+            row = learned_row(problem, merge._replace(values=chosen.values))
             by_chosen[chosen.step] = row.tasks
         scores[step] = by_chosen[chosen.step]
     optimizer = recipe.learning.optimizer
     return Curve(recipe.learning.steps, optimizer.learning_rate, seconds, scores)
 
 
-def watch_into(looks: list[tuple[int, learning.Learned]], console: Console) -> Watch:
+def watch_into(looks: list[tuple[int, learning.Learned]], console: Console) -> ShowStage:
     """Collects, for each look at the held-out data, what it had chosen by then."""
 
     @contextmanager

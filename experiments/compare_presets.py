@@ -24,11 +24,13 @@ from rich.table import Table
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import learner as learning
-from adamerge_jax.pipeline import run as jobs
-from adamerge_jax.pipeline.inputs import open_classifiers, open_workspace
-from adamerge_jax.pipeline.learn import Problem, learn_coefficients, pose
+from adamerge_jax.pipeline.baselines import baseline_rows, learned_row
+from adamerge_jax.pipeline.learn import LearningInputs, learn_coefficients, prepare
+from adamerge_jax.pipeline.workspace import open_classifiers, open_workspace
+from adamerge_jax.recipes.build import build
+from adamerge_jax.recipes.loading import load_recipe, parse_recipe, read_fields
 from adamerge_jax.recipes.presets import PRESETS
-from adamerge_jax.recipes.schema import Recipe, load_recipe, parse_recipe, read_fields
+from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.results import gap_closed, in_words, scores
 from adamerge_jax.runs.record import peak_memory_of_arrays
 from adamerge_jax.runs.results import Row
@@ -154,12 +156,16 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     if preset == BASELINES:
         # Whatever the preset; this one does not ask the experts.
         recipe = parse_recipe(fields | {"preset": REFERENCE})
-        problem = pose(recipe, open_classifiers(recipe, root))
-        return {row.method: row.as_json() for row in jobs.baselines(problem)}
+        workspace = open_classifiers(recipe, root)
+        problem = prepare(build(recipe, workspace.models), workspace)
+        return {
+            row.method: row.as_json()
+            for row in baseline_rows(problem, recipe.evaluation.task_arithmetic)
+        }
     recipe = recipe_for(fields, preset, seed, arguments.examples)
     workspace = open_workspace(recipe, root)
     began = time.perf_counter()
-    problem = pose(recipe, workspace)
+    problem = prepare(build(recipe, workspace.models), workspace)
     bests: list[tuple[float, str, learning.Learned]] = []
 
     @contextmanager
@@ -172,9 +178,9 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
 
         yield show
 
-    merge = learn_coefficients(problem, watch=watch)
+    merge = learn_coefficients(problem, show_stage=watch)
     seconds = time.perf_counter() - began
-    row = jobs.evaluate_merge(problem, merge)
+    row = learned_row(problem, merge)
     coarse = recipe.coefficients.coarse
     result = row.as_json() | {
         "coefficients": sum(array.size for array in merge.coefficients.values.values()),
@@ -205,9 +211,9 @@ def recipe_for(fields: dict[str, Any], preset: str, seed: int, examples: int | N
     return parse_recipe(chosen)
 
 
-def accuracy_of(problem: Problem, merge: Any, best: learning.Learned) -> float:
+def accuracy_of(problem: LearningInputs, merge: Any, best: learning.Learned) -> float:
     """Average test accuracy of coefficients that were the best for a while."""
-    return jobs.evaluate_merge(problem, merge._replace(values=best.values)).average
+    return learned_row(problem, merge._replace(values=best.values)).average
 
 
 def summarise(title: str, runs: dict[str, Any], presets: list[str]) -> Table:

@@ -37,11 +37,16 @@ from transformers import (
 
 from adamerge_jax.coefficients.file import Coefficients, unstack_values
 from adamerge_jax.coefficients.granularities import constant, make_granularity
+from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.models.family import Network
 from adamerge_jax.parameter_names import is_stacked, stack_depths, unstack, unstacked_shapes
+from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.read import load_task_vectors
+from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.recipes.build import build
+from adamerge_jax.recipes.schema import Recipe
 
 # Tiny models: on a busy machine PyTorch's threads wait for each other longer than they compute.
 torch.set_num_threads(1)
@@ -107,6 +112,12 @@ def fine_tune(model: PreTrainedModel, base: PreTrainedModel, seed: int) -> PreTr
             if not name.endswith(("key.bias", "k_proj.bias")):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.08)
     return model.eval()
+
+
+def learning_inputs(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) -> LearningInputs:
+    """All that a recipe's learning starts from."""
+    workspace = open_workspace(recipe, root, devices)
+    return prepare(build(recipe, workspace.models), workspace)
 
 
 def load_script(file: Path) -> ModuleType:

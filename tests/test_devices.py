@@ -19,11 +19,10 @@ from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.devices import ONE_DEVICE, Devices, open_devices
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import learn_coefficients, pose
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.pipeline.learn import learn_coefficients
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import letter_tokenizer, save_experts
-from tests.references import sentences, write_json_lines, write_recipe
+from tests.references import learning_inputs, sentences, write_json_lines, write_recipe
 
 LEARNING = dict(
     steps=4,
@@ -38,15 +37,15 @@ import json, sys
 from contextlib import nullcontext
 from pathlib import Path
 from adamerge_jax.devices import open_devices
-from adamerge_jax.pipeline.learn import learn_coefficients, pose
-from adamerge_jax.recipes.schema import load_recipe
-from adamerge_jax.pipeline.inputs import open_workspace
+from adamerge_jax.pipeline.learn import learn_coefficients, prepare
+from adamerge_jax.recipes.loading import load_recipe
+from adamerge_jax.pipeline.workspace import open_workspace
 
 for folder in map(Path, sys.argv[1:]):
     recipe = load_recipe(folder / "recipe.yaml")
     devices = open_devices(**recipe.devices.model_dump())
-    problem = pose(recipe, open_workspace(recipe, folder, devices))
-    merge = learn_coefficients(problem, watch=lambda *what: nullcontext(lambda progress: None))
+    problem = learning_inputs(recipe, folder, devices)
+    merge = learn_coefficients(problem, show_stage=lambda *what: nullcontext(lambda progress: None))
     merge.coefficients.save(folder / "coefficients.safetensors")
     parts = {name: array.addressable_shards[0].data.shape for name, array in problem.base.items()}
     (folder / "parts.json").write_text(json.dumps([str(devices), parts]))
@@ -79,9 +78,9 @@ def adapters(tmp_path_factory) -> dict[str, Any]:
 def learn(fields: Mapping[str, Any]) -> Coefficients:
     """What one device learns."""
     recipe = parse_recipe(dict(fields))
-    problem = pose(recipe, open_workspace(recipe, Path("/")))
+    problem = learning_inputs(recipe, Path("/"))
     return learn_coefficients(
-        problem, watch=lambda *what: nullcontext(lambda progress: None)
+        problem, show_stage=lambda *what: nullcontext(lambda progress: None)
     ).coefficients
 
 

@@ -20,15 +20,14 @@ from adamerge_jax.cli.commands import RecipeCommand
 from adamerge_jax.cli.compilation import keep_compiled_programs
 from adamerge_jax.cli.console import show_log_lines
 from adamerge_jax.errors import InputError
-from adamerge_jax.recipes.presets import drop_options_of_replaced
-from adamerge_jax.recipes.schema import (
-    Recipe,
-    Section,
+from adamerge_jax.recipes.loading import (
     describe_validation_error,
     load_recipe,
     parse_recipe,
     read_yaml,
 )
+from adamerge_jax.recipes.presets import drop_options_of_replaced
+from adamerge_jax.recipes.schema import Recipe, Section
 
 C = TypeVar("C", bound=RecipeCommand)
 

@@ -1,5 +1,45 @@
-"""Merges with nothing to learn, as scales for `mix`: what a learned merge is compared with."""
+"""Merges with nothing to learn: one file a method.
 
-from adamerge_jax.methods.task_arithmetic import average, task_arithmetic
+A method is used by itself (`adamerge merge`), as a row of the table of results, and by whoever
+starts from it. To add one: a file with a function of options that returns a `MergeMethod`, and its
+line in `METHODS`.
+"""
 
-__all__ = ["average", "task_arithmetic"]
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from adamerge_jax.methods.average import average
+from adamerge_jax.methods.method import MergeMethod, merged_parameters
+from adamerge_jax.methods.task_arithmetic import task_arithmetic
+from adamerge_jax.methods.ties import ties
+from adamerge_jax.registry import call_registered
+
+__all__ = [
+    "METHODS",
+    "MergeMethod",
+    "average",
+    "make_method",
+    "merged_parameters",
+    "task_arithmetic",
+    "ties",
+]
+
+METHODS: dict[str, Callable[..., MergeMethod]] = {
+    "average": average,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+}
+"""Merge methods by their names on the command line."""
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
+    """Makes a merge method by name.
+
+    Args:
+        name: A key of `METHODS`, or `package.module:function`.
+        options: Arguments of the function.
+
+    Raises:
+        InputError: There is no such method, or it refuses an option.
+    """
+    return call_registered("method", METHODS, name, options)

@@ -1,27 +1,28 @@
 """Task arithmetic (Ilharco et al., ICLR 2023): one coefficient for all experts and parameters."""
 
-from jaxtyping import Array, Float
+from collections.abc import Mapping
 
-from adamerge_jax.coefficients.granularities import Shapes, constant, task
+from jaxtyping import Array
+
+from adamerge_jax.coefficients.granularities import constant, shapes_of, task
+from adamerge_jax.methods.method import MergeMethod
+from adamerge_jax.mixing import Mixture, mix
+from adamerge_jax.task_vectors import Delta
 
 
-def task_arithmetic(
-    shapes: Shapes, experts: int, coefficient: float
-) -> dict[str, Float[Array, "..."]]:
-    """Scales of `theta_base + coefficient * sum_k tau_k`.
+def task_arithmetic(coefficient: float = 0.3) -> MergeMethod:
+    """Adds up the task vectors: `theta_base + coefficient * sum_k tau_k`.
 
     Args:
-        shapes: Shapes of the mixed parameters, `(L, *shape)` where stacked.
-        experts: K.
         coefficient: The one lambda.
-
-    Returns:
-        A scale `[K, ...]` per parameter (`[L, K, ...]` where stacked).
     """
-    granularity = task(shapes)
-    return granularity.scales(granularity.init(constant(shapes, experts, coefficient)))
 
+    def merge(
+        base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int
+    ) -> dict[str, Array | Mixture]:
+        shapes = shapes_of(base, deltas)
+        granularity = task(shapes)
+        scales = granularity.scales(granularity.init(constant(shapes, experts, coefficient)))
+        return mix({name: base[name] for name in deltas}, deltas, scales)
 
-def average(shapes: Shapes, experts: int) -> dict[str, Float[Array, "..."]]:
-    """Scales of the plain average of the experts (Wortsman et al., ICML 2022)."""
-    return task_arithmetic(shapes, experts, 1 / experts)
+    return MergeMethod(merge)

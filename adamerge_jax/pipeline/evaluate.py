@@ -1,4 +1,4 @@
-"""How good a model is: accuracy per task with its own head, or a language model's loss per task."""
+"""Evaluation: accuracy of each task with its own head, or a language model's loss per task."""
 
 from collections.abc import Mapping, Sequence
 
@@ -43,7 +43,7 @@ class Evaluator:
         self._heads = {task: jax.jit(head) for task, head in heads.items()}
         self._networks = heads
         self._head_parameters = head_parameters
-        self._batch_size = batch_size
+        self.batch_size = batch_size
 
     def run(
         self,
@@ -78,7 +78,7 @@ class Evaluator:
             examples: N examples.
         """
         order, rows = [], []
-        for index, inputs in sorted_batches(examples, self._batch_size):
+        for index, inputs in sorted_batches(examples, self.batch_size):
             order.append(index)
             rows.append(fetch(self.run(parameters, task, inputs)[0])[: len(index)])
         return np.concatenate(rows)[np.argsort(np.concatenate(order))]
@@ -94,7 +94,7 @@ class Evaluator:
             predicted = self.logits(parameters, task, examples).argmax(-1)
             return float((predicted == examples.labels).mean())
         total, count = 0.0, 0
-        for index, inputs in sorted_batches(examples, self._batch_size):
+        for index, inputs in sorted_batches(examples, self.batch_size):
             logits, _ = self.run(parameters, task, inputs)
             labels = examples.take_labels(index, logits.shape[1])
             # The last batch repeats examples, which do not count.

@@ -1,16 +1,15 @@
-"""Writing a merge: the Hugging Face checkpoint, a model for every task, the Orbax checkpoint.
+"""Writing a merge: the Hugging Face checkpoint with a model for every task, Orbax, an adapter.
 
-Where all experts are LoRA adapters the merge may be one too, written beside them for PEFT. What
-mergekit can merge in the same way is written for it as a YAML file.
+Each form is an `Exporter` in a list. A mergekit file is written on its own.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +17,29 @@ import numpy as np
 from jaxtyping import Array
 from rich.console import Console
 
+from adamerge_jax.checkpoints.dtypes import DTYPES
+from adamerge_jax.checkpoints.folders import require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import model_class, write_checkpoint
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.mergekit_export import inexpressible, write_merge
-from adamerge_jax.checkpoints.orbax import UnreadArray, save_parameters
+from adamerge_jax.checkpoints.orbax import UnreadArray, require_plain_path, save_parameters
 from adamerge_jax.checkpoints.peft import MatchedAdapter
 from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
 from adamerge_jax.coefficients.file import Coefficients
-from adamerge_jax.coefficients.granularities import ALONG_AXES, unprepared
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import Models, match_backbone
-from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
-from adamerge_jax.pipeline.read import DTYPES, fold, load_backbone, load_head, read_parameter
-from adamerge_jax.recipes.schema import Recipe
-from adamerge_jax.report.model_card import model_card
-from adamerge_jax.runs.results import Row
+from adamerge_jax.pipeline.read import load_backbone, load_head, read_parameter
+from adamerge_jax.recipes.build import GranularityChoice
+from adamerge_jax.recipes.schema import ExportRecipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CHECKPOINT_FOLDER = "checkpoint"
-ORBAX_FOLDER = "orbax"
 ADAPTER_FOLDER = "adapter"
-EXPORTS = (CHECKPOINT_FOLDER, ORBAX_FOLDER, ADAPTER_FOLDER)
 
 _TASK_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -54,61 +50,128 @@ _TASK_TYPES = {
 """What PEFT calls a task, by the class that loads its model."""
 
 
-def export(
-    recipe: Recipe,
-    models: Models,
-    coefficients: Coefficients,
-    out: Path,
-    *,
-    root: Path,
-    rows: list[Row],
-    console: Console,
-) -> None:
-    """Writes the merged model as a Hugging Face checkpoint, and in what other forms are asked for.
+class ExportJob(NamedTuple):
+    """A merge that is to be written.
 
-    Where there are several processes all must call this; only the first one writes, but for the
-    Orbax checkpoint, of which each writes its own part, so that all must have one file system.
+    Attributes:
+        models: The base and its experts.
+        settings: The dtype, the size of files, and the forms that are asked for.
+        merged: `dtype -> (name, tensor)` of the merged backbone, tensor by tensor in the order of
+            the base; None for each tensor's dtype in the base.
+        tasks: Tasks that get a model of their own, with their head.
+        card: `task folders -> README.md` of the merged checkpoint.
+        coefficients: The coefficients of the merge, if it has some.
+        tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
+        revision: The revision of the base.
+    """
+
+    models: Models
+    settings: ExportRecipe
+    merged: Callable[[np.dtype | None], Iterator[tuple[str, np.ndarray]]]
+    tasks: Sequence[str]
+    card: Callable[[Sequence[str]], str]
+    coefficients: Coefficients | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+
+
+class MergeFacts(NamedTuple):
+    """What is known of a merge before it is made.
+
+    Attributes:
+        granularity: The granularity of its coefficients; None where it has none.
+        interference: The steps that change its task vectors.
+    """
+
+    granularity: GranularityChoice | None
+    interference: Sequence[object]
+
+    @classmethod
+    def of(cls, coefficients: Coefficients | None) -> MergeFacts:
+        """Returns the facts of learned coefficients, or of a method that has none."""
+        if coefficients is None:
+            return cls(None, ())
+        name, options = coefficients.granularity, coefficients.granularity_options
+        return cls(GranularityChoice(name, options), coefficients.interference)
+
+
+class Exporter(NamedTuple):
+    """One form in which a merge is written.
+
+    Attributes:
+        folder: Its folder under the run folder.
+        title: Its name in messages.
+        wanted: Whether the settings ask for it.
+        write: Writes a merge to a new folder.
+        guard: Refuses models, a merge, or a folder that it cannot be for.
+        bytes: Size on the disk, but for what is small.
+        by_all: Whether every process takes part in writing it; else the first one alone does.
+    """
+
+    folder: str
+    title: str
+    wanted: Callable[[ExportRecipe], bool]
+    write: Callable[[ExportJob, Path], None]
+    guard: Callable[[Models, MergeFacts, Path], None] = lambda models, facts, folder: None
+    bytes: Callable[[Models, ExportRecipe], int] = lambda models, settings: 0
+    by_all: bool = False
+
+
+def export(job: ExportJob, out: Path, console: Console) -> None:
+    """Writes a merge in every form that is asked for.
+
+    Where there are several processes all must call this, and all must have one file system.
 
     Args:
-        recipe: Says in which dtype, in files of which size, and in which other forms.
-        models: The base and its experts.
-        coefficients: How much of each expert goes where.
-        out: The folder that gets `checkpoint/`, and `orbax/` and `adapter/` where asked for.
-        root: Folder that relative paths of the recipe start from.
-        rows: Results for the model card.
+        job: The merge.
+        out: The folder that gets a folder for each form.
         console: Where progress is printed.
 
     Raises:
         InputError: It cannot be an adapter, or what is read or written cannot be.
     """
-    if recipe.export.adapter:
-        require_adapters(models, coefficients.granularity, coefficients.interference)
-    first = is_first_process()
-    with console.status("writing the checkpoint"):
-        if first:
-            _export_checkpoint(recipe, models, coefficients, out, root, rows)
-        wait_for_all("checkpoint written")
-    if recipe.export.orbax:
-        with console.status("writing the Orbax checkpoint"):
-            merged = Checkpoint.open(out / CHECKPOINT_FOLDER)
-            matched = match_backbone(models, merged, "merged checkpoint")
-            parameters = _orbax_parameters(models, matched, _dtype(recipe))
-            save_parameters(out / ORBAX_FOLDER, parameters)
-    if recipe.export.adapter and first:
-        with console.status("writing the adapter"):
-            export_adapter(recipe, models, coefficients, out / ADAPTER_FOLDER)
+    facts = MergeFacts.of(job.coefficients)
+    wanted = [exporter for exporter in EXPORTERS if exporter.wanted(job.settings)]
+    for exporter in wanted:
+        exporter.guard(job.models, facts, out)
+    for exporter in wanted:
+        with console.status(f"writing the {exporter.title}"):
+            if exporter.by_all or is_first_process():
+                exporter.write(job, out / exporter.folder)
+            wait_for_all(f"{exporter.title} written")
 
 
-def _export_checkpoint(
-    recipe: Recipe,
-    models: Models,
-    coefficients: Coefficients,
-    out: Path,
-    root: Path,
-    rows: list[Row],
+def require_exportable(
+    models: Models, settings: ExportRecipe, facts: MergeFacts, out: Path
 ) -> None:
+    """Refuses a merge that cannot be written in a form that is asked for, or a disk too small.
+
+    Raises:
+        InputError: Says why.
+    """
+    for exporter in EXPORTERS:
+        if exporter.wanted(settings):
+            exporter.guard(models, facts, out)
+    require_space(out, export_bytes(models, settings))
+
+
+def export_bytes(models: Models, settings: ExportRecipe) -> int:
+    """Size on disk of all that `export` writes, but for what is small: heads and an adapter."""
+    return sum(e.bytes(models, settings) for e in EXPORTERS if e.wanted(settings))
+
+
+def checkpoint_bytes(models: Models, settings: ExportRecipe) -> int:
+    """Size of the merged weights in one checkpoint."""
+    total = 0
+    for tensor in models.base.checkpoint.tensors.values():
+        dtype = _dtype(settings) or tensor.dtype
+        total += int(np.prod(tensor.shape)) * dtype.itemsize
+    return total
+
+
+def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     """Writes the merged model and that of every task as `save_pretrained` would."""
-    dtype = _dtype(recipe)
+    models, dtype = job.models, _dtype(job.settings)
 
     def cast(array: np.ndarray) -> np.ndarray:
         is_weight = jnp.issubdtype(array.dtype, jnp.floating)
@@ -120,35 +183,22 @@ def _export_checkpoint(
     carried = [name for name in models.base.extra if name not in replaced]
     if len(carried) < len(models.base.extra):
         config.architectures = [model_class(config)]
-    opened = write_checkpoint(
-        out / CHECKPOINT_FOLDER,
-        max_shard_bytes=recipe.export.shard_megabytes * 10**6,
-        expected_bytes=checkpoint_bytes(models, recipe),
-    )
-    tasks = [
-        task
-        for task in models.experts
-        if models.head_names(task) and task not in coefficients.left_out
-    ]
-    with opened as writer:
-        for name, array in fold(models, coefficients, dtype):
+    tasks = [task for task in job.tasks if models.head_names(task)]
+    with write_checkpoint(
+        folder,
+        max_shard_bytes=job.settings.shard_megabytes * 10**6,
+        expected_bytes=checkpoint_bytes(models, job.settings),
+    ) as writer:
+        for name, array in job.merged(dtype):
             writer.add(name, cast(array))
         for name in carried:
             writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
         writer.write_config(config)
-        owner = tokenizer_owner(models.by_name, recipe.tokenizer) or models.base
+        owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
         # In the order in which the run looks for them.
-        every = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
-        writer.copy_assets(owner.checkpoint, every)
-        card = model_card(
-            coefficients,
-            rows,
-            origins=model_origins(models, root),
-            datasets=hub_datasets(recipe, root),
-            auto_class=models.family.auto_class,
-            task_folders=tasks,
-        )
-        writer.write_text("README.md", card)
+        checkpoints = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
+        writer.copy_assets(owner.checkpoint, checkpoints)
+        writer.write_text("README.md", job.card(tasks))
         for task in tasks:
             expert = models.experts[task]
             whole = isinstance(expert, MatchedCheckpoint)
@@ -157,8 +207,19 @@ def _export_checkpoint(
                 config=expert.checkpoint.config if whole else _task_config(models, expert),
                 head={name: cast(array) for name, array in load_head(models, task).items()},
                 assets=expert.checkpoint if whole else models.base.checkpoint,
-                otherwise=every,
+                otherwise=checkpoints,
             )
+
+
+def _write_orbax(job: ExportJob, folder: Path) -> None:
+    """Writes the merged backbone for JAX, from the checkpoint that was written before it."""
+    checkpoint = Checkpoint.open(folder.parent / CHECKPOINT_FOLDER)
+    matched = match_backbone(job.models, checkpoint, "merged checkpoint")
+    save_parameters(folder, _orbax_parameters(job.models, matched, _dtype(job.settings)))
+
+
+def _guard_orbax(models: Models, facts: MergeFacts, out: Path) -> None:
+    require_plain_path(out)
 
 
 def _orbax_parameters(
@@ -177,33 +238,32 @@ def _orbax_parameters(
     }
 
 
-def _dtype(recipe: Recipe) -> np.dtype | None:
-    """That of what is written; None for each tensor's in the base."""
-    return DTYPES[recipe.export.dtype] if recipe.export.dtype else None
+def _dtype(settings: ExportRecipe) -> np.dtype | None:
+    """Returns the dtype of what is written; None for each tensor's in the base."""
+    return DTYPES[settings.dtype] if settings.dtype else None
 
 
-def require_adapters(models: Models, granularity: str, interference: Sequence[object]) -> None:
-    """Refuses a merge that is no sum of low-rank factors, so that no adapter says what it is.
-
-    Args:
-        models: The base and its experts.
-        granularity: Of the coefficients, by its name in a recipe.
-        interference: What is done to the task vectors.
-
-    Raises:
-        InputError: Says why.
-    """
+def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
+    """Refuses a merge that is no sum of low-rank factors, so that no adapter says what it is."""
 
     def refuse(why: str) -> InputError:
         return InputError(f"export.adapter: {why}; leave it out, the checkpoint is written anyway")
 
-    # Along one axis at most, a scale goes into one of the two factors.
-    if granularity not in ALONG_AXES:
+    if facts.granularity is None:
+        raise refuse("a merge method without coefficients gives no factors")
+    factored = {
+        name: models.base.shape(name)
+        for name in models.base.names
+        if any(expert.has_factors(name) for expert in models.experts.values())
+        and name not in models.kept
+    }
+    if not facts.granularity.keeps_factors(factored):
         raise refuse(
-            f"coefficients of granularity {granularity!r} make the merge more than a sum of the "
-            f"experts' factors; that needs one of {', '.join(ALONG_AXES)}"
+            f"coefficients of granularity {facts.granularity.name!r} make the merge more than a "
+            "sum of the experts' factors; that needs one of task, layer, tensor, groups, row, "
+            "column, head"
         )
-    if interference:
+    if facts.interference:
         raise refuse("interference steps change entries, and factors have none")
     for task, expert in models.experts.items():
         if isinstance(expert, MatchedCheckpoint):
@@ -224,25 +284,21 @@ def require_adapters(models: Models, granularity: str, interference: Sequence[ob
                 )
 
 
-def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, out: Path) -> None:
+def _write_adapter(job: ExportJob, folder: Path) -> None:
     """Writes the merge as one LoRA adapter of the base: `b = [s_1 B_1 | s_2 B_2 ...]`, `a` below.
 
     The factors are float32, their rank is the sum of the experts'. A language model is loaded as
-    PEFT does it, with `AutoPeftModelForCausalLM.from_pretrained(out)` for example. The adapter of a
-    classifier is that of its backbone and brings no head, as each task has its own: it is for the
-    base as `AutoModel` loads it (`AutoPeftModelForFeatureExtraction`, or
+    PEFT does it, with `AutoPeftModelForCausalLM.from_pretrained(folder)` for example. The adapter
+    of a classifier is that of its backbone and brings no head, as each task has its own: it is for
+    the base as `AutoModel` loads it (`AutoPeftModelForFeatureExtraction`, or
     `PeftModel.from_pretrained` on any base in memory), and its task type is `FEATURE_EXTRACTION`
     for texts and none for images.
-
-    Args:
-        recipe: Says which revision the base is.
-        models: The base and its experts, for whom `require_adapters` found nothing to refuse.
-        coefficients: How much of each expert goes where.
-        out: The folder to make.
 
     Raises:
         InputError: A factor has NaN or infinite values, or the folder cannot be written.
     """
+    models, coefficients = job.models, job.coefficients
+    assert coefficients is not None  # says _guard_adapter
     scales = coefficients.scales()
     # AutoModel's own names lack what a class with a head puts in front of its backbone's.
     headed = models.family.auto_class is not None and not models.family.language
@@ -268,22 +324,24 @@ def export_adapter(recipe: Recipe, models: Models, coefficients: Coefficients, o
         modules[module] = AdapterWeights(np.concatenate(a), np.concatenate(b, axis=1), embedding)
     source = models.base.checkpoint.source
     save_adapter(
-        out,
+        folder,
         modules,
         base=str(Path(source).resolve()) if Path(source).is_dir() else source,
         task_type=_TASK_TYPES.get(models.family.auto_class),
-        revision=recipe.base.revision,
+        revision=job.revision,
     )
 
 
-def export_mergekit(recipe: Recipe, models: Models, coefficients: Coefficients, file: Path) -> None:
+def export_mergekit(
+    models: Models, coefficients: Coefficients, file: Path, dtype: str | None
+) -> None:
     """Writes the YAML file with which mergekit makes the same merge of the same models.
 
     Args:
-        recipe: Says in which dtype the merge is.
         models: The base and its experts.
         coefficients: How much of each expert goes where.
         file: The file to make.
+        dtype: Name of the merge's dtype; None for the base's.
 
     Raises:
         InputError: Says why mergekit cannot make it, or why the file cannot be written.
@@ -293,7 +351,7 @@ def export_mergekit(recipe: Recipe, models: Models, coefficients: Coefficients, 
     scales, experts = coefficients.scales(), len(models.experts)
     granularity = coefficients.make_granularity(coefficients.shapes)
     finer = any(scale.size != experts for scale in scales.values())
-    if finer or granularity.prepare is not unprepared:
+    if finer or granularity.prepares:
         raise inexpressible(
             f"coefficients of granularity {coefficients.granularity!r} are finer than tensors, "
             "and its weights are not"
@@ -308,7 +366,7 @@ def export_mergekit(recipe: Recipe, models: Models, coefficients: Coefficients, 
             if name not in models.kept
         },
         revisions={source.name: source.revision for source in models.sources},
-        dtype=recipe.export.dtype,
+        dtype=dtype,
     )
 
 
@@ -319,15 +377,27 @@ def _task_config(models: Models, adapter: MatchedAdapter) -> PretrainedConfig:
     return config
 
 
-def export_bytes(models: Models, recipe: Recipe) -> int:
-    """Size on disk of all that `export` writes, but for what is small: heads and an adapter."""
-    return checkpoint_bytes(models, recipe) * (2 if recipe.export.orbax else 1)
+EXPORTERS = (
+    Exporter(
+        CHECKPOINT_FOLDER,
+        "checkpoint",
+        lambda settings: True,
+        _write_checkpoint,
+        bytes=checkpoint_bytes,
+    ),
+    Exporter(
+        "orbax",
+        "Orbax checkpoint",
+        lambda settings: settings.orbax,
+        _write_orbax,
+        _guard_orbax,
+        checkpoint_bytes,
+        by_all=True,
+    ),
+    Exporter(
+        ADAPTER_FOLDER, "adapter", lambda settings: settings.adapter, _write_adapter, _guard_adapter
+    ),
+)
+"""The forms in which a merge is written, in their order."""
 
-
-def checkpoint_bytes(models: Models, recipe: Recipe) -> int:
-    """Size of the merged weights in one checkpoint."""
-    total = 0
-    for tensor in models.base.checkpoint.tensors.values():
-        dtype = _dtype(recipe) or tensor.dtype
-        total += int(np.prod(tensor.shape)) * dtype.itemsize
-    return total
+EXPORT_FOLDERS = tuple(exporter.folder for exporter in EXPORTERS)

@@ -1,6 +1,6 @@
-"""From a recipe and its workspace to learned coefficients: the steps of a merge in their order."""
+"""Learning: task vectors and expert targets are read, then coefficients learned by stages."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +19,14 @@ from adamerge_jax.coefficients.granularities import (
     Values,
     constant,
     count_units,
-    make_granularity,
     per_tensor,
 )
-from adamerge_jax.coefficients.importance import importance_pieces, require_budget
+from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.data.batches import Calibration, calibrate
 from adamerge_jax.data.examples import Concatenated, Subset
 from adamerge_jax.data.expert_targets import StoredTargets, ask_expert
 from adamerge_jax.devices import Devices, fetch
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning import learner as learning
 from adamerge_jax.learning.snapshots import Snapshots
@@ -35,43 +34,42 @@ from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import Needs
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
-from adamerge_jax.pipeline.inputs import Workspace
 from adamerge_jax.pipeline.models import Models
-from adamerge_jax.pipeline.read import DELTA_DTYPES, load_task_vectors
-from adamerge_jax.pipeline.warm_start import Start, begin, open_start
-from adamerge_jax.recipes.schema import IMPORTANCE_CHUNK, ObjectiveRecipe, Recipe
+from adamerge_jax.pipeline.read import load_task_vectors
+from adamerge_jax.pipeline.warm_start import WarmStart, initial_values, open_warm_start
+from adamerge_jax.pipeline.workspace import Workspace
+from adamerge_jax.recipes.build import GranularityChoice, Method, Stage
 from adamerge_jax.task_vectors import Delta, LoadedDelta
 from adamerge_jax.task_vectors.offload.memory import make_memory
 
-Watch = Callable[[str, int], AbstractContextManager[Callable[[learning.Progress], None]]]
-"""`(what is learned, steps) -> what is called with every step's progress`.
+OnStep = Callable[[learning.Progress], None]
 
-What is learned is the name of the stage, a colon, and the number of coefficients.
-"""
+ShowStage = Callable[[str, int], AbstractContextManager[OnStep]]
+"""`(name of the stage and its coefficients in words, steps) -> on_step`, as a context."""
 
 
-class Problem(NamedTuple):
+class LearningInputs(NamedTuple):
     """All that learning starts from.
 
     Attributes:
-        recipe: Says how to learn.
+        method: How coefficients are learned.
         workspace: Models and data.
         base: Parameters of the base.
         deltas: The experts' task vectors, after the interference steps.
         mixed: Names without `*` of the tensors that are mixed.
         interference: The interference steps, with what they learned of the task vectors.
-        calibration: Batches, with the targets that the objective needs.
-        start: Where coefficients start, if something was learned before.
+        calibration: Batches, with the targets that the objectives want.
+        start: The coefficients to start from, if something was learned before.
     """
 
-    recipe: Recipe
+    method: Method
     workspace: Workspace
     base: dict[str, Array]
     deltas: dict[str, LoadedDelta]
     mixed: list[str]
     interference: tuple[FittedStep, ...]
     calibration: Calibration
-    start: Start | None = None
+    start: WarmStart | None = None
 
     @property
     def shapes(self) -> Shapes:
@@ -80,7 +78,7 @@ class Problem(NamedTuple):
 
     @property
     def devices(self) -> Devices:
-        """Where it runs."""
+        """The devices that it runs on."""
         return self.workspace.models.devices
 
     @property
@@ -89,7 +87,7 @@ class Problem(NamedTuple):
         return len(self.workspace.models.experts)
 
 
-class Merge(NamedTuple):
+class MergeResult(NamedTuple):
     """A learned merge.
 
     Attributes:
@@ -118,8 +116,12 @@ merged_parameters = jax.jit(lambda base, deltas, scales: materialize(mix(base, d
 """`(base, deltas, scales) -> parameters` of the merged model, all at once."""
 
 
-def pose(recipe: Recipe, workspace: Workspace) -> Problem:
-    """Reads task vectors and asks the experts for what the objective needs.
+def prepare(method: Method, workspace: Workspace) -> LearningInputs:
+    """Reads task vectors and asks the experts for the targets of the objectives.
+
+    Args:
+        method: How coefficients are learned.
+        workspace: Models and data.
 
     Raises:
         InputError: No expert differs from the base, an objective asks for a layer that the model
@@ -127,56 +129,48 @@ def pose(recipe: Recipe, workspace: Workspace) -> Problem:
             from are not for these models.
     """
     models = workspace.models
-    start = open_start(recipe, models, _first_granularity(recipe, models), workspace.root)
+    start = open_warm_start(method, models, workspace.root)
     calibration = calibrate(
         workspace.data.calibration,
-        batch_size=recipe.learning.batch_size,
-        held_out=recipe.learning.held_out,
-        seed=recipe.seed,
+        batch_size=method.batch_size,
+        held_out=method.held_out,
+        seed=method.seed,
     )
-    needs = needs_of(recipe, models)
-    _require_layers(needs, models)
-    _require_fitting_objectives(recipe, models, needs)
-    _require_fitting_optimizer(recipe)
-    kept = recipe.task_vectors
+    _require_layers(method.target_specs, models)
     deltas, mixed, interference = load_task_vectors(
         models,
-        DELTA_DTYPES[kept.dtype] if kept.dtype else workspace.dtype,
-        recipe.build_interference(),
-        make_memory(kept.memory, models.devices),
+        method.delta_dtype,
+        method.interference,
+        make_memory(method.memory, models.devices),
     )
     require_any_merged(deltas)
     # What does not fit is to be known before anything is learned or written.
-    if recipe.coefficients.granularity == IMPORTANCE_CHUNK:
-        require_budget(
-            recipe.coefficients.granularity_options["budget"], len(models.experts), len(mixed)
-        )
+    choice = method.result.granularity
+    if choice.name in FROM_COARSE:
+        from_coarse = FROM_COARSE[choice.name]
+        from_coarse.require_fitting(choice.options, len(models.experts), len(mixed))
     else:
-        shapes = {name: models.shapes[name] for name in deltas}
-        make_granularity(*granularity_of(recipe, models), shapes)
-        _require_used_patterns(recipe, mixed)
-    if recipe.learning.control is not None and not models.family.language:
-        # What is controlled without labels is the agreement with the experts.
-        needs = {task: own._replace(expert_logits=True) for task, own in needs.items()}
+        choice.make({name: models.shapes[name] for name in deltas})
+        _require_used_patterns(choice, mixed)
     base = workspace.base()
-    targets, elsewhere = dict(calibration.targets), {}
-    for task, own in needs.items():
-        if not own.expert:
+    targets, cross_task = dict(calibration.targets), {}
+    for task, spec in method.target_specs.items():
+        if not spec.expert:
             continue
-        parameters = workspace.expert(task, base)
-        targets[task] = _ask_expert(recipe, workspace, parameters, task, own)
-        if own.elsewhere:
-            elsewhere[task] = _ask_elsewhere(
-                workspace, parameters, task, calibration.learning, own.elsewhere, recipe.seed
+        expert = workspace.expert(task, base)
+        targets[task] = _ask_expert(workspace, expert, task, spec)
+        if spec.elsewhere:
+            cross_task[task] = _ask_elsewhere(
+                workspace, expert, task, calibration.learning, spec.elsewhere, method.seed
             )
         # Gone before the next one is read: two experts need never be in memory.
-        del parameters
+        del expert
     calibration = calibration._replace(
         targets=targets,
-        strong_view=any(own.strong_view for own in needs.values()),
-        elsewhere=elsewhere,
+        strong_view=any(spec.strong_view for spec in method.target_specs.values()),
+        elsewhere=cross_task,
     )
-    return Problem(recipe, workspace, base, deltas, mixed, interference, calibration, start)
+    return LearningInputs(method, workspace, base, deltas, mixed, interference, calibration, start)
 
 
 def require_any_merged(deltas: Mapping[str, object]) -> None:
@@ -192,114 +186,102 @@ def require_any_merged(deltas: Mapping[str, object]) -> None:
         raise InputError("no expert differs from the base in any parameter that is merged")
 
 
-def needs_of(recipe: Recipe, models: Models) -> dict[str, Needs]:
-    """What the objective of each task must be given."""
-    needs = {task: objective.needs for task, objective in recipe.build_objectives().items()}
-    if models.family.language or len(needs) == 1:
-        # One output layer for all tasks: experts would contradict each other. Of one task: there
-        # are no others.
-        needs = {task: own._replace(elsewhere=0) for task, own in needs.items()}
-    return needs
-
-
 def learn_coefficients(
-    problem: Problem,
+    inputs: LearningInputs,
     *,
-    watch: Watch,
-    keep: Callable[[Coefficients], None] = lambda found: None,
+    show_stage: ShowStage = lambda what, steps: nullcontext(lambda progress: None),
+    on_result: Callable[[Coefficients], None] = lambda coefficients: None,
     state: Path | None = None,
-) -> Merge:
-    """Learns the coefficients of a recipe, coarse ones first where it says so.
+) -> MergeResult:
+    """Learns the coefficients of a method, stage by stage.
 
     Args:
-        problem: What to learn from.
-        watch: Shows progress.
-        keep: Called with the result; where learning diverges, with the last good coefficients.
-        state: Folder in which each stage keeps its state at every look at the held-out data, and
-            from which it goes on.
+        inputs: What to learn from.
+        show_stage: Opened for each stage; its value is called with every step's progress.
+        on_result: Called with each stage's coefficients; where learning diverges, with the last
+            good ones.
+        state: Folder in which each stage keeps its state at every held-out evaluation, and from
+            which it goes on.
 
     Raises:
         InputError: The granularity does not fit the parameters.
         NonFiniteObjectiveError: Learning diverged.
     """
-    recipe = problem.recipe
-    chosen = recipe.coefficients
-    start = problem.start
+    start: WarmStart | PerTensor | None = inputs.start
     if start is None:
-        start = constant(problem.shapes, problem.experts, recipe.initial_coefficient)
-    name, options = granularity_of(recipe, problem.workspace.models)
-    if chosen.coarse is not None:
-        stage = _Stage("coarse", chosen.coarse.granularity, {}, chosen.coarse.steps)
-        coarse = _learn_stage(problem, stage, start, watch, keep, state)
-        start = per_tensor(coarse.granularity, coarse.values, problem.shapes, problem.experts)
-        if name == IMPORTANCE_CHUNK:
-            name, options = "chunk", {"pieces": _importance(problem, start, options["budget"])}
-    stage = _Stage("learning", name, options, recipe.learning.steps)
-    return _learn_stage(problem, stage, start, watch, keep, state)
-
-
-def _first_granularity(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
-    """The granularity of what is learned first."""
-    if recipe.coefficients.coarse is not None:
-        return recipe.coefficients.coarse.granularity, {}
-    return granularity_of(recipe, models)
-
-
-def granularity_of(recipe: Recipe, models: Models) -> tuple[str, Mapping[str, object]]:
-    """The granularity of a recipe, with the recipe's seed and the model's attention heads."""
-    name, options = recipe.coefficients.granularity, recipe.coefficients.granularity_options
-    if name == "partition":
-        options = {"seed": recipe.seed} | options
-    if name == "head" and not options:
-        options = {"heads": models.family.heads(models.config)}
-    return name, options
+        start = constant(inputs.shapes, inputs.experts, inputs.method.initial)
+    result = None
+    for stage in inputs.method.stages:
+        if result is not None:
+            start = per_tensor(result.granularity, result.values, inputs.shapes, inputs.experts)
+            stage = _resolve(inputs, stage, start)
+        result = _learn_stage(inputs, stage, start, show_stage, on_result, state)
+    assert result is not None
+    return result
 
 
 def learner_of(
-    recipe: Recipe,
+    method: Method,
+    stage: Stage,
     models: Models,
     backbone: Network,
-    heads: Sequence[Network],
+    heads: Mapping[str, Network],
     granularity: Granularity,
-    steps: int,
 ) -> learning.Learner:
-    """How coefficients of a granularity are learned as a recipe says.
+    """Returns the compiled functions of one stage.
 
     Args:
-        recipe: Says how.
+        method: How coefficients are learned.
+        stage: Which stage.
         models: The base and its experts.
         backbone: What is merged, as a function of its parameters.
         heads: Each task's head as a function of its parameters.
         granularity: Which parameters share a coefficient.
-        steps: Number of optimizer steps.
     """
-    needs = needs_of(recipe, models).values()
+    specs = method.target_specs.values()
     return learning.make_learner(
         learning.forward_with_heads(
             backbone,
-            heads,
-            sorted({layer for own in needs for layer in own.hidden_states}),
-            elsewhere=any(own.elsewhere for own in needs),
+            list(heads.values()),
+            sorted({layer for spec in specs for layer in spec.hidden_states}),
+            elsewhere=any(spec.elsewhere for spec in specs),
             logits_again=models.family.language,
         ),
         granularity,
-        CONSTRAINTS[recipe.coefficients.constraint],
-        list(recipe.build_objectives().values()),
-        recipe.learning.optimizer.build(steps),
-        recipe.build_regularizers(),
-        recipe.learning.microbatches,
+        CONSTRAINTS[method.constraint],
+        list(method.objectives.values()),
+        stage.optimizer,
+        method.regularizers,
+        method.microbatches,
         models.devices,
     )
 
 
-def _require_used_patterns(recipe: Recipe, mixed: list[str]) -> None:
+def _resolve(inputs: LearningInputs, stage: Stage, coarse: PerTensor) -> Stage:
+    """The stage with a granularity that depends on coarse coefficients made definite."""
+    name, options = stage.granularity
+    if name not in FROM_COARSE:
+        return stage
+    shapes, coefficients, magnitudes = {}, {}, {}
+    models = inputs.workspace.models
+    for parameter, delta in inputs.deltas.items():
+        norms = np.atleast_2d(fetch(delta.norms(stacked=is_stacked(parameter))))
+        for layer, tensor in enumerate(models.tensors(parameter)):
+            if tensor in inputs.mixed:
+                shapes[tensor] = models.base.shape(tensor)
+                coefficients[tensor] = np.asarray(coarse[parameter][layer])
+                magnitudes[tensor] = norms[layer]
+    resolved = FROM_COARSE[name].resolve(options, shapes, coefficients, magnitudes)
+    return stage._replace(granularity=GranularityChoice(FROM_COARSE[name].granularity, resolved))
+
+
+def _require_used_patterns(choice: GranularityChoice, mixed: list[str]) -> None:
     """Refuses name patterns of a granularity that fit no tensor."""
-    options = recipe.coefficients.granularity_options
-    patterns = []
-    if recipe.coefficients.granularity == "groups":
-        patterns = [pattern for own in options["patterns"].values() for pattern in own]
-    elif isinstance(options.get("pieces"), Mapping):
-        patterns = list(options["pieces"])
+    patterns: list[str] = []
+    if choice.name == "groups":
+        patterns = [p for patterns in choice.options["patterns"].values() for p in patterns]
+    elif isinstance(choice.options.get("pieces"), Mapping):
+        patterns = list(choice.options["pieces"])
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in mixed):
             raise InputError(
@@ -308,45 +290,36 @@ def _require_used_patterns(recipe: Recipe, mixed: list[str]) -> None:
             )
 
 
-class _Stage(NamedTuple):
-    """One run of the learning loop: what it is called, what it learns, for how long."""
-
-    name: str
-    granularity: str
-    options: Mapping[str, object]
-    steps: int
-
-
 def _learn_stage(
-    problem: Problem,
-    stage: _Stage,
-    start: Start | PerTensor,
-    watch: Watch,
-    keep: Callable[[Coefficients], None],
+    inputs: LearningInputs,
+    stage: Stage,
+    start: WarmStart | PerTensor,
+    show_stage: ShowStage,
+    on_result: Callable[[Coefficients], None],
     state: Path | None,
-) -> Merge:
-    recipe, workspace = problem.recipe, problem.workspace
-    granularity = make_granularity(stage.granularity, stage.options, problem.shapes)
+) -> MergeResult:
+    method, workspace = inputs.method, inputs.workspace
+    granularity = stage.granularity.make(inputs.shapes)
     deltas = {
-        name: problem.devices.delta(name, granularity.prepare(name, delta))
-        for name, delta in problem.deltas.items()
+        name: inputs.devices.delta(name, granularity.prepare(name, delta))
+        for name, delta in inputs.deltas.items()
     }
-    networks = list(workspace.head_networks.values())
     learner = learner_of(
-        recipe, workspace.models, workspace.backbone, networks, granularity, stage.steps
+        method,
+        stage,
+        workspace.models,
+        workspace.backbone,
+        workspace.head_networks,
+        granularity,
     )
-    control = None
-    if recipe.forgotten:
-        kept = tuple(k for k, task in enumerate(recipe.tasks) if task not in recipe.forgotten)
-        control = learning.Control(kept, recipe.learning.control)
-
-    def describe(learned: learning.Learned) -> Coefficients:
-        return _describe(problem, stage, learned)
-
-    if isinstance(start, Start):
-        chosen, constraint = (stage.granularity, stage.options), recipe.coefficients.constraint
-        initial = begin(
-            start, granularity, chosen, CONSTRAINTS[constraint], problem.shapes, problem.experts
+    if isinstance(start, WarmStart):
+        initial = initial_values(
+            start,
+            granularity,
+            stage.granularity,
+            CONSTRAINTS[method.constraint],
+            inputs.shapes,
+            inputs.experts,
         )
     else:
         initial = granularity.init(start)
@@ -357,79 +330,69 @@ def _learn_stage(
         if snapshots is not None:
             snapshots.save(snapshot.step, snapshot)
 
-    summary = f"{stage.name}: {count_units(granularity, initial, problem.shapes)}"
+    summary = f"{stage.name}: {count_units(granularity, initial, inputs.shapes)}"
     try:
         with (
-            watch(summary, stage.steps) as show,
+            show_stage(summary, stage.steps) as on_step,
             closing(snapshots) if snapshots else nullcontext(),
         ):
             learned = learning.learn(
                 learner,
-                learning.Frozen(problem.base, deltas, list(workspace.heads.values())),
+                learning.Frozen(inputs.base, deltas, list(workspace.heads.values())),
                 initial,
-                problem.calibration,
+                inputs.calibration,
                 steps=stage.steps,
-                evaluate_every=recipe.learning.evaluate_every or max(1, stage.steps // 10),
-                control=control,
-                report=show,
+                evaluate_every=stage.evaluate_every,
+                control=method.control,
+                report=on_step,
                 resume=resume,
                 save=save,
-                devices=problem.devices,
+                devices=inputs.devices,
             )
-    except learning.NonFiniteObjectiveError as error:
+    except NonFiniteObjectiveError as error:
         if error.learned is not None:
-            keep(describe(error.learned))
+            on_result(_describe(inputs, stage, error.learned))
         raise
-    coefficients = describe(learned)
-    keep(coefficients)
-    return Merge(coefficients, granularity, learned.values, deltas)
+    coefficients = _describe(inputs, stage, learned)
+    on_result(coefficients)
+    return MergeResult(coefficients, granularity, learned.values, deltas)
 
 
-def _describe(problem: Problem, stage: _Stage, learned: learning.Learned) -> Coefficients:
+def _describe(inputs: LearningInputs, stage: Stage, learned: learning.Learned) -> Coefficients:
     """The learned coefficients with all that a later merge must know of them."""
-    recipe, models = problem.recipe, problem.workspace.models
-    shapes = {name: models.base.shape(name) for name in problem.mixed}
+    method, models = inputs.method, inputs.workspace.models
+    shapes = {name: models.base.shape(name) for name in inputs.mixed}
     # A layer that no expert changed is in a stack with those that some did, but is not mixed.
-    used = make_granularity(stage.granularity, stage.options, shapes).init(constant(shapes, 1, 0.0))
+    groups = stage.granularity.make(shapes).init(constant(shapes, 1, 0.0))
     values = unstack_values(learned.values)
     base, *experts = models.sources
     return Coefficients(
-        values={group: values[group] for group in used},
-        granularity=stage.granularity,
-        granularity_options=stage.options,
-        interference=problem.interference,
-        constraint=recipe.coefficients.constraint,
+        values={group: values[group] for group in groups},
+        granularity=stage.granularity.name,
+        granularity_options=stage.granularity.options,
+        interference=inputs.interference,
+        constraint=method.constraint,
         shapes=shapes,
         base=base,
         experts=tuple(experts),
-        objective=" + ".join(map(_in_words, recipe.objectives)),
-        seed=recipe.seed,
+        objective=method.objective_in_words,
+        seed=method.seed,
         step=learned.step,
-        started_from=problem.start.source if problem.start else None,
+        started_from=inputs.start.source if inputs.start else None,
         depths=stack_depths(models.base.names),
     )
 
 
-def _in_words(term: ObjectiveRecipe) -> str:
-    if isinstance(term.weight, dict):
-        return f"{term.name} ({', '.join(f'{task} {w:g}' for task, w in term.weight.items())})"
-    return term.name if term.weight == 1 else f"{term.weight:g} {term.name}"
-
-
 def _ask_expert(
-    recipe: Recipe,
-    workspace: Workspace,
-    parameters: Mapping[str, Array],
-    task: str,
-    needs: Needs,
+    workspace: Workspace, parameters: Mapping[str, Array], task: str, spec: Needs
 ) -> StoredTargets:
-    """What a task's expert says of its calibration examples."""
+    """Returns the targets that a task's expert gives for its calibration examples."""
 
     def ask(inputs: dict[str, np.ndarray]) -> tuple[Array, dict[int, Array]]:
-        return workspace.evaluator.run(parameters, task, inputs, hidden_states=needs.hidden_states)
+        return workspace.evaluator.run(parameters, task, inputs, hidden_states=spec.hidden_states)
 
     examples = workspace.data.calibration[task]
-    return ask_expert(ask, examples, needs, batch_size=recipe.evaluation.batch_size)
+    return ask_expert(ask, examples, spec, batch_size=workspace.evaluator.batch_size)
 
 
 def _ask_elsewhere(
@@ -459,34 +422,6 @@ def _ask_elsewhere(
     return by_task
 
 
-def _require_fitting_objectives(recipe: Recipe, models: Models, needs: Mapping[str, Needs]) -> None:
-    """Refuses objectives that do not go with this kind of model, and labels that are missing."""
-    for task, own in needs.items():
-        if models.family.language:
-            if own.strong_view:
-                raise InputError(
-                    "objectives: pseudo_labels is for classes; a language model has none"
-                )
-            continue
-        if own.labels and recipe.tasks[task].calibration.label is None:
-            raise InputError(
-                f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
-                "name the column of the class index, or choose an objective that needs none"
-            )
-
-
-def _require_fitting_optimizer(recipe: Recipe) -> None:
-    """Refuses an optimizer that a gradient is not enough for, such as one with a line search."""
-    optimizer = recipe.learning.optimizer.build(recipe.learning.steps)
-    try:
-        jax.eval_shape(lambda one: optimizer.update(one, optimizer.init(one), one), jnp.zeros(1))
-    except TypeError as error:
-        raise InputError(
-            f"learning.optimizer.name: optax.{recipe.learning.optimizer.name} asks for more than "
-            "a gradient in each step; use e.g. adam"
-        ) from error
-
-
 def _require_layers(needs: Mapping[str, Needs], models: Models) -> None:
     """Refuses hidden states of a layer that the model does not have."""
     depths = (shape[0] for name, shape in models.shapes.items() if is_stacked(name))
@@ -501,17 +436,3 @@ def _require_layers(needs: Mapping[str, Needs], models: Models) -> None:
                     f"objectives: hidden states of layer {layer} are asked for; the model has "
                     f"layers 0 (the embeddings) to {count}, or -1 (the last) to {-count - 1}"
                 )
-
-
-def _importance(problem: Problem, coefficients: PerTensor, budget: int) -> dict[str, int]:
-    """How many pieces every tensor is cut into, from coarse coefficients."""
-    shapes, learned, magnitudes = {}, {}, {}
-    for name, delta in problem.deltas.items():
-        tensors = problem.workspace.models.tensors(name)
-        norms = np.atleast_2d(fetch(delta.norms(stacked=is_stacked(name))))
-        for layer, tensor in enumerate(tensors):
-            if tensor in problem.mixed:
-                shapes[tensor] = problem.workspace.models.base.shape(tensor)
-                learned[tensor] = np.asarray(coefficients[name][layer])
-                magnitudes[tensor] = norms[layer]
-    return importance_pieces(shapes, learned, magnitudes, budget)

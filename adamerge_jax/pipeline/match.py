@@ -8,8 +8,8 @@ from typing import NamedTuple
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.identities import namesake, other_contents
 from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.fold import require_fitting
 from adamerge_jax.pipeline.models import Models
-from adamerge_jax.pipeline.read import require_fitting
 
 
 class Fold(NamedTuple):

@@ -1,5 +1,6 @@
 """The origin of a merge: models and data of the Hugging Face Hub, and licences as found."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -8,7 +9,7 @@ from huggingface_hub import ModelCard
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.data.tables import is_on_hub
 from adamerge_jax.pipeline.models import Models, resolve
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.schema import DataSource
 from adamerge_jax.report.model_card import Origin
 
 
@@ -32,14 +33,13 @@ def model_origins(models: Models, root: Path) -> list[Origin]:
     ]
 
 
-def hub_datasets(recipe: Recipe, root: Path) -> list[str]:
-    """Returns the Hub ids of the data sets that coefficients are learned from.
+def hub_datasets(sources: Iterable[DataSource], root: Path) -> list[str]:
+    """Returns the Hub ids among the sources of data, sorted.
 
     Args:
-        recipe: The recipe, which names the data.
+        sources: Where the data are.
         root: Folder that relative paths start from.
     """
-    sources = [task.calibration for task in recipe.tasks.values()]
     return sorted({source.path for source in sources if is_on_hub(source, root)})
 
 

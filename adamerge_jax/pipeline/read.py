@@ -4,32 +4,24 @@ Peak host memory is what is returned plus one tensor of one expert: no expert is
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array
 
+from adamerge_jax.checkpoints.dtypes import FLOAT32, INT8
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match
 from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.checkpoints.tokenizer_files import load_tokenizer
-from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import (
-    Granularity,
     constant,
     make_granularity,
-    unprepared,
 )
-from adamerge_jax.devices import ONE_DEVICE
-from adamerge_jax.errors import InputError
-from adamerge_jax.interference import FittedStep, apply_steps, fit_steps
+from adamerge_jax.interference import FittedStep, fit_steps
 from adamerge_jax.mixing import Mixture, mix
 from adamerge_jax.models.zero_shot import text_network, zero_shot_head
 from adamerge_jax.parameter_names import is_stacked, tensors_of, unstacked_shapes
-from adamerge_jax.pipeline.blocks import THREADS, fold_tensor
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.task_vectors import (
     DenseDelta,
@@ -41,19 +33,6 @@ from adamerge_jax.task_vectors import (
 from adamerge_jax.task_vectors.entries import Entries
 from adamerge_jax.task_vectors.offload.memory import DeviceMemory, Memory, aligned_empty
 from adamerge_jax.task_vectors.quantized import QuantizedEntries
-
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-"""NumPy dtypes by their names in a recipe."""
-
-FLOAT32 = DTYPES["float32"]
-INT8 = np.dtype(np.int8)
-
-DELTA_DTYPES = DTYPES | {"int8": INT8}
-"""NumPy dtypes of task vectors by their names in a recipe."""
 
 DEVICE = DeviceMemory()
 
@@ -165,7 +144,7 @@ def load_task_vectors(
     if not interference:
         read, mixed = {}, []
         for name in models.shapes:
-            delta, changed = _read_delta(models, name, models.tensors(name), dtype, memory)
+            delta, changed = read_delta(models, name, models.tensors(name), dtype, memory)
             if changed:
                 read[name] = delta
                 mixed += changed
@@ -173,7 +152,7 @@ def load_task_vectors(
     read, entries = {}, {}
     for name in models.shapes:
         own_dtype = None if dtype == INT8 else dtype
-        values, changed = _read_entries(models, name, models.tensors(name), own_dtype, DEVICE)
+        values, changed = read_entries(models, name, models.tensors(name), own_dtype, DEVICE)
         if changed:
             read[name] = values
             rows = values if is_stacked(name) else [values]
@@ -196,92 +175,7 @@ def load_head(models: Models, task: str) -> dict[str, np.ndarray]:
     return {name: models.experts[task].read(name) for name in models.head_names(task)}
 
 
-def fold(
-    models: Models, coefficients: Coefficients, dtype: np.dtype | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The merged backbone, tensor by tensor, in the order of the base.
-
-    Reads the checkpoints again rather than the task vectors in memory: sums are those of the
-    stored weights whatever the representation while learning, and memory stays at one tensor of
-    every expert, or at a few blocks of it where nothing else is asked for than entries.
-
-    Args:
-        models: The base and its experts.
-        coefficients: How much of each expert goes where.
-        dtype: What the float32 sums are rounded to, once; by default each tensor's in the base.
-            Tensors that are not mixed stay as they are stored.
-
-    Yields:
-        The name of a tensor (without `*`) and its merged value.
-
-    Raises:
-        InputError: See `require_fitting`.
-    """
-    require_fitting(models, coefficients)
-    granularity = coefficients.make_granularity(coefficients.shapes)
-    scales = coefficients.scales()
-    # A tensor at a time fits on one device, and other processes need not take part.
-    models = dataclasses.replace(models, devices=ONE_DEVICE)
-    experts = list(models.experts.values())
-    # Only then is the sum one over entries as they lie in the files.
-    stored = (
-        granularity.prepare is unprepared
-        and not coefficients.interference
-        and all(isinstance(expert, MatchedCheckpoint) for expert in experts)
-    )
-    with ThreadPoolExecutor(THREADS) as threads:
-        for name in models.base.names:
-            if name not in scales or name in models.kept:
-                yield name, models.base.read(name)
-            elif stored:
-                scale = np.asarray(scales[name])
-                yield name, fold_tensor(name, models.base, experts, scale, threads, dtype)
-            else:
-                merged = _fold_delta(models, coefficients, granularity, name, scales[name])
-                yield name, merged.astype(dtype or models.base.dtype(name))
-
-
-def require_fitting(models: Models, coefficients: Coefficients) -> None:
-    """Refuses coefficients for other tensors than these models'.
-
-    Raises:
-        InputError: They mix a parameter that the base does not have, or has in another shape.
-    """
-    source = models.base.checkpoint.source
-    for name, shape in coefficients.shapes.items():
-        if name not in models.base.names:
-            raise InputError(
-                f"the coefficients mix {name}, which the base ({source}) does not have; fold them "
-                "with the recipe that they were learned with"
-            )
-        if shape != models.base.shape(name):
-            raise InputError(
-                f"the coefficients are for {name} of shape {shape}, the base's ({source}) has "
-                f"{models.base.shape(name)}; to another size they carry only as a starting point "
-                "(coefficients.start)"
-            )
-
-
-_materialize = jax.jit(Mixture.materialize)
-
-
-def _fold_delta(
-    models: Models, coefficients: Coefficients, granularity: Granularity, name: str, scale: Array
-) -> np.ndarray:
-    """One merged tensor, float32, from the representation that its granularity asks for."""
-    tensor = models.base.read(name)
-    if coefficients.interference:
-        values, _ = _read_entries(models, name, [name], FLOAT32)
-        delta = DenseDelta(apply_steps(coefficients.interference, name, values))
-    else:
-        delta, _ = _read_delta(models, name, [name], FLOAT32)
-    if delta is None:
-        return tensor  # only experts that are left out changed it
-    mixture = Mixture(tensor.astype(np.float32), granularity.prepare(name, delta), scale)
-    return np.asarray(_materialize(mixture))
-
-
-def _read_delta(
+def read_delta(
     models: Models,
     name: str,
     tensors: Sequence[str],
@@ -309,7 +203,7 @@ def _read_delta(
     if not any(expert.changes(tensor) for expert in experts for tensor in open_tensors):
         return None, []
     if not low_rank:
-        entries, changed = _read_entries(models, name, tensors, dtype, memory)
+        entries, changed = read_entries(models, name, tensors, dtype, memory)
         return _keep(entries, name, memory), changed
     parts: list[tuple[LoadedDelta, tuple[int, ...]]] = []
     factors, changed = _read_factors(models, name, tensors, [experts[k] for k in low_rank], dtype)
@@ -321,7 +215,7 @@ def _read_delta(
         if any(expert.changes(each) and not expert.has_factors(each) for each in open_tensors)
     ]
     if whole:
-        entries, also = _read_entries(
+        entries, also = read_entries(
             models, name, tensors, dtype, memory, [experts[k] for k in whole], factors=False
         )
         if also:
@@ -333,7 +227,7 @@ def _read_delta(
     return JoinedDelta(deltas, positions, len(experts)), changed
 
 
-def _read_entries(
+def read_entries(
     models: Models,
     name: str,
     tensors: Sequence[str],

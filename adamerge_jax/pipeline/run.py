@@ -3,40 +3,45 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from jaxtyping import Array
 from rich.console import Console
 
 from adamerge_jax.checkpoints.architecture import require_same_architecture
-from adamerge_jax.checkpoints.folders import require_new, require_space
+from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.orbax import require_plain_path
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
-from adamerge_jax.learning.learner import Progress
-from adamerge_jax.methods import average, task_arithmetic
+from adamerge_jax.methods import make_method
+from adamerge_jax.pipeline.baselines import baseline_rows, learned_row
 from adamerge_jax.pipeline.export import (
-    EXPORTS,
+    EXPORT_FOLDERS,
+    ExportJob,
+    MergeFacts,
     export,
-    export_bytes,
     export_mergekit,
-    require_adapters,
+    require_exportable,
 )
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import Merge, Problem, learn_coefficients, merged_parameters, pose
+from adamerge_jax.pipeline.fold import fold, merge_tensors
+from adamerge_jax.pipeline.learn import LearningInputs, OnStep, learn_coefficients, prepare
 from adamerge_jax.pipeline.match import prepare_fold
 from adamerge_jax.pipeline.models import Models, match_backbone, open_models
+from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
+from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.maps import draw_coefficients
+from adamerge_jax.report.model_card import model_card
 from adamerge_jax.report.page import write_page
 from adamerge_jax.report.results import results_table
 from adamerge_jax.runs.files import (
@@ -58,9 +63,6 @@ from adamerge_jax.runs.record import (
 from adamerge_jax.runs.results import Row, write_results
 from adamerge_jax.runs.resuming import discard_after_last_snapshot, require_startable
 from adamerge_jax.runs.tracking import require_installed, track
-
-PLAIN_TASK_ARITHMETIC = 0.3
-"""Task arithmetic's coefficient where there is no labelled data to choose it with."""
 
 
 class Run(NamedTuple):
@@ -105,23 +107,23 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         workspace = open_workspace(recipe, root, devices)
         models = workspace.models
-        require_space(out, export_bytes(models, recipe))
-        if recipe.export.adapter:
-            require_adapters(models, recipe.coefficients.granularity, recipe.interference)
+        method = build(recipe, models)
+        facts = MergeFacts(method.result.granularity, method.interference)
+        require_exportable(models, recipe.export, facts, out)
     with (
         console.status("reading task vectors, asking the experts"),
         record.phase("task vectors and the experts' answers"),
     ):
-        problem = pose(recipe, workspace)
-    console.print(_summary(problem))
-    if problem.start is not None:
-        _print_notes(problem.start.notes, console)
+        inputs = prepare(method, workspace)
+    console.print(f"{recipe.name} ({recipe.preset}): {_summary(inputs, recipe.base.path)}")
+    if inputs.start is not None:
+        _print_notes(inputs.start.notes, console)
 
     # Nobody writes before everybody has checked.
     wait_for_all("checked")
     if first:
         out.mkdir(parents=True, exist_ok=True)
-        if resume and (steps := discard_after_last_snapshot(out, EXPORTS)) is not None:
+        if resume and (steps := discard_after_last_snapshot(out, EXPORT_FOLDERS)) is not None:
             console.print(f"going on after {steps} steps")
         (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
     wait_for_all("run folder made")
@@ -129,14 +131,14 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         record.add(
             **describe_machine(),
             **describe_data(
-                problem.calibration, workspace.data.test, language=models.family.language
+                inputs.calibration, workspace.data.test, language=models.family.language
             ),
-            tensors=describe_tensors(models, problem.mixed),
-            similarity=similarity(models, problem.deltas, problem.shapes, problem.mixed),
+            tensors=describe_tensors(models, inputs.mixed),
+            similarity=similarity(models, inputs.deltas, inputs.shapes, inputs.mixed),
         )
 
     @contextmanager
-    def watch(what: str, steps: int) -> Iterator[Callable[[Progress], None]]:
+    def show_stage(what: str, steps: int) -> Iterator[OnStep]:
         if not first:
             yield lambda progress: None
             return
@@ -148,29 +150,34 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         ):
             yield show
 
-    def keep(coefficients: Coefficients) -> None:
+    def save(coefficients: Coefficients) -> None:
         if first:
             coefficients.save(out / COEFFICIENTS_FILE)
 
     try:
         with record.phase("learning"):
-            merge = learn_coefficients(problem, watch=watch, keep=keep, state=out / STATE_FOLDER)
+            result = learn_coefficients(
+                inputs, show_stage=show_stage, on_result=save, state=out / STATE_FOLDER
+            )
     except NonFiniteObjectiveError:
         # It would diverge again.
         if first:
             shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
         raise
     if first:
-        draw_coefficients(merge.coefficients, out / HEAT_MAP_FILE)
+        draw_coefficients(result.coefficients, out / HEAT_MAP_FILE)
 
     rows = []
     if workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
-            rows = [*baselines(problem), evaluate_merge(problem, merge)]
+            rows = [
+                *baseline_rows(inputs, recipe.evaluation.task_arithmetic),
+                learned_row(inputs, result),
+            ]
         if first:
             write_results(rows, out / RESULTS_FILE)
     with record.phase("writing checkpoints"):
-        export(recipe, models, merge.coefficients, out, root=root, rows=rows, console=console)
+        export(export_job(recipe, models, result.coefficients, root, rows), out, console)
     if first:
         write_page(out)
     if rows:
@@ -178,7 +185,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     wait_for_all("exported")
     if first:
         shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
-    return Run(out, merge.coefficients, rows)
+    return Run(out, result.coefficients, rows)
 
 
 def fold_file(
@@ -211,8 +218,6 @@ def fold_file(
     console = _of_first_process(console)
     out = out.expanduser()
     require_new(out)
-    if recipe.export.orbax:
-        require_plain_path(out)
     coefficients, models, notes = prepare_fold(
         file,
         dataclasses.replace(_open_to_fold(recipe, root), devices=devices),
@@ -220,12 +225,67 @@ def fold_file(
         allow_other_models=allow_other_models,
     )
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
-    require_space(out, export_bytes(models, recipe))
+    facts = MergeFacts.of(coefficients)
+    require_exportable(models, recipe.export, facts, out)
     _print_notes(notes, console)
     wait_for_all("checked")
-    export(recipe, models, coefficients, out, root=root, rows=[], console=console)
+    export(export_job(recipe, models, coefficients, root, []), out, console)
     if scale and is_first_process():
         coefficients.save(out / COEFFICIENTS_FILE)
+
+
+def merge(
+    recipe: Recipe,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    root: Path,
+    out: Path,
+    console: Console,
+) -> None:
+    """Exports a merge by a method that learns nothing.
+
+    Base and experts are read tensor by tensor. Methods with interference steps look at all task
+    vectors first.
+
+    Args:
+        recipe: Says where base and experts are, what is kept from the base, and how to write the
+            result. Its data is not read.
+        method: Name of the method; see `adamerge_jax.methods`.
+        options: Arguments of the method.
+        root: Folder that relative paths of the recipe start from.
+        out: The folder to make.
+        console: Where progress is printed.
+
+    Raises:
+        InputError: There is no such method, it refuses an option, or something cannot be used.
+    """
+    chosen = make_method(method, options)
+    devices = open_devices(**recipe.devices.model_dump())
+    console = _of_first_process(console)
+    out = out.expanduser()
+    require_new(out)
+    models = dataclasses.replace(open_models(recipe, root), devices=devices)
+    tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
+    require_exportable(models, recipe.export, MergeFacts(None, chosen.interference), out)
+    wait_for_all("checked")
+    job = ExportJob(
+        models,
+        recipe.export,
+        partial(merge_tensors, models, chosen),
+        tasks=list(models.experts),
+        card=partial(
+            model_card,
+            None,
+            [],
+            origins=model_origins(models, root),
+            auto_class=models.family.auto_class,
+            method=_method_in_words(method, options),
+        ),
+        tokenizer=recipe.tokenizer,
+        revision=recipe.base.revision,
+    )
+    export(job, out, console)
 
 
 def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
@@ -243,7 +303,7 @@ def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console
             mergekit cannot make.
     """
     coefficients, models, notes = prepare_fold(file, _open_to_fold(recipe, root))
-    export_mergekit(recipe, models, coefficients, out.expanduser())
+    export_mergekit(models, coefficients, out.expanduser(), recipe.export.dtype)
     _print_notes(notes, console)
 
 
@@ -272,54 +332,6 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     return row
 
 
-def baselines(problem: Problem) -> list[Row]:
-    """What a learned merge is compared with, on the test data.
-
-    Returns:
-        Rows for the base, the experts, their average, and task arithmetic with the coefficient
-        that is best on the validation data.
-    """
-    workspace, recipe = problem.workspace, problem.recipe
-    test, validation = workspace.data.test, workspace.data.validation
-
-    def merged(scales: Mapping[str, Array]) -> dict[str, Array]:
-        return merged_parameters(problem.base, problem.deltas, scales)
-
-    def scaled(coefficient: float) -> dict[str, Array]:
-        return merged(task_arithmetic(problem.shapes, problem.experts, coefficient))
-
-    def of_expert(task: str) -> float:
-        return workspace.evaluator.score(workspace.expert(task, problem.base), task, test[task])
-
-    coefficient = PLAIN_TASK_ARITHMETIC
-    if validation:
-        coefficient = max(
-            recipe.evaluation.task_arithmetic,
-            key=lambda value: workspace.evaluator.row("", scaled(value), validation).score,
-        )
-    row = workspace.evaluator.row
-    after = " after interference steps" if problem.interference else ""
-    return [
-        row("base", problem.base, test),
-        Row(
-            "experts (one model each)",
-            {task: of_expert(task) for task in test},
-            workspace.evaluator.metric,
-        ),
-        row(f"average{after}", merged(average(problem.shapes, problem.experts)), test),
-        row(f"task arithmetic ({coefficient:g}){after}", scaled(coefficient), test),
-    ]
-
-
-def evaluate_merge(problem: Problem, merge: Merge) -> Row:
-    """The learned merge on the test data."""
-    return problem.workspace.evaluator.row(
-        f"learned ({merge.coefficients.granularity})",
-        merge.parameters(problem.base),
-        problem.workspace.data.test,
-    )
-
-
 def _of_first_process(console: Console) -> Console:
     """The console, or one that prints nothing in all processes but the first."""
     if is_first_process():
@@ -328,17 +340,45 @@ def _of_first_process(console: Console) -> Console:
     return Console(quiet=True)
 
 
-def _summary(problem: Problem) -> str:
-    recipe, models, calibration = problem.recipe, problem.workspace.models, problem.calibration
-    merged = sum(int(np.prod(models.base.shape(name))) for name in problem.mixed)
-    unchanged = len(models.base.names) - len(problem.mixed)
+def export_job(
+    recipe: Recipe, models: Models, coefficients: Coefficients, root: Path, rows: list[Row]
+) -> ExportJob:
+    """Describes the export of learned coefficients."""
+    return ExportJob(
+        models,
+        recipe.export,
+        partial(fold, models, coefficients),
+        tasks=[task for task in models.experts if task not in coefficients.left_out],
+        card=partial(
+            model_card,
+            coefficients,
+            rows,
+            origins=model_origins(models, root),
+            datasets=hub_datasets((t.calibration for t in recipe.tasks.values()), root),
+            auto_class=models.family.auto_class,
+        ),
+        coefficients=coefficients,
+        tokenizer=recipe.tokenizer,
+        revision=recipe.base.revision,
+    )
+
+
+def _method_in_words(method: str, options: Mapping[str, Any]) -> str:
+    words = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f"`{method}`" + (f" ({words})" if words else "")
+
+
+def _summary(inputs: LearningInputs, base: str) -> str:
+    models, calibration = inputs.workspace.models, inputs.calibration
+    merged = sum(int(np.prod(models.base.shape(name))) for name in inputs.mixed)
+    unchanged = len(models.base.names) - len(inputs.mixed)
     examples = sum(map(len, calibration.learning.values()))
     held_out = sum(map(len, calibration.held_out.values()))
     return (
-        f"{recipe.name} ({recipe.preset}): {problem.experts} experts of {recipe.base.path}, "
-        f"{merged / 1e6:.1f} M parameters in {len(problem.mixed)} tensors merged"
+        f"{inputs.experts} experts of {base}, "
+        f"{merged / 1e6:.1f} M parameters in {len(inputs.mixed)} tensors merged"
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
-        f"{examples} examples to learn from, {held_out} held out; on {problem.devices}"
+        f"{examples} examples to learn from, {held_out} held out; on {inputs.devices}"
     )
 
 

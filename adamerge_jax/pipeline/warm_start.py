@@ -1,14 +1,14 @@
 """Where learning starts when something was learned before: an earlier run's coefficients.
 
-A `Start` says of each tensor what its coefficients are; `begin` turns it into coefficients of any
-granularity. So another source of a start is one function that returns a `Start`.
+A `WarmStart` gives each tensor its coefficients; `initial_values` turns it into coefficients of any
+granularity. So another source of a start is one function that returns a `WarmStart`.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from adamerge_jax.checkpoints.mergekit import read_weights
 from adamerge_jax.coefficients.constraints import CONSTRAINTS, Constraint
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import (
-    ALONG_AXES,
     Granularity,
     Shapes,
     Values,
@@ -29,15 +28,16 @@ from adamerge_jax.coefficients.granularities import (
 from adamerge_jax.coefficients.identities import namesake, other_contents
 from adamerge_jax.coefficients.transfer import carry
 from adamerge_jax.errors import InputError
+from adamerge_jax.interference import FittedStep
 from adamerge_jax.parameter_names import is_stacked, stack_depths, tensor_shape, tensors_of, unstack
 from adamerge_jax.pipeline.models import Models
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.build import GranularityChoice, Method
 
 _MOVED = 1e-4
 """From this difference on a coefficient was moved into the constraint's range, not rounded."""
 
 
-class Start(NamedTuple):
+class WarmStart(NamedTuple):
     """Where coefficients start.
 
     Attributes:
@@ -58,27 +58,22 @@ class Start(NamedTuple):
     learned: Coefficients | None = None
 
 
-def open_start(
-    recipe: Recipe, models: Models, granularity: tuple[str, Mapping[str, Any]], root: Path
-) -> Start | None:
-    """Reads what `coefficients.start` of a recipe names, if it names anything.
+def open_warm_start(method: Method, models: Models, root: Path) -> WarmStart | None:
+    """Reads the file that a method starts from, if there is one.
 
     Args:
-        recipe: Says which file, and where an expert starts that the file does not know.
+        method: Names the file, and the value at which an expert starts that it does not know.
         models: The base and its experts.
-        granularity: Of what is learned first: name and options.
         root: Folder that relative paths start from.
 
     Raises:
         InputError: See `start_from_file` and `start_from_mergekit`.
     """
-    chosen = recipe.coefficients
-    if chosen.start is None:
+    if method.start is None:
         return None
-    file = root / Path(chosen.start).expanduser()
-    initial = recipe.initial_coefficient
+    file = root / Path(method.start).expanduser()
     if file.suffix in (".yaml", ".yml"):
-        start = start_from_mergekit(file, models, initial=initial, source=chosen.start)
+        start = start_from_mergekit(file, models, initial=method.initial, source=method.start)
     else:
         try:
             coefficients = Coefficients.load(file)
@@ -87,22 +82,22 @@ def open_start(
         start = start_from_file(
             coefficients,
             models,
-            initial=initial,
-            other_base=chosen.other_base,
-            source=chosen.start,
+            initial=method.initial,
+            other_base=method.other_base,
+            source=method.start,
         )
-        other = _other_interference(coefficients, recipe)
+        other = _other_interference(coefficients, method.interference)
         start = start._replace(notes=(*start.notes, *other))
     return start._replace(
         notes=(
             *start.notes,
-            _how(start, *granularity),
-            *_out_of_range(start, chosen.constraint),
+            _how(start, method.stages[0].granularity),
+            *_out_of_range(start, method.constraint),
         )
     )
 
 
-def start_from_mergekit(file: Path, models: Models, *, initial: float, source: str) -> Start:
+def start_from_mergekit(file: Path, models: Models, *, initial: float, source: str) -> WarmStart:
     """A start at the weights of a mergekit file, one for each tensor and expert.
 
     Args:
@@ -118,12 +113,12 @@ def start_from_mergekit(file: Path, models: Models, *, initial: float, source: s
         weights = read_weights(file, models.base, models.experts)
     except InputError as error:
         raise InputError(f"coefficients.start: {error}") from error
-    return Start(weights, initial, source)
+    return WarmStart(weights, initial, source)
 
 
 def start_from_file(
     coefficients: Coefficients, models: Models, *, initial: float, other_base: bool, source: str
-) -> Start:
+) -> WarmStart:
     """A start at learned coefficients, for experts of which some may be others.
 
     Experts are matched by name: one that was replaced by a newer fine-tune keeps its coefficients,
@@ -185,13 +180,13 @@ def start_from_file(
             "they are a starting point and nothing more, the merge is only as good as what is "
             "learned from here"
         )
-    return Start(scales, initial, source, tuple(notes), learned)
+    return WarmStart(scales, initial, source, tuple(notes), learned)
 
 
-def begin(
-    start: Start,
+def initial_values(
+    start: WarmStart,
     granularity: Granularity,
-    chosen: tuple[str, Mapping[str, Any]],
+    chosen: GranularityChoice,
     constraint: Constraint,
     shapes: Shapes,
     experts: int,
@@ -213,7 +208,7 @@ def begin(
         experts: K.
     """
     entries = {name: _entries(start, name, shape, experts) for name, shape in shapes.items()}
-    collect = _sums_over_parameters if chosen[0] in ALONG_AXES else _sums_over_tensors
+    collect = _sums_over_parameters if granularity.along_axes(shapes) else _sums_over_tensors
     values = {
         group: jnp.where(share > 0, sums / jnp.where(share > 0, share, 1), start.initial)
         for group, (sums, share) in collect(granularity, entries, shapes, experts).items()
@@ -227,7 +222,7 @@ def begin(
 
 
 def _entries(
-    start: Start, name: str, shape: tuple[int, ...], experts: int
+    start: WarmStart, name: str, shape: tuple[int, ...], experts: int
 ) -> Float[np.ndarray, "..."]:
     """What a start says of one parameter: `[K, ...]`, or `[L, K, ...]`, that broadcasts to it.
 
@@ -328,12 +323,12 @@ def _rearranged(coefficients: Coefficients, experts: Sequence[str]) -> Coefficie
 
 def _along_axes(coefficients: Coefficients) -> dict[str, Float[np.ndarray, "K ..."]]:
     """The scale of each tensor where it broadcasts against it, else its mean `[K]`."""
-    if coefficients.granularity in ALONG_AXES:
+    if coefficients.make_granularity(coefficients.shapes).along_axes(coefficients.shapes):
         return {name: np.asarray(scale) for name, scale in coefficients.scales().items()}
     return coefficients.per_tensor()
 
 
-def _is_same(learned: Coefficients, chosen: tuple[str, Mapping[str, Any]]) -> bool:
+def _is_same(learned: Coefficients, chosen: GranularityChoice) -> bool:
     """Whether coefficients are of a granularity with just these options."""
     name, options = chosen
     return learned.granularity == name and same_options(learned.granularity_options, options)
@@ -355,11 +350,13 @@ def _notes_on_experts(
     return notes
 
 
-def _other_interference(coefficients: Coefficients, recipe: Recipe) -> list[str]:
+def _other_interference(
+    coefficients: Coefficients, interference: Sequence[FittedStep]
+) -> list[str]:
     """Says that task vectors were changed in another way when coefficients were learned."""
     before, now = (
         [(step.name, dict(step.options)) for step in steps]
-        for steps in (coefficients.interference, recipe.build_interference())
+        for steps in (coefficients.interference, interference)
     )
     if before == now:
         return []
@@ -370,19 +367,21 @@ def _other_interference(coefficients: Coefficients, recipe: Recipe) -> list[str]
     ]
 
 
-def _how(start: Start, name: str, options: Mapping[str, Any]) -> str:
-    """How coefficients of one granularity become those of another."""
+def _how(start: WarmStart, chosen: GranularityChoice) -> str:
+    """Says by which rule coefficients of one granularity become those of another."""
+    name = chosen.name
     if start.learned is None:
         return f"{name} coefficients start at one number for each tensor and expert"
-    if _is_same(start.learned, (name, options)):
+    if _is_same(start.learned, chosen):
         return f"{name} coefficients start as they were learned"
-    before = start.learned.granularity
-    if before in ALONG_AXES and name in ALONG_AXES:
+    before, shapes = start.learned.granularity, start.learned.shapes
+    both = (GranularityChoice(before, start.learned.granularity_options), chosen)
+    if all(choice.along_axes(shapes) for choice in both):
         return f"{name} coefficients start at the mean of the {before} coefficients of their place"
     return f"{name} coefficients start at the mean of the {before} coefficients of their tensor"
 
 
-def _out_of_range(start: Start, constraint: str) -> list[str]:
+def _out_of_range(start: WarmStart, constraint: str) -> list[str]:
     """Says how much of a start the constraint does not allow."""
     rule = CONSTRAINTS[constraint]
     arrays = start.scales if start.learned is None else start.learned.values

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from adamerge_jax.data.arrays import examples_of_arrays
 from adamerge_jax.data.tables import READERS
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.inputs import example_loader
 from adamerge_jax.pipeline.models import Models
+from adamerge_jax.pipeline.workspace import example_loader
 from adamerge_jax.recipes.schema import DataSource, Recipe
 
 ASSUMED_EXAMPLES = 1000
@@ -70,7 +70,13 @@ def data_sizes(recipe: Recipe, models: Models, root: Path, part: str) -> dict[st
         if path.suffix == ".npz":
             size = _of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif path.is_dir() or path.suffix in READERS:
-            load = load or example_loader(recipe, models, root)
+            load = load or example_loader(
+                models,
+                root,
+                tokenizer=recipe.tokenizer,
+                max_length=recipe.max_length,
+                seed=recipe.seed,
+            )
             size = DataSize(load(source, name).padded_lengths())
         else:
             count = source.limit or ASSUMED_EXAMPLES

@@ -159,7 +159,7 @@ def memory_of(
     targets = targets_bytes(outline)
     data = sum(each.stored_bytes for part in outline.data.values() for each in part.values())
     largest = max(4 * int(np.prod(info.shape)) for info in _tensors(outline))
-    merged = checkpoint_bytes(outline.models, outline.recipe)
+    merged = checkpoint_bytes(outline.models, outline.recipe.export)
 
     place = {"device": "", "host": " (host)", "disk": " (disk)"}[outline.recipe.task_vectors.memory]
     parts = {

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from adamerge_jax.checkpoints.dtypes import DELTA_DTYPES, DTYPES, FLOAT32, INT8
 from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.coefficients.granularities import (
     Granularity,
@@ -18,6 +19,7 @@ from adamerge_jax.coefficients.granularities import (
     constant,
     make_granularity,
 )
+from adamerge_jax.coefficients.importance import expected_granularity
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.mixing import mix
@@ -26,12 +28,12 @@ from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.objectives import Needs, Targets, TopTokens
 from adamerge_jax.parameter_names import is_stacked, tensor_shape
-from adamerge_jax.pipeline.learn import granularity_of, learner_of, needs_of, require_any_merged
+from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
-from adamerge_jax.pipeline.read import DELTA_DTYPES, DTYPES, FLOAT32, INT8
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes
 from adamerge_jax.plan.work import bytes_of
-from adamerge_jax.recipes.schema import IMPORTANCE_CHUNK, Recipe
+from adamerge_jax.recipes.build import GranularityChoice, Method, build
+from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.task_vectors import (
     ChunkedDelta,
     Delta,
@@ -53,7 +55,8 @@ class Outline(NamedTuple):
     """A merge without its weights.
 
     Attributes:
-        recipe: Says how to learn.
+        recipe: Says what to merge.
+        method: How coefficients are learned.
         models: Opened, no weight read.
         data: Sizes of the data by part (`calibration`, `validation`, `test`) and task.
         backbone: What is merged, as a function of its parameters.
@@ -65,6 +68,7 @@ class Outline(NamedTuple):
     """
 
     recipe: Recipe
+    method: Method
     models: Models
     data: Mapping[str, Mapping[str, DataSize]]
     backbone: Network
@@ -162,23 +166,16 @@ class Outline(NamedTuple):
 
     def learning(self) -> "AbstractLearning":
         """What the learning loop starts from."""
-        name, options = granularity_of(self.recipe, self.models)
-        if name == IMPORTANCE_CHUNK:
-            # Which tensors are cut is known after the coarse coefficients; on average it is this.
-            pieces = max(1, options["budget"] // (self.experts * self.tensors_mixed))
-            name, options = "chunk", {"pieces": pieces}
-        granularity = make_granularity(name, options, self.shapes)
+        stage = self.method.result
+        choice = expected_granularity(*stage.granularity, self.experts, self.tensors_mixed)
+        stage = stage._replace(granularity=GranularityChoice(*choice))
+        granularity = stage.granularity.make(self.shapes)
         deltas = {
             parameter: _unwrapped(granularity.prepare(parameter, _Preparing(parameter, delta)))
             for parameter, delta in self.deltas.items()
         }
         learner = learner_of(
-            self.recipe,
-            self.models,
-            self.backbone,
-            list(self.heads.values()),
-            granularity,
-            self.recipe.learning.steps,
+            self.method, stage, self.models, self.backbone, self.heads, granularity
         )
         start = partial(constant, self.shapes, self.experts, self.recipe.initial_coefficient)
         values = jax.eval_shape(lambda: granularity.init(start()))
@@ -259,11 +256,10 @@ def of_models(
     kept = {task: _kept_by_task(recipe, models, heads[task], task) for task in heads}
     deltas = _deltas(models, _delta_dtype(recipe), interference=bool(recipe.interference))
     require_any_merged(deltas)
-    needs = needs_of(recipe, models)
-    if recipe.learning.control is not None and not models.family.language:
-        needs = {task: own._replace(expert_logits=True) for task, own in needs.items()}
+    method = build(recipe, models)
     return Outline(
         recipe,
+        method,
         models,
         data,
         models.family.build_backbone(models.config, recipe.learning.rematerialize),
@@ -271,7 +267,7 @@ def of_models(
         kept,
         base,
         deltas,
-        needs,
+        method.target_specs,
     )
 
 

@@ -23,7 +23,8 @@ from adamerge_jax.plan.hardware import (
 from adamerge_jax.plan.memory import Memory, Programs, memory_of, programs_of
 from adamerge_jax.plan.outline import Outline, of_models, outline
 from adamerge_jax.plan.work import Work
-from adamerge_jax.recipes.schema import Recipe, parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.schema import Recipe
 
 
 class Change(NamedTuple):
@@ -148,7 +149,7 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
         memory,
         host_memory(),
         _seconds(merge, programs, chosen, spread),
-        export_bytes(merge.models, recipe),
+        export_bytes(merge.models, recipe.export),
         [] if fits else list(_changes(merge, chosen, floor, spread)),
         compiled,
         [

@@ -45,25 +45,27 @@ class Origin(NamedTuple):
 
 
 def model_card(
-    coefficients: Coefficients,
+    coefficients: Coefficients | None,
     rows: Sequence[Row],
+    task_folders: Sequence[str],
     *,
     origins: Sequence[Origin],
-    datasets: Sequence[str],
     auto_class: str | None,
-    task_folders: Sequence[str],
+    datasets: Sequence[str] = (),
+    method: str = "",
 ) -> str:
     """Returns a README.md for the merged checkpoint: metadata for the Hub, then text for readers.
 
     Nothing is claimed that was not found: a licence only where every model names the same.
 
     Args:
-        coefficients: The coefficients of the merge.
+        coefficients: The learned coefficients; None for a method that has none.
         rows: The table of results, the merge last; may be empty.
+        task_folders: Tasks that have a model of their own beside the checkpoint.
         origins: The origins of the base and of the experts, in this order.
         datasets: Hub ids of the calibration data.
         auto_class: Name of the class that loads the model of a task; None for zero-shot CLIP.
-        task_folders: Tasks that have a model of their own beside the checkpoint.
+        method: The merge method with its options, where there are no coefficients.
     """
     on_hub = list(dict.fromkeys(origin.source for origin in origins if origin.on_hub))
     fields: dict[str, Any] = {
@@ -89,15 +91,13 @@ def model_card(
     )
     text = environment.get_template("model_card.md.jinja").render(
         coefficients=coefficients,
-        count=count_coefficients(coefficients),
-        interference=interference_in_words(coefficients),
-        scaled=scaled_in_words(coefficients),
+        method=method,
+        **_coefficients_in_words(coefficients),
         base=origins[0],
         experts=origins[1:],
         origins=origins,
         license=fields["license"],
         datasets=datasets,
-        spreads=zip(coefficients.experts, spreads(coefficients), strict=True),
         auto_class=auto_class or "AutoModel",
         task_folders=task_folders,
         title=TITLES[rows[0].metric] if rows else "",
@@ -117,3 +117,15 @@ def shared_license(origins: Sequence[Origin]) -> str | None:
     if None in licenses:
         return None
     return licenses.pop() if len(licenses) == 1 else "other"
+
+
+def _coefficients_in_words(coefficients: Coefficients | None) -> dict[str, Any]:
+    """Returns the template's values that depend on coefficients."""
+    if coefficients is None:
+        return {}
+    return {
+        "count": count_coefficients(coefficients),
+        "interference": interference_in_words(coefficients),
+        "scaled": scaled_in_words(coefficients),
+        "spreads": zip(coefficients.experts, spreads(coefficients), strict=True),
+    }

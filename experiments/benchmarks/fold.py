@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
+from adamerge_jax.checkpoints.dtypes import DTYPES
 from adamerge_jax.checkpoints.huggingface_export import write_checkpoint
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.coefficients.file import Coefficients
@@ -41,9 +42,9 @@ from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.models import family_of
 from adamerge_jax.parameter_names import tensor_shape, tensors_of
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.read import DTYPES
 from adamerge_jax.pipeline.run import fold_file
-from adamerge_jax.recipes.schema import Recipe, parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.schema import Recipe
 
 EXPERTS = [f"expert{number}" for number in range(1, 5)]
 COEFFICIENT = 0.3

@@ -32,11 +32,13 @@ from adamerge_jax.cli.console import make_console
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.optimizer import build_optimizer
 from adamerge_jax.models import family_of
 from adamerge_jax.parameter_names import is_stacked, unstack
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import pose
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.pipeline.learn import prepare
+from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.recipes.build import build, build_objectives
+from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.runs.record import peak_memory
 
 PLACES = ("device", "host", "disk")
@@ -112,7 +114,8 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
             "learning": {"batch_size": IMAGES // experts, "rematerialize": "layer"},
         }
     )
-    problem = pose(recipe, open_workspace(recipe, folder))
+    workspace = open_workspace(recipe, folder)
+    problem = prepare(build(recipe, workspace.models), workspace)
     workspace = problem.workspace
     granularity = make_granularity("tensor", {}, problem.shapes)
     heads = list(workspace.head_networks.values())
@@ -120,8 +123,8 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
         learning.forward_with_heads(workspace.backbone, heads),
         granularity,
         CONSTRAINTS["clip"],
-        list(recipe.build_objectives().values()),
-        recipe.learning.optimizer.build(STEPS),
+        list(build_objectives(recipe.objectives, recipe.tasks).values()),
+        build_optimizer(recipe.learning.optimizer, STEPS),
     )
     state = learner.init(granularity.init(constant(problem.shapes, experts, 0.3)))
     deltas = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}

@@ -27,9 +27,10 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.pipeline.export import export_mergekit
+from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.models import Models, open_models
-from adamerge_jax.pipeline.read import fold
-from adamerge_jax.recipes.schema import Recipe, parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.schema import Recipe
 from tests.language_references import language_expert
 from tests.references import random_coefficients, randomise, write_recipe
 

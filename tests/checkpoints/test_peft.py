@@ -28,7 +28,7 @@ from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_head, load_task_vectors
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import BERT, save_base, train
 
 Edit = Callable[[dict[str, Any]], object]

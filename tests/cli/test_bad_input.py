@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import (
     edit_weights,
     random_coefficients,

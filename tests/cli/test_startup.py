@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import random_coefficients
 
 PROCESS = """

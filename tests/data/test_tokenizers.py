@@ -26,7 +26,7 @@ from adamerge_jax.data import tokenizers
 from adamerge_jax.data.tokenizers import find_tokenizer
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import Models, open_models
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.language_references import SPECIAL, TASKS, byte_tokenizer, save_models
 from tests.references import bert_tokenizer, clip_tokenizer, edit_weights
 

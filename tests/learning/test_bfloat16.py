@@ -12,10 +12,11 @@ import pytest
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.learning import learner as learning
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import pose
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.learning.optimizer import build_optimizer
+from adamerge_jax.recipes.build import build_objectives
+from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.task_vectors import DenseDelta, LowRankDelta
+from tests.references import learning_inputs
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -56,15 +57,15 @@ def objective_and_gradient(
     recipe = parse_recipe(
         fields | {"learning": {"batch_size": 8, "optimizer": optimizer}} | changes
     )
-    problem = pose(recipe, open_workspace(recipe, folder))
+    problem = learning_inputs(recipe, folder)
     workspace = problem.workspace
     granularity = make_granularity("tensor", {}, problem.shapes)
     learner = learning.make_learner(
         learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         granularity,
         CONSTRAINTS["free"],
-        list(recipe.build_objectives().values()),
-        recipe.learning.optimizer.build(1),
+        list(build_objectives(recipe.objectives, recipe.tasks).values()),
+        build_optimizer(recipe.learning.optimizer, 1),
     )
     frozen = learning.Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
     start = learner.init(granularity.init(constant(problem.shapes, problem.experts, 0.3)))

@@ -35,11 +35,13 @@ from adamerge_jax.coefficients.file import Coefficients, unstack_values
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.optimizer import build_optimizer
 from adamerge_jax.objectives import NOT_PREDICTED
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import Problem, learn_coefficients, pose
+from adamerge_jax.pipeline.learn import LearningInputs, learn_coefficients
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.recipes.build import build_objectives
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.language_references import (
     TASKS,
     byte_tokenizer,
@@ -48,7 +50,13 @@ from tests.language_references import (
     save_models,
     split_sentences,
 )
-from tests.references import edit_weights, random_coefficients, rename_weights, write_recipe
+from tests.references import (
+    edit_weights,
+    learning_inputs,
+    random_coefficients,
+    rename_weights,
+    write_recipe,
+)
 
 STEPS = 3
 BATCH_SIZE = 4
@@ -265,15 +273,15 @@ def test_same_coefficients_as_a_pytorch_loop(llama, tmp_path):
             ]
         }
     )
-    problem = pose(recipe, open_workspace(recipe, tmp_path))
+    problem = learning_inputs(recipe, tmp_path)
     workspace = problem.workspace
     granularity = make_granularity("tensor", {}, problem.shapes)
     learner = learning.make_learner(
         learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         granularity,
         CONSTRAINTS["clip"],
-        list(recipe.build_objectives().values()),
-        recipe.learning.optimizer.build(STEPS),
+        list(build_objectives(recipe.objectives, recipe.tasks).values()),
+        build_optimizer(recipe.learning.optimizer, STEPS),
     )
     frozen = learning.Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
     assert frozen.heads == [{}] * len(TASKS)
@@ -303,9 +311,9 @@ class Watch(list):
         yield self.append
 
 
-def problem_of(fields: Mapping[str, Any], folder: Path, **changes: Any) -> Problem:
+def problem_of(fields: Mapping[str, Any], folder: Path, **changes: Any) -> LearningInputs:
     recipe = parse_recipe(dict(fields) | changes)
-    return pose(recipe, open_workspace(recipe, folder))
+    return learning_inputs(recipe, folder)
 
 
 def test_the_recommended_preset_asks_nothing_elsewhere(llama, tmp_path):
@@ -313,8 +321,9 @@ def test_the_recommended_preset_asks_nothing_elsewhere(llama, tmp_path):
     fields = {name: value for name, value in llama.items() if name != "preset"}
     chosen = {"steps": 2, "batch_size": BATCH_SIZE}
     recommended = problem_of(fields, tmp_path, learning=chosen)
-    assert recommended.recipe.preset == "recommended"
-    assert recommended.recipe.objectives[0].options == {"elsewhere": 0.6}
+    recipe = parse_recipe(fields)
+    assert recipe.preset == "recommended"
+    assert recipe.objectives[0].options == {"elsewhere": 0.6}
     assert recommended.calibration.elsewhere == {}
     batch = next(recommended.calibration.batches())
     assert all(targets.expert_elsewhere is None for targets in batch.targets)
@@ -323,7 +332,7 @@ def test_the_recommended_preset_asks_nothing_elsewhere(llama, tmp_path):
     merges = []
     for problem in (recommended, plain):
         seen = Watch()
-        merges.append((learn_coefficients(problem, watch=seen), seen))
+        merges.append((learn_coefficients(problem, show_stage=seen), seen))
     (first, seen), (second, also_seen) = merges
     assert first.granularity is not second.granularity
     assert first.coefficients.values["lm_head.weight"].shape == (len(TASKS), SIZES["vocab_size"])
@@ -612,10 +621,10 @@ def test_what_responses_start_with(t5, tmp_path):
 def test_hidden_states_are_the_decoders(tmp_path):
     fields = save_t5(tmp_path, layers=3, decoder_layers=1)
 
-    def pose_with(layers: list[int]) -> Problem:
+    def pose_with(layers: list[int]) -> LearningInputs:
         term = {"name": "hidden_state_alignment", "options": {"layers": layers}}
         recipe = parse_recipe(fields | {"objectives": [term]})
-        return pose(recipe, open_workspace(recipe, tmp_path))
+        return learning_inputs(recipe, tmp_path)
 
     for layer in (2, -3):
         with pytest.raises(InputError, match=rf"layer {layer} .* to 1, or -1 \(the last\) to -2"):

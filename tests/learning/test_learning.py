@@ -34,11 +34,12 @@ from adamerge_jax.learning.learner import (
     Progress,
     State,
 )
+from adamerge_jax.learning.optimizer import build_optimizer
 from adamerge_jax.objectives import make_objective
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import merged_parameters, pose
-from adamerge_jax.recipes.schema import parse_recipe
-from tests.references import edit_weights
+from adamerge_jax.pipeline.learn import merged_parameters
+from adamerge_jax.recipes.build import build_objectives
+from adamerge_jax.recipes.loading import parse_recipe
+from tests.references import edit_weights, learning_inputs
 
 STEPS = 20
 BATCH_SIZE = 4
@@ -65,7 +66,7 @@ class Setup(NamedTuple):
         )
 
 
-def prepare(
+def set_up(
     fields: dict[str, Any],
     folder: Path,
     *,
@@ -83,7 +84,7 @@ def prepare(
             "learning": {"batch_size": BATCH_SIZE, "optimizer": optimizer},
         }
     )
-    problem = pose(recipe, open_workspace(recipe, folder))
+    problem = learning_inputs(recipe, folder)
     workspace = problem.workspace
     chosen = make_granularity(granularity, {}, problem.shapes)
     learner = learning.make_learner(
@@ -91,7 +92,7 @@ def prepare(
         chosen,
         CONSTRAINTS[constraint],
         make_objective(objective, {}),
-        recipe.learning.optimizer.build(STEPS),
+        build_optimizer(recipe.learning.optimizer, STEPS),
     )
     frozen = Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
     start = chosen.init(constant(problem.shapes, problem.experts, initial))
@@ -167,7 +168,7 @@ def test_same_coefficients_as_a_pytorch_loop(
     model, granularity, initial, objective, request, tmp_path
 ):
     fields = request.getfixturevalue(f"{model}_recipe")
-    setup = prepare(fields, tmp_path, granularity=granularity, objective=objective, initial=initial)
+    setup = set_up(fields, tmp_path, granularity=granularity, objective=objective, initial=initial)
     auto_class, prefix = {
         "text": (AutoModelForSequenceClassification, "bert."),
         "image": (AutoModelForImageClassification, "vit."),
@@ -208,7 +209,7 @@ def test_the_best_look_is_returned_and_never_worse_than_the_start(
 ):
     monkeypatch.setattr(learning, "FEWEST_TO_CHOOSE", 1)
     # Far too large a step: held-out entropy goes up and down.
-    setup = prepare(text_recipe, tmp_path, granularity="task", name="sgd", learning_rate=3.0)
+    setup = set_up(text_recipe, tmp_path, granularity="task", name="sgd", learning_rate=3.0)
     seen: list[Progress] = []
     learned = setup.learn(steps=12, evaluate_every=2, report=seen.append)
     assert [progress.step for progress in seen] == list(range(13))
@@ -229,7 +230,7 @@ def test_the_best_look_is_returned_and_never_worse_than_the_start(
 
 
 def test_the_start_is_returned_when_nothing_is_better(text_recipe, tmp_path):
-    setup = prepare(text_recipe, tmp_path, learning_rate=0.02)
+    setup = set_up(text_recipe, tmp_path, learning_rate=0.02)
 
     def step_back(state, frozen, batch):
         """Goes where entropy rises."""
@@ -249,7 +250,7 @@ def test_the_start_is_returned_when_nothing_is_better(text_recipe, tmp_path):
 
 
 def test_same_seed_same_coefficients_bit_for_bit(text_recipe, tmp_path):
-    setups = [prepare(text_recipe, tmp_path, learning_rate=0.02) for _ in range(2)]
+    setups = [set_up(text_recipe, tmp_path, learning_rate=0.02) for _ in range(2)]
     first, second = (setup.learn(steps=4) for setup in setups)
     assert first.step == second.step
     for group, values in first.values.items():
@@ -260,9 +261,7 @@ def test_same_seed_same_coefficients_bit_for_bit(text_recipe, tmp_path):
 
 
 def test_divergence_keeps_the_best_so_far(text_recipe, tmp_path):
-    setup = prepare(
-        text_recipe, tmp_path, granularity="task", constraint="free", learning_rate=1e30
-    )
+    setup = set_up(text_recipe, tmp_path, granularity="task", constraint="free", learning_rate=1e30)
     with pytest.raises(NonFiniteObjectiveError, match=r"step \d+, task 'tone'.* is nan") as caught:
         setup.learn()
     best = caught.value.learned
@@ -278,7 +277,7 @@ def test_an_expert_with_extreme_values(text_recipe, tmp_path):
         tensors["classifier.weight"] *= np.float32(1e38)
 
     edit_weights(tmp_path / "mood", enlarge)
-    setup = prepare(text_recipe, tmp_path, granularity="task")
+    setup = set_up(text_recipe, tmp_path, granularity="task")
     with pytest.raises(NonFiniteObjectiveError, match=r"step 0, task 'mood': .*held-out") as caught:
         setup.learn()
     assert caught.value.learned is None
@@ -381,7 +380,7 @@ def test_few_examples_choose_no_step():
 def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
     terms = [{"name": "logit_alignment", "options": {"elsewhere": 0.5}}]
     recipe = parse_recipe(text_recipe | {"objectives": terms})
-    problem = pose(recipe, open_workspace(recipe, tmp_path))
+    problem = learning_inputs(recipe, tmp_path)
     workspace = problem.workspace
     batch = next(problem.calibration.batches())
     backbone, heads = workspace.backbone, workspace.head_networks
@@ -389,8 +388,8 @@ def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
         learning.forward_with_heads(backbone, list(heads.values()), elsewhere=True),
         make_granularity("tensor", {}, problem.shapes),
         CONSTRAINTS["clip"],
-        list(recipe.build_objectives().values()),
-        recipe.learning.optimizer.build(1),
+        list(build_objectives(recipe.objectives, recipe.tasks).values()),
+        build_optimizer(recipe.learning.optimizer, 1),
     )
     frozen = Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
     initial = make_granularity("tensor", {}, problem.shapes).init(

@@ -11,9 +11,9 @@ from adamerge_jax.data.batches import Batch
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.microbatches import split
 from adamerge_jax.objectives import Targets
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import learn_coefficients, pose
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.pipeline.learn import learn_coefficients
+from adamerge_jax.recipes.loading import parse_recipe
+from tests.references import learning_inputs
 
 
 def test_every_part_has_its_share_of_every_task():
@@ -51,9 +51,9 @@ def learned(fields: dict[str, Any], folder: Path, microbatches: int) -> dict[str
         | {"learning": learning, "regularizers": [{"name": "distance", "weight": 0.1}]}
         | {"objectives": [{"name": "logit_alignment", "options": {"elsewhere": 0.5}}]}
     )
-    problem = pose(recipe, open_workspace(recipe, folder))
+    problem = learning_inputs(recipe, folder)
     watch = lambda *_: nullcontext(lambda progress: None)  # noqa: E731
-    return dict(learn_coefficients(problem, watch=watch).values)
+    return dict(learn_coefficients(problem, show_stage=watch).values)
 
 
 def test_coefficients_are_those_of_the_whole_batch(image_recipe, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import learner as learning
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import Merge, Problem, learn_coefficients, pose
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.pipeline.learn import LearningInputs, MergeResult, learn_coefficients
+from adamerge_jax.recipes.loading import parse_recipe
+from tests.references import learning_inputs
 
 
 class Seen(list):
@@ -22,13 +22,13 @@ class Seen(list):
         yield self[-1][2].append
 
 
-def problem_of(fields: dict[str, Any], folder, **changes: Any) -> Problem:
+def problem_of(fields: dict[str, Any], folder, **changes: Any) -> LearningInputs:
     recipe = parse_recipe(fields | changes)
-    return pose(recipe, open_workspace(recipe, folder))
+    return learning_inputs(recipe, folder)
 
 
-def learned(fields: dict[str, Any], folder, seen: Seen, **changes: Any) -> Merge:
-    return learn_coefficients(problem_of(fields, folder, **changes), watch=seen.watch)
+def learned(fields: dict[str, Any], folder, seen: Seen, **changes: Any) -> MergeResult:
+    return learn_coefficients(problem_of(fields, folder, **changes), show_stage=seen.watch)
 
 
 def test_fine_coefficients_start_from_coarse_ones(text_recipe, tmp_path):

@@ -18,10 +18,10 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.pipeline import run as jobs
+from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.match import parse_scale, prepare_fold
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.read import fold
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import save_experts
 from tests.references import edit_weights, random_coefficients, write_recipe
 

@@ -8,7 +8,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification, Robert
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import open_models, resolve
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import BERT, edit_weights, fine_tune, randomise
 
 

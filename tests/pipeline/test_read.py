@@ -17,16 +17,16 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep, apply_steps
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.parameter_names import is_stacked, tensors_of, unstack
+from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import (
-    fold,
     load_backbone,
     load_expert,
     load_head,
     load_task_vectors,
     load_zero_shot_head,
 )
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
 from tests.adapter_references import PLAIN, Adapters, save_experts
 from tests.references import (

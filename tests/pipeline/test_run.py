@@ -31,9 +31,11 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 from adamerge_jax.pipeline.export import export
+from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.read import fold, load_head, load_zero_shot_head
-from adamerge_jax.recipes.schema import load_recipe, parse_recipe
+from adamerge_jax.pipeline.read import load_head, load_zero_shot_head
+from adamerge_jax.pipeline.run import export_job
+from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from adamerge_jax.runs.tracking import flatten
 from tests.references import (
     BERT,
@@ -477,7 +479,7 @@ def test_task_models_of_experts_without_a_tokenizer(text_recipe, tmp_path, owner
     recipe = parse_recipe(text_recipe)
     models = open_models(recipe, tmp_path)
     coefficients, out = random_coefficients(models), tmp_path / "out"
-    export(recipe, models, coefficients, out, root=tmp_path, rows=[], console=Console(quiet=True))
+    export(export_job(recipe, models, coefficients, tmp_path, []), out, Console(quiet=True))
     for folder in ("", *(f"tasks/{task}" for task in TEXT_TASKS)):
         tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint" / folder)
         assert tokenizer.tokenize("a b") == ["a", "b"]

@@ -18,15 +18,21 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import GRANULARITIES, make_granularity, same_options
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import is_stacked
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import learn_coefficients, pose
+from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.warm_start import Start, begin, open_start, start_from_file
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.pipeline.warm_start import (
+    WarmStart,
+    initial_values,
+    open_warm_start,
+    start_from_file,
+)
+from adamerge_jax.recipes.build import GranularityChoice, build
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import (
     BERT,
     edit_weights,
     fine_tune,
+    learning_inputs,
     random_coefficients,
     randomise,
     write_recipe,
@@ -77,11 +83,13 @@ def learned(granularity: str, experts: int = 2) -> Coefficients:
     )
 
 
-def started(start: Start, granularity: str, constraint: str = "free", experts: int = 2):
+def started(start: WarmStart, granularity: str, constraint: str = "free", experts: int = 2):
     options = OPTIONS.get(granularity, {})
     target = make_granularity(granularity, options, SHAPES)
     rule = CONSTRAINTS[constraint]
-    return target, begin(start, target, (granularity, options), rule, SHAPES, experts)
+    return target, initial_values(
+        start, target, GranularityChoice(granularity, options), rule, SHAPES, experts
+    )
 
 
 def whole(scale: Any, name: str) -> np.ndarray:
@@ -97,7 +105,7 @@ def whole(scale: Any, name: str) -> np.ndarray:
 def test_coefficients_start_at_the_mean_over_their_parameters(before, after):
     source = learned(before)
     scales = {name: np.asarray(scale) for name, scale in source.scales().items()}
-    target, values = started(Start(scales, INITIAL, "file"), after)
+    target, values = started(WarmStart(scales, INITIAL, "file"), after)
     # A number of its own for each coefficient says which parameters it is for.
     ends = np.cumsum([0, *(own.size for own in values.values())])
     numbers = {
@@ -121,7 +129,7 @@ def test_coefficients_start_at_the_mean_over_their_parameters(before, after):
 @pytest.mark.parametrize("granularity", [*ALONG_AXES, "chunk", "partition", "singular"])
 def test_the_same_granularity_starts_as_it_was_learned(granularity):
     source = learned(granularity)
-    start = Start(source.per_tensor(), INITIAL, "file", learned=source)
+    start = WarmStart(source.per_tensor(), INITIAL, "file", learned=source)
     _, values = started(start, granularity)
     found = {}
     for group, array in values.items():
@@ -135,7 +143,7 @@ def test_the_same_granularity_starts_as_it_was_learned(granularity):
 @pytest.mark.parametrize("after", ["chunk", "partition", "singular"])
 def test_pieces_start_at_the_mean_of_their_tensor(after):
     source = learned("row")
-    _, values = started(Start(source.per_tensor(), INITIAL, "file", learned=source), after)
+    _, values = started(WarmStart(source.per_tensor(), INITIAL, "file", learned=source), after)
     pieces = values["layer.*.dense.weight"]
     assert pieces.shape[2] > 1
     for layer in range(2):
@@ -145,7 +153,7 @@ def test_pieces_start_at_the_mean_of_their_tensor(after):
 
 def test_other_options_are_another_granularity():
     source = dataclasses.replace(learned("partition"), granularity_options={"groups": 4, "seed": 2})
-    start = Start(source.per_tensor(), INITIAL, "file", learned=source)
+    start = WarmStart(source.per_tensor(), INITIAL, "file", learned=source)
     _, values = started(start, "partition")
     mean = source.values["pooler.weight"].mean(1)
     np.testing.assert_allclose(values["pooler.weight"][0], np.tile(mean[:, None], 4), rtol=1e-6)
@@ -156,7 +164,7 @@ def test_what_is_not_known_starts_at_initial():
         "pooler.weight": np.array([[1.0], [np.nan]]).reshape(2, 1, 1),
         "layer.1.dense.weight": np.array([0.5, np.nan]),  # as another source may say it
     }
-    _, values = started(Start(scales, INITIAL, "file"), "row")
+    _, values = started(WarmStart(scales, INITIAL, "file"), "row")
     np.testing.assert_allclose(values["pooler.weight"][0], np.repeat([[1.0], [INITIAL]], 4, 1))
     np.testing.assert_allclose(values["layer.*.dense.weight"][0], INITIAL)
     np.testing.assert_allclose(values["layer.*.dense.weight"][1, 0], 0.5)
@@ -168,7 +176,7 @@ def test_what_is_not_known_is_in_no_mean(after):
     """Of layers that were kept from the base a file says nothing."""
     known = {"layer.1.dense.weight": 0.5, "layer.1.dense.bias": 0.5, "pooler.weight": 0.9}
     scales = {name: np.array([value, np.nan]) for name, value in known.items()}
-    _, values = started(Start(scales, INITIAL, "file"), after)
+    _, values = started(WarmStart(scales, INITIAL, "file"), after)
     sizes = {"layer.1.dense.weight": 24, "layer.1.dense.bias": 4, "pooler.weight": 16}
     total = sum(sizes[name] * value for name, value in known.items()) / sum(sizes.values())
     expected = {
@@ -189,9 +197,9 @@ def test_what_is_not_known_is_in_no_mean(after):
 def test_what_is_not_known_is_in_no_mean_of_a_granularity_of_ones_own():
     target = GRANULARITIES["task"](SHAPES)
     scales = {"pooler.weight": np.array([0.9, np.nan])}
-    start = Start(scales, INITIAL, "file")
-    chosen = ("package.module:function", {})
-    values = begin(start, target, chosen, CONSTRAINTS["free"], SHAPES, 2)
+    start = WarmStart(scales, INITIAL, "file")
+    chosen = GranularityChoice("package.module:function", {})
+    values = initial_values(start, target, chosen, CONSTRAINTS["free"], SHAPES, 2)
     np.testing.assert_allclose(values["all"], [[0.9, INITIAL]], rtol=1e-6)
 
 
@@ -202,8 +210,10 @@ def test_the_order_of_patterns_counts():
     assert other == OPTIONS["groups"]
     target = make_granularity("groups", other, SHAPES)
     scales = {name: np.asarray(scale) for name, scale in source.scales().items()}
-    start = Start(scales, INITIAL, "file", learned=source)
-    values = begin(start, target, ("groups", other), CONSTRAINTS["free"], SHAPES, 2)
+    start = WarmStart(scales, INITIAL, "file", learned=source)
+    values = initial_values(
+        start, target, GranularityChoice("groups", other), CONSTRAINTS["free"], SHAPES, 2
+    )
     # The first layer's matrix was in `dense`, and is now in `first` with its bias.
     first = (24 * source.values["dense"] + 4 * source.values["first"]) / 28
     np.testing.assert_allclose(values["first"][0], first, rtol=1e-5)
@@ -221,7 +231,7 @@ def test_the_order_of_patterns_counts():
 )
 def test_a_start_is_moved_into_the_range_of_the_constraint(constraint, expected):
     scales = {name: np.array([-0.2, 1.4], np.float32) for name in TENSORS}
-    _, values = started(Start(scales, INITIAL, "file"), "tensor", constraint)
+    _, values = started(WarmStart(scales, INITIAL, "file"), "tensor", constraint)
     for own in values.values():
         np.testing.assert_allclose(own, np.broadcast_to(expected, own.shape), atol=1e-6)
 
@@ -272,7 +282,7 @@ def test_weights_of_a_mergekit_file(text_fields, tmp_path):
     file.write_text(yaml.safe_dump(config))
     recipe = parse_recipe(text_fields | {"coefficients": {"start": str(file)}})
     opened = models_of(text_fields)
-    start = open_start(recipe, opened, ("row", {}), tmp_path)
+    start = open_warm_start(build(recipe, opened), opened, tmp_path)
     assert start.source == str(file) and start.learned is None
     for name, expected in (
         ("bert.pooler.dense.weight", [0.1, 0.2, 0.7]),
@@ -281,7 +291,7 @@ def test_weights_of_a_mergekit_file(text_fields, tmp_path):
         np.testing.assert_allclose(start.scales[name], expected, rtol=1e-6)
     file.write_text("merge_method: slerp\n")
     with pytest.raises(InputError, match=r"coefficients.start: .*merge_method is 'slerp'"):
-        open_start(recipe, opened, ("row", {}), tmp_path)
+        open_warm_start(build(recipe, opened), opened, tmp_path)
 
 
 def test_another_version_of_the_base(text_fields, tmp_path):
@@ -398,7 +408,7 @@ def test_a_coarse_stage_starts_from_the_file_too(text_recipe, tmp_path):
     coarse = {"granularity": "tensor", "steps": 1}
     chosen = {"start": "rows.safetensors", "granularity": "row", "coarse": coarse}
     recipe = parse_recipe(text_recipe | {"coefficients": chosen})
-    problem = pose(recipe, open_workspace(recipe, tmp_path))
+    problem = learning_inputs(recipe, tmp_path)
     assert problem.start.notes[1].startswith("tensor coefficients start at the mean")
 
     class SeenError(Exception):
@@ -408,7 +418,7 @@ def test_a_coarse_stage_starts_from_the_file_too(text_recipe, tmp_path):
         raise SeenError(progress.best.values["bert.pooler.dense.weight"])
 
     with pytest.raises(SeenError) as caught:
-        learn_coefficients(problem, watch=lambda what, steps: nullcontext(show))
+        learn_coefficients(problem, show_stage=lambda what, steps: nullcontext(show))
     mean = before.per_tensor()["bert.pooler.dense.weight"].clip(0, 1)
     np.testing.assert_allclose(caught.value.args[0][0], mean, rtol=1e-5)
 
@@ -418,10 +428,10 @@ def test_what_cannot_be_started_from(text_recipe, tmp_path):
     recipe = parse_recipe(text_recipe | chosen)
     models = open_models(recipe, tmp_path)
     with pytest.raises(InputError, match=r"coefficients\.start: .*none\.safetensors: no such file"):
-        open_start(recipe, models, ("tensor", {}), tmp_path)
+        open_warm_start(build(recipe, models), models, tmp_path)
     random_coefficients(models).save(tmp_path / "none.safetensors")
     changed = parse_recipe(text_recipe | chosen | {"interference": [{"name": "elect_sign"}]})
-    notes = open_start(changed, models, ("tensor", {}), tmp_path).notes
+    notes = open_warm_start(build(changed, models), models, tmp_path).notes
     assert "other interference steps or options (none; now elect_sign)" in notes[1]
     assert notes[2] == "tensor coefficients start as they were learned"
 

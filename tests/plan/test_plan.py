@@ -11,16 +11,16 @@ from safetensors import safe_open
 
 from adamerge_jax.checkpoints import fingerprint, huggingface, safetensors_file
 from adamerge_jax.cli import main as cli
-from adamerge_jax.coefficients.granularities import make_granularity
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import granularity_of, pose
+from adamerge_jax.pipeline.learn import prepare
+from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.plan import hardware, make_plan
 from adamerge_jax.plan.outline import outline
 from adamerge_jax.plan.work import BESIDE_THE_TRACE, bytes_of, work_of
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.build import build
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import save_experts
-from tests.references import write_json_lines, write_recipe
+from tests.references import learning_inputs, write_json_lines, write_recipe
 
 
 class HeaderOnly:
@@ -113,14 +113,14 @@ def check_arrays(fields: dict[str, Any], root: Any) -> None:
     recipe = parse_recipe(fields)
     found = outline(recipe, root)
     workspace = open_workspace(recipe, root)
-    problem = pose(recipe, workspace)
+    problem = prepare(build(recipe, workspace.models), workspace)
     assert shapes_of(found.base) == shapes_of(problem.base)
     assert shapes_of(found.head_parameters) == shapes_of(workspace.heads)
     # The plan cannot know that an expert left a tensor as it was.
     changed = list(problem.deltas)
     assert set(changed) <= set(found.deltas)
     assert shapes_of({name: found.deltas[name] for name in changed}) == shapes_of(problem.deltas)
-    granularity = make_granularity(*granularity_of(recipe, workspace.models), problem.shapes)
+    granularity = problem.method.result.granularity.make(problem.shapes)
     prepared = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
     planned = found.learning().frozen.deltas
     assert shapes_of({name: planned[name] for name in changed}) == shapes_of(prepared)
@@ -255,9 +255,9 @@ def test_arrays_that_are_no_examples(text_recipe, image_recipe, tmp_path, kind, 
     np.savez(tmp_path / "a.npz", **{name: array})
     recipe["tasks"][task]["calibration"] = "a.npz"
     # Learning says the same.
-    for prepare in (outline, open_workspace):
+    for opened in (outline, open_workspace):
         with pytest.raises(InputError, match=f"^calibration data of task '{task}': .*{message}"):
-            prepare(parse_recipe(recipe), tmp_path)
+            opened(parse_recipe(recipe), tmp_path)
 
 
 def test_nothing_to_merge(text_recipe, tmp_path):
@@ -265,7 +265,7 @@ def test_nothing_to_merge(text_recipe, tmp_path):
     with pytest.raises(InputError) as of_plan:
         make_plan(recipe, tmp_path, "h100")
     with pytest.raises(InputError, match="no expert differs from the base") as of_learning:
-        pose(recipe, open_workspace(recipe, tmp_path))
+        learning_inputs(recipe, tmp_path)
     assert str(of_plan.value) == str(of_learning.value)
 
 

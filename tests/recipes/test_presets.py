@@ -19,10 +19,11 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.importance import importance_pieces
 from adamerge_jax.data.batches import Batch, Calibration
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import Problem, learn_coefficients, pose
+from adamerge_jax.pipeline.learn import LearningInputs, learn_coefficients
+from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS, apply_preset
-from adamerge_jax.recipes.schema import Recipe, parse_recipe
+from adamerge_jax.recipes.schema import Recipe
+from tests.references import learning_inputs
 
 STEPS = 10
 BATCH_SIZE = 4
@@ -267,7 +268,9 @@ def losses(recipe: Recipe, reference: Reference, merged: Tensors, batch: Batch):
         yield loss_of(recipe, model, teacher, inputs, labels, elsewhere)
 
 
-def learn(fields: dict[str, Any], preset: str, **learning: Any) -> tuple[Problem, list]:
+def learn(
+    fields: dict[str, Any], preset: str, **learning: Any
+) -> tuple[Recipe, LearningInputs, list]:
     """Runs the package for 10 steps, and no step less: the coefficients of each stage."""
     short = {
         "steps": STEPS,
@@ -281,7 +284,7 @@ def learn(fields: dict[str, Any], preset: str, **learning: Any) -> tuple[Problem
     recipe = parse_recipe(
         fields | {"preset": preset, "learning": short, "coefficients": coefficients}
     )
-    problem = pose(recipe, open_workspace(recipe, Path("/")))
+    problem = learning_inputs(recipe, Path("/"))
 
     @contextmanager
     def watch(what, steps):
@@ -289,10 +292,10 @@ def learn(fields: dict[str, Any], preset: str, **learning: Any) -> tuple[Problem
         yield lambda progress: None
 
     found: list[Coefficients] = []
-    learn_coefficients(problem, watch=watch, keep=found.append)
+    learn_coefficients(problem, show_stage=watch, on_result=found.append)
     # The last coefficients are the best on the held-out data, so that they are those of 10 steps.
     assert [each.step for each in found] == [STEPS] * len(found)
-    return problem, found
+    return recipe, problem, found
 
 
 def start_of(sharing: dict[str, Sharing], first: dict[str, np.ndarray]) -> Tensors:
@@ -326,8 +329,7 @@ def test_a_preset_is_its_papers_update(preset, text_recipe):
     for task in text_recipe["tasks"].values():
         if preset.startswith("atlas"):
             task["calibration"] = {"path": task["test"]["path"], "label": "label"}
-    problem, found = learn(text_recipe, preset, **learning)
-    recipe = problem.recipe
+    recipe, problem, found = learn(text_recipe, preset, **learning)
     reference = load_reference(recipe)
     if recipe.interference:
         trim, elect = recipe.interference

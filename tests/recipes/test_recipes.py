@@ -7,8 +7,11 @@ import optax
 import pytest
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.learning.optimizer import build_optimizer
+from adamerge_jax.recipes.build import build_objectives
+from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from adamerge_jax.recipes.presets import PRESETS
-from adamerge_jax.recipes.schema import OptimizerRecipe, load_recipe, parse_recipe
+from adamerge_jax.recipes.schema import OptimizerRecipe
 from tests.references import write_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "experiments" / "recipes").glob("*.yaml"))
@@ -139,7 +142,7 @@ def test_unusable_optimizers(optimizer, message):
 
 
 def updates(optimizer: OptimizerRecipe, gradients: list[float]) -> list[float]:
-    transformation = optimizer.build(steps=10)
+    transformation = build_optimizer(optimizer, steps=10)
     raw = jnp.zeros(())
     state = transformation.init(raw)
     taken = []
@@ -198,7 +201,7 @@ def test_weights_by_task():
         fields(objectives=terms, tasks={"a": labelled, "b": task()}, learning={"control": 0.9})
     )
     assert recipe.forgotten == ["a"]
-    objectives = recipe.build_objectives()
+    objectives = build_objectives(recipe.objectives, recipe.tasks)
     assert objectives["a"].needs.labels and not objectives["a"].needs.expert
     assert objectives["b"].needs.expert_logits and not objectives["b"].needs.labels
 

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from adamerge_jax.coefficients.file import Coefficients, Source
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 
 TASKS = ("cat", "dog")
 TENSORS = (

@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.report.model_card import Origin, model_card, shared_license
 from adamerge_jax.runs.results import Row
 from tests.report.saved_runs import COEFFICIENTS

@@ -21,7 +21,7 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.snapshots import Snapshots, last_step
 from adamerge_jax.pipeline import run as jobs
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.resuming import require_startable
 from tests.references import write_recipe

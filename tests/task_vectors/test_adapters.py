@@ -28,7 +28,9 @@ from adamerge_jax.interference import FittedStep
 from adamerge_jax.pipeline import run as jobs
 from adamerge_jax.pipeline.export import export
 from adamerge_jax.pipeline.models import Models, open_models
-from adamerge_jax.recipes.schema import Recipe, parse_recipe
+from adamerge_jax.pipeline.run import export_job
+from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.schema import Recipe
 from tests.adapter_references import PLAIN, letter_tokenizer, save_experts
 from tests.references import (
     bert_tokenizer,
@@ -155,7 +157,7 @@ def folded(
     recipe = parse_recipe(fields | {"export": {"adapter": True}})
     opened = open_models(recipe, Path("/"))
     own = coefficients or random_coefficients(opened, **options)
-    export(recipe, opened, own, out, root=Path("/"), rows=[], console=quiet())
+    export(export_job(recipe, opened, own, Path("/"), []), out, quiet())
     return opened
 
 

@@ -12,18 +12,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from adamerge_jax.checkpoints.dtypes import DELTA_DTYPES
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.mixing import Mixture, materialize
-from adamerge_jax.pipeline.inputs import open_workspace
-from adamerge_jax.pipeline.learn import learn_coefficients, pose
+from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.read import DELTA_DTYPES, load_task_vectors
-from adamerge_jax.recipes.schema import parse_recipe
+from adamerge_jax.pipeline.read import load_task_vectors
+from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.task_vectors import DenseDelta, LoadedDelta, QuantizedDelta, StreamedDelta
 from adamerge_jax.task_vectors.offload.memory import DiskMemory, Memory, make_memory
 from adamerge_jax.task_vectors.offload.scratch import Scratch
 from adamerge_jax.task_vectors.quantized import quantize
+from tests.references import learning_inputs
 
 EXPERTS, LAYERS, ROWS, COLUMNS = 4, 3, 6, 5
 
@@ -214,8 +215,8 @@ def learned(fields: dict[str, Any], folder: Path, **task_vectors: str) -> dict[s
         | {"task_vectors": task_vectors, "coefficients": {"granularity": "row"}}
         | {"learning": {"steps": 3, "batch_size": 4, "optimizer": {"learning_rate": 0.01}}}
     )
-    problem = pose(recipe, open_workspace(recipe, folder))
-    merge = learn_coefficients(problem, watch=lambda *_: nullcontext(lambda progress: None))
+    problem = learning_inputs(recipe, folder)
+    merge = learn_coefficients(problem, show_stage=lambda *_: nullcontext(lambda progress: None))
     # Baselines and the merge itself take the same deltas as a whole.
     merged = merge.parameters(problem.base)
     return {f"merged {name}": array for name, array in merged.items()} | dict(merge.values)

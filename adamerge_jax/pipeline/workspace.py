@@ -1,4 +1,4 @@
-"""What a recipe is about, opened and loaded: models, task heads and data."""
+"""The models, heads and data that a recipe names, opened and checked against each other."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from adamerge_jax.checkpoints.dtypes import DTYPES
 from adamerge_jax.data.arrays import TokenLimits
 from adamerge_jax.data.examples import Examples, Subset
 from adamerge_jax.data.images import ImageProcessor
@@ -23,13 +24,7 @@ from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Network
 from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.models import Models, open_models
-from adamerge_jax.pipeline.read import (
-    DTYPES,
-    load_backbone,
-    load_expert,
-    load_head,
-    load_zero_shot_head,
-)
+from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head, load_zero_shot_head
 from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
 
 if TYPE_CHECKING:
@@ -93,10 +88,23 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
         InputError: Something cannot be read, or models and data do not belong together.
     """
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
-    data = _load_data(recipe, models, root)
+    load = example_loader(
+        models,
+        root,
+        tokenizer=recipe.tokenizer,
+        max_length=recipe.max_length,
+        seed=recipe.seed,
+    )
+    data = _load_data(recipe.tasks, load, models.family.language)
+    if recipe.learning.examples is not None:
+        calibration = {
+            task: Subset.draw(examples, recipe.learning.examples, recipe.seed)
+            for task, examples in data.calibration.items()
+        }
+        data = data._replace(calibration=calibration)
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     backbone = models.family.build_backbone(models.config, recipe.learning.rematerialize)
-    heads = _load_heads(recipe, models, data, dtype)
+    heads = _load_heads(recipe.tasks, models, data, dtype)
     _require_labels_in_range(models, heads, data)
     networks = {
         task: models.family.build_head(expert.checkpoint.config)
@@ -125,24 +133,25 @@ def open_classifiers(recipe: Recipe, root: Path) -> Workspace:
 
 
 def example_loader(
-    recipe: Recipe, models: Models, root: Path
+    models: Models, root: Path, *, tokenizer: str | None, max_length: int, seed: int
 ) -> Callable[[DataSource, str], Examples]:
-    """How a recipe's data become inputs of its models: `(source, name in messages) -> examples`.
+    """Returns `(source, name in messages) -> examples`, which makes data the models' inputs.
 
     Args:
-        recipe: Says whose tokenizer, and how long texts may be.
         models: The base and its experts, who bring tokenizer or image processor.
         root: Folder that relative paths start from.
+        tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
+        max_length: Longest text in tokens.
+        seed: Draws the examples of a source with a limit.
 
     Raises:
         InputError: A tokenizer that is asked for is missing, or the experts' differ.
     """
-    preprocessor = _preprocessor(models, recipe.tokenizer)
+    preprocessor = _preprocessor(models, tokenizer)
     longest = models.family.max_tokens(models.config)
     limits = None if longest is None else TokenLimits(models.config.vocab_size, longest)
-    lengths = [recipe.max_length, longest]
-    lengths.append(getattr(preprocessor, "model_max_length", None))
-    max_length = min(length for length in lengths if length is not None)
+    lengths = [max_length, longest, getattr(preprocessor, "model_max_length", None)]
+    shortest = min(length for length in lengths if length is not None)
     decoder_start = _decoder_start(models) if models.config.is_encoder_decoder else None
 
     def load(source: DataSource, name: str) -> Examples:
@@ -151,8 +160,8 @@ def example_loader(
             root=root,
             inputs=models.family.inputs,
             preprocessor=preprocessor,
-            max_length=max_length,
-            seed=recipe.seed,
+            max_length=shortest,
+            seed=seed,
             name=name,
             limits=limits,
             language=models.family.language,
@@ -162,11 +171,13 @@ def example_loader(
     return load
 
 
-def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
-    load_one = example_loader(recipe, models, root)
-
+def _load_data(
+    tasks: Mapping[str, TaskRecipe],
+    load_source: Callable[[DataSource, str], Examples],
+    language: bool,
+) -> Data:
     def load(part: str) -> dict[str, Examples]:
-        sources = {task: getattr(recipe.tasks[task], part) for task in recipe.tasks}
+        sources = {task: getattr(task_recipe, part) for task, task_recipe in tasks.items()}
         given = [task for task, source in sources.items() if source is not None]
         missing = [task for task in sources if task not in given]
         if given and missing:
@@ -175,21 +186,15 @@ def _load_data(recipe: Recipe, models: Models, root: Path) -> Data:
                 "give it for every task or for none"
             )
         return {
-            task: load_one(source, f"{part} data of task {task!r}")
+            task: load_source(source, f"{part} data of task {task!r}")
             for task, source in sources.items()
             if source is not None
         }
 
-    calibration = load("calibration")
-    if recipe.learning.examples is not None:
-        calibration = {
-            task: Subset.draw(examples, recipe.learning.examples, recipe.seed)
-            for task, examples in calibration.items()
-        }
-    data = Data(calibration, load("validation"), load("test"))
+    data = Data(*map(load, Data._fields))
     for part in ("validation", "test"):
         for task, examples in getattr(data, part).items():
-            if examples.labels is None and not models.family.language:
+            if examples.labels is None and not language:
                 raise InputError(
                     f"tasks.{task}.{part}.label: is missing; name the column of the class index"
                 )
@@ -234,17 +239,17 @@ def _decoder_start(models: Models) -> int:
 
 
 def _load_heads(
-    recipe: Recipe, models: Models, data: Data, dtype: np.dtype | None
+    tasks: Mapping[str, TaskRecipe], models: Models, data: Data, dtype: np.dtype | None
 ) -> dict[str, dict[str, Array]]:
     heads = {}
-    for task, task_recipe in recipe.tasks.items():
+    for task, task_recipe in tasks.items():
         if models.family.auto_class is not None:
             head = load_head(models, task)
         else:
             names = _class_names(task, task_recipe, data)
             head = load_zero_shot_head(models, names, task_recipe.templates)
-        own = {name: jnp.asarray(array, dtype) for name, array in head.items()}
-        heads[task] = models.devices.replicate(own)
+        parameters = {name: jnp.asarray(array, dtype) for name, array in head.items()}
+        heads[task] = models.devices.replicate(parameters)
     return heads
 
 

@@ -1,0 +1,87 @@
+"""The optimizer of a recipe: an optax transformation by name."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.learning import schedules
+
+if TYPE_CHECKING:
+    from adamerge_jax.recipes.schema import OptimizerRecipe
+
+
+def build_optimizer(settings: "OptimizerRecipe", steps: int) -> optax.GradientTransformation:
+    """Builds the optax transformation for a number of steps.
+
+    Args:
+        settings: Names the optimizer, its schedule and their options.
+        steps: Number of optimizer steps, with which a decaying schedule ends.
+
+    Raises:
+        InputError: optax has no such optimizer or schedule, or refuses an option.
+    """
+    rate = settings.learning_rate
+    if settings.schedule is not None:
+        options = {"init_value": rate} | settings.schedule_options
+        modules = [schedules, optax.schedules]
+        function = _find(modules, settings.schedule)
+        if function and "decay_steps" in inspect.signature(function).parameters:
+            options = {"decay_steps": steps} | options
+        rate = _call_optax("learning.optimizer.schedule", settings.schedule, modules, options)
+    if "learning_rate" in settings.options:
+        raise InputError(
+            "learning.optimizer.options: learning_rate is a field of its own, "
+            "learning.optimizer.learning_rate"
+        )
+    options = settings.options | {"learning_rate": rate}
+    field = "learning.optimizer.name"
+    optimizer = _call_optax(field, settings.name, [optax, optax.contrib], options)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(f"{field}: optax.{settings.name} is no optimizer; use e.g. adam")
+    if settings.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+
+
+def require_gradient_alone(optimizer: optax.GradientTransformation, name: str) -> None:
+    """Refuses an optimizer that a gradient is not enough for, such as one with a line search.
+
+    Raises:
+        InputError: Names the optimizer.
+    """
+    try:
+        jax.eval_shape(lambda one: optimizer.update(one, optimizer.init(one), one), jnp.zeros(1))
+    except TypeError as error:
+        raise InputError(
+            f"learning.optimizer.name: optax.{name} asks for more than a gradient in each step; "
+            "use e.g. adam"
+        ) from error
+
+
+def _call_optax(
+    field: str, name: str, modules: Sequence[ModuleType], options: Mapping[str, Any]
+) -> Any:
+    """Calls a function of optax by name."""
+    function = _find(modules, name)
+    if function is None:
+        public = [n for module in modules for n in dir(module) if not n.startswith("_")]
+        nearest = difflib.get_close_matches(name, public, n=1, cutoff=0.0)
+        raise InputError(f"{field}: optax has no {name!r}; did you mean {nearest[0]!r}?")
+    try:
+        return function(**options)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{field}: optax.{name} says: {reason}") from error
+
+
+def _find(modules: Sequence[ModuleType], name: str) -> Any:
+    """Returns the public function of that name in the first module that has one, or None."""
+    functions = (getattr(m, name) for m in modules if callable(getattr(m, name, None)))
+    return None if name.startswith("_") else next(functions, None)

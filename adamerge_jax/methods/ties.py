@@ -1,0 +1,20 @@
+"""TIES-Merging (Yadav et al., NeurIPS 2023): trim, elect signs, merge what agrees."""
+
+from adamerge_jax.interference import FittedStep
+from adamerge_jax.methods.method import MergeMethod
+from adamerge_jax.methods.task_arithmetic import task_arithmetic
+
+
+def ties(coefficient: float = 1.0, density: float = 0.2) -> MergeMethod:
+    """Adds `coefficient` times the mean of the task vectors' largest entries that agree in sign.
+
+    Args:
+        coefficient: The factor of the merged task vector; the paper's default is 1.
+        density: Part of each task vector's entries that is kept, the largest ones.
+    """
+    steps = (
+        FittedStep("trim", {"density": density}),
+        FittedStep("elect_sign", {}),
+        FittedStep("disjoint_mean", {}),
+    )
+    return task_arithmetic(coefficient)._replace(interference=steps)

@@ -1,0 +1,285 @@
+"""From a recipe to the method that it describes: functions in place of names.
+
+`build` is called once a run. What comes after it gets the `Method`, the models and the data, and
+nothing of the recipe.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import optax
+
+from adamerge_jax.checkpoints.dtypes import DELTA_DTYPES
+from adamerge_jax.coefficients.granularities import Granularity, Shapes, make_granularity
+from adamerge_jax.coefficients.importance import FROM_COARSE
+from adamerge_jax.errors import InputError
+from adamerge_jax.interference import FittedStep, make_step
+from adamerge_jax.learning.learner import Control
+from adamerge_jax.learning.optimizer import build_optimizer, require_gradient_alone
+from adamerge_jax.models.family import Family
+from adamerge_jax.objectives import Needs, Objective, make_objective, weighted_sum
+from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
+from adamerge_jax.recipes.schema import (
+    InterferenceRecipe,
+    ObjectiveRecipe,
+    Recipe,
+    RegularizerRecipe,
+)
+from adamerge_jax.task_vectors.offload.memory import Place
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class OpenedModels(Protocol):
+    """The facts of opened models that a method depends on.
+
+    Attributes:
+        family: The architecture family of all of them.
+    """
+
+    family: Family
+
+    @property
+    def config(self) -> "PretrainedConfig":
+        """The base's config."""
+        ...
+
+
+class GranularityChoice(NamedTuple):
+    """A granularity by name, before the shapes of the merged parameters are known."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def make(self, shapes: Shapes) -> Granularity:
+        """Makes the granularity for parameters of these shapes.
+
+        Raises:
+            InputError: It refuses a shape.
+        """
+        return make_granularity(self.name, self.options, shapes)
+
+    def along_axes(self, shapes: Shapes) -> bool:
+        """Returns True where each scale broadcasts against its parameter.
+
+        Args:
+            shapes: Shapes of the parameters that are merged.
+        """
+        return self.name not in FROM_COARSE and self.make(shapes).along_axes(shapes)
+
+    def keeps_factors(self, shapes: Shapes) -> bool:
+        """Returns True where a merge of low-rank task vectors stays low-rank.
+
+        Args:
+            shapes: Shapes of the parameters with low-rank task vectors.
+        """
+        return self.name not in FROM_COARSE and self.make(shapes).keeps_factors(shapes)
+
+
+class Stage(NamedTuple):
+    """One run of the learning loop.
+
+    Attributes:
+        name: `coarse`, or `learning` for the one whose coefficients are the result.
+        granularity: Which parameters share a coefficient.
+        steps: Number of optimizer steps.
+        evaluate_every: Steps between two evaluations of the held-out data.
+        optimizer: The optax transformation for so many steps.
+    """
+
+    name: str
+    granularity: GranularityChoice
+    steps: int
+    evaluate_every: int
+    optimizer: optax.GradientTransformation
+
+
+class Method(NamedTuple):
+    """All that a recipe says of how coefficients are learned, as functions and numbers.
+
+    Attributes:
+        stages: Runs of the learning loop, in their order: coarse coefficients first, if any.
+        constraint: Name of the constraint on coefficients.
+        initial: The value at which every coefficient starts.
+        start: The file whose coefficients learning starts from, if any.
+        other_base: Whether that file may have been learned for another base.
+        objectives: The objective of each task.
+        objective_in_words: The same for people.
+        target_specs: The targets that each task's objective wants.
+        regularizers: Terms that are added to the sum over tasks, with their weights.
+        interference: Steps that change task vectors before mixing.
+        control: The tasks that must not suffer, where something is to be forgotten.
+        batch_size: Examples of every task per step.
+        microbatches: Parts in which a step runs its batch.
+        held_out: Part of each task's calibration examples that is held out.
+        seed: All randomness comes from it.
+        delta_dtype: That of task vectors; None for the checkpoint's.
+        memory: The place where task vectors are kept.
+    """
+
+    stages: tuple[Stage, ...]
+    constraint: str
+    initial: float
+    start: str | None
+    other_base: bool
+    objectives: Mapping[str, Objective]
+    objective_in_words: str
+    target_specs: Mapping[str, Needs]
+    regularizers: Sequence[tuple[float, Regularizer]]
+    interference: tuple[FittedStep, ...]
+    control: Control | None
+    batch_size: int
+    microbatches: int
+    held_out: float
+    seed: int
+    delta_dtype: np.dtype | None
+    memory: Place
+
+    @property
+    def result(self) -> Stage:
+        """The stage whose coefficients are the result."""
+        return self.stages[-1]
+
+
+def build(recipe: Recipe, models: OpenedModels) -> Method:
+    """Turns a recipe into functions and numbers.
+
+    Args:
+        recipe: A checked recipe.
+        models: The base and its experts, opened.
+
+    Raises:
+        InputError: An objective does not go with this kind of model, labels are missing, or the
+            optimizer asks for more than a gradient.
+    """
+    language = models.family.language
+    learning, coefficients = recipe.learning, recipe.coefficients
+    objectives = build_objectives(recipe.objectives, recipe.tasks)
+    specs = {task: objective.needs for task, objective in objectives.items()}
+    _require_fitting(recipe, specs, language)
+    if language or len(specs) == 1:
+        # One output layer for all tasks: experts would contradict each other. Of one task: there
+        # are no others.
+        specs = {task: spec._replace(elsewhere=0) for task, spec in specs.items()}
+    if learning.control is not None and not language:
+        # What is controlled without labels is the agreement with the experts.
+        specs = {task: spec._replace(expert_logits=True) for task, spec in specs.items()}
+    delta_dtype = recipe.task_vectors.dtype or recipe.dtype
+    return Method(
+        stages=_build_stages(recipe, models),
+        constraint=coefficients.constraint,
+        initial=recipe.initial_coefficient,
+        start=coefficients.start,
+        other_base=coefficients.other_base,
+        objectives=objectives,
+        objective_in_words=" + ".join(map(_in_words, recipe.objectives)),
+        target_specs=specs,
+        regularizers=build_regularizers(recipe.regularizers),
+        interference=build_interference(recipe.interference, recipe.seed),
+        control=_build_control(recipe),
+        batch_size=learning.batch_size,
+        microbatches=learning.microbatches,
+        held_out=learning.held_out,
+        seed=recipe.seed,
+        delta_dtype=DELTA_DTYPES[delta_dtype] if delta_dtype else None,
+        memory=recipe.task_vectors.memory,
+    )
+
+
+def build_objectives(
+    terms: Sequence[ObjectiveRecipe], tasks: Iterable[str]
+) -> dict[str, Objective]:
+    """Builds the objective of each task.
+
+    Raises:
+        InputError: There is no such objective, or it refuses an option.
+    """
+    objectives = [(term, make_objective(term.name, term.options)) for term in terms]
+    return {
+        task: weighted_sum(
+            [
+                (term.weight_of(task), objective)
+                for term, objective in objectives
+                if term.weight_of(task)
+            ]
+        )
+        for task in tasks
+    }
+
+
+def build_regularizers(terms: Sequence[RegularizerRecipe]) -> list[tuple[float, Regularizer]]:
+    """Builds the terms that are added to the objectives, with their weights.
+
+    Raises:
+        InputError: There is no such regularizer, or it refuses an option.
+    """
+    return [(term.weight, make_regularizer(term.name, term.options)) for term in terms]
+
+
+def build_interference(steps: Sequence[InterferenceRecipe], seed: int) -> tuple[FittedStep, ...]:
+    """Builds the steps that change task vectors before mixing.
+
+    Raises:
+        InputError: There is no such step, or it refuses an option.
+    """
+    built = []
+    for step in steps:
+        drawn = {"seed": seed} if step.name == "drop_and_rescale" else {}
+        built.append(FittedStep(step.name, drawn | step.options))
+        make_step(step.name, built[-1].options)
+    return tuple(built)
+
+
+def _build_stages(recipe: Recipe, models: OpenedModels) -> tuple[Stage, ...]:
+    learning, coefficients = recipe.learning, recipe.coefficients
+    name, options = coefficients.granularity, coefficients.granularity_options
+    if name == "partition":
+        options = {"seed": recipe.seed} | options
+    if name == "head" and not options:
+        options = {"heads": models.family.heads(models.config)}
+    lengths = [("learning", GranularityChoice(name, options), learning.steps)]
+    if coefficients.coarse is not None:
+        choice = GranularityChoice(coefficients.coarse.granularity, {})
+        lengths.insert(0, ("coarse", choice, coefficients.coarse.steps))
+    stages = tuple(
+        Stage(
+            name,
+            choice,
+            steps,
+            learning.evaluate_every or max(1, steps // 10),
+            build_optimizer(learning.optimizer, steps),
+        )
+        for name, choice, steps in lengths
+    )
+    require_gradient_alone(stages[-1].optimizer, learning.optimizer.name)
+    return stages
+
+
+def _build_control(recipe: Recipe) -> Control | None:
+    if not recipe.forgotten:
+        return None
+    kept = tuple(k for k, task in enumerate(recipe.tasks) if task not in recipe.forgotten)
+    return Control(kept, recipe.learning.control)
+
+
+def _require_fitting(recipe: Recipe, specs: Mapping[str, Needs], language: bool) -> None:
+    """Refuses objectives that do not go with this kind of model, and labels that are missing."""
+    for task, spec in specs.items():
+        if language:
+            if spec.strong_view:
+                raise InputError(
+                    "objectives: pseudo_labels is for classes; a language model has none"
+                )
+        elif spec.labels and recipe.tasks[task].calibration.label is None:
+            raise InputError(
+                f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
+                "name the column of the class index, or choose an objective that needs none"
+            )
+
+
+def _in_words(term: ObjectiveRecipe) -> str:
+    if isinstance(term.weight, dict):
+        return f"{term.name} ({', '.join(f'{task} {w:g}' for task, w in term.weight.items())})"
+    return term.name if term.weight == 1 else f"{term.weight:g} {term.name}"

@@ -1,0 +1,134 @@
+"""Checks of what a recipe's types cannot say: fields that do not go together, unknown choices.
+
+No checkpoint and no data is opened. Each function checks one section, in the order of the fields.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from adamerge_jax.checkpoints.folders import require_task_name
+from adamerge_jax.coefficients.constraints import CONSTRAINTS
+from adamerge_jax.coefficients.granularities import GRANULARITIES, make_granularity
+from adamerge_jax.coefficients.importance import FROM_COARSE
+from adamerge_jax.errors import InputError
+from adamerge_jax.learning.optimizer import build_optimizer
+from adamerge_jax.recipes.build import (
+    build_interference,
+    build_objectives,
+    build_regularizers,
+)
+from adamerge_jax.recipes.schema import (
+    CoefficientsRecipe,
+    DevicesRecipe,
+    LearningRecipe,
+    ObjectiveRecipe,
+    Recipe,
+    TaskVectorsRecipe,
+)
+from adamerge_jax.registry import find_registered
+
+
+def check(recipe: Recipe) -> None:
+    """Refuses fields that do not go together, what names no function, and unknown options.
+
+    Raises:
+        InputError: Says which field, and what to change.
+    """
+    _check_tasks(recipe.tasks)
+    _check_devices(recipe.devices)
+    _check_initial(recipe.coefficients, recipe.initial_coefficient, len(recipe.tasks))
+    _check_weights(recipe.objectives, recipe.tasks)
+    _check_control(recipe.learning, recipe.forgotten, recipe.tasks)
+    _check_coefficients(recipe.coefficients, recipe.task_vectors)
+    build_optimizer(recipe.learning.optimizer, recipe.learning.steps)
+    build_regularizers(recipe.regularizers)
+    build_interference(recipe.interference, recipe.seed)
+    objectives = build_objectives(recipe.objectives, recipe.tasks).values()
+    if recipe.learning.microbatches > 1 and any(o.needs.whole_batch for o in objectives):
+        raise InputError(
+            "learning.microbatches: pseudo_labels, and hidden_state_alignment with relative, "
+            "look at the whole batch; set it to 1, or choose another objective"
+        )
+
+
+def _check_tasks(tasks: Mapping[str, object]) -> None:
+    for task in tasks:
+        require_task_name(task)
+    if "base" in tasks:
+        raise InputError("tasks: no task can be called 'base'; rename it")
+
+
+def _check_devices(devices: DevicesRecipe) -> None:
+    for field in ("coordinator", "processes", "process"):
+        if getattr(devices, field) is not None and not devices.distributed:
+            raise InputError(
+                f"devices.{field}: is for several processes; set devices.distributed, or leave "
+                "it out"
+            )
+
+
+def _check_initial(coefficients: CoefficientsRecipe, initial: float, experts: int) -> None:
+    constraint = CONSTRAINTS[coefficients.constraint]
+    if not constraint.allows(np.full(experts, initial)):
+        raise InputError(
+            f"coefficients.initial: {initial:g} is not {constraint.range}, "
+            f"as the constraint {coefficients.constraint!r} asks; change one of the two"
+        )
+    if coefficients.other_base and coefficients.start is None:
+        raise InputError(
+            "coefficients.other_base: there is no coefficients.start that it allows; give one, "
+            "or leave it out"
+        )
+
+
+def _check_weights(objectives: Sequence[ObjectiveRecipe], tasks: Mapping[str, object]) -> None:
+    for position, term in enumerate(objectives):
+        unknown = set(term.weight) - set(tasks) if isinstance(term.weight, dict) else ()
+        if unknown:
+            raise InputError(
+                f"objectives.{position}.weight: {min(unknown)!r} is no task; "
+                f"the tasks are {', '.join(tasks)}"
+            )
+
+
+def _check_control(
+    learning: LearningRecipe, forgotten: Sequence[str], tasks: Mapping[str, object]
+) -> None:
+    if learning.control is not None and not forgotten:
+        raise InputError(
+            "learning.control: nothing is to be forgotten; give the objective of a task a "
+            "weight below 0, or leave it out"
+        )
+    if learning.control is not None and len(forgotten) == len(tasks):
+        raise InputError("learning.control: every task is to be forgotten, none is left to control")
+    if learning.batch_size % learning.microbatches:
+        raise InputError(
+            f"learning.microbatches: {learning.microbatches} equal parts cannot be made of "
+            f"learning.batch_size {learning.batch_size}; change one of the two"
+        )
+
+
+def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVectorsRecipe) -> None:
+    name, options = coefficients.granularity, coefficients.granularity_options
+    from_coarse = FROM_COARSE.get(name)
+    if from_coarse is not None:
+        if coefficients.coarse is None:
+            raise InputError(
+                f"coefficients.coarse: is missing; {name} scores tensors by coefficients that are "
+                "learned first"
+            )
+        from_coarse.require_options(options)
+        takes_rows_apart = True
+    else:
+        find_registered("coefficients.granularity", GRANULARITIES, name)
+        takes_rows_apart = False
+        # Without parameters only options are looked at; those of heads may be left to the model.
+        if name in GRANULARITIES and (options or name != "head"):
+            takes_rows_apart = make_granularity(name, options, {}).prepares
+    if task_vectors.dtype == "int8" and takes_rows_apart:
+        raise InputError(
+            f"task_vectors.dtype: int8 has a step for each row, and the granularity {name!r} "
+            "takes rows apart; take row, column, head, tensor or a coarser one, or bfloat16 task "
+            "vectors"
+        )
