@@ -281,20 +281,11 @@ def _tell_left_out(table: Table, useful: int, count: int, max_length: int) -> No
         )
     if useful < count:
         log.warning(
-            "%s: %d of %d examples are left out: no token to predict within max_length=%d",
-            table.name,
-            count - useful,
-            count,
-            max_length,
+            f"{table.name}: {count - useful} of {count} examples are left out: no token to predict "
+            f"within max_length={max_length}"
         )
 
 
 def _tell_cut(table: Table, cut: int, count: int, max_length: int) -> None:
     if cut:
-        log.warning(
-            "%s: %d of %d examples are cut to max_length=%d tokens",
-            table.name,
-            cut,
-            count,
-            max_length,
-        )
+        log.warning(f"{table.name}: {cut} of {count} examples are cut to {max_length=} tokens")

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.report.coefficients import (
@@ -13,6 +12,7 @@ from adamerge_jax.report.coefficients import (
     scaled_in_words,
     spreads,
 )
+from adamerge_jax.report.rendering import render
 from adamerge_jax.report.results import TITLES, scores_in_words
 from adamerge_jax.runs.results import Row
 
@@ -81,15 +81,9 @@ def model_card(
         names = dict.fromkeys(origin.license for origin in origins)
         fields["license_name"] = "-and-".join(str(name) for name in names)
     data = ModelCardData(**{name: value for name, value in fields.items() if value is not None})
-    environment = Environment(
-        loader=PackageLoader("adamerge_jax", "report"),
-        autoescape=False,  # Markdown
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    text = environment.get_template("model_card.md.jinja").render(
+    text = render(
+        "model_card.md.jinja",
+        html=False,
         coefficients=coefficients,
         method=method,
         **_coefficients_in_words(coefficients),

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from adamerge_jax.checkpoints.folders import readable_size
 from adamerge_jax.report.coefficients import (
@@ -21,6 +19,7 @@ from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
 from adamerge_jax.report.curves import draw_curves
 from adamerge_jax.report.maps import cosine_range, draw_expert, draw_similarity
 from adamerge_jax.report.pictures import Picture, save_picture
+from adamerge_jax.report.rendering import render
 from adamerge_jax.report.results import (
     TITLES,
     best_single,
@@ -80,15 +79,9 @@ def write_page(folder: Path) -> Path:
     run = SavedRun.open(folder)
     pictures = folder / PICTURE_FOLDER
     pictures.mkdir(exist_ok=True)
-    environment = Environment(
-        loader=PackageLoader("adamerge_jax", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = _breakable
-    page = environment.get_template("page.html.jinja").render(
+    page = render(
+        "page.html.jinja",
+        html=True,
         run=run,
         facts=_facts(run),
         missing=_missing(run),
@@ -389,8 +382,3 @@ def _cost(run: SavedRun) -> Grid | None:
     return Grid(
         "What the run took", [""], [Line(name, [Cell(text)]) for name, text in facts.items()]
     )
-
-
-def _breakable(name: str) -> Markup:
-    """Returns a dotted name or a path that may be broken into lines behind dots and slashes."""
-    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))

@@ -19,6 +19,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from adamerge_jax.runs.folder import ByTask, StepRecord
+
 if TYPE_CHECKING:
     from adamerge_jax.learning.learner import Progress
 
@@ -71,7 +73,7 @@ def show_progress(
     ):
 
         def on_step(progress: "Progress") -> None:
-            record = _as_record(tasks, progress)
+            record = _as_record(tasks, progress)._asdict()
             file.write(json.dumps(record) + "\n")
             file.flush()
             on_record(record)
@@ -96,10 +98,10 @@ def show_progress(
         yield on_step
 
 
-def _as_record(tasks: Sequence[str], progress: "Progress") -> dict[str, Any]:
+def _as_record(tasks: Sequence[str], progress: "Progress") -> StepRecord:
     """Returns the line of `metrics.jsonl` for a step."""
 
-    def by_task(values: np.ndarray | None) -> dict[str, float | None] | None:
+    def by_task(values: np.ndarray | None) -> ByTask | None:
         if values is None:
             return None
         # JSON has no NaN: where there is nothing to agree with, there is no number.
@@ -107,10 +109,10 @@ def _as_record(tasks: Sequence[str], progress: "Progress") -> dict[str, Any]:
         return dict(zip(tasks, numbers, strict=True))
 
     held_out = progress.held_out
-    return {
-        "step": progress.step,
-        "objective": by_task(progress.per_task),
-        "held_out": by_task(held_out and held_out.objective),
-        "agreement": by_task(held_out and held_out.agreement),
-        "seconds": round(progress.seconds, 4),
-    }
+    return StepRecord(
+        progress.step,
+        by_task(progress.per_task),
+        by_task(held_out and held_out.objective),
+        by_task(held_out and held_out.agreement),
+        round(progress.seconds, 4),
+    )
