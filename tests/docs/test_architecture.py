@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rich.console import Console
+from safetensors.numpy import load_file
 
 import adamerge_jax
+from adamerge_jax import parse_recipe
 from adamerge_jax.coefficients.granularities import (
     GRANULARITIES,
     constant,
     make_granularity,
 )
+from adamerge_jax.methods import METHODS
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import ARCHITECTURES, family_of
 from adamerge_jax.models.family import complete_head
+from adamerge_jax.pipeline import export
+from adamerge_jax.pipeline.run import merge
 from adamerge_jax.task_vectors import task_vectors
 from tests.models.test_decoders import SIZES, TOLERANCE, padded_batch
 from tests.references import parameters_of, randomise, saved_parameters
@@ -40,8 +46,12 @@ def added(heading: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert not (ROOT / f"{file}.py").exists()
     module = ModuleType(file.replace("/", "."))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], module.__dict__)
+    exec(samples(heading)[0], module.__dict__)
     return module
+
+
+def samples(heading: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", section(heading), re.DOTALL)
 
 
 def test_it_names_every_room():
@@ -105,3 +115,33 @@ def test_an_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         expected = model(**{name: torch.from_numpy(array) for name, array in batch.items()}).logits
     logits = head(complete_head(head, {}, parameters), backbone(parameters, batch))
     np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_a_method_and_an_export_format(
+    text_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    method = added("How to add a merge method without learning", monkeypatch)
+    monkeypatch.setitem(METHODS, "median", method.median)
+    exporter = eval(
+        samples("How to add an export format")[1],
+        added("How to add an export format", monkeypatch).__dict__ | {"Exporter": export.Exporter},
+    )
+    monkeypatch.setattr(export, "EXPORTERS", (exporter,))
+    merge(
+        parse_recipe(text_recipe),
+        "median",
+        {},
+        root=tmp_path,
+        out=tmp_path / "merged",
+        console=Console(quiet=True),
+    )
+    base = load_file(Path(text_recipe["base"]) / "model.safetensors")
+    experts = [
+        load_file(Path(task["expert"]) / "model.safetensors")
+        for task in text_recipe["tasks"].values()
+    ]
+    written = {file.stem: np.load(file) for file in (tmp_path / "merged/numpy").glob("*.npy")}
+    assert set(written) == {f"bert.{name}" for name in base}
+    for name, array in written.items():
+        of_experts = [expert[name] for expert in experts]
+        np.testing.assert_allclose(array, np.median(of_experts, axis=0), atol=1e-6)  # float32
