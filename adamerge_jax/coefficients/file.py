@@ -196,14 +196,6 @@ class Coefficients:
         """The granularity, made for the mixed parameters by their names without `*`."""
         return make_granularity(self.granularity, self.granularity_options, self.shapes)
 
-    def make_granularity(self, shapes: Shapes) -> Granularity:
-        """Returns the granularity for parameters of the given shapes.
-
-        Args:
-            shapes: Shapes of `self.parameters`, by names without `*`.
-        """
-        return make_granularity(self.granularity, self.granularity_options, shapes)
-
     def stacked_once(self) -> Values:
         """Returns values `[1, K, ...]` as a granularity of parameters without `*` takes them."""
         return {group: jnp.asarray(values)[None] for group, values in self.values.items()}

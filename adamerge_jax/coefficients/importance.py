@@ -14,9 +14,6 @@ from jaxtyping import Float
 from adamerge_jax.coefficients.granularity import Shapes, can_be_split, require_whole
 from adamerge_jax.errors import InputError
 
-IMPORTANCE_CHUNK = "importance_chunk"
-"""The granularity that is `chunk` with as many pieces as importance says."""
-
 
 class FromCoarse(NamedTuple):
     """A granularity that is another one, whose options follow from coarse coefficients.
@@ -129,7 +126,7 @@ def _require_budget_alone(options: Mapping[str, Any]) -> None:
 
 
 FROM_COARSE: dict[str, FromCoarse] = {
-    IMPORTANCE_CHUNK: FromCoarse(
+    "importance_chunk": FromCoarse(
         "chunk",
         _require_budget_alone,
         lambda options, experts, tensors: require_budget(options["budget"], experts, tensors),

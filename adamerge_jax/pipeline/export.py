@@ -349,7 +349,7 @@ def export_mergekit(
     if coefficients.interference:
         raise inexpressible("it has interference steps, whose order and sums are other ones there")
     scales, experts = coefficients.scales(), len(models.experts)
-    granularity = coefficients.make_granularity(coefficients.shapes)
+    granularity = coefficients.unstacked_granularity
     finer = any(scale.size != experts for scale in scales.values())
     if finer or granularity.prepares:
         raise inexpressible(

@@ -45,7 +45,7 @@ def fold(
         InputError: See `require_fitting`.
     """
     require_fitting(models, coefficients)
-    granularity = coefficients.make_granularity(coefficients.shapes)
+    granularity = coefficients.unstacked_granularity
     scales = coefficients.scales()
     # A tensor at a time fits on one device, and other processes need not take part.
     models = dataclasses.replace(models, devices=ONE_DEVICE)

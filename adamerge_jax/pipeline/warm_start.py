@@ -6,6 +6,7 @@ granularity. So another source of a start is one function that returns a `WarmSt
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -196,8 +197,8 @@ def initial_values(
     The same granularity with the same options takes learned coefficients as they are. Otherwise
     each coefficient is the mean of the start over all parameters that it is for, where both
     granularities go along the axes of a parameter (from `task` to `row`, `column` and `head`). To
-    and from others (`chunk`, `partition`, `singular`, those of a user) it goes through the mean of
-    each tensor. Whatever is not in the constraint's range is then moved into it.
+    and from others (`chunk`, `partition`, `singular`) it goes through the mean of each tensor.
+    Whatever is not in the constraint's range is then moved into it.
 
     Args:
         start: Where to start.
@@ -323,7 +324,7 @@ def _rearranged(coefficients: Coefficients, experts: Sequence[str]) -> Coefficie
 
 def _along_axes(coefficients: Coefficients) -> dict[str, Float[np.ndarray, "K ..."]]:
     """The scale of each tensor where it broadcasts against it, else its mean `[K]`."""
-    if coefficients.make_granularity(coefficients.shapes).along_axes(coefficients.shapes):
+    if coefficients.unstacked_granularity.along_axes(coefficients.shapes):
         return {name: np.asarray(scale) for name, scale in coefficients.scales().items()}
     return coefficients.per_tensor()
 
@@ -375,10 +376,12 @@ def _how(start: WarmStart, chosen: GranularityChoice) -> str:
     if _is_same(start.learned, chosen):
         return f"{name} coefficients start as they were learned"
     before, shapes = start.learned.granularity, start.learned.shapes
-    both = (GranularityChoice(before, start.learned.granularity_options), chosen)
-    if all(choice.along_axes(shapes) for choice in both):
-        return f"{name} coefficients start at the mean of the {before} coefficients of their place"
-    return f"{name} coefficients start at the mean of the {before} coefficients of their tensor"
+    place = "tensor"
+    if start.learned.unstacked_granularity.along_axes(shapes):
+        # What does not fit all tensors of the file may fit those that are merged now.
+        with suppress(InputError):
+            place = "place" if chosen.along_axes(shapes) else "tensor"
+    return f"{name} coefficients start at the mean of the {before} coefficients of their {place}"
 
 
 def _out_of_range(start: WarmStart, constraint: str) -> list[str]:

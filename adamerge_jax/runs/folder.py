@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.errors import InputError
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
@@ -119,7 +120,9 @@ class SavedRun:
         coarse = self.recipe["coefficients"].get("coarse")
         if coarse is not None and len(self.stages) > 1:
             # Of a run that was cut short the file may still hold the coarse coefficients.
-            wanted = self.recipe["coefficients"]["granularity"].removeprefix("importance_")
+            wanted = self.recipe["coefficients"]["granularity"]
+            if wanted in FROM_COARSE:
+                wanted = FROM_COARSE[wanted].granularity
             if self.coefficients.granularity != wanted:
                 return None
         step = self.coefficients.step

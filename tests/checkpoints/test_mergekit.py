@@ -83,8 +83,7 @@ def llama_recipe(tmp_path_factory) -> Recipe:
 
 def per_tensor(models: Models, coefficients: Coefficients) -> dict[str, np.ndarray]:
     """The coefficients of every tensor of the base, 0 where none is merged."""
-    shapes = {name: models.base.shape(name) for name in coefficients.parameters}
-    scales = coefficients.make_granularity(shapes).scales(coefficients.stacked_once())
+    scales = coefficients.scales()
     return {
         name: np.ravel(scales[name]) if name in scales else np.zeros(len(TASKS))
         for name in models.base.names

@@ -72,7 +72,7 @@ def test_scales_of_stacked_and_single_layers_agree(granularity, options):
         granularity=granularity,
         granularity_options=options,
     )
-    single = saved.make_granularity(UNSTACKED).scales(saved.stacked_once())
+    single = saved.unstacked_granularity.scales(saved.stacked_once())
     for name, scale in stacked.scales(values).items():
         assert scale.ndim == len(SHAPES[name]) + 1
         if "*" in name:
@@ -168,7 +168,7 @@ def test_granularity_options_are_saved(tmp_path: Path):
     )
     saved.save(tmp_path / "c.safetensors")
     loaded = Coefficients.load(tmp_path / "c.safetensors")
-    (scale,) = loaded.make_granularity(loaded.shapes).scales(loaded.stacked_once()).values()
+    (scale,) = loaded.unstacked_granularity.scales(loaded.stacked_once()).values()
     assert scale.shape == (3, 1, 8)
 
 

@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "partition": {"groups": 4, "seed": 1},
     "singular": {"rank": 2},
 }
+OWN = "tests.own_granularity:rows"
 ALONG_AXES = ["task", "layer", "tensor", "groups", "head", "row", "column"]
 
 
@@ -124,6 +125,20 @@ def test_coefficients_start_at_the_mean_over_their_parameters(before, after):
         count += np.bincount(places, minlength=ends[-1])
     found = np.concatenate([np.ravel(own) for own in values.values()])
     np.testing.assert_allclose(found, total / count, rtol=1e-5, atol=1e-6)
+
+
+def test_a_granularity_of_ones_own_starts_by_row_as_the_built_in_one_does():
+    source = learned("column")
+    scales = {name: np.asarray(scale) for name, scale in source.scales().items()}
+    start = WarmStart(scales, INITIAL, "file", learned=source)
+    _, expected = started(start, "row")
+    _, values = started(start, OWN)
+    for name in ("layer.*.dense.weight", "layer.*.dense.bias", "pooler.weight"):
+        np.testing.assert_array_equal(values[name], expected[name])
+    by_row = learned("row")
+    scales = {name: np.asarray(scale) for name, scale in by_row.scales().items()}
+    _, values = started(WarmStart(scales, INITIAL, "file"), OWN)
+    np.testing.assert_allclose(values["pooler.weight"][0], by_row.values["pooler.weight"])
 
 
 @pytest.mark.parametrize("granularity", [*ALONG_AXES, "chunk", "partition", "singular"])
@@ -265,6 +280,14 @@ def test_experts_are_matched_by_name(text_fields, tmp_path):
     assert "subject ('topic' is that very model" in renamed.notes[0]
     with pytest.raises(InputError, match="experts are matched by name, and none has the same"):
         from_file(before, models_of(text_fields, mood=mood))
+
+
+def test_rows_of_a_granularity_of_ones_own_are_carried_row_by_row(text_fields):
+    models = models_of(text_fields)
+    before = random_coefficients(models, OWN)
+    start = from_file(before, models)
+    for name in ("bert.pooler.dense.weight", QUERY.format(1)):
+        np.testing.assert_array_equal(start.scales[name][..., 0], before.values[name])
 
 
 def test_weights_of_a_mergekit_file(text_fields, tmp_path):

@@ -188,6 +188,20 @@ def test_an_adapter_of_every_granularity(llama, tmp_path, granularity):
     assert list(ranks.values()) == [7, 6, 4]
 
 
+def test_an_adapter_of_a_granularity_of_ones_own(llama, tmp_path):
+    """It tells nothing of itself, and exports the adapter of the built-in one that is the same."""
+    tensors = {}
+    for granularity in ("row", "tests.own_granularity:rows"):
+        out = tmp_path / granularity.rpartition(":")[2]
+        folded(llama.adapters, out, granularity=granularity)
+        require_same("llama", Path(llama.adapters["base"]), out)
+        tensors[granularity] = load_file(out / "adapter" / WEIGHTS_FILE)
+    expected, found = tensors.values()
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
 @pytest.mark.parametrize("kind", ["bert", "vit", "clip", "t5", "tied"])
 def test_an_adapter_of_every_kind_of_model(tmp_path, kind):
     adapters = {
