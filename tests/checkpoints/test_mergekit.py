@@ -93,7 +93,7 @@ def per_tensor(models: Models, coefficients: Coefficients) -> dict[str, np.ndarr
 @pytest.mark.parametrize("granularity", ["task", "layer", "tensor"])
 def test_a_merge_is_read_back_as_it_was_written(recipe, models, granularity, tmp_path):
     coefficients = random_coefficients(models, granularity)
-    export_mergekit(recipe, models, coefficients, tmp_path / "merge.yaml")
+    export_mergekit(models, coefficients, tmp_path / "merge.yaml", recipe.export.dtype)
     read = read_weights(tmp_path / "merge.yaml", models.base, models.experts)
     expected = per_tensor(models, coefficients)
     assert list(read) == list(expected)
@@ -105,7 +105,7 @@ def test_a_merge_is_read_back_as_it_was_written(recipe, models, granularity, tmp
 @pytest.mark.parametrize("granularity", ["task", "layer", "tensor"])
 def test_mergekit_makes_the_same_merge(recipe, models, granularity, tmp_path):
     coefficients = random_coefficients(models, granularity)
-    export_mergekit(recipe, models, coefficients, tmp_path / "merge.yaml")
+    export_mergekit(models, coefficients, tmp_path / "merge.yaml", recipe.export.dtype)
     command = [MERGEKIT, "merge.yaml", "merged", "--no-copy-tokenizer"]
     subprocess.run(command, cwd=tmp_path, check=True)
     theirs = load_file(tmp_path / "merged" / "model.safetensors")
@@ -123,7 +123,7 @@ def test_a_name_within_another_changes_only_its_own(llama_recipe, tmp_path):
     values = {name: np.zeros(2, np.float32) for name in coefficients.values}
     values["model.norm.weight"] = np.ones(2, np.float32)
     only = Coefficients(**vars(coefficients) | {"values": values})
-    export_mergekit(llama_recipe, models, only, tmp_path / "merge.yaml")
+    export_mergekit(models, only, tmp_path / "merge.yaml", llama_recipe.export.dtype)
     read = read_weights(tmp_path / "merge.yaml", models.base, models.experts)
     assert [name for name, own in read.items() if own.any()] == ["model.norm.weight"]
 
@@ -144,7 +144,7 @@ def test_the_second_copy_of_tied_embeddings_is_weighted_as_the_first(doubled, tm
     values = {name: np.ones_like(own) for name, own in coefficients.values.items()}
     values["model.embed_tokens.weight"] = np.array([0.25, 0.5], np.float32)
     coefficients = dataclasses.replace(coefficients, values=values)
-    export_mergekit(recipe, models, coefficients, tmp_path / "merge.yaml")
+    export_mergekit(models, coefficients, tmp_path / "merge.yaml", recipe.export.dtype)
     config = yaml.safe_load((tmp_path / "merge.yaml").read_text())
     tables = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if doubled else set())
     for entry, expected in zip(config["models"], (0.25, 0.5), strict=True):
@@ -388,7 +388,7 @@ def test_merges_that_mergekit_cannot_make(llama_recipe, tmp_path, granularity, i
     models = open_models(llama_recipe, Path())
     coefficients = random_coefficients(models, granularity, interference)
     with pytest.raises(InputError, match=f"mergekit cannot make this merge: .*{match}"):
-        export_mergekit(llama_recipe, models, coefficients, tmp_path / "merge.yaml")
+        export_mergekit(models, coefficients, tmp_path / "merge.yaml", llama_recipe.export.dtype)
     assert not list(tmp_path.iterdir())
 
 
@@ -396,7 +396,9 @@ def test_models_with_unlike_tensors(text_recipe, tmp_path):
     recipe = parse_recipe(text_recipe)
     models = open_models(recipe, Path())
     with pytest.raises(InputError, match=r"base .* has no tensor 'bert\.embeddings"):
-        export_mergekit(recipe, models, random_coefficients(models), tmp_path / "merge.yaml")
+        export_mergekit(
+            models, random_coefficients(models), tmp_path / "merge.yaml", recipe.export.dtype
+        )
 
 
 def test_the_command(llama_recipe, tmp_path, capsys):
