@@ -112,4 +112,5 @@ def test_data_sets_of_the_hub(tmp_path):
     paths = ["org/b", "org/a", "images", "data.jsonl", "data.npz", "org/a"]
     tasks = {f"t{k}": {"expert": "e", "calibration": path} for k, path in enumerate(paths)}
     recipe = parse_recipe({"base": "b", "tasks": tasks})
-    assert hub_datasets(recipe, tmp_path) == ["org/a", "org/b"]
+    sources = [task.calibration for task in recipe.tasks.values()]
+    assert hub_datasets(sources, tmp_path) == ["org/a", "org/b"]
