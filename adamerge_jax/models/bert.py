@@ -1,9 +1,7 @@
 """BERT (Devlin et al., 2019) for sequence classification, as `transformers` builds it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,11 +11,13 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
+    Config,
     Embedding,
     LayerNorm,
     Linear,
     LinearHead,
     Outputs,
+    Prefixed,
     Rematerialize,
     Stack,
     activation_of,
@@ -25,12 +25,9 @@ from adamerge_jax.models.layers import (
     padding_bias,
 )
 
-if TYPE_CHECKING:
-    from transformers import BertConfig
-
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: Config):
         self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
@@ -47,7 +44,7 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: Config):
         self.query = Linear(config.hidden_size, config.hidden_size)
         self.key = Linear(config.hidden_size, config.hidden_size)
         self.value = Linear(config.hidden_size, config.hidden_size)
@@ -62,7 +59,7 @@ class SelfAttention(nnx.Module):
 class AddAndNorm(nnx.Module):
     """A projection added to the residual stream and normalised after it."""
 
-    def __init__(self, inputs: int, config: BertConfig):
+    def __init__(self, inputs: int, config: Config):
         self.dense = Linear(inputs, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
@@ -73,7 +70,7 @@ class AddAndNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: Config):
         self.self = SelfAttention(config)
         self.output = AddAndNorm(config.hidden_size, config)
 
@@ -84,7 +81,7 @@ class Attention(nnx.Module):
 
 
 class Intermediate(nnx.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: Config):
         self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.activation = activation_of(config.hidden_act)
 
@@ -93,7 +90,7 @@ class Intermediate(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: Config):
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
         self.output = AddAndNorm(config.intermediate_size, config)
@@ -106,13 +103,13 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: BertConfig, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         _require_encoder(config)
         self.layer = Stack(lambda: Layer(config), config.num_hidden_layers, rematerialize)
 
 
 class Pooler(nnx.Module):
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: Config):
         self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def __call__(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B H"]:
@@ -122,7 +119,7 @@ class Pooler(nnx.Module):
 class Bert(nnx.Module):
     """Embeddings, encoder and pooler; the parameters under `bert.` in a checkpoint."""
 
-    def __init__(self, config: BertConfig, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, rematerialize)
         self.pooler = Pooler(config)
@@ -136,19 +133,7 @@ class Bert(nnx.Module):
         return Outputs(self.pooler(last), last, states)
 
 
-class BertBackbone(nnx.Module):
-    """The merged part of a `BertForSequenceClassification`."""
-
-    def __init__(self, config: BertConfig, rematerialize: Rematerialize):
-        self.bert = Bert(config, rematerialize)
-
-    def __call__(
-        self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool = False
-    ) -> Outputs:
-        return self.bert(inputs, hidden_states)
-
-
-def _require_encoder(config: BertConfig) -> None:
+def _require_encoder(config: Config) -> None:
     """Refuses configs whose tokens do not see later ones, or see those of another model."""
     for name in ("is_decoder", "add_cross_attention"):
         if getattr(config, name, False):
@@ -167,7 +152,7 @@ BERT_HEADS = attention_heads(
 )
 
 FAMILY = Family(
-    backbone=BertBackbone,
+    backbone=partial(Prefixed, "bert", Bert),
     head=LinearHead,
     prefixes=("bert.",),
     inputs=("input_ids", "attention_mask", "token_type_ids"),

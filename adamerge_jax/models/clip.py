@@ -3,10 +3,7 @@
 Experts are vision towers fine-tuned with the head frozen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +13,7 @@ from adamerge_jax.models.clip_text import Encoder
 from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import (
+    Config,
     Embedding,
     LayerNorm,
     Linear,
@@ -27,12 +25,9 @@ from adamerge_jax.models.layers import (
 )
 from adamerge_jax.models.zero_shot import ZeroShotHead
 
-if TYPE_CHECKING:
-    from transformers import CLIPConfig, CLIPVisionConfig
-
 
 class VisionEmbeddings(nnx.Module):
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: Config):
         self.geometry = ImageGeometry.of(config)
         self.class_embedding = parameter(config.hidden_size)
         self.patch_embedding = PatchEmbedding(
@@ -53,7 +48,7 @@ class VisionEmbeddings(nnx.Module):
 class VisionModel(nnx.Module):
     """The parameters under `vision_model.` in a checkpoint."""
 
-    def __init__(self, config: CLIPVisionConfig, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.encoder = Encoder(config, rematerialize)
@@ -73,7 +68,7 @@ class ClipVisionBackbone(nnx.Module):
     `pooled` is the projected image embedding `[B, D]`, not normalised.
     """
 
-    def __init__(self, config: CLIPConfig, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         self.vision_model = VisionModel(config.vision_config, rematerialize)
         self.visual_projection = Linear(
             config.vision_config.hidden_size, config.projection_dim, bias=False

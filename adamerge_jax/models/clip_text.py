@@ -1,9 +1,6 @@
 """The text tower of CLIP (Radford et al., 2021), and the transformer layers of both towers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
+    Config,
     Embedding,
     LayerNorm,
     Linear,
@@ -23,15 +21,12 @@ from adamerge_jax.models.layers import (
     parameter,
 )
 
-if TYPE_CHECKING:
-    from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-
 LEGACY_END_OF_TEXT = 2
 """The wrong `eos_token_id` in configs of the first CLIP checkpoints."""
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
+    def __init__(self, config: Config):
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, config.hidden_size)
         self.v_proj = Linear(config.hidden_size, config.hidden_size)
@@ -46,7 +41,7 @@ class SelfAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
+    def __init__(self, config: Config):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
         self.activation = activation_of(config.hidden_act)
@@ -56,7 +51,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
+    def __init__(self, config: Config):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = SelfAttention(config)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -70,12 +65,12 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         self.layers = Stack(lambda: Layer(config), config.num_hidden_layers, rematerialize)
 
 
 class TextEmbeddings(nnx.Module):
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: Config):
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
@@ -87,7 +82,7 @@ class TextEmbeddings(nnx.Module):
 class TextModel(nnx.Module):
     """The parameters under `text_model.` in a checkpoint."""
 
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: Config):
         self.embeddings = TextEmbeddings(config)
         # Nothing is differentiated through the text tower, so nothing is kept for that.
         self.encoder = Encoder(config, "nothing")
@@ -114,7 +109,7 @@ class ClipText(nnx.Module):
     the projected state of each sequence's end-of-text token.
     """
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: Config):
         self.text_model = TextModel(config.text_config)
         self.text_projection = Linear(
             config.text_config.hidden_size, config.projection_dim, bias=False

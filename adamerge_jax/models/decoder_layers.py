@@ -5,11 +5,9 @@ rotation of positions, the norms. All layers of a model run in one scan, so a di
 them is an array with an entry per layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +18,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
+    Config,
     Embedding,
     Linear,
     Outputs,
@@ -32,8 +31,8 @@ from adamerge_jax.models.layers import (
     value,
 )
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+MakeLayer = Callable[[Config], nnx.Module]
+"""Makes one of a model's layers from its config."""
 
 MakeNorm = Callable[[int, float], nnx.Module]
 """Makes a normalisation from a number of features and the epsilon under its root."""
@@ -52,7 +51,7 @@ class RMSNorm(nnx.Module):
         return (normalised * value(self.weight)).astype(x.dtype)
 
 
-def head_features(config: PretrainedConfig) -> int:
+def head_features(config: Config) -> int:
     """Returns the features of one head, which need not be the hidden size divided by the heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -78,7 +77,7 @@ class Rotary:
     context: int | None = None
 
     @classmethod
-    def of(cls, config: PretrainedConfig, layer_type: str | None = None) -> Rotary:
+    def of(cls, config: Config, layer_type: str | None = None) -> "Rotary":
         """Reads a config's rotary positions, those of one type of layer where types differ.
 
         Raises:
@@ -148,7 +147,7 @@ class Attention(nnx.Module):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: Config,
         *,
         bias: bool = False,
         output_bias: bool = False,
@@ -218,7 +217,7 @@ def window_bias(mask: Int[Array, "B T"], window: Int[Array, ""]) -> Float[Array,
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))` (Shazeer, 2020)."""
 
-    def __init__(self, config: PretrainedConfig, activation: str, *, bias: bool = False):
+    def __init__(self, config: Config, activation: str, *, bias: bool = False):
         width, intermediate = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(width, intermediate, bias=bias)
         self.up_proj = Linear(width, intermediate, bias=bias)
@@ -233,7 +232,7 @@ class GatedMLP(nnx.Module):
 class PreNormLayer(nnx.Module):
     """The usual layer: attention and MLP, each normalised before and added to its input."""
 
-    def __init__(self, config: PretrainedConfig, attention: Attention, *, mlp_bias: bool = False):
+    def __init__(self, config: Config, attention: Attention, *, mlp_bias: bool = False):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -250,9 +249,9 @@ class Decoder(nnx.Module):
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: Config,
         rematerialize: Rematerialize,
-        layer: Callable[[PretrainedConfig], nnx.Module],
+        layer: MakeLayer,
         windows: Sequence[int | None],
         rotaries: Sequence[Rotary],
         norm: MakeNorm,
@@ -285,39 +284,28 @@ class Decoder(nnx.Module):
 
 
 class DecoderBackbone(nnx.Module):
-    """A whole decoder language model: all of it is merged.
-
-    Args:
-        config: The model's config.
-        rematerialize: The values that the backward pass computes again.
-        layer: Makes a layer; it is called with its input and the other arguments of `Attention`.
-        windows: The number of tokens that each layer sees, None for all; by default all see all.
-        rotaries: The rotation of each layer; by default the config's one for all.
-        norm: Makes the last normalisation.
-        embedding_scale: The factor of the embeddings.
-    """
+    """A whole decoder language model: all of it is merged. Arguments as for `decoder_family`."""
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: Config,
         rematerialize: Rematerialize,
-        layer: Callable[[PretrainedConfig], nnx.Module],
         *,
-        windows: Sequence[int | None] | None = None,
-        rotaries: Sequence[Rotary] | None = None,
-        norm: MakeNorm = RMSNorm,
-        embedding_scale: float = 1.0,
+        layer: MakeLayer,
+        windows: Callable[[Config], Sequence[int | None]],
+        rotaries: Callable[[Config], Sequence[Rotary]],
+        norm: MakeNorm,
+        embedding_scale: Callable[[Config], float],
     ):
         _require_causal(config)
-        length = config.num_hidden_layers
         self.model = Decoder(
             config,
             rematerialize,
             layer,
-            windows or [None] * length,
-            rotaries or [Rotary.of(config)] * length,
+            windows(config),
+            rotaries(config),
             norm,
-            embedding_scale,
+            embedding_scale(config),
         )
         if not config.tie_word_embeddings:
             # Read by the head, which is given the backbone's parameters.
@@ -332,14 +320,14 @@ class DecoderBackbone(nnx.Module):
 class TiedOutput(nnx.Module):
     """The embeddings' matrix as an output layer."""
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: Config):
         self.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
 class CausalHead(nnx.Module):
     """Logits of the next token, in float32, by a parameter of the backbone."""
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: Config):
         if config.tie_word_embeddings:
             self.model = TiedOutput(config)
         else:
@@ -350,7 +338,7 @@ class CausalHead(nnx.Module):
         return output(outputs.last_hidden_state).astype(jnp.float32)
 
 
-def windows_by_type(config: PretrainedConfig) -> list[int | None]:
+def windows_by_type(config: Config) -> list[int | None]:
     """Returns the number of tokens that each layer sees: `sliding_window`, or None for all.
 
     Raises:
@@ -371,15 +359,36 @@ def windows_by_type(config: PretrainedConfig) -> list[int | None]:
 
 
 def decoder_family(
-    backbone: Callable[[PretrainedConfig, Rematerialize], nnx.Module],
-    head: Callable[[PretrainedConfig], nnx.Module] = CausalHead,
+    layer: MakeLayer,
+    *,
+    windows: Callable[[Config], Sequence[int | None]] = lambda config: (
+        [None] * config.num_hidden_layers
+    ),
+    rotaries: Callable[[Config], Sequence[Rotary]] = lambda config: (
+        [Rotary.of(config)] * config.num_hidden_layers
+    ),
+    norm: MakeNorm = RMSNorm,
+    embedding_scale: Callable[[Config], float] = lambda config: 1.0,
+    head: Callable[[Config], nnx.Module] = CausalHead,
 ) -> Family:
     """Returns the family of a decoder language model.
 
     Args:
-        backbone: Makes the merged part from a config, a `DecoderBackbone`.
-        head: Makes the output layer from a config.
+        layer: Makes a layer; it is called with its input and the other arguments of `Attention`.
+        windows: The number of tokens that each layer sees, None for all; by default all see all.
+        rotaries: The rotation of each layer; by default the config's one for all.
+        norm: Makes the last normalisation.
+        embedding_scale: The factor of the embeddings.
+        head: Makes the output layer.
     """
+    backbone = partial(
+        DecoderBackbone,
+        layer=layer,
+        windows=windows,
+        rotaries=rotaries,
+        norm=norm,
+        embedding_scale=embedding_scale,
+    )
     return Family(
         backbone=backbone,
         head=head,
@@ -398,13 +407,13 @@ def decoder_family(
     )
 
 
-def _ignored_tensors(config: PretrainedConfig) -> tuple[str, ...]:
+def _ignored_tensors(config: Config) -> tuple[str, ...]:
     """Returns name patterns of tensors in a checkpoint that are no parameters of their own."""
     computed = ("*.position_ids", "*.rotary_emb.inv_freq")
     return (*computed, "lm_head.weight") if config.tie_word_embeddings else computed
 
 
-def _require_causal(config: PretrainedConfig) -> None:
+def _require_causal(config: Config) -> None:
     """Refuses configs whose tokens see later ones, as those of embedding models do."""
     if not getattr(config, "is_causal", True) or getattr(
         config, "use_bidirectional_attention", False

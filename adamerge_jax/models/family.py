@@ -4,21 +4,16 @@ Both are `Network`s, pure functions of flat parameter dictionaries whose keys ar
 Hugging Face checkpoint (`*` where layers are stacked).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from adamerge_jax.models.layers import Rematerialize
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from adamerge_jax.models.layers import Config, Rematerialize
 
 OUTPUT_LAYER = "lm_head.weight"
 """The name of a language model's output layer, where it is not the embedding table."""
@@ -92,33 +87,33 @@ class Family:
             other parameters; False for a classifier, whose head each task keeps.
     """
 
-    backbone: Callable[[PretrainedConfig, Rematerialize], nnx.Module]
-    head: Callable[[PretrainedConfig], nnx.Module]
+    backbone: Callable[[Config, Rematerialize], nnx.Module]
+    head: Callable[[Config], nnx.Module]
     prefixes: tuple[str, ...]
     inputs: tuple[str, ...]
-    max_tokens: Callable[[PretrainedConfig], int | None]
-    heads: Callable[[PretrainedConfig], HeadAxes]
+    max_tokens: Callable[[Config], int | None]
+    heads: Callable[[Config], HeadAxes]
     auto_class: str | None
     base_only: tuple[str, ...] = ()
-    ignored: Callable[[PretrainedConfig], tuple[str, ...]] = lambda config: ("*.position_ids",)
+    ignored: Callable[[Config], tuple[str, ...]] = lambda config: ("*.position_ids",)
     ignored_in_experts: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     language: bool = False
 
     def build_backbone(
-        self, config: PretrainedConfig, rematerialize: Rematerialize = "elementwise"
+        self, config: Config, rematerialize: Rematerialize = "elementwise"
     ) -> Network:
         """Returns the backbone, `(parameters, inputs, hidden_states=False) -> Outputs`."""
         return Network(partial(self.backbone, config, rematerialize))
 
-    def build_head(self, config: PretrainedConfig) -> Network:
+    def build_head(self, config: Config) -> Network:
         """Returns the head, `(parameters, outputs) -> logits [B, C]`, or `[B, T, V]`.
 
         Parameters of it that a task does not keep are the backbone's.
         """
         return Network(partial(self.head, config))
 
-    def tied(self, config: PretrainedConfig) -> tuple[str, ...]:
+    def tied(self, config: Config) -> tuple[str, ...]:
         """Returns the names of the embedding tables that are the output layer too."""
         if not self.language:
             return ()
@@ -127,7 +122,7 @@ class Family:
 
 def attention_heads(
     query: str, key: str, value: str, output: str, part: str | None = None
-) -> Callable[[PretrainedConfig], HeadAxes]:
+) -> Callable[[Config], HeadAxes]:
     """Returns `Family.heads` from the name patterns of the four projections.
 
     Keys and values may have fewer heads than queries.
@@ -140,7 +135,7 @@ def attention_heads(
         part: The field of the config that holds the numbers of heads, if not the config itself.
     """
 
-    def heads(config: PretrainedConfig) -> HeadAxes:
+    def heads(config: Config) -> HeadAxes:
         config = getattr(config, part) if part else config
         count = config.num_attention_heads
         key_value = getattr(config, "num_key_value_heads", None) or count

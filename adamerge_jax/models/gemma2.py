@@ -4,10 +4,6 @@ Embeddings are scaled, norms multiply by `1 + weight`, every other layer sees on
 text, and scores and logits are bent into a range.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -15,22 +11,11 @@ from jaxtyping import Array, Float
 from adamerge_jax.models.decoder_layers import (
     Attention,
     CausalHead,
-    DecoderBackbone,
     GatedMLP,
     decoder_family,
     windows_by_type,
 )
-from adamerge_jax.models.layers import (
-    Outputs,
-    Rematerialize,
-    capped,
-    parameter,
-    unit_mean_square,
-    value,
-)
-
-if TYPE_CHECKING:
-    from transformers import Gemma2Config, PretrainedConfig
+from adamerge_jax.models.layers import Config, Outputs, capped, parameter, unit_mean_square, value
 
 
 class GemmaNorm(nnx.Module):
@@ -48,7 +33,7 @@ class GemmaNorm(nnx.Module):
 class GemmaLayer(nnx.Module):
     """Attention and MLP, each normalised before and after and then added to its input."""
 
-    def __init__(self, config: PretrainedConfig, attention: Attention):
+    def __init__(self, config: Config, attention: Attention):
         def norm() -> GemmaNorm:
             return GemmaNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -67,7 +52,7 @@ class GemmaLayer(nnx.Module):
 
 
 class Gemma2Layer(GemmaLayer):
-    def __init__(self, config: Gemma2Config):
+    def __init__(self, config: Config):
         attention = Attention(
             config,
             bias=config.attention_bias,
@@ -78,24 +63,10 @@ class Gemma2Layer(GemmaLayer):
         super().__init__(config, attention)
 
 
-class Gemma2Backbone(DecoderBackbone):
-    """The merged part of a `Gemma2ForCausalLM`."""
-
-    def __init__(self, config: Gemma2Config, rematerialize: Rematerialize):
-        super().__init__(
-            config,
-            rematerialize,
-            Gemma2Layer,
-            windows=windows_by_type(config),
-            norm=GemmaNorm,
-            embedding_scale=config.hidden_size**0.5,
-        )
-
-
 class GemmaHead(CausalHead):
     """Logits of the next token, bent into a range if the config gives one."""
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: Config):
         super().__init__(config)
         self.soft_cap = config.final_logit_softcapping
 
@@ -104,4 +75,10 @@ class GemmaHead(CausalHead):
         return logits if self.soft_cap is None else capped(logits, self.soft_cap)
 
 
-FAMILY = decoder_family(Gemma2Backbone, GemmaHead)
+FAMILY = decoder_family(
+    Gemma2Layer,
+    windows=windows_by_type,
+    norm=GemmaNorm,
+    embedding_scale=lambda config: config.hidden_size**0.5,
+    head=GemmaHead,
+)

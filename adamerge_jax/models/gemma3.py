@@ -4,26 +4,13 @@ Layers that see a window of the text rotate positions faster than those that see
 is no soft cap on attention.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from adamerge_jax.models.decoder_layers import (
-    Attention,
-    DecoderBackbone,
-    Rotary,
-    decoder_family,
-    windows_by_type,
-)
+from adamerge_jax.models.decoder_layers import Attention, Rotary, decoder_family, windows_by_type
 from adamerge_jax.models.gemma2 import GemmaHead, GemmaLayer, GemmaNorm
-from adamerge_jax.models.layers import Rematerialize
-
-if TYPE_CHECKING:
-    from transformers import Gemma3TextConfig
+from adamerge_jax.models.layers import Config
 
 
 class Gemma3Layer(GemmaLayer):
-    def __init__(self, config: Gemma3TextConfig):
+    def __init__(self, config: Config):
         attention = Attention(
             config,
             bias=config.attention_bias,
@@ -34,19 +21,11 @@ class Gemma3Layer(GemmaLayer):
         super().__init__(config, attention)
 
 
-class Gemma3Backbone(DecoderBackbone):
-    """The merged part of a `Gemma3ForCausalLM`."""
-
-    def __init__(self, config: Gemma3TextConfig, rematerialize: Rematerialize):
-        super().__init__(
-            config,
-            rematerialize,
-            Gemma3Layer,
-            windows=windows_by_type(config),
-            rotaries=[Rotary.of(config, kind) for kind in config.layer_types],
-            norm=GemmaNorm,
-            embedding_scale=config.hidden_size**0.5,
-        )
-
-
-FAMILY = decoder_family(Gemma3Backbone, GemmaHead)
+FAMILY = decoder_family(
+    Gemma3Layer,
+    windows=windows_by_type,
+    rotaries=lambda config: [Rotary.of(config, kind) for kind in config.layer_types],
+    norm=GemmaNorm,
+    embedding_scale=lambda config: config.hidden_size**0.5,
+    head=GemmaHead,
+)

@@ -4,19 +4,15 @@ A batch that does not fit is refused when the model is traced, where shapes are 
 model would read position embeddings that do not exist.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from adamerge_jax.models.layers import Config
 
 
 class TextInputs(NamedTuple):
@@ -67,7 +63,7 @@ class ImageGeometry:
     patch: int
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> ImageGeometry:
+    def of(cls, config: Config) -> "ImageGeometry":
         """Reads the geometry of a vision config.
 
         Raises:

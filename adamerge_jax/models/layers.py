@@ -4,10 +4,8 @@ Checkpoint tensors keep PyTorch's layout, `(out, in)` for a linear layer. A para
 or a `Mixture`; modules read it through `value`, which mixes it where it is used.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +19,11 @@ from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.parameter_names import STACKED
 from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+Config = Any
+"""A config of `transformers`, with the fields that the architecture at hand has.
+
+Not the class itself, which takes seconds to import.
+"""
 
 LINEAR_OUTPUT = "linear_output"
 """The name of outputs of linear layers and of attention in a rematerialisation policy."""
@@ -92,14 +93,14 @@ class Outputs(NamedTuple):
     last_hidden_state: Float[Array, "B T H"]
     hidden_states: Float[Array, "L+1 B T H"] | None
 
-    def examples(self, chosen: slice) -> Outputs:
+    def examples(self, chosen: slice) -> "Outputs":
         """Returns the outputs of some of the examples."""
         states = None if self.hidden_states is None else self.hidden_states[:, chosen]
         pooled = None if self.pooled is None else self.pooled[chosen]
         return Outputs(pooled, self.last_hidden_state[chosen], states)
 
 
-def value(parameter: nnx.Param) -> Float[Array, ...]:
+def value(parameter: nnx.Param) -> Float[Array, "..."]:
     """Returns the parameter's array, mixing it if it is a `Mixture`."""
     leaf = parameter.get_value()
     return leaf.materialize() if is_mixture(leaf) else leaf
@@ -132,11 +133,22 @@ class Linear(nnx.Module):
 class LinearHead(nnx.Module):
     """A classification head of one linear layer, the parameters under `classifier.`."""
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: Config):
         self.classifier = Linear(config.hidden_size, config.num_labels)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
         return self.classifier(outputs.pooled)
+
+
+class Prefixed(nnx.Module):
+    """A backbone whose parameters begin with a prefix in a checkpoint, such as `bert.`."""
+
+    def __init__(self, prefix: str, make: Callable[..., nnx.Module], *arguments: Any):
+        self.prefix = prefix
+        setattr(self, prefix, make(*arguments))
+
+    def __call__(self, inputs: Mapping[str, Array], hidden_states: bool = False) -> Outputs:
+        return getattr(self, self.prefix)(inputs, hidden_states)
 
 
 class Embedding(nnx.Module):
@@ -145,7 +157,7 @@ class Embedding(nnx.Module):
     def __init__(self, entries: int, features: int):
         self.weight = parameter(entries, features)
 
-    def __call__(self, index: Int[Array, ...]) -> Float[Array, "... H"]:
+    def __call__(self, index: Int[Array, "..."]) -> Float[Array, "... H"]:
         leaf = self.weight.get_value()
         return leaf.rows(index) if is_mixture(leaf) else leaf[index]
 
@@ -296,7 +308,7 @@ def attention(
     return checkpoint_name(mixed.reshape(batch, length, width), LINEAR_OUTPUT)
 
 
-def capped(x: Float[Array, ...], cap: float) -> Float[Array, ...]:
+def capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
     """Bends values smoothly into the range from -cap to cap; small ones hardly change."""
     return jnp.tanh(x / cap) * cap
 

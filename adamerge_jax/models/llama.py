@@ -4,34 +4,15 @@ Nothing but the layers that all decoders share. Version 3.1 stretches the longer
 rotary positions (`rope_type` `llama3`).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from adamerge_jax.models.decoder_layers import (
-    Attention,
-    DecoderBackbone,
-    PreNormLayer,
-    decoder_family,
-)
-from adamerge_jax.models.layers import Rematerialize
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
+from adamerge_jax.models.decoder_layers import Attention, PreNormLayer, decoder_family
+from adamerge_jax.models.layers import Config
 
 
 class LlamaLayer(PreNormLayer):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: Config):
         bias = config.attention_bias
         attention = Attention(config, bias=bias, output_bias=bias)
         super().__init__(config, attention, mlp_bias=config.mlp_bias)
 
 
-class LlamaBackbone(DecoderBackbone):
-    """The merged part of a `LlamaForCausalLM`."""
-
-    def __init__(self, config: LlamaConfig, rematerialize: Rematerialize):
-        super().__init__(config, rematerialize, LlamaLayer)
-
-
-FAMILY = decoder_family(LlamaBackbone)
+FAMILY = decoder_family(LlamaLayer)

@@ -4,10 +4,8 @@ BERT's layers without its pooler, with positions that skip padding, and with a h
 XLM-RoBERTa and CamemBERT are the same computation under the same names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,10 +14,14 @@ from jaxtyping import Array, Float, Int
 from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder
 from adamerge_jax.models.family import Family
 from adamerge_jax.models.inputs import text_inputs
-from adamerge_jax.models.layers import Linear, Outputs, Rematerialize, padding_bias
-
-if TYPE_CHECKING:
-    from transformers import RobertaConfig
+from adamerge_jax.models.layers import (
+    Config,
+    Linear,
+    Outputs,
+    Prefixed,
+    Rematerialize,
+    padding_bias,
+)
 
 
 def positions_of(token_ids: Int[Array, "B T"], padding: int) -> Int[Array, "B T"]:
@@ -35,7 +37,7 @@ def positions_of(token_ids: Int[Array, "B T"], padding: int) -> Int[Array, "B T"
 class Roberta(nnx.Module):
     """Embeddings and encoder; the parameters under `roberta.` in a checkpoint."""
 
-    def __init__(self, config: RobertaConfig, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, rematerialize)
         self.padding = config.pad_token_id
@@ -50,20 +52,8 @@ class Roberta(nnx.Module):
         return Outputs(last[:, 0], last, states)
 
 
-class RobertaBackbone(nnx.Module):
-    """The merged part of a `RobertaForSequenceClassification`."""
-
-    def __init__(self, config: RobertaConfig, rematerialize: Rematerialize):
-        self.roberta = Roberta(config, rematerialize)
-
-    def __call__(
-        self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool = False
-    ) -> Outputs:
-        return self.roberta(inputs, hidden_states)
-
-
 class Classifier(nnx.Module):
-    def __init__(self, config: RobertaConfig):
+    def __init__(self, config: Config):
         self.dense = Linear(config.hidden_size, config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.num_labels)
 
@@ -74,7 +64,7 @@ class Classifier(nnx.Module):
 class RobertaHead(nnx.Module):
     """The part of a `RobertaForSequenceClassification` that each task keeps."""
 
-    def __init__(self, config: RobertaConfig):
+    def __init__(self, config: Config):
         self.classifier = Classifier(config)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
@@ -82,7 +72,7 @@ class RobertaHead(nnx.Module):
 
 
 FAMILY = Family(
-    backbone=RobertaBackbone,
+    backbone=partial(Prefixed, "roberta", Roberta),
     head=RobertaHead,
     prefixes=("roberta.",),
     inputs=("input_ids", "attention_mask", "token_type_ids"),

@@ -6,11 +6,8 @@ GELU and an output layer of their own.
 Padding may be on either side: positions are relative.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.layers import (
+    Config,
     Embedding,
     Linear,
     Outputs,
@@ -31,9 +29,6 @@ from adamerge_jax.models.layers import (
     value,
 )
 
-if TYPE_CHECKING:
-    from transformers import T5Config
-
 _UNUSED = (
     # Other names of `shared.weight`.
     "encoder.embed_tokens.weight",
@@ -43,7 +38,7 @@ _UNUSED = (
 )
 
 
-def has_tied_head(config: T5Config) -> bool:
+def has_tied_head(config: Config) -> bool:
     """Tells a model whose output layer is the embeddings' matrix, its input times `d_model**-0.5`.
 
     The field `tie_word_embeddings` of a config.json becomes `scale_decoder_outputs` in memory:
@@ -52,14 +47,14 @@ def has_tied_head(config: T5Config) -> bool:
     return config.scale_decoder_outputs
 
 
-def ignored_tensors(config: T5Config) -> tuple[str, ...]:
+def ignored_tensors(config: Config) -> tuple[str, ...]:
     """Returns the names of tensors in a checkpoint that are no parameters of their own."""
     return (*_UNUSED, "lm_head.weight") if has_tied_head(config) else _UNUSED
 
 
 def relative_buckets(
-    distances: Int[np.ndarray, ...], count: int, furthest: int, *, bidirectional: bool
-) -> Int[np.ndarray, ...]:
+    distances: Int[np.ndarray, "..."], count: int, furthest: int, *, bidirectional: bool
+) -> Int[np.ndarray, "..."]:
     """Returns the bucket of each distance.
 
     Short distances have a bucket each. Longer ones share buckets whose widths grow geometrically
@@ -93,7 +88,7 @@ class RmsNorm(nnx.Module):
     The result has the weight's dtype, which the residual stream does not always have.
     """
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.weight = parameter(config.d_model)
         self.epsilon = config.layer_norm_epsilon
 
@@ -103,7 +98,7 @@ class RmsNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         # Heads need not fill the hidden size, nor fit into it.
         inner = config.num_heads * config.d_kv
         self.q = Linear(config.d_model, inner, bias=False)
@@ -126,7 +121,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         names = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
         for name in names:
             setattr(self, name, Linear(config.d_model, config.d_ff, bias=False))
@@ -141,7 +136,7 @@ class FeedForward(nnx.Module):
 
 
 class SelfAttentionLayer(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.SelfAttention = Attention(config)
         self.layer_norm = RmsNorm(config)
 
@@ -156,7 +151,7 @@ class SelfAttentionLayer(nnx.Module):
 
 
 class CrossAttentionLayer(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.EncDecAttention = Attention(config)
         self.layer_norm = RmsNorm(config)
 
@@ -170,7 +165,7 @@ class CrossAttentionLayer(nnx.Module):
 
 
 class FeedForwardLayer(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.DenseReluDense = FeedForward(config)
         self.layer_norm = RmsNorm(config)
 
@@ -179,7 +174,7 @@ class FeedForwardLayer(nnx.Module):
 
 
 class EncoderBlock(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.layer = nnx.Dict({"0": SelfAttentionLayer(config), "1": FeedForwardLayer(config)})
 
     def __call__(
@@ -192,7 +187,7 @@ class EncoderBlock(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.layer = nnx.Dict(
             {
                 "0": SelfAttentionLayer(config),
@@ -214,21 +209,21 @@ class DecoderBlock(nnx.Module):
 
 
 class SelfAttentionBias(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.relative_attention_bias = Embedding(
             config.relative_attention_num_buckets, config.num_heads
         )
 
 
 class SelfAttentionBiasLayer(nnx.Module):
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.SelfAttention = SelfAttentionBias(config)
 
 
 class BlockBias(nnx.Module):
     """The position bias: a parameter of block 0 alone, added by all blocks."""
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.layer = nnx.Dict({"0": SelfAttentionBiasLayer(config)})
 
 
@@ -238,7 +233,7 @@ class Blocks(Stack):
     def __init__(
         self,
         block: type[EncoderBlock] | type[DecoderBlock],
-        config: T5Config,
+        config: Config,
         length: int,
         rematerialize: Rematerialize,
     ):
@@ -269,7 +264,7 @@ class Tower(nnx.Module):
     def __init__(
         self,
         block: type[EncoderBlock] | type[DecoderBlock],
-        config: T5Config,
+        config: Config,
         length: int,
         rematerialize: Rematerialize,
     ):
@@ -302,7 +297,7 @@ class Tower(nnx.Module):
 class T5Backbone(nnx.Module):
     """A whole `T5ForConditionalGeneration`: all of it is merged, the output layer included."""
 
-    def __init__(self, config: T5Config, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Tower(EncoderBlock, config, config.num_layers, rematerialize)
         self.decoder = Tower(DecoderBlock, config, config.num_decoder_layers, rematerialize)
@@ -350,7 +345,7 @@ class T5Backbone(nnx.Module):
 class T5Head(nnx.Module):
     """The output layer of a `T5ForConditionalGeneration`, a parameter of the backbone."""
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         self.name = "shared" if has_tied_head(config) else "lm_head"
         setattr(self, self.name, Linear(config.d_model, config.vocab_size, bias=False))
         self.scale = config.d_model**-0.5 if has_tied_head(config) else 1.0

@@ -4,10 +4,8 @@ The paths are the names in a saved checkpoint. Recent `transformers` classes hav
 other names, which are renamed to these on saving.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,20 +15,19 @@ from adamerge_jax.models.bert import Intermediate
 from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import (
+    Config,
     LayerNorm,
     Linear,
     LinearHead,
     Outputs,
     PatchEmbedding,
+    Prefixed,
     Rematerialize,
     Stack,
     attention,
     parameter,
     value,
 )
-
-if TYPE_CHECKING:
-    from transformers import ViTConfig
 
 
 class PatchEmbeddings(nnx.Module):
@@ -39,7 +36,7 @@ class PatchEmbeddings(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: Config):
         self.geometry = ImageGeometry.of(config)
         self.cls_token = parameter(1, 1, config.hidden_size)
         self.position_embeddings = parameter(1, self.geometry.patches + 1, config.hidden_size)
@@ -54,7 +51,7 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: Config):
         width, bias = config.hidden_size, config.qkv_bias
         self.query = Linear(width, width, bias=bias)
         self.key = Linear(width, width, bias=bias)
@@ -68,7 +65,7 @@ class SelfAttention(nnx.Module):
 class Projection(nnx.Module):
     """A linear layer back to the width of the residual stream."""
 
-    def __init__(self, inputs: int, config: ViTConfig):
+    def __init__(self, inputs: int, config: Config):
         self.dense = Linear(inputs, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B T inputs"]) -> Float[Array, "B T H"]:
@@ -76,7 +73,7 @@ class Projection(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: Config):
         self.attention = SelfAttention(config)
         self.output = Projection(config.hidden_size, config)
 
@@ -85,7 +82,7 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: Config):
         self.layernorm_before = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = Attention(config)
         self.layernorm_after = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -98,42 +95,29 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: ViTConfig, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         self.layer = Stack(lambda: Layer(config), config.num_hidden_layers, rematerialize)
 
 
 class Vit(nnx.Module):
     """Embeddings, encoder and the last normalisation; the parameters under `vit.`."""
 
-    def __init__(self, config: ViTConfig, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, rematerialize)
         self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(
-        self, pixels: Float[Array, "B channels height width"], hidden_states: bool
+        self, inputs: Mapping[str, Float[Array, "B channels height width"]], hidden_states: bool
     ) -> Outputs:
-        last, states = self.encoder.layer(self.embeddings(pixels), hidden_states=hidden_states)
+        embedded = self.embeddings(inputs["pixel_values"])
+        last, states = self.encoder.layer(embedded, hidden_states=hidden_states)
         last = self.layernorm(last)
         return Outputs(last[:, 0], last, states)
 
 
-class VitBackbone(nnx.Module):
-    """The merged part of a `ViTForImageClassification`."""
-
-    def __init__(self, config: ViTConfig, rematerialize: Rematerialize):
-        self.vit = Vit(config, rematerialize)
-
-    def __call__(
-        self,
-        inputs: Mapping[str, Float[Array, "B channels height width"]],
-        hidden_states: bool = False,
-    ) -> Outputs:
-        return self.vit(inputs["pixel_values"], hidden_states)
-
-
 FAMILY = Family(
-    backbone=VitBackbone,
+    backbone=partial(Prefixed, "vit", Vit),
     head=LinearHead,
     prefixes=("vit.",),
     inputs=("pixel_values",),

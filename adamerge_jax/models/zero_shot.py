@@ -4,8 +4,6 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 2021, section 3.1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,10 +17,10 @@ from jaxtyping import Array, Float
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.clip_text import ClipText
 from adamerge_jax.models.family import Network
-from adamerge_jax.models.layers import Outputs, parameter, value
+from adamerge_jax.models.layers import Config, Outputs, parameter, value
 
 if TYPE_CHECKING:
-    from transformers import CLIPConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_SIZE = 64
 """Prompts that are embedded at once."""
@@ -40,7 +38,7 @@ class ZeroShotHead(nnx.Module):
     them, and C is `config.num_labels` only in the shapes that are declared here.
     """
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: Config):
         self.text_embeddings = parameter(config.num_labels, config.projection_dim)
         self.logit_scale = parameter()
 
@@ -55,7 +53,7 @@ def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return wide * jax.lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True))
 
 
-def text_network(config: CLIPConfig) -> Network:
+def text_network(config: Config) -> Network:
     """Returns the text tower, `(parameters, inputs) -> embeddings [B, D]`.
 
     Its `shapes` are those of the base's parameters that `zero_shot_head` needs.
@@ -64,9 +62,9 @@ def text_network(config: CLIPConfig) -> Network:
 
 
 def zero_shot_head(
-    config: CLIPConfig,
+    config: Config,
     parameters: Mapping[str, Array],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     class_names: Sequence[str],
     templates: Sequence[str],
 ) -> dict[str, Array]:
@@ -111,7 +109,7 @@ def zero_shot_head(
 
 
 def _tokenize(
-    sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
+    sentences: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int
 ) -> dict[str, np.ndarray]:
     """Returns token ids and attention mask, `[sentences, length]` each."""
     tokens = tokenizer(list(sentences), padding="max_length", max_length=length)

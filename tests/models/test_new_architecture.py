@@ -14,13 +14,7 @@ from adamerge_jax.models.family import complete_head
 PEBBLE = '''
 """Pebble: a Llama that normalises the queries and keys of each head."""
 
-from adamerge_jax.models.decoder_layers import (
-    Attention,
-    DecoderBackbone,
-    PreNormLayer,
-    RMSNorm,
-    decoder_family,
-)
+from adamerge_jax.models.decoder_layers import Attention, PreNormLayer, RMSNorm, decoder_family
 
 
 class PebbleLayer(PreNormLayer):
@@ -28,12 +22,7 @@ class PebbleLayer(PreNormLayer):
         super().__init__(config, Attention(config, norm=RMSNorm))
 
 
-class PebbleBackbone(DecoderBackbone):
-    def __init__(self, config, rematerialize):
-        super().__init__(config, rematerialize, PebbleLayer)
-
-
-FAMILY = decoder_family(PebbleBackbone)
+FAMILY = decoder_family(PebbleLayer)
 '''
 
 
