@@ -103,9 +103,10 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def text_run(text_fields, tmp_path_factory) -> Run:
+def text_run(text_fields, tmp_path_factory, drawn_figures) -> Run:
     fields = text_fields | {"export": {"shard_megabytes": 1}, "tracking": ["tensorboard"]}
-    return learn(tmp_path_factory.mktemp("text-run"), fields)
+    with drawn_figures():
+        return learn(tmp_path_factory.mktemp("text-run"), fields)
 
 
 @pytest.fixture(scope="module")
