@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +34,10 @@ from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.task_vectors import (
-    ChunkedDelta,
     Delta,
     DenseDelta,
-    FactoredDelta,
     JoinedDelta,
     LowRankDelta,
-    LowRankPieces,
     QuantizedDelta,
 )
 
@@ -171,7 +167,7 @@ class Outline(NamedTuple):
         stage = stage._replace(granularity=GranularityChoice(*choice))
         granularity = stage.granularity.make(self.shapes)
         deltas = {
-            parameter: _unwrapped(granularity.prepare(parameter, _Preparing(parameter, delta)))
+            parameter: granularity.prepare(parameter, delta)
             for parameter, delta in self.deltas.items()
         }
         learner = learner_of(
@@ -361,56 +357,3 @@ def _rank(expert: Expert, tensor: str) -> int:
     if not expert.has_factors(tensor):
         return 0
     return expert.checkpoint.tensors[expert.factors[tensor].a].shape[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Preparing:
-    """Stands for a loaded delta while a granularity prepares it, and says what would come out."""
-
-    name: str
-    delta: Delta
-
-    def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> Delta:
-        def cut(delta: Delta) -> Delta:
-            if isinstance(delta, JoinedDelta):
-                return dataclasses.replace(delta, parts=tuple(map(cut, delta.parts)))
-            if isinstance(delta, LowRankDelta):
-                shape = (delta.left.shape[-2], delta.right.shape[-1])
-                layers = delta.left.shape[:stacked]
-                return LowRankPieces(delta.left, delta.right, position(layers, shape), pieces)
-            lead, shape = delta.values.shape[: 1 + stacked], delta.values.shape[1 + stacked :]
-            values = Abstract((*lead, pieces, ceil(prod(shape) / pieces)), delta.values.dtype)
-            return ChunkedDelta(DenseDelta(values), position(lead[:-1], shape), shape)
-
-        def position(layers: tuple[int, ...], shape: tuple[int, ...]) -> Abstract | None:
-            return None if seed is None else Abstract((*layers, prod(shape)), np.int32)
-
-        return cut(self.delta)
-
-    def by_direction(self, rank: int) -> Delta:
-        def factored(delta: Delta) -> Delta:
-            if isinstance(delta, JoinedDelta):
-                return dataclasses.replace(delta, parts=tuple(map(factored, delta.parts)))
-            if isinstance(delta, LowRankDelta):
-                *lead, height, own = delta.left.shape
-                width = delta.right.shape[-1]
-                rest = None
-                if own > rank:
-                    rest = LowRankDelta(
-                        Abstract((*lead, height, own - rank), np.float32),
-                        Abstract((*lead, own - rank, width), np.float32),
-                    )
-            else:
-                *lead, height, width = delta.values.shape
-                rest = DenseDelta(Abstract(delta.values.shape, np.float32))
-            return FactoredDelta(
-                Abstract((*lead, height, rank), np.float32),
-                Abstract((*lead, rank, width), np.float32),
-                rest,
-            )
-
-        return factored(self.delta)
-
-
-def _unwrapped(delta: Delta | _Preparing) -> Delta:
-    return delta.delta if isinstance(delta, _Preparing) else delta

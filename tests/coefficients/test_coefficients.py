@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.file import Coefficients, Source, unstack_values
-from adamerge_jax.coefficients.granularities import constant, make_granularity
+from adamerge_jax.coefficients.granularities import GRANULARITIES, constant, make_granularity
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
 
@@ -318,3 +318,16 @@ def test_factors_that_are_too_large(factor):
     COEFFICIENTS.times({"t1": 1e30})
     with pytest.raises(InputError, match=r"'t1' times -?[13]e\+3[89] are not finite in float32"):
         COEFFICIENTS.times({"t1": factor})
+
+
+def test_the_granularity_is_made_once(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    registered = GRANULARITIES["tensor"]
+    monkeypatch.setitem(
+        GRANULARITIES, "tensor", lambda shapes: calls.append(shapes) or registered(shapes)
+    )
+    fresh = replace(COEFFICIENTS)
+    fresh.scales(), fresh.scales(), fresh.per_tensor()
+    assert calls == [fresh.shapes]
+    assert fresh.unstacked_granularity is fresh.unstacked_granularity
+    assert replace(fresh, step=1) != fresh and replace(fresh) == COEFFICIENTS

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from transformers import BertConfig, CLIPConfig, T5Config, ViTConfig
 
+from adamerge_jax.coefficients import granularities
 from adamerge_jax.coefficients.file import unstack_values
 from adamerge_jax.coefficients.granularities import (
     GRANULARITIES,
@@ -751,3 +752,12 @@ def test_a_tensor_beside_a_stack_is_in_its_layer():
 def test_layers_without_numbered_blocks():
     assert layer_of("logit_scale", ["logit_scale", "a.weight"]) == "logit_scale"
     assert layer_of("a.b.weight", ["logit_scale", "a.b.weight"]) == "a"
+
+
+def test_names_that_moved_are_found_for_one_release():
+    with pytest.warns(DeprecationWarning, match="parameter_names"):
+        assert granularities.layer_of is layer_of
+    with pytest.warns(DeprecationWarning, match="along_axes"):
+        assert "row" in granularities.ALONG_AXES
+    with pytest.raises(AttributeError, match="rows"):
+        _ = granularities.rows
