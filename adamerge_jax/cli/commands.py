@@ -5,7 +5,7 @@ A command imports what it needs when it runs, so that help and small commands ar
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 
 
 CoefficientsFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="COEFFICIENTS")]
+
+
+class Invocation(NamedTuple):
+    """All that a command with a recipe gets beside its own options.
+
+    Attributes:
+        recipe: The recipe, changed by what the command line says of its fields.
+        root: The folder that relative paths of the recipe start from.
+        console: The console for progress and results.
+    """
+
+    recipe: "Recipe"
+    root: Path
+    console: Console
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,13 +47,8 @@ class RecipeCommand:
         """The folder that relative paths of the recipe start from."""
         return (self.root or self.recipe_file.parent).expanduser().resolve()
 
-    def run(self, recipe: "Recipe", console: Console) -> None:
-        """Runs the command.
-
-        Args:
-            recipe: The recipe, changed by what the command line says of its fields.
-            console: The console for progress and results.
-        """
+    def run(self, call: Invocation) -> None:
+        """Runs the command."""
         raise NotImplementedError
 
 
@@ -52,23 +61,25 @@ class Learn(RecipeCommand):
     resume: bool = False
     """Go on with the run in that folder from its last state, where it was interrupted."""
 
-    def run(self, recipe: "Recipe", console: Console) -> None:
+    def run(self, call: Invocation) -> None:
         """Learns, exports, and says where the results are."""
         from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.run import learn
         from adamerge_jax.runs.files import COEFFICIENTS_FILE, HEAT_MAP_FILE, PAGE_FILE
 
-        out = self.out or Path("runs") / recipe.name
-        result = learn(recipe, root=self.folder, out=out, console=console, resume=self.resume)
+        out = self.out or Path("runs") / call.recipe.name
+        result = learn(
+            call.recipe, root=call.root, out=out, console=call.console, resume=self.resume
+        )
         if not is_first_process():
             return
-        console.print(
+        call.console.print(
             f"merged checkpoint {out / CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / COEFFICIENTS_FILE} (best after "
             f"{result.coefficients.step} steps)\n"
             f"heat map          {out / HEAT_MAP_FILE}\n"
-            f"report            {out / PAGE_FILE}{_adapter_line(recipe, out)}",
+            f"report            {out / PAGE_FILE}{_adapter_line(call, out)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -82,11 +93,11 @@ class Plan(RecipeCommand):
     """Predict for this one: cpu, h100, h200, a100, l4, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e; by
     default for the present device, for which the step is compiled."""
 
-    def run(self, recipe: "Recipe", console: Console) -> None:
+    def run(self, call: Invocation) -> None:
         """Prints the prediction."""
         from adamerge_jax.plan import make_plan, print_plan
 
-        print_plan(make_plan(recipe, self.folder, self.device), console)
+        print_plan(make_plan(call.recipe, call.root, self.device), call.console)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -102,7 +113,7 @@ class Fold(RecipeCommand):
     allow_other_models: bool = False
     """Go on with models that the file was not learned for."""
 
-    def run(self, recipe: "Recipe", console: Console) -> None:
+    def run(self, call: Invocation) -> None:
         """Exports the merge, and says where it is."""
         from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
@@ -111,18 +122,47 @@ class Fold(RecipeCommand):
 
         fold_file(
             self.coefficients,
-            recipe,
-            root=self.folder,
+            call.recipe,
+            root=call.root,
             out=self.out,
-            console=console,
+            console=call.console,
             scale=parse_scale(self.scale),
             allow_other_models=self.allow_other_models,
         )
         if is_first_process():
             checkpoint = self.out / CHECKPOINT_FOLDER
-            console.print(
-                f"merged checkpoint {checkpoint}{_adapter_line(recipe, self.out)}", soft_wrap=True
+            call.console.print(
+                f"merged checkpoint {checkpoint}{_adapter_line(call, self.out)}", soft_wrap=True
             )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Merge(RecipeCommand):
+    """Export a merge by a method that learns nothing; the recipe's data is not read."""
+
+    method: str
+    """The method: average, task_arithmetic, ties, or package.module:function."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of the method, e.g. {coefficient: 0.4}."""
+    out: Path
+    """Folder to make."""
+
+    def run(self, call: Invocation) -> None:
+        """Exports the merge, and says where it is."""
+        from adamerge_jax.devices import is_first_process
+        from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
+        from adamerge_jax.pipeline.run import merge
+
+        merge(
+            call.recipe,
+            self.method,
+            self.options,
+            root=call.root,
+            out=self.out,
+            console=call.console,
+        )
+        if is_first_process():
+            call.console.print(f"merged checkpoint {self.out / CHECKPOINT_FOLDER}", soft_wrap=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -135,12 +175,14 @@ class Mergekit(RecipeCommand):
     out: Path
     """YAML file to make."""
 
-    def run(self, recipe: "Recipe", console: Console) -> None:
+    def run(self, call: Invocation) -> None:
         """Writes the file, and says how to use it."""
         from adamerge_jax.pipeline.run import write_mergekit
 
-        write_mergekit(self.coefficients, recipe, root=self.folder, out=self.out, console=console)
-        console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
+        write_mergekit(
+            self.coefficients, call.recipe, root=call.root, out=self.out, console=call.console
+        )
+        call.console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -150,11 +192,11 @@ class Evaluate(RecipeCommand):
     checkpoint: str
     """Folder or Hub id of a model of the same architecture, e.g. a merged one."""
 
-    def run(self, recipe: "Recipe", console: Console) -> None:
+    def run(self, call: Invocation) -> None:
         """Prints the table of results."""
         from adamerge_jax.pipeline.run import evaluate
 
-        evaluate(recipe, self.checkpoint, root=self.folder, console=console)
+        evaluate(call.recipe, self.checkpoint, root=call.root, console=call.console)
 
 
 @dataclasses.dataclass
@@ -217,6 +259,7 @@ COMMANDS: dict[str, type] = {
     "learn": Learn,
     "plan": Plan,
     "fold": Fold,
+    "merge": Merge,
     "mergekit": Mergekit,
     "evaluate": Evaluate,
     "inspect": Inspect,
@@ -226,8 +269,8 @@ COMMANDS: dict[str, type] = {
 """The commands by name."""
 
 
-def _adapter_line(recipe: "Recipe", out: Path) -> str:
-    """The line that says where the adapter is, if there is one."""
+def _adapter_line(call: Invocation, out: Path) -> str:
+    """Returns the line that says where the adapter is, if there is one."""
     from adamerge_jax.pipeline.export import ADAPTER_FOLDER
 
-    return f"\nadapter           {out / ADAPTER_FOLDER}" if recipe.export.adapter else ""
+    return f"\nadapter           {out / ADAPTER_FOLDER}" if call.recipe.export.adapter else ""

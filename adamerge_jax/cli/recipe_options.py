@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from adamerge_jax.cli.commands import RecipeCommand
+from adamerge_jax.cli.commands import Invocation, RecipeCommand
 from adamerge_jax.cli.compilation import keep_compiled_programs
 from adamerge_jax.cli.console import show_log_lines
 from adamerge_jax.errors import InputError
@@ -51,7 +51,7 @@ class WithRecipe(Generic[C]):
         """Runs the command."""
         keep_compiled_programs()
         show_log_lines(console)
-        self.command.run(self.recipe, console)
+        self.command.run(Invocation(self.recipe, self.command.folder, console))
 
 
 def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> WithRecipe[C]:
@@ -111,7 +111,11 @@ def _parse(
     name: str, command: type[C], options: Sequence[str], recipe: Recipe, **parsing: bool
 ) -> Any:
     """Parses options, with a recipe for the defaults of its fields."""
-    required = (f.name for f in dataclasses.fields(command) if f.default is dataclasses.MISSING)
+    required = [
+        field.name
+        for field in dataclasses.fields(command)
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
     try:
         return tyro.cli(
             WithRecipe[command],

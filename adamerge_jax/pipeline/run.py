@@ -220,7 +220,7 @@ def fold_file(
     require_new(out)
     coefficients, models, notes = prepare_fold(
         file,
-        dataclasses.replace(_open_to_fold(recipe, root), devices=devices),
+        dataclasses.replace(open_models(recipe.to_fold, root), devices=devices),
         scale=scale,
         allow_other_models=allow_other_models,
     )
@@ -302,7 +302,7 @@ def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console
         InputError: The file cannot be read, was learned for other models, or is of a merge that
             mergekit cannot make.
     """
-    coefficients, models, notes = prepare_fold(file, _open_to_fold(recipe, root))
+    coefficients, models, notes = prepare_fold(file, open_models(recipe.to_fold, root))
     export_mergekit(models, coefficients, out.expanduser(), recipe.export.dtype)
     _print_notes(notes, console)
 
@@ -380,17 +380,6 @@ def _summary(inputs: LearningInputs, base: str) -> str:
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
         f"{examples} examples to learn from, {held_out} held out; on {inputs.devices}"
     )
-
-
-def _open_to_fold(recipe: Recipe, root: Path) -> Models:
-    """Opens a recipe's models, of which the coefficients file says what is mixed.
-
-    What a preset keeps from the base it keeps from learning, perhaps with another preset than the
-    one that the file was learned with; `keep_from_base` of the user's own counts here too.
-    """
-    if recipe.keeps_what_the_preset_keeps:
-        recipe = recipe.model_copy(update={"keep_from_base": []})
-    return open_models(recipe, root)
 
 
 def _print_notes(notes: Sequence[str], console: Console) -> None:

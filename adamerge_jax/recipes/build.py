@@ -21,10 +21,13 @@ from adamerge_jax.models.family import Family
 from adamerge_jax.objectives import Needs, Objective, make_objective, weighted_sum
 from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
 from adamerge_jax.recipes.schema import (
+    CoefficientsRecipe,
     InterferenceRecipe,
+    LearningRecipe,
     ObjectiveRecipe,
     Recipe,
     RegularizerRecipe,
+    TaskRecipe,
 )
 from adamerge_jax.task_vectors.offload.memory import Place
 
@@ -158,7 +161,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
     learning, coefficients = recipe.learning, recipe.coefficients
     objectives = build_objectives(recipe.objectives, recipe.tasks)
     specs = {task: objective.needs for task, objective in objectives.items()}
-    _require_fitting(recipe, specs, language)
+    _require_fitting(specs, recipe.tasks, language)
     if language or len(specs) == 1:
         # One output layer for all tasks: experts would contradict each other. Of one task: there
         # are no others.
@@ -168,7 +171,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         specs = {task: spec._replace(expert_logits=True) for task, spec in specs.items()}
     delta_dtype = recipe.task_vectors.dtype or recipe.dtype
     return Method(
-        stages=_build_stages(recipe, models),
+        stages=_build_stages(coefficients, learning, recipe.seed, models),
         constraint=coefficients.constraint,
         initial=recipe.initial_coefficient,
         start=coefficients.start,
@@ -178,7 +181,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         target_specs=specs,
         regularizers=build_regularizers(recipe.regularizers),
         interference=build_interference(recipe.interference, recipe.seed),
-        control=_build_control(recipe),
+        control=_build_control(list(recipe.tasks), recipe.forgotten, learning.control),
         batch_size=learning.batch_size,
         microbatches=learning.microbatches,
         held_out=learning.held_out,
@@ -232,11 +235,12 @@ def build_interference(steps: Sequence[InterferenceRecipe], seed: int) -> tuple[
     return tuple(built)
 
 
-def _build_stages(recipe: Recipe, models: OpenedModels) -> tuple[Stage, ...]:
-    learning, coefficients = recipe.learning, recipe.coefficients
+def _build_stages(
+    coefficients: CoefficientsRecipe, learning: LearningRecipe, seed: int, models: OpenedModels
+) -> tuple[Stage, ...]:
     name, options = coefficients.granularity, coefficients.granularity_options
     if name == "partition":
-        options = {"seed": recipe.seed} | options
+        options = {"seed": seed} | options
     if name == "head" and not options:
         options = {"heads": models.family.heads(models.config)}
     lengths = [("learning", GranularityChoice(name, options), learning.steps)]
@@ -257,14 +261,18 @@ def _build_stages(recipe: Recipe, models: OpenedModels) -> tuple[Stage, ...]:
     return stages
 
 
-def _build_control(recipe: Recipe) -> Control | None:
-    if not recipe.forgotten:
+def _build_control(
+    tasks: Sequence[str], forgotten: Sequence[str], fraction: float | None
+) -> Control | None:
+    if not forgotten:
         return None
-    kept = tuple(k for k, task in enumerate(recipe.tasks) if task not in recipe.forgotten)
-    return Control(kept, recipe.learning.control)
+    controlled = tuple(k for k, task in enumerate(tasks) if task not in forgotten)
+    return Control(controlled, fraction)
 
 
-def _require_fitting(recipe: Recipe, specs: Mapping[str, Needs], language: bool) -> None:
+def _require_fitting(
+    specs: Mapping[str, Needs], tasks: Mapping[str, TaskRecipe], language: bool
+) -> None:
     """Refuses objectives that do not go with this kind of model, and labels that are missing."""
     for task, spec in specs.items():
         if language:
@@ -272,7 +280,7 @@ def _require_fitting(recipe: Recipe, specs: Mapping[str, Needs], language: bool)
                 raise InputError(
                     "objectives: pseudo_labels is for classes; a language model has none"
                 )
-        elif spec.labels and recipe.tasks[task].calibration.label is None:
+        elif spec.labels and tasks[task].calibration.label is None:
             raise InputError(
                 f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
                 "name the column of the class index, or choose an objective that needs none"

@@ -315,9 +315,15 @@ class Recipe(Section):
         return [each for each in self.keep_from_base if each not in self._kept_by_preset]
 
     @property
-    def keeps_what_the_preset_keeps(self) -> bool:
-        """Whether `keep_from_base` is the preset's list, and not one of the user's."""
-        return self.keep_from_base == self._kept_by_preset
+    def to_fold(self) -> "Recipe":
+        """The recipe for coefficients of a file, which says itself what is merged.
+
+        A preset keeps tensors from learning, perhaps another one than the file was learned with;
+        a `keep_from_base` of the user's own counts here too.
+        """
+        if self.keep_from_base != self._kept_by_preset:
+            return self
+        return self.model_copy(update={"keep_from_base": []})
 
     @property
     def _kept_by_preset(self) -> list[str]:
