@@ -26,7 +26,7 @@ from adamerge_jax.cli.console import make_console
 from adamerge_jax.learning import learner as learning
 from adamerge_jax.pipeline.baselines import learned_row
 from adamerge_jax.pipeline.learn import ShowStage, learn_coefficients, prepare
-from adamerge_jax.pipeline.workspace import open_classifiers
+from adamerge_jax.pipeline.workspace import open_workspace, require_classifiers
 from adamerge_jax.recipes.build import build
 
 RESULTS_FILE = "add_an_expert.json"
@@ -129,7 +129,8 @@ def changed(recipe: Recipe, steps: int, learning_rate: float, start: Path | None
 
 def learn_others(recipe: Recipe, root: Path, file: Path, console: Console) -> None:
     """Learns the coefficients of all experts but the new one, and keeps them."""
-    workspace = open_classifiers(recipe, root)
+    workspace = open_workspace(recipe, root)
+    require_classifiers(workspace)
     problem = prepare(build(recipe, workspace.models), workspace)
     learn_coefficients(problem, show_stage=watch_into([], console)).coefficients.save(file)
 
@@ -140,7 +141,8 @@ def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
     Raises:
         InputError: There is no test data, or what `prepare` raises.
     """
-    workspace = open_classifiers(recipe, root)
+    workspace = open_workspace(recipe, root)
+    require_classifiers(workspace)
     problem = prepare(build(recipe, workspace.models), workspace)
     if not problem.workspace.data.test:
         raise InputError("tasks: every task needs test data to evaluate on")

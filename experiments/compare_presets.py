@@ -26,7 +26,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.learning import learner as learning
 from adamerge_jax.pipeline.baselines import baseline_rows, learned_row
 from adamerge_jax.pipeline.learn import LearningInputs, learn_coefficients, prepare
-from adamerge_jax.pipeline.workspace import open_classifiers, open_workspace
+from adamerge_jax.pipeline.workspace import open_workspace, require_classifiers
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe, read_fields
 from adamerge_jax.recipes.presets import PRESETS
@@ -156,7 +156,8 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     if preset == BASELINES:
         # Whatever the preset; this one does not ask the experts.
         recipe = parse_recipe(fields | {"preset": REFERENCE})
-        workspace = open_classifiers(recipe, root)
+        workspace = open_workspace(recipe, root)
+        require_classifiers(workspace)
         problem = prepare(build(recipe, workspace.models), workspace)
         return {
             row.method: row.as_json()

@@ -106,6 +106,10 @@ class MatchedAdapter:
         """Returns True if a parameter's task vector is stored as factors."""
         return name in self.factors
 
+    def rank(self, name: str) -> int:
+        """Returns the rank of a parameter's factors."""
+        return self.checkpoint.tensors[self.factors[name].a].shape[0]
+
     def low_rank(self, name: str) -> Factors | None:
         """Returns the factors of one parameter's task vector, float32, or None if it has none.
 

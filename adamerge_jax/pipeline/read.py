@@ -6,6 +6,7 @@ Peak host memory is what is returned plus one tensor of one expert: no expert is
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -31,14 +32,23 @@ from adamerge_jax.task_vectors import (
     QuantizedDelta,
 )
 from adamerge_jax.task_vectors.entries import Entries
-from adamerge_jax.task_vectors.offload.memory import DeviceMemory, Memory, aligned_empty
+from adamerge_jax.task_vectors.offload.memory import (
+    AbstractMemory,
+    DeviceMemory,
+    Memory,
+    aligned_empty,
+)
 from adamerge_jax.task_vectors.quantized import QuantizedEntries
 
 DEVICE = DeviceMemory()
 
 
 def load_expert(
-    models: Models, task: str, base: Mapping[str, Array], dtype: np.dtype | None
+    models: Models,
+    task: str,
+    base: Mapping[str, Array],
+    dtype: np.dtype | None,
+    memory: Memory | None = None,
 ) -> dict[str, Array | Mixture]:
     """The backbone of one expert: its own arrays, or for an adapter the base's with lazy factors.
 
@@ -47,12 +57,15 @@ def load_expert(
         task: Whose expert.
         base: The base's backbone.
         dtype: Of the arrays; by default each tensor's in the base.
+        memory: The place for an adapter's entries, by default the devices.
     """
     expert = models.experts[task]
     if isinstance(expert, MatchedCheckpoint):
+        if isinstance(memory, AbstractMemory):
+            return dict(base)
         return load_backbone(models, expert, dtype)
     alone = dataclasses.replace(models, experts={task: expert}, kept=frozenset())
-    deltas, _, _ = load_task_vectors(alone, dtype)
+    deltas, _, _ = load_task_vectors(alone, dtype, memory=memory)
     shapes = {name: models.shapes[name] for name in deltas}
     whole = make_granularity("tensor", {}, shapes)
     return mix(base, deltas, whole.scales(whole.init(constant(shapes, 1, 1.0))))
@@ -141,32 +154,38 @@ def load_task_vectors(
         changed are in neither.
     """
     memory = memory or DeviceMemory(models.devices)
+    deltas, mixed = {}, []
     if not interference:
-        read, mixed = {}, []
         for name in models.shapes:
             delta, changed = read_delta(models, name, models.tensors(name), dtype, memory)
             if changed:
-                read[name] = delta
+                deltas[name] = delta
                 mixed += changed
-        return read, mixed, ()
-    read, entries = {}, {}
+        return deltas, mixed, ()
+    if isinstance(memory, AbstractMemory):
+        for name in models.shapes:
+            entries, changed = read_entries(models, name, models.tensors(name), dtype, memory)
+            if changed:
+                deltas[name] = _keep(entries, name, memory)
+                mixed += changed
+        return deltas, mixed, tuple(interference)
+    by_parameter, by_tensor = {}, {}
+    entry_dtype = None if dtype == INT8 else dtype
     for name in models.shapes:
-        own_dtype = None if dtype == INT8 else dtype
-        values, changed = read_entries(models, name, models.tensors(name), own_dtype, DEVICE)
+        tensors = models.tensors(name)
+        values, changed = read_entries(models, name, tensors, entry_dtype, DEVICE)
         if changed:
-            read[name] = values
-            rows = values if is_stacked(name) else [values]
-            by_tensor = zip(models.tensors(name), rows, strict=True)
-            entries |= {tensor: row for tensor, row in by_tensor if tensor in changed}
-    fitted = fit_steps(interference, entries)
-    mixed = list(entries)
-    entries.clear()
-    deltas = {}
-    for name in list(read):
+            by_parameter[name] = values
+            rows = zip(tensors, values if is_stacked(name) else [values], strict=True)
+            by_tensor |= {tensor: row for tensor, row in rows if tensor in changed}
+    fitted = fit_steps(interference, by_tensor)
+    mixed = list(by_tensor)
+    by_tensor.clear()
+    for name in list(by_parameter):
         # One parameter after the other, so that only one is there twice where it is moved.
-        values = read.pop(name)
-        kept = _rounded(values, name, memory) if dtype == INT8 else values
-        deltas[name] = _keep(kept, name, memory)
+        values = by_parameter.pop(name)
+        entries = _rounded(values, name, memory) if dtype == INT8 else values
+        deltas[name] = _keep(entries, name, memory)
     return deltas, mixed, fitted
 
 
@@ -206,7 +225,9 @@ def read_delta(
         entries, changed = read_entries(models, name, tensors, dtype, memory)
         return _keep(entries, name, memory), changed
     parts: list[tuple[LoadedDelta, tuple[int, ...]]] = []
-    factors, changed = _read_factors(models, name, tensors, [experts[k] for k in low_rank], dtype)
+    factors, changed = _read_factors(
+        models, name, tensors, [experts[k] for k in low_rank], dtype, memory
+    )
     parts.append((factors, tuple(low_rank)))
     # An adapter may have factors in one layer of a stack and another layer whole: it is in both.
     whole = [
@@ -247,10 +268,11 @@ def read_entries(
     dtype = dtype or models.base.dtype(tensors[0])
     values = _empty((*layers, len(experts)), shape, dtype, memory)
     rows = values if layers else [values]
+    fill = _may_fill if isinstance(memory, AbstractMemory) else _fill_entries
     changed = [
         tensor
         for tensor, row in zip(tensors, rows, strict=True)
-        if _fill_entries(models, tensor, experts, row, factors)
+        if fill(models, tensor, experts, row, factors)
     ]
     return values, changed
 
@@ -307,33 +329,53 @@ def _fill_entries(
     return changed
 
 
+def _may_fill(
+    models: Models, tensor: str, experts: Sequence[Expert], out: Entries, with_factors: bool
+) -> bool:
+    """Returns True where some expert may differ from the base; reads no weight."""
+    return tensor not in models.kept and any(
+        expert.changes(tensor) and (with_factors or not expert.has_factors(tensor))
+        for expert in experts
+    )
+
+
 def _read_factors(
     models: Models,
     name: str,
     tensors: Sequence[str],
     experts: Sequence[Expert],
     dtype: np.dtype | None,
+    memory: Memory,
 ) -> tuple[LowRankDelta, list[str]]:
     """Deltas as factors of the largest rank among experts and layers; zeros beyond their own."""
     dtype = FLOAT32 if dtype in (None, INT8) else dtype
-    found = {
-        (layer, position): factors
+    places = [
+        (layer, position)
         for layer, tensor in enumerate(tensors)
         if tensor not in models.kept
         for position, expert in enumerate(experts)
-        if (factors := expert.low_rank(tensor)) is not None
-    }
-    rank = max(factors.right.shape[0] for factors in found.values())
+        if expert.has_factors(tensor)
+    ]
+    rank = max(experts[position].rank(tensors[layer]) for layer, position in places)
     height, width = models.base.shape(tensors[0])
-    left = np.zeros((len(tensors), len(experts), height, rank), dtype)
-    right = np.zeros((len(tensors), len(experts), rank, width), dtype)
-    for (layer, position), factors in found.items():
-        own = factors.right.shape[0]
-        left[layer, position, :, :own] = factors.left
-        right[layer, position, :own] = factors.right
-    if not is_stacked(name):
-        left, right = left[0], right[0]
-    # The B that PEFT starts with is 0, and stays so where nothing was trained.
-    layers = {layer for (layer, _), own in found.items() if own.left.any() and own.right.any()}
-    changed = [tensors[layer] for layer in sorted(layers)]
-    return models.devices.delta(name, LowRankDelta(left, right)), changed
+    layers = (len(tensors),) if is_stacked(name) else ()
+    shapes = (*layers, len(experts), height, rank), (*layers, len(experts), rank, width)
+    if isinstance(memory, AbstractMemory):
+        left, right = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+        changed = {layer for layer, _ in places}
+    else:
+        left, right = (np.zeros(shape, dtype) for shape in shapes)
+        changed = set()
+        for layer, position in places:
+            factors = experts[position].low_rank(tensors[layer])
+            index = (layer, position) if layers else position
+            size = factors.right.shape[0]
+            left[index][:, :size] = factors.left
+            right[index][:size] = factors.right
+            # The B that PEFT starts with is 0, and stays so where nothing was trained.
+            if factors.left.any() and factors.right.any():
+                changed.add(layer)
+    delta = LowRankDelta(left, right)
+    if not isinstance(memory, AbstractMemory):
+        delta = models.devices.delta(name, delta)
+    return delta, [tensors[layer] for layer in sorted(changed)]

@@ -116,20 +116,14 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     return Workspace(models, data, dtype, spread, heads, networks, evaluator, root)
 
 
-def open_classifiers(recipe: Recipe, root: Path) -> Workspace:
-    """A workspace for what compares accuracies.
-
-    Args:
-        recipe: Says which models and data.
-        root: Folder that relative paths start from.
+def require_classifiers(workspace: Workspace) -> None:
+    """Refuses models without accuracies to compare.
 
     Raises:
-        InputError: The models are language models, or what `open_workspace` raises.
+        InputError: They are language models.
     """
-    workspace = open_workspace(recipe, root)
     if workspace.models.family.language:
         raise InputError("accuracies are compared, and a language model has none")
-    return workspace
 
 
 def example_loader(

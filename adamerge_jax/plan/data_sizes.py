@@ -1,21 +1,22 @@
-"""How many examples the tasks of a recipe have and how long they are, without their contents."""
+"""Numbers and lengths of the examples of each task, without their contents."""
 
 import dataclasses
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
 from adamerge_jax.data.arrays import examples_of_arrays
+from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.tables import READERS
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import Models
-from adamerge_jax.pipeline.workspace import example_loader
-from adamerge_jax.recipes.schema import DataSource, Recipe
+from adamerge_jax.recipes.schema import DataSource
 
 ASSUMED_EXAMPLES = 1000
-"""Of a task whose data is not on this machine, where the recipe sets no limit."""
+"""Number of examples of a task whose data is not on this machine, without a limit."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,8 +25,8 @@ class DataSize:
 
     Attributes:
         lengths: Tokens that each example alone is padded to, `[N]`; 0 where they are images.
-        stored_bytes: What the examples take in memory as they are kept, in bytes.
-        assumed: Why these numbers are assumed, or None where they were counted.
+        stored_bytes: Size of the examples in memory as they are kept, in bytes.
+        assumed: The reason why these numbers are assumed, or None where they were counted.
     """
 
     lengths: Int[np.ndarray, " N"]
@@ -37,53 +38,51 @@ class DataSize:
         return len(self.lengths)
 
     def limited(self, limit: int | None) -> "DataSize":
-        """At most so many examples, spread over all lengths."""
+        """Returns at most so many examples, spread over all lengths."""
         if limit is None or limit >= len(self):
             return self
         chosen = np.linspace(0, len(self) - 1, limit).round().astype(int)
         return dataclasses.replace(self, lengths=np.sort(self.lengths)[chosen])
 
 
-def data_sizes(recipe: Recipe, models: Models, root: Path, part: str) -> dict[str, DataSize]:
-    """Sizes of the calibration, validation or test data by task; empty where there is none.
+def data_sizes(
+    sources: Mapping[str, DataSource],
+    part: str,
+    models: Models,
+    root: Path,
+    max_length: int,
+    load: Callable[[DataSource, str], Examples],
+) -> dict[str, DataSize]:
+    """Returns the sizes of the calibration, validation or test data by task.
 
     Texts on this machine are tokenised. Of a NumPy file only the headers are read. Of data on the
     Hub nothing is known beforehand: texts count as long as `max_length` allows.
 
     Args:
-        recipe: Says which data.
+        sources: The data by task.
+        part: `calibration`, `validation` or `test`, for messages.
         models: The base and its experts.
         root: Folder that relative paths start from.
-        part: `calibration`, `validation` or `test`.
+        max_length: Longest text in tokens.
+        load: `(source, name in messages) -> examples`.
 
     Raises:
         InputError: A file is missing, cannot be read, or holds no examples.
     """
-    load = None
     sizes = {}
-    for task, own in recipe.tasks.items():
-        source: DataSource | None = getattr(own, part)
-        if source is None:
-            continue
+    for task, source in sources.items():
         path = root / Path(source.path).expanduser()
         name = f"{part} data of task {task!r}"
         if path.suffix == ".npz":
             size = _of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif path.is_dir() or path.suffix in READERS:
-            load = load or example_loader(
-                models,
-                root,
-                tokenizer=recipe.tokenizer,
-                max_length=recipe.max_length,
-                seed=recipe.seed,
-            )
             size = DataSize(load(source, name).padded_lengths())
         else:
             count = source.limit or ASSUMED_EXAMPLES
-            longest = models.family.max_tokens(models.config) or recipe.max_length
+            longest = models.family.max_tokens(models.config) or max_length
             text = models.family.inputs[0] == "input_ids"
             size = DataSize(
-                np.full(count, min(recipe.max_length, longest) if text else 0),
+                np.full(count, min(max_length, longest) if text else 0),
                 assumed=f"{source.path} is not on this machine: {count} examples"
                 f"{' of max_length tokens' if text else ''} are assumed",
             )

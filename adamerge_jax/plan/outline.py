@@ -1,7 +1,8 @@
 """A recipe's merge as abstract arrays: shapes and dtypes of all that learning would hold."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,37 +10,37 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adamerge_jax.checkpoints.dtypes import DELTA_DTYPES, DTYPES, FLOAT32, INT8
-from adamerge_jax.checkpoints.peft import Expert
+from adamerge_jax.checkpoints.dtypes import DTYPES, FLOAT32
 from adamerge_jax.coefficients.granularities import (
     Granularity,
     Shapes,
     Values,
     constant,
-    make_granularity,
 )
 from adamerge_jax.coefficients.importance import expected_granularity
 from adamerge_jax.data.batches import Batch
+from adamerge_jax.data.examples import Examples
 from adamerge_jax.learning.learner import Frozen, Learner, State
-from adamerge_jax.mixing import mix
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.objectives import Needs, Targets, TopTokens
-from adamerge_jax.parameter_names import is_stacked, tensor_shape
 from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.pipeline.read import load_expert, load_task_vectors
+from adamerge_jax.pipeline.workspace import example_loader
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.schema import DataSource, Recipe
 from adamerge_jax.task_vectors import (
     Delta,
     DenseDelta,
     JoinedDelta,
-    LowRankDelta,
     QuantizedDelta,
 )
+from adamerge_jax.task_vectors.offload.memory import AbstractMemory
 
 Abstract = jax.ShapeDtypeStruct
 
@@ -47,32 +48,95 @@ ASSUMED_CLASSES = 100
 """Of a zero-shot head whose class names only the data set has."""
 
 
-class Outline(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Outline:
     """A merge without its weights.
 
     Attributes:
-        recipe: Says what to merge.
-        method: How coefficients are learned.
-        models: Opened, no weight read.
+        recipe: The recipe.
+        models: The base and its experts, opened; no weight is read.
         data: Sizes of the data by part (`calibration`, `validation`, `test`) and task.
-        backbone: What is merged, as a function of its parameters.
-        heads: Each task's head as a function of its parameters.
-        head_parameters: Abstract parameters of each head.
-        base: Abstract parameters of the base.
-        deltas: Abstract task vectors as they are loaded.
-        needs: What the objective of each task must be given.
     """
 
     recipe: Recipe
-    method: Method
     models: Models
     data: Mapping[str, Mapping[str, DataSize]]
-    backbone: Network
-    heads: Mapping[str, Network]
-    head_parameters: Mapping[str, Mapping[str, Abstract]]
-    base: dict[str, Abstract]
-    deltas: dict[str, Delta]
-    needs: Mapping[str, Needs]
+
+    def changed(self, field: str, value: Any) -> "Outline":
+        """Returns the outline with one field of the recipe changed.
+
+        Raises:
+            InputError: The other fields do not go with it.
+        """
+        fields = self.recipe.model_dump()
+        section, _, name = field.rpartition(".")
+        (fields[section] if section else fields)[name] = value
+        recipe = parse_recipe(fields)
+        cut = {
+            part: {
+                task: dataclasses.replace(size, lengths=np.minimum(size.lengths, recipe.max_length))
+                for task, size in sizes.items()
+            }
+            for part, sizes in self.data.items()
+        }
+        return Outline(recipe, self.models, cut)
+
+    @functools.cached_property
+    def method(self) -> Method:
+        """The method that the recipe describes."""
+        return build(self.recipe, self.models)
+
+    @functools.cached_property
+    def backbone(self) -> Network:
+        """The merged part of the model, as a function of its parameters."""
+        rematerialize = self.recipe.learning.rematerialize
+        return self.models.family.build_backbone(self.models.config, rematerialize)
+
+    @functools.cached_property
+    def heads(self) -> Mapping[str, Network]:
+        """Each task's head as a function of its parameters."""
+        build_head = self.models.family.build_head
+        return {t: build_head(e.checkpoint.config) for t, e in self.models.experts.items()}
+
+    @functools.cached_property
+    def head_parameters(self) -> Mapping[str, Mapping[str, Abstract]]:
+        """The abstract parameters of each head."""
+        names = {task: fields.class_names for task, fields in self.recipe.tasks.items()}
+        return {
+            task: _head_parameters(self.models, head, task, names[task], self.dtype)
+            for task, head in self.heads.items()
+        }
+
+    @functools.cached_property
+    def base(self) -> dict[str, Abstract]:
+        """The abstract parameters of the base."""
+        models = self.models
+        return {
+            name: Abstract(shape, self.dtype or models.base.dtype(models.tensors(name)[0]))
+            for name, shape in models.shapes.items()
+        }
+
+    @functools.cached_property
+    def task_vectors(self) -> tuple[dict[str, Delta], list[str]]:
+        """The abstract task vectors as they are loaded, and the names of the mixed tensors.
+
+        Unchanged parameters are known only from the weights: here all that may differ does.
+        """
+        method = self.method
+        deltas, mixed, _ = load_task_vectors(
+            self.models, method.delta_dtype, method.interference, AbstractMemory()
+        )
+        return deltas, mixed
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """The abstract task vectors as they are loaded."""
+        return self.task_vectors[0]
+
+    @property
+    def needs(self) -> Mapping[str, Needs]:
+        """The targets that the objective of each task wants."""
+        return self.method.target_specs
 
     @property
     def experts(self) -> int:
@@ -80,8 +144,13 @@ class Outline(NamedTuple):
         return len(self.models.experts)
 
     @property
+    def dtype(self) -> np.dtype | None:
+        """The dtype of weights and activations; None for the checkpoint's."""
+        return DTYPES[self.recipe.dtype] if self.recipe.dtype else None
+
+    @property
     def shapes(self) -> Shapes:
-        """Of the mixed parameters, `(L, *shape)` where stacked."""
+        """Shapes of the mixed parameters, `(L, *shape)` where stacked."""
         return {name: self.models.shapes[name] for name in self.deltas}
 
     @property
@@ -149,21 +218,12 @@ class Outline(NamedTuple):
 
     def expert(self, task: str) -> dict[str, Any]:
         """Parameters of one expert: arrays, or for an adapter the base's with lazy factors."""
-        expert = self.models.experts[task]
-        if not getattr(expert, "factors", None):
-            return self.base
-        alone = dataclasses.replace(self.models, experts={task: expert}, kept=frozenset())
-        deltas = _deltas(alone, _dtype(self.recipe), interference=False)
-        shapes = {name: self.models.shapes[name] for name in deltas}
-        whole = make_granularity("tensor", {}, shapes)
-        start = partial(constant, shapes, 1, 1.0)
-        scales = jax.eval_shape(lambda: whole.scales(whole.init(start())))
-        return mix(self.base, deltas, scales)
+        return load_expert(self.models, task, self.base, self.dtype, AbstractMemory())
 
     def learning(self) -> "AbstractLearning":
         """What the learning loop starts from."""
         stage = self.method.result
-        choice = expected_granularity(*stage.granularity, self.experts, self.tensors_mixed)
+        choice = expected_granularity(*stage.granularity, self.experts, len(self.task_vectors[1]))
         stage = stage._replace(granularity=GranularityChoice(*choice))
         granularity = stage.granularity.make(self.shapes)
         deltas = {
@@ -178,11 +238,6 @@ class Outline(NamedTuple):
         state = jax.eval_shape(lambda: learner.init(granularity.init(start())))
         frozen = Frozen(self.base, deltas, list(self.head_parameters.values()))
         return AbstractLearning(granularity, learner, state, frozen, values)
-
-    @property
-    def tensors_mixed(self) -> int:
-        """Number of tensors that are mixed."""
-        return sum(len(_open_tensors(self.models, name)) for name in self.deltas)
 
 
 def streamed_bytes(delta: Delta) -> int:
@@ -214,7 +269,7 @@ def outline(recipe: Recipe, root: Path) -> Outline:
     """Opens a recipe's models and measures its data; reads no weight.
 
     Args:
-        recipe: Says which.
+        recipe: The recipe.
         root: Folder that relative paths start from.
 
     Raises:
@@ -222,66 +277,45 @@ def outline(recipe: Recipe, root: Path) -> Outline:
             nothing is merged.
     """
     models = open_models(recipe, root, read_weights=False)
-    data = {
-        part: data_sizes(recipe, models, root, part)
-        for part in ("calibration", "validation", "test")
-    }
+
+    # NumPy files and data on the Hub need no tokenizer.
+    @functools.cache
+    def loader() -> Callable[[DataSource, str], Examples]:
+        return example_loader(
+            models,
+            root,
+            tokenizer=recipe.tokenizer,
+            max_length=recipe.max_length,
+            seed=recipe.seed,
+        )
+
+    def load(source: DataSource, name: str) -> Examples:
+        return loader()(source, name)
+
+    data = {}
+    for part in ("calibration", "validation", "test"):
+        sources = {task: getattr(fields, part) for task, fields in recipe.tasks.items()}
+        sources = {task: source for task, source in sources.items() if source is not None}
+        data[part] = data_sizes(sources, part, models, root, recipe.max_length, load)
     data["calibration"] = {
         task: size.limited(recipe.learning.examples) for task, size in data["calibration"].items()
     }
-    return of_models(recipe, models, data)
+    opened = Outline(recipe, models, data)
+    require_any_merged(opened.deltas)
+    return opened
 
 
-def of_models(
-    recipe: Recipe, models: Models, data: Mapping[str, Mapping[str, DataSize]]
-) -> Outline:
-    """The outline of a recipe whose models are open: another recipe of the same is quick.
-
-    Raises:
-        InputError: No expert brings a parameter that is merged.
-    """
-    dtype = _dtype(recipe)
-    base = {
-        name: Abstract(shape, dtype or models.base.dtype(models.tensors(name)[0]))
-        for name, shape in models.shapes.items()
-    }
-    heads = {
-        task: models.family.build_head(expert.checkpoint.config)
-        for task, expert in models.experts.items()
-    }
-    kept = {task: _kept_by_task(recipe, models, heads[task], task) for task in heads}
-    deltas = _deltas(models, _delta_dtype(recipe), interference=bool(recipe.interference))
-    require_any_merged(deltas)
-    method = build(recipe, models)
-    return Outline(
-        recipe,
-        method,
-        models,
-        data,
-        models.family.build_backbone(models.config, recipe.learning.rematerialize),
-        heads,
-        kept,
-        base,
-        deltas,
-        method.target_specs,
-    )
-
-
-def _dtype(recipe: Recipe) -> np.dtype | None:
-    return DTYPES[recipe.dtype] if recipe.dtype else None
-
-
-def _delta_dtype(recipe: Recipe) -> np.dtype | None:
-    chosen = recipe.task_vectors.dtype
-    return DELTA_DTYPES[chosen] if chosen else _dtype(recipe)
-
-
-def _kept_by_task(recipe: Recipe, models: Models, head: Network, task: str) -> dict[str, Abstract]:
-    """Abstract parameters of a task's head."""
-    dtype = _dtype(recipe)
+def _head_parameters(
+    models: Models,
+    head: Network,
+    task: str,
+    class_names: Sequence[str] | None,
+    dtype: np.dtype | None,
+) -> dict[str, Abstract]:
+    """Returns the abstract parameters of a task's head."""
     if models.family.auto_class is None:
         shapes = {name: leaf.shape for name, leaf in head.shapes.items()}
-        classes = len(recipe.tasks[task].class_names or ()) or ASSUMED_CLASSES
+        classes = len(class_names or ()) or ASSUMED_CLASSES
         shapes["text_embeddings"] = (classes, shapes["text_embeddings"][1])
         return {name: Abstract(shape, dtype or FLOAT32) for name, shape in shapes.items()}
     expert = models.experts[task]
@@ -290,70 +324,3 @@ def _kept_by_task(recipe: Recipe, models: Models, head: Network, task: str) -> d
     tensors = expert.checkpoint.tensors
     found = {name: tensors[names[name]] for name in models.head_names(task)}
     return {name: Abstract(info.shape, dtype or info.dtype) for name, info in found.items()}
-
-
-def _open_tensors(models: Models, name: str) -> list[str]:
-    """Tensors of a parameter that are merged."""
-    return [
-        tensor
-        for tensor in models.tensors(name)
-        if tensor not in models.kept
-        and any(expert.changes(tensor) for expert in models.experts.values())
-    ]
-
-
-def _deltas(models: Models, dtype: np.dtype | None, *, interference: bool) -> dict[str, Delta]:
-    """Abstract task vectors, in the representation that loading them gives.
-
-    What no expert changed is known only from the weights: here all that may differ does.
-    """
-    deltas = {}
-    for name in models.shapes:
-        if tensors := _open_tensors(models, name):
-            deltas[name] = _delta(models, name, tensors, dtype, interference)
-    return deltas
-
-
-def _delta(
-    models: Models, name: str, tensors: list[str], dtype: np.dtype | None, interference: bool
-) -> Delta:
-    """The abstract task vectors of one parameter: the one place that says how they are stored."""
-    experts = list(models.experts.values())
-    shape = models.shapes[name]
-    layers, own = shape[: is_stacked(name)], tensor_shape(name, shape)
-
-    def dense(count: int) -> DenseDelta | QuantizedDelta:
-        stored = dtype or models.base.dtype(models.tensors(name)[0])
-        if stored == INT8:
-            rows = (own[0],) + (1,) * (len(own) - 1) if len(own) > 1 else (1,)
-            steps = Abstract((*layers, count, *rows), np.float32)
-            return QuantizedDelta(Abstract((*layers, count, *own), INT8), steps)
-        return DenseDelta(Abstract((*layers, count, *own), stored))
-
-    low_rank = [k for k, each in enumerate(experts) if any(map(each.has_factors, tensors))]
-    if interference or not low_rank:
-        return dense(len(experts))
-    rank = max(_rank(experts[k], tensor) for k in low_rank for tensor in tensors)
-    height, width = own
-    stored = FLOAT32 if dtype in (None, INT8) else dtype
-    factors = LowRankDelta(
-        Abstract((*layers, len(low_rank), height, rank), stored),
-        Abstract((*layers, len(low_rank), rank, width), stored),
-    )
-    whole = [
-        k
-        for k, each in enumerate(experts)
-        if any(each.changes(tensor) and not each.has_factors(tensor) for tensor in tensors)
-    ]
-    if not whole and len(low_rank) == len(experts):
-        return factors
-    parts = [(factors, tuple(low_rank)), *([(dense(len(whole)), tuple(whole))] if whole else [])]
-    deltas, positions = zip(*parts, strict=True)
-    return JoinedDelta(deltas, positions, len(experts))
-
-
-def _rank(expert: Expert, tensor: str) -> int:
-    """Of the factors that an adapter has for a tensor; 0 where it has none."""
-    if not expert.has_factors(tensor):
-        return 0
-    return expert.checkpoint.tensors[expert.factors[tensor].a].shape[0]

@@ -1,7 +1,6 @@
 """A recipe's cost: sizes, memory, time, disk, and what to change where it does not fit."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,8 @@ from adamerge_jax.plan.hardware import (
     resident_bytes,
 )
 from adamerge_jax.plan.memory import Memory, Programs, memory_of, programs_of
-from adamerge_jax.plan.outline import Outline, of_models, outline
+from adamerge_jax.plan.outline import Outline, outline
 from adamerge_jax.plan.work import Work
-from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import Recipe
 
 
@@ -209,26 +207,24 @@ def _average_length(merge: Outline) -> float:
 
 
 def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Iterator[Change]:
-    """Changes that lower the peak, the cheapest first, one after the other until it fits.
+    """Yields changes that lower the peak, the cheapest first, one after the other until it fits.
 
     They are judged by the traces of the changed programs, without compiling them.
     """
 
-    def peak_of(recipe: Recipe) -> int:
-        changed = of_models(recipe, merge.models, _cut(merge, recipe))
+    def peak_of(changed: Outline) -> int:
         learning = changed.learning()
         programs = programs_of(changed, learning, compiled=False)
         memory = memory_of(changed, learning, programs, floor=floor, **spread._asdict())
         return _peak(memory, device)
 
-    recipe = merge.recipe
-    before = peak_of(recipe)
+    before = peak_of(merge)
     useless = set()
-    for field, value in _candidates(recipe):
+    for field, value in _candidates(merge):
         if field in useless:
             continue
         try:
-            changed = _with(recipe, field, value)
+            changed = merge.changed(field, value)
         except InputError:
             # Not together with what else the recipe says.
             useless.add(field)
@@ -238,23 +234,24 @@ def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Ite
         if peak > 0.98 * before:
             useless.add(field)
             continue
-        recipe, before = changed, peak
+        merge, before = changed, peak
         yield Change(field, value, peak, peak <= device.memory)
         if peak <= device.memory:
             return
 
 
-def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """Fields and values that take less memory, in order of what they cost."""
+def _candidates(merge: Outline) -> Iterator[tuple[str, Any]]:
+    """Yields fields and values that take less memory, in order of what they cost."""
+    recipe = merge.recipe
     # A little time: more is computed twice.
     if recipe.learning.rematerialize != "layer":
         yield "learning.rematerialize", "layer"
     # Nothing but smaller products.
-    size = recipe.learning.batch_size
-    for parts in range(recipe.learning.microbatches + 1, size + 1):
-        if size % parts == 0:
+    batch_size = recipe.learning.batch_size
+    for parts in range(recipe.learning.microbatches + 1, batch_size + 1):
+        if batch_size % parts == 0:
             yield "learning.microbatches", parts
-    yield from (("evaluation.batch_size", each) for each in _halves(recipe.evaluation.batch_size))
+    yield from (("evaluation.batch_size", size) for size in _halves(recipe.evaluation.batch_size))
     # Digits.
     if recipe.task_vectors.dtype is None:
         yield "task_vectors.dtype", "bfloat16"
@@ -268,33 +265,10 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     if recipe.task_vectors.memory != "disk" and recipe.devices.model == 1:
         yield "task_vectors.memory", "disk"
     # Noisier gradients.
-    yield from (("learning.batch_size", each) for each in _halves(size))
+    yield from (("learning.batch_size", size) for size in _halves(batch_size))
     # The end of long texts.
     yield from (("max_length", length) for length in _halves(recipe.max_length) if length >= 32)
 
 
 def _halves(size: int) -> list[int]:
     return [size >> shift for shift in range(1, size.bit_length())]
-
-
-def _with(recipe: Recipe, field: str, value: Any) -> Recipe:
-    """The recipe with one field changed.
-
-    Raises:
-        InputError: The other fields do not go with it.
-    """
-    fields = recipe.model_dump()
-    section, _, name = field.rpartition(".")
-    (fields[section] if section else fields)[name] = value
-    return parse_recipe(fields)
-
-
-def _cut(merge: Outline, recipe: Recipe) -> Mapping[str, Any]:
-    """The data's sizes with texts no longer than a recipe allows."""
-    return {
-        part: {
-            task: dataclasses.replace(size, lengths=np.minimum(size.lengths, recipe.max_length))
-            for task, size in sizes.items()
-        }
-        for part, sizes in merge.data.items()
-    }
