@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from adamerge_jax.data.batches import calibrate
     from adamerge_jax.data.expert_targets import ask_expert
     from adamerge_jax.errors import InputError
-    from adamerge_jax.learning.learner import Frozen, Learned, Learner, learn, make_learner
+    from adamerge_jax.learning.learner import Frozen, Learner, make_learner
+    from adamerge_jax.learning.loop import Learned, learn
     from adamerge_jax.mixing import Mixture, materialize, mix
     from adamerge_jax.objectives import regularizers
     from adamerge_jax.recipes.loading import load_recipe, parse_recipe
@@ -46,7 +47,7 @@ _HOMES = {
     "DenseDelta": "task_vectors",
     "Frozen": "learning.learner",
     "InputError": "errors",
-    "Learned": "learning.learner",
+    "Learned": "learning.loop",
     "Learner": "learning.learner",
     "LowRankDelta": "task_vectors",
     "Mixture": "mixing",
@@ -55,7 +56,7 @@ _HOMES = {
     "calibrate": "data.batches",
     "granularities": "coefficients",
     "interference": "",
-    "learn": "learning.learner",
+    "learn": "learning.loop",
     "load_recipe": "recipes.loading",
     "make_learner": "learning.learner",
     "materialize": "mixing",
@@ -99,8 +100,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}".rstrip("."))
-    value = getattr(home, name, None) or importlib.import_module(f"{home.__name__}.{name}")
+    if _HOMES[name]:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        value = getattr(home, name, None) or importlib.import_module(f"{home.__name__}.{name}")
+    else:
+        value = importlib.import_module(f"{__name__}.{name}")
     globals()[name] = value
     return value
 

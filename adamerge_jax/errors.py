@@ -4,7 +4,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from adamerge_jax.learning.learner import Learned
+    from adamerge_jax.learning.loop import Learned
 
 
 class InputError(ValueError):

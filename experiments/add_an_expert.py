@@ -23,7 +23,7 @@ from rich.table import Table
 
 from adamerge_jax import InputError, Recipe, load_recipe, parse_recipe
 from adamerge_jax.cli.console import make_console
-from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.loop import Learned, Progress
 from adamerge_jax.pipeline.baselines import learned_row
 from adamerge_jax.pipeline.learn import ShowStage, learn_coefficients, prepare
 from adamerge_jax.pipeline.workspace import open_workspace, require_classifiers
@@ -148,7 +148,7 @@ def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
         raise InputError("tasks: every task needs test data to evaluate on")
     for note in problem.start.notes if problem.start else ():
         console.print(f"note: {note}", soft_wrap=True)
-    looks: list[tuple[int, learning.Learned]] = []
+    looks: list[tuple[int, Learned]] = []
     began = time.perf_counter()
     merge = learn_coefficients(problem, show_stage=watch_into(looks, console))
     seconds = time.perf_counter() - began
@@ -163,7 +163,7 @@ def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
     return Curve(recipe.learning.steps, optimizer.learning_rate, seconds, scores)
 
 
-def watch_into(looks: list[tuple[int, learning.Learned]], console: Console) -> ShowStage:
+def watch_into(looks: list[tuple[int, Learned]], console: Console) -> ShowStage:
     """Collects, for each look at the held-out data, what it had chosen by then."""
 
     @contextmanager
@@ -171,7 +171,7 @@ def watch_into(looks: list[tuple[int, learning.Learned]], console: Console) -> S
         console.print(f"{what}, {steps} steps", soft_wrap=True)
         looks.clear()  # those of a coarser stage before
 
-        def show(progress: learning.Progress) -> None:
+        def show(progress: Progress) -> None:
             if progress.held_out is not None:
                 looks.append((progress.step, progress.best or looks[-1][1]))
                 objective = progress.held_out.objective.sum()

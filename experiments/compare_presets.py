@@ -23,7 +23,7 @@ from rich.table import Table
 
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.errors import InputError
-from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.loop import Learned, Progress
 from adamerge_jax.pipeline.baselines import baseline_rows, learned_row
 from adamerge_jax.pipeline.learn import LearningInputs, learn_coefficients, prepare
 from adamerge_jax.pipeline.workspace import open_workspace, require_classifiers
@@ -167,13 +167,13 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     workspace = open_workspace(recipe, root)
     began = time.perf_counter()
     problem = prepare(build(recipe, workspace.models), workspace)
-    bests: list[tuple[float, str, learning.Learned]] = []
+    bests: list[tuple[float, str, Learned]] = []
 
     @contextmanager
     def watch(what: str, steps: int) -> Iterator[Any]:
         print(what, file=sys.stderr)
 
-        def show(progress: learning.Progress) -> None:
+        def show(progress: Progress) -> None:
             if progress.best is not None:
                 bests.append((time.perf_counter() - began, what, progress.best))
 
@@ -212,7 +212,7 @@ def recipe_for(fields: dict[str, Any], preset: str, seed: int, examples: int | N
     return parse_recipe(chosen)
 
 
-def accuracy_of(problem: LearningInputs, merge: Any, best: learning.Learned) -> float:
+def accuracy_of(problem: LearningInputs, merge: Any, best: Learned) -> float:
     """Average test accuracy of coefficients that were the best for a while."""
     return learned_row(problem, merge._replace(values=best.values)).average
 

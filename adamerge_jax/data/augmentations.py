@@ -1,4 +1,4 @@
-"""Strong views of examples, for objectives that ask a model to say the same of both views."""
+"""Augmented examples, for objectives that ask a model for the same class as of the plain ones."""
 
 from collections.abc import Mapping
 
@@ -9,16 +9,16 @@ from scipy.ndimage import affine_transform
 from adamerge_jax.data.examples import completed
 
 TOKENS_HIDDEN = 0.2
-"""Part of a text's tokens that a strong view hides."""
+"""Part of a text's tokens that are hidden."""
 
 SMALLEST_CROP = 0.5
-"""Part of an image's area that a strong view shows at least."""
+"""Part of an image's area that is shown at least."""
 
 
-def strong_view(
+def augment(
     inputs: Mapping[str, np.ndarray], generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """A strong view of model inputs.
+    """Returns the same examples, strongly augmented.
 
     Texts: one token in five is hidden from attention, never the first nor the last, which are
     often special. Images: a random part of them, at least half of the area, enlarged to the whole
@@ -27,7 +27,7 @@ def strong_view(
     Args:
         inputs: `input_ids` and `attention_mask`, `[B, T]`, without which nothing is padding; or
             `pixel_values`, `[B, channels, height, width]`.
-        generator: What is random comes from it.
+        generator: The source of the random choices.
 
     Returns:
         Inputs of the same shapes, those of texts with a mask.

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from adamerge_jax.data.augmentations import strong_view
+from adamerge_jax.data.augmentations import augment
 from adamerge_jax.data.examples import Examples, joined, require_joinable
-from adamerge_jax.data.expert_targets import StoredTargets
+from adamerge_jax.data.expert_targets import CrossTaskLogits, StoredTargets
+from adamerge_jax.devices import Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets
 
 BATCHES_SORTED_TOGETHER = 16
-"""Of so many batches in a row, the shortest texts of all tasks make one, the next longer ones the
-next, and so on. Fewer where the examples of a task do not fill so many: the same text, drawn twice,
-would be sorted beside itself."""
+"""The number of batches in a row that share their texts by length: the shortest texts of all tasks
+make one batch, the next longer ones the next. They are fewer where the examples of a task do not
+fill so many: the same text, drawn twice, would be sorted beside itself."""
 
 
 class Batch(NamedTuple):
@@ -30,14 +31,18 @@ class Batch(NamedTuple):
         inputs: Model inputs, `[tasks * B, ...]`: B examples of the first task, of the second, ...
         weights: `[tasks, B]`, the share of each example in its task's mean; rows sum to 1, or to
             less where the mean is spread over several batches.
-        targets: What each task's examples are compared with.
-        strong_inputs: A strong view of the same examples, or None where no objective needs one.
+        targets: The targets of each task's examples, `[B, ...]`.
+        augmented_inputs: The same examples, augmented, or None where no objective asks for them.
     """
 
     inputs: dict[str, np.ndarray]
     weights: Float[np.ndarray, "tasks B"]
     targets: Sequence[Targets]
-    strong_inputs: dict[str, np.ndarray] | None = None
+    augmented_inputs: dict[str, np.ndarray] | None = None
+
+    def spread(self, devices: Devices) -> "Batch":
+        """Gives every device its part of the examples."""
+        return devices.examples(self._replace(weights=None))._replace(weights=self.weights)
 
 
 class Calibration(NamedTuple):
@@ -45,14 +50,14 @@ class Calibration(NamedTuple):
 
     Attributes:
         learning: Indices of the examples that coefficients are learned from, by task.
-        held_out: Indices of those that choose which coefficients are kept, by task.
+        held_out: Indices of the examples that the best coefficients are chosen by, by task.
         examples: The examples by task.
         batch_size: B, examples of every task in a batch.
         seed: Decides on the split and on the order.
-        targets: What each task's examples are compared with.
-        strong_view: Whether batches hold a strong view of their examples.
-        elsewhere: By task, what its expert says of the examples of each other task, `[N, C]`, NaN
-            where it was not asked; batches to learn from have it as a target.
+        targets: The targets of each task's examples.
+        augmented: Whether batches hold their examples augmented too.
+        cross_task: By task, its expert's logits on the examples of the other tasks; batches to
+            learn from have them as targets.
     """
 
     learning: dict[str, Int[np.ndarray, " N"]]
@@ -61,19 +66,21 @@ class Calibration(NamedTuple):
     batch_size: int
     seed: int
     targets: Mapping[str, StoredTargets]
-    strong_view: bool = False
-    elsewhere: Mapping[str, Mapping[str, Float[np.ndarray, "N C"]]] = {}
+    augmented: bool = False
+    cross_task: Mapping[str, CrossTaskLogits] = {}
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
-        """Endless batches for learning; a task's examples are reshuffled when they are used up.
+        """Yields batches for learning without end.
+
+        A task's examples are reshuffled when they are used up.
 
         Args:
-            first: How many batches to leave out at the beginning; they are not put together.
+            first: The number of batches to leave out at the beginning; they are not put together.
         """
         weights = np.full((len(self.examples), self.batch_size), 1 / self.batch_size, np.float32)
         lengths = {task: examples.padded_lengths() for task, examples in self.examples.items()}
         together = 1
-        if any(len(np.unique(each)) > 1 for each in lengths.values()):
+        if any(len(np.unique(task_lengths)) > 1 for task_lengths in lengths.values()):
             fewest = min(map(len, self.learning.values()))
             together = min(BATCHES_SORTED_TOGETHER, fewest // self.batch_size)
         draws = {
@@ -93,34 +100,23 @@ class Calibration(NamedTuple):
                 if number < first:
                     continue
                 chosen = {task: rows[part] for task, rows in parts.items()}
-                views = np.random.default_rng([self.seed, 4, number])
-                batch = self._batch(chosen, weights, views)
-                yield batch._replace(targets=self._with_elsewhere(batch.targets, chosen))
+                generator_of_batch = np.random.default_rng([self.seed, 4, number])
+                batch = self._batch(chosen, weights, generator_of_batch)
+                yield batch._replace(targets=self._with_cross_task(batch.targets, chosen))
 
-    def _with_elsewhere(
+    def _with_cross_task(
         self, targets: Sequence[Targets], chosen: Mapping[str, Int[np.ndarray, " B"]]
     ) -> list[Targets]:
-        """Adds what each expert says of the chosen examples of the other tasks, in their order."""
-        added = []
-        for task, own in zip(chosen, targets, strict=True):
-            if task in self.elsewhere:
-                said, weights = [], []
-                for other, logits in self.elsewhere[task].items():
-                    asked = ~np.isnan(logits[:, 0])
-                    # Those that it was asked of stand for all that are learned from.
-                    weight = asked / asked[self.learning[other]].mean()
-                    drawn = chosen[other]
-                    said.append(np.where(asked[drawn, None], logits[drawn], 0))
-                    weights.append(weight[drawn].astype(np.float32))
-                own = own._replace(
-                    expert_elsewhere=np.concatenate(said),
-                    elsewhere_weights=np.concatenate(weights),
-                )
-            added.append(own)
-        return added
+        """Adds each expert's logits on the chosen examples of the other tasks."""
+        return [
+            task_targets._replace(cross_task=self.cross_task[task].take(chosen))
+            if task in self.cross_task
+            else task_targets
+            for task, task_targets in zip(chosen, targets, strict=True)
+        ]
 
     def _draws(self, position: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
-        """Endless draws of one task's examples; they are reshuffled when they are used up."""
+        """Yields one task's examples without end, reshuffled when they are used up."""
         index = list(self.learning.values())[position]
         order = np.empty(0, int)
         for epoch in count():
@@ -131,7 +127,7 @@ class Calibration(NamedTuple):
                 yield drawn
 
     def held_out_batches(self) -> Iterator[Batch]:
-        """Batches that together hold every held-out example once."""
+        """Yields batches that together hold every held-out example once."""
         longest = max(map(len, self.held_out.values()))
         for start in range(0, longest, self.batch_size):
             weights = np.zeros((len(self.examples), self.batch_size), np.float32)
@@ -152,8 +148,8 @@ class Calibration(NamedTuple):
         parts = [self.examples[task].take(index, length) for task, index in chosen.items()]
         inputs = joined(parts)
         targets = [self.targets[task].take(index, length) for task, index in chosen.items()]
-        strong = strong_view(inputs, generator) if self.strong_view else None
-        return Batch(inputs, weights, targets, strong)
+        augmented_inputs = augment(inputs, generator) if self.augmented else None
+        return Batch(inputs, weights, targets, augmented_inputs)
 
 
 def calibrate(
@@ -171,8 +167,8 @@ def calibrate(
         batch_size: Examples of every task in a batch.
         held_out: Part of each task's examples that is held out; at least one is.
         seed: Decides on the split and on the order of batches.
-        targets: What each task's examples are compared with, from `ask_expert`; by default their
-            labels, where they have some.
+        targets: The targets of each task's examples, from `ask_expert`; by default their labels,
+            where they have some.
 
     Raises:
         InputError: A task has too few examples for one batch and one held-out example, or no
@@ -190,7 +186,7 @@ def calibrate(
     """
     if targets is not None and (missing := examples.keys() - targets.keys()):
         raise InputError(f"targets of task {min(missing)!r} are missing; ask its expert too")
-    learning, kept = {}, {}
+    learning, held_out_index = {}, {}
     for position, (task, data) in enumerate(examples.items()):
         size = max(1, round(held_out * len(data)))
         if len(data) - size < batch_size:
@@ -200,12 +196,12 @@ def calibrate(
                 "learning.batch_size"
             )
         order = np.random.default_rng([seed, 0, position]).permutation(len(data))
-        # Held-out examples of like length share a batch: there is no need to mix them, and less
-        # is computed on padding.
+        # Held-out examples of like length share a batch, so that less is computed on padding; they
+        # need not be mixed.
         lengths = data.padded_lengths()[order[:size]]
-        kept[task] = order[:size][np.argsort(lengths, kind="stable")]
+        held_out_index[task] = order[:size][np.argsort(lengths, kind="stable")]
         learning[task] = np.sort(order[size:])
     require_joinable(examples)
     if targets is None:
         targets = {task: StoredTargets(data) for task, data in examples.items()}
-    return Calibration(learning, kept, examples, batch_size, seed, targets)
+    return Calibration(learning, held_out_index, examples, batch_size, seed, targets)

@@ -1,74 +1,112 @@
-"""What calibration examples are compared with: computed once, kept, and taken batch by batch."""
+"""Targets from the experts: computed once for all calibration examples, taken batch by batch."""
 
-import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any
+from typing import IO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from adamerge_jax.data.examples import Examples, sorted_batches
+from adamerge_jax.data.examples import Concatenated, Examples, Subset, sorted_batches
 from adamerge_jax.devices import fetch
-from adamerge_jax.objectives import Needs, Targets, TopTokens
+from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
+from adamerge_jax.objectives.distributions import likely_tokens
 
 MEMORY_BYTES = 2**30
-"""What an expert says of the positions of one task's texts is kept on disk beyond this size."""
+"""The size beyond which the targets by position of one task's texts are kept on disk."""
 
 AskExpert = Callable[[dict[str, np.ndarray]], tuple[Array, Mapping[int, Float[Array, "B T H"]]]]
 """From model inputs to the expert's logits, `[B, C]` or `[B, T, V]`, and its hidden states."""
 
 
+def expert_targets(
+    spec: TargetSpec,
+    logits: Float[Array, "B ... C"],
+    hidden_states: Mapping[int, Float[Array, "B T H"]],
+) -> Targets:
+    """Returns the targets that are computed from an expert's outputs.
+
+    A pure function: the planner calls it on abstract arrays. For a new kind of target, add a field
+    to `Targets`, a way to ask for it to `TargetSpec`, and its computation here.
+
+    Args:
+        spec: The targets asked for.
+        logits: The expert's logits, `[B, C]` or `[B, T, V]`.
+        hidden_states: Its hidden states by layer.
+
+    Returns:
+        Arrays with a leading axis over the examples; those with three axes or more have one row
+        for each position, `[B, T, ...]`.
+    """
+    expert_logits, expert_top = logits if spec.expert_logits else None, None
+    if spec.expert_logits and spec.top_tokens is not None and logits.ndim == 3:
+        expert_logits, expert_top = (
+            None,
+            likely_tokens(logits, min(spec.top_tokens, logits.shape[-1])),
+        )
+    chosen_states = {layer: hidden_states[layer] for layer in spec.hidden_states}
+    return Targets(expert_logits, chosen_states, expert_top=expert_top)
+
+
 class StoredTargets:
-    """Targets of all examples of one task.
+    """The targets of all examples of one task.
 
     Attributes:
-        examples: Whose labels are targets too.
-        expert_logits: `[N, C]`, or None.
+        examples: The examples, whose labels are targets too.
     """
 
     def __init__(
         self,
         examples: Examples,
-        expert_logits: Float[np.ndarray, "N C"] | None = None,
+        whole: Targets | None = None,
         by_position: "_ByPosition | None" = None,
     ):
+        """Joins the parts of the targets.
+
+        Args:
+            examples: The N examples.
+            whole: The targets, arrays `[N, ...]`, None in place of each one that is kept by
+                position.
+            by_position: The arrays by position, by their numbers among the leaves of the targets.
+        """
         self.examples = examples
-        self.expert_logits = expert_logits
+        self._whole = Targets() if whole is None else whole
+        self._leaves, self._structure = _flatten(self._whole)
         self._by_position = by_position
 
+    @property
+    def expert_logits(self) -> Float[np.ndarray, "N C"] | None:
+        """The expert's logits of all examples; None if there are none, or one row a position."""
+        return self._whole.expert_logits
+
     def take(self, index: Int[np.ndarray, " B"], length: int) -> Targets:
-        """The targets of the chosen examples, texts padded to `length` tokens with zeros."""
-        labels = self.examples.take_labels(index, length)
-        logits = None if self.expert_logits is None else self.expert_logits[index]
-        if self._by_position is None:
-            return Targets(logits, {}, labels)
-        found = self._by_position.take(index, length)
-        top = None
-        if _TOKENS in found:
-            top = TopTokens(found.pop(_TOKENS), found.pop(_LOG_PROBABILITIES))
-        return Targets(found.pop(_LOGITS, logits), found, labels, expert_top=top)
+        """Returns the targets of B examples, texts padded to `length` tokens with zeros."""
+        leaves = [None if leaf is None else leaf[index] for leaf in self._leaves]
+        if self._by_position is not None:
+            for number, array in self._by_position.take(index, length).items():
+                leaves[number] = array
+        targets = jax.tree.unflatten(self._structure, leaves)
+        return targets._replace(labels=self.examples.take_labels(index, length))
 
 
 def ask_expert(
     ask: AskExpert,
     examples: Examples,
-    needs: Needs,
+    spec: TargetSpec,
     *,
     batch_size: int,
     memory_bytes: int = MEMORY_BYTES,
 ) -> StoredTargets:
-    """Asks a task's expert for what the objective needs of its examples.
+    """Computes the targets that a task's expert gives for its examples.
 
     Args:
         ask: The expert, compiled: from model inputs `[B, ...]` by name to its logits, `[B, C]` or
             `[B, T, V]`, and its hidden states `[B, T, H]` by layer.
         examples: N examples; their labels are targets too.
-        needs: Which targets.
+        spec: The targets asked for.
         batch_size: Examples per call; the last call repeats some.
-        memory_bytes: What is said of positions goes to a temporary file beyond this size.
+        memory_bytes: The size beyond which arrays by position go to a temporary file.
 
     Returns:
         The targets of all N examples, for `calibrate`.
@@ -80,49 +118,112 @@ def ask_expert(
         >>> examples = ArrayExamples({"x": np.eye(2)})
         >>> def ask(inputs):
         ...     return inputs["x"] @ weights.T, {}  # logits [B, C], no hidden states
-        >>> targets = ask_expert(ask, examples, objectives.logit_alignment().needs, batch_size=2)
+        >>> spec = objectives.logit_alignment().target_spec
+        >>> targets = ask_expert(ask, examples, spec, batch_size=2)
         >>> targets.expert_logits.tolist()
         [[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]]
     """
-    logits: np.ndarray | None = None
+    whole: list[np.ndarray | None] = []
     by_position = _ByPosition(memory_bytes)
     for index, inputs in sorted_batches(examples, batch_size):
-        batch_logits, hidden = ask(inputs)
-        said: dict[Any, Array] = {layer: hidden[layer] for layer in needs.hidden_states}
-        if needs.expert_logits and batch_logits.ndim == 3:
-            said |= _of_tokens(batch_logits, needs.top_tokens)
-        elif needs.expert_logits:
-            if logits is None:
-                logits = np.empty((len(examples), batch_logits.shape[1]), batch_logits.dtype)
-            logits[index] = fetch(batch_logits)[: len(index)]
-        if said:
-            arrays = {key: fetch(array) for key, array in said.items()}
-            lengths = _lengths(inputs, next(iter(arrays.values())).shape[1])
-            by_position.add(index, arrays, lengths)
-    return StoredTargets(examples, logits, by_position if by_position.filled else None)
+        batch = expert_targets(spec, *ask(inputs))
+        leaves, structure = _flatten(batch)
+        whole = whole or [
+            None
+            if leaf is None or leaf.ndim > 2
+            else np.empty((len(examples), *leaf.shape[1:]), leaf.dtype)
+            for leaf in leaves
+        ]
+        rows = {}
+        for number, leaf in enumerate(leaves):
+            if whole[number] is not None:
+                whole[number][index] = fetch(leaf)[: len(index)]
+            elif leaf is not None:
+                rows[number] = fetch(leaf)
+        if rows:
+            lengths = _lengths(inputs, next(iter(rows.values())).shape[1])
+            by_position.add(index, rows, lengths)
+    return StoredTargets(
+        examples, jax.tree.unflatten(structure, whole), by_position if by_position.filled else None
+    )
 
 
-_LOGITS, _TOKENS, _LOG_PROBABILITIES = "logits", "tokens", "log_probabilities"
+def _flatten(targets: Targets) -> tuple[list[Array | None], PyTree]:
+    """Returns the leaves of targets, None where one is not there, and their structure."""
+    return jax.tree.flatten(targets, is_leaf=lambda leaf: leaf is None)
 
 
-def _of_tokens(logits: Float[Array, "B T V"], top: int | None) -> dict[str, Array]:
-    """What is kept of a language model's logits: all, or the likely tokens."""
-    if top is None:
-        return {_LOGITS: logits}
-    values, tokens = most_likely(logits, min(top, logits.shape[-1]))
-    return {_TOKENS: tokens, _LOG_PROBABILITIES: values}
+class CrossTaskLogits:
+    """The logits of a task's expert on the examples of each other task.
+
+    An expert is asked about some of these examples; they stand for all that are learned from.
+    """
+
+    def __init__(
+        self,
+        expert_logits: Mapping[str, Float[np.ndarray, "N C"]],
+        learning: Mapping[str, Int[np.ndarray, " M"]],
+    ):
+        """Weighs the examples that the expert was asked about.
+
+        Args:
+            expert_logits: By other task, NaN for the examples that the expert was not asked about.
+            learning: Indices of the examples that coefficients are learned from, by task.
+        """
+        self._logits, self._weights = {}, {}
+        for task, logits in expert_logits.items():
+            asked = ~np.isnan(logits[:, 0])
+            self._logits[task] = np.where(asked[:, None], logits, 0)
+            self._weights[task] = (asked / asked[learning[task]].mean()).astype(np.float32)
+
+    def take(self, chosen: Mapping[str, Int[np.ndarray, " B"]]) -> CrossTaskTargets:
+        """Returns the targets of a batch.
+
+        Args:
+            chosen: Indices of the batch's examples by task.
+        """
+        logits, weights = (
+            np.stack([arrays[task][chosen[task]] for task in arrays], axis=1)
+            for arrays in (self._logits, self._weights)
+        )
+        return CrossTaskTargets(logits, weights)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def most_likely(
-    logits: Float[Array, "B T V"], count: int
-) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
-    """Log-probabilities of the `count` likeliest tokens of each position, and which they are."""
-    return jax.lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), count)
+def ask_cross_task(
+    logits_of: Callable[[Examples], Float[np.ndarray, "N C"]],
+    examples: Mapping[str, Examples],
+    task: str,
+    learning: Mapping[str, Int[np.ndarray, " M"]],
+    *,
+    limit: int,
+    seed: int,
+) -> CrossTaskLogits:
+    """Computes the logits of a task's expert on the calibration examples of all other tasks.
+
+    Args:
+        logits_of: The expert: from examples to its logits.
+        examples: The calibration examples by task.
+        task: The task whose expert is asked.
+        learning: Indices of the examples that coefficients are learned from, by task.
+        limit: The number of these of each other task, drawn at random, that it is asked about.
+        seed: Decides on the draws.
+    """
+    others = {other: data for other, data in examples.items() if other != task}
+    generator = np.random.default_rng([seed, 5, list(learning).index(task)])
+    asked = {other: generator.permutation(learning[other])[:limit] for other in others}
+    # All at once, so that texts of like length share a batch across tasks.
+    subsets = [Subset(data, asked[other]) for other, data in others.items()]
+    logits = logits_of(Concatenated(subsets))
+    by_task = {}
+    for other, data in others.items():
+        rows, logits = np.split(logits, [len(asked[other])])
+        by_task[other] = np.full((len(data), rows.shape[1]), np.nan, rows.dtype)
+        by_task[other][asked[other]] = rows
+    return CrossTaskLogits(by_task, learning)
 
 
 def _lengths(inputs: Mapping[str, np.ndarray], positions: int) -> Int[np.ndarray, " B"]:
-    """Positions of each example that are no padding behind it."""
+    """Returns the number of each example's positions up to the padding behind it."""
     mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     if mask is None:
         return np.full(len(next(iter(inputs.values()))), positions)
@@ -142,58 +243,69 @@ class _ByPosition:
     def __init__(self, memory_bytes: int):
         self.filled = False
         self._positions = 0
-        self._kept: dict[int, dict[Any, np.ndarray]] = {}
+        self._memory: dict[int, dict[int, np.ndarray]] = {}
         self._memory_bytes = memory_bytes
-        self._kept_bytes = 0
+        self._used_bytes = 0
         self._file: IO[bytes] | None = None
-        self._in_file: dict[int, dict[Any, tuple[int, tuple[int, ...], np.dtype]]] = {}
+        self._places: dict[int, dict[int, tuple[int, tuple[int, ...], np.dtype]]] = {}
 
     def add(
         self,
         index: Iterable[int],
-        arrays: Mapping[Any, Float[np.ndarray, "B T ..."]],
+        arrays: Mapping[int, Shaped[np.ndarray, "B T ..."]],
         lengths: Int[np.ndarray, " B"],
     ) -> None:
-        """Keeps the arrays of some examples."""
+        """Adds the arrays of some examples.
+
+        Args:
+            index: The examples.
+            arrays: Their arrays, by any key; the same keys in every call.
+            lengths: The number of positions to be kept of each example.
+        """
         self.filled = True
         # Where examples have one shape it is that of all; what is kept of each may be shorter.
         self._positions = next(iter(arrays.values())).shape[1]
         for row, example in enumerate(index):
-            own = {
+            parts = {
                 key: np.ascontiguousarray(array[row, : lengths[row]])
                 for key, array in arrays.items()
             }
-            size = sum(array.nbytes for array in own.values())
-            if self._kept_bytes + size <= self._memory_bytes:
-                self._kept_bytes += size
-                self._kept[int(example)] = own
+            size = sum(part.nbytes for part in parts.values())
+            if self._used_bytes + size <= self._memory_bytes:
+                self._used_bytes += size
+                self._memory[int(example)] = parts
                 continue
             if self._file is None:
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this)
-            places = self._in_file.setdefault(int(example), {})
-            for key, array in own.items():
-                places[key] = (self._file.tell(), array.shape, array.dtype)
-                self._file.write(array.tobytes())
+            places = self._places.setdefault(int(example), {})
+            for key, part in parts.items():
+                places[key] = (self._file.tell(), part.shape, part.dtype)
+                self._file.write(part.tobytes())
 
     def take(
         self, index: Int[np.ndarray, " B"], length: int
-    ) -> dict[Any, Float[np.ndarray, "B T ..."]]:
-        """Padded with zeros to `length` positions, or to as many as were given where it is 0."""
+    ) -> dict[int, Shaped[np.ndarray, "B T ..."]]:
+        """Returns the arrays of some examples by key, padded with zeros.
+
+        Args:
+            index: The examples.
+            length: T; 0 for as many positions as were given.
+        """
         rows = [self._read(int(example)) for example in index]
-        taken = {}
+        arrays = {}
         for key, first in rows[0].items():
             shape = (len(rows), length or self._positions, *first.shape[1:])
-            taken[key] = np.zeros(shape, first.dtype)
+            arrays[key] = np.zeros(shape, first.dtype)
             for position, row in enumerate(rows):
-                taken[key][position, : len(row[key])] = row[key]
-        return taken
+                arrays[key][position, : len(row[key])] = row[key]
+        return arrays
 
-    def _read(self, example: int) -> Mapping[Any, Float[np.ndarray, "T ..."]]:
-        if example in self._kept:
-            return self._kept[example]
+    def _read(self, example: int) -> Mapping[int, Shaped[np.ndarray, "T ..."]]:
+        if example in self._memory:
+            return self._memory[example]
         assert self._file is not None
         arrays = {}
-        for key, (offset, shape, dtype) in self._in_file[example].items():
+        for key, (offset, shape, dtype) in self._places[example].items():
             self._file.seek(offset)
             data = self._file.read(int(np.prod(shape)) * dtype.itemsize)
             arrays[key] = np.frombuffer(data, dtype).reshape(shape)

@@ -1,4 +1,10 @@
-"""A batch in parts that are run one after the other, so that a step needs less memory."""
+"""A batch in parts that are run one after the other, so that a step needs less memory.
+
+`optax.microbatch` wants one length of the leading axis of all arrays, where inputs have that of all
+tasks together, and puts other examples into a part.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +21,7 @@ def split(batch: Batch, parts: int) -> Batch:
 
     Args:
         batch: B examples of every task, B a multiple of `parts`.
-        parts: Their number.
+        parts: The number of parts.
 
     Returns:
         The same with a leading axis of length `parts` on every array.
@@ -30,22 +36,31 @@ def split(batch: Batch, parts: int) -> Batch:
             f"a number that divides {size}"
         )
 
-    def by_task(tree: PyTree, blocks: int) -> PyTree:
-        """`[blocks * B, ...]`, one block for each task, to `[parts, blocks * B / parts, ...]`."""
+    def cut(array: Array) -> Array:
+        """From `[B, ...]`, or `[tasks * B, ...]`, to `[parts, B / parts, ...]`, or with tasks."""
+        shape = array.shape[1:]
+        blocks = jnp.asarray(array).reshape(-1, parts, size // parts, *shape)
+        return blocks.swapaxes(0, 1).reshape(parts, -1, *shape)
 
-        def cut(array: Array) -> Array:
-            rest = array.shape[1:]
-            cut = jnp.asarray(array).reshape(blocks, parts, size // parts, *rest)
-            return cut.swapaxes(0, 1).reshape(parts, -1, *rest)
+    by_part = jax.tree.map(cut, batch._replace(weights=batch.weights.reshape(-1)))
+    return by_part._replace(weights=by_part.weights.reshape(parts, tasks, -1))
 
-        return jax.tree.map(cut, tree)
 
-    targets = []
-    for own in batch.targets:
-        of_others = {name: getattr(own, name) for name in ("expert_elsewhere", "elsewhere_weights")}
-        own = by_task(own._replace(**dict.fromkeys(of_others)), 1)
-        targets.append(own._replace(**by_task(of_others, tasks - 1)))
-    weights = jnp.asarray(batch.weights).reshape(tasks, parts, -1).swapaxes(0, 1)
-    return Batch(
-        by_task(batch.inputs, tasks), weights, targets, by_task(batch.strong_inputs, tasks)
-    )
+def sum_over_parts(function: Callable[[Batch], PyTree], batch: Batch, parts: int) -> PyTree:
+    """Returns the sum of a function's values for the parts of a batch, computed one by one.
+
+    Args:
+        function: A function from a batch to arrays.
+        batch: The whole batch.
+        parts: The number of parts.
+    """
+    if parts == 1:
+        return function(batch)
+
+    def add(sums: PyTree, part: Batch) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, sums, function(part)), None
+
+    by_part = split(batch, parts)
+    first = jax.tree.map(lambda array: array[0], by_part)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, first))
+    return jax.lax.scan(add, zeros, by_part)[0]

@@ -1,108 +1,87 @@
 """The last state of something that runs for long, so that it can go on after it was killed."""
 
-import json
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+from safetensors import SafetensorError, deserialize, safe_open
+from safetensors.numpy import save
 
+from adamerge_jax.checkpoints.safetensors_file import STORED_DTYPES
 from adamerge_jax.errors import InputError, in_one_line
 
+_FILE = "snapshot.safetensors"
 
-class Snapshots:
-    """A folder with the last snapshot of a tree of small arrays.
 
-    A new snapshot is complete before the one before it is removed: whenever the process is killed,
-    there is one to go on from. In Orbax's format it is one flat array of each dtype, because Orbax
-    takes its time for every array rather than for every byte.
+def save_snapshot(folder: Path, step: int, tree: PyTree) -> None:
+    """Writes a snapshot; it is complete before the one before it is gone.
+
+    Args:
+        folder: The folder of the snapshot, made if it is not there.
+        step: The number of steps taken.
+        tree: Arrays that this process has as a whole, and numbers.
     """
+    arrays = {name: np.asarray(leaf) for name, leaf in _by_path(jax.device_get(tree)).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{_FILE}.partial"
+    partial.write_bytes(save(arrays, metadata={"step": str(step)}))
+    os.replace(partial, folder / _FILE)
 
-    def __init__(self, folder: Path):
-        """Opens the folder; it is made with the first snapshot.
 
-        Args:
-            folder: May hold a snapshot of an earlier process and what is left of an unfinished one.
-        """
-        self._folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+def load_snapshot(folder: Path, like: PyTree) -> PyTree | None:
+    """Reads the last snapshot, bit for bit.
+
+    Args:
+        folder: The folder of the snapshot.
+        like: A tree of the same structure. Where it has a Python number, a number is returned,
+            elsewhere a NumPy array.
+
+    Returns:
+        The tree; None where there is no snapshot.
+
+    Raises:
+        InputError: The snapshot cannot be read, or is of another structure.
+    """
+    file = folder / _FILE
+    if not file.is_file():
+        return None
+    try:
+        entries = dict(deserialize(file.read_bytes()))
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} cannot be read: {in_one_line(error)}; remove the run folder and start again"
+        ) from error
+    leaves = _by_path(like)
+    if leaves.keys() != entries.keys():
+        raise InputError(
+            f"{folder} holds the state of something else, or of another version of this "
+            "program; remove the run folder and start again"
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
-
-    def save(self, step: int, tree: PyTree) -> None:
-        """Keeps a tree, and removes the one kept before.
-
-        Args:
-            step: After the step of the snapshot before.
-            tree: Arrays that this process has as a whole, and numbers.
-        """
-        leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))
-        index, by_dtype = [], {}
-        for path, leaf in leaves:
-            array = np.asarray(leaf)
-            index.append([jax.tree_util.keystr(path), array.dtype.name, array.shape])
-            by_dtype.setdefault(array.dtype.name, []).append(array.ravel())
-        arrays = {name: np.concatenate(parts) for name, parts in by_dtype.items()}
-        # Orbax's arrays have no booleans.
-        content = {name: array.view(np.uint8) for name, array in arrays.items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(content), index=ocp.args.JsonSave(index)
-            ),
-        )
-
-    def load(self, like: PyTree) -> PyTree | None:
-        """The last snapshot, bit for bit; None where there is none.
-
-        Args:
-            like: A tree of the same structure. Where it has a Python number, a number is returned,
-                elsewhere a NumPy array.
-
-        Raises:
-            InputError: The snapshot cannot be read, or is of another structure.
-        """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardRestore(), index=ocp.args.JsonRestore()
-                ),
-            )
-        except (OSError, ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise InputError(
-                f"{self._folder} cannot be read: {in_one_line(error)}; remove the run folder and "
-                "start again"
-            ) from error
-        leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-        if [jax.tree_util.keystr(path) for path, _ in leaves] != [name for name, *_ in found.index]:
-            raise InputError(
-                f"{self._folder} holds the state of something else, or of another version of this "
-                "program; remove the run folder and start again"
-            )
-        position, restored = dict.fromkeys(found.arrays, 0), []
-        for (_, name, shape), (_, leaf) in zip(found.index, leaves, strict=True):
-            start, dtype = position[name], np.dtype(name)
-            position[name] += int(np.prod(shape)) * dtype.itemsize
-            content = np.asarray(found.arrays[name])[start : position[name]]
-            array = content.view(dtype).reshape(shape)
-            restored.append(array.item() if isinstance(leaf, bool | int | float) else array)
-        return jax.tree_util.tree_unflatten(structure, restored)
-
-    def close(self) -> None:
-        """Frees what Orbax holds open."""
-        self._manager.close()
+    restored = []
+    for name, leaf in leaves.items():
+        entry = entries[name]
+        array = np.frombuffer(entry["data"], STORED_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        restored.append(array.item() if isinstance(leaf, bool | int | float) else array)
+    return jax.tree.unflatten(jax.tree.structure(like), restored)
 
 
 def last_step(folder: Path) -> int | None:
-    """Step of the last snapshot in a folder of `Snapshots`, or None where there is none.
+    """Returns the step of the snapshot in a folder, or None where there is none."""
+    file = folder / _FILE
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="np") as snapshot:
+            return int(snapshot.metadata()["step"])
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} cannot be read: {in_one_line(error)}; remove the run folder and start again"
+        ) from error
 
-    Looks at nothing else, and one process alone may call it.
-    """
-    steps = [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
-    return max(steps, default=None)
+
+def _by_path(tree: PyTree) -> dict[str, PyTree]:
+    """Returns the leaves of a tree by their paths in it, in their order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -1,7 +1,8 @@
 """Learning: task vectors and expert targets are read, then coefficients learned by stages."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,16 +24,16 @@ from adamerge_jax.coefficients.granularities import (
 )
 from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.data.batches import Calibration, calibrate
-from adamerge_jax.data.examples import Concatenated, Subset
-from adamerge_jax.data.expert_targets import StoredTargets, ask_expert
-from adamerge_jax.devices import Devices, fetch
+from adamerge_jax.data.expert_targets import StoredTargets, ask_cross_task, ask_expert
+from adamerge_jax.devices import Devices, fetch, is_first_process
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.learning import learner as learning
-from adamerge_jax.learning.snapshots import Snapshots
+from adamerge_jax.learning.learner import Frozen, Learner, forward_with_heads, make_learner
+from adamerge_jax.learning.loop import Learned, Progress, Snapshot, learn
+from adamerge_jax.learning.snapshots import load_snapshot, save_snapshot
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models.family import Network
-from adamerge_jax.objectives import Needs
+from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.read import load_task_vectors
@@ -42,7 +43,7 @@ from adamerge_jax.recipes.build import GranularityChoice, Method, Stage
 from adamerge_jax.task_vectors import Delta, LoadedDelta
 from adamerge_jax.task_vectors.offload.memory import make_memory
 
-OnStep = Callable[[learning.Progress], None]
+OnStep = Callable[[Progress], None]
 
 ShowStage = Callable[[str, int], AbstractContextManager[OnStep]]
 """`(name of the stage and its coefficients in words, steps) -> on_step`, as a context."""
@@ -159,16 +160,21 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
             continue
         expert = workspace.expert(task, base)
         targets[task] = _ask_expert(workspace, expert, task, spec)
-        if spec.elsewhere:
-            cross_task[task] = _ask_elsewhere(
-                workspace, expert, task, calibration.learning, spec.elsewhere, method.seed
+        if spec.cross_task:
+            cross_task[task] = ask_cross_task(
+                partial(workspace.evaluator.logits, expert, task),
+                workspace.data.calibration,
+                task,
+                calibration.learning,
+                limit=spec.cross_task,
+                seed=method.seed,
             )
         # Gone before the next one is read: two experts need never be in memory.
         del expert
     calibration = calibration._replace(
         targets=targets,
-        strong_view=any(spec.strong_view for spec in method.target_specs.values()),
-        elsewhere=cross_task,
+        augmented=any(spec.augmented for spec in method.target_specs.values()),
+        cross_task=cross_task,
     )
     return LearningInputs(method, workspace, base, deltas, mixed, interference, calibration, start)
 
@@ -227,7 +233,7 @@ def learner_of(
     backbone: Network,
     heads: Mapping[str, Network],
     granularity: Granularity,
-) -> learning.Learner:
+) -> Learner:
     """Returns the compiled functions of one stage.
 
     Args:
@@ -239,12 +245,12 @@ def learner_of(
         granularity: Which parameters share a coefficient.
     """
     specs = method.target_specs.values()
-    return learning.make_learner(
-        learning.forward_with_heads(
+    return make_learner(
+        forward_with_heads(
             backbone,
             list(heads.values()),
             sorted({layer for spec in specs for layer in spec.hidden_states}),
-            elsewhere=any(spec.elsewhere for spec in specs),
+            cross_task=any(spec.cross_task for spec in specs),
             logits_again=models.family.language,
         ),
         granularity,
@@ -323,30 +329,27 @@ def _learn_stage(
         )
     else:
         initial = granularity.init(start)
-    snapshots = None if state is None else Snapshots(state / stage.name)
-    resume = snapshots and snapshots.load(learning.Snapshot.like(learner, initial))
+    folder = None if state is None else state / stage.name
+    resume = folder and load_snapshot(folder, Snapshot.like(learner, initial))
 
-    def save(snapshot: learning.Snapshot) -> None:
-        if snapshots is not None:
-            snapshots.save(snapshot.step, snapshot)
+    def on_snapshot(snapshot: Snapshot) -> None:
+        if folder is not None and is_first_process():
+            save_snapshot(folder, snapshot.step, snapshot)
 
     summary = f"{stage.name}: {count_units(granularity, initial, inputs.shapes)}"
     try:
-        with (
-            show_stage(summary, stage.steps) as on_step,
-            closing(snapshots) if snapshots else nullcontext(),
-        ):
-            learned = learning.learn(
+        with show_stage(summary, stage.steps) as on_step:
+            learned = learn(
                 learner,
-                learning.Frozen(inputs.base, deltas, list(workspace.heads.values())),
+                Frozen(inputs.base, deltas, list(workspace.heads.values())),
                 initial,
                 inputs.calibration,
                 steps=stage.steps,
                 evaluate_every=stage.evaluate_every,
                 control=method.control,
-                report=on_step,
+                on_step=on_step,
+                on_snapshot=on_snapshot,
                 resume=resume,
-                save=save,
                 devices=inputs.devices,
             )
     except NonFiniteObjectiveError as error:
@@ -358,7 +361,7 @@ def _learn_stage(
     return MergeResult(coefficients, granularity, learned.values, deltas)
 
 
-def _describe(inputs: LearningInputs, stage: Stage, learned: learning.Learned) -> Coefficients:
+def _describe(inputs: LearningInputs, stage: Stage, learned: Learned) -> Coefficients:
     """The learned coefficients with all that a later merge must know of them."""
     method, models = inputs.method, inputs.workspace.models
     shapes = {name: models.base.shape(name) for name in inputs.mixed}
@@ -384,7 +387,7 @@ def _describe(inputs: LearningInputs, stage: Stage, learned: learning.Learned) -
 
 
 def _ask_expert(
-    workspace: Workspace, parameters: Mapping[str, Array], task: str, spec: Needs
+    workspace: Workspace, parameters: Mapping[str, Array], task: str, spec: TargetSpec
 ) -> StoredTargets:
     """Returns the targets that a task's expert gives for its calibration examples."""
 
@@ -395,34 +398,7 @@ def _ask_expert(
     return ask_expert(ask, examples, spec, batch_size=workspace.evaluator.batch_size)
 
 
-def _ask_elsewhere(
-    workspace: Workspace,
-    parameters: Mapping[str, Array],
-    task: str,
-    learning: Mapping[str, np.ndarray],
-    limit: int,
-    seed: int,
-) -> dict[str, np.ndarray]:
-    """What a task's expert says of the calibration examples of each other task, `[N, C]`.
-
-    It is asked of at most `limit` examples of each that coefficients are learned from; the rows of
-    all others are NaN.
-    """
-    others = {o: own for o, own in workspace.data.calibration.items() if o != task}
-    generator = np.random.default_rng([seed, 5, list(learning).index(task)])
-    asked = {other: generator.permutation(learning[other])[:limit] for other in others}
-    # All at once, so that texts of like length share a batch across tasks.
-    chosen = [Subset(own, asked[other]) for other, own in others.items()]
-    said = workspace.evaluator.logits(parameters, task, Concatenated(chosen))
-    by_task = {}
-    for other, own in others.items():
-        rows, said = np.split(said, [len(asked[other])])
-        by_task[other] = np.full((len(own), rows.shape[1]), np.nan, rows.dtype)
-        by_task[other][asked[other]] = rows
-    return by_task
-
-
-def _require_layers(needs: Mapping[str, Needs], models: Models) -> None:
+def _require_layers(needs: Mapping[str, TargetSpec], models: Models) -> None:
     """Refuses hidden states of a layer that the model does not have."""
     depths = (shape[0] for name, shape in models.shapes.items() if is_stacked(name))
     count = max(depths, default=0)

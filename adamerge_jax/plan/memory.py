@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adamerge_jax.data.expert_targets import MEMORY_BYTES, most_likely
+from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.pipeline.export import checkpoint_bytes
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
@@ -109,10 +109,9 @@ def _ask(outline: Outline, task: str, parameters: Any, kept: Any, inputs: Any) -
     outputs = outline.backbone(parameters, inputs, hidden_states=bool(needs.hidden_states))
     head = outline.heads[task]
     logits = head(complete_head(head, kept, parameters), outputs)
-    hidden = [outputs.hidden_states[layer] for layer in needs.hidden_states]
-    if logits.ndim == 3 and needs.expert_logits and needs.top_tokens is not None:
-        return logits, hidden, most_likely(logits, min(needs.top_tokens, logits.shape[-1]))
-    return logits, hidden
+    states = {layer: outputs.hidden_states[layer] for layer in needs.hidden_states}
+    # Logits are there, whatever is kept of them.
+    return expert_targets(needs, logits, states)._replace(expert_logits=logits)
 
 
 def _compiled_bytes(function: Any, *arguments: Any) -> int:
@@ -225,24 +224,17 @@ def targets_bytes(outline: Outline) -> int:
         needs = outline.needs[task]
         if not needs.expert:
             continue
-        logits = outline.logits(task, 1, max(1, outline.longest))
-        by_position = 0
-        if needs.expert_logits and len(logits.shape) == 3:
-            kept = logits.shape[-1]
-            each = kept * logits.dtype.itemsize
-            if needs.top_tokens is not None:
-                each = min(needs.top_tokens, kept) * 8
-            by_position += each
-        elif needs.expert_logits:
-            others = sum(map(len, outline.data["calibration"].values())) if needs.elsewhere else 0
-            rows = max(len(size), others)
-            total += rows * logits.shape[-1] * logits.dtype.itemsize
-        if needs.hidden_states:
-            states = outline.outputs(1, max(1, outline.longest)).last_hidden_state
-            by_position += len(needs.hidden_states) * states.shape[-1] * states.dtype.itemsize
-            positions = states.shape[1]
-        else:
-            positions = 1
+        targets = outline.targets(task, 1, max(1, outline.longest))._replace(labels=None)
+        rows = len(size)
+        if needs.cross_task:
+            rows = max(rows, sum(map(len, outline.data["calibration"].values())))
+        by_position, positions = 0, 1
+        for leaf in jax.tree.leaves(targets._replace(cross_task=None)):
+            if leaf.ndim < 3:
+                total += rows * bytes_of(leaf)
+            else:
+                positions = leaf.shape[1]
+                by_position += bytes_of(leaf) // positions
         lengths = int(size.lengths.sum()) or len(size) * positions
         total += min(MEMORY_BYTES, by_position * lengths)
     return total

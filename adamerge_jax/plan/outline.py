@@ -20,11 +20,12 @@ from adamerge_jax.coefficients.granularities import (
 from adamerge_jax.coefficients.importance import expected_granularity
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.data.examples import Examples
+from adamerge_jax.data.expert_targets import expert_targets
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
-from adamerge_jax.objectives import Needs, Targets, TopTokens
+from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
 from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_expert, load_task_vectors
@@ -134,7 +135,7 @@ class Outline:
         return self.task_vectors[0]
 
     @property
-    def needs(self) -> Mapping[str, Needs]:
+    def needs(self) -> Mapping[str, TargetSpec]:
         """The targets that the objective of each task wants."""
         return self.method.target_specs
 
@@ -180,30 +181,24 @@ class Outline:
         return jax.eval_shape(head, own, self.outputs(examples, length))
 
     def targets(self, task: str, examples: int, length: int) -> Targets:
-        """What examples of a task are compared with."""
-        needs = self.needs[task]
-        said = self.logits(task, examples, length)
-        logits = top = elsewhere = weights = None
-        positions = said.shape[:-1]
-        if needs.expert_logits and len(positions) == 2 and needs.top_tokens is not None:
-            shape = (*positions, min(needs.top_tokens, said.shape[-1]))
-            top = TopTokens(Abstract(shape, np.int32), Abstract(shape, np.float32))
-        elif needs.expert_logits:
-            logits = said
-        if needs.elsewhere:
-            others = (len(self.recipe.tasks) - 1) * examples
-            elsewhere = Abstract((others, said.shape[-1]), said.dtype)
-            weights = Abstract((others,), np.float32)
-        hidden = {}
-        if needs.hidden_states:
-            states = self.outputs(examples, length).hidden_states
-            hidden = {
-                layer: Abstract(states.shape[1:], states.dtype) for layer in needs.hidden_states
-            }
-        labels = None
+        """Returns the abstract targets of so many examples of a task."""
+        spec = self.needs[task]
+        logits = self.logits(task, examples, length)
+
+        def of_expert(logits: Any, hidden_states: Any) -> Targets:
+            states = {layer: hidden_states[layer] for layer in spec.hidden_states}
+            return expert_targets(spec, logits, states)
+
+        targets = jax.eval_shape(of_expert, logits, self.outputs(examples, length).hidden_states)
+        positions = logits.shape[:-1]
         if len(positions) == 2 or self.recipe.tasks[task].calibration.label is not None:
-            labels = Abstract(positions, np.int32)
-        return Targets(logits, hidden, labels, elsewhere, weights, top)
+            targets = targets._replace(labels=Abstract(positions, np.int32))
+        if spec.cross_task:
+            others = (examples, len(self.recipe.tasks) - 1)
+            asked = Abstract((*others, logits.shape[-1]), logits.dtype)
+            weights = Abstract(others, np.float32)
+            targets = targets._replace(cross_task=CrossTaskTargets(asked, weights))
+        return targets
 
     def batch(self, length: int) -> Batch:
         """One step's batch of examples of `length` tokens."""
@@ -213,7 +208,7 @@ class Outline:
             inputs,
             Abstract((len(tasks), size), np.float32),
             [self.targets(task, size, length) for task in tasks],
-            inputs if any(own.strong_view for own in self.needs.values()) else None,
+            inputs if any(own.augmented for own in self.needs.values()) else None,
         )
 
     def expert(self, task: str) -> dict[str, Any]:

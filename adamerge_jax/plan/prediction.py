@@ -176,7 +176,7 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
     share = _average_length(merge) / merge.longest if merge.longest else 1.0
     calibration = merge.data["calibration"]
     asked = sum(
-        len(size) if task == other else min(merge.needs[task].elsewhere, len(size))
+        len(size) if task == other else min(merge.needs[task].cross_task, len(size))
         for task in calibration
         for other, size in calibration.items()
         if merge.needs[task].expert

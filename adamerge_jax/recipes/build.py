@@ -15,10 +15,10 @@ from adamerge_jax.coefficients.granularities import Granularity, Shapes, make_gr
 from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep, make_step
-from adamerge_jax.learning.learner import Control
+from adamerge_jax.learning.held_out import Control
 from adamerge_jax.learning.optimizer import build_optimizer, require_gradient_alone
 from adamerge_jax.models.family import Family
-from adamerge_jax.objectives import Needs, Objective, make_objective, weighted_sum
+from adamerge_jax.objectives import Objective, TargetSpec, make_objective, weighted_sum
 from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
@@ -129,7 +129,7 @@ class Method(NamedTuple):
     other_base: bool
     objectives: Mapping[str, Objective]
     objective_in_words: str
-    target_specs: Mapping[str, Needs]
+    target_specs: Mapping[str, TargetSpec]
     regularizers: Sequence[tuple[float, Regularizer]]
     interference: tuple[FittedStep, ...]
     control: Control | None
@@ -160,12 +160,12 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
     language = models.family.language
     learning, coefficients = recipe.learning, recipe.coefficients
     objectives = build_objectives(recipe.objectives, recipe.tasks)
-    specs = {task: objective.needs for task, objective in objectives.items()}
+    specs = {task: objective.target_spec for task, objective in objectives.items()}
     _require_fitting(specs, recipe.tasks, language)
     if language or len(specs) == 1:
         # One output layer for all tasks: experts would contradict each other. Of one task: there
         # are no others.
-        specs = {task: spec._replace(elsewhere=0) for task, spec in specs.items()}
+        specs = {task: spec._replace(cross_task=0) for task, spec in specs.items()}
     if learning.control is not None and not language:
         # What is controlled without labels is the agreement with the experts.
         specs = {task: spec._replace(expert_logits=True) for task, spec in specs.items()}
@@ -271,12 +271,12 @@ def _build_control(
 
 
 def _require_fitting(
-    specs: Mapping[str, Needs], tasks: Mapping[str, TaskRecipe], language: bool
+    specs: Mapping[str, TargetSpec], tasks: Mapping[str, TaskRecipe], language: bool
 ) -> None:
     """Refuses objectives that do not go with this kind of model, and labels that are missing."""
     for task, spec in specs.items():
         if language:
-            if spec.strong_view:
+            if spec.augmented:
                 raise InputError(
                     "objectives: pseudo_labels is for classes; a language model has none"
                 )

@@ -45,7 +45,7 @@ def check(recipe: Recipe) -> None:
     build_regularizers(recipe.regularizers)
     build_interference(recipe.interference, recipe.seed)
     objectives = build_objectives(recipe.objectives, recipe.tasks).values()
-    if recipe.learning.microbatches > 1 and any(o.needs.whole_batch for o in objectives):
+    if recipe.learning.microbatches > 1 and any(o.target_spec.whole_batch for o in objectives):
         raise InputError(
             "learning.microbatches: pseudo_labels, and hidden_state_alignment with relative, "
             "look at the whole batch; set it to 1, or choose another objective"

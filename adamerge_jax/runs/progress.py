@@ -22,7 +22,7 @@ from rich.text import Text
 from adamerge_jax.runs.folder import ByTask, StepRecord
 
 if TYPE_CHECKING:
-    from adamerge_jax.learning.learner import Progress
+    from adamerge_jax.learning.loop import Progress
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import pytest
 
 from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER, Calibration, calibrate
-from adamerge_jax.data.expert_targets import StoredTargets
+from adamerge_jax.data.expert_targets import CrossTaskLogits, StoredTargets
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets
@@ -93,7 +93,7 @@ def test_targets_go_with_their_examples():
     split = calibration()
     for batch in islice(split.batches(), 2):
         assert all(target == Targets() for target in batch.targets)
-        assert batch.strong_inputs is None
+        assert batch.augmented_inputs is None
     logits = {
         task: np.stack([np.arange(size) + 1000 * position] * (position + 2), axis=1)
         for position, (task, size) in enumerate(SIZES.items())
@@ -101,7 +101,7 @@ def test_targets_go_with_their_examples():
     for task, own in logits.items():
         split.examples[task].labels = own[:, 0]
     asked = split._replace(
-        targets={t: StoredTargets(split.examples[t], own) for t, own in logits.items()}
+        targets={t: StoredTargets(split.examples[t], Targets(own)) for t, own in logits.items()}
     )
     for batch in [*islice(asked.batches(), 5), *asked.held_out_batches()]:
         numbers = batch.inputs["pixel_values"].reshape(2, 4)
@@ -119,17 +119,20 @@ def test_examples_that_an_expert_was_asked_of_stand_for_all():
     asked = learned_from[::3]
     said = np.full((SIZES[second], 2), np.nan, np.float32)
     said[asked] = asked[:, None]
-    batches = split._replace(elsewhere={first: {second: said}}).batches()
+    cross_task = {first: CrossTaskLogits({second: said}, split.learning)}
+    batches = split._replace(cross_task=cross_task).batches()
     drawn, weights = [], []
     for batch in islice(batches, len(learned_from)):
         own, others = batch.targets
         numbers = batch.inputs["pixel_values"].reshape(2, 4)[1] - 1000
         known = np.isin(numbers, asked)
-        np.testing.assert_array_equal(own.expert_elsewhere[:, 0], np.where(known, numbers, 0))
-        np.testing.assert_array_equal(own.elsewhere_weights > 0, known)
-        assert others.expert_elsewhere is None
+        logits, example_weights = own.cross_task
+        assert logits.shape == (4, 1, 2)
+        np.testing.assert_array_equal(logits[:, 0, 0], np.where(known, numbers, 0))
+        np.testing.assert_array_equal(example_weights[:, 0] > 0, known)
+        assert others.cross_task is None
         drawn.append(numbers)
-        weights.append(own.elsewhere_weights)
+        weights.append(example_weights)
     # Every example was drawn equally often, so that the weights' mean is that of one each.
     assert len(set(np.bincount(np.concatenate(drawn).astype(int))[learned_from])) == 1
     np.testing.assert_allclose(np.mean(weights), 1, rtol=1e-6)
@@ -170,16 +173,16 @@ def test_no_text_is_twice_in_a_batch(tmp_path, size, batch_size):
         assert len(np.unique(lengths)) == batch_size
 
 
-def test_strong_views(tmp_path):
+def test_augmented_examples(tmp_path):
     tokenizer = bert_tokenizer(tmp_path)
     examples = {"only": TextExamples(["a b c d e f g h"] * 20, tokenizer, 32, "only")}
-    split = calibrate(examples, batch_size=8, held_out=0.2, seed=0)._replace(strong_view=True)
+    split = calibrate(examples, batch_size=8, held_out=0.2, seed=0)._replace(augmented=True)
     first, again = (next(split.batches()) for _ in range(2))
     np.testing.assert_array_equal(
-        first.strong_inputs["attention_mask"], again.strong_inputs["attention_mask"]
+        first.augmented_inputs["attention_mask"], again.augmented_inputs["attention_mask"]
     )
-    assert first.strong_inputs["attention_mask"].sum() < first.inputs["attention_mask"].sum()
-    np.testing.assert_array_equal(first.strong_inputs["input_ids"], first.inputs["input_ids"])
+    assert first.augmented_inputs["attention_mask"].sum() < first.inputs["attention_mask"].sum()
+    np.testing.assert_array_equal(first.augmented_inputs["input_ids"], first.inputs["input_ids"])
 
 
 def test_texts_of_all_tasks_are_padded_to_one_bucket(tmp_path):

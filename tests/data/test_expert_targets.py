@@ -8,13 +8,13 @@ from adamerge_jax.data.expert_targets import MEMORY_BYTES, StoredTargets, ask_ex
 from adamerge_jax.data.language import make_language_examples
 from adamerge_jax.data.tables import Table
 from adamerge_jax.data.texts import TextExamples
-from adamerge_jax.objectives import NOT_PREDICTED, Needs
+from adamerge_jax.objectives import NOT_PREDICTED, TargetSpec
 from adamerge_jax.recipes.schema import DataSource
 from tests.language_references import byte_tokenizer, split_sentences
 from tests.references import bert_tokenizer, sentences
 
-LAYERS = (0, -1)
-BOTH = Needs(expert_logits=True, hidden_states=LAYERS)
+LAYERS = (-1, 0)
+BOTH = TargetSpec(expert_logits=True, hidden_states=LAYERS)
 
 
 def ask(inputs: dict[str, np.ndarray]):
@@ -65,9 +65,9 @@ def test_targets_are_those_of_the_chosen_examples(examples, batch_size, memory_b
 
 
 def test_nothing_is_kept_that_nobody_needs(examples):
-    stored = ask_expert(ask, examples, Needs(expert_logits=True), batch_size=4)
+    stored = ask_expert(ask, examples, TargetSpec(expert_logits=True), batch_size=4)
     assert stored.take(np.array([1, 2]), 32).expert_hidden_states == {}
-    stored = ask_expert(ask, examples, Needs(hidden_states=LAYERS), batch_size=4)
+    stored = ask_expert(ask, examples, TargetSpec(hidden_states=LAYERS), batch_size=4)
     assert stored.expert_logits is None
     targets = stored.take(np.array([1, 2]), 32)
     assert targets.expert_logits is None
@@ -83,7 +83,7 @@ def test_examples_of_one_shape_keep_it(memory_bytes):
         return states.sum((1, 2))[:, None], {2: states}
 
     examples = ArrayExamples({"pixel_values": pixels})
-    needs = Needs(expert_logits=True, hidden_states=(2,))
+    needs = TargetSpec(expert_logits=True, hidden_states=(2,))
     stored = ask_expert(ask_image, examples, needs, batch_size=3, memory_bytes=memory_bytes)
     targets = stored.take(np.array([5, 0]), 0)
     np.testing.assert_array_equal(targets.expert_hidden_states[2], pixels[[5, 0]].reshape(2, 3, 16))
@@ -150,7 +150,7 @@ def language_examples(decoder_start: int | None) -> Examples:
 def test_targets_of_language_models(top, decoder_start, memory_bytes):
     examples = language_examples(decoder_start)
     assert len(set(examples.padded_lengths())) > 1
-    needs = Needs(expert_logits=True, top_tokens=top, hidden_states=(1,))
+    needs = TargetSpec(expert_logits=True, top_tokens=top, hidden_states=(1,))
     stored = ask_expert(ask_language, examples, needs, batch_size=4, memory_bytes=memory_bytes)
     assert stored.expert_logits is None
     for index in ([0], [8, 0, 3, 3], [1, 0], range(9)):
@@ -193,7 +193,7 @@ def test_half_precision_of_an_expert_stays(memory_bytes):
         return logits.astype(np.float16), states
 
     stored = ask_expert(
-        ask_half, examples, Needs(expert_logits=True), batch_size=4, memory_bytes=memory_bytes
+        ask_half, examples, TargetSpec(expert_logits=True), batch_size=4, memory_bytes=memory_bytes
     )
     targets = stored.take(np.array([3, 1]), 40)
     assert targets.expert_logits.dtype == np.float16

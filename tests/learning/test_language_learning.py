@@ -316,17 +316,17 @@ def problem_of(fields: Mapping[str, Any], folder: Path, **changes: Any) -> Learn
     return learning_inputs(recipe, folder)
 
 
-def test_the_recommended_preset_asks_nothing_elsewhere(llama, tmp_path):
+def test_the_recommended_preset_asks_nothing_of_other_tasks(llama, tmp_path):
     """Language models share one head, so that experts would contradict each other."""
     fields = {name: value for name, value in llama.items() if name != "preset"}
     chosen = {"steps": 2, "batch_size": BATCH_SIZE}
     recommended = problem_of(fields, tmp_path, learning=chosen)
     recipe = parse_recipe(fields)
     assert recipe.preset == "recommended"
-    assert recipe.objectives[0].options == {"elsewhere": 0.6}
-    assert recommended.calibration.elsewhere == {}
+    assert recipe.objectives[0].options == {"cross_task": 0.6}
+    assert recommended.calibration.cross_task == {}
     batch = next(recommended.calibration.batches())
-    assert all(targets.expert_elsewhere is None for targets in batch.targets)
+    assert all(targets.cross_task is None for targets in batch.targets)
     assert all(targets.expert_top.tokens.ndim == 3 for targets in batch.targets)
     plain = problem_of(fields, tmp_path, learning=chosen, objectives=[{"name": "logit_alignment"}])
     merges = []

@@ -24,16 +24,12 @@ from adamerge_jax.coefficients.granularities import Granularity, Values, constan
 from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.data.batches import Calibration, calibrate
 from adamerge_jax.data.expert_targets import StoredTargets
+from adamerge_jax.errors import NonFiniteObjectiveError
+from adamerge_jax.learning import held_out
 from adamerge_jax.learning import learner as learning
-from adamerge_jax.learning.learner import (
-    Control,
-    Evaluation,
-    Frozen,
-    Learner,
-    NonFiniteObjectiveError,
-    Progress,
-    State,
-)
+from adamerge_jax.learning.held_out import Control
+from adamerge_jax.learning.learner import Evaluation, Frozen, Learner, State
+from adamerge_jax.learning.loop import Progress, learn
 from adamerge_jax.learning.optimizer import build_optimizer
 from adamerge_jax.objectives import make_objective
 from adamerge_jax.pipeline.learn import merged_parameters
@@ -46,7 +42,7 @@ BATCH_SIZE = 4
 
 
 class Setup(NamedTuple):
-    """All that `learning.learn` is given."""
+    """All arguments of `learn`."""
 
     granularity: Granularity
     learner: Learner
@@ -55,7 +51,7 @@ class Setup(NamedTuple):
     calibration: Calibration
 
     def learn(self, steps: int = STEPS, evaluate_every: int = 5, **options):
-        return learning.learn(
+        return learn(
             self.learner,
             self.frozen,
             self.initial,
@@ -207,11 +203,11 @@ def test_same_coefficients_as_a_pytorch_loop(
 def test_the_best_look_is_returned_and_never_worse_than_the_start(
     text_recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(learning, "FEWEST_TO_CHOOSE", 1)
+    monkeypatch.setattr(held_out, "FEWEST_TO_CHOOSE", 1)
     # Far too large a step: held-out entropy goes up and down.
     setup = set_up(text_recipe, tmp_path, granularity="task", name="sgd", learning_rate=3.0)
     seen: list[Progress] = []
-    learned = setup.learn(steps=12, evaluate_every=2, report=seen.append)
+    learned = setup.learn(steps=12, evaluate_every=2, on_step=seen.append)
     assert [progress.step for progress in seen] == list(range(13))
     assert seen[0].per_task is None
     assert all(progress.per_task.shape == (3,) for progress in seen[1:])
@@ -243,7 +239,7 @@ def test_the_start_is_returned_when_nothing_is_better(text_recipe, tmp_path):
         learner=setup.learner._replace(step=step_back),
         calibration=setup.calibration._replace(held_out=setup.calibration.learning),
     )
-    learned = uphill.learn(steps=6, evaluate_every=3, report=seen.append)
+    learned = uphill.learn(steps=6, evaluate_every=3, on_step=seen.append)
     assert seen[-1].held_out.objective.sum() > seen[0].held_out.objective.sum()
     assert learned.step == 0
     assert all((values == np.float32(0.3)).all() for values in learned.values.values())
@@ -320,7 +316,7 @@ def run_script(
     for data in examples.values():
         data.labels = np.arange(40) % 2
     targets = {task: StoredTargets(data) for task, data in examples.items()}
-    return learning.learn(
+    return learn(
         script.learner,
         Frozen({}, {}, []),
         {},
@@ -328,7 +324,7 @@ def run_script(
         steps=len(script.objectives) - 1,
         evaluate_every=1,
         control=control,
-        report=seen.append,
+        on_step=seen.append,
     )
 
 
@@ -378,14 +374,14 @@ def test_few_examples_choose_no_step():
 
 
 def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
-    terms = [{"name": "logit_alignment", "options": {"elsewhere": 0.5}}]
+    terms = [{"name": "logit_alignment", "options": {"cross_task": 0.5}}]
     recipe = parse_recipe(text_recipe | {"objectives": terms})
     problem = learning_inputs(recipe, tmp_path)
     workspace = problem.workspace
     batch = next(problem.calibration.batches())
     backbone, heads = workspace.backbone, workspace.head_networks
     learner = learning.make_learner(
-        learning.forward_with_heads(backbone, list(heads.values()), elsewhere=True),
+        learning.forward_with_heads(backbone, list(heads.values()), cross_task=True),
         make_granularity("tensor", {}, problem.shapes),
         CONSTRAINTS["clip"],
         list(build_objectives(recipe.objectives, recipe.tasks).values()),
@@ -411,7 +407,7 @@ def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
         said, wanted = log_softmax(merged), log_softmax(workspace.expert(task, problem.base))
         losses = -(wanted.exp() * said).sum(-1)
         own = losses[position * size : (position + 1) * size]
-        # What an expert is sure of elsewhere counts less.
+        # An example of another task counts less if the expert is sure of it.
         losses = losses * -(wanted.exp() * wanted).sum(-1) / math.log(wanted.shape[-1])
         others = torch.cat([losses[: position * size], losses[(position + 1) * size :]])
         np.testing.assert_allclose(per_task[position], own.mean() + 0.5 * others.mean(), rtol=1e-4)

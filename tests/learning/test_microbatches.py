@@ -10,7 +10,7 @@ import pytest
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.microbatches import split
-from adamerge_jax.objectives import Targets
+from adamerge_jax.objectives import CrossTaskTargets, Targets
 from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import learning_inputs
@@ -20,26 +20,25 @@ def test_every_part_has_its_share_of_every_task():
     tasks, size = 3, 4
     # Of every example: its task, its place in the task.
     rows = np.array([[task, place] for task in range(tasks) for place in range(size)])
-    own = [rows[task * size : (task + 1) * size] for task in range(tasks)]
-    others = [np.concatenate([r for k, r in enumerate(own) if k != task]) for task in range(tasks)]
-    targets = [
-        Targets(own[task], expert_elsewhere=others[task], elsewhere_weights=others[task][:, 1])
-        for task in range(tasks)
-    ]
+    by_task = [rows[task * size : (task + 1) * size] for task in range(tasks)]
+    targets = []
+    for task, task_rows in enumerate(by_task):
+        others = np.stack([by_task[k] for k in range(tasks) if k != task], axis=1)
+        targets.append(Targets(task_rows, cross_task=CrossTaskTargets(others, others[..., 1])))
     weights = np.arange(tasks * size).reshape(tasks, size)
     parts = split(Batch({"x": rows}, weights, targets, {"x": rows}), 2)
     for part, places in enumerate([(0, 1), (2, 3)]):
         expected = [[task, place] for task in range(tasks) for place in places]
         np.testing.assert_array_equal(parts.inputs["x"][part], expected)
-        np.testing.assert_array_equal(parts.strong_inputs["x"][part], expected)
+        np.testing.assert_array_equal(parts.augmented_inputs["x"][part], expected)
         np.testing.assert_array_equal(parts.weights[part], weights[:, list(places)])
         for task, cut in enumerate(parts.targets):
             of_task = [row for row in expected if row[0] == task]
             np.testing.assert_array_equal(cut.expert_logits[part], of_task)
-            elsewhere = [row for row in expected if row[0] != task]
-            np.testing.assert_array_equal(cut.expert_elsewhere[part], elsewhere)
-            places_elsewhere = [place for _, place in elsewhere]
-            np.testing.assert_array_equal(cut.elsewhere_weights[part], places_elsewhere)
+            others = [[[k, place] for k in range(tasks) if k != task] for place in places]
+            np.testing.assert_array_equal(cut.cross_task.expert_logits[part], others)
+            places_of_others = [[place] * (tasks - 1) for place in places]
+            np.testing.assert_array_equal(cut.cross_task.weights[part], places_of_others)
             assert cut.labels is None
 
 
@@ -49,7 +48,7 @@ def learned(fields: dict[str, Any], folder: Path, microbatches: int) -> dict[str
     recipe = parse_recipe(
         fields
         | {"learning": learning, "regularizers": [{"name": "distance", "weight": 0.1}]}
-        | {"objectives": [{"name": "logit_alignment", "options": {"elsewhere": 0.5}}]}
+        | {"objectives": [{"name": "logit_alignment", "options": {"cross_task": 0.5}}]}
     )
     problem = learning_inputs(recipe, folder)
     watch = lambda *_: nullcontext(lambda progress: None)  # noqa: E731

@@ -19,7 +19,7 @@ def test_cosine_warm_restarts_as_in_pytorch(first_steps, factor, end_ratio):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    schedule = jax.jit(cosine_warm_restarts(0.5, first_steps, factor, end_ratio))
+    schedule = jax.jit(cosine_warm_restarts(0.5, 200, first_steps, factor, end_ratio))
     found = [float(schedule(step)) for step in range(200)]
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * 0.5)
     # Restarts are at these very steps.
@@ -29,4 +29,4 @@ def test_cosine_warm_restarts_as_in_pytorch(first_steps, factor, end_ratio):
 @pytest.mark.parametrize("options", [{"first_steps": 0}, {"factor": 0}])
 def test_impossible_periods_are_refused(options):
     with pytest.raises(ValueError, match="at least 1"):
-        cosine_warm_restarts(0.5, **options)
+        cosine_warm_restarts(0.5, 200, **options)

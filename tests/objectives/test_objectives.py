@@ -9,9 +9,9 @@ from torch.nn.functional import kl_div
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import (
     NOT_PREDICTED,
-    Needs,
     Objective,
     Targets,
+    TargetSpec,
     TaskOutputs,
     TopTokens,
     entropy,
@@ -73,7 +73,10 @@ def test_logit_alignment(form, temperature, spread):
         reference,
         atol=2e-6 * (max(1, temperature**2) if form == "kl" else 1),
     )
-    assert objective.needs == Needs(expert_logits=True, top_tokens=64) and objective.needs.expert
+    assert (
+        objective.target_spec == TargetSpec(expert_logits=True, top_tokens=64)
+        and objective.target_spec.expert
+    )
 
 
 @pytest.mark.parametrize("form", ["soft", "kl"])
@@ -83,8 +86,8 @@ def test_alignment_is_lowest_where_the_expert_is(form):
     at_expert = objective.value(TaskOutputs(jnp.asarray(draw(1) + 7.0)), targets)
     own = entropy().value(TaskOutputs(targets.expert_logits), Targets())
     np.testing.assert_allclose(at_expert, own if form == "soft" else 0 * own, rtol=1e-5, atol=1e-6)
-    elsewhere = objective.value(TaskOutputs(jnp.asarray(draw(2))), targets)
-    assert (elsewhere > at_expert).all()
+    away = objective.value(TaskOutputs(jnp.asarray(draw(2))), targets)
+    assert (away > at_expert).all()
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -121,8 +124,8 @@ def test_hidden_state_alignment(mask, layers, relative):
 
     require_same(found, draw(0, 1.0, (6, len(layers), 4, 3)), reference)
     assert (
-        objective.needs == Needs(hidden_states=tuple(layers), whole_batch=relative)
-        and objective.needs.expert
+        objective.target_spec == TargetSpec(hidden_states=tuple(layers), whole_batch=relative)
+        and objective.target_spec.expert
     )
 
 
@@ -134,7 +137,7 @@ def test_cross_entropy(spread):
         draw(0, spread),
         lambda x: torch_cross_entropy(x, torch.tensor(LABELS), reduction="none"),
     )
-    assert objective.needs == Needs(labels=True) and not objective.needs.expert
+    assert objective.target_spec == TargetSpec(labels=True) and not objective.target_spec.expert
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.95, 1.0])
@@ -143,19 +146,23 @@ def test_pseudo_labels(threshold):
     weak = draw(3, 2.0)
     plain = torch.tensor(weak)
 
-    def reference(strong):
+    def reference(augmented):
         confidence, label = plain.softmax(-1).max(-1)
         bar = min(threshold, confidence.mean().item())
         rows = [
-            torch_cross_entropy(strong[i : i + 1], label[i : i + 1]) if confidence[i] >= bar else 0
+            torch_cross_entropy(augmented[i : i + 1], label[i : i + 1])
+            if confidence[i] >= bar
+            else 0
             for i in range(6)
         ]
         # The mean over the task's examples is that over those that count.
         counted = int((confidence >= bar).sum())
         return torch.stack([torch.as_tensor(row) * 6 / counted for row in rows])
 
-    def found(strong, weak=weak):
-        return objective.value(TaskOutputs(jnp.asarray(weak), strong=strong), Targets())
+    def found(augmented, weak=weak):
+        return objective.value(
+            TaskOutputs(jnp.asarray(weak), augmented_logits=augmented), Targets()
+        )
 
     require_same(found, draw(4), reference)
     if threshold in (0.95, 1.0):
@@ -163,12 +170,12 @@ def test_pseudo_labels(threshold):
     # No gradient through what gives the pseudo-labels.
     gradient = jax.grad(lambda weak: found(jnp.asarray(draw(4)), weak).sum())(weak)
     np.testing.assert_array_equal(gradient, 0)
-    assert objective.needs == Needs(strong_view=True, whole_batch=True)
+    assert objective.target_spec == TargetSpec(augmented=True, whole_batch=True)
 
 
 def test_equally_sure_examples_all_count():
     same = jnp.asarray(np.tile([0.1, 0.9, 0.3], (7, 1)), jnp.float32)
-    outputs = TaskOutputs(same, strong=same)
+    outputs = TaskOutputs(same, augmented_logits=same)
     values = make_objective("pseudo_labels", {}).value(outputs, Targets())
     assert np.isfinite(values).all() and values.sum() > 0
 
@@ -263,7 +270,7 @@ def test_likely_tokens_and_the_rest_as_one(form, count):
                 values[place] -= wanted * np.log(own)
                 values[place] += wanted * np.log(wanted) if form == "kl" else 0.0
     objective = make_objective("logit_alignment", {"form": form, "top_tokens": count})
-    assert objective.needs == Needs(expert_logits=True, top_tokens=count)
+    assert objective.target_spec == TargetSpec(expert_logits=True, top_tokens=count)
     labels = jnp.asarray(TOKEN_LABELS)
     targets = Targets(labels=labels, expert_top=top_tokens(expert, count))
     found = objective.value(TaskOutputs(jnp.asarray(logits)), targets)
@@ -362,14 +369,14 @@ def test_token_losses(spread):
 def test_most_top_tokens_that_a_term_asks_for():
     def asked(*counts: int | None) -> int | None:
         terms = [("logit_alignment", {"top_tokens": count}) for count in counts]
-        return weighted_sum([(1.0, make_objective(*term)) for term in terms]).needs.top_tokens
+        return weighted_sum([(1.0, make_objective(*term)) for term in terms]).target_spec.top_tokens
 
     assert asked(8) == 8
     assert asked(8, 3) == 8
     # Some term needs all logits: they are kept once.
     assert asked(8, None) is None
     terms = [("logit_alignment", {"top_tokens": 4}), ("entropy", {}), ("cross_entropy", {})]
-    assert weighted_sum([(1.0, make_objective(*term)) for term in terms]).needs == Needs(
+    assert weighted_sum([(1.0, make_objective(*term)) for term in terms]).target_spec == TargetSpec(
         expert_logits=True, labels=True, top_tokens=4
     )
 
@@ -406,7 +413,7 @@ def test_weighted_sum():
     objective = weighted_sum([(2.0, entropy()), (-0.5, first)])
     expected = 2 * entropy().value(outputs, Targets()) - jnp.array([0.5, 0.0])
     np.testing.assert_allclose(objective.value(outputs, Targets()), expected, rtol=1e-6)
-    assert objective.needs == Needs() and not objective.needs.expert
+    assert objective.target_spec == TargetSpec() and not objective.target_spec.expert
     nothing = weighted_sum([])
     np.testing.assert_array_equal(nothing.value(outputs, Targets()), [0, 0])
 
@@ -417,11 +424,11 @@ def test_a_weighted_sum_needs_what_its_terms_need():
         (1.0, make_objective("hidden_state_alignment", {"layers": [1, -1]})),
         (-1.0, make_objective("cross_entropy", {})),
     ]
-    needs = weighted_sum(terms).needs
-    assert needs == Needs(labels=True, hidden_states=(-1, 1, 3)) and needs.expert
+    needs = weighted_sum(terms).target_spec
+    assert needs == TargetSpec(labels=True, hidden_states=(-1, 1, 3)) and needs.expert
     more = [("logit_alignment", {}), ("pseudo_labels", {})]
     terms += [(1.0, make_objective(*term)) for term in more]
-    assert weighted_sum(terms).needs == Needs(
+    assert weighted_sum(terms).target_spec == TargetSpec(
         True, True, True, (-1, 1, 3), top_tokens=64, whole_batch=True
     )
 
@@ -434,7 +441,11 @@ def test_a_weighted_sum_needs_what_its_terms_need():
         ("logit_alignment", {"temperature": 0}, "temperature is 0, expected over 0"),
         ("logit_alignment", {"temperature": "hot"}, "logit_alignment says: "),
         ("logit_alignment", {"form": "firm"}, "form is 'firm', expected 'soft', 'kl' or 'hard'"),
-        ("logit_alignment", {"elsewhere_examples": 0}, "elsewhere_examples is 0, expected from 1"),
+        (
+            "logit_alignment",
+            {"cross_task_examples": 0},
+            "cross_task_examples is 0, expected from 1",
+        ),
         ("logit_alignment", {"top_tokens": 0}, "top_tokens is 0, expected from 1"),
         ("hidden_state_alignment", {}, "'layers'; its options are layers, relative"),
         ("hidden_state_alignment", {"layers": []}, "expected a list of numbers"),
@@ -453,14 +464,14 @@ def test_bad_options(name, options, message):
 
 def test_ones_own_objective(tmp_path, monkeypatch):
     (tmp_path / "own_objectives.py").write_text(
-        "from adamerge_jax.objectives import Needs, Objective\n"
+        "from adamerge_jax.objectives import TargetSpec, Objective\n"
         "def largest(scale=1.0):\n"
         "    value = lambda outputs, targets: scale * outputs.logits.max(-1)\n"
-        "    return Objective(value, Needs(labels=True))\n"
+        "    return Objective(value, TargetSpec(labels=True))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     objective = make_objective("own_objectives:largest", {"scale": 2.0})
-    assert objective.needs.labels
+    assert objective.target_spec.labels
     values = objective.value(TaskOutputs(jnp.asarray(draw(0))), Targets())
     np.testing.assert_allclose(values, 2 * draw(0).max(-1))
     with pytest.raises(InputError, match="its options are scale"):
@@ -484,4 +495,4 @@ def test_ones_own_objective(tmp_path, monkeypatch):
 )
 def test_what_an_objective_was_not_given(name, options, targets, missing):
     with pytest.raises(InputError, match=missing):
-        require_given(make_objective(name, options).needs, TaskOutputs(draw(0)), targets)
+        require_given(make_objective(name, options).target_spec, TaskOutputs(draw(0)), targets)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.held_out import HeldOutMetrics
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult, learn_coefficients
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import learning_inputs
@@ -55,7 +55,7 @@ def test_fine_coefficients_start_from_coarse_ones(text_recipe, tmp_path):
 def test_one_task_has_no_other_to_ask_about(text_recipe, tmp_path):
     name, task = next(iter(text_recipe["tasks"].items()))
     chosen = text_recipe | {"tasks": {name: task}}
-    chosen["objectives"] = [{"name": "logit_alignment", "options": {"elsewhere": 0.6}}]
+    chosen["objectives"] = [{"name": "logit_alignment", "options": {"cross_task": 0.6}}]
     seen = Seen()
     learned(chosen, tmp_path, seen)
     ((_, _, steps),) = seen
@@ -132,7 +132,7 @@ def test_forgetting_a_task(text_recipe, tmp_path):
         },
     )
     _, _, progress = seen[0]
-    looks: list[learning.Look] = [p.held_out for p in progress if p.held_out is not None]
+    looks: list[HeldOutMetrics] = [p.held_out for p in progress if p.held_out is not None]
     # What the objective is for is forgotten, by raising the loss; the others are kept.
     kept = [p for p in progress if p.best is not None][-1].held_out
     position = list(text_recipe["tasks"]).index("mood")

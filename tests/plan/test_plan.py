@@ -67,7 +67,7 @@ def shapes_of(tree: Any) -> Any:
 
 
 ROW = {"granularity": "row"}
-ALIGNMENT = [{"name": "logit_alignment", "options": {"elsewhere": 0.1}}]
+ALIGNMENT = [{"name": "logit_alignment", "options": {"cross_task": 0.1}}]
 
 
 @pytest.mark.parametrize(

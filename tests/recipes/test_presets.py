@@ -154,10 +154,12 @@ def unsureness(expert) -> torch.Tensor:
     return entropy / math.log(expert.logits.shape[-1])
 
 
-def loss_of(recipe: Recipe, model, expert, inputs: Tensors, labels: torch.Tensor | None, elsewhere):
+def loss_of(
+    recipe: Recipe, model, expert, inputs: Tensors, labels: torch.Tensor | None, cross_task
+):
     """A task's part of the loss: its terms, weighted, as their papers write them.
 
-    `elsewhere` holds what the merged model and the expert say of the other tasks' examples.
+    `cross_task` holds the logits of the merged model and of the expert on other tasks' examples.
     """
     total = 0.0
     for term in recipe.objectives:
@@ -171,8 +173,8 @@ def loss_of(recipe: Recipe, model, expert, inputs: Tensors, labels: torch.Tensor
             temperature = options.pop("temperature", 1.0)
             assert options.pop("form", "soft") in ("soft", "kl")  # the same gradient
             loss = soft_cross_entropies(model, expert, temperature).mean()
-            others = unsureness(elsewhere[1]) * soft_cross_entropies(*elsewhere, temperature)
-            loss = loss + options.pop("elsewhere", 0.0) * others.mean()
+            others = unsureness(cross_task[1]) * soft_cross_entropies(*cross_task, temperature)
+            loss = loss + options.pop("cross_task", 0.0) * others.mean()
         elif term.name == "hidden_state_alignment":
             relative = options.pop("relative", False)
             mask = inputs["attention_mask"]
@@ -261,11 +263,11 @@ def losses(recipe: Recipe, reference: Reference, merged: Tensors, batch: Batch):
         model = functional_call(expert, parameters, kwargs=inputs | {"output_hidden_states": True})
         with torch.no_grad():
             teacher = expert(**inputs, output_hidden_states=True)
-            teacher_elsewhere = expert(**others)
-        elsewhere = functional_call(expert, parameters, kwargs=others), teacher_elsewhere
+            teacher_cross_task = expert(**others)
+        cross_task = functional_call(expert, parameters, kwargs=others), teacher_cross_task
         labels = batch.targets[position].labels
         labels = None if labels is None else torch.from_numpy(np.asarray(labels))
-        yield loss_of(recipe, model, teacher, inputs, labels, elsewhere)
+        yield loss_of(recipe, model, teacher, inputs, labels, cross_task)
 
 
 def learn(

@@ -202,8 +202,8 @@ def test_weights_by_task():
     )
     assert recipe.forgotten == ["a"]
     objectives = build_objectives(recipe.objectives, recipe.tasks)
-    assert objectives["a"].needs.labels and not objectives["a"].needs.expert
-    assert objectives["b"].needs.expert_logits and not objectives["b"].needs.labels
+    assert objectives["a"].target_spec.labels and not objectives["a"].target_spec.expert
+    assert objectives["b"].target_spec.expert_logits and not objectives["b"].target_spec.labels
 
 
 @pytest.mark.parametrize(

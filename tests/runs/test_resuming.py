@@ -19,7 +19,7 @@ import yaml
 from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
-from adamerge_jax.learning.snapshots import Snapshots, last_step
+from adamerge_jax.learning.snapshots import last_step, load_snapshot, save_snapshot
 from adamerge_jax.pipeline import run as jobs
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.runs.progress import show_progress
@@ -206,22 +206,25 @@ def programs(folder: Path) -> list[Path]:
 def test_snapshots_keep_every_bit(tmp_path):
     raw = {"a": jnp.asarray([[1e-38, np.nan, -0.0]]), "b": jnp.ones((2, 3), jnp.bfloat16)}
     tree = (raw, optax.adam(1e-3).init(raw), 7, np.array([True, False]))
-    snapshots = Snapshots(tmp_path / "state")
-    assert last_step(tmp_path / "state") is None and snapshots.load(tree) is None
-    snapshots.save(3, tree)
-    snapshots.save(5, tree)
-    snapshots.close()
-    again = Snapshots(tmp_path / "state")
-    assert last_step(tmp_path / "state") == 5
-    found = again.load(tree)
+    folder = tmp_path / "state" / "learning"
+    assert last_step(folder) is None and load_snapshot(folder, tree) is None
+    save_snapshot(folder, 3, tree)
+    save_snapshot(folder, 5, tree)
+    assert last_step(folder) == 5
+    assert len(list(folder.iterdir())) == 1
+    found = load_snapshot(folder, tree)
     assert found[2] == 7 and type(found[2]) is int
     for key, array in raw.items():
         assert found[0][key].dtype == array.dtype
         assert found[0][key].tobytes() == np.asarray(array).tobytes()
     assert found[1][0].count == 0 and found[3].tolist() == [True, False]
     with pytest.raises(InputError, match="of something else"):
-        again.load((raw, 7))
-    again.close()
+        load_snapshot(folder, (raw, 7))
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    for read in (last_step, lambda folder: load_snapshot(folder, tree)):
+        with pytest.raises(InputError, match=r"cannot be read: .* start again"):
+            read(folder)
 
 
 def test_a_field_that_is_missing_is_as_one_that_is_null(tmp_path, fields):

@@ -1,0 +1,153 @@
+"""The choice of the best coefficients by held-out data."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from adamerge_jax.data.batches import Calibration
+from adamerge_jax.devices import Devices
+from adamerge_jax.learning.learner import Frozen, Learner, State
+from adamerge_jax.objectives import NOT_PREDICTED
+
+COLLAPSED = 0.95
+"""Part of a task's examples in one class from which on its predictions have collapsed, ..."""
+
+SPREAD = 0.85
+"""... if it was under this part at the start."""
+
+FEWEST_TO_JUDGE = 16
+"""Held-out examples of a task under which a collapse cannot be told from chance."""
+
+FEWEST_TO_CHOOSE = 32
+"""Held-out examples of all tasks under which one good step cannot be told from another."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeldOutMetrics:
+    """Metrics of some coefficients on the held-out calibration data.
+
+    Attributes:
+        objective: The objective of each task, `[tasks]`.
+        agreement: Part of each task's examples (of a language model, of the tokens to predict)
+            that get their label, or where there are no labels the class that the expert gives
+            them, `[tasks]`; NaN where there is neither.
+        commonest: Part of each task's examples that get its commonest class, `[tasks]`.
+        examples: Number of each task's examples, or of tokens, `[tasks]`.
+    """
+
+    objective: np.ndarray
+    agreement: np.ndarray
+    commonest: np.ndarray
+    examples: np.ndarray
+
+    def collapsed(self, start: "HeldOutMetrics") -> np.ndarray:
+        """Finds the tasks whose predictions have fallen onto one class since the start, `[tasks]`.
+
+        That is: nearly all examples get one class, which they did not at the start, while the
+        objective went down. Under `FEWEST_TO_JUDGE` examples nothing can be said.
+        """
+        return (
+            (self.commonest >= COLLAPSED)
+            & (start.commonest < SPREAD)
+            & (self.objective < start.objective)
+            & (self.examples >= FEWEST_TO_JUDGE)
+        )
+
+
+class Control(NamedTuple):
+    """The tasks that must not suffer while another is forgotten.
+
+    Attributes:
+        tasks: Position of each control task; only these are checked for a collapse.
+        fraction: Learning stops before the agreement of one of these tasks falls below this part
+            of what it was at the start; None for never.
+    """
+
+    tasks: tuple[int, ...]
+    fraction: float | None
+
+    def allows(self, metrics: HeldOutMetrics, start: HeldOutMetrics) -> bool:
+        """Tells whether each control task is still good enough."""
+        if self.fraction is None:
+            return True
+        chosen = list(self.tasks)
+        return bool((metrics.agreement[chosen] >= self.fraction * start.agreement[chosen]).all())
+
+
+class Verdict(NamedTuple):
+    """The decision about some coefficients after a held-out evaluation.
+
+    Attributes:
+        is_best: Whether they are the best so far.
+        collapsed: The tasks whose predictions have collapsed, `[tasks]`.
+        may_continue: Whether the control tasks allow another step.
+    """
+
+    is_best: bool
+    collapsed: np.ndarray
+    may_continue: bool
+
+
+def judge(
+    metrics: HeldOutMetrics,
+    start: HeldOutMetrics,
+    best: HeldOutMetrics,
+    control: Control | None = None,
+) -> Verdict:
+    """Compares coefficients with the starting point and with the best ones so far.
+
+    Args:
+        metrics: Those of the coefficients.
+        start: Those of the starting point.
+        best: Those of the best coefficients so far.
+        control: The tasks that must not suffer, where something is to be forgotten.
+    """
+    allowed = control is None or control.allows(metrics, start)
+    collapsed = metrics.collapsed(start)
+    if control is not None:
+        collapsed &= np.isin(np.arange(len(collapsed)), control.tasks)
+    to_beat = best if metrics.examples.sum() >= FEWEST_TO_CHOOSE else start
+    better = metrics.objective.sum() < to_beat.objective.sum()
+    return Verdict(bool(allowed and not collapsed.any() and better), collapsed, allowed)
+
+
+def evaluate_held_out(
+    learner: Learner,
+    state: State,
+    frozen: Frozen,
+    calibration: Calibration,
+    devices: Devices,
+) -> HeldOutMetrics:
+    """Evaluates the coefficients of a state on every held-out example once."""
+    objective = np.zeros(len(calibration.examples))
+    predicted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
+    wanted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
+    for batch in calibration.held_out_batches():
+        evaluation = jax.device_get(learner.evaluate(state, frozen, batch.spread(devices)))
+        objective += evaluation.objective
+        for position, (weights, targets) in enumerate(
+            zip(batch.weights, batch.targets, strict=True)
+        ):
+            labels = targets.labels
+            counted = weights > 0
+            if labels is not None and labels.ndim == 2:
+                counted = counted[:, None] & (labels != NOT_PREDICTED)
+            predicted[position].append(evaluation.predicted[position][counted])
+            if labels is not None:
+                wanted[position].append(labels[counted])
+            elif targets.expert_logits is not None:
+                wanted[position].append(targets.expert_logits.argmax(-1)[counted])
+    classes = [np.concatenate(parts) for parts in predicted]
+    agreement = [
+        (task_classes == np.concatenate(parts)).mean() if parts else np.nan
+        for task_classes, parts in zip(classes, wanted, strict=True)
+    ]
+    return HeldOutMetrics(
+        objective,
+        np.array(agreement),
+        np.array([np.bincount(task_classes).max() / len(task_classes) for task_classes in classes]),
+        np.array([len(task_classes) for task_classes in classes]),
+    )

@@ -1,0 +1,164 @@
+"""Outputs and targets: the arguments of an objective, and which of them it asks for."""
+
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from adamerge_jax.errors import InputError
+
+NOT_PREDICTED = -100
+"""The label of a position where no token is to be predicted, as in `transformers`."""
+
+
+class TaskOutputs(NamedTuple):
+    """The merged model's outputs for one task's examples.
+
+    Attributes:
+        logits: `[B, C]`, from the task's own head; `[B, T, V]` from a language model.
+        hidden_states: `[B, T, H]` by layer (0 is the embeddings), of the layers that some
+            objective asks for.
+        mask: `[B, T]`, 1 where a position is no padding, or None where nothing is padded.
+        augmented_logits: The logits `[B, C]` of the augmented examples, or None where no objective
+            asks for them.
+        cross_task_logits: The logits `[B, tasks - 1, C]` of the task's head on the examples of all
+            other tasks, or None where no objective asks for them.
+    """
+
+    logits: Float[Array, "B ... C"]
+    hidden_states: Mapping[int, Float[Array, "B T H"]] = {}
+    mask: Int[Array, "B T"] | None = None
+    augmented_logits: Float[Array, "B C"] | None = None
+    cross_task_logits: Float[Array, "B others C"] | None = None
+
+    @property
+    def strong(self) -> Float[Array, "B C"] | None:
+        """The old name of `augmented_logits`."""
+        warnings.warn(
+            "TaskOutputs.strong is now augmented_logits", DeprecationWarning, stacklevel=2
+        )
+        return self.augmented_logits
+
+
+class TopTokens(NamedTuple):
+    """An expert's distribution of the next token, without the unlikely ones.
+
+    Attributes:
+        tokens: `[B, T, k]`, the most likely ones, most likely first.
+        log_probabilities: `[B, T, k]`, of these; all other tokens share what is missing to 1.
+    """
+
+    tokens: Int[Array, "B T k"]
+    log_probabilities: Float[Array, "B T k"]
+
+
+class CrossTaskTargets(NamedTuple):
+    """A task's expert on the examples of all other tasks, one of each beside every own example.
+
+    Attributes:
+        expert_logits: `[B, tasks - 1, C]`, from the expert's own head.
+        weights: `[B, tasks - 1]`, the weight of each of these in their mean: 0 where the expert
+            was not asked.
+    """
+
+    expert_logits: Float[Array, "B others C"]
+    weights: Float[Array, "B others"]
+
+
+class Targets(NamedTuple):
+    """The targets of one task's examples, each there if an objective asks for it.
+
+    Any pytree may be added; every leaf has a leading axis over the B examples.
+
+    Attributes:
+        expert_logits: `[B, C]` or `[B, T, V]`, from the task's own expert, or None.
+        expert_hidden_states: `[B, T, H]` by layer, the expert's own.
+        labels: `[B]`, class indices, or None; `[B, T]`, the token to be predicted at each position
+            or `NOT_PREDICTED`, for a language model.
+        expert_top: The likely tokens, in place of `expert_logits`, or None.
+        cross_task: The expert on the examples of all other tasks, or None.
+    """
+
+    expert_logits: Float[Array, "B ... C"] | None = None
+    expert_hidden_states: Mapping[int, Float[Array, "B T H"]] = {}
+    labels: Int[Array, "B ..."] | None = None
+    expert_top: TopTokens | None = None
+    cross_task: CrossTaskTargets | None = None
+
+
+class TargetSpec(NamedTuple):
+    """The outputs and targets that an objective asks for beside the merged model's logits.
+
+    `a | b` asks for what a or b asks for.
+
+    Attributes:
+        expert_logits: Whether the targets must hold the expert's logits.
+        labels: Whether they must hold labels.
+        augmented: Whether the outputs must hold the logits of augmented examples.
+        hidden_states: Layers that outputs and targets must hold, from 0 (the embeddings) to L,
+            or -1 for the last.
+        cross_task: The number of examples of each other task that the expert is asked about, for
+            `cross_task_logits` in the outputs and `cross_task` in the targets while coefficients
+            are learned; 0 for none.
+        top_tokens: The number of likely tokens of the expert that stand for its logits; None for
+            all.
+        whole_batch: Whether the value of an example depends on the others in its batch, other than
+            by a mean over them that is added to it.
+
+    Examples:
+        >>> from adamerge_jax.objectives import TargetSpec
+        >>> spec = TargetSpec(labels=True) | TargetSpec(hidden_states=(3,))
+        >>> spec.labels, spec.hidden_states, spec.expert
+        (True, (3,), True)
+    """
+
+    expert_logits: bool = False
+    labels: bool = False
+    augmented: bool = False
+    hidden_states: tuple[int, ...] = ()
+    cross_task: int = 0
+    top_tokens: int | None = None
+    whole_batch: bool = False
+
+    @property
+    def expert(self) -> bool:
+        """Whether some of the targets come from the task's expert."""
+        return self.expert_logits or bool(self.hidden_states)
+
+    def __or__(self, other: "TargetSpec") -> "TargetSpec":
+        numbers = [spec.top_tokens for spec in (self, other) if spec.expert_logits]
+        return TargetSpec(
+            self.expert_logits or other.expert_logits,
+            self.labels or other.labels,
+            self.augmented or other.augmented,
+            tuple(sorted({*self.hidden_states, *other.hidden_states})),
+            max(self.cross_task, other.cross_task),
+            # All logits, if one of the two wants all.
+            None if None in numbers else max(numbers, default=None),
+            self.whole_batch or other.whole_batch,
+        )
+
+    def require_given(self, outputs: TaskOutputs, targets: Targets) -> None:
+        """Refuses outputs and targets without something that is asked for.
+
+        Raises:
+            InputError: Names what is missing, and who makes it.
+        """
+        layers = set(self.hidden_states)
+        missing = {
+            "the expert's logits in the targets; ask_expert makes them": self.expert_logits
+            and targets.expert_logits is None
+            and targets.expert_top is None,
+            "labels in the targets; give them to the examples": self.labels
+            and targets.labels is None,
+            "the logits of a strong view in the outputs; recipes make them": self.augmented
+            and outputs.augmented_logits is None,
+            "the expert's hidden states in the targets; ask_expert makes them": not layers
+            <= targets.expert_hidden_states.keys(),
+            "hidden states in the outputs; the forward function returns them": not layers
+            <= outputs.hidden_states.keys(),
+        }
+        for part, is_missing in missing.items():
+            if is_missing:
+                raise InputError(f"an objective must be given {part}")
