@@ -4,9 +4,10 @@ In a page, on a line of its own:
 
 - `{{ recipe fields }}`: tables of all fields of a recipe;
 - `{{ presets }}`: the presets with their settings;
-- `{{ public names }}`: all that `adamerge_jax` exports.
+- `{{ public names of MODULE }}`: the names that a module exports.
 """
 
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-import adamerge_jax
 from adamerge_jax.recipes import presets
 from adamerge_jax.recipes.schema import Recipe
 
@@ -33,16 +33,15 @@ MARKER = re.compile(r"^\{\{ (.+?) \}\}$", re.MULTILINE)
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fills in the markers of a page."""
-    tables = {
-        "recipe fields": recipe_fields,
-        "presets": all_presets,
-        "public names": public_names,
-    }
+    tables = {"recipe fields": recipe_fields, "presets": all_presets}
 
     def fill(marker: re.Match[str]) -> str:
-        if marker[1] not in tables:
+        table, _, module = marker[1].partition(" of ")
+        if table == "public names":
+            return public_names(module)
+        if table not in tables:
             raise PluginError(f"{page.file.src_path}: there is no {marker[0]}")
-        return tables[marker[1]]()
+        return tables[table]()
 
     return MARKER.sub(fill, markdown)
 
@@ -148,15 +147,16 @@ def _preset(name: str, text: str) -> str:
     return f"## `{name}`\n\n{comment}\n\n```yaml\n{body}\n```"
 
 
-def public_names() -> str:
-    """Returns a reference entry for each name that `adamerge_jax` exports, except modules."""
+def public_names(module: str) -> str:
+    """Returns a reference entry for each name that a module exports, except modules."""
     entries = []
-    for name in adamerge_jax.__all__:
-        exported = getattr(adamerge_jax, name)
+    exporting = importlib.import_module(module)
+    for name in exporting.__all__:
+        exported = getattr(exporting, name)
         if isinstance(exported, ModuleType):
             continue
-        # The module of its definition: `adamerge_jax.task_vectors` is a module too.
-        entry = f"::: {getattr(exported, '__module__', 'adamerge_jax')}.{name}"
+        # The module of its definition: a function and its file may have one name.
+        entry = f"::: {getattr(exported, '__module__', module)}.{name}"
         if name in DESCRIBED_ELSEWHERE:
             entry += "\n    options: {members: false}"
         entries.append(entry)

@@ -15,6 +15,7 @@ from adamerge_jax import parse_recipe
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import GRANULARITIES
 from adamerge_jax.interference import STEPS
+from adamerge_jax.methods import METHODS
 from adamerge_jax.objectives import OBJECTIVES
 from adamerge_jax.objectives.regularizers import REGULARIZERS
 from adamerge_jax.recipes.presets import PRESETS
@@ -83,12 +84,22 @@ def test_every_choice_is_in_the_guides(site: Path):
     interference = words(site / "guides" / "interference.html").split()
     for name in STEPS:
         assert name in interference
+    methods = words(site / "guides" / "methods.html").split()
+    for name in METHODS:
+        assert name in methods
     objectives = words(site / "guides" / "objectives.html").split()
     for name in (*OBJECTIVES, *REGULARIZERS):
         assert name in objectives
     presets = (site / "guides" / "presets.html").read_text()
     for name in PRESETS:
         assert f"<code>{name}</code>" in presets
+
+
+def test_every_choice_is_in_the_reference(site: Path):
+    pages = "".join(page.read_text() for page in (site / "reference").glob("*.html"))
+    choices = (GRANULARITIES, STEPS, METHODS, OBJECTIVES, REGULARIZERS)
+    for name in (name for registry in choices for name in registry):
+        assert re.search(rf'id="adamerge_jax\.[\w.]+\.{name}"', pages), name
 
 
 def test_every_public_name_is_in_the_reference(site: Path):
