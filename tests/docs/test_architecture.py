@@ -1,6 +1,9 @@
 """The page on the architecture names what there is, and what it says to add works once added."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,11 +28,12 @@ from adamerge_jax.methods import METHODS
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import ARCHITECTURES, family_of
 from adamerge_jax.models.family import complete_head
+from adamerge_jax.objectives import Targets, TargetSpec, TaskOutputs
 from adamerge_jax.pipeline import export
 from adamerge_jax.pipeline.run import merge
 from adamerge_jax.task_vectors import task_vectors
 from tests.models.test_decoders import SIZES, TOLERANCE, padded_batch
-from tests.references import parameters_of, randomise, saved_parameters
+from tests.references import parameters_of, randomise, saved_parameters, write_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -41,17 +45,41 @@ def section(heading: str) -> str:
 
 def added(heading: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of a section's first sample, imported as if its file were there."""
-    text = section(heading)
-    file = re.search(r"`(adamerge_jax/[\w/]+)\.py`:", text)[1]
-    assert not (ROOT / f"{file}.py").exists()
-    module = ModuleType(file.replace("/", "."))
+    module = ModuleType(new_file(heading).replace("/", "."))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(samples(heading)[0], module.__dict__)
     return module
 
 
+def new_file(heading: str) -> str:
+    (file,) = re.findall(r"`(adamerge_jax/[\w/]+)\.py`:", section(heading))
+    assert not (ROOT / f"{file}.py").exists()
+    return file
+
+
 def samples(heading: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", section(heading), re.DOTALL)
+
+
+def changes(heading: str) -> list[tuple[str, list[str]]]:
+    """The files that a section's diff changes, with the hunks for each."""
+    diff = re.search(r"```diff\n(.*?)```", section(heading), re.DOTALL)[1]
+    files = re.split(r"^--- (.*)\n", diff, flags=re.MULTILINE)[1:]
+    return [
+        (file, hunks.split("@@\n")) for file, hunks in zip(files[::2], files[1::2], strict=True)
+    ]
+
+
+def apply(file: Path, hunks: list[str]) -> None:
+    """Makes the changes of a diff without line numbers: the old lines stand once in the file."""
+    text = file.read_text()
+    for hunk in hunks:
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] in " -")
+        after = "".join(line[1:] for line in lines if line[0] in " +")
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    file.write_text(text)
 
 
 def test_it_names_every_room():
@@ -100,6 +128,52 @@ def test_a_granularity(monkeypatch: pytest.MonkeyPatch):
     )
     np.testing.assert_allclose(merged["layers"]["*"]["weight"], expected, atol=1e-5)  # float32
     assert granularity.keeps_factors(shapes) and granularity.along_axes(shapes)
+
+
+def test_an_objective_on_existing_targets(monkeypatch: pytest.MonkeyPatch):
+    objective = added("How to add an objective on existing targets", monkeypatch).logit_distance()
+    targets = Targets(expert_logits=jnp.array([[0.0, 3.0], [0.0, 3.0]]))
+    values = objective.value(TaskOutputs(jnp.array([[1.0, 2.0], [5.0, 1.0]])), targets)
+    np.testing.assert_allclose(values, [1.0, 12.25])
+    assert objective.target_spec == TargetSpec(expert_logits=True)
+
+
+LEARN = """
+import sys
+from pathlib import Path
+from adamerge_jax import load_recipe
+from adamerge_jax.pipeline.learn import learn_coefficients, prepare
+from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.recipes.build import build
+
+recipe = load_recipe(Path(sys.argv[1]))
+workspace = open_workspace(recipe, Path(sys.argv[1]).parent)
+inputs = prepare(build(recipe, workspace.models), workspace)
+print(learn_coefficients(inputs).coefficients.objective)
+"""
+
+
+def test_an_objective_with_a_new_kind_of_target(text_recipe: dict, tmp_path: Path):
+    """A copy of the package with the section's changes learns with its objective."""
+    heading = "How to add an objective with a new kind of target"
+    copy = tmp_path / "copy"
+    shutil.copytree(Path(adamerge_jax.__file__).parent, copy / "adamerge_jax")
+    assert len(changes(heading)) == 2
+    for file, hunks in changes(heading):
+        apply(copy / file, hunks)
+    (copy / f"{new_file(heading)}.py").write_text(samples(heading)[0])
+    objective = "adamerge_jax.objectives.margin_alignment:margin_alignment"
+    chosen = {"objectives": [{"name": objective}], "coefficients": {"granularity": "task"}}
+    recipe = write_recipe(tmp_path, text_recipe | chosen)
+    done = subprocess.run(
+        [sys.executable, "-c", LEARN, str(recipe)],
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == objective
 
 
 def test_an_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
