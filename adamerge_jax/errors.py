@@ -1,10 +1,7 @@
 """The errors that a user may meet: unusable input, and learning that diverges."""
 
 import textwrap
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from adamerge_jax.learning.loop import Learned
+from typing import Any
 
 
 class InputError(ValueError):
@@ -29,10 +26,10 @@ class NonFiniteObjectiveError(RuntimeError):
     """The objective stopped being a finite number.
 
     Attributes:
-        learned: The last good coefficients: the best on held-out data up to then.
+        learned: The last good coefficients, a `Learned`: the best on held-out data up to then.
     """
 
-    def __init__(self, message: str, learned: "Learned | None"):
+    def __init__(self, message: str, learned: Any):
         super().__init__(message)
         self.learned = learned
 

@@ -133,8 +133,8 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
             **describe_data(
                 inputs.calibration, workspace.data.test, language=models.family.language
             ),
-            tensors=describe_tensors(models, inputs.mixed),
-            similarity=similarity(models, inputs.deltas, inputs.shapes, inputs.mixed),
+            tensors=describe_tensors(models.base, models.kept, inputs.mixed),
+            similarity=similarity(list(models.experts), inputs.deltas, inputs.shapes, inputs.mixed),
         )
 
     @contextmanager

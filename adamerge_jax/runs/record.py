@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -18,15 +18,15 @@ import numpy as np
 
 from adamerge_jax.coefficients.granularity import Shapes
 from adamerge_jax.devices import is_first_process
-from adamerge_jax.parameter_names import is_stacked, layer_of
+from adamerge_jax.parameter_names import is_stacked, layer_of, tensors_of
 from adamerge_jax.runs.files import RECIPE_FILE, RECORD_FILE, write_whole
 from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.similarity import cosines, inner_products
 
 if TYPE_CHECKING:
+    from adamerge_jax.checkpoints.matching import MatchedCheckpoint
     from adamerge_jax.data.batches import Calibration
     from adamerge_jax.data.examples import Examples
-    from adamerge_jax.pipeline.models import Models
 
 
 class RunRecord:
@@ -136,11 +136,14 @@ def describe_data(
     }
 
 
-def describe_tensors(models: "Models", merged: Collection[str]) -> dict[str, Any]:
+def describe_tensors(
+    base: "MatchedCheckpoint", kept: Collection[str], merged: Collection[str]
+) -> dict[str, Any]:
     """Describes which tensors of the base are merged.
 
     Args:
-        models: The base and its experts.
+        base: The base.
+        kept: Names without `*` of the tensors that stay the base's.
         merged: Names of the merged tensors.
 
     Returns:
@@ -148,22 +151,22 @@ def describe_tensors(models: "Models", merged: Collection[str]) -> dict[str, Any
         names of those that the recipe keeps from the base; `unchanged`: names of those that no
         expert changes.
     """
-    others = [name for name in models.base.names if name not in set(merged)]
+    others = [name for name in base.names if name not in set(merged)]
     return {
         "merged": len(merged),
-        "parameters": sum(int(np.prod(models.base.shape(name))) for name in merged),
-        "kept": [name for name in models.base.names if name in models.kept],
-        "unchanged": [name for name in others if name not in models.kept],
+        "parameters": sum(int(np.prod(base.shape(name))) for name in merged),
+        "kept": [name for name in base.names if name in kept],
+        "unchanged": [name for name in others if name not in kept],
     }
 
 
 def similarity(
-    models: "Models", deltas: Mapping[str, Delta], shapes: Shapes, merged: Collection[str]
+    experts: Sequence[str], deltas: Mapping[str, Delta], shapes: Shapes, merged: Collection[str]
 ) -> dict[str, Any]:
     """Measures how alike the task vectors are, over all merged tensors and by layer.
 
     Args:
-        models: The base and its K experts.
+        experts: Names of the K experts.
         deltas: The deltas by parameter, after the interference steps.
         shapes: The shapes of these parameters.
         merged: Names of the merged tensors.
@@ -176,14 +179,16 @@ def similarity(
     total: dict[str, np.ndarray] = {}
     for name, delta in deltas.items():
         stacked = is_stacked(name)
-        grams = inner_products(delta, shapes[name], len(models.experts), stacked=stacked)
-        for tensor, gram in zip(models.tensors(name), grams if stacked else [grams], strict=True):
+        grams = inner_products(delta, shapes[name], len(experts), stacked=stacked)
+        for tensor, gram in zip(
+            tensors_of(name, shapes[name]), grams if stacked else [grams], strict=True
+        ):
             if tensor in merged:
                 layer = layer_of(tensor, merged)
                 # Sums over millions of entries lose digits in float32.
                 total[layer] = total.get(layer, 0) + gram.astype(np.float64)
     return {
-        "experts": list(models.experts),
+        "experts": list(experts),
         **_norms_and_cosines(sum(total.values())),
         "layers": {layer: _norms_and_cosines(gram) for layer, gram in total.items()},
     }
