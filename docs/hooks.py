@@ -156,7 +156,8 @@ def public_names(module: str) -> str:
         if isinstance(exported, ModuleType):
             continue
         # The module of its definition: a function and its file may have one name.
-        entry = f"::: {getattr(exported, '__module__', module)}.{name}"
+        home = getattr(exported, "__module__", module)
+        entry = f"::: {home}.{getattr(exported, '__qualname__', name)}"
         if name in DESCRIBED_ELSEWHERE:
             entry += "\n    options: {members: false}"
         entries.append(entry)

@@ -1,10 +1,12 @@
 """The page on the architecture names what there is, and what it says to add works once added."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -82,13 +84,38 @@ def apply(file: Path, hunks: list[str]) -> None:
     file.write_text(text)
 
 
+ROOMS = re.findall(r"^\| (`.*?) \|", section("The rooms"), re.MULTILINE)
+RANKS = {name: rank for rank, row in enumerate(ROOMS) for name in re.findall(r"`(\w+)", row)}
+"""The row of each room and loose module in the table."""
+
+
 def test_it_names_every_room():
     package = Path(adamerge_jax.__file__).parent
-    modules = {file.name for file in package.glob("*.py")} - {"__init__.py"}
-    rooms = {f"{folder.parent.name}/" for folder in package.glob("*/__init__.py")}
-    rows = re.findall(r"^\| (`.*?) \|", section("The rooms"), re.MULTILINE)
-    named = {name for row in rows for name in re.findall("`(.*?)`", row)}
-    assert named == modules | rooms
+    modules = {file.stem for file in package.glob("*.py")} - {"__init__"}
+    rooms = {folder.parent.name for folder in package.glob("*/__init__.py")}
+    assert set(RANKS) == modules | rooms
+
+
+def imported_rooms(node: ast.AST) -> Iterator[str]:
+    """The rooms that code imports from, except for annotations."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.ImportFrom) and node.module == "adamerge_jax":
+        yield from (name.name for name in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module.startswith("adamerge_jax."):
+        yield node.module.split(".")[1]
+    for child in ast.iter_child_nodes(node):
+        yield from imported_rooms(child)
+
+
+def test_rooms_import_from_the_rows_above():
+    package = Path(adamerge_jax.__file__).parent
+    for file in package.rglob("*.py"):
+        room = file.relative_to(package).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for imported in imported_rooms(ast.parse(file.read_text())):
+            assert RANKS[imported] <= RANKS[room], f"{file} imports {imported}"
 
 
 def test_files_that_it_names_exist():
