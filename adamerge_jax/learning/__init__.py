@@ -1,1 +1,1 @@
-"""How coefficients are learned: the compiled step, the loop, the choice by held-out data."""
+"""The learning of coefficients: the compiled step, the loop, the choice by held-out data."""

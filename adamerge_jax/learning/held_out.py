@@ -12,10 +12,10 @@ from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.objectives import NOT_PREDICTED
 
 COLLAPSED = 0.95
-"""Part of a task's examples in one class from which on its predictions have collapsed, ..."""
+"""The predictions of a task have collapsed if at least this part of them is one class, ..."""
 
 SPREAD = 0.85
-"""... if it was under this part at the start."""
+"""... which was under this part at the start."""
 
 FEWEST_TO_JUDGE = 16
 """Held-out examples of a task under which a collapse cannot be told from chance."""

@@ -297,6 +297,6 @@ def forward_with_heads(
 def _of_other_tasks(
     logits: Float[Array, "N C"], chosen: slice, size: int
 ) -> Float[Array, "B others C"]:
-    """Returns the logits of all but the chosen task's examples, the other tasks on an axis."""
+    """Returns the logits of the other tasks' examples, with an axis over the tasks."""
     others = jnp.concatenate([logits[: chosen.start], logits[chosen.stop :]])
     return others.reshape(-1, size, logits.shape[-1]).swapaxes(0, 1)

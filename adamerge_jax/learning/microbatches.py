@@ -37,7 +37,7 @@ def split(batch: Batch, parts: int) -> Batch:
         )
 
     def cut(array: Array) -> Array:
-        """From `[B, ...]`, or `[tasks * B, ...]`, to `[parts, B / parts, ...]`, or with tasks."""
+        """Cuts blocks of B examples, `[blocks * B, ...]`, to `[parts, blocks * B / parts, ...]`."""
         shape = array.shape[1:]
         blocks = jnp.asarray(array).reshape(-1, parts, size // parts, *shape)
         return blocks.swapaxes(0, 1).reshape(parts, -1, *shape)

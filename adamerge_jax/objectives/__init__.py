@@ -1,4 +1,4 @@
-"""What is minimised: one idea a file.
+"""The objectives of learning: one idea a file.
 
 An objective is a pure function from a task's outputs and targets to one value per example. It is
 made by a function of its options. The value of a task is the mean over its B examples, `[B]`, the

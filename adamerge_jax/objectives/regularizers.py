@@ -1,4 +1,4 @@
-"""What is added to the objective to keep coefficients where they should be.
+"""Terms that are added to the objective to keep coefficients where they should be.
 
 A regularizer is a function of options that returns a function `(coefficients, start) -> scalar`,
 both by group, `[G, K, ...]`. All of them are means over groups and sums over the K experts, so that
@@ -22,7 +22,7 @@ from adamerge_jax.coefficients.granularities import Values
 from adamerge_jax.registry import call_registered
 
 Regularizer = Callable[[Values, Values], Float[Array, ""]]
-"""`(coefficients, where they started) -> what is added to the objective`."""
+"""`(coefficients, coefficients at the start) -> term of the objective`."""
 
 
 def distance(p: float = 1.0) -> Regularizer:
@@ -112,7 +112,7 @@ REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
 
 
 def make_regularizer(name: str, options: Mapping[str, Any]) -> Regularizer:
-    """The regularizer of a recipe.
+    """Makes the regularizer that a recipe names.
 
     Raises:
         InputError: There is no such regularizer, or it refuses an option.
@@ -128,7 +128,7 @@ def make_regularizer(name: str, options: Mapping[str, Any]) -> Regularizer:
 
 
 def _magnitude(values: Array) -> Array:
-    """`|x|` with gradient 0 at 0, where coefficients start; that of `jnp.abs` is 1 there."""
+    """Returns `|x|` with gradient 0 at 0, where coefficients start; that of `jnp.abs` is 1."""
     return values * jnp.sign(values)
 
 

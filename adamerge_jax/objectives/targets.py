@@ -1,4 +1,4 @@
-"""Outputs and targets: the arguments of an objective, and which of them it asks for."""
+"""The arguments of an objective, outputs and targets, and the specification of them."""
 
 import warnings
 from collections.abc import Mapping
@@ -54,7 +54,9 @@ class TopTokens(NamedTuple):
 
 
 class CrossTaskTargets(NamedTuple):
-    """A task's expert on the examples of all other tasks, one of each beside every own example.
+    """The logits of a task's expert on the examples of all other tasks.
+
+    Row b has the b-th example of each other task in the batch.
 
     Attributes:
         expert_logits: `[B, tasks - 1, C]`, from the expert's own head.
@@ -67,9 +69,11 @@ class CrossTaskTargets(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The targets of one task's examples, each there if an objective asks for it.
+    """The targets of one task's examples; a field is None if no objective asks for it.
 
-    Any pytree may be added; every leaf has a leading axis over the B examples.
+    A pytree: every array has a leading axis over the B examples, and whoever only carries targets
+    knows no field. A new kind of target is a field here, which may be a pytree of its own, and a
+    field of `TargetSpec`; `data.expert_targets.expert_targets` computes it.
 
     Attributes:
         expert_logits: `[B, C]` or `[B, T, V]`, from the task's own expert, or None.
@@ -123,7 +127,7 @@ class TargetSpec(NamedTuple):
 
     @property
     def expert(self) -> bool:
-        """Whether some of the targets come from the task's expert."""
+        """True if some of the targets come from the task's expert."""
         return self.expert_logits or bool(self.hidden_states)
 
     def __or__(self, other: "TargetSpec") -> "TargetSpec":

@@ -308,7 +308,11 @@ class Scripted:
 
 
 def run_script(
-    script: Scripted, seen: list[Progress], control: Control | None = None, held_out: int = 20
+    script: Scripted,
+    seen: list[Progress],
+    control: Control | None = None,
+    held_out: int = 20,
+    **callbacks: Any,
 ):
     examples = {t: ArrayExamples({"pixel_values": np.arange(40)}) for t in ("first", "second")}
     calibration = calibrate(examples, batch_size=20, held_out=0.5, seed=0)
@@ -325,6 +329,7 @@ def run_script(
         evaluate_every=1,
         control=control,
         on_step=seen.append,
+        **callbacks,
     )
 
 
@@ -364,6 +369,23 @@ def test_each_control_task_is_kept():
     script = Scripted([[1.0, 1.0], [0.5, 0.5], [0.2, 0.2]], [[2, 0], [0, 0], [0, 2]])
     learned = run_script(script, seen, Control(tasks=(0, 1), fraction=0.95))
     assert learned.step == 1
+
+
+def test_callbacks():
+    script = Scripted([[1.0, 1.0], [0.2, 0.2], [0.5, 0.5], [1.0, 1.1]], np.zeros((4, 2), int))
+    best, snapshots, steps, old_steps, old_snapshots = [], [], [], [], []
+    learned = run_script(script, steps, on_best=best.append, on_snapshot=snapshots.append)
+    assert [one.step for one in best] == [0, 1] and best[-1] is learned
+    assert [(one.step, one.ended) for one in snapshots] == [
+        (0, False),
+        (1, False),
+        (2, False),
+        (3, True),
+    ]
+    with pytest.warns(DeprecationWarning, match="now on_step and on_snapshot"):
+        run_script(script, [], report=old_steps.append, save=old_snapshots.append)
+    assert [one.step for one in old_steps] == [one.step for one in steps] == [0, 1, 2, 3]
+    assert [one.step for one in old_snapshots] == [0, 1, 2, 3]
 
 
 def test_few_examples_choose_no_step():

@@ -496,3 +496,21 @@ def test_ones_own_objective(tmp_path, monkeypatch):
 def test_what_an_objective_was_not_given(name, options, targets, missing):
     with pytest.raises(InputError, match=missing):
         require_given(make_objective(name, options).target_spec, TaskOutputs(draw(0)), targets)
+
+
+def test_old_names_warn_and_work():
+    with pytest.warns(DeprecationWarning, match="Needs is now TargetSpec"):
+        from adamerge_jax.objectives import Needs
+    old = Needs(labels=True, strong_view=True, elsewhere=5)
+    assert old == TargetSpec(labels=True, augmented=True, cross_task=5)
+    with pytest.warns(DeprecationWarning, match="needs is now target_spec"):
+        objective = Objective(lambda outputs, targets: outputs.logits[:, 0], needs=old)
+    assert objective.target_spec == old
+    with pytest.warns(DeprecationWarning, match="needs is now target_spec"):
+        assert objective.needs == old
+    with pytest.warns(DeprecationWarning, match="now cross_task and cross_task_examples"):
+        objective = make_objective("logit_alignment", {"elsewhere": 0.5, "elsewhere_examples": 7})
+    new = make_objective("logit_alignment", {"cross_task": 0.5, "cross_task_examples": 7})
+    assert objective.target_spec == new.target_spec and new.target_spec.cross_task == 7
+    with pytest.warns(DeprecationWarning, match="now augmented_logits"):
+        assert TaskOutputs(draw(0), augmented_logits=1).strong == 1
