@@ -131,8 +131,8 @@ def learn_others(recipe: Recipe, root: Path, file: Path, console: Console) -> No
     """Learns the coefficients of all experts but the new one, and keeps them."""
     workspace = open_workspace(recipe, root)
     require_classifiers(workspace)
-    problem = prepare(build(recipe, workspace.models), workspace)
-    learn_coefficients(problem, show_stage=watch_into([], console)).coefficients.save(file)
+    inputs = prepare(build(recipe, workspace.models), workspace)
+    learn_coefficients(inputs, show_stage=watch_into([], console)).coefficients.save(file)
 
 
 def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
@@ -143,20 +143,20 @@ def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
     """
     workspace = open_workspace(recipe, root)
     require_classifiers(workspace)
-    problem = prepare(build(recipe, workspace.models), workspace)
-    if not problem.workspace.data.test:
+    inputs = prepare(build(recipe, workspace.models), workspace)
+    if not inputs.workspace.data.test:
         raise InputError("tasks: every task needs test data to evaluate on")
-    for note in problem.start.notes if problem.start else ():
+    for note in inputs.start.notes if inputs.start else ():
         console.print(f"note: {note}", soft_wrap=True)
     looks: list[tuple[int, Learned]] = []
     began = time.perf_counter()
-    merge = learn_coefficients(problem, show_stage=watch_into(looks, console))
+    merge = learn_coefficients(inputs, show_stage=watch_into(looks, console))
     seconds = time.perf_counter() - began
     scores: dict[int, dict[str, float]] = {}
     by_chosen: dict[int, dict[str, float]] = {}
     for step, chosen in looks:
         if chosen.step not in by_chosen:
-            row = learned_row(problem, merge._replace(values=chosen.values))
+            row = learned_row(inputs, merge._replace(values=chosen.values))
             by_chosen[chosen.step] = row.tasks
         scores[step] = by_chosen[chosen.step]
     optimizer = recipe.learning.optimizer

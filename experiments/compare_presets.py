@@ -158,15 +158,15 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
         recipe = parse_recipe(fields | {"preset": REFERENCE})
         workspace = open_workspace(recipe, root)
         require_classifiers(workspace)
-        problem = prepare(build(recipe, workspace.models), workspace)
+        inputs = prepare(build(recipe, workspace.models), workspace)
         return {
             row.method: row.as_json()
-            for row in baseline_rows(problem, recipe.evaluation.task_arithmetic)
+            for row in baseline_rows(inputs, recipe.evaluation.task_arithmetic)
         }
     recipe = recipe_for(fields, preset, seed, arguments.examples)
     workspace = open_workspace(recipe, root)
     began = time.perf_counter()
-    problem = prepare(build(recipe, workspace.models), workspace)
+    inputs = prepare(build(recipe, workspace.models), workspace)
     bests: list[tuple[float, str, Learned]] = []
 
     @contextmanager
@@ -179,9 +179,9 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
 
         yield show
 
-    merge = learn_coefficients(problem, show_stage=watch)
+    merge = learn_coefficients(inputs, show_stage=watch)
     seconds = time.perf_counter() - began
-    row = learned_row(problem, merge)
+    row = learned_row(inputs, merge)
     coarse = recipe.coefficients.coarse
     result = row.as_json() | {
         "coefficients": sum(array.size for array in merge.coefficients.values.values()),
@@ -194,7 +194,7 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
     if until is not None:
         last = bests[-1][1]
         for elapsed, what, best in bests:
-            if what == last and accuracy_of(problem, merge, best) >= until:
+            if what == last and accuracy_of(inputs, merge, best) >= until:
                 return result | {"seconds_to_reference": elapsed}
     return result
 
@@ -212,9 +212,9 @@ def recipe_for(fields: dict[str, Any], preset: str, seed: int, examples: int | N
     return parse_recipe(chosen)
 
 
-def accuracy_of(problem: LearningInputs, merge: Any, best: Learned) -> float:
+def accuracy_of(inputs: LearningInputs, merge: Any, best: Learned) -> float:
     """Average test accuracy of coefficients that were the best for a while."""
-    return learned_row(problem, merge._replace(values=best.values)).average
+    return learned_row(inputs, merge._replace(values=best.values)).average
 
 
 def summarise(title: str, runs: dict[str, Any], presets: list[str]) -> Table:

@@ -44,10 +44,10 @@ from adamerge_jax.pipeline.workspace import open_workspace
 for folder in map(Path, sys.argv[1:]):
     recipe = load_recipe(folder / "recipe.yaml")
     devices = open_devices(**recipe.devices.model_dump())
-    problem = learning_inputs(recipe, folder, devices)
-    merge = learn_coefficients(problem, show_stage=lambda *what: nullcontext(lambda progress: None))
+    inputs = learning_inputs(recipe, folder, devices)
+    merge = learn_coefficients(inputs, show_stage=lambda *what: nullcontext(lambda progress: None))
     merge.coefficients.save(folder / "coefficients.safetensors")
-    parts = {name: array.addressable_shards[0].data.shape for name, array in problem.base.items()}
+    parts = {name: array.addressable_shards[0].data.shape for name, array in inputs.base.items()}
     (folder / "parts.json").write_text(json.dumps([str(devices), parts]))
 """
 
@@ -78,9 +78,9 @@ def adapters(tmp_path_factory) -> dict[str, Any]:
 def learn(fields: Mapping[str, Any]) -> Coefficients:
     """What one device learns."""
     recipe = parse_recipe(dict(fields))
-    problem = learning_inputs(recipe, Path("/"))
+    inputs = learning_inputs(recipe, Path("/"))
     return learn_coefficients(
-        problem, show_stage=lambda *what: nullcontext(lambda progress: None)
+        inputs, show_stage=lambda *what: nullcontext(lambda progress: None)
     ).coefficients
 
 

@@ -115,9 +115,9 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
         }
     )
     workspace = open_workspace(recipe, folder)
-    problem = prepare(build(recipe, workspace.models), workspace)
-    workspace = problem.workspace
-    granularity = make_granularity("tensor", {}, problem.shapes)
+    inputs = prepare(build(recipe, workspace.models), workspace)
+    workspace = inputs.workspace
+    granularity = make_granularity("tensor", {}, inputs.shapes)
     heads = list(workspace.head_networks.values())
     learner = learning.make_learner(
         learning.forward_with_heads(workspace.backbone, heads),
@@ -126,10 +126,10 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
         list(build_objectives(recipe.objectives, recipe.tasks).values()),
         build_optimizer(recipe.learning.optimizer, STEPS),
     )
-    state = learner.init(granularity.init(constant(problem.shapes, experts, 0.3)))
-    deltas = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
-    frozen = learning.Frozen(problem.base, deltas, list(workspace.heads.values()))
-    batches = problem.calibration.batches()
+    state = learner.init(granularity.init(constant(inputs.shapes, experts, 0.3)))
+    deltas = {name: granularity.prepare(name, delta) for name, delta in inputs.deltas.items()}
+    frozen = learning.Frozen(inputs.base, deltas, list(workspace.heads.values()))
+    batches = inputs.calibration.batches()
     arguments = (state, frozen, next(batches))
     step = learner.step.lower(*arguments).compile()
     on_host = sum(

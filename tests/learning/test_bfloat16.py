@@ -57,9 +57,9 @@ def objective_and_gradient(
     recipe = parse_recipe(
         fields | {"learning": {"batch_size": 8, "optimizer": optimizer}} | changes
     )
-    problem = learning_inputs(recipe, folder)
-    workspace = problem.workspace
-    granularity = make_granularity("tensor", {}, problem.shapes)
+    inputs = learning_inputs(recipe, folder)
+    workspace = inputs.workspace
+    granularity = make_granularity("tensor", {}, inputs.shapes)
     learner = learning.make_learner(
         learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         granularity,
@@ -67,12 +67,12 @@ def objective_and_gradient(
         list(build_objectives(recipe.objectives, recipe.tasks).values()),
         build_optimizer(recipe.learning.optimizer, 1),
     )
-    frozen = learning.Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
-    start = learner.init(granularity.init(constant(problem.shapes, problem.experts, 0.3)))
-    after, per_task = learner.step(start, frozen, next(problem.calibration.batches()))
+    frozen = learning.Frozen(inputs.base, inputs.deltas, list(workspace.heads.values()))
+    start = learner.init(granularity.init(constant(inputs.shapes, inputs.experts, 0.3)))
+    after, per_task = learner.step(start, frozen, next(inputs.calibration.batches()))
     assert per_task.dtype == jnp.float32
     moved = [np.ravel(after.raw[name] - start.raw[name]) for name in sorted(start.raw)]
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves((problem.base, problem.deltas))}
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((inputs.base, inputs.deltas))}
     return np.asarray(per_task), np.concatenate(moved), dtypes
 
 

@@ -273,9 +273,9 @@ def test_same_coefficients_as_a_pytorch_loop(llama, tmp_path):
             ]
         }
     )
-    problem = learning_inputs(recipe, tmp_path)
-    workspace = problem.workspace
-    granularity = make_granularity("tensor", {}, problem.shapes)
+    inputs = learning_inputs(recipe, tmp_path)
+    workspace = inputs.workspace
+    granularity = make_granularity("tensor", {}, inputs.shapes)
     learner = learning.make_learner(
         learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         granularity,
@@ -283,10 +283,10 @@ def test_same_coefficients_as_a_pytorch_loop(llama, tmp_path):
         list(build_objectives(recipe.objectives, recipe.tasks).values()),
         build_optimizer(recipe.learning.optimizer, STEPS),
     )
-    frozen = learning.Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
+    frozen = learning.Frozen(inputs.base, inputs.deltas, list(workspace.heads.values()))
     assert frozen.heads == [{}] * len(TASKS)
-    state = learner.init(granularity.init(constant(problem.shapes, problem.experts, 0.3)))
-    batches = list(islice(problem.calibration.batches(), STEPS))
+    state = learner.init(granularity.init(constant(inputs.shapes, inputs.experts, 0.3)))
+    batches = list(islice(inputs.calibration.batches(), STEPS))
     objectives = []
     for batch in batches:
         assert batch.inputs["input_ids"].shape == (len(TASKS) * BATCH_SIZE, 16)
@@ -311,7 +311,7 @@ class Watch(list):
         yield self.append
 
 
-def problem_of(fields: Mapping[str, Any], folder: Path, **changes: Any) -> LearningInputs:
+def inputs_of(fields: Mapping[str, Any], folder: Path, **changes: Any) -> LearningInputs:
     recipe = parse_recipe(dict(fields) | changes)
     return learning_inputs(recipe, folder)
 
@@ -320,7 +320,7 @@ def test_the_recommended_preset_asks_nothing_of_other_tasks(llama, tmp_path):
     """Language models share one head, so that experts would contradict each other."""
     fields = {name: value for name, value in llama.items() if name != "preset"}
     chosen = {"steps": 2, "batch_size": BATCH_SIZE}
-    recommended = problem_of(fields, tmp_path, learning=chosen)
+    recommended = inputs_of(fields, tmp_path, learning=chosen)
     recipe = parse_recipe(fields)
     assert recipe.preset == "recommended"
     assert recipe.objectives[0].options == {"cross_task": 0.6}
@@ -328,11 +328,11 @@ def test_the_recommended_preset_asks_nothing_of_other_tasks(llama, tmp_path):
     batch = next(recommended.calibration.batches())
     assert all(targets.cross_task is None for targets in batch.targets)
     assert all(targets.expert_top.tokens.ndim == 3 for targets in batch.targets)
-    plain = problem_of(fields, tmp_path, learning=chosen, objectives=[{"name": "logit_alignment"}])
+    plain = inputs_of(fields, tmp_path, learning=chosen, objectives=[{"name": "logit_alignment"}])
     merges = []
-    for problem in (recommended, plain):
+    for inputs in (recommended, plain):
         seen = Watch()
-        merges.append((learn_coefficients(problem, show_stage=seen), seen))
+        merges.append((learn_coefficients(inputs, show_stage=seen), seen))
     (first, seen), (second, also_seen) = merges
     assert first.granularity is not second.granularity
     assert first.coefficients.values["lm_head.weight"].shape == (len(TASKS), SIZES["vocab_size"])
@@ -351,8 +351,8 @@ def test_forgetting_with_control_asks_no_expert(llama, tmp_path):
         {"name": "cross_entropy", "weight": {first: -1}},
         {"name": "cross_entropy", "weight": dict.fromkeys(others, 1)},
     ]
-    problem = problem_of(llama, tmp_path, objectives=terms, learning=LEARNING | {"control": 0.9})
-    for targets in next(problem.calibration.batches()).targets:
+    inputs = inputs_of(llama, tmp_path, objectives=terms, learning=LEARNING | {"control": 0.9})
+    for targets in next(inputs.calibration.batches()).targets:
         assert targets.expert_logits is None and targets.expert_top is None
         assert targets.labels.shape == (BATCH_SIZE, 16)
 
@@ -652,4 +652,4 @@ def test_an_expert_with_another_tokenizer(llama, tmp_path):
 
 def test_pseudo_labels_are_for_classes(llama, tmp_path):
     with pytest.raises(InputError, match="pseudo_labels is for classes"):
-        problem_of(llama, tmp_path, objectives=[{"name": "pseudo_labels"}])
+        inputs_of(llama, tmp_path, objectives=[{"name": "pseudo_labels"}])

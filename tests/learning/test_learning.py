@@ -80,9 +80,9 @@ def set_up(
             "learning": {"batch_size": BATCH_SIZE, "optimizer": optimizer},
         }
     )
-    problem = learning_inputs(recipe, folder)
-    workspace = problem.workspace
-    chosen = make_granularity(granularity, {}, problem.shapes)
+    inputs = learning_inputs(recipe, folder)
+    workspace = inputs.workspace
+    chosen = make_granularity(granularity, {}, inputs.shapes)
     learner = learning.make_learner(
         learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         chosen,
@@ -90,9 +90,9 @@ def set_up(
         make_objective(objective, {}),
         build_optimizer(recipe.learning.optimizer, STEPS),
     )
-    frozen = Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
-    start = chosen.init(constant(problem.shapes, problem.experts, initial))
-    return Setup(chosen, learner, frozen, start, problem.calibration)
+    frozen = Frozen(inputs.base, inputs.deltas, list(workspace.heads.values()))
+    start = chosen.init(constant(inputs.shapes, inputs.experts, initial))
+    return Setup(chosen, learner, frozen, start, inputs.calibration)
 
 
 def names_in_file(model: PreTrainedModel, folder: str) -> dict[str, str]:
@@ -398,26 +398,26 @@ def test_few_examples_choose_no_step():
 def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
     terms = [{"name": "logit_alignment", "options": {"cross_task": 0.5}}]
     recipe = parse_recipe(text_recipe | {"objectives": terms})
-    problem = learning_inputs(recipe, tmp_path)
-    workspace = problem.workspace
-    batch = next(problem.calibration.batches())
+    inputs = learning_inputs(recipe, tmp_path)
+    workspace = inputs.workspace
+    batch = next(inputs.calibration.batches())
     backbone, heads = workspace.backbone, workspace.head_networks
     learner = learning.make_learner(
         learning.forward_with_heads(backbone, list(heads.values()), cross_task=True),
-        make_granularity("tensor", {}, problem.shapes),
+        make_granularity("tensor", {}, inputs.shapes),
         CONSTRAINTS["clip"],
         list(build_objectives(recipe.objectives, recipe.tasks).values()),
         build_optimizer(recipe.learning.optimizer, 1),
     )
-    frozen = Frozen(problem.base, problem.deltas, list(workspace.heads.values()))
-    initial = make_granularity("tensor", {}, problem.shapes).init(
-        constant(problem.shapes, problem.experts, 0.3)
+    frozen = Frozen(inputs.base, inputs.deltas, list(workspace.heads.values()))
+    initial = make_granularity("tensor", {}, inputs.shapes).init(
+        constant(inputs.shapes, inputs.experts, 0.3)
     )
     _, per_task = learner.step(learner.init(initial), frozen, batch)
 
     # The same by hand, one task after the other.
-    scales = make_granularity("tensor", {}, problem.shapes).scales(initial)
-    merged = merged_parameters(problem.base, problem.deltas, scales)
+    scales = make_granularity("tensor", {}, inputs.shapes).scales(initial)
+    merged = merged_parameters(inputs.base, inputs.deltas, scales)
     size = recipe.learning.batch_size
     for position, task in enumerate(recipe.tasks):
 
@@ -426,7 +426,7 @@ def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
             logits = heads[task](workspace.heads[task], outputs)
             return torch.tensor(np.asarray(logits)).log_softmax(-1)
 
-        said, wanted = log_softmax(merged), log_softmax(workspace.expert(task, problem.base))
+        said, wanted = log_softmax(merged), log_softmax(workspace.expert(task, inputs.base))
         losses = -(wanted.exp() * said).sum(-1)
         own = losses[position * size : (position + 1) * size]
         # An example of another task counts less if the expert is sure of it.

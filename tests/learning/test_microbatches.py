@@ -50,9 +50,9 @@ def learned(fields: dict[str, Any], folder: Path, microbatches: int) -> dict[str
         | {"learning": learning, "regularizers": [{"name": "distance", "weight": 0.1}]}
         | {"objectives": [{"name": "logit_alignment", "options": {"cross_task": 0.5}}]}
     )
-    problem = learning_inputs(recipe, folder)
+    inputs = learning_inputs(recipe, folder)
     watch = lambda *_: nullcontext(lambda progress: None)  # noqa: E731
-    return dict(learn_coefficients(problem, show_stage=watch).values)
+    return dict(learn_coefficients(inputs, show_stage=watch).values)
 
 
 def test_coefficients_are_those_of_the_whole_batch(image_recipe, tmp_path):

@@ -22,13 +22,13 @@ class Seen(list):
         yield self[-1][2].append
 
 
-def problem_of(fields: dict[str, Any], folder, **changes: Any) -> LearningInputs:
+def inputs_of(fields: dict[str, Any], folder, **changes: Any) -> LearningInputs:
     recipe = parse_recipe(fields | changes)
     return learning_inputs(recipe, folder)
 
 
 def learned(fields: dict[str, Any], folder, seen: Seen, **changes: Any) -> MergeResult:
-    return learn_coefficients(problem_of(fields, folder, **changes), show_stage=seen.watch)
+    return learn_coefficients(inputs_of(fields, folder, **changes), show_stage=seen.watch)
 
 
 def test_fine_coefficients_start_from_coarse_ones(text_recipe, tmp_path):
@@ -89,7 +89,7 @@ def test_heads_are_those_of_the_model(text_recipe, tmp_path):
 def test_granularities_that_do_not_fit(text_recipe, tmp_path, granularity, options, message):
     chosen = {"granularity": granularity, "granularity_options": options}
     with pytest.raises(InputError, match=message) as caught:
-        problem_of(text_recipe, tmp_path, coefficients=chosen)
+        inputs_of(text_recipe, tmp_path, coefficients=chosen)
     assert "\n" not in str(caught.value)
 
 
@@ -100,15 +100,15 @@ def test_a_budget_that_is_too_small(text_recipe, tmp_path):
         "coarse": {"steps": 1},
     }
     with pytest.raises(InputError, match=r"budget: 10 is under .* raise it to at least 201"):
-        problem_of(text_recipe, tmp_path, coefficients=chosen)
+        inputs_of(text_recipe, tmp_path, coefficients=chosen)
 
 
 def test_layers_that_the_model_does_not_have(text_recipe, tmp_path):
     term = {"name": "hidden_state_alignment", "options": {"layers": [5]}}
     with pytest.raises(InputError, match=r"layer 5 .* layers 0 \(the embeddings\) to 4"):
-        problem_of(text_recipe, tmp_path, objectives=[term])
+        inputs_of(text_recipe, tmp_path, objectives=[term])
     term["options"] = {"layers": [-5, 4]}
-    problem_of(text_recipe, tmp_path, objectives=[term])
+    inputs_of(text_recipe, tmp_path, objectives=[term])
 
 
 def test_forgetting_a_task(text_recipe, tmp_path):

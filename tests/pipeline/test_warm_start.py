@@ -431,8 +431,8 @@ def test_a_coarse_stage_starts_from_the_file_too(text_recipe, tmp_path):
     coarse = {"granularity": "tensor", "steps": 1}
     chosen = {"start": "rows.safetensors", "granularity": "row", "coarse": coarse}
     recipe = parse_recipe(text_recipe | {"coefficients": chosen})
-    problem = learning_inputs(recipe, tmp_path)
-    assert problem.start.notes[1].startswith("tensor coefficients start at the mean")
+    inputs = learning_inputs(recipe, tmp_path)
+    assert inputs.start.notes[1].startswith("tensor coefficients start at the mean")
 
     class SeenError(Exception):
         """What is called first, with the start: that is all there is to see."""
@@ -441,7 +441,7 @@ def test_a_coarse_stage_starts_from_the_file_too(text_recipe, tmp_path):
         raise SeenError(progress.best.values["bert.pooler.dense.weight"])
 
     with pytest.raises(SeenError) as caught:
-        learn_coefficients(problem, show_stage=lambda what, steps: nullcontext(show))
+        learn_coefficients(inputs, show_stage=lambda what, steps: nullcontext(show))
     mean = before.per_tensor()["bert.pooler.dense.weight"].clip(0, 1)
     np.testing.assert_allclose(caught.value.args[0][0], mean, rtol=1e-5)
 

@@ -113,18 +113,18 @@ def check_arrays(fields: dict[str, Any], root: Any) -> None:
     recipe = parse_recipe(fields)
     found = outline(recipe, root)
     workspace = open_workspace(recipe, root)
-    problem = prepare(build(recipe, workspace.models), workspace)
-    assert shapes_of(found.base) == shapes_of(problem.base)
+    inputs = prepare(build(recipe, workspace.models), workspace)
+    assert shapes_of(found.base) == shapes_of(inputs.base)
     assert shapes_of(found.head_parameters) == shapes_of(workspace.heads)
     # The plan cannot know that an expert left a tensor as it was.
-    changed = list(problem.deltas)
+    changed = list(inputs.deltas)
     assert set(changed) <= set(found.deltas)
-    assert shapes_of({name: found.deltas[name] for name in changed}) == shapes_of(problem.deltas)
-    granularity = problem.method.result.granularity.make(problem.shapes)
-    prepared = {name: granularity.prepare(name, delta) for name, delta in problem.deltas.items()}
+    assert shapes_of({name: found.deltas[name] for name in changed}) == shapes_of(inputs.deltas)
+    granularity = inputs.method.result.granularity.make(inputs.shapes)
+    prepared = {name: granularity.prepare(name, delta) for name, delta in inputs.deltas.items()}
     planned = found.learning().frozen.deltas
     assert shapes_of({name: planned[name] for name in changed}) == shapes_of(prepared)
-    real = next(problem.calibration.batches())
+    real = next(inputs.calibration.batches())
     length = real.inputs["input_ids"].shape[1] if "input_ids" in real.inputs else 0
     assert shapes_of(found.batch(length)) == shapes_of(real)
 

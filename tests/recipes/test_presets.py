@@ -286,7 +286,7 @@ def learn(
     recipe = parse_recipe(
         fields | {"preset": preset, "learning": short, "coefficients": coefficients}
     )
-    problem = learning_inputs(recipe, Path("/"))
+    inputs = learning_inputs(recipe, Path("/"))
 
     @contextmanager
     def watch(what, steps):
@@ -294,10 +294,10 @@ def learn(
         yield lambda progress: None
 
     found: list[Coefficients] = []
-    learn_coefficients(problem, show_stage=watch, on_result=found.append)
+    learn_coefficients(inputs, show_stage=watch, on_result=found.append)
     # The last coefficients are the best on the held-out data, so that they are those of 10 steps.
     assert [each.step for each in found] == [STEPS] * len(found)
-    return recipe, problem, found
+    return recipe, inputs, found
 
 
 def start_of(sharing: dict[str, Sharing], first: dict[str, np.ndarray]) -> Tensors:
@@ -331,7 +331,7 @@ def test_a_preset_is_its_papers_update(preset, text_recipe):
     for task in text_recipe["tasks"].values():
         if preset.startswith("atlas"):
             task["calibration"] = {"path": task["test"]["path"], "label": "label"}
-    recipe, problem, found = learn(text_recipe, preset, **learning)
+    recipe, inputs, found = learn(text_recipe, preset, **learning)
     reference = load_reference(recipe)
     if recipe.interference:
         trim, elect = recipe.interference
@@ -348,7 +348,7 @@ def test_a_preset_is_its_papers_update(preset, text_recipe):
         assert len(found) == 2
         coarse = share("tensor", {}, reference.deltas)
         start = start_of(coarse, first)
-        expected = pytorch_loop(recipe, reference, problem.calibration, coarse, start)
+        expected = pytorch_loop(recipe, reference, inputs.calibration, coarse, start)
         require_same(found[0], expected, start)
         # The second stage starts from the first, cut where that says.
         first = found[0].values
@@ -365,7 +365,7 @@ def test_a_preset_is_its_papers_update(preset, text_recipe):
 
     sharing = share(granularity, options, reference.deltas)
     start = start_of(sharing, first)
-    expected = pytorch_loop(recipe, reference, problem.calibration, sharing, start)
+    expected = pytorch_loop(recipe, reference, inputs.calibration, sharing, start)
     require_same(found[-1], expected, start)
 
 

@@ -215,10 +215,10 @@ def learned(fields: dict[str, Any], folder: Path, **task_vectors: str) -> dict[s
         | {"task_vectors": task_vectors, "coefficients": {"granularity": "row"}}
         | {"learning": {"steps": 3, "batch_size": 4, "optimizer": {"learning_rate": 0.01}}}
     )
-    problem = learning_inputs(recipe, folder)
-    merge = learn_coefficients(problem, show_stage=lambda *_: nullcontext(lambda progress: None))
+    inputs = learning_inputs(recipe, folder)
+    merge = learn_coefficients(inputs, show_stage=lambda *_: nullcontext(lambda progress: None))
     # Baselines and the merge itself take the same deltas as a whole.
-    merged = merge.parameters(problem.base)
+    merged = merge.parameters(inputs.base)
     return {f"merged {name}": array for name, array in merged.items()} | dict(merge.values)
 
 
