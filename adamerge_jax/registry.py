@@ -54,9 +54,8 @@ def call_registered(
 ) -> T:
     """Calls the function that a recipe names with the options it gives.
 
-    A function must depend on its arguments alone. Without positional ones it is called once per
-    process for the same options, so that an objective of a recipe is one object wherever it is
-    asked for, and is compiled once.
+    A function must depend on its arguments alone. It is called once per process for the same
+    ones, so that an objective or a granularity of a recipe is one object wherever it is asked for.
 
     Args:
         field: Field of the recipe, which begins error messages.
@@ -69,11 +68,12 @@ def call_registered(
         InputError: There is no such function, or it does not take these options.
     """
     function = find_registered(field, registry, name)
-    key = None if arguments else _key(function, options)
+    key = _key(function, options, arguments)
     if key is not None:
         if key in _RESULTS:
             return _RESULTS[key]
-        options = copy.deepcopy(dict(options))  # the result must not change with the recipe
+        # The result must not change with the recipe.
+        options, arguments = copy.deepcopy((dict(options), arguments))
     try:
         inspect.signature(function).bind(*arguments, **options)
     except TypeError as error:
@@ -90,15 +90,18 @@ def call_registered(
     return result
 
 
-def _key(function: Callable, options: Mapping[str, Any]) -> Hashable | None:
-    """Returns a key of a call, or None where an option is no plain data that tells it apart.
+def _key(
+    function: Callable, options: Mapping[str, Any], arguments: Sequence[Any]
+) -> Hashable | None:
+    """Returns a key of a call, or None where an argument is no plain data that tells it apart.
 
     The order of options does not count, that within one does.
     """
     try:
-        json.dumps(options)
+        json.dumps([options, arguments])
         hash(function)
     except (TypeError, ValueError):
         return None
     # As text 1, 1.0 and true differ, and a number and its text, which are one key of JSON.
-    return function, tuple(sorted((option, repr(value)) for option, value in options.items()))
+    by_name = sorted((option, repr(value)) for option, value in options.items())
+    return function, tuple(by_name), repr(arguments)

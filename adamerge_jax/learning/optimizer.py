@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(settings: "OptimizerRecipe", steps: int) -> optax.GradientTransformation:
-    """Builds the optax transformation for a number of steps.
+    """Builds the optax transformation for a number of steps, once for the same settings.
 
     Args:
         settings: Names the optimizer, its schedule and their options.
@@ -27,6 +27,16 @@ def build_optimizer(settings: "OptimizerRecipe", steps: int) -> optax.GradientTr
     Raises:
         InputError: optax has no such optimizer or schedule, or refuses an option.
     """
+    key = settings.model_dump_json(), steps
+    if key not in _BUILT:
+        _BUILT[key] = _build(settings, steps)
+    return _BUILT[key]
+
+
+_BUILT: dict[tuple[str, int], optax.GradientTransformation] = {}
+
+
+def _build(settings: "OptimizerRecipe", steps: int) -> optax.GradientTransformation:
     rate = settings.learning_rate
     if settings.schedule is not None:
         options = {"init_value": rate} | settings.schedule_options
