@@ -1,8 +1,7 @@
 """Merges with nothing to learn: one file a method.
 
-A method is used by itself (`adamerge merge`), as a row of the table of results, and by whoever
-starts from it. To add one: a file with a function of options that returns a `MergeMethod`, and its
-line in `METHODS`.
+A method is used by itself (`adamerge merge`) and as a row of the table of results. To add one,
+write a file with a function of options that returns a `MergeMethod`, and add its line to `METHODS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ METHODS: dict[str, Callable[..., MergeMethod]] = {
     "task_arithmetic": task_arithmetic,
     "ties": ties,
 }
-"""Merge methods by their names on the command line."""
+"""The merge methods by their names on the command line."""
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:

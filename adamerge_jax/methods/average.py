@@ -11,7 +11,7 @@ from adamerge_jax.task_vectors import Delta
 
 
 def average() -> MergeMethod:
-    """Averages the experts: `(1 / K) sum_k theta_k`."""
+    """Returns the method that averages the experts: `(1 / K) sum_k theta_k`."""
 
     def merge(
         base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int

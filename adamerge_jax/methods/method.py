@@ -15,11 +15,11 @@ class MergeMethod(NamedTuple):
     """A merge with nothing to learn.
 
     Attributes:
-        merge: `(base, deltas, K) -> merged`, all by parameter name, stacked where the name is:
-            the base's parameters `[*shape]`, the task vectors of K experts, and for each of these
-            either the merged parameter `[*shape]` or a `Mixture` that becomes it. It may be called
-            for all parameters at once or for one after the other.
-        interference: Steps that change the task vectors first.
+        merge: The function `(base, deltas, K) -> merged`, with dictionaries by parameter name (also
+            of stacked parameters): the base's parameters `[*shape]`, the task vectors of K experts,
+            and for each task vector the merged parameter `[*shape]` or a `Mixture` that becomes it.
+            It may be called for all parameters at once or for one after the other.
+        interference: The steps that change the task vectors first.
     """
 
     merge: Callable[[Mapping[str, Array], Mapping[str, Delta], int], Mapping[str, Array | Mixture]]
@@ -35,12 +35,12 @@ def merged_parameters(
     """Merges all parameters that experts changed; the others stay the base's.
 
     Args:
-        method: Whose interference steps have changed `deltas` already.
-        base: Parameters of the base by name.
-        deltas: Task vectors of the K experts by parameter name.
-        experts: K.
+        method: The method; its interference steps have changed `deltas` already.
+        base: The parameters of the base by name.
+        deltas: The task vectors of the K experts by parameter name.
+        experts: The number of experts, K.
 
     Returns:
-        The merged model's parameters, in the dtype of the base.
+        The merged model's parameters by name, `[*shape]`, in the dtype of the base.
     """
     return _materialize({**base, **method.merge(base, deltas, experts)})

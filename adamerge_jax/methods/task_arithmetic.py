@@ -11,10 +11,10 @@ from adamerge_jax.task_vectors import Delta
 
 
 def task_arithmetic(coefficient: float = 0.3) -> MergeMethod:
-    """Adds up the task vectors: `theta_base + coefficient * sum_k tau_k`.
+    """Returns the method `theta_base + coefficient * sum_k tau_k`.
 
     Args:
-        coefficient: The one lambda.
+        coefficient: The coefficient (lambda) of all experts and parameters.
     """
 
     def merge(

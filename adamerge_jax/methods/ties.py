@@ -1,4 +1,4 @@
-"""TIES-Merging (Yadav et al., NeurIPS 2023): trim, elect signs, merge what agrees."""
+"""TIES-Merging (Yadav et al., NeurIPS 2023): trim, elect signs, disjoint merge."""
 
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.methods.method import MergeMethod
@@ -6,11 +6,11 @@ from adamerge_jax.methods.task_arithmetic import task_arithmetic
 
 
 def ties(coefficient: float = 1.0, density: float = 0.2) -> MergeMethod:
-    """Adds `coefficient` times the mean of the task vectors' largest entries that agree in sign.
+    """Returns the method that adds the mean of large task vector entries that agree in sign.
 
     Args:
         coefficient: The factor of the merged task vector; the paper's default is 1.
-        density: Part of each task vector's entries that is kept, the largest ones.
+        density: The fraction of each task vector's entries that is kept, the largest ones.
     """
     steps = (
         FittedStep("trim", {"density": density}),

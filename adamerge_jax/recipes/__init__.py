@@ -1,1 +1,1 @@
-"""What to do: typed YAML files, their presets, and the method that is built from them."""
+"""Recipes: typed YAML files, their presets, and the method that is built from them."""

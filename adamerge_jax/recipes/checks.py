@@ -1,4 +1,4 @@
-"""Checks of what a recipe's types cannot say: fields that do not go together, unknown choices.
+"""Checks that types cannot express: fields that do not go together, unknown choices.
 
 No checkpoint and no data is opened. Each function checks one section, in the order of the fields.
 """
@@ -30,10 +30,10 @@ from adamerge_jax.registry import find_registered
 
 
 def check(recipe: Recipe) -> None:
-    """Refuses fields that do not go together, what names no function, and unknown options.
+    """Refuses fields that do not go together, unknown names and unknown options.
 
     Raises:
-        InputError: Says which field, and what to change.
+        InputError: The field is refused; the message says what to change.
     """
     _check_tasks(recipe.tasks)
     _check_devices(recipe.devices)

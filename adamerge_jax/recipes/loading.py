@@ -1,4 +1,4 @@
-"""Recipes from YAML files and nested dictionaries, with every mistake told in one line."""
+"""Recipes from YAML files and nested dictionaries; mistakes are reported in one line."""
 
 import difflib
 import re
@@ -15,7 +15,7 @@ from adamerge_jax.recipes.schema import Recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML 1.2 has it; to YAML 1.1 it is a text."""
+    """Reads 1e-3 as a number, as in YAML 1.2; in YAML 1.1 it is a text."""
 
 
 _Loader.add_implicit_resolver(
@@ -26,7 +26,13 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """What a text says in YAML.
+    """Parses YAML.
+
+    Args:
+        text: The YAML document.
+
+    Returns:
+        Its dictionaries, lists, strings and numbers.
 
     Raises:
         InputError: It is not YAML.
@@ -42,7 +48,7 @@ def load_recipe(path: Path | str, preset: str | None = None) -> Recipe:
 
     Args:
         path: A YAML file.
-        preset: Takes the place of the preset that the file names.
+        preset: Replaces the preset that the file names.
 
     Raises:
         InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
@@ -69,7 +75,7 @@ def load_recipe(path: Path | str, preset: str | None = None) -> Recipe:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Reads a recipe file without validating what it says.
+    """Reads the fields of a recipe file without validating them.
 
     Raises:
         InputError: The file is missing or holds no YAML mapping.
@@ -89,8 +95,8 @@ def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validates a recipe given as nested dictionaries.
 
     Args:
-        fields: What a recipe's YAML file would hold.
-        where: Begins the error message.
+        fields: The contents of a recipe's YAML file.
+        where: The beginning of error messages.
 
     Raises:
         InputError: A field is unknown, missing or wrong.
@@ -120,26 +126,26 @@ def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """The first problem in one line: the field, what was found, what was expected."""
-    problem = error.errors()[0]
-    field = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        *section, unknown = problem["loc"]
-        known = _fields_at(section)
-        nearest = difflib.get_close_matches(str(unknown), known, n=1, cutoff=0.0)
+    """Returns the first mistake in one line: the field, its value and the expected value."""
+    mistake = error.errors()[0]
+    field = ".".join(map(str, mistake["loc"]))
+    if mistake["type"] == "extra_forbidden":
+        *section, unknown = mistake["loc"]
+        valid_names = _fields_at(section)
+        nearest = difflib.get_close_matches(str(unknown), valid_names, n=1, cutoff=0.0)
         message = f"unknown field {field}; nearest valid name is {nearest[0]!r}"
-    elif problem["type"] == "missing":
+    elif mistake["type"] == "missing":
         message = f"field {field} is missing"
-    elif problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
+    elif mistake["type"] == "value_error":
+        message = str(mistake["ctx"]["error"])
     else:
-        message = f"field {field}: found {problem['input']!r}; {problem['msg']}"
+        message = f"field {field}: found {mistake['input']!r}; {mistake['msg']}"
     others = error.error_count() - 1
     return message + (f" (and {others} more)" if others else "")
 
 
 def _fields_at(location: list[str | int]) -> list[str]:
-    """Names of the fields of the section at a location of the recipe."""
+    """Returns the names of the fields of the section at a location of the recipe."""
     section: type[BaseModel] = Recipe
     steps = iter(location)
     for step in steps:
