@@ -38,13 +38,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from adamerge_jax.devices import open_devices
 from adamerge_jax.pipeline.learn import learn_coefficients, prepare
+from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.pipeline.workspace import open_workspace
 
 for folder in map(Path, sys.argv[1:]):
     recipe = load_recipe(folder / "recipe.yaml")
     devices = open_devices(**recipe.devices.model_dump())
-    inputs = learning_inputs(recipe, folder, devices)
+    workspace = open_workspace(recipe, folder, devices)
+    inputs = prepare(build(recipe, workspace.models), workspace)
     merge = learn_coefficients(inputs, show_stage=lambda *what: nullcontext(lambda progress: None))
     merge.coefficients.save(folder / "coefficients.safetensors")
     parts = {name: array.addressable_shards[0].data.shape for name, array in inputs.base.items()}

@@ -15,6 +15,8 @@ from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import learning_inputs
 
+SINGULAR = {"granularity": "singular", "granularity_options": {"rank": 2}}
+
 
 def test_every_part_has_its_share_of_every_task():
     tasks, size = 3, 4
@@ -77,7 +79,7 @@ def test_coefficients_are_those_of_the_whole_batch(image_recipe, tmp_path):
             r"learning\.microbatches: pseudo_labels",
         ),
         (
-            {"task_vectors": {"dtype": "int8"}, "coefficients": {"granularity": "singular"}},
+            {"task_vectors": {"dtype": "int8"}, "coefficients": SINGULAR},
             r"task_vectors\.dtype: int8 has a step for each row, .* 'singular'",
         ),
     ],
