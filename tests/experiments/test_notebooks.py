@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -61,17 +62,24 @@ def test_it_runs(file: Path, tmp_path: Path, quickstart: Path):
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_it_imports_names_that_exist(file: Path):
+def test_it_uses_names_that_exist(file: Path):
     cells = nbformat.read(file, as_version=4).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    code = re.sub(r"^%.*", "", code, flags=re.MULTILINE)
-    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
-    package = [node for node in imports if node.module.startswith("adamerge_jax")]
-    assert package or "import adamerge_jax" in code
-    for node in package:
-        module = importlib.import_module(node.module)
-        for name in node.names:
-            assert hasattr(module, name.name), f"{node.module}.{name.name}"
+    nodes = list(ast.walk(ast.parse(re.sub(r"^%.*", "", code, flags=re.MULTILINE))))
+    modules = {"am": importlib.import_module("adamerge_jax")}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("adamerge_jax"):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                value = getattr(module, name.name)
+                if isinstance(value, ModuleType):
+                    modules[name.name] = value
+    for text in {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}:
+        root, _, attributes = text.partition(".")
+        value = modules.get(root)
+        for name in attributes.split("."):
+            if isinstance(value, ModuleType):
+                value = getattr(value, name)
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
