@@ -62,7 +62,6 @@ class ExportJob(NamedTuple):
         card: `task folders -> README.md` of the merged checkpoint.
         coefficients: The coefficients of the merge, if it has some.
         tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
-        revision: The revision of the base.
     """
 
     models: Models
@@ -72,7 +71,6 @@ class ExportJob(NamedTuple):
     card: Callable[[Sequence[str]], str]
     coefficients: Coefficients | None = None
     tokenizer: str | None = None
-    revision: str | None = None
 
 
 class MergeFacts(NamedTuple):
@@ -328,7 +326,7 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
         modules,
         base=str(Path(source).resolve()) if Path(source).is_dir() else source,
         task_type=_TASK_TYPES.get(models.family.auto_class),
-        revision=job.revision,
+        revision=models.sources[0].revision,
     )
 
 

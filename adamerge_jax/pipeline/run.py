@@ -39,7 +39,7 @@ from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.schema import ExportRecipe, Recipe
 from adamerge_jax.report.maps import draw_coefficients
 from adamerge_jax.report.model_card import model_card
 from adamerge_jax.report.page import write_page
@@ -177,7 +177,16 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         if first:
             write_results(rows, out / RESULTS_FILE)
     with record.phase("writing checkpoints"):
-        export(export_job(recipe, models, result.coefficients, root, rows), out, console)
+        job = export_job(
+            models,
+            result.coefficients,
+            recipe.export,
+            root,
+            tokenizer=recipe.tokenizer,
+            datasets=hub_datasets(recipe.calibration_sources, root),
+            rows=rows,
+        )
+        export(job, out, console)
     if first:
         write_page(out)
     if rows:
@@ -229,7 +238,15 @@ def fold_file(
     require_exportable(models, recipe.export, facts, out)
     _print_notes(notes, console)
     wait_for_all("checked")
-    export(export_job(recipe, models, coefficients, root, []), out, console)
+    job = export_job(
+        models,
+        coefficients,
+        recipe.export,
+        root,
+        tokenizer=recipe.tokenizer,
+        datasets=hub_datasets(recipe.calibration_sources, root),
+    )
+    export(job, out, console)
     if scale and is_first_process():
         coefficients.save(out / COEFFICIENTS_FILE)
 
@@ -283,7 +300,6 @@ def merge(
             method=_method_in_words(method, options),
         ),
         tokenizer=recipe.tokenizer,
-        revision=recipe.base.revision,
     )
     export(job, out, console)
 
@@ -341,12 +357,29 @@ def _of_first_process(console: Console) -> Console:
 
 
 def export_job(
-    recipe: Recipe, models: Models, coefficients: Coefficients, root: Path, rows: list[Row]
+    models: Models,
+    coefficients: Coefficients,
+    settings: ExportRecipe,
+    root: Path,
+    *,
+    tokenizer: str | None = None,
+    datasets: Sequence[str] = (),
+    rows: Sequence[Row] = (),
 ) -> ExportJob:
-    """Describes the export of learned coefficients."""
+    """Describes the export of learned coefficients.
+
+    Args:
+        models: The base and its experts.
+        coefficients: The coefficients of these experts.
+        settings: The dtype, the size of files, and the forms that are asked for.
+        root: Folder that relative paths of the recipe start from.
+        tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
+        datasets: Hub ids of the calibration data, for the model card.
+        rows: The table of results, for the model card.
+    """
     return ExportJob(
         models,
-        recipe.export,
+        settings,
         partial(fold, models, coefficients),
         tasks=[task for task in models.experts if task not in coefficients.left_out],
         card=partial(
@@ -354,12 +387,11 @@ def export_job(
             coefficients,
             rows,
             origins=model_origins(models, root),
-            datasets=hub_datasets((t.calibration for t in recipe.tasks.values()), root),
+            datasets=datasets,
             auto_class=models.family.auto_class,
         ),
         coefficients=coefficients,
-        tokenizer=recipe.tokenizer,
-        revision=recipe.base.revision,
+        tokenizer=tokenizer,
     )
 
 

@@ -330,6 +330,11 @@ class Recipe(Section):
         return PRESETS[self.preset].get("keep_from_base", [])
 
     @property
+    def calibration_sources(self) -> list[DataSource]:
+        """The calibration data of all tasks."""
+        return [fields.calibration for fields in self.tasks.values()]
+
+    @property
     def forgotten(self) -> list[str]:
         """The tasks with an objective of negative weight."""
         return [t for t in self.tasks if any(term.weight_of(t) < 0 for term in self.objectives)]

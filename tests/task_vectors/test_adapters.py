@@ -157,7 +157,7 @@ def folded(
     recipe = parse_recipe(fields | {"export": {"adapter": True}})
     opened = open_models(recipe, Path("/"))
     own = coefficients or random_coefficients(opened, **options)
-    export(export_job(recipe, opened, own, Path("/"), []), out, quiet())
+    export(export_job(opened, own, recipe.export, Path("/")), out, quiet())
     return opened
 
 
