@@ -159,10 +159,7 @@ def run_one(arguments: argparse.Namespace, file: Path, preset: str, seed: int) -
         workspace = open_workspace(recipe, root)
         require_classifiers(workspace)
         inputs = prepare(build(recipe, workspace.models), workspace)
-        return {
-            row.method: row.as_json()
-            for row in baseline_rows(inputs, recipe.evaluation.task_arithmetic)
-        }
+        return {row.method: row.as_json() for row in baseline_rows(inputs, recipe.evaluation)}
     recipe = recipe_for(fields, preset, seed, arguments.examples)
     workspace = open_workspace(recipe, root)
     began = time.perf_counter()

@@ -1,30 +1,40 @@
 """The rows of the table of results: the learned merge, and what it is compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from adamerge_jax.methods import MergeMethod, average, merged_parameters, task_arithmetic
+from adamerge_jax.methods import (
+    MergeMethod,
+    average,
+    make_method,
+    merged_parameters,
+    task_arithmetic,
+)
 from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult
+from adamerge_jax.pipeline.read import load_task_vectors
+from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe
 
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
 
 
-def baseline_rows(inputs: LearningInputs, coefficients: Sequence[float]) -> list[Row]:
-    """Evaluates what a learned merge is compared with on the test data.
+def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Row]:
+    """Evaluates the baselines of a learned merge on the test data.
 
     Args:
         inputs: Models, task vectors and data.
-        coefficients: Those that task arithmetic chooses from where there is validation data.
+        settings: The coefficients that task arithmetic chooses from where there is validation
+            data, and further merge methods.
 
     Returns:
-        Rows for the base, the experts, their average, and task arithmetic with the coefficient
-        that is best on the validation data.
+        Rows for the base, the experts, their average, task arithmetic with the coefficient that
+        is best on the validation data, and the further methods.
     """
     workspace = inputs.workspace
     evaluator, test = workspace.evaluator, workspace.data.test
     after = " after interference steps" if inputs.interference else ""
-    coefficient = _best_coefficient(inputs, coefficients)
+    coefficient = _best_coefficient(inputs, settings.task_arithmetic)
     expert_scores = {}
     for task, examples in test.items():
         expert = workspace.expert(task, inputs.base)
@@ -38,6 +48,7 @@ def baseline_rows(inputs: LearningInputs, coefficients: Sequence[float]) -> list
             _merged(inputs, task_arithmetic(coefficient)),
             test,
         ),
+        *(_method_row(inputs, chosen) for chosen in settings.methods),
     ]
 
 
@@ -48,6 +59,26 @@ def learned_row(inputs: LearningInputs, result: MergeResult) -> Row:
         result.parameters(inputs.base),
         inputs.workspace.data.test,
     )
+
+
+def _method_row(inputs: LearningInputs, chosen: MethodRecipe) -> Row:
+    """Evaluates a merge method with its own interference steps, in place of the recipe's."""
+    method = make_method(chosen.name, chosen.options)
+    workspace, deltas = inputs.workspace, inputs.deltas
+    if method.interference or inputs.interference:
+        deltas, _, _ = load_task_vectors(
+            workspace.models, inputs.method.delta_dtype, method.interference
+        )
+    merged = merged_parameters(method, inputs.base, deltas, inputs.experts)
+    return workspace.evaluator.row(
+        method_in_words(chosen.name, chosen.options), merged, workspace.data.test
+    )
+
+
+def method_in_words(name: str, options: Mapping[str, Any]) -> str:
+    """Returns a merge method with its options, as people read it: `ties (density 0.3)`."""
+    words = ", ".join(f"{option} {value}" for option, value in options.items())
+    return name + (f" ({words})" if words else "")
 
 
 def _best_coefficient(inputs: LearningInputs, coefficients: Sequence[float]) -> float:

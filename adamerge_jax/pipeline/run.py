@@ -22,7 +22,7 @@ from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.methods import make_method
-from adamerge_jax.pipeline.baselines import baseline_rows, learned_row
+from adamerge_jax.pipeline.baselines import baseline_rows, learned_row, method_in_words
 from adamerge_jax.pipeline.export import (
     EXPORT_FOLDERS,
     ExportJob,
@@ -171,7 +171,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     if workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
             rows = [
-                *baseline_rows(inputs, recipe.evaluation.task_arithmetic),
+                *baseline_rows(inputs, recipe.evaluation),
                 learned_row(inputs, result),
             ]
         if first:
@@ -297,7 +297,7 @@ def merge(
             [],
             origins=model_origins(models, root),
             auto_class=models.family.auto_class,
-            method=_method_in_words(method, options),
+            method=method_in_words(method, options),
         ),
         tokenizer=recipe.tokenizer,
     )
@@ -393,11 +393,6 @@ def export_job(
         coefficients=coefficients,
         tokenizer=tokenizer,
     )
-
-
-def _method_in_words(method: str, options: Mapping[str, Any]) -> str:
-    words = ", ".join(f"{name} {value}" for name, value in options.items())
-    return f"`{method}`" + (f" ({words})" if words else "")
 
 
 def _summary(inputs: LearningInputs, base: str) -> str:

@@ -13,6 +13,7 @@ from adamerge_jax.coefficients.granularities import GRANULARITIES, make_granular
 from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.optimizer import build_optimizer
+from adamerge_jax.methods import make_method
 from adamerge_jax.recipes.build import (
     build_interference,
     build_objectives,
@@ -43,6 +44,8 @@ def check(recipe: Recipe) -> None:
     _check_coefficients(recipe.coefficients, recipe.task_vectors)
     build_optimizer(recipe.learning.optimizer, recipe.learning.steps)
     build_regularizers(recipe.regularizers)
+    for method in recipe.evaluation.methods:
+        make_method(method.name, method.options)
     build_interference(recipe.interference, recipe.seed)
     objectives = build_objectives(recipe.objectives, recipe.tasks).values()
     if recipe.learning.microbatches > 1 and any(o.target_spec.whole_batch for o in objectives):

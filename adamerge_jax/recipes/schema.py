@@ -210,6 +210,15 @@ class LearningRecipe(Section):
     """Values that the backward pass computes again rather than keeps, from fastest to smallest."""
 
 
+class MethodRecipe(Section):
+    """A merge without learning."""
+
+    name: str
+    """Name of the method: average, task_arithmetic, ties, or package.module:function."""
+    options: dict[str, Any] = {}
+    """Arguments of the method, e.g. density of ties."""
+
+
 class EvaluationRecipe(Section):
     """The evaluation for the table of results."""
 
@@ -219,6 +228,8 @@ class EvaluationRecipe(Section):
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], min_length=1
     )
     """Coefficients among which task arithmetic chooses, where every task has validation data."""
+    methods: list[MethodRecipe] = []
+    """Merges without learning that have a row of their own in the table."""
 
 
 class ExportRecipe(Section):

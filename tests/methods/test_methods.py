@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from adamerge_jax.cli.main import main
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import fit_steps
 from adamerge_jax.methods import METHODS, MergeMethod, make_method, merged_parameters
+from adamerge_jax.pipeline.run import evaluate
+from adamerge_jax.recipes.loading import load_recipe
+from adamerge_jax.runs.files import read_json
 from adamerge_jax.task_vectors import DenseDelta
 
 EXPERTS = 3
@@ -100,7 +104,7 @@ def test_the_exported_model(name, image_recipe, tmp_path):
         changed += np.any(values != start)
     assert changed > 10
     card = (tmp_path / "merged" / "checkpoint" / "README.md").read_text()
-    assert f"By the method `{name}`" in card
+    assert f"By the method {name}" in card
 
 
 def test_a_method_with_interference_steps_is_exported(image_recipe, tmp_path):
@@ -150,3 +154,29 @@ def test_an_adapter_is_refused_before_anything_is_written(image_recipe, tmp_path
     assert exit_.value.code == 2
     assert "a merge method without coefficients gives no factors" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+
+
+def test_methods_have_rows_in_the_table(image_recipe, tmp_path, capsys):
+    """A row says of a method what `evaluate` says of its exported merge."""
+    recipe = tmp_path / "recipe.yaml"
+    methods = [{"name": "ties", "options": {"density": 0.5}}]
+    fields = image_recipe | {"evaluation": {"methods": methods}}
+    recipe.write_text(yaml.safe_dump(fields | {"learning": {"steps": 1, "batch_size": 2}}))
+    main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    rows = {row["method"]: row for row in read_json(tmp_path / "run" / "results.json")["rows"]}
+    main(
+        [
+            "merge",
+            str(recipe),
+            "--method",
+            "ties",
+            "--options",
+            "{density: 0.5}",
+            "--out",
+            str(tmp_path / "ties"),
+        ]
+    )
+    checkpoint = str(tmp_path / "ties" / "checkpoint")
+    expected = evaluate(load_recipe(recipe), checkpoint, root=tmp_path, console=Console(quiet=True))
+    assert rows["ties (density 0.5)"]["tasks"] == expected.tasks
+    assert "ties (density 0.5)" in capsys.readouterr().out
