@@ -1,4 +1,4 @@
-"""The rows of the table of results: the learned merge, and what it is compared with."""
+"""The rows of the table of results: the learned merge and its baselines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,12 +23,12 @@ def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Ro
     """Evaluates the baselines of a learned merge on the test data.
 
     Args:
-        inputs: Models, task vectors and data.
-        settings: The coefficients that task arithmetic chooses from where there is validation
-            data, and further merge methods.
+        inputs: The models, task vectors and data.
+        settings: The coefficients among which task arithmetic chooses by validation data, and
+            further merge methods.
 
     Returns:
-        Rows for the base, the experts, their average, task arithmetic with the coefficient that
+        The rows of the base, the experts, their average, task arithmetic with the coefficient that
         is best on the validation data, and the further methods.
     """
     workspace = inputs.workspace

@@ -1,9 +1,9 @@
-"""The merged tensor of whole experts, straight from their files: block by block, in float32.
+"""The merge of whole experts straight from their files: block by block, in float32.
 
-Nothing but the result is ever as large as a tensor. A block of the base and of every expert is
-read, summed while it lies in the processor's cache, and rounded once; a few threads do so side by
-side, so that disk and processor both have work. The sums are those of `Mixture.materialize` on a
-`DenseDelta`, without a compilation for every shape and without float32 copies of whole tensors.
+Only the result is as large as a tensor. A block of the base and of every expert is read, summed
+while it lies in the processor's cache, and rounded once; a few threads do so side by side, so that
+disk and processor both have work. The sums are those of `Mixture.materialize` on a `DenseDelta`,
+without a compilation for every shape and without float32 copies of whole tensors.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from jaxtyping import Float
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 
-_BLOCK = 2**18
+_BLOCK_ENTRIES = 2**18
 """Entries of a block: few enough that float32 copies stay in the processor's cache, and so many
 that the threads seldom wait for Python."""
 
 THREADS = 4
-"""That blocks are folded in side by side; more only wait for memory."""
+"""Threads that fold blocks side by side; more of them only wait for memory."""
 
 
 def fold_tensor(
@@ -31,15 +31,18 @@ def fold_tensor(
     threads: ThreadPoolExecutor,
     dtype: np.dtype | None = None,
 ) -> Float[np.ndarray, "..."]:
-    """`theta_base + sum_k scale_k * (theta_k - theta_base)`, summed in float32.
+    """Computes `theta_base + sum_k scale_k * (theta_k - theta_base)` for one tensor.
 
     Args:
-        name: Of the parameter, which the base and all experts have.
+        name: The name of the tensor, which the base and all experts have.
         base: The base.
         experts: K whole models.
-        scale: The coefficients, broadcasting against `[K, *shape]`.
-        threads: That blocks are folded in.
-        dtype: Of the merged tensor, by default the base's.
+        scale: The coefficients, which broadcast against `[K, *shape]`.
+        threads: The threads that fold the blocks.
+        dtype: The dtype of the merged tensor, by default the base's.
+
+    Returns:
+        The merged tensor, `[*shape]`; it is summed in float32 and rounded once.
 
     Raises:
         InputError: A value of the base or of an expert is NaN or infinite.
@@ -51,18 +54,18 @@ def fold_tensor(
         rows, scale = merged.reshape(-1, 1), scale.reshape(len(scale), 1, 1)
     else:
         rows, scale = merged.reshape(shape[0], -1), _by_rows(scale, shape)
-    height = max(1, _BLOCK // max(1, rows.shape[1]))
+    height = max(1, _BLOCK_ENTRIES // max(1, rows.shape[1]))
 
     def fold_block(first: int) -> bool:
         part = slice(first, first + height)
-        own = scale if scale.shape[1] == 1 else scale[:, part]
-        return _fold_block(name, base, experts, first * rows.shape[1], own, rows[part])
+        block_scale = scale if scale.shape[1] == 1 else scale[:, part]
+        return _fold_block(name, base, experts, first * rows.shape[1], block_scale, rows[part])
 
     blocks = range(0, len(rows), height)
     run = threads.map if len(blocks) > 1 else map
     if not all(list(run(fold_block, blocks))):
-        # Whatever is NaN or infinite makes the sum so, whatever its coefficient; reading it as a
-        # whole says what and where. A sum of finite values may overflow, and then stays so.
+        # A NaN or infinite value makes the sum so, whatever its coefficient; reading the whole
+        # tensor reports its place. A sum of finite values may overflow, and then stays so.
         for checkpoint in (base, *experts):
             checkpoint.read(name)
     return merged
@@ -76,25 +79,25 @@ def _fold_block(
     scale: Float[np.ndarray, " K #rows #columns"],
     out: Float[np.ndarray, "rows columns"],
 ) -> bool:
-    """Folds the entries from `first` on into `out`; whether all sums are finite."""
-    start = _read(base, name, first, out.shape)
+    """Folds the entries from `first` on into `out`; returns True if all sums are finite."""
+    base_block = _read_block(base, name, first, out.shape)
     total = np.zeros(out.shape, np.float32)
-    # What is not finite is told at the end, with names.
+    # Values that are not finite are reported at the end, with names.
     with np.errstate(invalid="ignore", over="ignore"):
-        for expert, own in zip(experts, scale, strict=True):
-            delta = _read(expert, name, first, out.shape)
-            np.subtract(delta, start, out=delta)
-            np.multiply(delta, own, out=delta)
+        for expert, expert_scale in zip(experts, scale, strict=True):
+            delta = _read_block(expert, name, first, out.shape)
+            np.subtract(delta, base_block, out=delta)
+            np.multiply(delta, expert_scale, out=delta)
             np.add(total, delta, out=total)
-        np.add(start, total, out=total)
+        np.add(base_block, total, out=total)
         out[...] = total
     return bool(np.isfinite(total).all())
 
 
-def _read(
+def _read_block(
     model: MatchedCheckpoint, name: str, first: int, shape: tuple[int, ...]
 ) -> Float[np.ndarray, "rows columns"]:
-    """Entries of a tensor as float32."""
+    """Reads the entries of a tensor from `first` on as float32."""
     stored = np.empty(shape, model.dtype(name))
     model.checkpoint.read_part(model.names[name], first, stored.reshape(-1))
     return stored.astype(np.float32, copy=False)
@@ -103,7 +106,7 @@ def _read(
 def _by_rows(
     scale: Float[np.ndarray, "K ..."], shape: tuple[int, ...]
 ) -> Float[np.ndarray, " K #m #n"]:
-    """The scale of a tensor whose axes after the first are one."""
+    """Returns the scale of a tensor whose axes after the first are flattened into one."""
     experts, rows = scale.shape[:2]
     if scale.size == experts * rows:
         return scale.reshape(experts, rows, 1)

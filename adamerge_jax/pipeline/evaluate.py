@@ -29,14 +29,14 @@ class Evaluator:
         batch_size: int,
         metric: Metric = "accuracy",
     ):
-        """Compiles nothing yet.
+        """Keeps the networks; they are compiled when they first run.
 
         Args:
-            backbone: What all models share.
-            heads: By task.
-            head_parameters: Parameters of each task's head.
+            backbone: The backbone that all models share, as a function of its parameters.
+            heads: Each task's head as a function of its parameters.
+            head_parameters: The parameters of each task's head.
             batch_size: Examples per batch.
-            metric: What a score is.
+            metric: The metric of `score`.
         """
         self.metric = metric
         self._backbone = jax.jit(backbone, static_argnames="hidden_states")
@@ -52,30 +52,36 @@ class Evaluator:
         inputs: Mapping[str, np.ndarray],
         hidden_states: Sequence[int] = (),
     ) -> tuple[Float[Array, "B C"], dict[int, Float[Array, "B T H"]]]:
-        """The logits of one batch, and the hidden states of the layers asked for.
-
-        A language model's logits are `[B, T, V]`.
+        """Computes the logits of one batch, and the hidden states of some layers.
 
         Args:
-            parameters: Of the backbone, arrays by name.
-            task: Whose head to use.
-            inputs: Of the model, `[B, ...]`.
+            parameters: The parameters of the backbone by name.
+            task: The task whose head is used.
+            inputs: The model's inputs, `[B, ...]`.
             hidden_states: Layers, 0 for the embeddings.
+
+        Returns:
+            The logits, `[B, C]` or a language model's `[B, T, V]`, and the hidden states by layer.
         """
         outputs = self._backbone(parameters, inputs, hidden_states=bool(hidden_states))
-        own = complete_head(self._networks[task], self._head_parameters[task], parameters)
-        logits = self._heads[task](own, outputs)
+        head_parameters = complete_head(
+            self._networks[task], self._head_parameters[task], parameters
+        )
+        logits = self._heads[task](head_parameters, outputs)
         return logits, {layer: outputs.hidden_states[layer] for layer in hidden_states}
 
     def logits(
         self, parameters: Parameters, task: str, examples: Examples
     ) -> Float[np.ndarray, "N C"]:
-        """What a model says of each example.
+        """Computes a model's logits for each example.
 
         Args:
-            parameters: Of the backbone, arrays by name.
-            task: Whose head to use.
+            parameters: The parameters of the backbone by name.
+            task: The task whose head is used.
             examples: N examples.
+
+        Returns:
+            The logits in the order of the examples, `[N, C]`.
         """
         order, rows = [], []
         for index, inputs in sorted_batches(examples, self.batch_size):
@@ -84,11 +90,16 @@ class Evaluator:
         return np.concatenate(rows)[np.argsort(np.concatenate(order))]
 
     def score(self, parameters: Parameters, task: str, examples: Examples) -> float:
-        """How good a model is on labelled examples.
+        """Computes a model's score on labelled examples.
+
+        Args:
+            parameters: The parameters of the backbone by name.
+            task: The task whose head is used.
+            examples: Labelled examples.
 
         Returns:
-            The share of examples that get their own class, from 0 to 1; or for a language model
-            the mean loss over all tokens to be predicted, in nats per token.
+            The fraction of examples with the right class, from 0 to 1; or for a language model
+            the mean loss over all predicted tokens, in nats per token.
         """
         if self.metric == "accuracy":
             predicted = self.logits(parameters, task, examples).argmax(-1)
@@ -105,7 +116,7 @@ class Evaluator:
         return total / count
 
     def row(self, method: str, parameters: Parameters, data: Mapping[str, Examples]) -> Row:
-        """A model's score on labelled examples of each task."""
+        """Returns a row of the table: a model's score on labelled examples of each task."""
         scores = {task: self.score(parameters, task, data[task]) for task in data}
         return Row(method, scores, self.metric)
 

@@ -47,7 +47,7 @@ _TASK_TYPES = {
     # PEFT's for a model without a head; images have none.
     "AutoModelForSequenceClassification": "FEATURE_EXTRACTION",
 }
-"""What PEFT calls a task, by the class that loads its model."""
+"""PEFT's task types by the class that loads the model."""
 
 
 class ExportJob(NamedTuple):
@@ -55,12 +55,12 @@ class ExportJob(NamedTuple):
 
     Attributes:
         models: The base and its experts.
-        settings: The dtype, the size of files, and the forms that are asked for.
-        merged: `dtype -> (name, tensor)` of the merged backbone, tensor by tensor in the order of
-            the base; None for each tensor's dtype in the base.
-        tasks: Tasks that get a model of their own, with their head.
-        card: `task folders -> README.md` of the merged checkpoint.
-        coefficients: The coefficients of the merge, if it has some.
+        settings: The dtype, the size of files, and the wanted forms.
+        merged: The function `dtype -> (name, tensor)` that yields the merged backbone, tensor by
+            tensor in the order of the base; None for each tensor's dtype in the base.
+        tasks: The tasks that get a model with their head.
+        card: The function `task folders -> README.md` of the merged checkpoint.
+        coefficients: The coefficients of the merge; None for a method without.
         tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
     """
 
@@ -74,7 +74,7 @@ class ExportJob(NamedTuple):
 
 
 class MergeFacts(NamedTuple):
-    """What is known of a merge before it is made.
+    """The properties of a merge that are known before it is made.
 
     Attributes:
         granularity: The granularity of its coefficients; None where it has none.
@@ -99,11 +99,11 @@ class Exporter(NamedTuple):
     Attributes:
         folder: Its folder under the run folder.
         title: Its name in messages.
-        wanted: Whether the settings ask for it.
-        write: Writes a merge to a new folder.
-        guard: Refuses models, a merge, or a folder that it cannot be for.
-        bytes: Size on the disk, but for what is small.
-        by_all: Whether every process takes part in writing it; else the first one alone does.
+        wanted: The function that returns True if the settings ask for this form.
+        write: The function that writes a merge to a new folder.
+        guard: The function that refuses models, a merge or a folder that do not allow this form.
+        bytes: The function that returns the size on disk without small files.
+        by_all: True if every process takes part in writing; else the first one alone does.
     """
 
     folder: str
@@ -116,17 +116,17 @@ class Exporter(NamedTuple):
 
 
 def export(job: ExportJob, out: Path, console: Console) -> None:
-    """Writes a merge in every form that is asked for.
+    """Writes a merge in every wanted form.
 
-    Where there are several processes all must call this, and all must have one file system.
+    With several processes all must call this, and all must share one file system.
 
     Args:
         job: The merge.
         out: The folder that gets a folder for each form.
-        console: Where progress is printed.
+        console: The console that shows progress.
 
     Raises:
-        InputError: It cannot be an adapter, or what is read or written cannot be.
+        InputError: The merge cannot be an adapter, or a file cannot be read or written.
     """
     facts = MergeFacts.of(job.coefficients)
     wanted = [exporter for exporter in EXPORTERS if exporter.wanted(job.settings)]
@@ -142,10 +142,10 @@ def export(job: ExportJob, out: Path, console: Console) -> None:
 def require_exportable(
     models: Models, settings: ExportRecipe, facts: MergeFacts, out: Path
 ) -> None:
-    """Refuses a merge that cannot be written in a form that is asked for, or a disk too small.
+    """Refuses a merge that cannot be written in a wanted form, or a disk that is too small.
 
     Raises:
-        InputError: Says why.
+        InputError: The merge or the disk is refused; the message says why.
     """
     for exporter in EXPORTERS:
         if exporter.wanted(settings):
@@ -154,21 +154,20 @@ def require_exportable(
 
 
 def export_bytes(models: Models, settings: ExportRecipe) -> int:
-    """Size on disk of all that `export` writes, but for what is small: heads and an adapter."""
+    """Returns the size in bytes of what `export` writes, without heads and an adapter."""
     return sum(e.bytes(models, settings) for e in EXPORTERS if e.wanted(settings))
 
 
 def checkpoint_bytes(models: Models, settings: ExportRecipe) -> int:
-    """Size of the merged weights in one checkpoint."""
-    total = 0
-    for tensor in models.base.checkpoint.tensors.values():
-        dtype = _dtype(settings) or tensor.dtype
-        total += int(np.prod(tensor.shape)) * dtype.itemsize
-    return total
+    """Returns the size in bytes of the merged weights in one checkpoint."""
+    return sum(
+        int(np.prod(tensor.shape)) * (_dtype(settings) or tensor.dtype).itemsize
+        for tensor in models.base.checkpoint.tensors.values()
+    )
 
 
 def _write_checkpoint(job: ExportJob, folder: Path) -> None:
-    """Writes the merged model and that of every task as `save_pretrained` would."""
+    """Writes the merged model and every task's model as `save_pretrained` would."""
     models, dtype = job.models, _dtype(job.settings)
 
     def cast(array: np.ndarray) -> np.ndarray:
@@ -176,7 +175,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         return array if dtype is None or not is_weight else array.astype(dtype)
 
     config = copy.deepcopy(models.config)
-    # A head of the base's own would stand beside each task's head under the same name.
+    # A head of the base would stand beside each task's head under the same name.
     replaced = {name for task in models.experts for name in models.head_names(task)}
     carried = [name for name in models.base.extra if name not in replaced]
     if len(carried) < len(models.base.extra):
@@ -193,18 +192,18 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
             writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
         writer.write_config(config)
         owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
-        # In the order in which the run looks for them.
+        # In the order in which a run searches them.
         checkpoints = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
         writer.copy_assets(owner.checkpoint, checkpoints)
         writer.write_text("README.md", job.card(tasks))
         for task in tasks:
             expert = models.experts[task]
-            whole = isinstance(expert, MatchedCheckpoint)
+            is_whole = isinstance(expert, MatchedCheckpoint)
             writer.add_task_model(
                 task,
-                config=expert.checkpoint.config if whole else _task_config(models, expert),
+                config=expert.checkpoint.config if is_whole else _task_config(models, expert),
                 head={name: cast(array) for name, array in load_head(models, task).items()},
-                assets=expert.checkpoint if whole else models.base.checkpoint,
+                assets=expert.checkpoint if is_whole else models.base.checkpoint,
                 otherwise=checkpoints,
             )
 
@@ -223,7 +222,7 @@ def _guard_orbax(models: Models, facts: MergeFacts, out: Path) -> None:
 def _orbax_parameters(
     models: Models, merged: MatchedCheckpoint, dtype: np.dtype | None
 ) -> dict[str, Array] | dict[str, UnreadArray]:
-    """The merged backbone: several processes have a part each, a single one reads in its turn."""
+    """Returns the merged backbone: read in parts by several processes, lazily by a single one."""
     if jax.process_count() > 1:
         return load_backbone(models, merged, dtype)
     return {
@@ -237,18 +236,20 @@ def _orbax_parameters(
 
 
 def _dtype(settings: ExportRecipe) -> np.dtype | None:
-    """Returns the dtype of what is written; None for each tensor's in the base."""
+    """Returns the dtype of the merged weights; None for each tensor's in the base."""
     return DTYPES[settings.dtype] if settings.dtype else None
 
 
 def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
-    """Refuses a merge that is no sum of low-rank factors, so that no adapter says what it is."""
+    """Refuses a merge that is no sum of low-rank factors and so cannot be an adapter."""
 
-    def refuse(why: str) -> InputError:
-        return InputError(f"export.adapter: {why}; leave it out, the checkpoint is written anyway")
+    def refusal(reason: str) -> InputError:
+        return InputError(
+            f"export.adapter: {reason}; leave it out, the checkpoint is written anyway"
+        )
 
     if facts.granularity is None:
-        raise refuse("a merge method without coefficients gives no factors")
+        raise refusal("a merge method without coefficients gives no factors")
     factored = {
         name: models.base.shape(name)
         for name in models.base.names
@@ -256,19 +257,19 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
         and name not in models.kept
     }
     if not facts.granularity.keeps_factors(factored):
-        raise refuse(
+        raise refusal(
             f"coefficients of granularity {facts.granularity.name!r} make the merge more than a "
             "sum of the experts' factors; that needs one of task, layer, tensor, groups, row, "
             "column, head"
         )
     if facts.interference:
-        raise refuse("interference steps change entries, and factors have none")
+        raise refusal("interference steps change entries, and factors have none")
     for task, expert in models.experts.items():
         if isinstance(expert, MatchedCheckpoint):
-            raise refuse(f"expert {task!r} is a whole model; only adapters merge to an adapter")
+            raise refusal(f"expert {task!r} is a whole model; only adapters merge to an adapter")
         for name in models.family.tied(models.config):
             if expert.has_factors(name) and name not in models.kept:
-                raise refuse(
+                raise refusal(
                     f"expert {task!r} changes {name}, the embeddings and the output layer in one, "
                     "which PEFT does not merge right; keep_from_base leaves it unmerged"
                 )
@@ -276,7 +277,7 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
             if name not in models.base.names or name in models.kept:
                 continue
             if (expert.read(name) != models.base.read(name)).any():
-                raise refuse(
+                raise refusal(
                     f"expert {task!r} saved {name} whole rather than as factors "
                     "(modules_to_save, or a bias); keep_from_base leaves it unmerged"
                 )
@@ -296,11 +297,11 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
         InputError: A factor has NaN or infinite values, or the folder cannot be written.
     """
     models, coefficients = job.models, job.coefficients
-    assert coefficients is not None  # says _guard_adapter
+    assert coefficients is not None  # _guard_adapter refused a merge without
     scales = coefficients.scales()
-    # AutoModel's own names lack what a class with a head puts in front of its backbone's.
-    headed = models.family.auto_class is not None and not models.family.language
-    prefix = models.family.prefixes[0] if headed else ""
+    # AutoModel's names lack the prefix that a class with a head puts before its backbone's.
+    has_heads = models.family.auto_class is not None and not models.family.language
+    prefix = models.family.prefixes[0] if has_heads else ""
     modules = {}
     for name in coefficients.parameters:
         if name in models.kept:
@@ -317,8 +318,8 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
         if not a:
             continue  # only experts that are left out changed it
         module = name.removesuffix(".weight").removeprefix(prefix)
-        for of_checkpoint, of_model in models.family.renamed:
-            module = module.replace(of_checkpoint, of_model)
+        for name_in_checkpoint, name_in_model in models.family.renamed:
+            module = module.replace(name_in_checkpoint, name_in_model)
         modules[module] = AdapterWeights(np.concatenate(a), np.concatenate(b, axis=1), embedding)
     source = models.base.checkpoint.source
     save_adapter(
@@ -337,19 +338,19 @@ def export_mergekit(
 
     Args:
         models: The base and its experts.
-        coefficients: How much of each expert goes where.
+        coefficients: The merge coefficients.
         file: The file to make.
-        dtype: Name of the merge's dtype; None for the base's.
+        dtype: The name of the merge's dtype; None for the base's.
 
     Raises:
-        InputError: Says why mergekit cannot make it, or why the file cannot be written.
+        InputError: mergekit cannot make the merge, or the file cannot be written.
     """
     if coefficients.interference:
         raise inexpressible("it has interference steps, whose order and sums are other ones there")
     scales, experts = coefficients.scales(), len(models.experts)
     granularity = coefficients.unstacked_granularity
-    finer = any(scale.size != experts for scale in scales.values())
-    if finer or granularity.prepares:
+    is_finer = any(scale.size != experts for scale in scales.values())
+    if is_finer or granularity.prepares:
         raise inexpressible(
             f"coefficients of granularity {coefficients.granularity!r} are finer than tensors, "
             "and its weights are not"
@@ -369,7 +370,7 @@ def export_mergekit(
 
 
 def _task_config(models: Models, adapter: MatchedAdapter) -> PretrainedConfig:
-    """The config of the model that an adapter makes of the base, with the class that loads it."""
+    """Returns the config of a task's model from its adapter, with the class that loads it."""
     config = copy.deepcopy(adapter.checkpoint.config)
     config.architectures = [model_class(config, models.family.auto_class)]
     return config

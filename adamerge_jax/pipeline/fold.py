@@ -26,17 +26,17 @@ from adamerge_jax.task_vectors import DenseDelta, LoadedDelta
 def fold(
     models: Models, coefficients: Coefficients, dtype: np.dtype | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The merged backbone, tensor by tensor, in the order of the base.
+    """Yields the merged backbone, tensor by tensor, in the order of the base.
 
     Reads the checkpoints again rather than the task vectors in memory: sums are those of the
     stored weights whatever the representation while learning, and memory stays at one tensor of
-    every expert, or at a few blocks of it where nothing else is asked for than entries.
+    every expert, or at a few blocks of it where the sum is one over stored entries.
 
     Args:
         models: The base and its experts.
-        coefficients: How much of each expert goes where.
-        dtype: What the float32 sums are rounded to, once; by default each tensor's in the base.
-            Tensors that are not mixed stay as they are stored.
+        coefficients: The merge coefficients.
+        dtype: The dtype to which the float32 sums are rounded, once; by default each tensor's in
+            the base. Tensors that are not mixed stay as they are stored.
 
     Yields:
         The name of a tensor (without `*`) and its merged value.
@@ -51,7 +51,7 @@ def fold(
     models = dataclasses.replace(models, devices=ONE_DEVICE)
     experts = list(models.experts.values())
     # Only then is the sum one over entries as they lie in the files.
-    stored = (
+    is_stored = (
         not granularity.prepares
         and not coefficients.interference
         and all(isinstance(expert, MatchedCheckpoint) for expert in experts)
@@ -60,7 +60,7 @@ def fold(
         for name in models.base.names:
             if name not in scales or name in models.kept:
                 yield name, models.base.read(name)
-            elif stored:
+            elif is_stored:
                 scale = np.asarray(scales[name])
                 yield name, fold_tensor(name, models.base, experts, scale, threads, dtype)
             else:
@@ -69,7 +69,7 @@ def fold(
 
 
 def require_fitting(models: Models, coefficients: Coefficients) -> None:
-    """Refuses coefficients for other tensors than these models'.
+    """Refuses coefficients that do not fit the tensors of these models.
 
     Raises:
         InputError: They mix a parameter that the base does not have, or has in another shape.
@@ -96,7 +96,7 @@ def merge_tensors(
 
     Args:
         models: The base and its experts.
-        method: How task vectors become merged parameters.
+        method: The merge method.
         dtype: The dtype of merged tensors; by default each tensor's in the base. Tensors that no
             expert changes stay as they are stored.
 

@@ -1,4 +1,4 @@
-"""Folding a coefficients file again: with some experts scaled or left out, in any order."""
+"""Folding a coefficients file with experts in any order, scaled or left out."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from adamerge_jax.pipeline.models import Models
 
 
 class Fold(NamedTuple):
-    """What belongs together in a fold.
+    """The coefficients and the models of a fold.
 
     Attributes:
-        coefficients: Those of the file, scaled; without the experts that are left out, unless
-            interference steps need them.
-        models: The base and the experts of these coefficients, in their order; what the file does
-            not mix is among what they keep.
-        notes: What a user should know of it, a sentence each.
+        coefficients: The coefficients of the file, scaled; without the experts that are left out,
+            unless interference steps need them.
+        models: The base and the experts of these coefficients, in their order; tensors that the
+            file does not mix are among the kept ones.
+        notes: Notes for the user, a sentence each.
     """
 
     coefficients: Coefficients
@@ -41,9 +41,9 @@ def prepare_fold(
         file: The coefficients.
         models: The base and experts of a recipe, in any order. An expert that is left out may be
             missing, unless there are interference steps: these depend on all experts.
-        scale: What each expert's coefficients are multiplied with; 0 leaves the expert out.
-        allow_other_models: Whether models with other contents than those that the file was
-            learned for are a note rather than an error.
+        scale: The factor of each expert's coefficients; 0 leaves the expert out.
+        allow_other_models: If True, models with other contents than those that the file was
+            learned for give a note rather than an error.
 
     Raises:
         InputError: The file cannot be read, an expert is missing, unknown or another model, a
@@ -52,8 +52,8 @@ def prepare_fold(
     coefficients = Coefficients.load(file)
     if scale:
         coefficients = coefficients.times(scale)
-    found, (_, *experts) = list(models.experts), models.sources
-    for name in found:
+    expert_names, (_, *experts) = list(models.experts), models.sources
+    for name in expert_names:
         if name not in coefficients.names:
             raise InputError(
                 f"{file} has no coefficients for {name!r}; it was learned for "
@@ -64,13 +64,13 @@ def prepare_fold(
     if not coefficients.interference:
         needed -= coefficients.left_out
     for expert in coefficients.experts:
-        if expert.name in needed and expert.name not in found:
-            why = f"add it, or leave it out of the merge with --scale {expert.name}=0"
+        if expert.name in needed and expert.name not in expert_names:
+            advice = f"add it, or leave it out of the merge with --scale {expert.name}=0"
             if expert.name in coefficients.left_out:
-                why = "interference steps need every expert, also one that is left out: add it"
+                advice = "interference steps need every expert, also one that is left out: add it"
             raise InputError(
                 f"{file} was learned for {', '.join(coefficients.names)}; the recipe has no "
-                f"{expert.name!r}{namesake(expert, experts)}; {why}"
+                f"{expert.name!r}{namesake(expert, experts)}; {advice}"
             )
     differences = other_contents((coefficients.base, *coefficients.experts), models.sources)
     if differences and not allow_other_models:
@@ -80,10 +80,10 @@ def prepare_fold(
         )
     require_fitting(models, coefficients)
     notes = [f"{file} was {difference}" for difference in differences.values()]
-    if left := [name for name in coefficients.shapes if name in models.kept]:
+    if unmixed := [name for name in coefficients.shapes if name in models.kept]:
         notes.append(
-            f"{len(left)} of the {len(coefficients.shapes)} tensors that {file} mixes stay the "
-            f"base's, such as {left[0]}: keep_from_base says so, or an expert has none"
+            f"{len(unmixed)} of the {len(coefficients.shapes)} tensors that {file} mixes stay the "
+            f"base's, such as {unmixed[0]}: keep_from_base says so, or an expert has none"
         )
     order = [name for name in coefficients.names if name in needed]
     base, by_name = models.sources[0], {source.name: source for source in experts}
@@ -100,10 +100,10 @@ def prepare_fold(
 
 
 def parse_scale(factors: Sequence[str]) -> dict[str, float]:
-    """Reads factors by expert: `trec=0.5`.
+    """Reads factors by expert, each written as `trec=0.5`.
 
     Raises:
-        InputError: One is no name, `=` and number, or a name comes twice.
+        InputError: A text is not a name, `=` and a number, or a name comes twice.
     """
     scale: dict[str, float] = {}
     for text in factors:

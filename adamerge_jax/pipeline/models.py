@@ -1,4 +1,4 @@
-"""A recipe's base and experts: found, checked and matched by name, before a weight is loaded."""
+"""The base and experts of a recipe, opened, checked and matched by name; no weight is loaded."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Models:
 
     Attributes:
         family: The architecture family of all of them.
-        shapes: Shape of every parameter of the backbone, `(L, *shape)` where stacked.
+        shapes: The shape of every parameter of the backbone, `(L, *shape)` where stacked.
         base: The base's checkpoint.
         experts: The experts' checkpoints by task.
-        sources: Where they come from, for the coefficients file: the base, then the experts. Empty
-            where no weight was to be read.
-        kept: Names without `*` of the backbone's parameters that stay the base's.
-        devices: Where the weights go when they are read.
+        sources: The origins of the models for the coefficients file: the base, then the experts.
+            Empty if no weight was to be read.
+        kept: The names without `*` of the backbone's parameters that stay the base's.
+        devices: The devices that hold the weights when they are read.
     """
 
     family: Family
@@ -61,7 +61,7 @@ class Models:
 
     @property
     def prefix(self) -> str:
-        """What the base's own tensors lack in front of the names that they have here.
+        """The prefix that names of parameters have and the base's own tensors lack.
 
         A base saved without a head has `encoder.layer...` for `bert.encoder.layer...`; the merged
         checkpoint has the experts' names, which every task's model shares.
@@ -70,11 +70,11 @@ class Models:
         return name.removesuffix(in_file) if name.endswith(in_file) else ""
 
     def tensors(self, name: str) -> list[str]:
-        """The checkpoint tensors that a parameter of the backbone consists of."""
+        """Returns the names of the checkpoint tensors that make up a parameter of the backbone."""
         return tensors_of(name, self.shapes[name])
 
     def head_names(self, task: str) -> list[str]:
-        """Names of the parameters that a task's checkpoint has for its head."""
+        """Returns the names of the head's parameters in a task's checkpoint."""
         return [name for name in self.experts[task].names if name not in self.base.names]
 
 
@@ -82,16 +82,16 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     """Opens and checks the base and all experts of a recipe.
 
     Args:
-        recipe: Says which.
+        recipe: The recipe that names them.
         root: Folder that relative paths start from.
-        read_weights: Whether to look into the weights: for their fingerprints, and for whether
-            tied embeddings still are one. Otherwise only configs and headers are read.
+        read_weights: If True, weights are read for their fingerprints and for the check that tied
+            embeddings are equal; otherwise only configs and headers are.
 
     Raises:
-        InputError: A checkpoint is missing, damaged, of another architecture or not for classes,
-            or a pattern in `keep_from_base` fits no parameter.
+        InputError: A checkpoint is missing, damaged, of another architecture or no classifier, or
+            a pattern in `keep_from_base` fits no parameter.
     """
-    with _explained("base", root):
+    with _explain_errors("base", root):
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     family = family_of(base.config)
     shapes = {name: leaf.shape for name, leaf in family.build_backbone(base.config).shapes.items()}
@@ -115,43 +115,43 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
         )
         for task, task_recipe in recipe.tasks.items()
     }
-    kept = {
+    kept_from_base = frozenset(
         name
         for name in backbone
         if matches(name, recipe.keep_from_base)
         or any(name not in expert.names for expert in experts.values())
-    }
+    )
     if not read_weights:
-        return Models(family, shapes, base_match, experts, (), frozenset(kept))
+        return Models(family, shapes, base_match, experts, (), kept_from_base)
     for model in (base_match, *experts.values()):
         _require_tied(family, model)
-    said = {"base": recipe.base} | {task: t.expert for task, t in recipe.tasks.items()}
+    given = {"base": recipe.base} | {task: t.expert for task, t in recipe.tasks.items()}
     sources = tuple(
-        Source(name, said[name].path, said[name].revision, model.identity())
+        Source(name, given[name].path, given[name].revision, model.identity())
         for name, model in {"base": base, **experts}.items()
     )
-    return Models(family, shapes, base_match, experts, sources, frozenset(kept))
+    return Models(family, shapes, base_match, experts, sources, kept_from_base)
 
 
 def match_backbone(models: Models, checkpoint: Checkpoint, role: str) -> MatchedCheckpoint:
     """Finds the backbone's parameters in another checkpoint of the same architecture.
 
     Raises:
-        InputError: One is missing or has another shape, or embeddings are not the output layer
-            although the config says so.
+        InputError: A parameter is missing or has another shape, or embeddings are not the output
+            layer although the config says so.
     """
     shapes = unstacked_shapes(models.shapes)
-    found = _match_backbone(models.family, shapes, checkpoint, role)
-    _require_tied(models.family, found)
-    return found
+    matched = _match_backbone(models.family, shapes, checkpoint, role)
+    _require_tied(models.family, matched)
+    return matched
 
 
 def resolve(path: str, root: Path) -> str:
-    """A path of a recipe against its root; what is not there stays as written: a Hub id.
+    """Returns a recipe's path below its root; a path that does not exist stays a Hub id.
 
     Raises:
-        InputError: It is a folder of the current directory: it would be opened in place of what is
-            on the Hub, and elsewhere the recipe would mean another model.
+        InputError: The path is a folder of the current directory: it would be opened in place of
+            the Hub's model, and elsewhere the recipe would mean another model.
     """
     local = root / Path(path).expanduser()
     if local.exists():
@@ -179,12 +179,12 @@ def _match_backbone(
 
 
 def _second_names(family: Family, config: PretrainedConfig) -> dict[str, str]:
-    """The tensors that embedding tables may be saved as where they are the output layer too."""
+    """Returns the second name of each embedding table that is the output layer too."""
     return dict.fromkeys(family.tied(config), OUTPUT_LAYER)
 
 
 def _require_tied(family: Family, model: Expert) -> None:
-    """Refuses a whole model with an output layer that it should not have beside its embeddings."""
+    """Refuses a whole model whose output layer differs from the embeddings that it is tied to."""
     if isinstance(model, MatchedCheckpoint):
         for name in family.tied(model.checkpoint.config):
             require_tied(model, name, OUTPUT_LAYER)
@@ -208,7 +208,7 @@ def _open_expert(
             return {}
         return {name: leaf.shape for name, leaf in family.build_head(config).shapes.items()}
 
-    with _explained(role, root):
+    with _explain_errors(role, root):
         path = resolve(source.path, root)
         folder = locate(path, revision=source.revision)
     if is_adapter(folder):
@@ -231,9 +231,9 @@ def _open_expert(
                 "bring its head; train it with modules_to_save"
             )
         if has_classes and adapter.checkpoint.config.num_labels < 2:
-            raise _no_classes(role, source.path, "a head with 1 output")
+            raise _no_classes_error(role, source.path, "a head with 1 output")
         return adapter
-    with _explained(role, root):
+    with _explain_errors(role, root):
         expert = Checkpoint.in_folder(path, folder)
     require_same_architecture(base.checkpoint, expert, role=role)
     if has_classes:
@@ -251,25 +251,26 @@ def _open_expert(
 
 def _require_classes(expert: Checkpoint, role: str) -> None:
     """Refuses an expert whose outputs are not the logits of classes that exclude each other."""
-    problem = expert.config.problem_type
-    if problem not in (None, "single_label_classification"):
-        raise _no_classes(role, expert.source, f"problem_type {problem!r} in its config.json")
-    # What `transformers` takes for regression.
-    if expert.config.num_labels < 2:
-        found = f"num_labels {expert.config.num_labels} in its config.json"
-        raise _no_classes(role, expert.source, found)
+    config = expert.config
+    wrong = None
+    if config.problem_type not in (None, "single_label_classification"):
+        wrong = f"problem_type {config.problem_type!r}"
+    elif config.num_labels < 2:  # `transformers` takes this for regression
+        wrong = f"num_labels {config.num_labels}"
+    if wrong:
+        raise _no_classes_error(role, expert.source, f"{wrong} in its config.json")
 
 
-def _no_classes(role: str, source: str, found: str) -> InputError:
+def _no_classes_error(role: str, source: str, wrong: str) -> InputError:
     return InputError(
-        f"{role} ({source}) has {found}; an expert must give every example one of two or more "
+        f"{role} ({source}) has {wrong}; an expert must give every example one of two or more "
         "classes: leave it out"
     )
 
 
 @contextmanager
-def _explained(role: str, root: Path) -> Iterator[None]:
-    """Says in error messages what cannot be opened, and where relative paths start."""
+def _explain_errors(role: str, root: Path) -> Iterator[None]:
+    """Adds to error messages the role of the model and the root of relative paths."""
     try:
         yield
     except InputError as error:

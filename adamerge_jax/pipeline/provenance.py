@@ -20,7 +20,7 @@ def model_origins(models: Models, root: Path) -> list[Origin]:
         models: The base and its experts.
         root: Folder that relative paths of the recipe start from.
     """
-    opened = [models.base.checkpoint, *(own.checkpoint for own in models.experts.values())]
+    opened = [model.checkpoint for model in (models.base, *models.experts.values())]
     return [
         Origin(
             source.name,
@@ -37,14 +37,14 @@ def hub_datasets(sources: Iterable[DataSource], root: Path) -> list[str]:
     """Returns the Hub ids among the sources of data, sorted.
 
     Args:
-        sources: Where the data are.
+        sources: The sources of data.
         root: Folder that relative paths start from.
     """
     return sorted({source.path for source in sources if is_on_hub(source, root)})
 
 
 def _license(checkpoint: Checkpoint) -> str | None:
-    """The licence in the metadata of a checkpoint's README.md, if there is one that can be read."""
+    """Returns the licence in the metadata of a checkpoint's README.md; None if none is readable."""
     file = checkpoint.folder / "README.md"
     if not file.is_file():
         return None

@@ -1,6 +1,6 @@
-"""From opened checkpoints to parameters and task vectors, a tensor at a time, and back again.
+"""Parameters and task vectors from opened checkpoints, read a tensor at a time.
 
-Peak host memory is what is returned plus one tensor of one expert: no expert is ever loaded whole.
+The peak of host memory is the result plus one tensor of one expert: no expert is loaded whole.
 """
 
 import dataclasses
@@ -50,25 +50,29 @@ def load_expert(
     dtype: np.dtype | None,
     memory: Memory | None = None,
 ) -> dict[str, Array | Mixture]:
-    """The backbone of one expert: its own arrays, or for an adapter the base's with lazy factors.
+    """Reads the backbone of one expert.
 
     Args:
         models: The base and its experts.
-        task: Whose expert.
-        base: The base's backbone.
-        dtype: Of the arrays; by default each tensor's in the base.
+        task: The task of the expert.
+        base: The parameters of the base's backbone.
+        dtype: The dtype of the arrays; by default each tensor's in the base.
         memory: The place for an adapter's entries, by default the devices.
+
+    Returns:
+        The parameters by name, `[L, *shape]` where stacked: the expert's arrays, or for an adapter
+        the base's with lazy factors.
     """
     expert = models.experts[task]
     if isinstance(expert, MatchedCheckpoint):
         if isinstance(memory, AbstractMemory):
             return dict(base)
         return load_backbone(models, expert, dtype)
-    alone = dataclasses.replace(models, experts={task: expert}, kept=frozenset())
-    deltas, _, _ = load_task_vectors(alone, dtype, memory=memory)
+    one_expert = dataclasses.replace(models, experts={task: expert}, kept=frozenset())
+    deltas, _, _ = load_task_vectors(one_expert, dtype, memory=memory)
     shapes = {name: models.shapes[name] for name in deltas}
-    whole = make_granularity("tensor", {}, shapes)
-    return mix(base, deltas, whole.scales(whole.init(constant(shapes, 1, 1.0))))
+    per_tensor = make_granularity("tensor", {}, shapes)
+    return mix(base, deltas, per_tensor.scales(per_tensor.init(constant(shapes, 1, 1.0))))
 
 
 def load_backbone(models: Models, checkpoint: Expert, dtype: np.dtype | None) -> dict[str, Array]:
@@ -76,8 +80,8 @@ def load_backbone(models: Models, checkpoint: Expert, dtype: np.dtype | None) ->
 
     Args:
         models: The base and its experts.
-        checkpoint: The one to read.
-        dtype: Of the arrays; by default each tensor's in the base.
+        checkpoint: The checkpoint to read.
+        dtype: The dtype of the arrays; by default each tensor's in the base.
 
     Returns:
         Arrays by name, `[L, *shape]` where stacked.
@@ -106,15 +110,15 @@ def load_zero_shot_head(
     """Makes a task's head with the base's own text tower and tokenizer.
 
     Args:
-        models: A whole CLIP as the base, and its experts.
-        class_names: C names, in the order of the task's labels.
+        models: The base, which is a whole CLIP, and its experts.
+        class_names: The names of the C classes, in the order of the task's labels.
         templates: Sentences with a `{}` for the name.
 
     Returns:
-        Parameters of the head, float32.
+        The parameters of the head by name, float32.
 
     Raises:
-        InputError: The base lacks a text tower or a tokenizer, or see `zero_shot_head`.
+        InputError: The base lacks a text tower or a tokenizer, or `zero_shot_head` refuses them.
     """
     shapes = {name: leaf.shape for name, leaf in text_network(models.config).shapes.items()}
     tower = match(models.base.checkpoint, unstacked_shapes(shapes), role="base", allow_extra=True)
@@ -135,23 +139,24 @@ def load_task_vectors(
     interference: Sequence[FittedStep] = (),
     memory: Memory | None = None,
 ) -> tuple[dict[str, LoadedDelta], list[str], tuple[FittedStep, ...]]:
-    """Reads what every expert changed in the base.
+    """Reads the task vectors of all experts.
 
-    Adapters stay factors, unless interference steps ask for entries. Interference steps look at all
-    task vectors together, which are then in the host's memory until the steps are done.
+    Adapters stay factors, unless there are interference steps: these need the entries of all task
+    vectors together, which are then in the host's memory until the steps are done.
 
     Args:
         models: The base and its experts.
-        dtype: Of the deltas; by default each tensor's in the base, float32 for factors. With int8
-            entries are rounded as they are read, after the interference steps if there are any;
-            factors stay float32: they are small, and their product would have the error of both.
-        interference: What is done to the task vectors.
-        memory: Where entries are kept, by default on the devices; factors always are there.
+        dtype: The dtype of the deltas; by default each tensor's in the base, float32 for factors.
+            With int8 entries are rounded as they are read, after the interference steps if there
+            are any; factors stay float32: they are small, and their product would have the error
+            of both.
+        interference: The steps that change the task vectors.
+        memory: The place of entries, by default the devices; factors are always there.
 
     Returns:
-        Deltas by name, stacked where the name is; the names without `*` of the tensors that are
-        mixed; and the interference steps with what they learned. Parameters that no expert
-        changed are in neither.
+        The deltas by parameter name, `[K, *shape]` or `[L, K, *shape]`; the names without `*` of
+        the tensors that are mixed; and the fitted interference steps. Parameters that no expert
+        changed are left out.
     """
     memory = memory or DeviceMemory(models.devices)
     deltas, mixed = {}, []
@@ -166,7 +171,7 @@ def load_task_vectors(
         for name in models.shapes:
             entries, changed = read_entries(models, name, models.tensors(name), dtype, memory)
             if changed:
-                deltas[name] = _keep(entries, name, memory)
+                deltas[name] = _make_delta(entries, name, memory)
                 mixed += changed
         return deltas, mixed, tuple(interference)
     by_parameter, by_tensor = {}, {}
@@ -182,15 +187,15 @@ def load_task_vectors(
     mixed = list(by_tensor)
     by_tensor.clear()
     for name in list(by_parameter):
-        # One parameter after the other, so that only one is there twice where it is moved.
+        # One parameter after the other, so that only one exists twice while it is moved.
         values = by_parameter.pop(name)
-        entries = _rounded(values, name, memory) if dtype == INT8 else values
-        deltas[name] = _keep(entries, name, memory)
+        entries = _quantize(values, name, memory) if dtype == INT8 else values
+        deltas[name] = _make_delta(entries, name, memory)
     return deltas, mixed, fitted
 
 
 def load_head(models: Models, task: str) -> dict[str, np.ndarray]:
-    """Reads a task's own head, in the dtype that it is stored in."""
+    """Reads the parameters of a task's head by name, in the dtype of the checkpoint."""
     return {name: models.experts[task].read(name) for name in models.head_names(task)}
 
 
@@ -201,47 +206,48 @@ def read_delta(
     dtype: np.dtype | None,
     memory: Memory = DEVICE,
 ) -> tuple[LoadedDelta | None, list[str]]:
-    """The deltas of all experts for one parameter, and which of its tensors they change.
-
-    None where no adapter touches it: of a table that only the base has, not a row is read.
+    """Reads the deltas of all experts for one parameter.
 
     Args:
         models: The base and its experts.
-        name: Of the parameter; stacked if `tensors` are L.
-        tensors: Those that it consists of.
-        dtype: Of the deltas; by default that of the base, float32 for factors.
-        memory: Where entries are kept.
+        name: The name of the parameter, stacked or not.
+        tensors: The names of its tensors; L of them if it is stacked.
+        dtype: The dtype of the deltas; by default that of the base, float32 for factors.
+        memory: The place of entries.
+
+    Returns:
+        The deltas, `[K, *shape]` or `[L, K, *shape]`, and the names of the tensors that experts
+        change. The deltas are None if no expert touches the parameter, of which nothing is read.
     """
     experts = list(models.experts.values())
-    open_tensors = [tensor for tensor in tensors if tensor not in models.kept]
+    mergeable = [tensor for tensor in tensors if tensor not in models.kept]
     low_rank = [
         position
         for position, expert in enumerate(experts)
-        if any(expert.has_factors(tensor) for tensor in open_tensors)
+        if any(expert.has_factors(tensor) for tensor in mergeable)
     ]
-    if not any(expert.changes(tensor) for expert in experts for tensor in open_tensors):
+    if not any(expert.changes(tensor) for expert in experts for tensor in mergeable):
         return None, []
     if not low_rank:
         entries, changed = read_entries(models, name, tensors, dtype, memory)
-        return _keep(entries, name, memory), changed
-    parts: list[tuple[LoadedDelta, tuple[int, ...]]] = []
+        return _make_delta(entries, name, memory), changed
     factors, changed = _read_factors(
         models, name, tensors, [experts[k] for k in low_rank], dtype, memory
     )
-    parts.append((factors, tuple(low_rank)))
+    parts: list[tuple[LoadedDelta, tuple[int, ...]]] = [(factors, tuple(low_rank))]
     # An adapter may have factors in one layer of a stack and another layer whole: it is in both.
     whole = [
         position
         for position, expert in enumerate(experts)
-        if any(expert.changes(each) and not expert.has_factors(each) for each in open_tensors)
+        if any(expert.changes(t) and not expert.has_factors(t) for t in mergeable)
     ]
     if whole:
-        entries, also = read_entries(
+        entries, changed_entries = read_entries(
             models, name, tensors, dtype, memory, [experts[k] for k in whole], factors=False
         )
-        if also:
-            parts.append((_keep(entries, name, memory), tuple(whole)))
-            changed = [tensor for tensor in tensors if tensor in {*changed, *also}]
+        if changed_entries:
+            parts.append((_make_delta(entries, name, memory), tuple(whole)))
+            changed = [tensor for tensor in tensors if tensor in {*changed, *changed_entries}]
     if len(parts) == 1 and len(low_rank) == len(experts):
         return factors, changed
     deltas, positions = zip(*parts, strict=True)
@@ -258,17 +264,28 @@ def read_entries(
     *,
     factors: bool = True,
 ) -> tuple[Entries, list[str]]:
-    """Deltas entry by entry, `[K, *shape]` or `[L, K, *shape]`, and the tensors they change.
+    """Reads the deltas of one parameter entry by entry.
 
-    Those that are stored as factors are multiplied out; without `factors`, they stay 0.
+    Args:
+        models: The base and its experts.
+        name: The name of the parameter, stacked or not.
+        tensors: The names of its tensors; L of them if it is stacked.
+        dtype: The dtype of the entries; by default that of the base.
+        memory: The place of the entries.
+        experts: The K experts; by default all.
+        factors: If True, deltas that are stored as factors are multiplied out; else they stay 0.
+
+    Returns:
+        The entries, `[K, *shape]` or `[L, K, *shape]`, and the names of the tensors that differ
+        from the base.
     """
     experts = list(models.experts.values()) if experts is None else experts
     layers = (len(tensors),) if is_stacked(name) else ()
     shape = models.base.shape(tensors[0])
     dtype = dtype or models.base.dtype(tensors[0])
-    values = _empty((*layers, len(experts)), shape, dtype, memory)
+    values = _allocate((*layers, len(experts)), shape, dtype, memory)
     rows = values if layers else [values]
-    fill = _may_fill if isinstance(memory, AbstractMemory) else _fill_entries
+    fill = _may_differ if isinstance(memory, AbstractMemory) else _fill_entries
     changed = [
         tensor
         for tensor, row in zip(tensors, rows, strict=True)
@@ -277,10 +294,10 @@ def read_entries(
     return values, changed
 
 
-def _empty(
+def _allocate(
     leading: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype, memory: Memory
 ) -> Entries:
-    """Room for deltas of a parameter, rounded as they are written where the dtype is int8."""
+    """Allocates the deltas of a parameter; with int8 they are rounded as they are written."""
     values = memory.empty((*leading, *shape), dtype)
     if dtype != INT8:
         return values
@@ -288,8 +305,8 @@ def _empty(
     return QuantizedEntries(values, steps)
 
 
-def _keep(entries: Entries, name: str, memory: Memory) -> LoadedDelta:
-    """Entries that have been filled, as a delta."""
+def _make_delta(entries: Entries, name: str, memory: Memory) -> LoadedDelta:
+    """Makes a delta of entries that have been filled."""
     if isinstance(entries, QuantizedEntries):
         delta = QuantizedDelta(entries.values, entries.steps)
     else:
@@ -297,13 +314,13 @@ def _keep(entries: Entries, name: str, memory: Memory) -> LoadedDelta:
     return memory.keep(name, delta)
 
 
-def _rounded(values: np.ndarray, name: str, memory: Memory) -> Entries:
-    """Deltas that are in memory as 8-bit integers, where these are to be kept."""
+def _quantize(values: np.ndarray, name: str, memory: Memory) -> Entries:
+    """Rounds deltas to 8-bit integers, in the memory in which these are kept."""
     leading = 1 + is_stacked(name)
-    entries = _empty(values.shape[:leading], values.shape[leading:], INT8, memory)
+    entries = _allocate(values.shape[:leading], values.shape[leading:], INT8, memory)
     layers = zip(entries, values, strict=True) if leading == 2 else [(entries, values)]
-    for to, layer in layers:
-        for row, delta in zip(to, layer, strict=True):
+    for layer_entries, layer_values in layers:
+        for row, delta in zip(layer_entries, layer_values, strict=True):
             row[...] = delta
     return entries
 
@@ -311,12 +328,13 @@ def _rounded(values: np.ndarray, name: str, memory: Memory) -> Entries:
 def _fill_entries(
     models: Models, tensor: str, experts: Sequence[Expert], out: Entries, with_factors: bool
 ) -> bool:
-    """Writes `tau_k` of some experts into `out`, `[K, *shape]`; whether any differs from 0."""
-    kept = tensor in models.kept
-    base = None if kept else models.base.read(tensor).astype(np.float32)
+    """Writes `tau_k` into `out`, `[K, *shape]`; returns True if any entry differs from 0."""
+    is_kept = tensor in models.kept
+    base = None if is_kept else models.base.read(tensor).astype(np.float32)
     changed = False
     for row, expert in zip(out, experts, strict=True):
-        if kept or not expert.changes(tensor) or (expert.has_factors(tensor) and not with_factors):
+        skipped = expert.has_factors(tensor) and not with_factors
+        if is_kept or skipped or not expert.changes(tensor):
             row[...] = 0
             continue
         factors = expert.low_rank(tensor)
@@ -329,10 +347,10 @@ def _fill_entries(
     return changed
 
 
-def _may_fill(
+def _may_differ(
     models: Models, tensor: str, experts: Sequence[Expert], out: Entries, with_factors: bool
 ) -> bool:
-    """Returns True where some expert may differ from the base; reads no weight."""
+    """Returns True if some expert may differ from the base; reads no weight."""
     return tensor not in models.kept and any(
         expert.changes(tensor) and (with_factors or not expert.has_factors(tensor))
         for expert in experts
@@ -347,7 +365,7 @@ def _read_factors(
     dtype: np.dtype | None,
     memory: Memory,
 ) -> tuple[LowRankDelta, list[str]]:
-    """Deltas as factors of the largest rank among experts and layers; zeros beyond their own."""
+    """Reads deltas as factors, padded with zeros to the largest rank of experts and layers."""
     dtype = FLOAT32 if dtype in (None, INT8) else dtype
     places = [
         (layer, position)

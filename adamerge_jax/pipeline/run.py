@@ -1,4 +1,4 @@
-"""What the command line runs: from a recipe to a run folder, from coefficients to a checkpoint."""
+"""The commands: from a recipe to a run folder, from coefficients to a checkpoint."""
 
 import dataclasses
 import logging
@@ -66,7 +66,7 @@ from adamerge_jax.runs.tracking import require_installed, track
 
 
 class Run(NamedTuple):
-    """What a finished run leaves.
+    """The results of a finished run.
 
     Attributes:
         folder: The run folder.
@@ -83,21 +83,21 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     """Learns coefficients, compares the merge with its baselines and exports it.
 
     Args:
-        recipe: What to merge and how.
+        recipe: The recipe.
         root: Folder that relative paths of the recipe start from.
         out: The run folder to make. Nothing is written before all input has been checked.
-        console: Where progress and results are printed.
-        resume: Whether to go on with the run in `out` from its last state; where there is none, the
-            run starts from the beginning.
+        console: The console that shows progress and results.
+        resume: If True, the run in `out` goes on from its last state; without a state it starts
+            from the beginning.
 
     Raises:
-        InputError: Something in the recipe, the checkpoints or the data cannot be used, or `out`
-            holds something else than an unfinished run of this recipe.
+        InputError: The recipe, a checkpoint or data cannot be used, or `out`
+            holds anything but an unfinished run of this recipe.
         NonFiniteObjectiveError: Learning diverged; the run folder holds the last good
             coefficients.
     """
     devices = open_devices(**recipe.devices.model_dump())
-    first, console = is_first_process(), _of_first_process(console)
+    first, console = is_first_process(), _silence_others(console)
     out = out.expanduser()
     resolved = recipe.model_dump(mode="json")
     require_startable(out, resolved, resume=resume)
@@ -115,11 +115,11 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         record.phase("task vectors and the experts' answers"),
     ):
         inputs = prepare(method, workspace)
-    console.print(f"{recipe.name} ({recipe.preset}): {_summary(inputs, recipe.base.path)}")
+    console.print(f"{recipe.name} ({recipe.preset}): {_describe_inputs(inputs, recipe.base.path)}")
     if inputs.start is not None:
         _print_notes(inputs.start.notes, console)
 
-    # Nobody writes before everybody has checked.
+    # No process writes before all have checked.
     wait_for_all("checked")
     if first:
         out.mkdir(parents=True, exist_ok=True)
@@ -138,12 +138,12 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         )
 
     @contextmanager
-    def show_stage(what: str, steps: int) -> Iterator[OnStep]:
+    def show_stage(summary: str, steps: int) -> Iterator[OnStep]:
         if not first:
             yield lambda progress: None
             return
-        console.print(what)
-        stage, _, _ = what.partition(":")
+        console.print(summary)
+        stage, _, _ = summary.partition(":")
         with (
             track(recipe.tracking, out, stage, resolved) as send,
             show_progress(list(recipe.tasks), steps, out / METRICS_FILE, console, send) as show,
@@ -160,7 +160,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
                 inputs, show_stage=show_stage, on_result=save, state=out / STATE_FOLDER
             )
     except NonFiniteObjectiveError:
-        # It would diverge again.
+        # A resumed run would diverge again.
         if first:
             shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
         raise
@@ -210,21 +210,21 @@ def fold_file(
     """Exports a merge from learned coefficients, without learning.
 
     Args:
-        file: The coefficients.
-        recipe: Says where base and experts are, in any order, and how to write the result.
+        file: The coefficients file.
+        recipe: The recipe with base and experts, in any order, and the settings of the export.
         root: Folder that relative paths of the recipe start from.
         out: The folder to make; it gets what `export` writes, and where experts are scaled the
             coefficients that were folded.
-        console: Where progress is printed.
-        scale: What each expert's coefficients are multiplied with; 0 leaves the expert out, with
-            the model of its task.
-        allow_other_models: Whether to go on with models that the file was not learned for.
+        console: The console that shows progress.
+        scale: The factor of each expert's coefficients; 0 leaves the expert out, with the model of
+            its task.
+        allow_other_models: If True, models that the file was not learned for are folded too.
 
     Raises:
         InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
     devices = open_devices(**recipe.devices.model_dump())
-    console = _of_first_process(console)
+    console = _silence_others(console)
     out = out.expanduser()
     require_new(out)
     coefficients, models, notes = prepare_fold(
@@ -262,24 +262,24 @@ def merge(
 ) -> None:
     """Exports a merge by a method that learns nothing.
 
-    Base and experts are read tensor by tensor. Methods with interference steps look at all task
+    Base and experts are read tensor by tensor; methods with interference steps read all task
     vectors first.
 
     Args:
-        recipe: Says where base and experts are, what is kept from the base, and how to write the
-            result. Its data is not read.
+        recipe: The recipe with base and experts, the tensors that are kept from the base, and the
+            settings of the export. Its data is not read.
         method: Name of the method; see `adamerge_jax.methods`.
         options: Arguments of the method.
         root: Folder that relative paths of the recipe start from.
         out: The folder to make.
-        console: Where progress is printed.
+        console: The console that shows progress.
 
     Raises:
-        InputError: There is no such method, it refuses an option, or something cannot be used.
+        InputError: There is no such method, it refuses an option, or a model cannot be used.
     """
     chosen = make_method(method, options)
     devices = open_devices(**recipe.devices.model_dump())
-    console = _of_first_process(console)
+    console = _silence_others(console)
     out = out.expanduser()
     require_new(out)
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
@@ -308,11 +308,11 @@ def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console
     """Writes the YAML file with which mergekit makes the merge of learned coefficients.
 
     Args:
-        file: The coefficients.
-        recipe: Says where base and experts are, and the merge's dtype.
+        file: The coefficients file.
+        recipe: The recipe with base and experts, and the merge's dtype.
         root: Folder that relative paths of the recipe start from.
         out: The file to make.
-        console: Where notes are printed.
+        console: The console that shows notes.
 
     Raises:
         InputError: The file cannot be read, was learned for other models, or is of a merge that
@@ -327,16 +327,19 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     """Evaluates a checkpoint on the recipe's test data, with the heads of its experts.
 
     Args:
-        recipe: Says which experts and which test data.
-        checkpoint: Folder or Hub id of a model of the same architecture, e.g. a merged one.
+        recipe: The recipe with the experts and the test data.
+        checkpoint: The folder or Hub id of a model of the same architecture, e.g. a merged one.
         root: Folder that relative paths of the recipe start from.
-        console: Where the table is printed.
+        console: The console that shows the table.
+
+    Returns:
+        The row of the table, with a score for each task.
 
     Raises:
-        InputError: Something cannot be used, or a task has no test data.
+        InputError: A model or data cannot be used, or a task has no test data.
     """
     workspace = open_workspace(recipe, root, open_devices(**recipe.devices.model_dump()))
-    console = _of_first_process(console)
+    console = _silence_others(console)
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
     matched = match_backbone(workspace.models, opened, "checkpoint")
@@ -348,8 +351,8 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     return row
 
 
-def _of_first_process(console: Console) -> Console:
-    """The console, or one that prints nothing in all processes but the first."""
+def _silence_others(console: Console) -> Console:
+    """Returns the console in the first process, and one that prints nothing in all others."""
     if is_first_process():
         return console
     logging.getLogger("adamerge_jax").setLevel(logging.ERROR)
@@ -395,7 +398,7 @@ def export_job(
     )
 
 
-def _summary(inputs: LearningInputs, base: str) -> str:
+def _describe_inputs(inputs: LearningInputs, base: str) -> str:
     models, calibration = inputs.workspace.models, inputs.calibration
     merged = sum(int(np.prod(models.base.shape(name))) for name in inputs.mixed)
     unchanged = len(models.base.names) - len(inputs.mixed)

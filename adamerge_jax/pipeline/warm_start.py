@@ -1,7 +1,7 @@
-"""Where learning starts when something was learned before: an earlier run's coefficients.
+"""Warm starts: learning begins with the coefficients of an earlier run or of a mergekit file.
 
-A `WarmStart` gives each tensor its coefficients; `initial_values` turns it into coefficients of any
-granularity. So another source of a start is one function that returns a `WarmStart`.
+A `WarmStart` gives each tensor its coefficients; `initial_values` converts it to coefficients of
+any granularity. Another source of a start is one function that returns a `WarmStart`.
 """
 
 import dataclasses
@@ -34,22 +34,22 @@ from adamerge_jax.parameter_names import is_stacked, stack_depths, tensor_shape,
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.build import GranularityChoice, Method
 
-_MOVED = 1e-4
-"""From this difference on a coefficient was moved into the constraint's range, not rounded."""
+_ROUNDING = 1e-4
+"""The largest difference between a coefficient and its constrained value that is rounding."""
 
 
 class WarmStart(NamedTuple):
-    """Where coefficients start.
+    """The coefficients that learning starts from.
 
     Attributes:
-        scales: By tensor, without `*`: `[K, ...]` that broadcasts against `[K, *shape]`, or `[K]`.
-            The experts are in the order of the recipe; NaN where nothing is known of one. Tensors
-            of which nothing is known are left out.
-        initial: Where coefficients start of which nothing is known.
-        source: Where it comes from, for the coefficients file.
-        notes: What a user should know of it, a sentence each.
-        learned: Coefficients of these same experts, which a granularity that is the same takes as
-            they are; NaN where nothing is known.
+        scales: The coefficients by tensor name without `*`: `[K, ...]` that broadcasts against
+            `[K, *shape]`, or `[K]`. The experts are in the order of the recipe; NaN for experts
+            without a start value. Tensors without start values are left out.
+        initial: The value at which all other coefficients start.
+        source: The origin of the start, for the coefficients file.
+        notes: Notes for the user, a sentence each.
+        learned: The learned coefficients of the recipe's experts, NaN where there are none; the
+            same granularity takes them unchanged.
     """
 
     scales: Mapping[str, Float[np.ndarray, "K ..."]]
@@ -60,15 +60,15 @@ class WarmStart(NamedTuple):
 
 
 def open_warm_start(method: Method, models: Models, root: Path) -> WarmStart | None:
-    """Reads the file that a method starts from, if there is one.
+    """Reads the file that a method starts from; returns None if the method names none.
 
     Args:
-        method: Names the file, and the value at which an expert starts that it does not know.
+        method: The method with the file, and the initial value of experts that are not in it.
         models: The base and its experts.
         root: Folder that relative paths start from.
 
     Raises:
-        InputError: See `start_from_file` and `start_from_mergekit`.
+        InputError: `start_from_file` or `start_from_mergekit` refuses the file.
     """
     if method.start is None:
         return None
@@ -87,28 +87,29 @@ def open_warm_start(method: Method, models: Models, root: Path) -> WarmStart | N
             other_base=method.other_base,
             source=method.start,
         )
-        other = _other_interference(coefficients, method.interference)
-        start = start._replace(notes=(*start.notes, *other))
+        interference_notes = _interference_notes(coefficients, method.interference)
+        start = start._replace(notes=(*start.notes, *interference_notes))
     return start._replace(
         notes=(
             *start.notes,
-            _how(start, method.stages[0].granularity),
-            *_out_of_range(start, method.constraint),
+            _granularity_note(start, method.stages[0].granularity),
+            *_constraint_notes(start, method.constraint),
         )
     )
 
 
 def start_from_mergekit(file: Path, models: Models, *, initial: float, source: str) -> WarmStart:
-    """A start at the weights of a mergekit file, one for each tensor and expert.
+    """Returns a start at the weights of a mergekit file, one for each tensor and expert.
 
     Args:
-        file: See `adamerge_jax.checkpoints.mergekit.read_weights`.
+        file: A file that `adamerge_jax.checkpoints.mergekit.read_weights` reads.
         models: The base and its experts, which the file names by the same paths or Hub names.
-        initial: Where coefficients start of a tensor that the file says nothing of.
-        source: Where it comes from, for the coefficients file.
+        initial: The initial value of tensors that are not in the file.
+        source: The origin of the start, for the coefficients file.
 
     Raises:
-        InputError: It is no such file, is of other models, or says what no coefficients can.
+        InputError: The file is no mergekit file, is of other models, or is no merge by
+            coefficients.
     """
     try:
         weights = read_weights(file, models.base, models.experts)
@@ -120,38 +121,39 @@ def start_from_mergekit(file: Path, models: Models, *, initial: float, source: s
 def start_from_file(
     coefficients: Coefficients, models: Models, *, initial: float, other_base: bool, source: str
 ) -> WarmStart:
-    """A start at learned coefficients, for experts of which some may be others.
+    """Returns a start at learned coefficients, of which some may be for other experts.
 
-    Experts are matched by name: one that was replaced by a newer fine-tune keeps its coefficients,
-    one that is gone is ignored, and one that is new starts at `initial`. For a base of another
-    size, coefficients are averaged per tensor and carried over by `carry`.
+    Experts are matched by name: an expert that was replaced by a newer fine-tune keeps its
+    coefficients, one that is gone is ignored, and a new one starts at `initial`. For a base of
+    another size, coefficients are averaged per tensor and carried over by `carry`.
 
     Args:
-        coefficients: The learned ones.
+        coefficients: The learned coefficients.
         models: The base and its experts.
-        initial: Where coefficients start that were not learned.
-        other_base: Whether the coefficients may be those of another base.
-        source: Where they come from, for messages.
+        initial: The initial value of coefficients that were not learned.
+        other_base: If True, the coefficients may be those of another base.
+        source: The file of the coefficients, for messages.
 
     Raises:
-        InputError: No expert has coefficients, or the base is another one without permission.
+        InputError: No expert has coefficients, or the base is another one and `other_base` is
+            False.
     """
     base, *experts = models.sources
     names = [expert.name for expert in experts]
-    known = [name for name in names if name in coefficients.names]
-    if not known:
+    matched = [name for name in names if name in coefficients.names]
+    if not matched:
         raise InputError(
             f"coefficients.start: {source} was learned for {', '.join(coefficients.names)}, the "
             f"recipe has {', '.join(names)}; experts are matched by name, and none has the same"
         )
     change = other_contents([coefficients.base], [base])
-    depths, here = _depths(coefficients), stack_depths(models.base.names)
+    depths, base_depths = _depths(coefficients), stack_depths(models.base.names)
     # A deeper base has all tensors of a shallower one, at other relative depths.
     same_size = all(
         name in models.base.names and models.base.shape(name) == shape
         for name, shape in coefficients.shapes.items()
-    ) and (not change or all(here.get(stack) == depth for stack, depth in depths.items()))
-    notes = _notes_on_experts(coefficients, models, known, initial, source)
+    ) and (not change or all(base_depths.get(stack) == depth for stack, depth in depths.items()))
+    notes = _expert_notes(coefficients, models, matched, initial, source)
     if change:
         words = f"{source} was {change['base']}"
         if not same_size:
@@ -163,11 +165,11 @@ def start_from_file(
             )
         notes.append(words)
     if same_size:
-        learned = _rearranged(coefficients, names)
-        scales = _along_axes(learned)
+        learned = _reorder_experts(coefficients, names)
+        scales = _tensor_scales(learned)
     else:
         learned = None
-        per_tensor = _rearranged(coefficients, names).per_tensor()
+        per_tensor = _reorder_experts(coefficients, names).per_tensor()
         scales = carry(per_tensor, depths, models.base.names)
         if not scales:
             raise InputError(
@@ -192,48 +194,51 @@ def initial_values(
     shapes: Shapes,
     experts: int,
 ) -> Values:
-    """Coefficients of a granularity that are as near to a start as it can say.
+    """Returns the coefficients of a granularity that are nearest to a start.
 
-    The same granularity with the same options takes learned coefficients as they are. Otherwise
-    each coefficient is the mean of the start over all parameters that it is for, where both
-    granularities go along the axes of a parameter (from `task` to `row`, `column` and `head`). To
-    and from others (`chunk`, `partition`, `singular`) it goes through the mean of each tensor.
-    Whatever is not in the constraint's range is then moved into it.
+    The same granularity with the same options takes learned coefficients unchanged. Otherwise each
+    coefficient is the mean of the start over all parameters that share it, if both granularities go
+    along the axes of a parameter (from `task` to `row`, `column` and `head`). For others (`chunk`,
+    `partition`, `singular`) it is the mean of whole tensors. Values outside of the constraint's
+    range are then moved into it.
 
     Args:
-        start: Where to start.
-        granularity: Which parameters share a coefficient.
-        chosen: Its name and options.
-        constraint: Which values coefficients may take.
-        shapes: Of the parameters, `(L, *shape)` where stacked.
-        experts: K.
+        start: The start.
+        granularity: The granularity of the coefficients.
+        chosen: The name and options of the granularity.
+        constraint: The constraint on coefficients.
+        shapes: The shapes of the parameters, `(L, *shape)` where stacked.
+        experts: The number of experts, K.
+
+    Returns:
+        The coefficients by group, `[G, K, ...]`.
     """
-    entries = {name: _entries(start, name, shape, experts) for name, shape in shapes.items()}
+    entries = {n: _parameter_scales(start, n, shape, experts) for n, shape in shapes.items()}
     collect = _sums_over_parameters if granularity.along_axes(shapes) else _sums_over_tensors
     values = {
         group: jnp.where(share > 0, sums / jnp.where(share > 0, share, 1), start.initial)
         for group, (sums, share) in collect(granularity, entries, shapes, experts).items()
     }
-    if start.learned is not None and _is_same(start.learned, chosen):
+    if start.learned is not None and _has_granularity(start.learned, chosen):
         values = {
-            group: _as_learned(group, array, start.learned, start.initial)
+            group: _take_learned(group, array, start.learned, start.initial)
             for group, array in values.items()
         }
     return {group: constraint.apply(constraint.invert(array)) for group, array in values.items()}
 
 
-def _entries(
+def _parameter_scales(
     start: WarmStart, name: str, shape: tuple[int, ...], experts: int
 ) -> Float[np.ndarray, "..."]:
-    """What a start says of one parameter: `[K, ...]`, or `[L, K, ...]`, that broadcasts to it.
+    """Returns the start values of one parameter, which broadcast to it; NaN where there are none.
 
-    NaN where nothing is known.
+    The shape is `[K, ...]`, or `[L, K, ...]` where stacked.
     """
-    own = tensor_shape(name, shape)
+    axes = len(tensor_shape(name, shape))
     scales = []
     for tensor in tensors_of(name, shape):
         scale = np.asarray(start.scales.get(tensor, np.full(experts, np.nan)), np.float32)
-        scales.append(scale.reshape(experts, *(scale.shape[1:] or (1,) * len(own))))
+        scales.append(scale.reshape(experts, *(scale.shape[1:] or (1,) * axes)))
     return np.stack(np.broadcast_arrays(*scales)) if is_stacked(name) else scales[0]
 
 
@@ -243,27 +248,30 @@ def _sums_over_parameters(
     shapes: Shapes,
     experts: int,
 ) -> dict[str, tuple[Array, Array]]:
-    """Sums of entries over all parameters that share a coefficient, and how many are known.
+    """Sums the start values of all parameters that share a coefficient, and counts them.
 
-    A scale is a linear function of the coefficients, one 1 in each of its rows. Its transpose
-    therefore sums, over the entries of a scale that share a coefficient, what it is given: once
-    what the entries are times the number of parameters they are for, once that number.
+    A scale is a linear function of the coefficients: a matrix with one 1 in each row. Its transpose
+    therefore adds up what belongs to one coefficient: first the start values times the number of
+    parameters that each stands for, then these numbers.
+
+    Returns:
+        The sum and the count by group, both `[G, K, ...]`; missing values are not counted.
     """
     zero = granularity.init(constant(shapes, experts, 0.0))
     scales, transpose = jax.vjp(granularity.scales, zero)
     sums, counts = {}, {}
     for name, scale in scales.items():
-        entry, own = entries[name], tensor_shape(name, shapes[name])
-        of_scale = scale.shape[scale.ndim - len(own) :]
+        entry, shape = entries[name], tensor_shape(name, shapes[name])
+        scale_shape = scale.shape[scale.ndim - len(shape) :]
         shared = tuple(
-            entry.ndim - len(own) + axis for axis, size in enumerate(of_scale) if size == 1
+            entry.ndim - len(shape) + axis for axis, size in enumerate(scale_shape) if size == 1
         )
-        known = ~np.isnan(entry)
-        count = np.float32(prod(own) / prod(of_scale))
-        for found, values in ((sums, np.where(known, entry, 0)), (counts, known)):
+        is_given = ~np.isnan(entry)
+        count = np.float32(prod(shape) / prod(scale_shape))
+        for totals, values in ((sums, np.where(is_given, entry, 0)), (counts, is_given)):
             values = values.astype(np.float32)
             mean = values.mean(shared, keepdims=True) if shared else values
-            found[name] = jnp.asarray(np.broadcast_to(mean, scale.shape) * count)
+            totals[name] = jnp.asarray(np.broadcast_to(mean, scale.shape) * count)
     (total,), (share,) = transpose(sums), transpose(counts)
     return {group: (total[group], share[group]) for group in total}
 
@@ -274,87 +282,87 @@ def _sums_over_tensors(
     shapes: Shapes,
     experts: int,
 ) -> dict[str, tuple[Array, Array]]:
-    """As `_sums_over_parameters`, up to a factor, of whole tensors, which `init` averages."""
+    """Does as `_sums_over_parameters`, up to a factor, for means of whole tensors."""
     means = {
         name: entry.reshape(-1, experts, prod(entry.shape[1 + is_stacked(name) :])).mean(-1)
         for name, entry in entries.items()
     }
-    total = granularity.init({name: jnp.asarray(np.nan_to_num(own)) for name, own in means.items()})
+    total = granularity.init({n: jnp.asarray(np.nan_to_num(mean)) for n, mean in means.items()})
     share = granularity.init(
-        {name: jnp.asarray(~np.isnan(own), jnp.float32) for name, own in means.items()}
+        {n: jnp.asarray(~np.isnan(mean), jnp.float32) for n, mean in means.items()}
     )
     return {group: (total[group], share[group]) for group in total}
 
 
 def _depths(coefficients: Coefficients) -> Mapping[str, int]:
-    """The depths of the base's stacks; files of earlier versions only know what was mixed."""
+    """Returns the depths of the base's stacks; older files have those of mixed tensors only."""
     return coefficients.depths or stack_depths(coefficients.shapes)
 
 
-def _as_learned(
+def _take_learned(
     group: str, values: Float[Array, "G K ..."], learned: Coefficients, initial: float
 ) -> Float[Array, "G K ..."]:
-    """The values of a group, those of its layers that were learned in their place."""
+    """Returns the values of a group, with learned ones in the layers that have them."""
     layers = np.array(values)
     names = unstack(group, len(layers)) if is_stacked(group) else [group]
     for layer, name in zip(layers, names, strict=True):
-        own = learned.values.get(name)
-        if own is not None and own.shape == layer.shape:
-            layer[...] = np.where(np.isnan(own), np.float32(initial), own)
+        learned_layer = learned.values.get(name)
+        if learned_layer is not None and learned_layer.shape == layer.shape:
+            layer[...] = np.where(np.isnan(learned_layer), np.float32(initial), learned_layer)
     return jnp.asarray(layers)
 
 
-def _rearranged(coefficients: Coefficients, experts: Sequence[str]) -> Coefficients:
-    """The coefficients of these experts in this order; NaN for those that they do not know."""
+def _reorder_experts(coefficients: Coefficients, experts: Sequence[str]) -> Coefficients:
+    """Returns the coefficients of these experts in this order; NaN for experts without any."""
     positions = dict(zip(coefficients.names, range(len(coefficients.names)), strict=True))
     values = {
         group: np.stack(
             [
-                own[positions[name]] if name in positions else np.full_like(own[0], np.nan)
+                array[positions[name]] if name in positions else np.full_like(array[0], np.nan)
                 for name in experts
             ]
         )
-        for group, own in coefficients.values.items()
+        for group, array in coefficients.values.items()
     }
     # From here on only the number of experts counts.
-    known = dict(zip(coefficients.names, coefficients.experts, strict=True))
-    sources = tuple(known.get(name, coefficients.base) for name in experts)
+    by_name = dict(zip(coefficients.names, coefficients.experts, strict=True))
+    sources = tuple(by_name.get(name, coefficients.base) for name in experts)
     return dataclasses.replace(coefficients, values=values, experts=sources)
 
 
-def _along_axes(coefficients: Coefficients) -> dict[str, Float[np.ndarray, "K ..."]]:
-    """The scale of each tensor where it broadcasts against it, else its mean `[K]`."""
+def _tensor_scales(coefficients: Coefficients) -> dict[str, Float[np.ndarray, "K ..."]]:
+    """Returns the scale of each tensor if it broadcasts against the tensor, else its mean `[K]`."""
     if coefficients.unstacked_granularity.along_axes(coefficients.shapes):
         return {name: np.asarray(scale) for name, scale in coefficients.scales().items()}
     return coefficients.per_tensor()
 
 
-def _is_same(learned: Coefficients, chosen: GranularityChoice) -> bool:
-    """Whether coefficients are of a granularity with just these options."""
+def _has_granularity(learned: Coefficients, chosen: GranularityChoice) -> bool:
+    """Returns True if coefficients are of this granularity with the same options."""
     name, options = chosen
     return learned.granularity == name and same_options(learned.granularity_options, options)
 
 
-def _notes_on_experts(
-    coefficients: Coefficients, models: Models, known: list[str], initial: float, source: str
+def _expert_notes(
+    coefficients: Coefficients, models: Models, matched: list[str], initial: float, source: str
 ) -> list[str]:
-    """What becomes of the experts of a file and of those of the recipe."""
+    """Describes the matches between the experts of a file and those of the recipe."""
     _, *experts = models.sources
-    notes = [f"starting from {source}: {', '.join(known)} where they were learned"]
+    notes = [f"starting from {source}: {', '.join(matched)} where they were learned"]
     if new := [expert for expert in experts if expert.name not in coefficients.names]:
         words = ", ".join(e.name + namesake(e, coefficients.experts) for e in new)
         notes[0] += f"; new, starting at {initial:g}: {words}"
-    if gone := [name for name in coefficients.names if name not in known]:
+    if gone := [name for name in coefficients.names if name not in matched]:
         notes[0] += f"; no longer there: {', '.join(gone)}"
     changed = other_contents(coefficients.experts, experts)
     notes += [f"{source} was {words}: it keeps its coefficients" for words in changed.values()]
     return notes
 
 
-def _other_interference(
+def _interference_notes(
     coefficients: Coefficients, interference: Sequence[FittedStep]
 ) -> list[str]:
-    """Says that task vectors were changed in another way when coefficients were learned."""
+    """Describes other interference steps with which the coefficients were learned, if any."""
     before, now = (
         [(step.name, dict(step.options)) for step in steps]
         for steps in (coefficients.interference, interference)
@@ -368,31 +376,31 @@ def _other_interference(
     ]
 
 
-def _how(start: WarmStart, chosen: GranularityChoice) -> str:
-    """Says by which rule coefficients of one granularity become those of another."""
+def _granularity_note(start: WarmStart, chosen: GranularityChoice) -> str:
+    """Describes the conversion from the start's granularity to the chosen one."""
     name = chosen.name
     if start.learned is None:
         return f"{name} coefficients start at one number for each tensor and expert"
-    if _is_same(start.learned, chosen):
+    if _has_granularity(start.learned, chosen):
         return f"{name} coefficients start as they were learned"
     before, shapes = start.learned.granularity, start.learned.shapes
     place = "tensor"
     if start.learned.unstacked_granularity.along_axes(shapes):
-        # What does not fit all tensors of the file may fit those that are merged now.
+        # A granularity that refuses a tensor of the file may fit those that are merged now.
         with suppress(InputError):
             place = "place" if chosen.along_axes(shapes) else "tensor"
     return f"{name} coefficients start at the mean of the {before} coefficients of their {place}"
 
 
-def _out_of_range(start: WarmStart, constraint: str) -> list[str]:
-    """Says how much of a start the constraint does not allow."""
+def _constraint_notes(start: WarmStart, constraint: str) -> list[str]:
+    """Describes the part of a start that the constraint does not allow, if any."""
     rule = CONSTRAINTS[constraint]
     arrays = start.scales if start.learned is None else start.learned.values
     moved = total = 0
     for array in arrays.values():
         values = np.where(np.isnan(array), np.float32(start.initial), array)[None]
         allowed = np.asarray(rule.apply(rule.invert(jnp.asarray(values))))
-        moved += int((np.abs(allowed - values) > _MOVED).sum())
+        moved += int((np.abs(allowed - values) > _ROUNDING).sum())
         total += values.size
     if not moved:
         return []

@@ -1,4 +1,4 @@
-"""The models, heads and data that a recipe names, opened and checked against each other."""
+"""The models, heads and data of a recipe, opened and checked against each other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Data(NamedTuple):
-    """Examples by task; validation and test are empty unless every task has them."""
+    """The examples by task; validation and test are empty unless every task has them."""
 
     calibration: dict[str, Examples]
     validation: dict[str, Examples]
@@ -43,13 +43,13 @@ class Workspace(NamedTuple):
     """The models and the data of a recipe.
 
     Attributes:
-        models: The base and its experts, opened; their weights are read when they are asked for.
-        data: Examples by task.
-        dtype: Of weights and activations; None for the checkpoint's.
-        backbone: What is merged, as a function of its parameters.
-        heads: Parameters of each task's head.
+        models: The base and its experts, opened; their weights are read by `base` and `expert`.
+        data: The examples by task.
+        dtype: The dtype of weights and activations; None for the checkpoint's.
+        backbone: The merged part of the model, as a function of its parameters.
+        heads: The parameters of each task's head.
         head_networks: Each task's head as a function of its parameters.
-        evaluator: Runs models of this architecture on examples.
+        evaluator: The evaluator, which runs models of this architecture on examples.
         root: Folder that relative paths of the recipe start from.
     """
 
@@ -70,7 +70,7 @@ class Workspace(NamedTuple):
         """Reads the parameters of a task's expert, without its head.
 
         Args:
-            task: Whose expert.
+            task: The task of the expert.
             base: The base's parameters, which an adapter shares.
         """
         return load_expert(self.models, task, base, self.dtype)
@@ -80,9 +80,9 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     """Opens and checks all that a recipe names.
 
     Args:
-        recipe: Says which models and data.
+        recipe: The recipe that names models and data.
         root: Folder that relative paths start from.
-        devices: Where weights go and models run.
+        devices: The devices that hold the weights and run the models.
 
     Raises:
         InputError: Something cannot be read, or models and data do not belong together.
@@ -117,10 +117,10 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
 
 
 def require_classifiers(workspace: Workspace) -> None:
-    """Refuses models without accuracies to compare.
+    """Refuses models that have no accuracy.
 
     Raises:
-        InputError: They are language models.
+        InputError: The models are language models.
     """
     if workspace.models.family.language:
         raise InputError("accuracies are compared, and a language model has none")
@@ -129,24 +129,24 @@ def require_classifiers(workspace: Workspace) -> None:
 def example_loader(
     models: Models, root: Path, *, tokenizer: str | None, max_length: int, seed: int
 ) -> Callable[[DataSource, str], Examples]:
-    """Returns `(source, name in messages) -> examples`, which makes data the models' inputs.
+    """Returns the function `(source, name in messages) -> examples`, which loads model inputs.
 
     Args:
-        models: The base and its experts, who bring tokenizer or image processor.
+        models: The base and its experts, with a tokenizer or an image processor.
         root: Folder that relative paths start from.
         tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
         max_length: Longest text in tokens.
-        seed: Draws the examples of a source with a limit.
+        seed: The seed that draws the examples of a source with a limit.
 
     Raises:
-        InputError: A tokenizer that is asked for is missing, or the experts' differ.
+        InputError: The tokenizer of `tokenizer` is missing, or those of the experts differ.
     """
-    preprocessor = _preprocessor(models, tokenizer)
+    preprocessor = _load_preprocessor(models, tokenizer)
     longest = models.family.max_tokens(models.config)
     limits = None if longest is None else TokenLimits(models.config.vocab_size, longest)
     lengths = [max_length, longest, getattr(preprocessor, "model_max_length", None)]
     shortest = min(length for length in lengths if length is not None)
-    decoder_start = _decoder_start(models) if models.config.is_encoder_decoder else None
+    decoder_start = _read_decoder_start(models) if models.config.is_encoder_decoder else None
 
     def load(source: DataSource, name: str) -> Examples:
         return load_examples(
@@ -195,10 +195,10 @@ def _load_data(
     return data
 
 
-def _preprocessor(
+def _load_preprocessor(
     models: Models, chosen: str | None
 ) -> PreTrainedTokenizerBase | ImageProcessor | None:
-    """The tokenizer or image processor of the base, or of the first expert that has one."""
+    """Loads the tokenizer or image processor of the base, or of the first expert that has one."""
     if models.family.inputs[0] == "input_ids":
         return find_tokenizer(models.by_name, chosen)
     for model in (models.base, *models.experts.values()):
@@ -218,8 +218,8 @@ def _preprocessor(
     return None
 
 
-def _decoder_start(models: Models) -> int:
-    """The token that an encoder-decoder's responses start with."""
+def _read_decoder_start(models: Models) -> int:
+    """Reads the token that an encoder-decoder's responses start with."""
     start = getattr(models.config, "decoder_start_token_id", None)
     file = models.base.checkpoint.folder / "generation_config.json"
     if start is None and file.is_file():

@@ -45,7 +45,7 @@ def fold(base: MatchedCheckpoint, experts: list[MatchedCheckpoint], scale: np.nd
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_the_sum_is_rounded_once(tmp_path, monkeypatch, block, shape, scales, dtype):
-    monkeypatch.setattr(folding, "_BLOCK", block)
+    monkeypatch.setattr(folding, "_BLOCK_ENTRIES", block)
     generator = np.random.default_rng(0)
     base, *experts = (generator.normal(size=shape).astype(dtype) for _ in range(4))
     # Experts may be stored in another dtype than the base.
@@ -72,7 +72,7 @@ def test_the_sum_is_rounded_once(tmp_path, monkeypatch, block, shape, scales, dt
 @pytest.mark.parametrize("model", ["base", "expert"])
 @pytest.mark.parametrize("scale", [0.0, 0.5])
 def test_what_is_not_finite_is_refused(tmp_path, monkeypatch, value, model, scale):
-    monkeypatch.setattr(folding, "_BLOCK", 8)
+    monkeypatch.setattr(folding, "_BLOCK_ENTRIES", 8)
     arrays = {role: np.ones((4, 6), ml_dtypes.bfloat16) for role in ("base", "expert")}
     arrays[model][2, 3] = value
     opened = [saved(tmp_path, role, array) for role, array in arrays.items()]
