@@ -1,4 +1,4 @@
-"""Numbers and lengths of the examples of each task, without their contents."""
+"""The numbers and lengths of the examples of each task, without their contents."""
 
 import dataclasses
 import zipfile
@@ -16,17 +16,17 @@ from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.schema import DataSource
 
 ASSUMED_EXAMPLES = 1000
-"""Number of examples of a task whose data is not on this machine, without a limit."""
+"""The number of examples of a task without a limit whose data is not on this machine."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DataSize:
-    """Examples of one task.
+    """The number, lengths and size of one task's examples.
 
     Attributes:
-        lengths: Tokens that each example alone is padded to, `[N]`; 0 where they are images.
-        stored_bytes: Size of the examples in memory as they are kept, in bytes.
-        assumed: The reason why these numbers are assumed, or None where they were counted.
+        lengths: The tokens to which each example alone is padded, `[N]`; 0 for images.
+        stored_bytes: The size of the examples in memory, in bytes.
+        assumed: The reason for which these numbers are assumed; None if they were counted.
     """
 
     lengths: Int[np.ndarray, " N"]
@@ -34,11 +34,11 @@ class DataSize:
     assumed: str | None = None
 
     def __len__(self) -> int:
-        """N."""
+        """Returns N, the number of examples."""
         return len(self.lengths)
 
     def limited(self, limit: int | None) -> "DataSize":
-        """Returns at most so many examples, spread over all lengths."""
+        """Returns the sizes of at most `limit` examples, spread over all lengths."""
         if limit is None or limit >= len(self):
             return self
         chosen = np.linspace(0, len(self) - 1, limit).round().astype(int)
@@ -55,8 +55,8 @@ def data_sizes(
 ) -> dict[str, DataSize]:
     """Returns the sizes of the calibration, validation or test data by task.
 
-    Texts on this machine are tokenised. Of a NumPy file only the headers are read. Of data on the
-    Hub nothing is known beforehand: texts count as long as `max_length` allows.
+    Texts on this machine are tokenised. Only the headers of NumPy files are read. Data on the Hub
+    is not read: texts count as long as `max_length` allows.
 
     Args:
         sources: The data by task.
@@ -64,7 +64,7 @@ def data_sizes(
         models: The base and its experts.
         root: Folder that relative paths start from.
         max_length: Longest text in tokens.
-        load: `(source, name in messages) -> examples`.
+        load: The function `(source, name in messages) -> examples`.
 
     Raises:
         InputError: A file is missing, cannot be read, or holds no examples.
@@ -74,38 +74,38 @@ def data_sizes(
         path = root / Path(source.path).expanduser()
         name = f"{part} data of task {task!r}"
         if path.suffix == ".npz":
-            size = _of_arrays(path, models.family.inputs[0], name).limited(source.limit)
+            size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif path.is_dir() or path.suffix in READERS:
             size = DataSize(load(source, name).padded_lengths())
         else:
             count = source.limit or ASSUMED_EXAMPLES
             longest = models.family.max_tokens(models.config) or max_length
-            text = models.family.inputs[0] == "input_ids"
+            is_text = models.family.inputs[0] == "input_ids"
             size = DataSize(
-                np.full(count, min(max_length, longest) if text else 0),
+                np.full(count, min(max_length, longest) if is_text else 0),
                 assumed=f"{source.path} is not on this machine: {count} examples"
-                f"{' of max_length tokens' if text else ''} are assumed",
+                f"{' of max_length tokens' if is_text else ''} are assumed",
             )
         sizes[task] = size
     return sizes
 
 
-def _of_arrays(path: Path, name: str, what: str) -> DataSize:
-    """The size of a NumPy file of model inputs, from its headers."""
+def _size_of_arrays(path: Path, name: str, role: str) -> DataSize:
+    """Returns the size of a NumPy file of model inputs, from its headers."""
     if not path.is_file():
-        raise InputError(f"{what}: no such file: {path}")
+        raise InputError(f"{role}: no such file: {path}")
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
             version = np.lib.format.read_magic(stream)
-            read = {
+            read_header = {
                 (1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
-            shape, _, dtype = read(stream)
+            shape, _, dtype = read_header(stream)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{what}: {path} is no .npz file with {name!r} ({reason})") from error
+        raise InputError(f"{role}: {path} is no .npz file with {name!r} ({reason})") from error
     # An array of that shape that takes no memory.
-    examples_of_arrays({name: np.broadcast_to(np.zeros((), dtype), shape)}, path, what)
+    examples_of_arrays({name: np.broadcast_to(np.zeros((), dtype), shape)}, path, role)
     lengths = np.full(shape[0], shape[1] if name == "input_ids" else 0)
     return DataSize(lengths, int(np.prod(shape)) * dtype.itemsize)

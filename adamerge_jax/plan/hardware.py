@@ -1,12 +1,12 @@
-"""What accelerators can do: their makers' published figures, and a quick measurement of a CPU.
+"""The speed and memory of devices: published figures, and a quick measurement of a CPU.
 
 Figures are of one device, dense (no structured sparsity):
 
 - `h100` and `a100` (SXM, 80 GB), `h200`, `l4`: NVIDIA's datasheets of these Tensor Core GPUs.
 - `tpu-v4`, `tpu-v5e`, `tpu-v5p`, `tpu-v6e`: Google Cloud TPU documentation, one page a version.
 
-float32 is what JAX multiplies float32 matrices with by default there: TF32 on NVIDIA's, one pass of
-bfloat16 on TPUs.
+float32 is the default precision of JAX for float32 matrix products there: TF32 on NVIDIA's, one
+pass of bfloat16 on TPUs.
 """
 
 import os
@@ -24,16 +24,16 @@ from adamerge_jax.errors import InputError
 
 
 class Device(NamedTuple):
-    """What a device can do.
+    """The speed and memory of a device.
 
     Attributes:
-        name: As the table shows it.
-        flops: Floating-point operations per second of matrix products, by dtype.
-        bandwidth: Of its memory, in bytes per second.
-        memory: That a run may use, in bytes.
-        attainable: Part of these rates that a step is taken to reach: 1 where they were measured.
-        kinds: Parts of what JAX calls it, in lower case.
-        is_cpu: Whether its memory is the host's.
+        name: The name in the table.
+        flops: The floating-point operations per second of matrix products, by dtype.
+        bandwidth: The bandwidth of its memory, in bytes per second.
+        memory: The memory that a run may use, in bytes.
+        attainable: The part of these rates that a step is assumed to reach: 1 for measured rates.
+        kinds: Parts of JAX's name for the device, in lower case.
+        is_cpu: True if its memory is the host's.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Device(NamedTuple):
 
 
 ATTAINABLE = 0.4
-"""Part of a published rate that a step is taken to reach: an assumption, not a measurement."""
+"""The part of a published rate that a step is assumed to reach, without a measurement."""
 
 GPU_SHARE = 0.75
-"""Part of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+"""The part of a GPU's memory that JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)."""
 
 
 def _gpu(name: str, half: float, single: float, bandwidth: float, gigabytes: float) -> Device:
-    """From TFLOP/s in 16 bits and for float32, GB/s, GB."""
+    """Makes a GPU from its TFLOP/s in 16 bits and in float32, GB/s and GB."""
     flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
     memory = int(GPU_SHARE * gigabytes * 1e9)
     kinds = (name.split()[0].lower(),)
@@ -61,7 +61,7 @@ def _gpu(name: str, half: float, single: float, bandwidth: float, gigabytes: flo
 
 
 def _tpu(name: str, rate: float, bandwidth: float, gibibytes: int, *kinds: str) -> Device:
-    """From TFLOP/s in bfloat16, GB/s, GiB."""
+    """Makes a TPU from its TFLOP/s in bfloat16, GB/s and GiB."""
     flops = dict.fromkeys(("bfloat16", "float16", "float32"), rate * 1e12)
     return Device(f"TPU {name}", flops, bandwidth * 1e9, gibibytes * 2**30, ATTAINABLE, kinds)
 
@@ -80,10 +80,13 @@ DEVICES = {
 
 
 def find_device(name: str | None) -> Device:
-    """A device of the table, this machine's processor (`cpu`), or the present device.
+    """Returns a device of the table, this machine's processor (`cpu`), or the present device.
+
+    Args:
+        name: A key of `DEVICES`, `cpu`, or None for the present device.
 
     Raises:
-        InputError: There is no such device.
+        InputError: There is no such device, or the present one is not in the table.
     """
     present = jax.devices()[0]
     if name == "cpu" or (name is None and present.platform == "cpu"):
@@ -92,9 +95,9 @@ def find_device(name: str | None) -> Device:
         if name not in DEVICES:
             raise InputError(f"--device: {name!r} is none of cpu, {', '.join(DEVICES)}")
         return DEVICES[name]
-    called = present.device_kind.lower()
+    device_kind = present.device_kind.lower()
     for device in DEVICES.values():
-        if any(re.search(rf"\b{kind}\b", called) for kind in device.kinds):
+        if any(re.search(rf"\b{kind}\b", device_kind) for kind in device.kinds):
             limit = (present.memory_stats() or {}).get("bytes_limit", device.memory)
             return device._replace(name=present.device_kind, memory=limit)
     raise InputError(
@@ -114,18 +117,18 @@ def resident_bytes() -> int:
 
 
 def measure_cpu(side: int = 1024) -> Device:
-    """This machine's processor: what a matrix product and a sum reach, in a second or so.
+    """Measures a matrix product and a sum on this machine's processor, in about a second.
 
     Args:
-        side: Of the square matrices.
+        side: The number of rows and columns of the matrices.
     """
     with jax.default_device(jax.devices("cpu")[0]):
         matrix = jnp.ones((side, side), jnp.float32)
         product = jax.jit(lambda a: a @ a)
         flops = 2 * side**3 / _best_seconds(lambda: product(matrix))
-        long = jnp.ones(16 * 2**20, jnp.float32)
+        vector = jnp.ones(16 * 2**20, jnp.float32)
         add = jax.jit(lambda a: a + 1)
-        bandwidth = 2 * long.nbytes / _best_seconds(lambda: add(long))
+        bandwidth = 2 * vector.nbytes / _best_seconds(lambda: add(vector))
     # Half precision is widened before it is multiplied.
     rates = dict.fromkeys(("float32", "bfloat16", "float16"), flops)
     name = f"this machine's CPU ({os.cpu_count()} cores)"

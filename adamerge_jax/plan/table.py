@@ -1,4 +1,4 @@
-"""A plan as people read it."""
+"""The printed form of a plan."""
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -9,7 +9,7 @@ from adamerge_jax.plan.prediction import Plan
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Prints sizes, memory, time, and what to change."""
+    """Prints sizes, memory, time, and the advised changes."""
     console.print(Group(_sizes(plan), _memory(plan), _time(plan)))
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
@@ -25,17 +25,17 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _sizes(plan: Plan) -> Table:
     table = Table(title="Merge", show_header=False, title_justify="left")
-    kept = plan.parameters - plan.merged
+    unmerged = plan.parameters - plan.merged
     table.add_row("parameters", f"{plan.parameters:,}")
-    table.add_row("merged, kept from the base", f"{plan.merged:,}, {kept:,}")
+    table.add_row("merged, kept from the base", f"{plan.merged:,}, {unmerged:,}")
     table.add_row("learned", plan.coefficients)
     table.add_row("written to disk", readable_size(plan.disk))
     return table
 
 
 def _memory(plan: Plan) -> Table:
-    how = "the compiler's figures" if plan.compiled else "estimated from the trace"
-    table = Table(title=f"Memory (activations: {how})", title_justify="left")
+    origin = "the compiler's figures" if plan.compiled else "estimated from the trace"
+    table = Table(title=f"Memory (activations: {origin})", title_justify="left")
     table.add_column("part")
     table.add_column("size", justify="right")
     for name, size in plan.memory.parts.items():

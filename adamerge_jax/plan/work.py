@@ -1,8 +1,8 @@
-"""What a program computes, moves and keeps, from its trace: no device and no compiler is asked.
+"""The work of a program from its trace: operations, bytes moved, bytes kept.
 
-The trace of a compiled function says every operation with its shapes. Matrix products give the
-floating-point operations; what a compiler cannot fuse away gives the bytes. It does not depend on
-a device, so it serves for one that is not at hand.
+The trace of a compiled function has every operation with its shapes. Matrix products give the
+floating-point operations; operations that a compiler cannot fuse give the bytes. The trace does not
+depend on a device, so the estimate is for any device, present or not.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-_HEAVY = {
+_UNFUSED = {
     "dot_general",
     "conv_general_dilated",
     "scan",
@@ -31,20 +31,20 @@ _HEAVY = {
     "reduce_max",
     "argmax",
 }
-"""Operations whose results exist in memory; everything else is fused into what uses it."""
+"""Operations whose results exist in memory; all others are fused into those that use them."""
 
 BESIDE_THE_TRACE = 1.4
-"""What a compiler keeps in memory over what a trace says it must: XLA kept 1.2 to 1.7 times as much
-for the learning steps of four unlike merges on a CPU."""
+"""The ratio of the memory that a compiler keeps to the trace's minimum: XLA kept 1.2 to 1.7 times
+as much for the learning steps of four unlike merges on a CPU."""
 
 
 class Work(NamedTuple):
-    """What one run of a program takes.
+    """The work of one run of a program.
 
     Attributes:
-        flops: Floating-point operations of its matrix products.
-        moved_bytes: Read from and written to memory by what is not fused.
-        kept_bytes: Estimated size of all intermediate arrays that exist at one time, at most.
+        flops: The number of floating-point operations of its matrix products.
+        moved_bytes: The bytes that operations read from and write to memory, unless fused.
+        kept_bytes: The estimated peak of all intermediate arrays that exist at one time, in bytes.
     """
 
     flops: float
@@ -53,18 +53,18 @@ class Work(NamedTuple):
 
 
 def work_of(function: Callable[..., Any], *arguments: Any) -> Work:
-    """The work of a function of abstract arrays.
+    """Returns the work of a function of abstract arrays.
 
     Args:
-        function: Pure.
+        function: A pure function.
         *arguments: Pytrees of arrays or `jax.ShapeDtypeStruct`.
     """
-    found = _work(jax.make_jaxpr(function)(*arguments).jaxpr)
-    return found._replace(kept_bytes=int(BESIDE_THE_TRACE * found.kept_bytes))
+    work = _trace_work(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return work._replace(kept_bytes=int(BESIDE_THE_TRACE * work.kept_bytes))
 
 
 def bytes_of(tree: Any) -> int:
-    """Size of all arrays, real or abstract, of a pytree."""
+    """Returns the size in bytes of all arrays, real or abstract, of a pytree."""
     return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -74,14 +74,14 @@ def _size(variable: Any) -> int:
     return prod(shape) * getattr(dtype, "itemsize", 0)
 
 
-def _inner(equation: Any) -> Iterator[Any]:
-    """The programs inside an operation."""
+def _inner_programs(equation: Any) -> Iterator[Any]:
+    """Yields the programs inside an operation."""
     for value in equation.params.values():
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(each, core.ClosedJaxpr):
-                yield each.jaxpr
-            elif isinstance(each, core.Jaxpr):
-                yield each
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
 
 
 def _flops_of_product(equation: Any) -> float:
@@ -92,9 +92,9 @@ def _flops_of_product(equation: Any) -> float:
     return 0.0
 
 
-def _work(jaxpr: Any) -> Work:
-    """The work of a program, with the lifetimes of what exists in memory."""
-    # What a fused result is computed from lives as long as whoever uses that result.
+def _trace_work(jaxpr: Any) -> Work:
+    """Returns the work of a program; memory follows from the lifetimes of arrays."""
+    # The sources of a fused result live as long as the operations that use that result.
     sources: dict[Any, set[Any]] = {}
     exists: set[Any] = set()
     last_use: dict[Any, int] = {}
@@ -105,14 +105,16 @@ def _work(jaxpr: Any) -> Work:
             return set()
         return {variable} if variable in exists else sources.get(variable, set())
 
-    outputs = {each for each in jaxpr.outvars if not isinstance(each, core.Literal)}
+    outputs = {result for result in jaxpr.outvars if not isinstance(result, core.Literal)}
     for position, equation in enumerate(jaxpr.eqns):
         roots = set().union(*(origins(variable) for variable in equation.invars))
         for root in roots:
             last_use[root] = position
-        heavy = equation.primitive.name in _HEAVY or any(True for _ in _inner(equation))
+        is_unfused = equation.primitive.name in _UNFUSED or any(
+            True for _ in _inner_programs(equation)
+        )
         for result in equation.outvars:
-            if heavy or result in outputs:
+            if is_unfused or result in outputs:
                 exists.add(result)
                 last_use[result] = position
             else:
@@ -125,16 +127,16 @@ def _work(jaxpr: Any) -> Work:
     for variable, position in last_use.items():
         dying.setdefault(position, []).append(variable)
     flops = moved = 0.0
-    live = most = 0
+    live = peak = 0
     for position, equation in enumerate(jaxpr.eqns):
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        inside = [_work(each) for each in _inner(equation)]
-        flops += _flops_of_product(equation) + times * sum(each.flops for each in inside)
+        inside = [_trace_work(program) for program in _inner_programs(equation)]
+        flops += _flops_of_product(equation) + times * sum(work.flops for work in inside)
         if inside:
-            moved += times * sum(each.moved_bytes for each in inside)
-        elif equation.primitive.name in _HEAVY:
-            moved += sum(_size(each) for each in (*equation.invars, *equation.outvars))
-        live += sum(_size(each) for each in equation.outvars if each in exists)
-        most = max(most, live + max((each.kept_bytes for each in inside), default=0))
-        live -= sum(_size(each) for each in dying.get(position, ()))
-    return Work(flops, moved, most)
+            moved += times * sum(work.moved_bytes for work in inside)
+        elif equation.primitive.name in _UNFUSED:
+            moved += sum(map(_size, (*equation.invars, *equation.outvars)))
+        live += sum(_size(result) for result in equation.outvars if result in exists)
+        peak = max(peak, live + max((work.kept_bytes for work in inside), default=0))
+        live -= sum(map(_size, dying.get(position, ())))
+    return Work(flops, moved, peak)
