@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tests.references import load_script
 
+SIZES = {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 96}
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "language_model.py"
 
 
@@ -19,8 +20,12 @@ def test_runs_from_text_to_the_merged_checkpoints(
     experiment = load_script(EXPERIMENT)
     monkeypatch.setattr(experiment, "CHARACTERS", 100_000)
     monkeypatch.setattr(experiment, "BASE_STEPS", 10)
-    monkeypatch.setattr(experiment, "EXPERT_STEPS", 10)
+    monkeypatch.setattr(experiment, "EXPERT_STEPS", 25)
     monkeypatch.setattr(experiment, "LENGTH", 32)
+    monkeypatch.setattr(experiment, "BATCH_SIZE", 4)
+    smaller = LlamaConfig(**experiment.CONFIG.to_dict() | SIZES)
+    monkeypatch.setattr(experiment, "CONFIG", smaller)
+    monkeypatch.setitem(experiment.COEFFICIENTS["granularity_options"], "pieces", 128)
     # Both kinds of experts are trained; one merge is enough.
     monkeypatch.setattr(experiment, "KINDS", ("lora",))
     monkeypatch.setattr(experiment, "LEARNING", {"batch_size": 2, "steps": 2, "examples": 6})
@@ -31,7 +36,7 @@ def test_runs_from_text_to_the_merged_checkpoints(
         rows = json.loads((out / f"run-{kind}" / "results.json").read_text())["rows"]
         assert [row["metric"] for row in rows] == ["loss"] * 5
         assert [set(row["tasks"]) for row in rows] == [set(experiment.DOMAINS)] * 5
-        # Ten steps are enough to tell what the experts learned from what the base knew.
+        # These steps are enough to tell what the experts learned from what the base knew.
         assert rows[1]["average"] < rows[0]["average"]
         merged = AutoModelForCausalLM.from_pretrained(out / f"run-{kind}" / "checkpoint")
         tokenizer = AutoTokenizer.from_pretrained(out / f"run-{kind}" / "checkpoint")

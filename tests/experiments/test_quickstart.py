@@ -17,6 +17,15 @@ def test_runs_from_training_to_the_merged_checkpoint(
     quickstart = load_script(QUICKSTART)
     monkeypatch.setattr(quickstart, "BASE_STEPS", 10)
     monkeypatch.setattr(quickstart, "EXPERT_STEPS", 10)
+    split, recipe = quickstart.split, quickstart.recipe
+
+    def fewer(*arguments):
+        parts = split(*arguments).items()
+        return {part: (images[:90], labels[:90]) for part, (images, labels) in parts}
+
+    monkeypatch.setattr(quickstart, "split", fewer)
+    shorter = {"learning": {"steps": 10, "evaluate_every": 5}}
+    monkeypatch.setattr(quickstart, "recipe", lambda seed: recipe(seed) | shorter)
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out", str(tmp_path / "made")])
     quickstart.main()
     run = tmp_path / "made" / "run"
