@@ -1,1 +1,1 @@
-"""From a recipe to a checkpoint: a file a stage, in the order of the data."""
+"""The stages from a recipe to a checkpoint: one file each, in the order of the data."""

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy of each task with its own head, or a language model's loss per task."""
+"""The evaluation: accuracy of each task with its head, or a language model's loss per task."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,6 +1,6 @@
-"""Writing a merge: the Hugging Face checkpoint with a model for every task, Orbax, an adapter.
+"""The export of a merge: a Hugging Face checkpoint with a model per task, Orbax, an adapter.
 
-Each form is an `Exporter` in a list. A mergekit file is written on its own.
+Each form is an `Exporter` in `EXPORTERS`. A mergekit file is written separately.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class MergeFacts(NamedTuple):
 
 
 class Exporter(NamedTuple):
-    """One form in which a merge is written.
+    """A form in which a merge is written.
 
     Attributes:
         folder: Its folder under the run folder.

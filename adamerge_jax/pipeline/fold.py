@@ -1,4 +1,4 @@
-"""Folding: the merged backbone tensor by tensor, straight from the checkpoints."""
+"""Folds the merged backbone tensor by tensor, straight from the checkpoints."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

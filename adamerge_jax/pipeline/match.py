@@ -1,4 +1,4 @@
-"""Folding a coefficients file with experts in any order, scaled or left out."""
+"""Matches a coefficients file to models for a fold: experts in any order, scaled or left out."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

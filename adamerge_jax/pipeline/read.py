@@ -1,4 +1,4 @@
-"""Parameters and task vectors from opened checkpoints, read a tensor at a time.
+"""Reads parameters and task vectors from opened checkpoints, a tensor at a time.
 
 The peak of host memory is the result plus one tensor of one expert: no expert is loaded whole.
 """

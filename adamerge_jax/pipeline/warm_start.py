@@ -1,4 +1,4 @@
-"""Warm starts: learning begins with the coefficients of an earlier run or of a mergekit file.
+"""Starts learning at the coefficients of an earlier run or at the weights of a mergekit file.
 
 A `WarmStart` gives each tensor its coefficients; `initial_values` converts it to coefficients of
 any granularity. Another source of a start is one function that returns a `WarmStart`.

@@ -1,1 +1,1 @@
-"""Recipes: typed YAML files, their presets, and the method that is built from them."""
+"""The recipes: typed YAML files, their presets, and the method that is built from them."""

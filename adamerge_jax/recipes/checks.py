@@ -1,4 +1,4 @@
-"""Checks that types cannot express: fields that do not go together, unknown choices.
+"""The checks that types cannot express: fields that do not go together, unknown choices.
 
 No checkpoint and no data is opened. Each function checks one section, in the order of the fields.
 """

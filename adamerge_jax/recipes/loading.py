@@ -1,4 +1,4 @@
-"""Recipes from YAML files and nested dictionaries; mistakes are reported in one line."""
+"""Reads recipes from YAML files and nested dictionaries; reports mistakes in one line."""
 
 import difflib
 import re

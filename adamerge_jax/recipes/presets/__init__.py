@@ -1,6 +1,6 @@
-"""Published ways of learning coefficients by name, each a fragment of a recipe beside this file.
+"""The presets: published ways of learning coefficients, each a fragment of a recipe in this folder.
 
-A recipe's own fields come before those of its preset.
+The fields of a recipe take precedence over those of its preset.
 """
 
 import copy
@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     for file in sorted(files(__name__).iterdir(), key=lambda file: file.name)
     if file.name.endswith(".yaml")
 }
-"""Fragments of recipes by name."""
+"""The fragments of recipes by name."""
 
 _OPTIONS_OF = {
     "granularity": "granularity_options",
@@ -28,15 +28,15 @@ _OPTIONS_OF = {
     "name": "options",
     "schedule": "schedule_options",
 }
-"""Fields that choose something, and the field beside them that belongs to that choice."""
+"""The fields that hold a choice, and the field beside each that holds the options of the choice."""
 
 
 def apply_preset(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe, and those of its preset where it has none.
+    """Returns the fields of a recipe, completed by those of its preset.
 
-    Sections are filled up field by field; a list is taken as a whole. Where the recipe chooses
-    another granularity, constraint, optimizer or schedule than the preset, what the preset says of
-    it is left out.
+    Sections are completed field by field; a list is taken as a whole. If the recipe chooses another
+    granularity, constraint, optimizer or schedule than the preset, the preset's options of it are
+    left out.
 
     Raises:
         InputError: There is no such preset.
@@ -50,23 +50,23 @@ def apply_preset(fields: Mapping[str, Any]) -> dict[str, Any]:
 def drop_options_of_replaced(
     fields: Mapping[str, Any], before: Mapping[str, Any], changed: Collection[str], path: str = ""
 ) -> dict[str, Any]:
-    """The fields, without the options of what another choice has taken the place of.
+    """Returns the fields without the options of choices that were replaced.
 
     Args:
-        fields: Of a recipe.
-        before: The same before some were changed.
-        changed: Dotted paths of those; options that are among them are kept.
-        path: Where the fields are in the recipe, with a dot behind it.
+        fields: The fields of a recipe or of a section.
+        before: The fields before some were changed.
+        changed: The dotted paths of the changed fields; options among them stay.
+        path: The path of the fields in the recipe, with a dot behind it.
     """
-    kept = dict(fields)
+    remaining = dict(fields)
     for choice, options in _OPTIONS_OF.items():
         replaced = choice in before and fields[choice] != before[choice]
         if replaced and path + options not in changed:
-            kept.pop(options, None)
-    for key, value in kept.items():
+            remaining.pop(options, None)
+    for key, value in remaining.items():
         if isinstance(value, Mapping) and isinstance(before.get(key), Mapping):
-            kept[key] = drop_options_of_replaced(value, before[key], changed, f"{path}{key}.")
-    return kept
+            remaining[key] = drop_options_of_replaced(value, before[key], changed, f"{path}{key}.")
+    return remaining
 
 
 def _fill(fields: dict[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
