@@ -47,7 +47,13 @@ def test_other_options_are_another_call(one, other):
 def test_calls_with_arrays_are_not_kept():
     array = np.zeros(3)
     assert call(weights=array) is not call(weights=array)
-    assert call(arguments=({"a": (1,)},)) is not call(arguments=({"a": (1,)},))
+    assert call(arguments=({"a": array},)) is not call(arguments=({"a": array},))
+
+
+def test_calls_with_shapes_are_kept():
+    made = call(arguments=({"a": (1,)},))
+    assert call(arguments=({"a": (1,)},)) is made
+    assert call(arguments=({"a": (2,)},)) is not made
 
 
 def test_the_result_does_not_change_with_the_options():
