@@ -23,6 +23,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from adamerge_jax.moved import find_old_names
+
 if TYPE_CHECKING:
     from adamerge_jax import interference, objectives
     from adamerge_jax.coefficients import granularities
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from adamerge_jax.recipes.loading import load_recipe, parse_recipe
     from adamerge_jax.recipes.schema import Recipe
     from adamerge_jax.task_vectors import DenseDelta, LowRankDelta, task_vectors
+
+find_old_names()
 
 _HOMES = {
     "CONSTRAINTS": "coefficients.constraints",
@@ -97,16 +101,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOMES[name]:
-        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-        value = getattr(home, name, None) or importlib.import_module(f"{home.__name__}.{name}")
-    else:
-        value = importlib.import_module(f"{__name__}.{name}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker is to refuse other names
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if _HOMES[name]:
+            home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+            value = getattr(home, name, None) or importlib.import_module(f"{home.__name__}.{name}")
+        else:
+            value = importlib.import_module(f"{__name__}.{name}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ from adamerge_jax.errors import InputError
 T = TypeVar("T")
 
 _RESULTS: dict[Hashable, Any] = {}
-"""Results of calls without arguments, by function and options; see `call_registered`."""
+"""Results by function, options and arguments; see `call_registered`."""
 
 
 def find_registered(field: str, registry: Mapping[str, Callable[..., T]], name: str) -> Callable:

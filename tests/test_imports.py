@@ -3,6 +3,7 @@
 In subprocesses, because the tests themselves import all of them.
 """
 
+import importlib
 import json
 import subprocess
 import sys
@@ -57,3 +58,18 @@ def test_importing_imports_nothing_heavy(code: str) -> None:
 
 def test_heavy_libraries_are_noticed() -> None:
     assert "matplotlib" in imported_by("import matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("granularities", "coefficients.granularities"),
+        ("jobs", "pipeline.run"),
+        ("regularizers", "objectives.regularizers"),
+    ],
+)
+def test_modules_that_have_moved_are_found_by_their_old_names(old, new):
+    sys.modules.pop(f"adamerge_jax.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"adamerge_jax.{old} is now adamerge_jax.{new}"):
+        module = importlib.import_module(f"adamerge_jax.{old}")
+    assert module is importlib.import_module(f"adamerge_jax.{new}")

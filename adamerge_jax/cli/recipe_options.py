@@ -65,7 +65,9 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     Raises:
         InputError: The recipe, or a field given on the command line, cannot be used.
     """
-    parser = argparse.ArgumentParser(f"adamerge {name}", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        f"adamerge {name}", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--preset")  # decides on the defaults of all other options
     parser.add_argument("--recipe")
     early, options = parser.parse_known_args(options)

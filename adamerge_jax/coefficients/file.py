@@ -1,8 +1,8 @@
 """The coefficients file: all that is needed to make a merge again from the same models."""
 
 import dataclasses
-import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -191,10 +191,19 @@ class Coefficients:
             scaled={name: self.scaled[name] for name in names if name in self.scaled},
         )
 
-    @functools.cached_property
+    @property
     def unstacked_granularity(self) -> Granularity:
         """The granularity, made for the mixed parameters by their names without `*`."""
         return make_granularity(self.granularity, self.granularity_options, self.shapes)
+
+    def make_granularity(self, shapes: Shapes) -> Granularity:
+        """Makes the granularity for other shapes; the old form of `unstacked_granularity`."""
+        warnings.warn(
+            "Coefficients.make_granularity(shapes) is now unstacked_granularity",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return make_granularity(self.granularity, self.granularity_options, shapes)
 
     def stacked_once(self) -> Values:
         """Returns values `[1, K, ...]` as a granularity of parameters without `*` takes them."""

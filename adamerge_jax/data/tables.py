@@ -108,7 +108,7 @@ def read_table(path: Path, source: DataSource, name: str) -> Table:
     """
     import datasets
 
-    quiet = datasets.utils.logging.is_progress_bar_enabled()
+    shows_progress = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     # `datasets` takes paths as patterns.
     exactly = glob.escape(str(path))
@@ -127,7 +127,7 @@ def read_table(path: Path, source: DataSource, name: str) -> Table:
         where = path if path.exists() else f"{path} is no file, and data set {source.path!r}"
         raise InputError(f"{name}: {where} cannot be read: {reason}") from error
     finally:
-        if quiet:
+        if shows_progress:
             datasets.enable_progress_bars()
 
 

@@ -27,7 +27,10 @@ def build_optimizer(settings: "OptimizerRecipe", steps: int) -> optax.GradientTr
     Raises:
         InputError: optax has no such optimizer or schedule, or refuses an option.
     """
-    key = settings.model_dump_json(), steps
+    try:
+        key = settings.model_dump_json(), steps
+    except ValueError:  # an option that only Python can say
+        return _build(settings, steps)
     if key not in _BUILT:
         _BUILT[key] = _build(settings, steps)
     return _BUILT[key]

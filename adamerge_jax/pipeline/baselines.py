@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adamerge_jax.interference import FittedStep
 from adamerge_jax.methods import (
     MergeMethod,
     average,
@@ -14,6 +15,8 @@ from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe
+from adamerge_jax.task_vectors import Delta
+from adamerge_jax.task_vectors.offload.memory import make_memory
 
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
@@ -35,10 +38,11 @@ def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Ro
     evaluator, test = workspace.evaluator, workspace.data.test
     after = " after interference steps" if inputs.interference else ""
     coefficient = _best_coefficient(inputs, settings.task_arithmetic)
-    expert_scores = {}
-    for task, examples in test.items():
-        expert = workspace.expert(task, inputs.base)
-        expert_scores[task] = evaluator.score(expert, task, examples)
+    # No name for an expert: it is gone before the next one is read.
+    expert_scores = {
+        task: evaluator.score(workspace.expert(task, inputs.base), task, examples)
+        for task, examples in test.items()
+    }
     return [
         evaluator.row("base", inputs.base, test),
         Row("experts (one model each)", expert_scores, evaluator.metric),
@@ -64,15 +68,21 @@ def learned_row(inputs: LearningInputs, result: MergeResult) -> Row:
 def _method_row(inputs: LearningInputs, chosen: MethodRecipe) -> Row:
     """Evaluates a merge method with its own interference steps, in place of the recipe's."""
     method = make_method(chosen.name, chosen.options)
-    workspace, deltas = inputs.workspace, inputs.deltas
-    if method.interference or inputs.interference:
-        deltas, _, _ = load_task_vectors(
-            workspace.models, inputs.method.delta_dtype, method.interference
-        )
+    deltas = _deltas_after(inputs, method.interference)
     merged = merged_parameters(method, inputs.base, deltas, inputs.experts)
-    return workspace.evaluator.row(
-        method_in_words(chosen.name, chosen.options), merged, workspace.data.test
+    del deltas  # perhaps a second set of task vectors
+    return inputs.workspace.evaluator.row(
+        method_in_words(chosen.name, chosen.options), merged, inputs.workspace.data.test
     )
+
+
+def _deltas_after(inputs: LearningInputs, steps: Sequence[FittedStep]) -> Mapping[str, Delta]:
+    """Returns the task vectors after these interference steps in place of the recipe's."""
+    if not steps and not inputs.interference:
+        return inputs.deltas
+    memory = make_memory(inputs.method.memory, inputs.devices)
+    models, dtype = inputs.workspace.models, inputs.method.delta_dtype
+    return load_task_vectors(models, dtype, steps, memory)[0]
 
 
 def method_in_words(name: str, options: Mapping[str, Any]) -> str:

@@ -254,7 +254,7 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
         name: models.base.shape(name)
         for name in models.base.names
         if any(expert.has_factors(name) for expert in models.experts.values())
-        and name not in models.kept
+        and name not in models.kept_from_base
     }
     if not facts.granularity.keeps_factors(factored):
         raise refusal(
@@ -268,13 +268,13 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
         if isinstance(expert, MatchedCheckpoint):
             raise refusal(f"expert {task!r} is a whole model; only adapters merge to an adapter")
         for name in models.family.tied(models.config):
-            if expert.has_factors(name) and name not in models.kept:
+            if expert.has_factors(name) and name not in models.kept_from_base:
                 raise refusal(
                     f"expert {task!r} changes {name}, the embeddings and the output layer in one, "
                     "which PEFT does not merge right; keep_from_base leaves it unmerged"
                 )
         for name in expert.saved:
-            if name not in models.base.names or name in models.kept:
+            if name not in models.base.names or name in models.kept_from_base:
                 continue
             if (expert.read(name) != models.base.read(name)).any():
                 raise refusal(
@@ -304,7 +304,7 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
     prefix = models.family.prefixes[0] if has_heads else ""
     modules = {}
     for name in coefficients.parameters:
-        if name in models.kept:
+        if name in models.kept_from_base:
             continue
         a, b, embedding = [], [], False
         for expert, scale in zip(models.experts.values(), np.asarray(scales[name]), strict=True):
@@ -362,7 +362,7 @@ def export_mergekit(
         {
             name: np.asarray(scale).reshape(experts)
             for name, scale in scales.items()
-            if name not in models.kept
+            if name not in models.kept_from_base
         },
         revisions={source.name: source.revision for source in models.sources},
         dtype=dtype,

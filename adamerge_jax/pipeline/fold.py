@@ -58,7 +58,7 @@ def fold(
     )
     with ThreadPoolExecutor(THREADS) as threads:
         for name in models.base.names:
-            if name not in scales or name in models.kept:
+            if name not in scales or name in models.kept_from_base:
                 yield name, models.base.read(name)
             elif is_stored:
                 scale = np.asarray(scales[name])
@@ -106,10 +106,11 @@ def merge_tensors(
     models = dataclasses.replace(models, devices=ONE_DEVICE)
     interference: tuple[FittedStep, ...] = ()
     if method.interference:
-        *_, interference = load_task_vectors(models, None, method.interference)
+        # The steps alone: all task vectors are not to be in memory while tensors are merged.
+        interference = load_task_vectors(models, None, method.interference)[2]
     for name in models.base.names:
         delta = None
-        if name not in models.kept:
+        if name not in models.kept_from_base:
             delta = _read_tensor_delta(models, name, interference)
         tensor = models.base.read(name)
         if delta is None:

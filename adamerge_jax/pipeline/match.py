@@ -80,7 +80,7 @@ def prepare_fold(
         )
     require_fitting(models, coefficients)
     notes = [f"{file} was {difference}" for difference in differences.values()]
-    if unmixed := [name for name in coefficients.shapes if name in models.kept]:
+    if unmixed := [name for name in coefficients.shapes if name in models.kept_from_base]:
         notes.append(
             f"{len(unmixed)} of the {len(coefficients.shapes)} tensors that {file} mixes stay the "
             f"base's, such as {unmixed[0]}: keep_from_base says so, or an expert has none"
@@ -93,7 +93,8 @@ def prepare_fold(
             models,
             experts={name: models.experts[name] for name in order},
             sources=(base, *(by_name[name] for name in order)),
-            kept=models.kept | (models.base.names.keys() - coefficients.shapes.keys()),
+            kept_from_base=models.kept_from_base
+            | (models.base.names.keys() - coefficients.shapes.keys()),
         ),
         tuple(notes),
     )

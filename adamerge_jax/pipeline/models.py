@@ -37,7 +37,7 @@ class Models:
         experts: The experts' checkpoints by task.
         sources: The origins of the models for the coefficients file: the base, then the experts.
             Empty if no weight was to be read.
-        kept: The names without `*` of the backbone's parameters that stay the base's.
+        kept_from_base: The names without `*` of the backbone's parameters that stay the base's.
         devices: The devices that hold the weights when they are read.
     """
 
@@ -46,7 +46,7 @@ class Models:
     base: MatchedCheckpoint
     experts: Mapping[str, Expert]
     sources: tuple[Source, ...]
-    kept: frozenset[str]
+    kept_from_base: frozenset[str]
     devices: Devices = ONE_DEVICE
 
     @property

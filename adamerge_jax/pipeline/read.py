@@ -68,7 +68,7 @@ def load_expert(
         if isinstance(memory, AbstractMemory):
             return dict(base)
         return load_backbone(models, expert, dtype)
-    one_expert = dataclasses.replace(models, experts={task: expert}, kept=frozenset())
+    one_expert = dataclasses.replace(models, experts={task: expert}, kept_from_base=frozenset())
     deltas, _, _ = load_task_vectors(one_expert, dtype, memory=memory)
     shapes = {name: models.shapes[name] for name in deltas}
     per_tensor = make_granularity("tensor", {}, shapes)
@@ -220,7 +220,7 @@ def read_delta(
         change. The deltas are None if no expert touches the parameter, of which nothing is read.
     """
     experts = list(models.experts.values())
-    mergeable = [tensor for tensor in tensors if tensor not in models.kept]
+    mergeable = [tensor for tensor in tensors if tensor not in models.kept_from_base]
     low_rank = [
         position
         for position, expert in enumerate(experts)
@@ -329,7 +329,7 @@ def _fill_entries(
     models: Models, tensor: str, experts: Sequence[Expert], out: Entries, with_factors: bool
 ) -> bool:
     """Writes `tau_k` into `out`, `[K, *shape]`; returns True if any entry differs from 0."""
-    is_kept = tensor in models.kept
+    is_kept = tensor in models.kept_from_base
     base = None if is_kept else models.base.read(tensor).astype(np.float32)
     changed = False
     for row, expert in zip(out, experts, strict=True):
@@ -351,7 +351,7 @@ def _may_differ(
     models: Models, tensor: str, experts: Sequence[Expert], out: Entries, with_factors: bool
 ) -> bool:
     """Returns True if some expert may differ from the base; reads no weight."""
-    return tensor not in models.kept and any(
+    return tensor not in models.kept_from_base and any(
         expert.changes(tensor) and (with_factors or not expert.has_factors(tensor))
         for expert in experts
     )
@@ -370,7 +370,7 @@ def _read_factors(
     places = [
         (layer, position)
         for layer, tensor in enumerate(tensors)
-        if tensor not in models.kept
+        if tensor not in models.kept_from_base
         for position, expert in enumerate(experts)
         if expert.has_factors(tensor)
     ]

@@ -16,7 +16,6 @@ from rich.console import Console
 from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.orbax import require_plain_path
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
@@ -101,7 +100,6 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     out = out.expanduser()
     resolved = recipe.model_dump(mode="json")
     require_startable(out, resolved, resume=resume)
-    require_plain_path(out)
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
@@ -133,7 +131,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
             **describe_data(
                 inputs.calibration, workspace.data.test, language=models.family.language
             ),
-            tensors=describe_tensors(models.base, models.kept, inputs.mixed),
+            tensors=describe_tensors(models.base, models.kept_from_base, inputs.mixed),
             similarity=similarity(list(models.experts), inputs.deltas, inputs.shapes, inputs.mixed),
         )
 

@@ -1,4 +1,4 @@
-"""Which arrays live when, on the device and on the host, from the outline of a merge."""
+"""The arrays that live in each phase of a run, on the device and on the host."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.pipeline.export import checkpoint_bytes
@@ -46,7 +47,7 @@ class Phase(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a run holds.
+    """The memory that a run takes.
 
     Attributes:
         parts: Bytes by what they are for.
@@ -103,19 +104,19 @@ def programs_of(outline: Outline, learning: AbstractLearning, *, compiled: bool)
     return Programs(*works)
 
 
-def _ask(outline: Outline, task: str, parameters: Any, kept: Any, inputs: Any) -> Any:
-    """What asking an expert computes."""
-    needs = outline.needs[task]
-    outputs = outline.backbone(parameters, inputs, hidden_states=bool(needs.hidden_states))
+def _ask(outline: Outline, task: str, parameters: Any, head_parameters: Any, inputs: Any) -> Any:
+    """Computes the targets that an expert gives for a batch."""
+    spec = outline.target_specs[task]
+    outputs = outline.backbone(parameters, inputs, hidden_states=bool(spec.hidden_states))
     head = outline.heads[task]
-    logits = head(complete_head(head, kept, parameters), outputs)
-    states = {layer: outputs.hidden_states[layer] for layer in needs.hidden_states}
+    logits = head(complete_head(head, head_parameters, parameters), outputs)
+    states = {layer: outputs.hidden_states[layer] for layer in spec.hidden_states}
     # Logits are there, whatever is kept of them.
-    return expert_targets(needs, logits, states)._replace(expert_logits=logits)
+    return expert_targets(spec, logits, states)._replace(expert_logits=logits)
 
 
 def _compiled_bytes(function: Any, *arguments: Any) -> int:
-    """What a compiled function needs beside its arguments, as the compiler says."""
+    """Returns the bytes of a compiled function beside its arguments, by the compiler's analysis."""
     analysis = function.lower(*arguments).compile().memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
@@ -150,11 +151,8 @@ def memory_of(
     batch = bytes_of(outline.batch(outline.longest))
     # The new state is in the step's outputs; the best coefficients are on the host.
     state, coefficients = bytes_of(learning.state), bytes_of(learning.values)
-    asked = any(own.expert for own in outline.needs.values())
-    expert = max(
-        bytes_of(outline.expert(task)) - (base if _is_adapter(outline, task) else 0)
-        for task in outline.heads
-    )
+    asked = any(own.expert for own in outline.target_specs.values())
+    expert = max(_expert_bytes(outline, task) for task in outline.heads)
     targets = targets_bytes(outline)
     data = sum(each.stored_bytes for part in outline.data.values() for each in part.values())
     largest = max(4 * int(np.prod(info.shape)) for info in _tensors(outline))
@@ -207,8 +205,10 @@ def memory_of(
     return Memory(parts, phases, floor + RUNTIME_BYTES)
 
 
-def _is_adapter(outline: Outline, task: str) -> bool:
-    return outline.expert(task) is not outline.base
+def _expert_bytes(outline: Outline, task: str) -> int:
+    """Returns the size of one expert beside the base: of an adapter that of its factors."""
+    whole = isinstance(outline.models.experts[task], MatchedCheckpoint)
+    return bytes_of(outline.expert(task)) - (0 if whole else bytes_of(outline.base))
 
 
 def _tensors(outline: Outline) -> list[Any]:
@@ -218,15 +218,15 @@ def _tensors(outline: Outline) -> list[Any]:
 
 
 def targets_bytes(outline: Outline) -> int:
-    """What is kept of the experts' answers for all calibration examples, in memory."""
+    """Returns the bytes of the expert targets of all calibration examples, in memory."""
     total = 0
     for task, size in outline.data["calibration"].items():
-        needs = outline.needs[task]
-        if not needs.expert:
+        spec = outline.target_specs[task]
+        if not spec.expert:
             continue
         targets = outline.targets(task, 1, max(1, outline.longest))._replace(labels=None)
         rows = len(size)
-        if needs.cross_task:
+        if spec.cross_task:
             rows = max(rows, sum(map(len, outline.data["calibration"].values())))
         by_position, positions = 0, 1
         for leaf in jax.tree.leaves(targets._replace(cross_task=None)):

@@ -135,7 +135,7 @@ class Outline:
         return self.task_vectors[0]
 
     @property
-    def needs(self) -> Mapping[str, TargetSpec]:
+    def target_specs(self) -> Mapping[str, TargetSpec]:
         """The targets that the objective of each task wants."""
         return self.method.target_specs
 
@@ -170,19 +170,19 @@ class Outline:
         return {name: Abstract((examples, length), np.int32) for name in names}
 
     def outputs(self, examples: int, length: int) -> Outputs:
-        """What the backbone says of them, all hidden states included."""
+        """Returns the backbone's abstract outputs for so many examples, with all hidden states."""
         run = partial(self.backbone, hidden_states=True)
         return jax.eval_shape(run, self.base, self.inputs(examples, length))
 
     def logits(self, task: str, examples: int, length: int) -> Abstract:
-        """What a task's head says of them, `[B, C]` or `[B, T, V]`."""
+        """Returns the abstract logits of a task's head, `[B, C]` or `[B, T, V]`."""
         head = self.heads[task]
         own = complete_head(head, self.head_parameters[task], self.base)
         return jax.eval_shape(head, own, self.outputs(examples, length))
 
     def targets(self, task: str, examples: int, length: int) -> Targets:
         """Returns the abstract targets of so many examples of a task."""
-        spec = self.needs[task]
+        spec = self.target_specs[task]
         logits = self.logits(task, examples, length)
 
         def of_expert(logits: Any, hidden_states: Any) -> Targets:
@@ -208,7 +208,7 @@ class Outline:
             inputs,
             Abstract((len(tasks), size), np.float32),
             [self.targets(task, size, length) for task in tasks],
-            inputs if any(own.augmented for own in self.needs.values()) else None,
+            inputs if any(own.augmented for own in self.target_specs.values()) else None,
         )
 
     def expert(self, task: str) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Outline:
         return load_expert(self.models, task, self.base, self.dtype, AbstractMemory())
 
     def learning(self) -> "AbstractLearning":
-        """What the learning loop starts from."""
+        """Returns the abstract arguments of the learning loop."""
         stage = self.method.result
         choice = expected_granularity(*stage.granularity, self.experts, len(self.task_vectors[1]))
         stage = stage._replace(granularity=GranularityChoice(*choice))
@@ -236,7 +236,7 @@ class Outline:
 
 
 def streamed_bytes(delta: Delta) -> int:
-    """What of a delta can be outside the device: its entries, not its factors."""
+    """Returns the bytes of a delta that can be outside the device: its entries, not its factors."""
     if isinstance(delta, JoinedDelta):
         return sum(map(streamed_bytes, delta.parts))
     return bytes_of(delta) if isinstance(delta, DenseDelta | QuantizedDelta) else 0

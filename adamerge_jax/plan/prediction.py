@@ -63,7 +63,7 @@ class Seconds(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run takes.
+    """The predicted cost of a run.
 
     Attributes:
         parameters: Of the model that is merged.
@@ -100,7 +100,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether that is within the device's memory."""
+        """True where the peak is within the device's memory."""
         return self.peak <= self.device.memory
 
 
@@ -176,10 +176,10 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
     share = _average_length(merge) / merge.longest if merge.longest else 1.0
     calibration = merge.data["calibration"]
     asked = sum(
-        len(size) if task == other else min(merge.needs[task].cross_task, len(size))
+        len(size) if task == other else min(merge.target_specs[task].cross_task, len(size))
         for task in calibration
         for other, size in calibration.items()
-        if merge.needs[task].expert
+        if merge.target_specs[task].expert
     )
     coarse = recipe.coefficients.coarse
     stages = [recipe.learning.steps, *([coarse.steps] if coarse else [])]
@@ -199,7 +199,7 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
 
 
 def _average_length(merge: Outline) -> float:
-    """Of the batches: each as long as its longest example, those of like length together."""
+    """Returns the mean length of batches, each padded to the longest of its similar examples."""
     at = (np.arange(BATCHES_SORTED_TOGETHER) + 1) / BATCHES_SORTED_TOGETHER
     sizes = merge.data["calibration"].values()
     longest = [np.quantile(size.lengths, at, method="higher") for size in sizes]

@@ -406,6 +406,9 @@ def test_a_run_folder_that_orbax_takes_for_a_pattern(text_recipe, tmp_path, capf
     assert status == 2
     assert f"{out} has one of the characters * ? [ in its path" in said
     assert not out.exists()
+    # Nothing but the Orbax checkpoint minds.
+    cli.main(["learn", str(recipe), "--out", str(out), "--export.no-orbax"])
+    assert (out / "checkpoint" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

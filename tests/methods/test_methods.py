@@ -1,5 +1,6 @@
 """Each merge method against its paper's formula in float64, by itself and as an exported model."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from adamerge_jax.cli.main import main
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import fit_steps
 from adamerge_jax.methods import METHODS, MergeMethod, make_method, merged_parameters
+from adamerge_jax.pipeline.fold import merge_tensors
+from adamerge_jax.pipeline.models import open_models
+from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.run import evaluate
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.runs.files import read_json
 from adamerge_jax.task_vectors import DenseDelta
+from adamerge_jax.task_vectors.offload.memory import HostMemory
 
 EXPERTS = 3
 
@@ -146,6 +151,23 @@ def test_what_is_refused(name, options, message):
         make_method(name, options)
 
 
+def test_task_vectors_are_not_kept_while_tensors_are_merged(image_recipe, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(image_recipe))
+    entries = []
+
+    def load(*arguments: Any) -> Any:
+        deltas, mixed, steps = load_task_vectors(*arguments)
+        entries.extend(weakref.ref(delta.values) for delta in deltas.values())
+        return deltas, mixed, steps
+
+    monkeypatch.setattr("adamerge_jax.pipeline.fold.load_task_vectors", load)
+    merged = merge_tensors(open_models(load_recipe(recipe), tmp_path), make_method("ties", {}))
+    next(merged)
+    assert entries
+    assert not any(entry() is not None for entry in entries)
+
+
 def test_an_adapter_is_refused_before_anything_is_written(image_recipe, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(image_recipe | {"export": {"adapter": True}}))
@@ -156,13 +178,21 @@ def test_an_adapter_is_refused_before_anything_is_written(image_recipe, tmp_path
     assert not (tmp_path / "merged").exists()
 
 
-def test_methods_have_rows_in_the_table(image_recipe, tmp_path, capsys):
+def test_methods_have_rows_in_the_table(image_recipe, tmp_path, capsys, monkeypatch):
     """A row says of a method what `evaluate` says of its exported merge."""
+    memories = []
+
+    def load(models: Any, dtype: Any, steps: Any, memory: Any) -> Any:
+        memories.append(memory)
+        return load_task_vectors(models, dtype, steps, memory)
+
+    monkeypatch.setattr("adamerge_jax.pipeline.baselines.load_task_vectors", load)
     recipe = tmp_path / "recipe.yaml"
     methods = [{"name": "ties", "options": {"density": 0.5}}]
-    fields = image_recipe | {"evaluation": {"methods": methods}}
+    fields = image_recipe | {"evaluation": {"methods": methods}, "task_vectors": {"memory": "host"}}
     recipe.write_text(yaml.safe_dump(fields | {"learning": {"steps": 1, "batch_size": 2}}))
     main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    assert [type(memory) for memory in memories] == [HostMemory]
     rows = {row["method"]: row for row in read_json(tmp_path / "run" / "results.json")["rows"]}
     main(
         [

@@ -1,5 +1,6 @@
 """From a recipe to learned coefficients: stages, attention heads, layers, forgetting."""
 
+import weakref
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.held_out import HeldOutMetrics
+from adamerge_jax.pipeline.baselines import baseline_rows
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult, learn_coefficients
+from adamerge_jax.pipeline.workspace import Workspace
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.schema import EvaluationRecipe
 from tests.references import learning_inputs
 
 
@@ -139,3 +143,22 @@ def test_forgetting_a_task(text_recipe, tmp_path):
     assert kept.objective[position] < looks[0].objective[position] < 0
     others = [k for k in range(3) if k != position]
     assert kept.agreement[others].mean() >= 0.9 * looks[0].agreement[others].mean()
+
+
+def test_two_experts_are_never_in_memory(image_recipe, tmp_path, monkeypatch):
+    """Neither while they are asked for targets nor while they are evaluated."""
+    read, expert_of = [], Workspace.expert
+
+    def expert(workspace: Workspace, task: str, base: Any) -> Any:
+        assert all(array() is None for array in read)
+        parameters = expert_of(workspace, task, base)
+        read.extend(map(weakref.ref, parameters.values()))
+        return parameters
+
+    monkeypatch.setattr(Workspace, "expert", expert)
+    objectives = [{"name": "logit_alignment", "options": {"cross_task": 0.1}}]
+    inputs = inputs_of(image_recipe, tmp_path, objectives=objectives)
+    asked = len(read)
+    baseline_rows(inputs, EvaluationRecipe())
+    assert len(read) == 2 * asked > 0
+    assert all(array() is None for array in read)

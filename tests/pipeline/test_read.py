@@ -285,10 +285,10 @@ def test_fold_rounds_once(tmp_path):
 )
 def test_keep_from_base(text_recipe, patterns, kept):
     models = opened(text_recipe | {"keep_from_base": patterns})
-    assert models.kept == {name for name in models.base.names if kept(name)}
+    assert models.kept_from_base == {name for name in models.base.names if kept(name)}
     _, mixed, _ = load_task_vectors(models, None)
     everything = set(load_task_vectors(opened(text_recipe), None)[1])
-    assert set(mixed) == everything - models.kept
+    assert set(mixed) == everything - models.kept_from_base
     coefficients = random_coefficients(models)
     base, _ = files(text_recipe)
     for name, array in fold(models, coefficients):
@@ -319,7 +319,7 @@ def test_a_whole_clip_and_vision_only_experts(clip_recipe, tmp_path, prefixed):
         fields["expert"] = str(folder)
     models = opened(clip_recipe)
     assert models.prefix == ""
-    assert models.kept == {"visual_projection.weight"}
+    assert models.kept_from_base == {"visual_projection.weight"}
     deltas, mixed, _ = load_task_vectors(models, None)
     assert "visual_projection.weight" not in deltas
     assert all(name.startswith("vision_model.") for name in mixed)
@@ -468,7 +468,7 @@ def test_experts_of_adapters(pair):
 
 def test_an_adapter_is_an_expert_whatever_is_kept_from_the_base(mixed_forms):
     kept = dataclasses.replace(
-        mixed_forms.adapters, kept=frozenset(mixed_forms.adapters.base.names)
+        mixed_forms.adapters, kept_from_base=frozenset(mixed_forms.adapters.base.names)
     )
     assert load_task_vectors(kept, None)[0] == {}
     base = load_backbone(kept, kept.base, None)

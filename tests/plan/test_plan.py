@@ -197,6 +197,24 @@ def test_rematerialising_and_half_precision_take_less(text_recipe, tmp_path):
     assert activations(dtype="bfloat16") < 0.9 * by_choice["elementwise"]
 
 
+def test_an_expert_takes_its_place_while_it_is_asked(text_recipe, tmp_path):
+    """A whole model as much as the base; an adapter shares the base and brings its factors."""
+
+    def parts(fields: dict[str, Any], root: Any) -> dict[str, int]:
+        return make_plan(
+            parse_recipe(fields | {"objectives": ALIGNMENT}), root, "h100"
+        ).memory.parts
+
+    whole = parts(text_recipe, tmp_path)
+    assert whole["one expert while it is asked"] == whole["base"]
+    fields, _ = save_experts("vit", tmp_path)
+    for task in fields["tasks"].values():
+        np.savez(tmp_path / "pixels.npz", pixel_values=np.zeros((40, 3, 8, 8), np.float32))
+        task["calibration"] = str(tmp_path / "pixels.npz")
+    adapter = parts(fields, tmp_path)
+    assert 0 < adapter["one expert while it is asked"] < adapter["base"]
+
+
 def test_task_vectors_elsewhere_and_batches_in_parts(text_recipe, tmp_path):
     def memory(**changes: Any) -> Any:
         return make_plan(parse_recipe(text_recipe | changes), tmp_path, "h100").memory

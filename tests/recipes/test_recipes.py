@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -150,6 +151,13 @@ def updates(optimizer: OptimizerRecipe, gradients: list[float]) -> list[float]:
         update, state = transformation.update(jnp.asarray(gradient), state, raw)
         taken.append(float(update))
     return taken
+
+
+def test_options_of_an_optimizer_may_be_what_yaml_cannot_say():
+    optimizer = {"options": {"mu_dtype": jnp.bfloat16}}
+    chosen = parse_recipe(fields(learning={"optimizer": optimizer})).learning.optimizer
+    moments = build_optimizer(chosen, 10).init(jnp.zeros(3))
+    assert jnp.dtype(jnp.bfloat16) in {leaf.dtype for leaf in jax.tree.leaves(moments)}
 
 
 def test_optimizers_are_those_of_optax():

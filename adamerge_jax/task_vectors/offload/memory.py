@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from types import EllipsisType
 from typing import Literal, Protocol
 
 import jax
@@ -114,7 +115,7 @@ class AbstractEntries:
     def __iter__(self) -> Iterator["AbstractEntries"]:
         return itertools.repeat(AbstractEntries(self.shape[1:], self.dtype), len(self))
 
-    def __setitem__(self, where: type(Ellipsis), values: np.ndarray | int) -> None:
+    def __setitem__(self, where: EllipsisType, values: np.ndarray | int) -> None:
         """Forgets the values."""
 
 
