@@ -12,7 +12,7 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values["jax_compilation_cache_dir"]:
         return
     # The standard says that a relative path there is to be ignored.
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))

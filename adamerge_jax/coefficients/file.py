@@ -310,7 +310,7 @@ def unstack_values(values: Values) -> dict[str, np.ndarray]:
     Args:
         values: `[G, K, ...]` by stacked group.
     """
-    unstacked = {}
+    unstacked: dict[str, np.ndarray] = {}
     for group, array in values.items():
         rows = np.asarray(array, np.float32)
         names = unstack(group, len(rows)) if is_stacked(group) else [group]

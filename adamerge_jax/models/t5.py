@@ -121,6 +121,10 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
+    wi: Linear
+    wi_0: Linear
+    wi_1: Linear
+
     def __init__(self, config: Config):
         names = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
         for name in names:

@@ -52,7 +52,7 @@ def _license(checkpoint: Checkpoint) -> str | None:
         card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError):  # also a text that is no UTF-8
         return None
-    license, name = card.data.license, card.data.get("license_name")
+    license, name = card.data.get("license"), card.data.get("license_name")
     if license == "other" and isinstance(name, str):
         license = name
     return license if isinstance(license, str) and license else None

@@ -174,7 +174,8 @@ def load_task_vectors(
                 deltas[name] = _make_delta(entries, name, memory)
                 mixed += changed
         return deltas, mixed, tuple(interference)
-    by_parameter, by_tensor = {}, {}
+    by_parameter: dict[str, Entries] = {}
+    by_tensor: dict[str, Entries] = {}
     entry_dtype = None if dtype == INT8 else dtype
     for name in models.shapes:
         tensors = models.tensors(name)

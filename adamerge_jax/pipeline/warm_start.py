@@ -259,7 +259,8 @@ def _sums_over_parameters(
     """
     zero = granularity.init(constant(shapes, experts, 0.0))
     scales, transpose = jax.vjp(granularity.scales, zero)
-    sums, counts = {}, {}
+    sums: dict[str, Array] = {}
+    counts: dict[str, Array] = {}
     for name, scale in scales.items():
         entry, shape = entries[name], tensor_shape(name, shapes[name])
         scale_shape = scale.shape[scale.ndim - len(shape) :]

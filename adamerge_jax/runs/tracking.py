@@ -118,7 +118,7 @@ def track(
 
 def flatten(record: Mapping[str, Any]) -> dict[str, float]:
     """Returns the numbers of a record of `metrics.jsonl`: `objective/sentiment`, `seconds`."""
-    numbers = {}
+    numbers: dict[str, float] = {}
     for field, value in record.items():
         if isinstance(value, Mapping):
             by_task = {task: number for task, number in value.items() if number is not None}

@@ -1,6 +1,7 @@
 """Arrays that deltas are written to while checkpoints are read."""
 
 from collections.abc import Iterator
+from types import EllipsisType
 from typing import Protocol
 
 from jaxtyping import Float
@@ -22,6 +23,6 @@ class Entries(Protocol):
         """Yields its parts along the first axis; to write into one is to write into the whole."""
         ...
 
-    def __setitem__(self, where: type(Ellipsis), values: Float[ndarray, "..."] | int) -> None:
+    def __setitem__(self, where: EllipsisType, values: Float[ndarray, "..."] | int) -> None:
         """Fills it."""
         ...

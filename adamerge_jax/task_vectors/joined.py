@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from adamerge_jax.task_vectors.delta import Delta
+from adamerge_jax.task_vectors.delta import Delta, LoadedDelta
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +25,7 @@ class JoinedDelta:
         count: K.
     """
 
-    parts: tuple[Delta, ...]
+    parts: tuple[LoadedDelta, ...]
     experts: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
     count: int = dataclasses.field(metadata={"static": True})
 

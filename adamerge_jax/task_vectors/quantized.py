@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ class QuantizedEntries:
         for values, steps in zip(self.values, self.steps, strict=True):
             yield QuantizedEntries(values, steps)
 
-    def __setitem__(self, where: type(Ellipsis), deltas: Float[np.ndarray, "..."] | int) -> None:
+    def __setitem__(self, where: EllipsisType, deltas: Float[np.ndarray, "..."] | int) -> None:
         self.values[...], self.steps[...] = quantize(
             np.broadcast_to(np.asarray(deltas, np.float32), self.values.shape)
         )

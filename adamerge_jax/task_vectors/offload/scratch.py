@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from math import prod
+from types import EllipsisType
 
 import numpy as np
 
@@ -90,7 +91,7 @@ class ScratchArray:
     def __iter__(self) -> Iterator["ScratchArray"]:
         return (self[index] for index in range(len(self)))
 
-    def __setitem__(self, where: type(Ellipsis), values: np.ndarray | int) -> None:
+    def __setitem__(self, where: EllipsisType, values: np.ndarray | int) -> None:
         whole = np.broadcast_to(np.asarray(values).astype(self.dtype, copy=False), self.shape)
         self.scratch.write(self.offset, _bytes(np.ascontiguousarray(whole)))
 

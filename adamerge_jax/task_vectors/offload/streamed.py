@@ -118,7 +118,7 @@ class DiskSource:
         shapes = [
             jax.ShapeDtypeStruct((1, *array.shape[len(index) :]), array.dtype) for array in arrays
         ]
-        return structure.unflatten(jax.pure_callback(read, shapes, *index))
+        return jax.tree.unflatten(structure, jax.pure_callback(read, shapes, *index))
 
     def loaded(self) -> LoadedDelta:
         """Returns all of it as NumPy arrays."""
@@ -239,18 +239,19 @@ def apart_from_layers(tree: PyTree) -> tuple[PyTree, list[Source | None]]:
     leaves = [
         dataclasses.replace(leaf, source=None) if _is_streamed(leaf) else leaf for leaf in leaves
     ]
-    return structure.unflatten(leaves), sources
+    return jax.tree.unflatten(structure, leaves), sources
 
 
 def with_sources(tree: PyTree, sources: list[Source | None]) -> PyTree:
     """Puts the sources that `apart_from_layers` took out back into one layer."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_streamed)
     pairs = zip(leaves, sources, strict=True)
-    return structure.unflatten(
+    return jax.tree.unflatten(
+        structure,
         [
             leaf if source is None else dataclasses.replace(leaf, source=source)
             for leaf, source in pairs
-        ]
+        ],
     )
 
 
