@@ -68,5 +68,5 @@ class JoinedDelta:
         with_experts = zip(self.parts, self.experts, strict=True)
         return [(part, scale[np.array(experts)]) for part, experts in with_experts]
 
-    def _change(self, change: Callable[[Delta], Delta]) -> "JoinedDelta":
+    def _change(self, change: Callable[[LoadedDelta], Delta | None]) -> "JoinedDelta":
         return dataclasses.replace(self, parts=tuple(map(change, self.parts)))
