@@ -1,4 +1,4 @@
-"""Learning: task vectors and expert targets are read, then coefficients learned by stages."""
+"""Prepares task vectors and expert targets, then learns coefficients stage by stage."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -46,21 +46,21 @@ from adamerge_jax.task_vectors.offload.memory import make_memory
 OnStep = Callable[[Progress], None]
 
 ShowStage = Callable[[str, int], AbstractContextManager[OnStep]]
-"""`(name of the stage and its coefficients in words, steps) -> on_step`, as a context."""
+"""The function `(summary of the stage, steps) -> on_step`; its result is a context manager."""
 
 
 class LearningInputs(NamedTuple):
-    """All that learning starts from.
+    """The inputs of learning.
 
     Attributes:
-        method: How coefficients are learned.
-        workspace: Models and data.
-        base: Parameters of the base.
+        method: The method by which coefficients are learned.
+        workspace: The models and the data.
+        base: The parameters of the base by name.
         deltas: The experts' task vectors, after the interference steps.
-        mixed: Names without `*` of the tensors that are mixed.
-        interference: The interference steps, with what they learned of the task vectors.
-        calibration: Batches, with the targets that the objectives want.
-        start: The coefficients to start from, if something was learned before.
+        mixed: The names without `*` of the tensors that are mixed.
+        interference: The interference steps, fitted to the task vectors.
+        calibration: The calibration data, with the targets of the objectives.
+        start: The warm start; None for a start at the initial value.
     """
 
     method: Method
@@ -74,17 +74,17 @@ class LearningInputs(NamedTuple):
 
     @property
     def shapes(self) -> Shapes:
-        """Shapes of the mixed parameters, `(L, *shape)` where stacked."""
+        """The shapes of the mixed parameters, `(L, *shape)` where stacked."""
         return {name: self.workspace.models.shapes[name] for name in self.deltas}
 
     @property
     def devices(self) -> Devices:
-        """The devices that it runs on."""
+        """The devices that learning runs on."""
         return self.workspace.models.devices
 
     @property
     def experts(self) -> int:
-        """K."""
+        """The number of experts, K."""
         return len(self.workspace.models.experts)
 
 
@@ -92,10 +92,10 @@ class MergeResult(NamedTuple):
     """A learned merge.
 
     Attributes:
-        coefficients: The artefact.
-        granularity: Which parameters share a coefficient.
+        coefficients: The learned coefficients, as they are saved.
+        granularity: The granularity of the coefficients.
         values: The coefficients by group, `[G, K, ...]`.
-        deltas: Task vectors as the granularity prepared them.
+        deltas: The task vectors as the granularity prepared them.
     """
 
     coefficients: Coefficients
@@ -105,28 +105,28 @@ class MergeResult(NamedTuple):
 
     @property
     def scales(self) -> dict[str, Array]:
-        """The scale of each parameter, for `deltas`."""
+        """The scale of each parameter, which broadcasts against its task vectors in `deltas`."""
         return self.granularity.scales({g: jnp.asarray(v) for g, v in self.values.items()})
 
     def parameters(self, base: Mapping[str, Array]) -> dict[str, Array]:
-        """The merged model's parameters."""
+        """Returns the merged model's parameters by name."""
         return merged_parameters(base, self.deltas, self.scales)
 
 
 merged_parameters = jax.jit(lambda base, deltas, scales: materialize(mix(base, deltas, scales)))
-"""`(base, deltas, scales) -> parameters` of the merged model, all at once."""
+"""The compiled function `(base, deltas, scales) -> parameters` of the whole merged model."""
 
 
 def prepare(method: Method, workspace: Workspace) -> LearningInputs:
-    """Reads task vectors and asks the experts for the targets of the objectives.
+    """Reads task vectors and computes the experts' targets for the objectives.
 
     Args:
-        method: How coefficients are learned.
-        workspace: Models and data.
+        method: The method by which coefficients are learned.
+        workspace: The models and the data.
 
     Raises:
-        InputError: No expert differs from the base, an objective asks for a layer that the model
-            does not have, there are too few calibration examples, or the coefficients to start
+        InputError: No expert differs from the base, an objective wants a layer that the model does
+            not have, there are too few calibration examples, or the coefficients to start
             from are not for these models.
     """
     models = workspace.models
@@ -145,7 +145,7 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
         make_memory(method.memory, models.devices),
     )
     require_any_merged(deltas)
-    # What does not fit is to be known before anything is learned or written.
+    # A granularity that does not fit is refused before anything is learned or written.
     choice = method.result.granularity
     if choice.name in FROM_COARSE:
         from_coarse = FROM_COARSE[choice.name]
@@ -159,7 +159,7 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
         if not spec.expert:
             continue
         expert = workspace.expert(task, base)
-        targets[task] = _ask_expert(workspace, expert, task, spec)
+        targets[task] = _compute_targets(workspace, expert, task, spec)
         if spec.cross_task:
             cross_task[task] = ask_cross_task(
                 partial(workspace.evaluator.logits, expert, task),
@@ -169,7 +169,7 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
                 limit=spec.cross_task,
                 seed=method.seed,
             )
-        # Gone before the next one is read: two experts need never be in memory.
+        # Deleted before the next one is read, so that two experts are never in memory.
         del expert
     calibration = calibration._replace(
         targets=targets,
@@ -183,10 +183,10 @@ def require_any_merged(deltas: Mapping[str, object]) -> None:
     """Refuses a merge of nothing.
 
     Args:
-        deltas: By name of the parameter that experts changed.
+        deltas: The task vectors by the name of the parameter that experts changed.
 
     Raises:
-        InputError: There is none.
+        InputError: No expert changed a parameter.
     """
     if not deltas:
         raise InputError("no expert differs from the base in any parameter that is merged")
@@ -195,19 +195,23 @@ def require_any_merged(deltas: Mapping[str, object]) -> None:
 def learn_coefficients(
     inputs: LearningInputs,
     *,
-    show_stage: ShowStage = lambda what, steps: nullcontext(lambda progress: None),
+    show_stage: ShowStage = lambda summary, steps: nullcontext(lambda progress: None),
     on_result: Callable[[Coefficients], None] = lambda coefficients: None,
     state: Path | None = None,
 ) -> MergeResult:
     """Learns the coefficients of a method, stage by stage.
 
     Args:
-        inputs: What to learn from.
-        show_stage: Opened for each stage; its value is called with every step's progress.
-        on_result: Called with each stage's coefficients; where learning diverges, with the last
+        inputs: The inputs of learning.
+        show_stage: The context manager of each stage; its value is called with every step's
+            progress.
+        on_result: The callback with each stage's coefficients; if learning diverges, with the last
             good ones.
-        state: Folder in which each stage keeps its state at every held-out evaluation, and from
-            which it goes on.
+        state: The folder in which each stage saves its state at every held-out evaluation, and
+            from which it resumes.
+
+    Returns:
+        The merge by the coefficients of the last stage.
 
     Raises:
         InputError: The granularity does not fit the parameters.
@@ -220,7 +224,7 @@ def learn_coefficients(
     for stage in inputs.method.stages:
         if result is not None:
             start = per_tensor(result.granularity, result.values, inputs.shapes, inputs.experts)
-            stage = _resolve(inputs, stage, start)
+            stage = _resolve_granularity(inputs, stage, start)
         result = _learn_stage(inputs, stage, start, show_stage, on_result, state)
     assert result is not None
     return result
@@ -237,12 +241,12 @@ def learner_of(
     """Returns the compiled functions of one stage.
 
     Args:
-        method: How coefficients are learned.
-        stage: Which stage.
+        method: The method by which coefficients are learned.
+        stage: The stage.
         models: The base and its experts.
-        backbone: What is merged, as a function of its parameters.
+        backbone: The merged part of the model, as a function of its parameters.
         heads: Each task's head as a function of its parameters.
-        granularity: Which parameters share a coefficient.
+        granularity: The granularity of the coefficients.
     """
     specs = method.target_specs.values()
     return make_learner(
@@ -263,8 +267,8 @@ def learner_of(
     )
 
 
-def _resolve(inputs: LearningInputs, stage: Stage, coarse: PerTensor) -> Stage:
-    """The stage with a granularity that depends on coarse coefficients made definite."""
+def _resolve_granularity(inputs: LearningInputs, stage: Stage, coarse: PerTensor) -> Stage:
+    """Returns the stage with a granularity that depends on coarse coefficients made definite."""
     name, options = stage.granularity
     if name not in FROM_COARSE:
         return stage
@@ -354,15 +358,15 @@ def _learn_stage(
             )
     except NonFiniteObjectiveError as error:
         if error.learned is not None:
-            on_result(_describe(inputs, stage, error.learned))
+            on_result(_make_coefficients(inputs, stage, error.learned))
         raise
-    coefficients = _describe(inputs, stage, learned)
+    coefficients = _make_coefficients(inputs, stage, learned)
     on_result(coefficients)
     return MergeResult(coefficients, granularity, learned.values, deltas)
 
 
-def _describe(inputs: LearningInputs, stage: Stage, learned: Learned) -> Coefficients:
-    """The learned coefficients with all that a later merge must know of them."""
+def _make_coefficients(inputs: LearningInputs, stage: Stage, learned: Learned) -> Coefficients:
+    """Returns the learned coefficients with all facts that a later merge needs."""
     method, models = inputs.method, inputs.workspace.models
     shapes = {name: models.base.shape(name) for name in inputs.mixed}
     # A layer that no expert changed is in a stack with those that some did, but is not mixed.
@@ -386,10 +390,10 @@ def _describe(inputs: LearningInputs, stage: Stage, learned: Learned) -> Coeffic
     )
 
 
-def _ask_expert(
+def _compute_targets(
     workspace: Workspace, parameters: Mapping[str, Array], task: str, spec: TargetSpec
 ) -> StoredTargets:
-    """Returns the targets that a task's expert gives for its calibration examples."""
+    """Computes the targets of a task's expert for its calibration examples."""
 
     def ask(inputs: dict[str, np.ndarray]) -> tuple[Array, dict[int, Array]]:
         return workspace.evaluator.run(parameters, task, inputs, hidden_states=spec.hidden_states)
@@ -398,15 +402,15 @@ def _ask_expert(
     return ask_expert(ask, examples, spec, batch_size=workspace.evaluator.batch_size)
 
 
-def _require_layers(needs: Mapping[str, TargetSpec], models: Models) -> None:
+def _require_layers(target_specs: Mapping[str, TargetSpec], models: Models) -> None:
     """Refuses hidden states of a layer that the model does not have."""
     depths = (shape[0] for name, shape in models.shapes.items() if is_stacked(name))
     count = max(depths, default=0)
     if models.config.is_encoder_decoder:
         # Hidden states are the decoder's, and the encoder may have more layers.
         count = models.config.num_decoder_layers
-    for own in needs.values():
-        for layer in own.hidden_states:
+    for spec in target_specs.values():
+        for layer in spec.hidden_states:
             if not -count - 1 <= layer <= count:
                 raise InputError(
                     f"objectives: hidden states of layer {layer} are asked for; the model has "

@@ -14,31 +14,31 @@ from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of
 
 RUNTIME_BYTES = 400_000_000
-"""Compiled programs, and what the C library's allocator does not give back: what runs on a CPU had
-above their arrays."""
+"""The bytes of compiled programs, and those that the C library's allocator does not give back: the
+excess of measured runs on a CPU over their arrays."""
 
 
 class Programs(NamedTuple):
     """The work of the compiled functions of a run, at the longest example.
 
     Attributes:
-        step: One optimizer step.
-        look: The same batch without a gradient.
-        ask: An expert, or any one model, on a batch of `evaluation.batch_size`.
+        step: The work of one optimizer step.
+        evaluate: The work of a held-out evaluation of the same batch, without a gradient.
+        expert: The work of an expert, or any one model, on a batch of `evaluation.batch_size`.
     """
 
     step: Work
-    look: Work
-    ask: Work
+    evaluate: Work
+    expert: Work
 
 
 class Phase(NamedTuple):
     """A part of a run, and its peak.
 
     Attributes:
-        name: As the table shows it.
-        device: Bytes in the device's memory.
-        host: Bytes in the host's, beside those where the device is the host.
+        name: The name in the table.
+        device: The bytes in the device's memory.
+        host: The bytes in the host's memory, without `device` if the device is the host.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Memory(NamedTuple):
     """The memory that a run takes.
 
     Attributes:
-        parts: Bytes by what they are for.
-        phases: In their order.
-        floor: Bytes that the process has without any array: Python, libraries, compiled programs.
+        parts: The bytes by their purpose.
+        phases: The phases of the run, in their order.
+        floor: The bytes of the process without any array: Python, libraries, compiled programs.
     """
 
     parts: dict[str, int]
@@ -60,58 +60,61 @@ class Memory(NamedTuple):
     floor: int
 
     def device_peak(self) -> Phase:
-        """The phase with most on the device."""
+        """Returns the phase with the largest memory on the device."""
         return max(self.phases, key=lambda phase: phase.device)
 
     def host_peak(self, shared: bool) -> tuple[str, int]:
-        """The phase with most on the host, and its bytes.
+        """Returns the name of the phase with the largest memory on the host, and its bytes.
 
         Args:
-            shared: Whether the device's memory is the host's.
+            shared: True if the device's memory is the host's.
         """
-        totals = {each.name: each.host + shared * each.device for each in self.phases}
+        totals = {phase.name: phase.host + shared * phase.device for phase in self.phases}
         name = max(totals, key=totals.get)
         return name, self.floor + totals[name]
 
 
 def programs_of(outline: Outline, learning: AbstractLearning, *, compiled: bool) -> Programs:
-    """The work of the functions that a run compiles.
+    """Returns the work of the functions that a run compiles.
 
     Args:
         outline: The merge.
         learning: Its learning loop.
-        compiled: Whether to compile them for the present device, which says what they keep there;
-            otherwise that is estimated from their traces.
+        compiled: If True, they are compiled for the present device, and the kept bytes are the
+            compiler's; otherwise these are estimated from their traces.
     """
     batch = outline.batch(outline.longest)
     step = (learning.learner.step, learning.state, learning.frozen, batch)
-    look = (learning.learner.evaluate, learning.state, learning.frozen, batch)
-    # The head with most classes; a language model has one for all tasks.
-    task = max(outline.heads, key=lambda each: bytes_of(outline.head_parameters[each]))
+    evaluate = (learning.learner.evaluate, learning.state, learning.frozen, batch)
+    # The largest head; a language model has one for all tasks.
+    task = max(outline.heads, key=lambda name: bytes_of(outline.head_parameters[name]))
     size = outline.recipe.evaluation.batch_size
-    ask = (
-        jax.jit(partial(_ask, outline, task)),
+    expert = (
+        jax.jit(partial(_run_expert, outline, task)),
         outline.expert(task),
         outline.head_parameters[task],
         outline.inputs(size, outline.longest),
     )
-    works = [work_of(*call) for call in (step, look, ask)]
+    calls = (step, evaluate, expert)
+    works = [work_of(*call) for call in calls]
     if compiled:
         works = [
             work._replace(kept_bytes=_compiled_bytes(*call))
-            for work, call in zip(works, (step, look, ask), strict=True)
+            for work, call in zip(works, calls, strict=True)
         ]
     return Programs(*works)
 
 
-def _ask(outline: Outline, task: str, parameters: Any, head_parameters: Any, inputs: Any) -> Any:
+def _run_expert(
+    outline: Outline, task: str, parameters: Any, head_parameters: Any, inputs: Any
+) -> Any:
     """Computes the targets that an expert gives for a batch."""
     spec = outline.target_specs[task]
     outputs = outline.backbone(parameters, inputs, hidden_states=bool(spec.hidden_states))
     head = outline.heads[task]
     logits = head(complete_head(head, head_parameters, parameters), outputs)
     states = {layer: outputs.hidden_states[layer] for layer in spec.hidden_states}
-    # Logits are there, whatever is kept of them.
+    # Logits are computed even if the targets have only some of them.
     return expert_targets(spec, logits, states)._replace(expert_logits=logits)
 
 
@@ -130,31 +133,31 @@ def memory_of(
     devices: int = 1,
     split: int = 1,
 ) -> Memory:
-    """The parts and the phases of a run.
+    """Returns the memory of a run by parts and by phases.
 
     Args:
         outline: The merge.
         learning: Its learning loop.
         programs: The work of its compiled functions.
-        floor: Bytes that the process has without any array or compiled program.
-        devices: Among which examples are split; the device's peaks are those of one.
-        split: Devices among which parameters and task vectors are split.
+        floor: The bytes of the process without any array or compiled program.
+        devices: The number of devices among which examples are split; peaks are those of one.
+        split: The number of devices among which parameters and task vectors are split.
     """
     base, deltas = bytes_of(outline.base), bytes_of(outline.deltas)
-    # What a granularity lays out anew is there in both layouts.
+    # Task vectors that a granularity lays out anew exist in both layouts.
     copied = sum(
-        bytes_of(own)
-        for name, own in learning.frozen.deltas.items()
-        if own is not outline.deltas[name]
+        bytes_of(delta)
+        for name, delta in learning.frozen.deltas.items()
+        if delta is not outline.deltas[name]
     )
     heads = bytes_of(outline.head_parameters)
     batch = bytes_of(outline.batch(outline.longest))
     # The new state is in the step's outputs; the best coefficients are on the host.
     state, coefficients = bytes_of(learning.state), bytes_of(learning.values)
-    asked = any(own.expert for own in outline.target_specs.values())
+    uses_experts = any(spec.expert for spec in outline.target_specs.values())
     expert = max(_expert_bytes(outline, task) for task in outline.heads)
     targets = targets_bytes(outline)
-    data = sum(each.stored_bytes for part in outline.data.values() for each in part.values())
+    data = sum(size.stored_bytes for part in outline.data.values() for size in part.values())
     largest = max(4 * int(np.prod(info.shape)) for info in _tensors(outline))
     merged = checkpoint_bytes(outline.models, outline.recipe.export)
 
@@ -170,35 +173,30 @@ def memory_of(
         "activations of a step": programs.step.kept_bytes,
         "logits of one task in it": logits_bytes(outline),
     }
-    if asked:
+    if uses_experts:
         parts |= {
             "one expert while it is asked": expert,
-            "its activations": programs.ask.kept_bytes,
-            "what is kept of the experts' answers (host)": targets,
+            "its activations": programs.expert.kept_bytes,
+            "expert targets (host)": targets,
         }
     streamed = 0
     if outline.recipe.task_vectors.memory != "device":
         streamed = sum(map(streamed_bytes, outline.deltas.values()))
     beside = streamed if outline.recipe.task_vectors.memory == "host" else 0
     held = (base + deltas + copied - streamed) // split
-    step_kept, ask_kept = (
-        each // devices
-        for each in (
-            max(programs.step.kept_bytes, programs.look.kept_bytes),
-            programs.ask.kept_bytes,
-        )
-    )
+    step_kept = max(programs.step.kept_bytes, programs.evaluate.kept_bytes) // devices
+    expert_kept = programs.expert.kept_bytes // devices
     expert //= split
-    # Interference steps look at all task vectors together.
-    whole = streamed if outline.recipe.interference else beside
-    phases = [Phase("reading task vectors", held, data + whole + 3 * largest)]
-    if asked:
-        ask = held + heads + expert + ask_kept
-        phases.append(Phase("asking the experts", ask, data + beside + targets))
+    # Interference steps read all task vectors together.
+    while_reading = streamed if outline.recipe.interference else beside
+    phases = [Phase("reading task vectors", held, data + while_reading + 3 * largest)]
+    if uses_experts:
+        running = held + heads + expert + expert_kept
+        phases.append(Phase("asking the experts", running, data + beside + targets))
     step = held + heads + state + batch // devices + step_kept
     phases.append(Phase("learning", step, data + beside + targets + coefficients))
     if outline.data["test"]:
-        evaluating = held + heads + base // split + ask_kept
+        evaluating = held + heads + base // split + expert_kept
         phases.append(Phase("evaluating", evaluating, data + beside + targets))
     shard = min(merged, outline.recipe.export.shard_megabytes * 10**6)
     phases.append(Phase("exporting", held, data + beside + targets + shard + 3 * largest))
@@ -206,13 +204,13 @@ def memory_of(
 
 
 def _expert_bytes(outline: Outline, task: str) -> int:
-    """Returns the size of one expert beside the base: of an adapter that of its factors."""
-    whole = isinstance(outline.models.experts[task], MatchedCheckpoint)
-    return bytes_of(outline.expert(task)) - (0 if whole else bytes_of(outline.base))
+    """Returns the bytes of one expert beside the base: for an adapter those of its factors."""
+    is_whole = isinstance(outline.models.experts[task], MatchedCheckpoint)
+    return bytes_of(outline.expert(task)) - (0 if is_whole else bytes_of(outline.base))
 
 
 def _tensors(outline: Outline) -> list[Any]:
-    """The tensors of the base that are read."""
+    """Returns the tensors of the base that are read."""
     base = outline.models.base
     return [base.checkpoint.tensors[base.names[name]] for name in base.names]
 
@@ -241,7 +239,7 @@ def targets_bytes(outline: Outline) -> int:
 
 
 def logits_bytes(outline: Outline) -> int:
-    """Logits of one task's examples in a step, float32."""
+    """Returns the bytes of the logits of one task's examples in a step, float32."""
     size = outline.recipe.learning.batch_size
     return max(
         4 * int(np.prod(outline.logits(task, size, outline.longest).shape))

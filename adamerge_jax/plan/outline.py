@@ -1,4 +1,4 @@
-"""A recipe's merge as abstract arrays: shapes and dtypes of all that learning would hold."""
+"""The outline of a merge as abstract arrays: shapes and dtypes of all that learning holds."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ from adamerge_jax.task_vectors.offload.memory import AbstractMemory
 Abstract = jax.ShapeDtypeStruct
 
 ASSUMED_CLASSES = 100
-"""Of a zero-shot head whose class names only the data set has."""
+"""The number of classes of a zero-shot head whose class names only the data set has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Outline:
     Attributes:
         recipe: The recipe.
         models: The base and its experts, opened; no weight is read.
-        data: Sizes of the data by part (`calibration`, `validation`, `test`) and task.
+        data: The sizes of the data by part (`calibration`, `validation`, `test`) and task.
     """
 
     recipe: Recipe
@@ -67,20 +67,20 @@ class Outline:
         """Returns the outline with one field of the recipe changed.
 
         Raises:
-            InputError: The other fields do not go with it.
+            InputError: The other fields do not go with the new value.
         """
         fields = self.recipe.model_dump()
         section, _, name = field.rpartition(".")
         (fields[section] if section else fields)[name] = value
         recipe = parse_recipe(fields)
-        cut = {
+        shortened = {
             part: {
                 task: dataclasses.replace(size, lengths=np.minimum(size.lengths, recipe.max_length))
                 for task, size in sizes.items()
             }
             for part, sizes in self.data.items()
         }
-        return Outline(recipe, self.models, cut)
+        return Outline(recipe, self.models, shortened)
 
     @functools.cached_property
     def method(self) -> Method:
@@ -121,7 +121,7 @@ class Outline:
     def task_vectors(self) -> tuple[dict[str, Delta], list[str]]:
         """The abstract task vectors as they are loaded, and the names of the mixed tensors.
 
-        Unchanged parameters are known only from the weights: here all that may differ does.
+        All parameters that may differ from the base are taken to differ: no weight is read.
         """
         method = self.method
         deltas, mixed, _ = load_task_vectors(
@@ -141,7 +141,7 @@ class Outline:
 
     @property
     def experts(self) -> int:
-        """K."""
+        """The number of experts, K."""
         return len(self.models.experts)
 
     @property
@@ -151,16 +151,16 @@ class Outline:
 
     @property
     def shapes(self) -> Shapes:
-        """Shapes of the mixed parameters, `(L, *shape)` where stacked."""
+        """The shapes of the mixed parameters, `(L, *shape)` where stacked."""
         return {name: self.models.shapes[name] for name in self.deltas}
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest calibration example; 0 for images."""
+        """The number of tokens of the longest calibration example; 0 for images."""
         return max(int(size.lengths.max()) for size in self.data["calibration"].values())
 
     def inputs(self, examples: int, length: int) -> dict[str, Abstract]:
-        """Model inputs of so many examples of `length` tokens."""
+        """Returns the model inputs of some examples of `length` tokens."""
         names = self.models.family.inputs
         if names[0] == "pixel_values":
             config = self.models.config
@@ -170,49 +170,50 @@ class Outline:
         return {name: Abstract((examples, length), np.int32) for name in names}
 
     def outputs(self, examples: int, length: int) -> Outputs:
-        """Returns the backbone's abstract outputs for so many examples, with all hidden states."""
+        """Returns the backbone's abstract outputs for some examples, with all hidden states."""
         run = partial(self.backbone, hidden_states=True)
         return jax.eval_shape(run, self.base, self.inputs(examples, length))
 
     def logits(self, task: str, examples: int, length: int) -> Abstract:
         """Returns the abstract logits of a task's head, `[B, C]` or `[B, T, V]`."""
         head = self.heads[task]
-        own = complete_head(head, self.head_parameters[task], self.base)
-        return jax.eval_shape(head, own, self.outputs(examples, length))
+        head_parameters = complete_head(head, self.head_parameters[task], self.base)
+        return jax.eval_shape(head, head_parameters, self.outputs(examples, length))
 
     def targets(self, task: str, examples: int, length: int) -> Targets:
-        """Returns the abstract targets of so many examples of a task."""
+        """Returns the abstract targets of some examples of a task."""
         spec = self.target_specs[task]
         logits = self.logits(task, examples, length)
 
-        def of_expert(logits: Any, hidden_states: Any) -> Targets:
+        def compute_targets(logits: Any, hidden_states: Any) -> Targets:
             states = {layer: hidden_states[layer] for layer in spec.hidden_states}
             return expert_targets(spec, logits, states)
 
-        targets = jax.eval_shape(of_expert, logits, self.outputs(examples, length).hidden_states)
+        hidden_states = self.outputs(examples, length).hidden_states
+        targets = jax.eval_shape(compute_targets, logits, hidden_states)
         positions = logits.shape[:-1]
         if len(positions) == 2 or self.recipe.tasks[task].calibration.label is not None:
             targets = targets._replace(labels=Abstract(positions, np.int32))
         if spec.cross_task:
             others = (examples, len(self.recipe.tasks) - 1)
-            asked = Abstract((*others, logits.shape[-1]), logits.dtype)
+            cross_task_logits = Abstract((*others, logits.shape[-1]), logits.dtype)
             weights = Abstract(others, np.float32)
-            targets = targets._replace(cross_task=CrossTaskTargets(asked, weights))
+            targets = targets._replace(cross_task=CrossTaskTargets(cross_task_logits, weights))
         return targets
 
     def batch(self, length: int) -> Batch:
-        """One step's batch of examples of `length` tokens."""
+        """Returns the batch of one step, of examples of `length` tokens."""
         tasks, size = list(self.recipe.tasks), self.recipe.learning.batch_size
         inputs = self.inputs(len(tasks) * size, length)
         return Batch(
             inputs,
             Abstract((len(tasks), size), np.float32),
             [self.targets(task, size, length) for task in tasks],
-            inputs if any(own.augmented for own in self.target_specs.values()) else None,
+            inputs if any(spec.augmented for spec in self.target_specs.values()) else None,
         )
 
     def expert(self, task: str) -> dict[str, Any]:
-        """Parameters of one expert: arrays, or for an adapter the base's with lazy factors."""
+        """Returns an expert's parameters: arrays, or for an adapter the base's with factors."""
         return load_expert(self.models, task, self.base, self.dtype, AbstractMemory())
 
     def learning(self) -> "AbstractLearning":
@@ -236,7 +237,7 @@ class Outline:
 
 
 def streamed_bytes(delta: Delta) -> int:
-    """Returns the bytes of a delta that can be outside the device: its entries, not its factors."""
+    """Returns the bytes of a delta's entries, which can be outside of the device."""
     if isinstance(delta, JoinedDelta):
         return sum(map(streamed_bytes, delta.parts))
     return bytes_of(delta) if isinstance(delta, DenseDelta | QuantizedDelta) else 0
@@ -246,11 +247,11 @@ class AbstractLearning(NamedTuple):
     """The learning loop without arrays.
 
     Attributes:
-        granularity: Which parameters share a coefficient.
-        learner: How they are learned.
-        state: Abstract.
-        frozen: Abstract.
-        values: Abstract coefficients by group, `[G, K, ...]`.
+        granularity: The granularity of the coefficients.
+        learner: The functions of the loop.
+        state: The abstract state of learning.
+        frozen: The abstract parameters that are not learned.
+        values: The abstract coefficients by group, `[G, K, ...]`.
     """
 
     granularity: Granularity
@@ -261,7 +262,7 @@ class AbstractLearning(NamedTuple):
 
 
 def outline(recipe: Recipe, root: Path) -> Outline:
-    """Opens a recipe's models and measures its data; reads no weight.
+    """Outlines a recipe's merge: opens its models and measures its data; reads no weight.
 
     Args:
         recipe: The recipe.
@@ -317,5 +318,5 @@ def _head_parameters(
     saved = getattr(expert, "saved", None)
     names = saved if saved is not None else expert.names
     tensors = expert.checkpoint.tensors
-    found = {name: tensors[names[name]] for name in models.head_names(task)}
-    return {name: Abstract(info.shape, dtype or info.dtype) for name, info in found.items()}
+    stored = {name: tensors[names[name]] for name in models.head_names(task)}
+    return {name: Abstract(info.shape, dtype or info.dtype) for name, info in stored.items()}

@@ -1,4 +1,4 @@
-"""A recipe's cost: sizes, memory, time, disk, and what to change where it does not fit."""
+"""The cost of a recipe: sizes, memory, time, disk, and changes that make it fit."""
 
 from collections.abc import Iterator
 from math import ceil
@@ -26,13 +26,13 @@ from adamerge_jax.recipes.schema import Recipe
 
 
 class Change(NamedTuple):
-    """One thing to change in a recipe, after those before it.
+    """An advised change of a recipe, made after those before it.
 
     Attributes:
-        field: Of the recipe.
-        value: What to write there.
-        peak: Predicted peak in bytes, with all changes up to this one.
-        fits: Whether that is enough.
+        field: The field of the recipe.
+        value: The new value of the field.
+        peak: The predicted peak in bytes, with all changes up to this one.
+        fits: True if this peak is within the device's memory.
     """
 
     field: str
@@ -42,42 +42,42 @@ class Change(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Predicted times.
+    """The predicted times, in seconds.
 
     Attributes:
-        step: One step on a batch of the average length.
-        asking: All experts, on all calibration examples that they are asked about.
-        steps: All steps.
-        looks: All looks at the held-out data.
+        step: The time of one step on a batch of the average length.
+        expert_targets: The time of all experts on their calibration examples.
+        steps: The time of all steps.
+        held_out_evaluations: The time of all evaluations of the held-out data.
     """
 
     step: float
-    asking: float
+    expert_targets: float
     steps: float
-    looks: float
+    held_out_evaluations: float
 
     @property
     def total(self) -> float:
-        """Without compiling, reading, evaluating and writing."""
-        return self.asking + self.steps + self.looks
+        """The sum of these, without compiling, reading, evaluating on test data and writing."""
+        return self.expert_targets + self.steps + self.held_out_evaluations
 
 
 class Plan(NamedTuple):
     """The predicted cost of a run.
 
     Attributes:
-        parameters: Of the model that is merged.
-        merged: How many of them are merged.
-        coefficients: How many there are and where, in words.
-        device: On which.
-        programs: Work of the compiled functions.
-        memory: Parts and phases.
-        host_limit: Memory of this machine that is free, in bytes.
-        seconds: Times.
-        disk: Bytes that the export takes.
-        changes: What to change, empty where it fits.
-        compiled: Whether the activations are the compiler's own figures.
-        notes: What is assumed.
+        parameters: The number of the model's parameters.
+        merged: The number of parameters that are merged.
+        coefficients: The number of coefficients and their units, in words.
+        device: The device of the run.
+        programs: The work of the compiled functions.
+        memory: The memory by parts and phases.
+        host_limit: The free memory of this machine, in bytes.
+        seconds: The times.
+        disk: The bytes that the export takes.
+        changes: The advised changes; empty if the run fits.
+        compiled: True if the sizes of activations are the compiler's.
+        notes: The assumptions, a sentence each.
     """
 
     parameters: int
@@ -95,30 +95,30 @@ class Plan(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Peak memory of the device; where it is the CPU, of the process."""
+        """The peak memory in bytes of the device, or of the process if the device is the CPU."""
         return _peak(self.memory, self.device)
 
     @property
     def fits(self) -> bool:
-        """True where the peak is within the device's memory."""
+        """True if the peak is within the device's memory."""
         return self.peak <= self.device.memory
 
 
 class _Spread(NamedTuple):
-    """Devices among which examples are split, and those among which parameters are."""
+    """The numbers of devices among which examples and parameters are split."""
 
     devices: int = 1
     split: int = 1
 
 
 def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
-    """Predicts what a run of a recipe takes. No weight is read.
+    """Predicts the cost of a recipe's run; reads no weight.
 
     Args:
-        recipe: The merge.
+        recipe: The recipe.
         root: Folder that its relative paths start from.
-        device: A name of `DEVICES`, `cpu`, or None for the present device, for which the step is
-            compiled: its memory is then what the compiler says.
+        device: A key of `DEVICES`, `cpu`, or None for the present device, for which the step is
+            compiled: the sizes of activations are then the compiler's.
 
     Raises:
         InputError: A checkpoint, a file or the device cannot be used.
@@ -175,7 +175,7 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
 
     share = _average_length(merge) / merge.longest if merge.longest else 1.0
     calibration = merge.data["calibration"]
-    asked = sum(
+    expert_examples = sum(
         len(size) if task == other else min(merge.target_specs[task].cross_task, len(size))
         for task in calibration
         for other, size in calibration.items()
@@ -183,7 +183,7 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
     )
     coarse = recipe.coefficients.coarse
     stages = [recipe.learning.steps, *([coarse.steps] if coarse else [])]
-    looks = sum(
+    evaluations = sum(
         1 + ceil(steps / (recipe.learning.evaluate_every or max(1, steps // 10)))
         for steps in stages
     )
@@ -192,24 +192,24 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
     batches = ceil(held_out / recipe.learning.batch_size)
     return Seconds(
         step,
-        share * seconds(programs.ask) * asked / recipe.evaluation.batch_size,
+        share * seconds(programs.expert) * expert_examples / recipe.evaluation.batch_size,
         step * sum(stages),
-        share * seconds(programs.look) * batches * looks,
+        share * seconds(programs.evaluate) * batches * evaluations,
     )
 
 
 def _average_length(merge: Outline) -> float:
     """Returns the mean length of batches, each padded to the longest of its similar examples."""
-    at = (np.arange(BATCHES_SORTED_TOGETHER) + 1) / BATCHES_SORTED_TOGETHER
+    quantiles = (np.arange(BATCHES_SORTED_TOGETHER) + 1) / BATCHES_SORTED_TOGETHER
     sizes = merge.data["calibration"].values()
-    longest = [np.quantile(size.lengths, at, method="higher") for size in sizes]
+    longest = [np.quantile(size.lengths, quantiles, method="higher") for size in sizes]
     return float(np.max(longest, axis=0).mean())
 
 
 def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Iterator[Change]:
-    """Yields changes that lower the peak, the cheapest first, one after the other until it fits.
+    """Yields changes that lower the peak, the cheapest first, until the run fits.
 
-    They are judged by the traces of the changed programs, without compiling them.
+    Their peaks come from the traces of the changed programs, which are not compiled.
     """
 
     def peak_of(changed: Outline) -> int:
@@ -226,11 +226,11 @@ def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Ite
         try:
             changed = merge.changed(field, value)
         except InputError:
-            # Not together with what else the recipe says.
+            # The other fields of the recipe do not go with it.
             useless.add(field)
             continue
         peak = peak_of(changed)
-        # What is of no use is not advised, nor more of the same.
+        # A change that hardly helps is not advised, nor are further values of its field.
         if peak > 0.98 * before:
             useless.add(field)
             continue
@@ -241,32 +241,32 @@ def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Ite
 
 
 def _candidates(merge: Outline) -> Iterator[tuple[str, Any]]:
-    """Yields fields and values that take less memory, in order of what they cost."""
+    """Yields fields and values that take less memory, the cheapest first."""
     recipe = merge.recipe
-    # A little time: more is computed twice.
+    # The cost is a little time: more is computed twice.
     if recipe.learning.rematerialize != "layer":
         yield "learning.rematerialize", "layer"
-    # Nothing but smaller products.
+    # The cost is smaller matrix products.
     batch_size = recipe.learning.batch_size
     for parts in range(recipe.learning.microbatches + 1, batch_size + 1):
         if batch_size % parts == 0:
             yield "learning.microbatches", parts
     yield from (("evaluation.batch_size", size) for size in _halves(recipe.evaluation.batch_size))
-    # Digits.
+    # The cost is precision.
     if recipe.task_vectors.dtype is None:
         yield "task_vectors.dtype", "bfloat16"
     if recipe.dtype is None or recipe.dtype == "float32":
         yield "dtype", "bfloat16"
     if recipe.task_vectors.dtype != "int8":
         yield "task_vectors.dtype", "int8"
-    # Time: task vectors are moved in every step.
+    # The cost is time: task vectors are moved in every step.
     if recipe.task_vectors.memory == "device" and recipe.devices.model == 1:
         yield "task_vectors.memory", "host"
     if recipe.task_vectors.memory != "disk" and recipe.devices.model == 1:
         yield "task_vectors.memory", "disk"
-    # Noisier gradients.
+    # The cost is noisier gradients.
     yield from (("learning.batch_size", size) for size in _halves(batch_size))
-    # The end of long texts.
+    # The cost is the end of long texts.
     yield from (("max_length", length) for length in _halves(recipe.max_length) if length >= 32)
 
 

@@ -1,7 +1,7 @@
-"""From a recipe to the method that it describes: functions in place of names.
+"""Builds the method that a recipe describes: functions in place of names.
 
-`build` is called once a run. What comes after it gets the `Method`, the models and the data, and
-nothing of the recipe.
+`build` is called once a run. Later stages get the `Method`, the models and the data, and nothing of
+the recipe.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,31 +65,31 @@ class GranularityChoice(NamedTuple):
         return make_granularity(self.name, self.options, shapes)
 
     def along_axes(self, shapes: Shapes) -> bool:
-        """Returns True where each scale broadcasts against its parameter.
+        """Returns True if each scale broadcasts against its parameter.
 
         Args:
-            shapes: Shapes of the parameters that are merged.
+            shapes: The shapes of the parameters that are merged.
         """
         return self.name not in FROM_COARSE and self.make(shapes).along_axes(shapes)
 
     def keeps_factors(self, shapes: Shapes) -> bool:
-        """Returns True where a merge of low-rank task vectors stays low-rank.
+        """Returns True if a merge of low-rank task vectors stays low-rank.
 
         Args:
-            shapes: Shapes of the parameters with low-rank task vectors.
+            shapes: The shapes of the parameters with low-rank task vectors.
         """
         return self.name not in FROM_COARSE and self.make(shapes).keeps_factors(shapes)
 
 
 class Stage(NamedTuple):
-    """One run of the learning loop.
+    """A run of the learning loop.
 
     Attributes:
         name: `coarse`, or `learning` for the one whose coefficients are the result.
-        granularity: Which parameters share a coefficient.
-        steps: Number of optimizer steps.
-        evaluate_every: Steps between two evaluations of the held-out data.
-        optimizer: The optax transformation for so many steps.
+        granularity: The granularity of the coefficients.
+        steps: The number of optimizer steps.
+        evaluate_every: The number of steps between two evaluations of the held-out data.
+        optimizer: The optax transformation for this number of steps.
     """
 
     name: str
@@ -100,26 +100,26 @@ class Stage(NamedTuple):
 
 
 class Method(NamedTuple):
-    """All that a recipe says of how coefficients are learned, as functions and numbers.
+    """The method of learning coefficients, as functions and numbers.
 
     Attributes:
-        stages: Runs of the learning loop, in their order: coarse coefficients first, if any.
-        constraint: Name of the constraint on coefficients.
+        stages: The runs of the learning loop, in their order: coarse coefficients first, if any.
+        constraint: The name of the constraint on coefficients.
         initial: The value at which every coefficient starts.
         start: The file whose coefficients learning starts from, if any.
-        other_base: Whether that file may have been learned for another base.
+        other_base: True if that file may have been learned for another base.
         objectives: The objective of each task.
-        objective_in_words: The same for people.
+        objective_in_words: The objectives in words.
         target_specs: The targets that each task's objective wants.
-        regularizers: Terms that are added to the sum over tasks, with their weights.
-        interference: Steps that change task vectors before mixing.
-        control: The tasks that must not suffer, where something is to be forgotten.
-        batch_size: Examples of every task per step.
-        microbatches: Parts in which a step runs its batch.
-        held_out: Part of each task's calibration examples that is held out.
-        seed: All randomness comes from it.
-        delta_dtype: That of task vectors; None for the checkpoint's.
-        memory: The place where task vectors are kept.
+        regularizers: The terms that are added to the sum over tasks, with their weights.
+        interference: The steps that change task vectors before mixing.
+        control: The tasks that must not suffer if another is to be forgotten, else None.
+        batch_size: The number of examples of every task per step.
+        microbatches: The number of parts in which a step runs its batch.
+        held_out: The part of each task's calibration examples that is held out.
+        seed: The seed of all randomness.
+        delta_dtype: The dtype of task vectors; None for the checkpoint's.
+        memory: The place of task vectors.
     """
 
     stages: tuple[Stage, ...]
@@ -147,7 +147,7 @@ class Method(NamedTuple):
 
 
 def build(recipe: Recipe, models: OpenedModels) -> Method:
-    """Turns a recipe into functions and numbers.
+    """Builds the method of a recipe.
 
     Args:
         recipe: A checked recipe.
@@ -155,7 +155,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
 
     Raises:
         InputError: An objective does not go with this kind of model, labels are missing, or the
-            optimizer asks for more than a gradient.
+            optimizer needs more than a gradient.
     """
     language = models.family.language
     learning, coefficients = recipe.learning, recipe.coefficients
@@ -163,11 +163,11 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
     specs = {task: objective.target_spec for task, objective in objectives.items()}
     _require_fitting(specs, recipe.tasks, language)
     if language or len(specs) == 1:
-        # One output layer for all tasks: experts would contradict each other. Of one task: there
-        # are no others.
+        # With one output layer for all tasks experts would contradict each other; one task has no
+        # others.
         specs = {task: spec._replace(cross_task=0) for task, spec in specs.items()}
     if learning.control is not None and not language:
-        # What is controlled without labels is the agreement with the experts.
+        # Control without labels needs the agreement with the experts.
         specs = {task: spec._replace(expert_logits=True) for task, spec in specs.items()}
     delta_dtype = recipe.task_vectors.dtype or recipe.dtype
     return Method(

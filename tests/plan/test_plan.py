@@ -296,7 +296,7 @@ def test_coarse_coefficients_take_time_too(text_recipe, tmp_path, every, ratio):
         return make_plan(recipe, tmp_path, "h100").seconds
 
     alone, after = seconds(), seconds(coarse={"steps": 12})
-    assert after.looks == pytest.approx(ratio * alone.looks)
+    assert after.held_out_evaluations == pytest.approx(ratio * alone.held_out_evaluations)
     assert after.steps == pytest.approx(5 * alone.steps)
 
 
