@@ -239,16 +239,17 @@ def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
         config: The model's config.
         auto_class: The class that chooses it, a classifier's; None for the model without a head.
     """
-    from transformers.models.auto import modeling_auto
+    # As attributes of the package they ask for PyTorch.
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
 
     class_names = {
-        None: modeling_auto.MODEL_MAPPING_NAMES,
-        "AutoModelForSequenceClassification": (
-            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        ),
-        "AutoModelForImageClassification": (
-            modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-        ),
+        None: MODEL_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForImageClassification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     }
     return class_names[auto_class][config.model_type]
 
