@@ -7,8 +7,11 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.references import write_recipe
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "orbax")
 
@@ -73,3 +76,26 @@ def test_modules_that_have_moved_are_found_by_their_old_names(old, new):
     with pytest.warns(DeprecationWarning, match=f"adamerge_jax.{old} is now adamerge_jax.{new}"):
         module = importlib.import_module(f"adamerge_jax.{old}")
     assert module is importlib.import_module(f"adamerge_jax.{new}")
+
+
+WITHOUT_PYTORCH = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+from adamerge_jax.cli.main import main
+main(sys.argv[1:])
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_run_needs_no_pytorch(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    fields = request.getfixturevalue(f"{kind}_recipe")
+    fields["learning"] = {"steps": 1, "batch_size": 2}
+    # The base has a head, which the merged model has not: its class must be looked up.
+    fields["base"] = next(iter(fields["tasks"].values()))["expert"]
+    recipe = write_recipe(tmp_path, fields)
+    command = ["learn", str(recipe), "--out", str(tmp_path / "run")]
+    subprocess.run([sys.executable, "-c", WITHOUT_PYTORCH, *command], check=True)
+    config = json.loads((tmp_path / "run/checkpoint/config.json").read_text())
+    assert config["architectures"] == {"text": ["BertModel"], "image": ["ViTModel"]}[kind]

@@ -1,4 +1,5 @@
 import json
+import pickle
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -331,3 +332,17 @@ def test_the_granularity_is_made_once(monkeypatch: pytest.MonkeyPatch):
     assert calls == [fresh.shapes]
     assert fresh.unstacked_granularity is fresh.unstacked_granularity
     assert replace(fresh, step=1) != fresh and replace(fresh) == COEFFICIENTS
+
+
+def test_coefficients_are_pickled(tmp_path: Path):
+    COEFFICIENTS.save(tmp_path / "coefficients.safetensors")
+    loaded = Coefficients.load(tmp_path / "coefficients.safetensors")
+    copied = pickle.loads(pickle.dumps(loaded))
+    assert copied.granularity == loaded.granularity and copied.shapes == loaded.shapes
+    assert all((copied.values[group] == loaded.values[group]).all() for group in loaded.values)
+
+
+def test_the_granularity_for_other_shapes_is_made_for_one_release():
+    with pytest.warns(DeprecationWarning, match="unstacked_granularity"):
+        made = COEFFICIENTS.make_granularity(COEFFICIENTS.shapes)
+    assert made.units == COEFFICIENTS.unstacked_granularity.units
