@@ -37,17 +37,17 @@ class Curve(NamedTuple):
     """One way of learning.
 
     Attributes:
-        steps: Of the optimizer, in all.
-        learning_rate: Where its schedule starts.
-        seconds: Of learning, evaluation not counted.
-        looks: Accuracy on the test data by task, after so many steps, of what the held-out data
-            had chosen by then.
+        steps: The number of optimizer steps.
+        learning_rate: The initial learning rate.
+        seconds: The duration of learning, without evaluation.
+        accuracy: Accuracy on the test data by task, by the number of steps: that of the best
+            coefficients on the held-out data until then.
     """
 
     steps: int
     learning_rate: float
     seconds: float
-    looks: dict[int, dict[str, float]]
+    accuracy: dict[int, dict[str, float]]
 
 
 def main() -> None:
@@ -132,7 +132,7 @@ def learn_others(recipe: Recipe, root: Path, file: Path, console: Console) -> No
     workspace = open_workspace(recipe, root)
     require_classifiers(workspace)
     inputs = prepare(build(recipe, workspace.models), workspace)
-    learn_coefficients(inputs, show_stage=watch_into([], console)).coefficients.save(file)
+    learn_coefficients(inputs, show_stage=collect_into([], console)).coefficients.save(file)
 
 
 def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
@@ -148,13 +148,13 @@ def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
         raise InputError("tasks: every task needs test data to evaluate on")
     for note in inputs.start.notes if inputs.start else ():
         console.print(f"note: {note}", soft_wrap=True)
-    looks: list[tuple[int, Learned]] = []
+    evaluations: list[tuple[int, Learned]] = []
     began = time.perf_counter()
-    merge = learn_coefficients(inputs, show_stage=watch_into(looks, console))
+    merge = learn_coefficients(inputs, show_stage=collect_into(evaluations, console))
     seconds = time.perf_counter() - began
     scores: dict[int, dict[str, float]] = {}
     by_chosen: dict[int, dict[str, float]] = {}
-    for step, chosen in looks:
+    for step, chosen in evaluations:
         if chosen.step not in by_chosen:
             row = learned_row(inputs, merge._replace(values=chosen.values))
             by_chosen[chosen.step] = row.tasks
@@ -163,38 +163,38 @@ def learn_curve(recipe: Recipe, root: Path, console: Console) -> Curve:
     return Curve(recipe.learning.steps, optimizer.learning_rate, seconds, scores)
 
 
-def watch_into(looks: list[tuple[int, Learned]], console: Console) -> ShowStage:
-    """Collects, for each look at the held-out data, what it had chosen by then."""
+def collect_into(evaluations: list[tuple[int, Learned]], console: Console) -> ShowStage:
+    """Collects the best coefficients so far at each evaluation on the held-out data."""
 
     @contextmanager
-    def watch(what: str, steps: int) -> Iterator[Any]:
-        console.print(f"{what}, {steps} steps", soft_wrap=True)
-        looks.clear()  # those of a coarser stage before
+    def show_stage(summary: str, steps: int) -> Iterator[Any]:
+        console.print(f"{summary}, {steps} steps", soft_wrap=True)
+        evaluations.clear()  # those of a coarser stage before
 
         def show(progress: Progress) -> None:
             if progress.held_out is not None:
-                looks.append((progress.step, progress.best or looks[-1][1]))
+                evaluations.append((progress.step, progress.best or evaluations[-1][1]))
                 objective = progress.held_out.objective.sum()
                 console.print(f"step {progress.step}: {objective:.4f} on the held-out data")
 
         yield show
 
-    return watch
+    return show_stage
 
 
 def read_curve(file: Path) -> Curve:
-    """Reads what an earlier run of this script kept."""
+    """Reads the curve that an earlier run of this script saved."""
     curve = Curve(**json.loads(file.read_text()))
-    return curve._replace(looks={int(step): own for step, own in curve.looks.items()})
+    return curve._replace(accuracy={int(step): tasks for step, tasks in curve.accuracy.items()})
 
 
 def average(scores: dict[str, float]) -> float:
-    """Mean over the tasks."""
+    """Returns the mean over the tasks."""
     return sum(scores.values()) / len(scores)
 
 
 def summarise(curves: dict[str, Curve]) -> Table:
-    """Average accuracy by step, then that of each task at the end."""
+    """Returns a table of the average accuracy by step, then of each task's at the end."""
     table = Table(title="Accuracy (%) after so many steps")
     table.add_column("steps", justify="right")
     for name, curve in curves.items():
@@ -204,11 +204,11 @@ def summarise(curves: dict[str, Curve]) -> Table:
     def cells(scores: list[float | None]) -> list[str]:
         return ["" if score is None else f"{100 * score:.1f}" for score in scores]
 
-    for step in sorted({step for curve in curves.values() for step in curve.looks}):
-        found = [curve.looks.get(step) for curve in curves.values()]
-        table.add_row(str(step), *cells([own and average(own) for own in found]))
+    for step in sorted({step for curve in curves.values() for step in curve.accuracy}):
+        accuracies = [curve.accuracy.get(step) for curve in curves.values()]
+        table.add_row(str(step), *cells([tasks and average(tasks) for tasks in accuracies]))
     table.add_section()
-    ends = [curve.looks[max(curve.looks)] for curve in curves.values()]
+    ends = [curve.accuracy[max(curve.accuracy)] for curve in curves.values()]
     for task in ends[0]:
         table.add_row(task, *cells([end[task] for end in ends]))
     return table
@@ -217,10 +217,10 @@ def summarise(curves: dict[str, Curve]) -> Table:
 def in_words(curves: dict[str, Curve]) -> str:
     """After how many steps the coefficients of the others lead to what is reached from scratch."""
     scratch, warm = curves[SCRATCH], curves[WARM]
-    goal = average(scratch.looks[max(scratch.looks)])
-    reached = [step for step, scores in warm.looks.items() if average(scores) >= goal]
+    goal = average(scratch.accuracy[max(scratch.accuracy)])
+    reached = [step for step, scores in warm.accuracy.items() if average(scores) >= goal]
     if not reached:
-        best = max(average(scores) for scores in warm.looks.values())
+        best = max(average(scores) for scores in warm.accuracy.values())
         return (
             f"from scratch {100 * goal:.1f} after {scratch.steps} steps; from the others' "
             f"coefficients {100 * best:.1f} at most in {warm.steps}: not reached"
