@@ -143,3 +143,7 @@ def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
         return parameter.materialize()
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_mixture)
+
+
+materialize_compiled = jax.jit(materialize)
+"""The compiled `materialize`, for a whole model or one tensor outside another compiled function."""

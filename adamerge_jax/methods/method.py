@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array
 
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.mixing import Mixture, materialize
+from adamerge_jax.mixing import Mixture, materialize_compiled
 from adamerge_jax.task_vectors import Delta
 
 
@@ -26,9 +25,6 @@ class MergeMethod(NamedTuple):
     interference: tuple[FittedStep, ...] = ()
 
 
-_materialize = jax.jit(materialize)
-
-
 def merged_parameters(
     method: MergeMethod, base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int
 ) -> dict[str, Array]:
@@ -43,4 +39,4 @@ def merged_parameters(
     Returns:
         The merged model's parameters by name, `[*shape]`, in the dtype of the base.
     """
-    return _materialize({**base, **method.merge(base, deltas, experts)})
+    return materialize_compiled({**base, **method.merge(base, deltas, experts)})

@@ -11,10 +11,10 @@ from adamerge_jax.methods import (
     merged_parameters,
     task_arithmetic,
 )
-from adamerge_jax.pipeline.evaluate import Row
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe
+from adamerge_jax.runs.results import Row
 from adamerge_jax.task_vectors import Delta
 from adamerge_jax.task_vectors.offload.memory import make_memory
 

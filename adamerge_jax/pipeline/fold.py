@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -16,7 +15,7 @@ from adamerge_jax.devices import ONE_DEVICE
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep, apply_steps
 from adamerge_jax.methods import MergeMethod, merged_parameters
-from adamerge_jax.mixing import Mixture
+from adamerge_jax.mixing import Mixture, materialize_compiled
 from adamerge_jax.pipeline.blocks import THREADS, fold_tensor
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.read import load_task_vectors, read_delta, read_entries
@@ -130,7 +129,7 @@ def _fold_delta(
     if delta is None:
         return tensor  # only experts that are left out changed it
     mixture = Mixture(tensor.astype(np.float32), granularity.prepare(name, delta), scale)
-    return np.asarray(_materialize(mixture))
+    return np.asarray(materialize_compiled(mixture))
 
 
 def _read_tensor_delta(
@@ -142,6 +141,3 @@ def _read_tensor_delta(
         return DenseDelta(apply_steps(interference, name, values))
     delta, _ = read_delta(models, name, [name], FLOAT32)
     return delta
-
-
-_materialize = jax.jit(Mixture.materialize)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -31,7 +30,7 @@ from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning.learner import Frozen, Learner, forward_with_heads, make_learner
 from adamerge_jax.learning.loop import Learned, Progress, Snapshot, learn
 from adamerge_jax.learning.snapshots import load_snapshot, save_snapshot
-from adamerge_jax.mixing import materialize, mix
+from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
@@ -110,11 +109,7 @@ class MergeResult(NamedTuple):
 
     def parameters(self, base: Mapping[str, Array]) -> dict[str, Array]:
         """Returns the merged model's parameters by name."""
-        return merged_parameters(base, self.deltas, self.scales)
-
-
-merged_parameters = jax.jit(lambda base, deltas, scales: materialize(mix(base, deltas, scales)))
-"""The compiled function `(base, deltas, scales) -> parameters` of the whole merged model."""
+        return materialize_compiled(mix(base, self.deltas, self.scales))
 
 
 def prepare(method: Method, workspace: Workspace) -> LearningInputs:

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from adamerge_jax.checkpoints.architecture import require_same_architecture
-from adamerge_jax.checkpoints.folders import require_new
+from adamerge_jax.checkpoints.folders import require_new, require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
@@ -27,6 +27,7 @@ from adamerge_jax.pipeline.export import (
     ExportJob,
     MergeFacts,
     export,
+    export_bytes,
     export_mergekit,
     require_exportable,
 )
@@ -232,8 +233,7 @@ def fold_file(
         allow_other_models=allow_other_models,
     )
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
-    facts = MergeFacts.of(coefficients)
-    require_exportable(models, recipe.export, facts, out)
+    require_space(out, export_bytes(models, recipe.export))
     _print_notes(notes, console)
     wait_for_all("checked")
     job = export_job(
@@ -282,7 +282,7 @@ def merge(
     require_new(out)
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
-    require_exportable(models, recipe.export, MergeFacts(None, chosen.interference), out)
+    require_space(out, export_bytes(models, recipe.export))
     wait_for_all("checked")
     job = ExportJob(
         models,

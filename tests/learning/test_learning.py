@@ -31,8 +31,8 @@ from adamerge_jax.learning.held_out import Control
 from adamerge_jax.learning.learner import Evaluation, Frozen, Learner, State
 from adamerge_jax.learning.loop import Progress, learn
 from adamerge_jax.learning.optimizer import build_optimizer
+from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.objectives import make_objective
-from adamerge_jax.pipeline.learn import merged_parameters
 from adamerge_jax.recipes.build import build_objectives
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import edit_weights, learning_inputs
@@ -417,7 +417,7 @@ def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
 
     # The same by hand, one task after the other.
     scales = make_granularity("tensor", {}, inputs.shapes).scales(initial)
-    merged = merged_parameters(inputs.base, inputs.deltas, scales)
+    merged = materialize_compiled(mix(inputs.base, inputs.deltas, scales))
     size = recipe.learning.batch_size
     for position, task in enumerate(recipe.tasks):
 
