@@ -22,9 +22,9 @@ def test_add_an_expert(image_fields, tmp_path, monkeypatch, capsys):
     assert "from scratch" in printed
     results = json.loads((out / "add_an_expert.json").read_text())
     scratch, warm = results["from scratch"], results["from the others' coefficients"]
-    assert list(scratch["looks"]) == ["0", "1", "2", "3"]
-    assert list(warm["looks"]) == ["0", "1"]
-    assert scratch["looks"]["3"].keys() == image_fields["tasks"].keys()
+    assert list(scratch["accuracy"]) == ["0", "1", "2", "3"]
+    assert list(warm["accuracy"]) == ["0", "1"]
+    assert scratch["accuracy"]["3"].keys() == image_fields["tasks"].keys()
     # Nothing is learned twice.
     monkeypatch.setattr(SCRIPT, "learn_coefficients", None)
     SCRIPT.main()
@@ -32,12 +32,12 @@ def test_add_an_expert(image_fields, tmp_path, monkeypatch, capsys):
 
 
 def test_in_words():
-    looks = {0: {"a": 0.5, "b": 0.3}, 6: {"a": 0.9, "b": 0.7}, 12: {"a": 1.0, "b": 0.7}}
-    scratch = SCRIPT.Curve(12, 0.1, 1.0, looks)
-    warm = SCRIPT.Curve(4, 0.05, 1.0, {0: looks[0], 2: looks[12], 4: looks[6]})
+    evaluations = {0: {"a": 0.5, "b": 0.3}, 6: {"a": 0.9, "b": 0.7}, 12: {"a": 1.0, "b": 0.7}}
+    scratch = SCRIPT.Curve(12, 0.1, 1.0, evaluations)
+    warm = SCRIPT.Curve(4, 0.05, 1.0, {0: evaluations[0], 2: evaluations[12], 4: evaluations[6]})
     words = SCRIPT.in_words({SCRIPT.SCRATCH: scratch, SCRIPT.WARM: warm})
     assert words.endswith("reached after 2 (17% of the steps)")
-    warm = warm._replace(looks={0: looks[0], 4: looks[6]})
+    warm = warm._replace(accuracy={0: evaluations[0], 4: evaluations[6]})
     words = SCRIPT.in_words({SCRIPT.SCRATCH: scratch, SCRIPT.WARM: warm})
     assert words.endswith("80.0 at most in 4: not reached")
 

@@ -211,13 +211,13 @@ def test_the_best_look_is_returned_and_never_worse_than_the_start(
     assert [progress.step for progress in seen] == list(range(13))
     assert seen[0].per_task is None
     assert all(progress.per_task.shape == (3,) for progress in seen[1:])
-    looks = {p.step: p.held_out.objective.sum() for p in seen if p.held_out is not None}
-    assert list(looks) == [0, 2, 4, 6, 8, 10, 12]
+    evaluations = {p.step: p.held_out.objective.sum() for p in seen if p.held_out is not None}
+    assert list(evaluations) == [0, 2, 4, 6, 8, 10, 12]
     # Every step is the same compiled function.
     assert setup.learner.step._cache_size() == setup.learner.evaluate._cache_size() == 1
-    best = min(looks, key=looks.get)
+    best = min(evaluations, key=evaluations.get)
     assert learned.step == best
-    assert learned.held_out.objective.sum() == looks[best] <= looks[0]
+    assert learned.held_out.objective.sum() == evaluations[best] <= evaluations[0]
     # The objective of the returned coefficients, computed anew.
     state = setup.learner.init(learned.values)
     batches = setup.calibration.held_out_batches()

@@ -136,13 +136,13 @@ def test_forgetting_a_task(text_recipe, tmp_path):
         },
     )
     _, _, progress = seen[0]
-    looks: list[HeldOutMetrics] = [p.held_out for p in progress if p.held_out is not None]
+    evaluations: list[HeldOutMetrics] = [p.held_out for p in progress if p.held_out is not None]
     # What the objective is for is forgotten, by raising the loss; the others are kept.
     kept = [p for p in progress if p.best is not None][-1].held_out
     position = list(text_recipe["tasks"]).index("mood")
-    assert kept.objective[position] < looks[0].objective[position] < 0
+    assert kept.objective[position] < evaluations[0].objective[position] < 0
     others = [k for k in range(3) if k != position]
-    assert kept.agreement[others].mean() >= 0.9 * looks[0].agreement[others].mean()
+    assert kept.agreement[others].mean() >= 0.9 * evaluations[0].agreement[others].mean()
 
 
 def test_two_experts_are_never_in_memory(image_recipe, tmp_path, monkeypatch):

@@ -551,8 +551,8 @@ def test_aligning_with_the_experts(text_recipe, tmp_path):
     coefficients = Coefficients.load(run.folder / "coefficients.safetensors")
     assert coefficients.objective == "logit_alignment + 0.5 entropy"
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    looks = [record["held_out"] for record in map(json.loads, lines) if record["held_out"]]
-    assert sum(looks[-1].values()) < sum(looks[0].values())
+    evaluations = [record["held_out"] for record in map(json.loads, lines) if record["held_out"]]
+    assert sum(evaluations[-1].values()) < sum(evaluations[0].values())
 
 
 def test_options_override_the_recipe(image_recipe, tmp_path):
