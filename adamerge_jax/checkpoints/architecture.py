@@ -26,6 +26,12 @@ _ARCHITECTURE_FIELDS = (
     *("relative_attention_max_distance", "num_decoder_layers", "is_decoder", "add_cross_attention"),
 )
 
+# The value of a field that a config lacks, where all versions of `transformers` agree on it.
+_DEFAULTS = {"position_embedding_type": "absolute"}
+
+# Fields in which None is a value of its own: no window, no cap.
+_OPTIONAL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
 # A config with one of these has computed positions and no table of them: their number is advice
 # then, and fine-tuning changes it.
 _COMPUTED_POSITIONS = ("rope_parameters", "rope_theta", "relative_attention_num_buckets")
@@ -57,7 +63,8 @@ def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str
             of_base = _field(base_parts[part], name)
             of_expert = _field(expert_parts[part], name)
             # A field that only one of them has came with another version of transformers.
-            if of_base is None or of_expert is None or of_base == of_expert:
+            is_missing = of_base is None or of_expert is None
+            if of_base == of_expert or (is_missing and not _is_optional(name, base_parts[part])):
                 continue
             if name == "vocab_size":
                 raise InputError(resized_vocabulary(where, "vocab_size", of_expert, of_base))
@@ -81,7 +88,13 @@ def _field(config: PretrainedConfig, name: str) -> Any:
         getattr(config, field, None) is not None for field in _COMPUTED_POSITIONS
     ):
         return None
-    return _without_legacy_type(getattr(config, name, None))
+    value = getattr(config, name, None)
+    return _without_legacy_type(_DEFAULTS.get(name) if value is None else value)
+
+
+def _is_optional(name: str, config: PretrainedConfig) -> bool:
+    """Returns True if None is a value of this field in a config of this kind."""
+    return name in _OPTIONAL and hasattr(config, name)
 
 
 def _without_legacy_type(value: Any) -> Any:

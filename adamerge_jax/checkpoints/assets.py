@@ -1,20 +1,33 @@
-"""The small files of a checkpoint beside its config and weights."""
+"""The small files of a checkpoint beside its config and weights.
 
+Only files whose names are those of a tokenizer, a processor or generation settings are copied, and
+never Python files: what a config says of them (`auto_map`) is left out.
+"""
+
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from adamerge_jax.checkpoints.config_export import with_special_tokens
+from adamerge_jax.checkpoints.config_file import read_fields
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer
-
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "*.model", "*.tiktoken", "chat_template*"),
+from adamerge_jax.checkpoints.tokenizer_files import (
+    CONFIG_FILE,
+    has_tokenizer,
+    is_known_class,
+    tokenizer_files,
 )
+from adamerge_jax.errors import InputError
+
 _PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
 )
-_GENERATION_FILES = ("generation_config.json",)
+_GENERATION_FILE = "generation_config.json"
+
+_SETTINGS = (*_PROCESSOR_FILES, CONFIG_FILE, _GENERATION_FILE)
+"""Files of fields, which may name Python files."""
 
 
 def copy_assets(checkpoint: Checkpoint, others: Sequence[Checkpoint], folder: Path) -> None:
@@ -25,25 +38,108 @@ def copy_assets(checkpoint: Checkpoint, others: Sequence[Checkpoint], folder: Pa
         others: Checkpoints to take the tokenizer or the processor from if it has none: the first
             one that has.
         folder: The folder to copy them to.
+
+    Raises:
+        InputError: A file is a link out of its folder, or holds no fields where it must.
     """
     candidates = (checkpoint, *others)
     with_tokenizer = next(filter(has_tokenizer, candidates), checkpoint)
-    with_processor = next(
-        (candidate for candidate in candidates if _files(candidate, _PROCESSOR_FILES)), checkpoint
-    )
-    for file in (
-        *_files(with_tokenizer, _TOKENIZER_FILES),
-        *_files(with_processor, _PROCESSOR_FILES),
-        *_files(checkpoint, _GENERATION_FILES),
+    with_processor = next(filter(_processor_files, candidates), checkpoint)
+    for source, files in (
+        (with_tokenizer, tokenizer_files(with_tokenizer)),
+        (with_processor, _processor_files(with_processor)),
+        (checkpoint, _generation_files(checkpoint)),
     ):
-        shutil.copyfile(file, folder / file.name)
+        for file in files:
+            _copy(file, source.folder, folder)
 
 
-def _files(checkpoint: Checkpoint, patterns: Sequence[str]) -> list[Path]:
-    """Returns the files of a checkpoint that fit one of the patterns."""
-    return [
-        file
-        for pattern in patterns
-        for file in sorted(checkpoint.folder.glob(pattern))
-        if file.is_file()
-    ]
+def copy_generation_settings(
+    checkpoints: Sequence[Checkpoint], token_ids: Mapping[str, Any], folder: Path
+) -> None:
+    """Copies generation settings with other special tokens.
+
+    Args:
+        checkpoints: The checkpoints to take them from: the first one that has any.
+        token_ids: The ids of special tokens by their fields.
+        folder: The folder to copy them to.
+
+    Raises:
+        InputError: They hold no fields.
+    """
+    for checkpoint in checkpoints:
+        for file in _generation_files(checkpoint):
+            fields = with_special_tokens(_without_code(read_fields(file)), token_ids)
+            _write_fields(folder / file.name, fields)
+            return
+
+
+def require_copyable(checkpoint: Checkpoint) -> None:
+    """Refuses small files of a checkpoint that cannot be copied.
+
+    Raises:
+        InputError: A file is a link out of its folder, or holds no fields where it must.
+    """
+    for file in (
+        *tokenizer_files(checkpoint),
+        *_processor_files(checkpoint),
+        *_generation_files(checkpoint),
+    ):
+        _require_of_folder(file, checkpoint.folder)
+        if file.name in _SETTINGS:
+            read_fields(file)
+
+
+def _processor_files(checkpoint: Checkpoint) -> list[Path]:
+    files = [checkpoint.folder / name for name in _PROCESSOR_FILES]
+    return [file for file in files if file.is_file()]
+
+
+def _generation_files(checkpoint: Checkpoint) -> list[Path]:
+    file = checkpoint.folder / _GENERATION_FILE
+    return [file] if file.is_file() else []
+
+
+def _copy(file: Path, source: Path, folder: Path) -> None:
+    """Copies a file below the folder `source` to the same place below `folder`."""
+    _require_of_folder(file, source)
+    target = folder / file.relative_to(source)
+    target.parent.mkdir(exist_ok=True)
+    fields = read_fields(file) if file.name in _SETTINGS else {}
+    safe = _without_code(fields)
+    if safe != fields:
+        _write_fields(target, safe)
+    else:
+        shutil.copyfile(file, target)
+
+
+def _require_of_folder(file: Path, source: Path) -> None:
+    """Refuses a link to a file elsewhere, which would be published with the merge.
+
+    A link to a file of the same name is one that its owner made to share it, and in the Hub's
+    cache every file of a snapshot is a link to a blob beside the snapshots.
+    """
+    target, root = file.resolve(), source.resolve()
+    is_inside = target.is_relative_to(root)
+    is_blob = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    if not (is_inside or is_blob or target.name == file.name):
+        raise InputError(
+            f"{file} is a link to {target}, outside of its folder; put the file itself there"
+        )
+
+
+def _without_code(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings without what they say of Python files, which are not copied."""
+    safe = {
+        name: _without_code(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in ("auto_map", "custom_pipelines")
+    }
+    # A class from such a file; without it the one of the model's type is taken, as it was here.
+    if "auto_map" in fields and not is_known_class(fields.get("tokenizer_class")):
+        safe.pop("tokenizer_class", None)
+    return safe
+
+
+def _write_fields(file: Path, fields: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Shaped
 
+from adamerge_jax.checkpoints.config_file import Fields, config_of, read_config_file
 from adamerge_jax.checkpoints.fingerprint import fingerprint
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.safetensors_file import (
@@ -42,12 +43,14 @@ class Checkpoint:
         source: The folder or Hub name, as the user wrote it.
         folder: The folder of its files on this machine.
         config: The model's configuration.
+        config_fields: The fields of its config.json, as they stand there.
         tensors: Shape, dtype and file of every tensor, by its name in the file.
     """
 
     source: str
     folder: Path
     config: PretrainedConfig = field(repr=False)
+    config_fields: Fields = field(repr=False)
     tensors: Mapping[str, TensorInfo] = field(repr=False)
 
     @classmethod
@@ -74,7 +77,9 @@ class Checkpoint:
         Raises:
             InputError: It is incomplete, corrupt or pickled.
         """
-        return cls(source, folder, _read_config(folder), _read_headers(folder))
+        fields = read_config_file(folder)
+        tensors = _read_headers(folder)
+        return cls(source, folder, config_of(folder, fields, tensors), fields, tensors)
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, in the dtype that it is stored in.
@@ -111,23 +116,6 @@ class Checkpoint:
             also: Anything else that decides the meaning of the tensors.
         """
         return fingerprint(self.tensors, also)
-
-
-def _read_config(folder: Path) -> PretrainedConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(
-            f"{folder} has no config.json; give the folder that `save_pretrained` wrote"
-        )
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    # A config's own validation raises errors of many types.
-    except Exception as error:
-        raise InputError(
-            f"{file} is not a configuration that transformers knows: {in_one_line(error)}"
-        ) from error
 
 
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:

@@ -15,7 +15,6 @@ Both the folder and each folder under `tasks/` are ordinary checkpoints for `fro
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -26,13 +25,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from adamerge_jax.checkpoints.assets import copy_assets
+from adamerge_jax.checkpoints.assets import copy_assets, copy_generation_settings
+from adamerge_jax.checkpoints.config_export import with_dtype
+from adamerge_jax.checkpoints.config_file import CONFIG_FILE, Fields, fields_of
 from adamerge_jax.checkpoints.folders import new_folder, readable_size, require_task_name
 from adamerge_jax.checkpoints.huggingface import INDEX_FILE, Checkpoint
 from adamerge_jax.checkpoints.safetensors_file import WeightFile, write_tensors
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _TaskModel:
-    config: PretrainedConfig
+    config: Mapping[str, Any]
     head: Mapping[str, np.ndarray]
     assets: Checkpoint
     other_assets: Sequence[Checkpoint]
@@ -71,7 +72,7 @@ def save_model(
             rows = values if is_stacked(name) else [values]
             for tensor, row in zip(tensors_of(name, values.shape), rows, strict=True):
                 writer.add(tensor, np.ascontiguousarray(row))
-        writer.write_config(config)
+        writer.write_config(fields_of(config))
 
 
 @contextmanager
@@ -100,9 +101,9 @@ def write_checkpoint(
         with write_checkpoint("merged") as writer:
             for name, array in merged:
                 writer.add(name, array)
-            writer.write_config(base.config)
+            writer.write_config(base.config_fields)
             writer.copy_assets(base)
-            writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
+            writer.add_task_model("trec", config=trec.config_fields, head=head, assets=trec)
     """
     # The thread has ended when the folder is renamed or removed.
     with (
@@ -128,7 +129,7 @@ class CheckpointWriter:
         self._folder = folder
         self._partial = partial
         self._shards = shards
-        self._config: PretrainedConfig | None = None
+        self._config: Fields | None = None
         self._task_models: dict[str, _TaskModel] = {}
 
     def add(self, name: str, array: np.ndarray | jax.Array) -> None:
@@ -140,9 +141,9 @@ class CheckpointWriter:
         """
         self._shards.add(name, array)
 
-    def write_config(self, config: PretrainedConfig) -> None:
-        """Writes `config` as config.json, with the dtype that the tensors turn out to have."""
-        self._config = copy.deepcopy(config)
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Writes fields as config.json, with the dtype that the tensors turn out to have."""
+        self._config = dict(config)
 
     def copy_assets(self, checkpoint: Checkpoint, otherwise: Sequence[Checkpoint] = ()) -> None:
         """Copies the tokenizer, processor and generation settings of a checkpoint.
@@ -154,6 +155,17 @@ class CheckpointWriter:
         """
         copy_assets(checkpoint, otherwise, self._partial)
 
+    def copy_generation_settings(
+        self, checkpoints: Sequence[Checkpoint], token_ids: Mapping[str, Any]
+    ) -> None:
+        """Copies generation settings with other special tokens.
+
+        Args:
+            checkpoints: The checkpoints to take them from: the first one that has any.
+            token_ids: The ids of special tokens by their fields.
+        """
+        copy_generation_settings(checkpoints, token_ids, self._partial)
+
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, such as a model card, beside the weights."""
         (self._partial / name).write_text(text, encoding="utf-8")
@@ -162,7 +174,7 @@ class CheckpointWriter:
         self,
         task: str,
         *,
-        config: PretrainedConfig,
+        config: Mapping[str, Any],
         head: Mapping[str, np.ndarray | jax.Array],
         assets: Checkpoint,
         otherwise: Sequence[Checkpoint] = (),
@@ -171,7 +183,7 @@ class CheckpointWriter:
 
         Args:
             task: The name of its folder.
-            config: Its configuration.
+            config: The fields of its config.json.
             head: The tensors that only this task has, by name.
             assets: The checkpoint whose tokenizer and processor files are copied.
             otherwise: Further checkpoints to take them from, as for `copy_assets`.
@@ -183,7 +195,7 @@ class CheckpointWriter:
         if task in self._task_models:
             raise InputError(f"there are two tasks named {task!r}; rename one of them")
         self._task_models[task] = _TaskModel(
-            copy.deepcopy(config),
+            dict(config),
             {name: np.asarray(array, order="C") for name, array in head.items()},
             assets,
             tuple(otherwise),
@@ -237,17 +249,21 @@ def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
 
     Args:
         config: The model's config.
-        auto_class: The class that chooses it, a classifier's; None for the model without a head.
+        auto_class: The class that chooses it by its head; None for the model without a head.
     """
     # As attributes of the package they ask for PyTorch.
     from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
     )
 
     class_names = {
         None: MODEL_MAPPING_NAMES,
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSeq2SeqLM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "AutoModelForImageClassification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     }
@@ -262,17 +278,15 @@ def _write_index(folder: Path, files: Sequence[WeightFile]) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(folder: Path, config: PretrainedConfig, files: Sequence[WeightFile]) -> None:
+def _write_config(folder: Path, fields: Mapping[str, Any], files: Sequence[WeightFile]) -> None:
     values_of: Counter[np.dtype] = Counter()
     for file in files:
         values_of.update(file.values_of)
-    config = copy.deepcopy(config)
     if values_of:
         # The model's dtype is that of most values; a few tensors may have others.
-        dtype = values_of.most_common(1)[0][0].name
-        for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
-            part.dtype = dtype
-    config.to_json_file(folder / "config.json")
+        fields = with_dtype(fields, values_of.most_common(1)[0][0].name)
+    text = json.dumps(fields, indent=2) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:

@@ -205,7 +205,8 @@ def open_adapter(
     second_names = {name: whole.pop(name) for name in list(whole) if matches(name, ignored)}
     if config.get("ensure_weight_tying"):
         factors = {name: pair for name, pair in factors.items() if not matches(name, ignored)}
-    checkpoint = Checkpoint(source, folder, base.checkpoint.config, tensors)
+    of_base = base.checkpoint
+    checkpoint = Checkpoint(source, folder, of_base.config, of_base.config_fields, tensors)
     shapes = {name: base.shape(name) for name in base.names}
     in_adapter = find_names((*factors, *whole), shapes, prefixes)
     placed = {name: factors[alias] for name, alias in in_adapter.items() if alias in factors}

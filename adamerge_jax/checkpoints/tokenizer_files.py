@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from adamerge_jax.checkpoints.config_file import read_fields
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.errors import InputError, in_one_line
 
@@ -19,8 +21,19 @@ _SIGNS = (
     ("spiece.model",),
     ("tokenizer.model",),
     ("sentencepiece.bpe.model",),
+    ("tekken.json",),
 )
 """Groups of files; a folder with all files of a group has a tokenizer."""
+
+CONFIG_FILE = "tokenizer_config.json"
+
+_COMMON = (
+    *("tokenizer.json", "tokenizer.*.json", CONFIG_FILE, "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"),
+    *("*.model", "*.tiktoken", "*.codes", "*.spm", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+"""Patterns of files that tokenizers of any class may have; those of a class are added to them."""
 
 # Files that are read in place of those that a tokenizer's class names.
 _WHOLE = ("tokenizer.json", "tokenizer.*.json", "tokenizer.model*", "tekken.json", "tiktoken.model")
@@ -30,6 +43,54 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Returns True if a tokenizer was saved with a checkpoint."""
     folder = checkpoint.folder
     return any(all((folder / name).is_file() for name in files) for files in _SIGNS)
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> list[Path]:
+    """Returns the files of a checkpoint's tokenizer, chat templates included.
+
+    They are those that any tokenizer may have and those that the class of this one names: a
+    PhoBERT has `bpe.codes`. A name in a file of the checkpoint is never taken for a path.
+    """
+    if not has_tokenizer(checkpoint):
+        return []
+    patterns = {*_COMMON, *_files_of_class(checkpoint)}
+    files = {file for pattern in patterns for file in checkpoint.folder.glob(pattern)}
+    return sorted(file for file in files if file.is_file() and file.suffix != ".py")
+
+
+def is_known_class(name: Any) -> bool:
+    """Returns True if a name in a file is that of a tokenizer of `transformers`."""
+    return _class_of(name) is not None
+
+
+def _files_of_class(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yields the names of files that the class of a checkpoint's tokenizer reads."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    for name in (
+        _tokenizer_config(checkpoint).get("tokenizer_class"),
+        checkpoint.config_fields.get("tokenizer_class"),
+        TOKENIZER_MAPPING_NAMES.get(checkpoint.config_fields.get("model_type", "")),
+    ):
+        yield from getattr(_class_of(name), "vocab_files_names", {}).values()
+
+
+def _class_of(name: Any) -> type | None:
+    """Returns the tokenizer class of a name, None if `transformers` has none that can be read."""
+    if not isinstance(name, str) or not name.isidentifier():
+        return None
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    try:
+        tokenizer_class = tokenizer_class_from_name(name)
+        return tokenizer_class if hasattr(tokenizer_class, "vocab_files_names") else None
+    except ImportError:  # a library that only some tokenizers need
+        return None
+
+
+def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    file = checkpoint.folder / CONFIG_FILE
+    return read_fields(file) if file.is_file() else {}
 
 
 def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase:
@@ -50,7 +111,7 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
             f"{where} has no tokenizer; save it there with tokenizer.save_pretrained(folder)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # of transformers, of tokenizers, of libraries that they need
         raise InputError(f"{where}: its tokenizer cannot be read: {in_one_line(error)}") from error
     if not _has_vocabulary(tokenizer, checkpoint.folder):

@@ -5,31 +5,22 @@ from __future__ import annotations
 import filecmp
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert
-from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
+from adamerge_jax.checkpoints.tokenizer_files import (
+    has_tokenizer,
+    load_tokenizer,
+    tokenizer_files,
+)
 from adamerge_jax.errors import InputError, and_more
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-)
-"""Patterns of the files of a tokenizer."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token")
 
@@ -84,7 +75,7 @@ def find_tokenizer(
             model is not owner
             and isinstance(model, MatchedCheckpoint)
             and has_tokenizer(model.checkpoint)
-            and not _same_files(owner.checkpoint.folder, model.checkpoint.folder)
+            and not _same_files(owner.checkpoint, model.checkpoint)
         ):
             where = f"{model.role} ({model.checkpoint.source})"
             other = load_tokenizer(model.checkpoint, model.role)
@@ -92,14 +83,14 @@ def find_tokenizer(
     return tokenizer
 
 
-def _same_files(first: Path, second: Path) -> bool:
-    """Returns whether two folders have the same tokenizer byte by byte: none need be loaded."""
+def _same_files(first: Checkpoint, second: Checkpoint) -> bool:
+    """Returns whether two checkpoints have one tokenizer byte by byte: none need be loaded."""
     names = [
-        sorted(file.name for pattern in _FILES for file in folder.glob(pattern))
-        for folder in (first, second)
+        [file.relative_to(checkpoint.folder) for file in tokenizer_files(checkpoint)]
+        for checkpoint in (first, second)
     ]
     return names[0] == names[1] and all(
-        filecmp.cmp(first / name, second / name, shallow=False) for name in names[0]
+        filecmp.cmp(first.folder / name, second.folder / name, shallow=False) for name in names[0]
     )
 
 

@@ -142,6 +142,12 @@ def _require_encoder(config: Config) -> None:
                 f"{config.model_type!r}; only classifiers that see a text in both directions are "
                 "supported"
             )
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    if positions != "absolute":
+        raise InputError(
+            f"config.json: position_embedding_type {positions!r} is not supported; supported is "
+            "'absolute', a position embedding for each token"
+        )
 
 
 BERT_HEADS = attention_heads(

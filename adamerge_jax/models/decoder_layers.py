@@ -92,6 +92,11 @@ class Rotary:
                 f"config.json: rope_type {kind!r} is not supported; "
                 f"supported are {', '.join(supported)}"
             )
+        if settings.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError(
+                "config.json: partial_rotary_factor is "
+                f"{settings['partial_rotary_factor']}; only heads that rotate whole are supported"
+            )
         rotary = cls(head_features(config), settings["rope_theta"])
         if kind == "default":
             return rotary

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder
 from adamerge_jax.models.family import Family
 from adamerge_jax.models.inputs import text_inputs
@@ -38,6 +39,7 @@ class Roberta(nnx.Module):
     """Embeddings and encoder; the parameters under `roberta.` in a checkpoint."""
 
     def __init__(self, config: Config, rematerialize: Rematerialize):
+        _require_padding(config)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, rematerialize)
         self.padding = config.pad_token_id
@@ -50,6 +52,16 @@ class Roberta(nnx.Module):
         embedded = self.embeddings(token_ids, token_types, positions)
         last, states = self.encoder.layer(embedded, padding_bias(mask), hidden_states=hidden_states)
         return Outputs(last[:, 0], last, states)
+
+
+def _require_padding(config: Config) -> None:
+    """Refuses configs whose positions, which follow that of padding, do not exist."""
+    padding, count = config.pad_token_id, config.max_position_embeddings
+    if not isinstance(padding, int) or not 0 <= padding < count - 1:
+        raise InputError(
+            f"config.json: pad_token_id is {padding}; positions are counted from it, so it must "
+            f"be a whole number from 0 to {count - 2} (max_position_embeddings - 2)"
+        )
 
 
 class Classifier(nnx.Module):

@@ -5,11 +5,10 @@ Each form is an `Exporter` in `EXPORTERS`. A mergekit file is written separately
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,16 @@ import numpy as np
 from jaxtyping import Array
 from rich.console import Console
 
+from adamerge_jax.checkpoints.assets import require_copyable
+from adamerge_jax.checkpoints.config_export import (
+    readable_by_older_versions,
+    special_tokens,
+    with_head,
+    with_tokenizer,
+    without_head,
+    without_old_weights,
+)
+from adamerge_jax.checkpoints.config_file import Fields
 from adamerge_jax.checkpoints.dtypes import DTYPES
 from adamerge_jax.checkpoints.folders import require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
@@ -24,8 +33,9 @@ from adamerge_jax.checkpoints.huggingface_export import model_class, write_check
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.mergekit_export import inexpressible, write_merge
 from adamerge_jax.checkpoints.orbax import UnreadArray, require_plain_path, save_parameters
-from adamerge_jax.checkpoints.peft import MatchedAdapter
+from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter
 from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
+from adamerge_jax.checkpoints.tokenizer_files import load_tokenizer
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, wait_for_all
@@ -34,9 +44,6 @@ from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.read import load_backbone, load_head, read_parameter
 from adamerge_jax.recipes.build import GranularityChoice
 from adamerge_jax.recipes.schema import ExportRecipe
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 CHECKPOINT_FOLDER = "checkpoint"
 ADAPTER_FOLDER = "adapter"
@@ -174,12 +181,12 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         is_weight = jnp.issubdtype(array.dtype, jnp.floating)
         return array if dtype is None or not is_weight else array.astype(dtype)
 
-    config = copy.deepcopy(models.config)
     # A head of the base would stand beside each task's head under the same name.
     replaced = {name for task in models.experts for name in models.head_names(task)}
     carried = [name for name in models.base.extra if name not in replaced]
-    if len(carried) < len(models.base.extra):
-        config.architectures = [model_class(config)]
+    loses_head = len(carried) < len(models.base.extra)
+    owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
+    token_ids = _special_tokens(models, owner)
     tasks = [task for task in job.tasks if models.head_names(task)]
     with write_checkpoint(
         folder,
@@ -190,22 +197,28 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
             writer.add(name, cast(array))
         for name in carried:
             writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
-        writer.write_config(config)
-        owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
+        writer.write_config(_merged_config(models, owner, token_ids, loses_head=loses_head))
         # In the order in which a run searches them.
         checkpoints = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
         writer.copy_assets(owner.checkpoint, checkpoints)
+        if token_ids:
+            writer.copy_generation_settings(checkpoints[:2], token_ids)
         writer.write_text("README.md", job.card(tasks))
         for task in tasks:
             expert = models.experts[task]
             is_whole = isinstance(expert, MatchedCheckpoint)
             writer.add_task_model(
                 task,
-                config=expert.checkpoint.config if is_whole else _task_config(models, expert),
+                config=_task_config(models, expert),
                 head={name: cast(array) for name, array in load_head(models, task).items()},
                 assets=expert.checkpoint if is_whole else models.base.checkpoint,
                 otherwise=checkpoints,
             )
+
+
+def _guard_checkpoint(models: Models, facts: MergeFacts, out: Path) -> None:
+    for model in (models.base, *models.experts.values()):
+        require_copyable(model.checkpoint)
 
 
 def _write_orbax(job: ExportJob, folder: Path) -> None:
@@ -369,11 +382,54 @@ def export_mergekit(
     )
 
 
-def _task_config(models: Models, adapter: MatchedAdapter) -> PretrainedConfig:
-    """Returns the config of a task's model from its adapter, with the class that loads it."""
-    config = copy.deepcopy(adapter.checkpoint.config)
-    config.architectures = [model_class(config, models.family.auto_class)]
-    return config
+def _special_tokens(models: Models, owner: Expert) -> Fields:
+    """Returns the ids of the special tokens that the merge takes from its tokenizer's owner.
+
+    There are none where the base is the owner, nor in a classifier: its positions are counted from
+    the padding's id, and it generates nothing.
+    """
+    if owner is models.base or not models.family.language:
+        return {}
+    checkpoint = owner.checkpoint
+    tokenizer = load_tokenizer(checkpoint, owner.role)
+    return special_tokens(checkpoint.config_fields, checkpoint.config, tokenizer)
+
+
+def _merged_config(
+    models: Models, owner: Expert, token_ids: Mapping[str, Any], *, loses_head: bool
+) -> Fields:
+    """Returns the fields of the merged model's config.json: those of the base's, where changed.
+
+    Args:
+        models: The base and its experts.
+        owner: The model whose tokenizer the merge takes.
+        token_ids: The ids of special tokens that it takes with the tokenizer.
+        loses_head: True if the merge has not the head that the base has.
+    """
+    in_file = models.base.checkpoint.config_fields
+    fields = with_tokenizer(without_old_weights(in_file), owner.checkpoint.config_fields, token_ids)
+    if loses_head:
+        fields = without_head(fields, model_class(models.config))
+    elif "auto_map" in in_file:  # the class that the base names is in a Python file
+        auto_class = models.family.auto_class if models.family.language else None
+        fields |= {"architectures": [model_class(models.config, auto_class)]}
+    return readable_by_older_versions(fields)
+
+
+def _task_config(models: Models, expert: Expert) -> Fields:
+    """Returns the fields of the config.json of a task's model.
+
+    They are those of a whole expert's own file, which describes its head. An adapter's are the
+    base's, with the classes of the adapter and the class that loads them.
+    """
+    config, in_file = expert.checkpoint.config, expert.checkpoint.config_fields
+    fields = without_old_weights(in_file)
+    if isinstance(expert, MatchedAdapter):
+        class_names = [config.id2label[index] for index in sorted(config.id2label)]
+        fields = with_head(fields, model_class(config, models.family.auto_class), class_names)
+    elif "auto_map" in in_file:
+        fields |= {"architectures": [model_class(config, models.family.auto_class)]}
+    return readable_by_older_versions(fields)
 
 
 EXPORTERS = (
@@ -382,7 +438,8 @@ EXPORTERS = (
         "checkpoint",
         lambda settings: True,
         _write_checkpoint,
-        bytes=checkpoint_bytes,
+        _guard_checkpoint,
+        checkpoint_bytes,
     ),
     Exporter(
         "orbax",

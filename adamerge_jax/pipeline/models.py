@@ -93,8 +93,12 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     """
     with _explain_errors("base", root):
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
-    family = family_of(base.config)
-    shapes = {name: leaf.shape for name, leaf in family.build_backbone(base.config).shapes.items()}
+    try:
+        family = family_of(base.config)
+        network = family.build_backbone(base.config)
+    except InputError as error:
+        raise InputError(f"base ({base.source}): {error}") from error
+    shapes = {name: leaf.shape for name, leaf in network.shapes.items()}
     backbone = unstacked_shapes(shapes)
     for pattern in recipe.own_keep_from_base:
         if not any(matches(name, [pattern]) for name in backbone):

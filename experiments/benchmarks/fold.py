@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
+from adamerge_jax.checkpoints.config_file import fields_of
 from adamerge_jax.checkpoints.dtypes import DTYPES
 from adamerge_jax.checkpoints.huggingface_export import write_checkpoint
 from adamerge_jax.cli.console import make_console
@@ -101,7 +102,7 @@ def write_models(root: Path, dtype: str) -> None:
                 for tensor in tensors_of(name, shape):
                     values = generator.standard_normal(tensor_shape(name, shape), np.float32)
                     writer.add(tensor, (0.02 * values).astype(DTYPES[dtype]))
-            writer.write_config(CONFIG)
+            writer.write_config(fields_of(CONFIG))
 
 
 def recipe(root: Path, dtype: str, orbax: bool = False) -> Recipe:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from adamerge_jax.checkpoints import huggingface_export, shards
+from adamerge_jax.checkpoints.config_file import fields_of
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import write_checkpoint
 from adamerge_jax.errors import InputError
@@ -68,7 +69,7 @@ def test_one_file_when_it_fits(tmp_path, dtype):
     with write_checkpoint(tmp_path / "out") as writer:
         for name in base.tensors:
             writer.add(name, base.read(name).astype(dtype))
-        writer.write_config(base.config)
+        writer.write_config(base.config_fields)
         assert not (tmp_path / "out").exists()
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
@@ -112,7 +113,7 @@ def test_arrays_of_any_layout(tmp_path):
         writer.add("transposed", matrix.T)
         writer.add("scalar", jnp.float32(2.5))
         writer.add("half", jnp.ones((2, 2), jnp.bfloat16))
-        writer.write_config(BertConfig(**BERT))
+        writer.write_config(fields_of(BertConfig(**BERT)))
     checkpoint = Checkpoint.open(tmp_path / "out")
     np.testing.assert_array_equal(checkpoint.read("transposed"), matrix.T)
     assert checkpoint.tensors["scalar"].shape == ()
@@ -128,15 +129,15 @@ def test_files_get_the_usual_permissions(tmp_path):
 
 
 def test_config_has_the_dtype_of_most_values_and_the_callers_is_untouched(tmp_path):
-    config = CLIPConfig()
-    config.dtype = config.vision_config.dtype = "float32"
+    config = fields_of(CLIPConfig())
+    config["dtype"] = config["vision_config"]["dtype"] = "float32"
     with write_checkpoint(tmp_path / "out") as writer:
         writer.add("weight", np.ones((4, 4), ml_dtypes.bfloat16))
         writer.add("logit_scale", np.ones((), np.float32))
         writer.write_config(config)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == written["vision_config"]["dtype"] == "bfloat16"
-    assert str(config.dtype).endswith("float32")
+    assert config["dtype"] == config["vision_config"]["dtype"] == "float32"
 
 
 def test_assets_are_copied_from_links_too(tmp_path):
@@ -163,9 +164,9 @@ def test_assets_that_a_checkpoint_lacks(tmp_path):
         expert(tmp_path / name, seed=1, num_labels=2)
         (tmp_path / name / "tokenizer.json").unlink()
         if name != "none":
-            (tmp_path / name / "preprocessor_config.json").write_text(name)
+            (tmp_path / name / "preprocessor_config.json").write_text(f'{{"of": "{name}"}}')
     for file in ("tokenizer.json", "merges.txt", "generation_config.json"):
-        (tmp_path / "both" / file).write_text("both")
+        (tmp_path / "both" / file).write_text('{"of": "both"}')
     none, processor, both = (Checkpoint.open(tmp_path / n) for n in ("none", "processor", "both"))
     with write_checkpoint(tmp_path / "out") as writer:
         writer.add("a", np.ones(2, np.float32))
@@ -173,7 +174,7 @@ def test_assets_that_a_checkpoint_lacks(tmp_path):
         head = {"b": np.ones(2, np.float32)}
         for task, own in {"processor": processor, "both": both}.items():
             writer.add_task_model(
-                task, config=own.config, head=head, assets=own, otherwise=[none, both]
+                task, config=own.config_fields, head=head, assets=own, otherwise=[none, both]
             )
 
     def assets(folder: Path) -> dict[str, str]:
@@ -183,8 +184,8 @@ def test_assets_that_a_checkpoint_lacks(tmp_path):
             if file.is_file() and not file.name.startswith(("model", "config"))
         }
 
-    tokenizer = {"tokenizer.json": "both", "merges.txt": "both"}
-    of_processor = tokenizer | {"preprocessor_config.json": "processor"}
+    tokenizer = dict.fromkeys(("tokenizer.json", "merges.txt"), '{"of": "both"}')
+    of_processor = tokenizer | {"preprocessor_config.json": '{"of": "processor"}'}
     assert assets(tmp_path / "out") == of_processor
     assert assets(tmp_path / "out" / "tasks" / "processor") == of_processor
     assert assets(tmp_path / "out" / "tasks" / "both") == assets(tmp_path / "both")
@@ -214,14 +215,16 @@ def test_task_models_of_text(tmp_path, max_shard_bytes):
         for name in base.tensors:
             if not name.startswith("classifier."):
                 writer.add(name, base.read(name))
-        writer.write_config(base.config)
+        writer.write_config(base.config_fields)
         for task in experts:
             checkpoint = Checkpoint.open(tmp_path / task)
             head = {
                 f"classifier.{part}": checkpoint.read(f"classifier.{part}")
                 for part in ("weight", "bias")
             }
-            writer.add_task_model(task, config=checkpoint.config, head=head, assets=checkpoint)
+            writer.add_task_model(
+                task, config=checkpoint.config_fields, head=head, assets=checkpoint
+            )
     tokens = torch.arange(12).reshape(2, 6)
     for task, model in experts.items():
         folder = tmp_path / "out" / "tasks" / task
@@ -268,7 +271,7 @@ def test_task_model_of_images(tmp_path):
                 head[name] = jnp.asarray(cars.read(name))
             else:
                 writer.add(name, cars.read(name))
-        writer.add_task_model("cars", config=cars.config, head=head, assets=cars)
+        writer.add_task_model("cars", config=cars.config_fields, head=head, assets=cars)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "tasks" / "cars")
     pixels = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -287,7 +290,7 @@ def test_copies_where_hard_links_are_refused(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING), write_checkpoint(tmp_path / "out") as writer:
         writer.add("a", np.ones((10, 10), np.float32))
         head = {"b": np.ones(2, np.float32)}
-        writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
+        writer.add_task_model("trec", config=trec.config_fields, head=head, assets=trec)
     assert "tasks/trec holds a copy of the shared weights (400 bytes)" in caplog.text
     assert Checkpoint.open(tmp_path / "out" / "tasks" / "trec").tensors.keys() == {"a", "b"}
 
@@ -300,7 +303,7 @@ def test_task_names_are_folder_names(tmp_path, task):
         pytest.raises(InputError, match=r"task name .* cannot be the name of a folder") as caught,
         write_checkpoint(tmp_path / "out") as writer,
     ):
-        writer.add_task_model(task, config=trec.config, head={}, assets=trec)
+        writer.add_task_model(task, config=trec.config_fields, head={}, assets=trec)
     one_line(caught)
     assert os.listdir(tmp_path) == ["trec"]
 
@@ -313,14 +316,14 @@ def test_tasks_and_tensors_have_one_place(tmp_path):
         pytest.raises(InputError, match="two tasks named 'trec'"),
         write_checkpoint(tmp_path / "out") as writer,
     ):
-        writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
-        writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
+        writer.add_task_model("trec", config=trec.config_fields, head=head, assets=trec)
+        writer.add_task_model("trec", config=trec.config_fields, head=head, assets=trec)
     with (
         pytest.raises(ValueError, match="a is both a shared tensor and in the head of 'trec'"),
         write_checkpoint(tmp_path / "out") as writer,
     ):
         writer.add("a", np.ones(2, np.float32))
-        writer.add_task_model("trec", config=trec.config, head=head, assets=trec)
+        writer.add_task_model("trec", config=trec.config_fields, head=head, assets=trec)
     assert os.listdir(tmp_path) == ["trec"]
 
 

@@ -15,6 +15,7 @@ from transformers import (
     CLIPVisionModel,
     Gemma3TextConfig,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
     T5Config,
     ViTConfig,
@@ -226,6 +227,29 @@ def test_field_that_differs(tmp_path, field, value):
     assert "\n" not in str(caught.value)
 
 
+def test_positions_of_another_type_than_those_that_a_base_leaves_out(tmp_path):
+    base = config_only(tmp_path / "base", BertConfig(**BERT))
+    relative = BertConfig(**BERT, position_embedding_type="relative_key")
+    expert = config_only(tmp_path / "expert", relative)
+    with pytest.raises(InputError, match="has position_embedding_type 'relative_key'"):
+        require_same_architecture(base, expert, role="expert 'trec'")
+    absolute = BertConfig(**BERT, position_embedding_type="absolute")
+    require_same_architecture(
+        base, config_only(tmp_path / "absolute", absolute), role="expert 'trec'"
+    )
+
+
+@pytest.mark.parametrize("of_base", [None, 8])
+def test_a_window_and_no_window_differ(tmp_path, of_base):
+    windows = {"base": of_base, "expert": 8 if of_base is None else None}
+    base, expert = (
+        config_only(tmp_path / name, MistralConfig(**DECODER, sliding_window=window))
+        for name, window in windows.items()
+    )
+    with pytest.raises(InputError, match="has sliding_window"):
+        require_same_architecture(base, expert, role="expert 'trec'")
+
+
 def test_fields_that_may_differ(tmp_path):
     base = config_only(tmp_path / "base", BertConfig(**BERT))
     changes = dict(num_labels=7, hidden_dropout_prob=0.3, classifier_dropout=0.5)
@@ -233,7 +257,13 @@ def test_fields_that_may_differ(tmp_path):
     require_same_architecture(base, expert, role="expert 'trec'")
 
 
-DECODER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+DECODER = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=32,
+)
 
 
 @pytest.mark.parametrize("model_class", [Qwen2Config, Gemma3TextConfig, T5Config])

@@ -23,7 +23,7 @@ def saved(folder: Path, role: str, values: np.ndarray) -> MatchedCheckpoint:
     """A checkpoint of one tensor, opened."""
     file = folder / f"{role}.safetensors"
     save_file({"other": np.zeros(3, np.float32), NAME: values}, file)
-    checkpoint = Checkpoint(role, folder, SimpleNamespace(), read_header(file))
+    checkpoint = Checkpoint(role, folder, SimpleNamespace(), {}, read_header(file))
     return MatchedCheckpoint(checkpoint, role, {NAME: NAME}, ())
 
 

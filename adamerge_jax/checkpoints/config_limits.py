@@ -1,0 +1,211 @@
+"""The limits of a model's config: a config.json comes from strangers and may describe no model.
+
+The fields are checked as they stand in the file, before `transformers` allocates by them, and then
+against each other, when the config has its defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adamerge_jax.checkpoints.safetensors_file import TensorInfo
+from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
+
+_COUNTS = (
+    *_LAYERS,
+    *("vocab_size", "type_vocab_size", "max_position_embeddings", "num_channels"),
+    *("hidden_size", "intermediate_size", "projection_dim", "d_model", "d_kv", "d_ff"),
+    *("num_attention_heads", "num_key_value_heads", "num_heads", "head_dim", "sliding_window"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    *("original_max_position_embeddings", "sliding_window_pattern"),
+)
+"""Fields that hold a whole number of at least 1."""
+
+_CLASSES = "num_labels"
+"""The field of the number of classes; 0 is that of a model without a head."""
+
+_SIDES = ("image_size", "patch_size")
+"""Fields that hold a whole number of at least 1, or two of them."""
+
+_POSITIVE = (
+    *("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("factor", "low_freq_factor", "high_freq_factor"),
+)
+"""Fields that hold a number above 0, those of rotary positions included."""
+
+_NOT_NEGATIVE = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
+"""Fields that hold a number of at least 0."""
+
+_SWITCHES = (
+    *("tie_word_embeddings", "scale_decoder_outputs", "is_encoder_decoder", "is_decoder"),
+    *("add_cross_attention", "is_causal", "use_bidirectional_attention", "use_sliding_window"),
+    *("attention_bias", "mlp_bias", "qkv_bias"),
+)
+"""Fields that hold true or false."""
+
+_NAMES = (
+    *("model_type", "hidden_act", "hidden_activation", "feed_forward_proj"),
+    *("position_embedding_type", "problem_type", "rope_type"),
+)
+"""Fields that hold a text."""
+
+_GROUPS = ("rope_parameters", "rope_scaling", "id2label", "label2id", "auto_map")
+"""Fields that hold fields."""
+
+_PART_ENDINGS = ("_config", "_config_dict", "rope_parameters", "rope_scaling", "_attention")
+"""Endings of the names of fields that hold fields of the model: of a tower, of rotary positions."""
+
+_NO_PARTS = ("quantization_config", "compression_config")
+
+_MOST = 2**31 - 1
+"""The largest number of entries along an axis of an array."""
+
+_USUAL_LAYERS, _USUAL_CLASSES = 2**10, 2**16
+"""Numbers that a config may claim whatever its weights are: names are compared with them later."""
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def require_possible(
+    fields: Mapping[str, Any], where: str, tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Refuses fields of a config that no model can have.
+
+    Args:
+        fields: The fields of a config.json.
+        where: The file, for messages.
+        tensors: The tensors of the checkpoint: many layers need as many tensors, and many classes
+            a tensor with as many rows.
+
+    Raises:
+        InputError: With the first such field, its value, and the values that are possible.
+    """
+    rows = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for name, value in _all_fields(fields):
+        if value is None:
+            continue  # a default, or nothing of the kind
+        field = name.rpartition(".")[2]
+        if expected := _expected(field, value):
+            raise InputError(f"{where}: {name} is {_shown(value)}; expected {expected}")
+        excess = None
+        if field in _LAYERS and value > max(len(tensors), _USUAL_LAYERS):
+            excess = f"have {len(tensors)} tensors"
+        if field == _CLASSES and value > max(rows, _USUAL_CLASSES):
+            excess = f"have no more than {rows} rows"
+        if excess:
+            raise InputError(
+                f"{where}: {name} is {value}, but the weights beside it {excess}; config and "
+                "weights must belong together"
+            )
+
+
+def require_consistent(config: PretrainedConfig, where: str) -> None:
+    """Refuses a config whose fields contradict each other.
+
+    Args:
+        config: The config, with its defaults.
+        where: The file, for messages.
+
+    Raises:
+        InputError: With the fields and their values.
+    """
+    for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
+        sizes = {
+            name: getattr(part, name, None)
+            for name in (
+                *("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+                *("num_hidden_layers", "image_size", "patch_size"),
+            )
+        }
+        width, heads, shared, features, layers, image, patch = sizes.values()
+        if width and heads and not features and width % heads:
+            raise _contradiction(where, sizes, "hidden_size", "num_attention_heads", "a multiple")
+        if heads and shared and heads % shared:
+            raise _contradiction(
+                where, sizes, "num_attention_heads", "num_key_value_heads", "a multiple"
+            )
+        features = features or (width // heads if width and heads else 0)
+        if getattr(part, "rope_parameters", None) and features % 2:
+            raise InputError(
+                f"{where}: heads have {features} features (head_dim, or hidden_size divided by "
+                "num_attention_heads); rotary positions need an even number"
+            )
+        kinds = getattr(part, "layer_types", None)
+        if kinds is not None and layers is not None and len(kinds) != layers:
+            raise InputError(
+                f"{where}: layer_types has {len(kinds)} entries, num_hidden_layers is {layers}; "
+                "expected one for each layer"
+            )
+        if image and patch and np.less(image, patch).any():
+            raise _contradiction(where, sizes, "image_size", "patch_size", "at least one times")
+
+
+def _all_fields(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the fields of a config and of the parts inside it, under their dotted names."""
+    for name, value in fields.items():
+        yield before + name, value
+        if isinstance(value, dict) and name.endswith(_PART_ENDINGS) and name not in _NO_PARTS:
+            yield from _all_fields(value, f"{before}{name}.")
+
+
+def _expected(field: str, value: Any) -> str | None:
+    """Returns the values that a field may have, or None if it has one of them."""
+    if field in _COUNTS:
+        return None if _is_count(value) else f"a whole number from 1 to {_MOST}"
+    if field == _CLASSES:
+        return None if value == 0 or _is_count(value) else f"a whole number from 0 to {_MOST}"
+    if field in _SIDES:
+        sides = value if isinstance(value, list) and len(value) == 2 else [value]
+        return None if all(map(_is_count, sides)) else "a whole number of pixels, or two"
+    if field in _POSITIVE:
+        return None if _is_number(value) and value > 0 else "a finite number above 0"
+    if field in _NOT_NEGATIVE:
+        return None if _is_number(value) and value >= 0 else "a finite number of at least 0"
+    if field in _SWITCHES:
+        return None if isinstance(value, bool) else "true or false"
+    if field in _NAMES:
+        return None if isinstance(value, str) else "a text"
+    if field in _GROUPS:
+        return None if isinstance(value, dict) else "a group of fields"
+    if field in ("layer_types", "architectures"):
+        are_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        return None if are_names else "a list of texts"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+
+
+def _is_number(value: Any) -> bool:
+    """Returns True for a number that float32 can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and abs(value) <= _LARGEST
+
+
+def _shown(value: Any) -> str:
+    """Returns a value on one line, or its kind if it holds others."""
+    if isinstance(value, dict | list):
+        return "a list" if isinstance(value, list) else "a group of fields"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _contradiction(
+    where: str, sizes: Mapping[str, Any], first: str, second: str, relation: str
+) -> InputError:
+    return InputError(
+        f"{where}: {first} is {sizes[first]}, {second} is {sizes[second]}; {first} must be "
+        f"{relation} of {second}"
+    )
