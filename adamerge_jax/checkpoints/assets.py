@@ -69,7 +69,7 @@ def copy_generation_settings(
     """
     for checkpoint in checkpoints:
         for file in _generation_files(checkpoint):
-            fields = with_special_tokens(_without_code(read_fields(file)), token_ids)
+            fields = with_special_tokens(_read_settings(file)[0], token_ids)
             _write_fields(folder / file.name, fields)
             return
 
@@ -105,10 +105,9 @@ def _copy(file: Path, source: Path, folder: Path) -> None:
     _require_of_folder(file, source)
     target = folder / file.relative_to(source)
     target.parent.mkdir(exist_ok=True)
-    fields = read_fields(file) if file.name in _SETTINGS else {}
-    safe = _without_code(fields)
-    if safe != fields:
-        _write_fields(target, safe)
+    fields, had_code = _read_settings(file) if file.name in _SETTINGS else ({}, False)
+    if had_code:
+        _write_fields(target, fields)
     else:
         shutil.copyfile(file, target)
 
@@ -128,17 +127,26 @@ def _require_of_folder(file: Path, source: Path) -> None:
         )
 
 
+def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
+    """Returns the settings of a file without its own code, and True if they had any."""
+    fields = read_fields(file)
+    safe = _without_code(fields)
+    tokenizer_class = fields.get("tokenizer_class") if "auto_map" in fields else None
+    if tokenizer_class is not None and not is_known_class(tokenizer_class):
+        # A class of such code; `transformers` reads tokenizer.json in its place, as it did here.
+        del safe["tokenizer_class"]
+        if file.with_name("tokenizer.json").is_file():
+            safe["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return safe, safe != fields
+
+
 def _without_code(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings without what they say of Python files, which are not copied."""
-    safe = {
+    return {
         name: _without_code(value) if isinstance(value, dict) else value
         for name, value in fields.items()
         if name not in ("auto_map", "custom_pipelines")
     }
-    # A class from such a file; without it the one of the model's type is taken, as it was here.
-    if "auto_map" in fields and not is_known_class(fields.get("tokenizer_class")):
-        safe.pop("tokenizer_class", None)
-    return safe
 
 
 def _write_fields(file: Path, fields: Mapping[str, Any]) -> None:

@@ -113,6 +113,11 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # of transformers, of tokenizers, of libraries that they need
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{where}: its tokenizer is code of its own (auto_map in {CONFIG_FILE}), which is "
+                "never run; save it there as one of transformers, or give another tokenizer"
+            ) from error
         raise InputError(f"{where}: its tokenizer cannot be read: {in_one_line(error)}") from error
     if not _has_vocabulary(tokenizer, checkpoint.folder):
         raise InputError(
