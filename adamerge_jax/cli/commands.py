@@ -5,7 +5,7 @@ A command imports what it needs when it runs, so that help and small commands ar
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -34,7 +34,25 @@ class Invocation(NamedTuple):
 
 
 @dataclasses.dataclass(kw_only=True)
-class RecipeCommand:
+class Command:
+    """A command, and the options of all commands."""
+
+    quiet: bool = False
+    """Show warnings, errors and the asked-for answer alone: no progress, no summary."""
+    verbose: bool = False
+    """Show what the libraries log as well, with the time."""
+
+    answers: ClassVar[bool] = False
+    """True for a command that is asked for what it prints."""
+
+    @property
+    def common_options(self) -> "Command":
+        """The options of the command: itself."""
+        return self
+
+
+@dataclasses.dataclass(kw_only=True)
+class RecipeCommand(Command):
     """A command that takes a recipe, whose fields are options too."""
 
     recipe_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
@@ -88,6 +106,8 @@ class Learn(RecipeCommand):
 @dataclasses.dataclass(kw_only=True)
 class Plan(RecipeCommand):
     """Predict memory, time and disk of a recipe's merge, and what to change; reads no weight."""
+
+    answers = True
 
     device: str | None = None
     """Predict for this one: cpu, h100, h200, a100, l4, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e; by
@@ -189,6 +209,8 @@ class Mergekit(RecipeCommand):
 class Evaluate(RecipeCommand):
     """Evaluate a checkpoint on a recipe's test data, with the heads of its experts."""
 
+    answers = True
+
     checkpoint: str
     """Folder or Hub id of a model of the same architecture, e.g. a merged one."""
 
@@ -200,8 +222,10 @@ class Evaluate(RecipeCommand):
 
 
 @dataclasses.dataclass
-class Inspect:
+class Inspect(Command):
     """Show what a coefficients file says."""
+
+    answers = True
 
     coefficients: CoefficientsFile
     """The coefficients.safetensors of a run."""
@@ -215,8 +239,10 @@ class Inspect:
 
 
 @dataclasses.dataclass
-class Compare:
+class Compare(Command):
     """Show what differs between two coefficients files: what, where, how much."""
+
+    answers = True
 
     first: CoefficientsFile
     """A coefficients file."""
@@ -242,7 +268,7 @@ class Compare:
 
 
 @dataclasses.dataclass
-class Report:
+class Report(Command):
     """Write the report of a run anew, finished or not: one HTML page that needs nothing else."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]

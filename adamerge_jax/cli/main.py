@@ -1,5 +1,6 @@
 """The `adamerge` command: parsing, and the one place where an error becomes an exit status."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
@@ -7,31 +8,51 @@ from typing import NoReturn, Protocol
 import tyro
 from rich.console import Console
 
-from adamerge_jax.cli.commands import COMMANDS, RecipeCommand
-from adamerge_jax.cli.console import make_console
+from adamerge_jax.cli.commands import COMMANDS, Command, RecipeCommand
+from adamerge_jax.cli.console import make_console, show_log_lines
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
+from adamerge_jax.stopping import Stopped, stop_on_signals
 
 _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 
 
-class Command(Protocol):
+class Invocable(Protocol):
     """A parsed command line."""
+
+    @property
+    def common_options(self) -> Command:
+        """The options of all commands."""
 
     def run(self, console: Console) -> None:
         """Runs the command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; bad input ends in one line on standard error and exit status 2."""
+    """Runs the command line; bad input ends in one line on standard error and exit status 2.
+
+    Ctrl-C and SIGTERM end it with 130 and 143, and with the command to go on with.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        parse(sys.argv[1:] if arguments is None else arguments).run(make_console())
+        with stop_on_signals():
+            run(parse(given))
     except InputError as error:
         _exit(f"error: {error}", 2)
     except NonFiniteObjectiveError as error:
         hint = "; the run folder keeps the last good coefficients" if error.learned else ""
         _exit(f"error: {error}{hint}", 1)
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
+    except Stopped as stopped:
+        _exit(f"{stopped}; {_how_to_go_on(given)}", stopped.exit_status)
+    except KeyboardInterrupt:  # outside of the main thread, or before signals were handled
+        _exit(f"{Stopped()}; {_how_to_go_on(given)}", Stopped().exit_status)
+
+
+def run(command: Invocable) -> None:
+    """Runs a parsed command line, on one console for progress, results and log lines."""
+    options = command.common_options
+    console = make_console(quiet=options.quiet and not options.answers)
+    show_log_lines(console, verbose=options.verbose)
+    command.run(console)
 
 
 def learn(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +60,7 @@ def learn(arguments: Sequence[str] | None = None) -> None:
     main(["learn", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def parse(arguments: Sequence[str]) -> Command:
+def parse(arguments: Sequence[str]) -> Invocable:
     """Parses the command line.
 
     Raises:
@@ -57,6 +78,16 @@ def parse(arguments: Sequence[str]) -> Command:
     from adamerge_jax.cli.recipe_options import parse_with_recipe
 
     return parse_with_recipe(name, COMMANDS[name], options)
+
+
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    """Returns the command that goes on with one that was stopped."""
+    again = ["adamerge", *arguments]
+    if arguments[:1] != ["learn"]:
+        return f"the same command starts anew: {shlex.join(again)}"
+    if "--resume" not in again:
+        again.append("--resume")
+    return f"go on with: {shlex.join(again)}"
 
 
 def _exit(message: str, status: int) -> NoReturn:

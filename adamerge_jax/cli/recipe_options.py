@@ -18,7 +18,6 @@ from rich.console import Console
 
 from adamerge_jax.cli.commands import Invocation, RecipeCommand
 from adamerge_jax.cli.compilation import keep_compiled_programs
-from adamerge_jax.cli.console import show_log_lines
 from adamerge_jax.errors import InputError
 from adamerge_jax.recipes.loading import (
     describe_validation_error,
@@ -47,10 +46,14 @@ class WithRecipe(Generic[C]):
     command: Annotated[C, tyro.conf.arg(name="")]
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
 
+    @property
+    def common_options(self) -> C:
+        """The options that are not of the recipe."""
+        return self.command
+
     def run(self, console: Console) -> None:
         """Runs the command."""
         keep_compiled_programs()
-        show_log_lines(console)
         self.command.run(Invocation(self.recipe, self.command.folder, console))
 
 
