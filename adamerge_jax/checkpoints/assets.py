@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adamerge_jax.checkpoints.config_export import with_special_tokens
+from adamerge_jax.checkpoints.config_export import (
+    tokenizer_readable_by_older_versions,
+    with_special_tokens,
+)
 from adamerge_jax.checkpoints.config_file import read_fields
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.tokenizer_files import (
@@ -105,9 +108,9 @@ def _copy(file: Path, source: Path, folder: Path) -> None:
     _require_of_folder(file, source)
     target = folder / file.relative_to(source)
     target.parent.mkdir(exist_ok=True)
-    fields, had_code = _read_settings(file) if file.name in _SETTINGS else ({}, False)
-    if had_code:
-        _write_fields(target, fields)
+    settings, differ = _read_settings(file) if file.name in _SETTINGS else ({}, False)
+    if differ:
+        _write_fields(target, settings)
     else:
         shutil.copyfile(file, target)
 
@@ -128,16 +131,18 @@ def _require_of_folder(file: Path, source: Path) -> None:
 
 
 def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
-    """Returns the settings of a file without its own code, and True if they had any."""
+    """Returns the settings in a file as a merge has them, and True if they differ from the file."""
     fields = read_fields(file)
-    safe = _without_code(fields)
-    tokenizer_class = fields.get("tokenizer_class") if "auto_map" in fields else None
-    if tokenizer_class is not None and not is_known_class(tokenizer_class):
-        # A class of such code; `transformers` reads tokenizer.json in its place, as it did here.
-        del safe["tokenizer_class"]
-        if file.with_name("tokenizer.json").is_file():
-            safe["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return safe, safe != fields
+    settings = _without_code(fields)
+    if file.name == CONFIG_FILE:
+        settings = tokenizer_readable_by_older_versions(settings)
+        tokenizer_class = fields.get("tokenizer_class") if "auto_map" in fields else None
+        if tokenizer_class is not None and not is_known_class(tokenizer_class):
+            # A class of its own code; `transformers` reads tokenizer.json in its place.
+            del settings["tokenizer_class"]
+            if file.with_name("tokenizer.json").is_file():
+                settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return settings, settings != fields
 
 
 def _without_code(fields: Mapping[str, Any]) -> dict[str, Any]:

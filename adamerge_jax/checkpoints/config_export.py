@@ -106,6 +106,20 @@ def readable_by_older_versions(fields: Mapping[str, Any]) -> Fields:
     return dict(fields) | {name: value for name, value in added.items() if value is not None}
 
 
+def tokenizer_readable_by_older_versions(fields: Mapping[str, Any]) -> Fields:
+    """Returns the settings of a tokenizer under the names that `transformers` 4 has for them.
+
+    Version 5 reads both: its class `TokenizersBackend` is the `PreTrainedTokenizerFast` of before,
+    and its list `extra_special_tokens` the `additional_special_tokens`.
+    """
+    older = dict(fields)
+    if older.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(older.get("extra_special_tokens"), list):
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    return older
+
+
 def special_tokens(
     fields: Mapping[str, Any], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Fields:

@@ -6,9 +6,13 @@ from pathlib import Path
 from adamerge_jax.errors import InputError, in_one_line
 
 _DOWNLOADED = (
-    *("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"),
+    *("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.codes", "*.spm"),
     "README.md",  # has the licence
 )
+
+# Subfolders hold other formats of the same weights (onnx/, openvino/, ...), except for one:
+# additional_chat_templates/.
+_IGNORED = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*")
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -61,8 +65,7 @@ def _download(name: str, revision: str | None) -> Path:
             name,
             revision=revision,
             allow_patterns=list(_DOWNLOADED),
-            # Subfolders hold other formats of the same weights (onnx/, openvino/, ...).
-            ignore_patterns=["*/*"],
+            ignore_patterns=list(_IGNORED),
         )
     except GatedRepoError as error:
         raise InputError(

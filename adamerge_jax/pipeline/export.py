@@ -174,7 +174,7 @@ def checkpoint_bytes(models: Models, settings: ExportRecipe) -> int:
 
 
 def _write_checkpoint(job: ExportJob, folder: Path) -> None:
-    """Writes the merged model and every task's model as `save_pretrained` would."""
+    """Writes the merged model and every task's model, in the layout of `save_pretrained`."""
     models, dtype = job.models, _dtype(job.settings)
 
     def cast(array: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, T5Config
 from adamerge_jax.checkpoints.config_export import (
     readable_by_older_versions,
     special_tokens,
+    tokenizer_readable_by_older_versions,
     with_dtype,
     with_head,
     with_special_tokens,
@@ -137,6 +138,21 @@ def test_older_names_are_added_and_change_nothing(tmp_path, config, added):
 )
 def test_older_files_stay_as_they_are(fields):
     assert readable_by_older_versions(fields) == fields
+
+
+def test_older_names_of_a_tokenizer_s_settings():
+    fields = {
+        "tokenizer_class": "TokenizersBackend",
+        "extra_special_tokens": ["<|x|>"],
+        "backend": "tokenizers",
+    }
+    assert tokenizer_readable_by_older_versions(fields) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<|x|>"],
+        "backend": "tokenizers",
+    }
+    older = {"tokenizer_class": "BertTokenizer", "extra_special_tokens": {"image": "<|i|>"}}
+    assert tokenizer_readable_by_older_versions(older) == older
 
 
 # Special tokens

@@ -16,10 +16,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from adamerge_jax.checkpoints.finite import require_finite
+from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.errors import InputError
 
@@ -311,6 +313,34 @@ def test_what_the_hub_refuses(error, match, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     refused(match, "org/name", revision="v2")
+
+
+def test_the_files_that_are_downloaded(tmp_path, monkeypatch):
+    """Weights once, all files of a tokenizer, and nothing that could run or be unpickled."""
+    of_repository = {
+        "config.json": True,
+        "model-00001-of-00002.safetensors": True,
+        "bpe.codes": True,
+        "source.spm": True,
+        "chat_template.jinja": True,
+        "additional_chat_templates/rag.jinja": True,
+        "onnx/config.json": False,
+        "adapter/adapter_model.safetensors": False,
+        "assets/vocab.json": False,
+        "pytorch_model.bin": False,
+        "modeling.py": False,
+        "additional_chat_templates/run.py": False,
+    }
+
+    def download(*_, allow_patterns, ignore_patterns, **__):
+        chosen = filter_repo_objects(
+            of_repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        assert set(chosen) == {name for name, wanted in of_repository.items() if wanted}
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate("org/name") == tmp_path
 
 
 # Values

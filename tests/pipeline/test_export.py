@@ -34,7 +34,7 @@ from adamerge_jax.pipeline.run import merge
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import train
 from tests.language_references import byte_tokenizer, language_expert
-from tests.older_transformers import logits_of
+from tests.older_transformers import logits_of, token_ids
 from tests.references import bert_tokenizer, fine_tune, randomise
 
 SIZES = dict(
@@ -324,6 +324,7 @@ def test_links_of_the_hub_s_cache_are_copied(tmp_path, classifiers):
 def save_bert(root: Path) -> dict[str, Any]:
     base = randomise(BertForSequenceClassification(BertConfig(**SIZES))).bert
     base.save_pretrained(root / "base")
+    bert_tokenizer(root).save_pretrained(root / "base")
     tasks = {}
     for classes in (2, 3):
         expert = BertForSequenceClassification(BertConfig(**SIZES, num_labels=classes))
@@ -336,6 +337,9 @@ def save_llama(root: Path, *, old: bool, rope: dict[str, Any], **sizes: Any) -> 
     rope = rope | {"rope_theta": 500_000.0}
     config = LlamaConfig(**SIZES | sizes, rope_parameters=rope, num_key_value_heads=1)
     fields = save_family(root, LlamaForCausalLM(config))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|end|>"]})
+    tokenizer.save_pretrained(root / "base")
     for name in ("base", "one", "two") if old else ():
         as_version_4(root / name)
     return fields
@@ -405,8 +409,10 @@ def test_two_major_versions_read_the_same_model(tmp_path):
         for number, (model, model_class) in enumerate(folders.items()):
             out = str(tmp_path / f"{name}-{number}.npy")
             job = dict(folder=str(model), model_class=model_class, inputs=inputs, out=out)
-            jobs.append(job)
+            has_tokenizer = (model / "tokenizer.json").exists()
+            jobs.append(job | ({"text": "the red fox <|end|>"} if has_tokenizer else {}))
     assert len(jobs) == len(EXPORTS) + 1
+    assert sum("text" in job for job in jobs) == 7  # all Llamas, and both models of a BERT
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).parents[1] / "older_transformers.py"
     environment = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "PYTHONHOME")}
@@ -421,6 +427,9 @@ def test_two_major_versions_read_the_same_model(tmp_path):
     for job in jobs:
         expected = logits_of(job["folder"], job["model_class"], job["inputs"])
         assert expected.std() > 1e-3
+        if "text" in job:
+            ids = json.loads(Path(job["out"] + ".ids").read_text())
+            assert ids == token_ids(job["folder"], job["text"]), job["folder"]
         difference = np.abs(np.load(job["out"]) - expected).max()
         print(f"{Path(job['out']).stem}: {difference:.1e}")
         assert difference <= 1e-5 * np.abs(expected).max(), job["folder"]
