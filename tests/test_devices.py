@@ -53,6 +53,43 @@ for folder in map(Path, sys.argv[1:]):
     (folder / "parts.json").write_text(json.dumps([str(devices), parts]))
 """
 
+# Nothing but the order of sums may differ between devices: in float64 it has no weight.
+LEARN_IN_FLOAT64 = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+jax.config.update("jax_enable_x64", True)
+jnp.float32 = jnp.float64
+
+import numpy as np
+from adamerge_jax.devices import ONE_DEVICE, open_devices
+from adamerge_jax.pipeline.learn import learn_coefficients, prepare
+from adamerge_jax.recipes.build import build
+from adamerge_jax.recipes.loading import load_recipe
+from adamerge_jax.pipeline.workspace import open_workspace
+
+def in_float64(tree):
+    return jax.tree.map(
+        lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+    )
+
+recipe = load_recipe(Path(sys.argv[1]))
+one = None
+for devices in (ONE_DEVICE, *(open_devices(model=model) for model in (4, 8))):
+    workspace = open_workspace(recipe, Path("/"), devices)
+    inputs = prepare(build(recipe, workspace.models), workspace)
+    inputs = inputs._replace(base=in_float64(inputs.base), deltas=in_float64(inputs.deltas))
+    merge = learn_coefficients(inputs, show_stage=lambda *what: nullcontext(lambda progress: None))
+    values = np.concatenate([np.ravel(array) for array in merge.values.values()])
+    assert values.dtype == np.float64 and np.abs(values - 0.3).max() > 0.01
+    one = values if one is None else one
+    np.testing.assert_allclose(values, one, rtol=0, atol=1e-12, err_msg=str(devices))
+"""
+
 
 @pytest.fixture(scope="module")
 def encoder(image_fields) -> dict[str, Any]:
@@ -102,11 +139,12 @@ def on_virtual_devices(count: int) -> dict[str, str]:
 
 def test_eight_devices_learn_what_one_does(encoder, adapters, tmp_path):
     folders = {}
-    for kind, fields in (("encoder", encoder), ("adapters", adapters)):
-        for model in (1, 2):
-            folder = folders[kind, model] = tmp_path / f"{kind}-{model}"
-            folder.mkdir()
-            write_recipe(folder, fields | {"devices": {"model": model}})
+    layouts = [("encoder", 1), ("encoder", 8), ("adapters", 2), ("adapters", 4)]
+    for kind, model in layouts:
+        folder = folders[kind, model] = tmp_path / f"{kind}-{model}"
+        folder.mkdir()
+        fields = encoder if kind == "encoder" else adapters
+        write_recipe(folder, fields | {"devices": {"model": model}})
     subprocess.run(
         [sys.executable, "-c", LEARN, *map(str, folders.values())],
         env=on_virtual_devices(8),
@@ -122,6 +160,13 @@ def test_eight_devices_learn_what_one_does(encoder, adapters, tmp_path):
             assert parts["vit.encoder.layer.*.intermediate.dense.bias"] == [2, 32]
             patches = parts["vit.embeddings.patch_embeddings.projection.weight"]
             assert patches == [24 // model, 3, 4, 4]
+
+
+def test_only_the_order_of_sums_differs_between_devices(encoder, tmp_path):
+    # An objective without stored targets, which are float32.
+    recipe = write_recipe(tmp_path, encoder | {"preset": "adamerging"})
+    command = [sys.executable, "-c", LEARN_IN_FLOAT64, str(recipe)]
+    subprocess.run(command, env=on_virtual_devices(8), check=True)
 
 
 def test_two_processes(image_fields, tmp_path):
