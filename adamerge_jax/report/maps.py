@@ -19,6 +19,7 @@ from adamerge_jax.report.coefficients import (
 )
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL
 from adamerge_jax.report.comparison import Comparison
+from adamerge_jax.report.pictures import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
         label="coefficient",
     )
     figure.suptitle(f"Merge coefficients ({coefficients.granularity})", fontsize=11)
-    figure.savefig(path, dpi=150)
+    write_png(figure, path)
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
@@ -60,7 +61,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         label="change",
     )
     figure.suptitle("Coefficients, second file less first", fontsize=11)
-    figure.savefig(path, dpi=150)
+    write_png(figure, path)
 
 
 def draw_means(

@@ -5,6 +5,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from adamerge_jax.writing import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -25,6 +27,13 @@ class Picture(NamedTuple):
     width: int
 
 
+def write_png(figure: "Figure", file: Path) -> None:
+    """Writes a matplotlib figure as a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    write_whole(file, stream.getvalue())
+
+
 def save_picture(figure: "Figure", file: Path, title: str, alternative: str) -> Picture:
     """Writes a figure as a PNG file, and returns it as a picture for a page.
 
@@ -36,7 +45,7 @@ def save_picture(figure: "Figure", file: Path, title: str, alternative: str) -> 
     """
     import matplotlib
 
-    figure.savefig(file, dpi=150)
+    write_png(figure, file)
     # Laid out for the file, and as slow to lay out as to draw.
     figure.set_layout_engine("none")
     stream = io.BytesIO()

@@ -9,6 +9,7 @@ import numpy as np
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.runs.files import read_json
+from adamerge_jax.writing import write_whole
 
 Metric = Literal["accuracy", "loss"]
 """The meaning of a score: the share of right classes, or nats per token."""
@@ -47,7 +48,7 @@ def write_results(rows: Sequence[Row], path: Path) -> None:
         {"method": row.method, "metric": row.metric, "tasks": row.tasks, "average": row.average}
         for row in rows
     ]
-    path.write_text(json.dumps({"rows": lines}, indent=2) + "\n")
+    write_whole(path, json.dumps({"rows": lines}, indent=2) + "\n")
 
 
 def read_results(file: Path) -> list[Row]:
