@@ -128,8 +128,8 @@ def learn(
             far.
         on_snapshot: Called after every evaluation of the held-out data with a snapshot to go on
             from.
-        should_stop: Asked after every step. Where it returns True, `on_snapshot` is called with this
-            step's snapshot, and learning ends with `Stopped`.
+        should_stop: Asked after every step. Where it returns True, `on_snapshot` is called with
+            this step's snapshot, and learning ends with `Stopped`.
         resume: The last snapshot of an earlier call with the same arguments; its steps are not
             taken again, and `on_step` is not called for them.
         devices: Those of the learner.
