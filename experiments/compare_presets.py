@@ -31,9 +31,10 @@ from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe, read_fields
 from adamerge_jax.recipes.presets import PRESETS
 from adamerge_jax.recipes.schema import Recipe
-from adamerge_jax.report.results import gap_closed, in_words, scores
+from adamerge_jax.report.results import in_words, percentage, scores
+from adamerge_jax.runs.outcome import measure_outcome
 from adamerge_jax.runs.record import peak_memory_of_arrays
-from adamerge_jax.runs.results import Row
+from adamerge_jax.runs.rows import Row
 
 BASELINES = "baselines"
 HOW_TO_LEARN = {
@@ -216,7 +217,7 @@ def accuracy_of(inputs: LearningInputs, merge: Any, best: Learned) -> float:
 
 def summarise(title: str, runs: dict[str, Any], presets: list[str]) -> Table:
     """One line per preset: means over seeds, and the standard deviation of the average."""
-    baselines = [Row(row["method"], row["tasks"]) for row in runs[f"{BASELINES} 0"].values()]
+    baselines = [Row.from_json(row) for row in runs[f"{BASELINES} 0"].values()]
     table = Table(title=f"{title}: accuracy (%), means over seeds")
     tasks = list(baselines[0].tasks)
     for column in ("method", *tasks, "average", "gap closed", "coefficients", "steps"):
@@ -229,14 +230,16 @@ def summarise(title: str, runs: dict[str, Any], presets: list[str]) -> Table:
         own = [run for key, run in runs.items() if key.rpartition(" ")[0] == preset]
         if not own:
             continue
-        means = Row(preset, {task: np.mean([run["tasks"][task] for run in own]) for task in tasks})
-        closed = (gap_closed([*baselines, means]) or [None])[-1]
+        mean_scores = {task: float(np.mean([run["tasks"][task] for run in own])) for task in tasks}
+        means = Row(preset, mean_scores, kind="learned")
+        outcome = measure_outcome([*baselines, means])
+        closed = None if outcome is None else outcome.average.closed
         reached = [run["seconds_to_reference"] for run in own if "seconds_to_reference" in run]
         table.add_row(
             preset,
             *(in_words(score, means.metric) for score in means.tasks.values()),
             f"{100 * means.average:.1f} ± {100 * np.std([run['average'] for run in own]):.1f}",
-            "" if closed is None else f"{100 * closed:.0f}%",
+            percentage(closed, 0) or "",
             f"{own[0]['coefficients']:,}",
             str(own[0]["steps"]),
             f"{np.mean([run['seconds'] for run in own]):.0f}",

@@ -27,7 +27,6 @@ from adamerge_jax.coefficients.granularities import (
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.parameter_names import is_stacked, unstack
-from adamerge_jax.writing import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +71,8 @@ class Coefficients:
         started_from: The file that their learning started from, if any.
         scaled: Factors that they were multiplied with since, by expert; 0 leaves one out.
         depths: Number of layers of each stack of the base, mixed or not; see `stack_depths`.
+        initial: The value at which those started that did not start from a file; None in a file
+            from before it was kept.
 
     Examples:
         >>> import tempfile
@@ -114,6 +115,7 @@ class Coefficients:
     started_from: str | None = None
     scaled: Mapping[str, float] = dataclasses.field(default_factory=dict)
     depths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    initial: float | None = None
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -217,7 +219,7 @@ class Coefficients:
         metadata = {name: json.dumps(field) for name, field in fields.items()}
         metadata |= {"format": _FORMAT, "version": version("adamerge_jax")}
         arrays = {group: np.ascontiguousarray(array) for group, array in self.values.items()}
-        write_whole(path, save(arrays, metadata))
+        Path(path).write_bytes(save(arrays, metadata))
 
     @classmethod
     def load(cls, path: Path | str) -> "Coefficients":
@@ -267,6 +269,8 @@ class Coefficients:
         experts = len(self.experts)
         if not experts or not self.shapes:
             raise InputError(f"it is of {experts} experts and {len(self.shapes)} merged tensors")
+        if self.initial is not None and not np.isfinite(self.initial):
+            raise InputError(f"it says that coefficients started at {self.initial}")
         for group, array in self.values.items():
             if array.shape[:1] != (experts,):
                 raise InputError(

@@ -16,7 +16,6 @@ from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import NonFiniteObjectiveError
 from adamerge_jax.learning.held_out import Control, HeldOutMetrics, evaluate_held_out, judge
 from adamerge_jax.learning.learner import Frozen, Learner, State
-from adamerge_jax.stopping import stop_asked, stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,6 @@ def learn(
     on_step: Callable[[Progress], Any] = lambda progress: None,
     on_best: Callable[[Learned], Any] = lambda learned: None,
     on_snapshot: Callable[[Snapshot], Any] = lambda snapshot: None,
-    should_stop: Callable[[], bool] = stop_asked,
     resume: Snapshot | None = None,
     devices: Devices = ONE_DEVICE,
     report: Callable[[Progress], Any] | None = None,
@@ -128,8 +126,6 @@ def learn(
             far.
         on_snapshot: Called after every evaluation of the held-out data with a snapshot to go on
             from.
-        should_stop: Asked after every step. Where it returns True, `on_snapshot` is called with
-            this step's snapshot, and learning ends with `Stopped`.
         resume: The last snapshot of an earlier call with the same arguments; its steps are not
             taken again, and `on_step` is not called for them.
         devices: Those of the learner.
@@ -137,12 +133,12 @@ def learn(
         save: The old name of `on_snapshot`.
 
     Returns:
-        The best coefficients on the held-out data, never worse there than the starting point.
+        The coefficients with the lowest objective on the held-out data, where theirs is never
+        above that of the starting point. That says nothing of other measures, such as accuracy.
 
     Raises:
         NonFiniteObjectiveError: Says at which step and on which task; carries the last good
             coefficients.
-        Stopped: `should_stop` has returned True, by default since a signal came.
 
     Examples:
         The classifier of `make_learner`'s example, from data to the merged parameters:
@@ -219,19 +215,12 @@ def learn(
         best = Learned(jax.device_get(learner.coefficients(state)), step, metrics)
         on_best(best)
 
-    def stop_if_asked(snapshot: Snapshot, *, is_kept: bool) -> None:
-        if should_stop():
-            if not is_kept:
-                on_snapshot(snapshot)
-            raise stopped()
-
     if resume is None:
         began = time.perf_counter()
         start, taken = evaluate(0), 0
         keep(0, start)
         on_step(Progress(0, None, start, time.perf_counter() - began, best=best))
-        on_snapshot(first := Snapshot(state, 0, start, best, ended=False))
-        stop_if_asked(first, is_kept=True)
+        on_snapshot(Snapshot(state, 0, start, best, ended=False))
     else:
         start, taken = resume.start, resume.step
         if resume.ended:
@@ -245,7 +234,6 @@ def learn(
         require_finite(per_task, step, "the step's batch")
         if step % evaluate_every and step != steps:
             on_step(Progress(step, per_task, None, seconds))
-            stop_if_asked(Snapshot(state, step, start, best, ended=False), is_kept=False)
             continue
         metrics = evaluate(step)
         is_best, fallen, may_continue = judge(metrics, start, best.held_out, control)
@@ -254,8 +242,7 @@ def learn(
         collapsed = tuple(itertools.compress(tasks, fallen))
         on_step(Progress(step, per_task, metrics, seconds, collapsed, best if is_best else None))
         ended = step == steps or not may_continue
-        on_snapshot(snapshot := Snapshot(state, step, start, best, ended))
-        stop_if_asked(snapshot, is_kept=True)
+        on_snapshot(Snapshot(state, step, start, best, ended))
         if ended:
             break
     return best

@@ -14,7 +14,7 @@ from adamerge_jax.methods import (
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe
-from adamerge_jax.runs.results import Row
+from adamerge_jax.runs.rows import Row
 from adamerge_jax.task_vectors import Delta
 from adamerge_jax.task_vectors.offload.memory import make_memory
 
@@ -32,23 +32,27 @@ def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Ro
 
     Returns:
         The rows of the base, the experts, their average, task arithmetic with the coefficient that
-        is best on the validation data, and the further methods.
+        is best on the validation data (`PLAIN_TASK_ARITHMETIC` without such data, and then its name
+        does not say that it was chosen), and the further methods.
     """
     workspace = inputs.workspace
     evaluator, test = workspace.evaluator, workspace.data.test
     after = " after interference steps" if inputs.interference else ""
-    coefficient = _best_coefficient(inputs, settings.task_arithmetic)
+    coefficient, origin = PLAIN_TASK_ARITHMETIC, ""
+    if workspace.data.validation:
+        coefficient = _best_coefficient(inputs, settings.task_arithmetic)
+        origin = ", chosen with labels"
     # No name for an expert: it is gone before the next one is read.
     expert_scores = {
-        task: evaluator.score(workspace.expert(task, inputs.base), task, examples)
+        task: evaluator.example_scores(workspace.expert(task, inputs.base), task, examples)
         for task, examples in test.items()
     }
     return [
         evaluator.row("base", inputs.base, test),
-        Row("experts (one model each)", expert_scores, evaluator.metric),
+        Row.of_examples("experts (one model each)", expert_scores, evaluator.metric, "experts"),
         evaluator.row(f"average{after}", _merged(inputs, average()), test),
         evaluator.row(
-            f"task arithmetic ({coefficient:g}){after}",
+            f"task arithmetic ({coefficient:g}{origin}){after}",
             _merged(inputs, task_arithmetic(coefficient)),
             test,
         ),
@@ -62,6 +66,7 @@ def learned_row(inputs: LearningInputs, result: MergeResult) -> Row:
         f"learned ({result.coefficients.granularity})",
         result.parameters(inputs.base),
         inputs.workspace.data.test,
+        "learned",
     )
 
 
@@ -92,10 +97,8 @@ def method_in_words(name: str, options: Mapping[str, Any]) -> str:
 
 
 def _best_coefficient(inputs: LearningInputs, coefficients: Sequence[float]) -> float:
-    """Returns task arithmetic's best coefficient on the validation data, if there is any."""
+    """Returns task arithmetic's best coefficient on the validation data."""
     evaluator, validation = inputs.workspace.evaluator, inputs.workspace.data.validation
-    if not validation:
-        return PLAIN_TASK_ARITHMETIC
 
     def score(coefficient: float) -> float:
         return evaluator.row("", _merged(inputs, task_arithmetic(coefficient)), validation).score

@@ -1,5 +1,6 @@
 """The evaluation: accuracy of each task with its head, or a language model's loss per task."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -10,7 +11,9 @@ from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.devices import fetch
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
-from adamerge_jax.runs.results import Metric, Row
+from adamerge_jax.runs.rows import ExampleScores, Kind, Metric, Row
+
+log = logging.getLogger(__name__)
 
 Parameters = Mapping[str, Array]
 
@@ -89,6 +92,43 @@ class Evaluator:
             rows.append(fetch(self.run(parameters, task, inputs)[0])[: len(index)])
         return np.concatenate(rows)[np.argsort(np.concatenate(order))]
 
+    def example_scores(
+        self, parameters: Parameters, task: str, examples: Examples
+    ) -> ExampleScores:
+        """Computes a model's score on each labelled example.
+
+        Args:
+            parameters: The parameters of the backbone by name.
+            task: The task whose head is used.
+            examples: N labelled examples.
+
+        Returns:
+            In the order of the examples, `[N]`: 1 for the right class and 0 for a wrong one; or for
+            a language model the loss in nats, summed over the predicted tokens, and their number.
+        """
+        if self.metric == "accuracy":
+            logits = self.logits(parameters, task, examples)
+            # The likeliest class of NaN is class 0 to NumPy, and would sometimes be right.
+            is_number = ~np.isnan(logits).any(-1)
+            if not is_number.all():
+                log.warning(
+                    f"task {task!r}: the logits of {(~is_number).sum()} of {len(logits)} examples "
+                    "are NaN; they count as wrong"
+                )
+            is_right = (logits.argmax(-1) == examples.labels) & is_number
+            return ExampleScores(is_right.astype(np.float32), np.ones(len(logits), np.int32))
+        losses = np.zeros(len(examples), np.float32)
+        counts = np.zeros(len(examples), np.int32)
+        for index, inputs in sorted_batches(examples, self.batch_size):
+            logits, _ = self.run(parameters, task, inputs)
+            labels = examples.take_labels(index, logits.shape[1])
+            # The last batch repeats examples, which do not count.
+            missing = [(0, len(logits) - len(labels)), (0, 0)]
+            padded = np.pad(labels, missing, constant_values=NOT_PREDICTED)
+            losses[index] = fetch(_total_losses(logits, padded))[: len(index)]
+            counts[index] = (labels != NOT_PREDICTED).sum(-1)
+        return ExampleScores(losses, counts)
+
     def score(self, parameters: Parameters, task: str, examples: Examples) -> float:
         """Computes a model's score on labelled examples.
 
@@ -101,26 +141,20 @@ class Evaluator:
             The fraction of examples with the right class, from 0 to 1; or for a language model
             the mean loss over all predicted tokens, in nats per token.
         """
-        if self.metric == "accuracy":
-            predicted = self.logits(parameters, task, examples).argmax(-1)
-            return float((predicted == examples.labels).mean())
-        total, count = 0.0, 0
-        for index, inputs in sorted_batches(examples, self.batch_size):
-            logits, _ = self.run(parameters, task, inputs)
-            labels = examples.take_labels(index, logits.shape[1])
-            # The last batch repeats examples, which do not count.
-            missing = [(0, len(logits) - len(labels)), (0, 0)]
-            labels = np.pad(labels, missing, constant_values=NOT_PREDICTED)
-            total += float(_total_loss(logits, labels))
-            count += int((labels != NOT_PREDICTED).sum())
-        return total / count
+        return self.example_scores(parameters, task, examples).mean
 
-    def row(self, method: str, parameters: Parameters, data: Mapping[str, Examples]) -> Row:
-        """Returns a row of the table: a model's score on labelled examples of each task."""
-        scores = {task: self.score(parameters, task, data[task]) for task in data}
-        return Row(method, scores, self.metric)
+    def row(
+        self,
+        method: str,
+        parameters: Parameters,
+        data: Mapping[str, Examples],
+        kind: Kind = "baseline",
+    ) -> Row:
+        """Returns a row of the table: a model's scores on labelled examples of each task."""
+        scores = {task: self.example_scores(parameters, task, data[task]) for task in data}
+        return Row.of_examples(method, scores, self.metric, kind)
 
 
 @jax.jit
-def _total_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    return token_losses(logits, labels).sum()
+def _total_losses(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, " B"]:
+    return token_losses(logits, labels).sum(-1)

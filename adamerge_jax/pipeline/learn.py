@@ -382,6 +382,7 @@ def _make_coefficients(inputs: LearningInputs, stage: Stage, learned: Learned) -
         step=learned.step,
         started_from=inputs.start.source if inputs.start else None,
         depths=stack_depths(models.base.names),
+        initial=inputs.method.initial,
     )
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,16 +14,15 @@ import yaml
 from rich.console import Console
 
 from adamerge_jax.checkpoints.architecture import require_same_architecture
-from adamerge_jax.checkpoints.folders import require_space
+from adamerge_jax.checkpoints.folders import require_new, require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
-from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
+from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
-from adamerge_jax.methods import MergeMethod, make_method
+from adamerge_jax.methods import make_method
 from adamerge_jax.pipeline.baselines import baseline_rows, learned_row, method_in_words
 from adamerge_jax.pipeline.export import (
-    CHECKPOINT_FOLDER,
     EXPORT_FOLDERS,
     ExportJob,
     MergeFacts,
@@ -30,7 +30,6 @@ from adamerge_jax.pipeline.export import (
     export_bytes,
     export_mergekit,
     require_exportable,
-    write_card,
 )
 from adamerge_jax.pipeline.fold import fold, merge_tensors
 from adamerge_jax.pipeline.learn import LearningInputs, OnStep, learn_coefficients, prepare
@@ -41,6 +40,7 @@ from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.schema import ExportRecipe, Recipe
+from adamerge_jax.report.coefficients import range_warning
 from adamerge_jax.report.maps import draw_coefficients
 from adamerge_jax.report.model_card import model_card
 from adamerge_jax.report.page import write_page
@@ -53,7 +53,7 @@ from adamerge_jax.runs.files import (
     RESULTS_FILE,
     STATE_FOLDER,
 )
-from adamerge_jax.runs.lock import hold
+from adamerge_jax.runs.outcome import measure_outcome
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.record import (
     RunRecord,
@@ -62,17 +62,12 @@ from adamerge_jax.runs.record import (
     describe_tensors,
     similarity,
 )
-from adamerge_jax.runs.results import Row, read_results, write_results
-from adamerge_jax.runs.resuming import (
-    discard_after_last_snapshot,
-    has_ended,
-    require_new_export,
-    require_startable,
-    unfinished,
-)
+from adamerge_jax.runs.results import Results, write_results
+from adamerge_jax.runs.resuming import discard_after_last_snapshot, require_startable
+from adamerge_jax.runs.rows import Row
 from adamerge_jax.runs.tracking import require_installed, track
-from adamerge_jax.stopping import between_steps, require_going_on
-from adamerge_jax.writing import remove_folder, remove_partial, write_whole
+
+log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
@@ -102,28 +97,15 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
 
     Raises:
         InputError: The recipe, a checkpoint or data cannot be used, or `out`
-            holds anything but a run of this recipe, or is in use.
+            holds anything but an unfinished run of this recipe.
         NonFiniteObjectiveError: Learning diverged; the run folder holds the last good
             coefficients.
-        Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
     """
-    devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
-    with _by_first_process(hold(out)):
-        return _learn(recipe, devices, root, out, _silence_others(console), resume)
-
-
-def _learn(
-    recipe: Recipe, devices: Devices, root: Path, out: Path, console: Console, resume: bool
-) -> Run:
-    """Checks all input of a run, then learns in its folder, which this process holds."""
+    devices = open_devices(**recipe.devices.model_dump())
+    first, console = is_first_process(), _silence_others(console)
+    out = out.expanduser()
     resolved = recipe.model_dump(mode="json")
     require_startable(out, resolved, resume=resume)
-    if resume and has_ended(out, CHECKPOINT_FOLDER):
-        if is_first_process():
-            remove_partial(out)
-        console.print(f"{out} holds a run that has ended; there is nothing left to do")
-        coefficients = Coefficients.load(out / COEFFICIENTS_FILE)
-        return Run(out, coefficients, read_results(out / RESULTS_FILE))
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
@@ -143,26 +125,11 @@ def _learn(
 
     # No process writes before all have checked.
     wait_for_all("checked")
-    with _by_first_process(unfinished(out, anew=not resume)):
-        return _learn_and_export(recipe, inputs, record, root, out, console, resume)
-
-
-def _learn_and_export(
-    recipe: Recipe,
-    inputs: LearningInputs,
-    record: RunRecord,
-    root: Path,
-    out: Path,
-    console: Console,
-    resume: bool,
-) -> Run:
-    """Learns, exports and evaluates, in this order: what evaluates has lost nothing if killed."""
-    first, resolved = is_first_process(), recipe.model_dump(mode="json")
-    workspace, models = inputs.workspace, inputs.workspace.models
     if first:
-        if resume and (steps := discard_after_last_snapshot(out)) is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and (steps := discard_after_last_snapshot(out, EXPORT_FOLDERS)) is not None:
             console.print(f"going on after {steps} steps")
-        write_whole(out / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
+        (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
     wait_for_all("run folder made")
     with record.phase("similarity of the task vectors"):
         record.add(
@@ -192,44 +159,48 @@ def _learn_and_export(
             coefficients.save(out / COEFFICIENTS_FILE)
 
     try:
-        with record.phase("learning"), between_steps():
+        with record.phase("learning"):
             result = learn_coefficients(
                 inputs, show_stage=show_stage, on_result=save, state=out / STATE_FOLDER
             )
     except NonFiniteObjectiveError:
         # A resumed run would diverge again.
         if first:
-            remove_folder(out / STATE_FOLDER)
+            shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
         raise
-    job_of = partial(
-        export_job,
-        models,
-        result.coefficients,
-        recipe.export,
-        root,
-        tokenizer=recipe.tokenizer,
-        datasets=hub_datasets(recipe.calibration_sources, root),
-    )
-    with record.phase("writing checkpoints"):
-        export(job_of(), out, console, keep=resume)
+    if warning := range_warning(result.coefficients):
+        log.warning(warning)
+    if first:
+        draw_coefficients(result.coefficients, out / HEAT_MAP_FILE)
 
-    rows = []
+    rows, outcome = [], None
     if workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
             rows = [
                 *baseline_rows(inputs, recipe.evaluation),
                 learned_row(inputs, result),
             ]
+        outcome = measure_outcome(rows)
         if first:
-            write_results(rows, out / RESULTS_FILE)
-            write_card(job_of(rows=rows), out)
-    require_going_on()
+            write_results(Results(rows, outcome), out / RESULTS_FILE)
+    with record.phase("writing checkpoints"):
+        job = export_job(
+            models,
+            result.coefficients,
+            recipe.export,
+            root,
+            tokenizer=recipe.tokenizer,
+            datasets=hub_datasets(recipe.calibration_sources, root),
+            results=Results(rows, outcome),
+        )
+        export(job, out, console)
     if first:
-        draw_coefficients(result.coefficients, out / HEAT_MAP_FILE)
         write_page(out)
     if rows:
-        console.print(results_table(rows))
+        console.print(results_table(rows, outcome))
     wait_for_all("exported")
+    if first:
+        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
     return Run(out, result.coefficients, rows)
 
 
@@ -257,29 +228,12 @@ def fold_file(
         allow_other_models: If True, models that the file was not learned for are folded too.
 
     Raises:
-        InputError: The file cannot be read, was learned for other models, or is no adapter; or the
-            folder is in use.
-        Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
+        InputError: The file cannot be read, was learned for other models, or is no adapter.
     """
-    devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
-    with _by_first_process(hold(out)):
-        _fold_file(
-            file, recipe, devices, root, out, _silence_others(console), scale, allow_other_models
-        )
-
-
-def _fold_file(
-    file: Path,
-    recipe: Recipe,
-    devices: Devices,
-    root: Path,
-    out: Path,
-    console: Console,
-    scale: Mapping[str, float] | None,
-    allow_other_models: bool,
-) -> None:
-    """Checks all input of a fold, then exports to a folder that this process holds."""
-    require_new_export(out, EXPORT_FOLDERS)
+    devices = open_devices(**recipe.devices.model_dump())
+    console = _silence_others(console)
+    out = out.expanduser()
+    require_new(out)
     coefficients, models, notes = prepare_fold(
         file,
         dataclasses.replace(open_models(recipe.to_fold, root), devices=devices),
@@ -298,10 +252,9 @@ def _fold_file(
         tokenizer=recipe.tokenizer,
         datasets=hub_datasets(recipe.calibration_sources, root),
     )
-    with _by_first_process(unfinished(out, anew=True)):
-        export(job, out, console)
-        if scale and is_first_process():
-            coefficients.save(out / COEFFICIENTS_FILE)
+    export(job, out, console)
+    if scale and is_first_process():
+        coefficients.save(out / COEFFICIENTS_FILE)
 
 
 def merge(
@@ -328,28 +281,13 @@ def merge(
         console: The console that shows progress.
 
     Raises:
-        InputError: There is no such method, it refuses an option, or a model cannot be used; or the
-            folder is in use.
-        Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
+        InputError: There is no such method, it refuses an option, or a model cannot be used.
     """
     chosen = make_method(method, options)
-    devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
-    in_words = method_in_words(method, options)
-    with _by_first_process(hold(out)):
-        _merge(recipe, chosen, in_words, devices, root, out, _silence_others(console))
-
-
-def _merge(
-    recipe: Recipe,
-    chosen: MergeMethod,
-    in_words: str,
-    devices: Devices,
-    root: Path,
-    out: Path,
-    console: Console,
-) -> None:
-    """Checks all input of a merge, then exports to a folder that this process holds."""
-    require_new_export(out, EXPORT_FOLDERS)
+    devices = open_devices(**recipe.devices.model_dump())
+    console = _silence_others(console)
+    out = out.expanduser()
+    require_new(out)
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
@@ -362,15 +300,14 @@ def _merge(
         card=partial(
             model_card,
             None,
-            [],
+            Results([]),
             origins=model_origins(models, root),
             auto_class=models.family.auto_class,
-            method=in_words,
+            method=method_in_words(method, options),
         ),
         tokenizer=recipe.tokenizer,
     )
-    with _by_first_process(unfinished(out, anew=True)):
-        export(job, out, console)
+    export(job, out, console)
 
 
 def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
@@ -420,11 +357,6 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     return row
 
 
-def _by_first_process(context: AbstractContextManager[None]) -> AbstractContextManager[None]:
-    """Returns the context in the first process, and one that does nothing in all others."""
-    return context if is_first_process() else nullcontext()
-
-
 def _silence_others(console: Console) -> Console:
     """Returns the console in the first process, and one that prints nothing in all others."""
     if is_first_process():
@@ -441,7 +373,7 @@ def export_job(
     *,
     tokenizer: str | None = None,
     datasets: Sequence[str] = (),
-    rows: Sequence[Row] = (),
+    results: Results | None = None,
 ) -> ExportJob:
     """Describes the export of learned coefficients.
 
@@ -452,7 +384,7 @@ def export_job(
         root: Folder that relative paths of the recipe start from.
         tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
         datasets: Hub ids of the calibration data, for the model card.
-        rows: The table of results, for the model card.
+        results: The table of results and the outcome, for the model card.
     """
     return ExportJob(
         models,
@@ -462,7 +394,7 @@ def export_job(
         card=partial(
             model_card,
             coefficients,
-            rows,
+            results or Results([]),
             origins=model_origins(models, root),
             datasets=datasets,
             auto_class=models.family.auto_class,

@@ -1,15 +1,22 @@
 """Coefficients in numbers and words: means by layer, their spread, and the facts of a file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.parameter_names import layer_of
+from adamerge_jax.report.plain_text import one_line
+
+REACH = 2.0
+"""The distance to 0, 1 and the start within which coefficients are sensible. Of 9,400 learned for
+rows of the quickstart's experts, without a constraint, the outermost are 1.3 below 0 and 0.7 over
+1."""
 
 
 def print_coefficients(coefficients: Coefficients, console: Console) -> None:
@@ -28,14 +35,17 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
         "merged tensors": len(coefficients.parameters),
     }
     for name, fact in facts.items():
-        console.print(f"{name:14} {fact}", highlight=False, soft_wrap=True)
+        text = one_line(str(fact), longest=10_000)
+        console.print(f"{name:14} {text}", highlight=False, soft_wrap=True)
     table = Table(title="Mean coefficient")
     table.add_column("layer", no_wrap=True)
     for expert in coefficients.names:
-        table.add_column(expert, justify="right")
+        table.add_column(Text(one_line(expert)), justify="right")
     for layer, means in zip(*layer_means(coefficients), strict=True):
-        table.add_row(layer, *(f"{mean:.3f}" for mean in means))
+        table.add_row(Text(one_line(layer)), *(f"{mean:.3f}" for mean in means))
     console.print(table)
+    if warning := range_warning(coefficients):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
 
 def count_coefficients(coefficients: Coefficients) -> int:
@@ -46,7 +56,7 @@ def count_coefficients(coefficients: Coefficients) -> int:
 def group_means(coefficients: Coefficients) -> dict[str, Float[np.ndarray, " K"]]:
     """Returns the mean of each group of coefficients for each expert."""
     return {
-        group: values.reshape(len(values), -1).mean(1)
+        group: values.reshape(len(values), -1).mean(1, dtype=np.float64)
         for group, values in coefficients.values.items()
     }
 
@@ -87,9 +97,46 @@ def spreads(coefficients: Coefficients) -> list[Spread]:
     result = []
     for position in range(len(coefficients.experts)):
         groups = (values[position].ravel() for values in coefficients.values.values())
-        flat = np.concatenate(list(groups))
+        flat = np.concatenate(list(groups)).astype(np.float64)  # squares of 1e30 are too large
         result.append(Spread(*(float(f(flat)) for f in (np.mean, np.std, np.min, np.max))))
     return result
+
+
+def range_warning(coefficients: Coefficients, name: Callable[[str], str] = one_line) -> str | None:
+    """Returns a warning where coefficients are far from what a merge can be expected to need.
+
+    That is more than `REACH` away from all of 0 (the base), 1 (the expert) and the start. A lower
+    objective may lead there: it is no measure of how good the merge is.
+
+    Args:
+        coefficients: The learned coefficients.
+        name: The function that writes an expert's name in the warning.
+
+    Returns:
+        None where all are within reach.
+    """
+    start = coefficients.initial
+    near = (0.0, 1.0) if start is None else (0.0, 1.0, start)
+    low, high = min(near) - REACH, max(near) + REACH
+    outside = sum(
+        int(((values < low) | (values > high)).sum()) for values in coefficients.values.values()
+    )
+    if not outside:
+        return None
+    experts = zip(coefficients.names, spreads(coefficients), strict=True)
+    expert, value = max(
+        ((expert, end) for expert, spread in experts for end in (spread.smallest, spread.largest)),
+        key=lambda pair: max(low - pair[1], pair[1] - high),
+    )
+    origin = f"constraint {coefficients.constraint}"
+    if start is not None:
+        origin += f", start {start:g}"
+    return (
+        f"{outside} of {count_coefficients(coefficients)} coefficients are outside of {low:g} to "
+        f"{high:g}, the farthest of {name(expert)} at {value:.4g} ({origin}); a low "
+        "objective does not make such a merge good: look at its results, lower the learning rate, "
+        "or take another constraint"
+    )
 
 
 def by_layer_and_kind(

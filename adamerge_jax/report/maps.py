@@ -19,7 +19,7 @@ from adamerge_jax.report.coefficients import (
 )
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL
 from adamerge_jax.report.comparison import Comparison
-from adamerge_jax.report.pictures import write_png
+from adamerge_jax.report.pictures import label_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +41,9 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
         limits=value_range(coefficients),
         label="coefficient",
     )
-    figure.suptitle(f"Merge coefficients ({coefficients.granularity})", fontsize=11)
-    write_png(figure, path)
+    title = label_text(f"Merge coefficients ({coefficients.granularity})")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
@@ -61,7 +62,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         label="change",
     )
     figure.suptitle("Coefficients, second file less first", fontsize=11)
-    write_png(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def draw_means(
@@ -94,9 +95,9 @@ def draw_means(
         figure, axes = _grid(down, across, width, height)
         for axis, name, values in zip(axes, experts, maps, strict=False):
             image = _draw_map(axis, values, colours, limits)
-            axis.set_title(name, fontsize=9)
-            axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-            axis.set_yticks(range(len(rows)), rows, fontsize=7)
+            axis.set_title(label_text(name), fontsize=9)
+            axis.set_xticks(range(len(columns)), _label_texts(columns), rotation=90, fontsize=7)
+            axis.set_yticks(range(len(rows)), _label_texts(rows), fontsize=7)
         for axis in axes[len(experts) :]:
             axis.set_axis_off()
     else:
@@ -104,8 +105,10 @@ def draw_means(
         values = np.stack([means[group] for group in groups])
         figure, axes = _grid(1, 1, 0.7 * len(experts) + 3.4, 0.3 * len(groups) + 1.6)
         image = _draw_map(axes[0], values, colours, limits)
-        axes[0].set_xticks(range(len(experts)), experts, rotation=30, ha="right", fontsize=8)
-        axes[0].set_yticks(range(len(groups)), groups, fontsize=8)
+        axes[0].set_xticks(
+            range(len(experts)), _label_texts(experts), rotation=30, ha="right", fontsize=8
+        )
+        axes[0].set_yticks(range(len(groups)), _label_texts(groups), fontsize=8)
         for row, column in np.ndindex(*values.shape):
             red, green, blue, _ = image.to_rgba(values[row, column])
             colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
@@ -132,8 +135,8 @@ def draw_expert(coefficients: Coefficients, position: int) -> "Figure | None":
     maps, layers, kinds = by_layer_and_kind(group_means(coefficients))
     figure, axes = _grid(1, 1, 0.24 * len(layers) + 3.2, 0.2 * len(kinds) + 1.6)
     image = _draw_map(axes[0], maps[position].T, SEQUENTIAL, value_range(coefficients))
-    axes[0].set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
-    axes[0].set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes[0].set_xticks(range(len(layers)), _label_texts(layers), rotation=90, fontsize=8)
+    axes[0].set_yticks(range(len(kinds)), _label_texts(kinds), fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, label="mean coefficient")
     bar.ax.tick_params(labelsize=8)
     return figure
@@ -153,14 +156,16 @@ def draw_similarity(similarity: Mapping[str, Any]) -> "Figure":
     across = min(4, len(matrices))
     down = -(-len(matrices) // across)
     side = 0.26 * len(experts) + 0.5
-    figure, axes = _grid(down, across, across * side + 2.4, down * (side + 0.3) + 1.2)
+    beside = 0.06 * max(map(len, _label_texts(experts)))
+    width, height = across * side + 2.0 + beside, down * (side + 0.3) + 0.9 + beside
+    figure, axes = _grid(down, across, width, height)
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=False):
         values = np.array(matrix, float)  # null becomes NaN
         np.fill_diagonal(values, np.nan)
         image = _draw_map(axis, values, DIVERGING, (-limit, limit), aspect="equal")
-        axis.set_title(title, fontsize=7)
-        axis.set_xticks(range(len(experts)), experts, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(experts)), experts, fontsize=7)
+        axis.set_title(label_text(title), fontsize=7)
+        axis.set_xticks(range(len(experts)), _label_texts(experts), rotation=90, fontsize=7)
+        axis.set_yticks(range(len(experts)), _label_texts(experts), fontsize=7)
     for axis in axes[len(matrices) :]:
         axis.set_axis_off()
     figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
@@ -181,6 +186,10 @@ def cosine_range(matrices: Sequence[Sequence[Sequence[float | None]]]) -> float:
         if row != column and value is not None
     ]
     return max([0.1, *cosines])
+
+
+def _label_texts(names: Sequence[str]) -> list[str]:
+    return [label_text(name) for name in names]
 
 
 def _grid(down: int, across: int, width: float, height: float) -> tuple["Figure", Sequence["Axes"]]:

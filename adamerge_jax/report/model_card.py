@@ -1,20 +1,24 @@
 """The model card of a merged checkpoint, in the Hugging Face Hub's format."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
+from markupsafe import Markup
 
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.report.coefficients import (
     count_coefficients,
     interference_in_words,
+    range_warning,
     scaled_in_words,
     spreads,
 )
+from adamerge_jax.report.markdown import code_span
 from adamerge_jax.report.rendering import render
-from adamerge_jax.report.results import TITLES, scores_in_words
-from adamerge_jax.runs.results import Row
+from adamerge_jax.report.results import TITLES, outcome_in_words, scores_in_words
+from adamerge_jax.runs.results import Results
 
 _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
@@ -24,6 +28,12 @@ _PIPELINES = {
     None: "zero-shot-image-classification",
 }
 """A model's purpose in the Hub's words, by the class of `transformers` that loads its tasks."""
+
+_WITH_TOKENIZER = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+"""The classes of models that are useless without a tokenizer."""
+
+_IDENTIFIER = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,95}"
+"""Names that the Hub's metadata can have: those of licences, and the parts of ids."""
 
 
 class Origin(NamedTuple):
@@ -43,10 +53,15 @@ class Origin(NamedTuple):
     on_hub: bool
     license: str | None
 
+    @property
+    def hub_id(self) -> str | None:
+        """The id on the Hub; None for a folder, and for a source that no id can look like."""
+        return self.source if self.on_hub and _is_hub_id(self.source) else None
+
 
 def model_card(
     coefficients: Coefficients | None,
-    rows: Sequence[Row],
+    results: Results | None,
     task_folders: Sequence[str],
     *,
     origins: Sequence[Origin],
@@ -56,34 +71,35 @@ def model_card(
 ) -> str:
     """Returns a README.md for the merged checkpoint: metadata for the Hub, then text for readers.
 
-    Nothing is claimed that was not found: a licence only where every model names the same.
+    Nothing is claimed that was not found: a licence only where every model names the same. Names,
+    licences and other texts of strangers are shown as the text that they are, and are metadata only
+    where they are identifiers.
 
     Args:
         coefficients: The learned coefficients; None for a method that has none.
-        rows: The table of results, the merge last; may be empty.
+        results: The table of results, the merge last, and the outcome; None without test data.
         task_folders: Tasks that have a model of their own beside the checkpoint.
         origins: The origins of the base and of the experts, in this order.
         datasets: Hub ids of the calibration data.
         auto_class: Name of the class that loads the model of a task; None for zero-shot CLIP.
         method: The merge method with its options, where there are no coefficients.
     """
-    on_hub = list(dict.fromkeys(origin.source for origin in origins if origin.on_hub))
+    on_hub = list(dict.fromkeys(origin.hub_id for origin in origins if origin.hub_id))
     fields: dict[str, Any] = {
         "base_model": on_hub or None,
         "base_model_relation": "merge" if on_hub else None,
         "library_name": "transformers",
         "license": shared_license(origins),
         "tags": ["merge", "adamerge_jax"],
-        "datasets": list(datasets) or None,
+        "datasets": [dataset for dataset in datasets if _is_hub_id(dataset)] or None,
         "pipeline_tag": _PIPELINES[auto_class],
     }
     if fields["license"] == "other":
-        names = dict.fromkeys(origin.license for origin in origins)
-        fields["license_name"] = "-and-".join(str(name) for name in names)
+        fields["license_name"] = _license_name(origins)
     data = ModelCardData(**{name: value for name, value in fields.items() if value is not None})
+    rows, outcome = results or Results([])
     text = render(
         "model_card.md.jinja",
-        html=False,
         coefficients=coefficients,
         method=method,
         **_coefficients_in_words(coefficients),
@@ -93,10 +109,12 @@ def model_card(
         license=fields["license"],
         datasets=datasets,
         auto_class=auto_class or "AutoModel",
+        has_tokenizer=auto_class in _WITH_TOKENIZER,
         task_folders=task_folders,
         title=TITLES[rows[0].metric] if rows else "",
         tasks=list(rows[0].tasks) if rows else [],
         rows=[(row.method, scores_in_words(row)) for row in rows],
+        outcome=Markup(outcome_in_words(outcome, rows[-1].metric, name=code_span)) if rows else "",
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
@@ -104,13 +122,27 @@ def model_card(
 def shared_license(origins: Sequence[Origin]) -> str | None:
     """Returns the licence of all the models together, as the Hub names licences.
 
-    That is theirs where all name the same; `other` where they name different ones; None where one
-    names none: the licence of the merge is then for its owner to find out.
+    That is theirs where all name the same; `other` where they name different ones, or something
+    that is no identifier; None where one names none: the licence of the merge is then for its owner
+    to find out.
     """
     licenses = {origin.license for origin in origins}
     if None in licenses:
         return None
-    return licenses.pop() if len(licenses) == 1 else "other"
+    return licenses.pop() if len(licenses) == 1 and _license_name(origins) else "other"
+
+
+def _license_name(origins: Sequence[Origin]) -> str | None:
+    """Returns the name of all licences together; None if one of them is no identifier."""
+    names = dict.fromkeys(str(origin.license) for origin in origins)
+    if not all(re.fullmatch(_IDENTIFIER, name) for name in names):
+        return None
+    return "-and-".join(names)
+
+
+def _is_hub_id(source: str) -> bool:
+    """Returns True for a name, or an owner and a name, of characters that the Hub allows."""
+    return re.fullmatch(f"({_IDENTIFIER}/)?{_IDENTIFIER}", source) is not None
 
 
 def _coefficients_in_words(coefficients: Coefficients | None) -> dict[str, Any]:
@@ -122,4 +154,5 @@ def _coefficients_in_words(coefficients: Coefficients | None) -> dict[str, Any]:
         "interference": interference_in_words(coefficients),
         "scaled": scaled_in_words(coefficients),
         "spreads": zip(coefficients.experts, spreads(coefficients), strict=True),
+        "warning": Markup(range_warning(coefficients, name=code_span) or ""),
     }

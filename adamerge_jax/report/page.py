@@ -12,26 +12,28 @@ from adamerge_jax.checkpoints.folders import readable_size
 from adamerge_jax.report.coefficients import (
     count_coefficients,
     layer_means,
+    range_warning,
     spreads,
     value_range,
 )
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
 from adamerge_jax.report.curves import draw_curves
 from adamerge_jax.report.maps import cosine_range, draw_expert, draw_similarity
-from adamerge_jax.report.pictures import Picture, save_picture
+from adamerge_jax.report.pictures import Picture, picture_name, save_picture
+from adamerge_jax.report.plain_text import one_line
 from adamerge_jax.report.rendering import render
 from adamerge_jax.report.results import (
     TITLES,
     best_single,
-    gap_closed,
-    is_single_model,
-    outcome,
+    interval_in_percent,
+    outcome_in_words,
+    percentage,
     scores,
     scores_in_words,
 )
-from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE
+from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE, write_whole
 from adamerge_jax.runs.folder import SavedRun, Stage
-from adamerge_jax.writing import write_whole
+from adamerge_jax.runs.outcome import Outcome
 
 PICTURE_FOLDER = "report"
 
@@ -82,7 +84,6 @@ def write_page(folder: Path) -> Path:
     pictures.mkdir(exist_ok=True)
     page = render(
         "page.html.jinja",
-        html=True,
         run=run,
         facts=_facts(run),
         missing=_missing(run),
@@ -96,7 +97,7 @@ def write_page(folder: Path) -> Path:
         recipe=(folder / RECIPE_FILE).read_text(encoding="utf-8"),
     )
     file = folder / PAGE_FILE
-    write_whole(file, page)
+    write_whole(file, page.encode())
     return file
 
 
@@ -104,11 +105,12 @@ def _facts(run: SavedRun) -> list[str]:
     """Describes the run in a few sentences."""
     fields = run.recipe["coefficients"]
     facts = [
-        f"{len(run.tasks)} experts of {run.recipe['base']['path']}; {fields['granularity']} "
-        f"coefficients, constraint {fields['constraint']}, preset {run.recipe['preset']}."
+        f"{len(run.tasks)} experts of {one_line(run.recipe['base']['path'])}; "
+        f"{fields['granularity']} coefficients, constraint {fields['constraint']}, preset "
+        f"{run.recipe['preset']}."
     ]
     if run.rows:
-        facts.append(outcome(run.rows))
+        facts.append(outcome_in_words(run.outcome, run.rows[-1].metric, name=one_line))
     return facts
 
 
@@ -142,24 +144,44 @@ def _missing(run: SavedRun) -> list[str]:
     return missing
 
 
-def _results(run: SavedRun) -> Grid | None:
+def _results(run: SavedRun) -> dict[str, Any] | None:
     if not run.rows:
         return None
     best = best_single(run.rows)
     lines = []
     for row in run.rows:
         cells = zip(scores_in_words(row), scores(row), best, strict=True)
-        single = is_single_model(row)
+        single = row.kind != "experts"
         lines.append(
             Line(
                 row.method, [Cell(text, best=single and score == top) for text, score, top in cells]
             )
         )
-    closed = gap_closed(run.rows)
-    if closed is not None:
-        cells = [Cell(_NOTHING if part is None else f"{100 * part:.0f}%") for part in closed]
-        lines.append(Line("gap closed", cells))
-    return Grid(TITLES[run.rows[0].metric], [*run.rows[0].tasks, "average"], lines)
+    columns = [*run.rows[0].tasks, "average"]
+    return {
+        "scores": Grid(TITLES[run.rows[0].metric], columns, lines),
+        "beside": _beside_experts(run.outcome, columns),
+        "loss": run.rows[0].metric == "loss",
+        "reference": run.outcome and run.outcome.reference,
+    }
+
+
+def _beside_experts(outcome: Outcome | None, columns: list[str]) -> Grid | None:
+    """Returns the merge's share of the experts' scores and of the gap, with their intervals."""
+    if outcome is None or outcome.average.share is None:
+        return None
+    standings = [*outcome.tasks.values(), outcome.average]
+    parts = [("share of the experts' score", [standing.share for standing in standings], 1)]
+    if outcome.average.gap is not None:
+        parts.append(("gap closed", [standing.closed for standing in standings], 0))
+    lines = []
+    for title, estimates, digits in parts:
+        cells = [percentage(estimate, digits) or _NOTHING for estimate in estimates]
+        lines.append(Line(title, [Cell(text) for text in cells]))
+        if any(estimate and estimate.interval for estimate in estimates):
+            cells = [interval_in_percent(estimate, digits) or _NOTHING for estimate in estimates]
+            lines.append(Line(f"{title}: 95% interval", [Cell(text) for text in cells]))
+    return Grid("The merge beside the experts", columns, lines)
 
 
 def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
@@ -188,7 +210,9 @@ def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
                 f"({of_expert.min():.2f})."
             )
             maps.append(
-                save_picture(figure, pictures / f"coefficients-{expert}.png", expert, words)
+                save_picture(
+                    figure, pictures / picture_name("coefficients", expert, position), expert, words
+                )
             )
     return {
         "count": count_coefficients(learned),
@@ -200,6 +224,7 @@ def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
             spread,
         ),
         "maps": maps,
+        "warning": range_warning(learned),
     }
 
 
@@ -220,11 +245,11 @@ def _curves(run: SavedRun, pictures: Path) -> list[tuple[str, list[Picture]]]:
         curves = [
             save_picture(
                 draw_curves(stage, task, best),
-                pictures / f"{prefix}-{task}.png",
+                pictures / picture_name(prefix, task, position),
                 task,
                 _curve_in_words(stage, task, run),
             )
-            for task in run.tasks
+            for position, task in enumerate(run.tasks)
         ]
         drawn.append((title, curves))
     return drawn

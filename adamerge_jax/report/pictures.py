@@ -2,10 +2,11 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from adamerge_jax.writing import write_whole
+from adamerge_jax.report.plain_text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,11 +28,22 @@ class Picture(NamedTuple):
     width: int
 
 
-def write_png(figure: "Figure", file: Path) -> None:
-    """Writes a matplotlib figure as a PNG file."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    write_whole(file, stream.getvalue())
+def label_text(name: str) -> str:
+    """Returns a name as matplotlib draws it: short, and no formula whatever it holds."""
+    return one_line(name, longest=60).replace("$", r"\$")
+
+
+def picture_name(kind: str, name: str, position: int) -> str:
+    """Returns the file name of a picture of something whose name comes from a file.
+
+    Args:
+        kind: The beginning of the file name.
+        name: The name, which is a part of the file name where it is short and of letters, digits,
+            dots, underscores and hyphens.
+        position: The number that replaces any other name.
+    """
+    is_plain = re.fullmatch(r"\w[\w.-]{0,99}", name) is not None
+    return f"{kind}-{name if is_plain else position}.png"
 
 
 def save_picture(figure: "Figure", file: Path, title: str, alternative: str) -> Picture:
@@ -45,7 +57,7 @@ def save_picture(figure: "Figure", file: Path, title: str, alternative: str) -> 
     """
     import matplotlib
 
-    write_png(figure, file)
+    figure.savefig(file, dpi=150)
     # Laid out for the file, and as slow to lay out as to draw.
     figure.set_layout_engine("none")
     stream = io.BytesIO()

@@ -1,32 +1,62 @@
-"""Filling in the templates of this room."""
+"""Filling in the templates of this room, which escape every value."""
 
+import json
 import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from adamerge_jax.report.markdown import code_span, in_markdown
+from adamerge_jax.report.plain_text import one_line
 
-def render(template: str, *, html: bool, **values: Any) -> str:
+_LONGEST_WORD = 24
+"""The number of characters behind which a word may be broken into lines wherever it is."""
+
+
+def render(template: str, **values: Any) -> str:
     """Fills in a template.
+
+    Values are escaped for the language that the template's file name ends with: HTML or Markdown.
+    Only what is `Markup` already is taken as it is.
 
     Args:
         template: Its file name.
-        html: True to escape every value for HTML.
         **values: The values that it names, all of which must be there.
     """
+    is_html = template.endswith(".html.jinja")
     environment = Environment(
         loader=PackageLoader("adamerge_jax", "report"),
-        autoescape=html,
+        autoescape=True,
+        finalize=_printable if is_html else in_markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=not html,
+        keep_trailing_newline=not is_html,
     )
     environment.filters["breakable"] = _breakable
+    environment.filters["code"] = code_span
+    environment.filters["python_string"] = _python_string
     return environment.get_template(template).render(values)
 
 
+def _printable(value: Any) -> Any:
+    """Returns a text without control characters and marks of direction; others as they are."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in value)
+    return Markup(shown) if isinstance(value, Markup) else shown
+
+
 def _breakable(name: str) -> Markup:
-    """Returns a dotted name or a path that may be broken into lines behind dots and slashes."""
-    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
+    """Returns a name or a path that may be broken into lines behind dots and slashes.
+
+    Long words may be broken anywhere, so that none makes a page wider than its screen.
+    """
+    piece = rf"[^\s._/]{{1,{_LONGEST_WORD}}}[._/]?|[._/]|\s+"
+    return Markup("<wbr>").join(escape(part) for part in re.findall(piece, one_line(name)))
+
+
+def _python_string(text: str) -> Markup:
+    """Returns a text as a string of Python, for a block of code."""
+    return Markup(json.dumps(one_line(text), ensure_ascii=False))

@@ -1,49 +1,83 @@
 """The table of results for people, and what it says of the merge."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
-from adamerge_jax.runs.results import Row
+from adamerge_jax.report.plain_text import one_line
+from adamerge_jax.runs.outcome import FEWEST_EXAMPLES, Estimate, Outcome, measure_outcome
+from adamerge_jax.runs.rows import Metric, Row
 
 TITLES = {"accuracy": "Accuracy (%)", "loss": "Loss (nats per token)"}
 """The title of a table of results, by its metric."""
 
-_EXPERTS, _TASK_ARITHMETIC = "experts", "task arithmetic"
-"""The beginnings of the names of two baselines."""
 
-
-def results_table(rows: Sequence[Row]) -> Table:
+def results_table(rows: Sequence[Row], outcome: Outcome | None = None) -> Table:
     """Returns the scores: one line per method, one column per task, the average last.
 
-    The last row is the merge that the run learned and stands out; what it closes of the gap is
-    said below.
+    The last row is the merge that the run learned and stands out; its outcome is said below.
+
+    Args:
+        rows: The table.
+        outcome: The outcome of the merge; by default it is measured from the rows.
     """
     table = Table(title=TITLES[rows[0].metric], title_style="bold")
+    # Text and no string: whatever the console, names with brackets are not taken for styles.
     # A method may be called by a long path: that is broken into lines, numbers never are.
     table.add_column("method", overflow="fold")
     for task in rows[0].tasks:
-        table.add_column(task, justify="right", no_wrap=True)
+        table.add_column(Text(one_line(task)), justify="right", no_wrap=True)
     table.add_column("average", justify="right", style="bold", no_wrap=True)
     for row in rows:
         style = "bold green" if row is rows[-1] else None
-        table.add_row(row.method, *scores_in_words(row), style=style)
+        table.add_row(Text(one_line(row.method)), *scores_in_words(row), style=style)
     if len(rows) > 1:
-        table.caption, table.caption_justify = outcome(rows), "left"
+        outcome = outcome or measure_outcome(rows)
+        table.caption = Text(outcome_in_words(outcome, rows[-1].metric, name=one_line))
+        table.caption_justify = "left"
     return table
 
 
-def outcome(rows: Sequence[Row]) -> str:
-    """Returns a sentence on what the merge reaches and, if known, closes of the gap."""
-    merged, closed = rows[-1], gap_closed(rows)
-    unit = "%" if merged.metric == "accuracy" else " nats per token"
-    sentence = f"The merge reaches {in_words(merged.average, merged.metric)}{unit} on average"
-    if closed is not None and closed[-1] is not None:
-        sentence += (
-            f" and closes {100 * closed[-1]:.0f}% of the gap between task arithmetic and the "
-            "experts"
-        )
-    return sentence + "."
+def outcome_in_words(
+    outcome: Outcome | None, metric: Metric, name: Callable[[str], str] = str
+) -> str:
+    """Returns sentences on what the merge reaches, beside the experts and from what start.
+
+    Args:
+        outcome: The outcome of the merge; None where a score of it is not finite.
+        metric: The meaning of its scores.
+        name: The function that writes a name of the table's rows and columns in its text.
+    """
+    if outcome is None:
+        return "The merge has no finite score."
+    average = outcome.average
+    unit = "%" if metric == "accuracy" else " nats per token"
+    sentence = f"The merge reaches {in_words(average.score.value, metric)}{unit} on average"
+    if average.share is not None:
+        share = _with_interval(average.share, 100, 1, "%")
+        worse = " (less is better)" if metric == "loss" else ""
+        sentence += f": {share} of the experts' average{worse}"
+    if average.gap is None:
+        return f"{sentence}."
+    assert outcome.reference is not None  # a gap has two ends
+    start = f"{name(outcome.reference)}, the best row without learning"
+    if average.closed is not None:
+        closed = _with_interval(average.closed, 100, 0, "%")
+        return f"{sentence}. It closes {closed} of the gap from {start}, to the experts."
+    if outcome.examples is not None and average.gap.interval is None:
+        few = [task for task, size in outcome.examples.items() if size < FEWEST_EXAMPLES]
+        if few:
+            return (
+                f"{sentence}. No gap can be told from so few test examples: {name(few[0])} has "
+                f"{outcome.examples[few[0]]}, and {FEWEST_EXAMPLES} are needed."
+            )
+    gap = (
+        _with_interval(average.gap, 100, 1, " points")
+        if metric == "accuracy"
+        else _with_interval(average.gap, 1, 3, " nats")
+    )
+    return f"{sentence}. There is no gap to close: the experts' lead over {start}, is {gap}."
 
 
 def in_words(score: float, metric: str) -> str:
@@ -61,40 +95,32 @@ def scores_in_words(row: Row) -> list[str]:
     return [in_words(score, row.metric) for score in scores(row)]
 
 
-def is_single_model(row: Row) -> bool:
-    """Returns False for the experts, which are one model per task: no rival of a merge."""
-    return not row.method.startswith(_EXPERTS)
-
-
 def best_single(rows: Sequence[Row]) -> list[float]:
-    """Returns the best score in each column, the average last, among single models."""
+    """Returns the best score in each column, the average last, among single models.
+
+    The experts are one model per task, and so no rivals of a merge.
+    """
     best = max if rows[0].metric == "accuracy" else min
-    columns = zip(*(scores(row) for row in rows if is_single_model(row)), strict=True)
+    columns = zip(*(scores(row) for row in rows if row.kind != "experts"), strict=True)
     return [best(column) for column in columns]
 
 
-def gap_closed(rows: Sequence[Row]) -> list[float | None] | None:
-    """Returns the part of the gap between task arithmetic and the experts that the merge closes.
+def percentage(estimate: Estimate | None, digits: int) -> str | None:
+    """Returns a share in percent as tables show it."""
+    return None if estimate is None else f"{100 * estimate.value:.{digits}f}%"
 
-    That is `(merge - arithmetic) / (experts - arithmetic)`: 0 is as good as task arithmetic, 1 as
-    good as all the experts.
 
-    Args:
-        rows: The table, the learned merge last.
-
-    Returns:
-        One number per task, then that of the averages; None where the experts are no better than
-        task arithmetic. None for all where one of the two is not in the table.
-    """
-
-    def scores_of(method: str) -> list[float] | None:
-        return next((scores(row) for row in rows if row.method.startswith(method)), None)
-
-    experts, arithmetic = scores_of(_EXPERTS), scores_of(_TASK_ARITHMETIC)
-    if experts is None or arithmetic is None:
+def interval_in_percent(estimate: Estimate | None, digits: int) -> str | None:
+    """Returns the interval of a share in percent as tables show it; None where it has none."""
+    if estimate is None or estimate.interval is None:
         return None
-    sign = 1 if rows[0].metric == "accuracy" else -1
-    return [
-        (merged - low) / (high - low) if sign * (high - low) > 0 else None
-        for merged, low, high in zip(scores(rows[-1]), arithmetic, experts, strict=True)
-    ]
+    return " to ".join(f"{100 * end:.{digits}f}" for end in estimate.interval) + "%"
+
+
+def _with_interval(estimate: Estimate, factor: float, digits: int, unit: str) -> str:
+    """Returns a number with its interval, where that is known."""
+    words = f"{factor * estimate.value:.{digits}f}{unit}"
+    if estimate.interval is None:
+        return words
+    low, high = (f"{factor * end:.{digits}f}" for end in estimate.interval)
+    return f"{words} (95% interval {low} to {high})"

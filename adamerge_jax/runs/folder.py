@@ -18,7 +18,9 @@ from adamerge_jax.runs.files import (
     RESULTS_FILE,
     read_json,
 )
-from adamerge_jax.runs.results import Row, read_results
+from adamerge_jax.runs.outcome import Outcome, measure_outcome
+from adamerge_jax.runs.results import read_results
+from adamerge_jax.runs.rows import Row
 
 _FILLED_IN = (
     "base.path",
@@ -65,6 +67,7 @@ class SavedRun:
         stages: Steps of each run of the learning loop: coarse coefficients first, if any.
         coefficients: The learned coefficients.
         rows: The table of results.
+        outcome: The outcome of the merge.
         record: The contents of `run.json`.
     """
 
@@ -73,6 +76,7 @@ class SavedRun:
     stages: list[Stage]
     coefficients: Coefficients | None
     rows: list[Row]
+    outcome: Outcome | None
     record: dict[str, Any]
 
     @classmethod
@@ -98,12 +102,14 @@ class SavedRun:
                 f"{folder} is no run folder: its {RECIPE_FILE} lacks {missing[0]}, which a run "
                 "fills in; give the folder that `adamerge learn` has written"
             )
+        rows, outcome = read_results(folder / RESULTS_FILE)
         return cls(
             folder,
             recipe,
             _read_stages(folder / METRICS_FILE),
             Coefficients.load(coefficients) if coefficients.is_file() else None,
-            read_results(folder / RESULTS_FILE),
+            rows,
+            outcome or measure_outcome(rows),
             read_json(folder / RECORD_FILE),
         )
 

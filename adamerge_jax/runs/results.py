@@ -1,66 +1,87 @@
-"""The table of results of a run, and the file that keeps it."""
+"""The file that keeps the table of results of a run and the outcome of its merge."""
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import math
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.runs.files import read_json
-from adamerge_jax.writing import write_whole
-
-Metric = Literal["accuracy", "loss"]
-"""The meaning of a score: the share of right classes, or nats per token."""
+from adamerge_jax.runs.files import read_json, write_whole
+from adamerge_jax.runs.outcome import Outcome
+from adamerge_jax.runs.rows import Row, best_without_learning
 
 
-class Row(NamedTuple):
-    """One line of the table of results.
+class Results(NamedTuple):
+    """The contents of `results.json`.
 
     Attributes:
-        method: Name of the model that was evaluated.
-        tasks: Accuracy by task, from 0 to 1; or loss by task, in nats per token.
-        metric: The meaning of these scores.
+        rows: The table, the learned merge last; empty without test data.
+        outcome: The outcome of the merge; None in a file from before it was kept.
     """
 
-    method: str
-    tasks: dict[str, float]
-    metric: Metric = "accuracy"
-
-    @property
-    def average(self) -> float:
-        """The mean over the tasks."""
-        return float(np.mean(list(self.tasks.values())))
-
-    @property
-    def score(self) -> float:
-        """The average, with its sign turned where less is better."""
-        return self.average if self.metric == "accuracy" else -self.average
+    rows: list[Row]
+    outcome: Outcome | None = None
 
 
-def write_results(rows: Sequence[Row], path: Path) -> None:
-    """Writes the table as JSON.
+def write_results(results: Results, path: Path) -> None:
+    """Writes the table and the outcome as JSON.
 
-    That is `{"rows": [{"method", "metric", "tasks": {task: score}, "average"}]}`.
+    That is `{"rows": [{"method", "kind", "metric", "tasks": {task: score}, "average"}], "outcome"}`
+    with the fields of `Outcome`.
     """
-    lines = [
-        {"method": row.method, "metric": row.metric, "tasks": row.tasks, "average": row.average}
-        for row in rows
-    ]
-    write_whole(path, json.dumps({"rows": lines}, indent=2) + "\n")
+    fields: dict[str, Any] = {"rows": [row.as_json() for row in results.rows]}
+    if results.outcome is not None:
+        fields["outcome"] = dataclasses.asdict(results.outcome)
+    text = json.dumps(fields, indent=2, ensure_ascii=False)
+    write_whole(path, f"{text}\n".encode())
 
 
-def read_results(file: Path) -> list[Row]:
-    """Reads the table; it is empty where there is no file.
+def read_results(file: Path) -> Results:
+    """Reads the table and the outcome; without a file there are no rows.
 
     Raises:
         InputError: The file is no table of results.
     """
+    fields = read_json(file)
     try:
-        return [
-            Row(row["method"], row["tasks"], row["metric"])
-            for row in read_json(file).get("rows", [])
-        ]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file}: {error!r}; expected the table of results of a run") from error
+        rows = [Row.from_json(row) for row in fields.get("rows", [])]
+        outcome = TypeAdapter(Outcome | None).validate_python(fields.get("outcome"))
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, ValidationError) else error
+        raise InputError(
+            f"{file}: {reason!r:.200}; expected the table of results of a run"
+        ) from error
+    results = Results(rows, outcome)
+    if problem := _inconsistency(results):
+        raise InputError(
+            f"{file}: {problem}; the file was changed: take it from the run again, or evaluate anew"
+        )
+    return results
+
+
+def _inconsistency(results: Results) -> str | None:
+    """Returns in words why a table and an outcome cannot be of one run, or None."""
+    rows, outcome = results
+    if not rows:
+        return None
+    for row in rows:
+        if not row.tasks or row.tasks.keys() != rows[0].tasks.keys():
+            return (
+                f"the row {row.method!r:.80} has other tasks than {rows[0].method!r:.80}, or none"
+            )
+        if row.metric != rows[0].metric:
+            metrics = f"the metric {row.metric!r}, others {rows[0].metric!r}"
+            return f"the row {row.method!r:.80} has {metrics}"
+    if outcome is None:
+        return None
+    reference = best_without_learning(rows[:-1])
+    if (reference.method if reference else None) != outcome.reference:
+        return f"its outcome refers to {outcome.reference!r:.80}, which is not the best row"
+    if outcome.tasks.keys() != rows[-1].tasks.keys() or not math.isclose(
+        outcome.average.score.value, rows[-1].average, rel_tol=1e-9
+    ):
+        return "its outcome is not that of its rows"
+    return None

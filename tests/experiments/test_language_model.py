@@ -48,7 +48,7 @@ def test_runs_from_text_to_the_merged_checkpoints(
     assert {"lm_head", "embed_tokens"} <= set(adapted.peft_config["default"].target_modules)
     assert {file.stem for file in (out / "lm_eval").iterdir()} == set(experiment.DOMAINS)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "of the gap between task arithmetic and the experts." in printed
+    assert "of the experts' average (less is better)." in printed
 
 
 def test_no_text_is_in_two_parts():

@@ -1,5 +1,6 @@
 """Whole runs of the command line on tiny checkpoints, and what other programs make of them."""
 
+import html
 import json
 import shutil
 import subprocess
@@ -256,8 +257,8 @@ def test_the_record(text_run, text_fields):
         "task vectors and the experts' answers",
         "similarity of the task vectors",
         "learning",
-        "writing checkpoints",
         "evaluating",
+        "writing checkpoints",
     ]
     for task, own in record["examples"].items():
         rows = Path(text_fields["tasks"][task]["calibration"]).read_text().splitlines()
@@ -293,9 +294,9 @@ def test_the_record(text_run, text_fields):
 
 def test_results(text_run):
     file = json.loads((text_run.folder / "results.json").read_text())
-    assert file.keys() == {"rows"}
+    assert list(file) == ["rows", "outcome"]
     for row in file["rows"]:
-        assert list(row) == ["method", "metric", "tasks", "average"]
+        assert list(row) == ["method", "kind", "metric", "tasks", "average"]
         assert list(row["tasks"]) == list(TEXT_TASKS)
         assert row["average"] == pytest.approx(np.mean(list(row["tasks"].values())))
     rows = {row["method"]: row for row in file["rows"]}
@@ -306,6 +307,24 @@ def test_results(text_run):
         "task arithmetic (0.3)",
         "learned (tensor)",
     ]
+    assert [row["kind"] for row in file["rows"]] == [
+        *("baseline", "experts", "baseline", "baseline", "learned")
+    ]
+    # What is said of the merge is what the rows say.
+    outcome, average = file["outcome"], rows["learned (tensor)"]["average"]
+    without = ["base", "average", "task arithmetic (0.3)"]
+    best = max(without, key=lambda method: rows[method]["average"])
+    assert outcome["reference"] == best
+    assert outcome["average"]["score"]["value"] == pytest.approx(average)
+    assert outcome["average"]["share"]["value"] == pytest.approx(average)  # the experts' is 1
+    low, high = outcome["average"]["share"]["interval"]
+    assert low <= average <= high
+    assert (high - low) > 0
+    expected = (average - rows[best]["average"]) / (1 - rows[best]["average"])
+    assert outcome["average"]["closed"]["value"] == pytest.approx(expected)
+    page = html.unescape((text_run.folder / "report.html").read_text())
+    assert "of the experts' average" in page
+    assert "of the experts' average" in (text_run.folder / "checkpoint/README.md").read_text()
     # The labels are what the experts predict, so each expert is right about all of them.
     assert rows["experts (one model each)"]["average"] == 1.0
     assert rows["base"]["average"] < 1.0
@@ -538,8 +557,22 @@ def test_validation_data_chooses_task_arithmetic(image_recipe, tmp_path):
     chosen = next(method for method in rows if method.startswith("task arithmetic"))
     # Chosen on what it is tested on, so it is at least as good as the candidates in the table:
     # 0 is the base, 0.5 the average of two.
-    assert chosen in {"task arithmetic (0)", "task arithmetic (0.5)", "task arithmetic (1)"}
+    names = [f"task arithmetic ({value}, chosen with labels)" for value in ("0", "0.5", "1")]
+    assert chosen in names
     assert rows[chosen] >= max(rows["base"], rows["average"])
+
+
+def test_coefficients_that_leave_a_sensible_range(image_recipe, tmp_path, caplog, capsys):
+    """Entropy is lowest where logits are largest: the objective falls, and nothing is learned."""
+    image_recipe["coefficients"] = {"constraint": "free", "granularity": "task"}
+    image_recipe["learning"]["optimizer"] = {"name": "sgd", "learning_rate": 300.0}
+    run = learn(tmp_path, image_recipe)
+    coefficients = Coefficients.load(run.folder / "coefficients.safetensors")
+    assert coefficients.initial == 0.3
+    assert np.abs(coefficients.values["all"]).max() > 10
+    assert "2 coefficients are outside of -2 to 3" in caplog.text
+    assert "are outside of -2 to 3" in (run.folder / "report.html").read_text()
+    assert "lowest held-out objective after" in capsys.readouterr().out
 
 
 def test_aligning_with_the_experts(text_recipe, tmp_path):

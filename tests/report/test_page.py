@@ -1,13 +1,25 @@
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from adamerge_jax.cli import main as cli
 from adamerge_jax.report.page import write_page
-from tests.report.saved_runs import ALL, STEPS, TASKS, step, write_run, write_steps
+from tests.report.hostile import HOSTILE
+from tests.report.saved_runs import (
+    ALL,
+    COEFFICIENTS,
+    STEPS,
+    TASKS,
+    step,
+    write_run,
+    write_steps,
+)
 
 VOID = {"meta", "link", "img", "br", "wbr", "hr", "input"}
 
@@ -107,9 +119,12 @@ def test_results(finished):
     assert table["experts (one model each)"] == ["90.0", "90.0", "90.0"]
     assert table["learned (tensor)"] == ["80.0★", "60.0★", "70.0★"]
     assert table["base"] == ["20.0", "30.0", "25.0"]
-    # By hand: 30 of 40, 10 of 40, 20 of 40 points.
-    assert table["gap closed"] == ["75%", "25%", "50%"]
-    assert "closes 50% of the gap" in found.source
+    beside = found.tables["The merge beside the experts"]
+    # By hand: 80, 60 and 70 of 90; 30 of 40, 10 of 40, 20 of 40 points.
+    assert beside["share of the experts' score"] == ["88.9%", "66.7%", "77.8%"]
+    assert beside["gap closed"] == ["75%", "25%", "50%"]
+    assert len(beside) == 3  # a file from before intervals were kept
+    assert "closes 50% of the gap from task arithmetic (0.3)" in found.source
     assert "missing" not in found.sections
 
 
@@ -120,6 +135,15 @@ def test_coefficients(finished):
     assert table["vit.encoder.layer.1"] == ["0.30", "-0.50"]
     spread = finished[0].tables["All coefficients of an expert"]
     assert spread["dog"] == ["0.000", "1.118", "-1.500", "1.500"]
+
+
+def test_coefficients_out_of_reach(finished, tmp_path):
+    assert "Warning" not in finished[0].sections["coefficients"]
+    folder = write_run(tmp_path, *ALL)
+    far = {name: values * 1e9 for name, values in COEFFICIENTS.values.items()}
+    replace(COEFFICIENTS, values=far).save(folder / "coefficients.safetensors")
+    text = page(folder).sections["coefficients"]
+    assert "Warning: 8 of 8 coefficients are outside of -2 to 3, the farthest of dog" in text
 
 
 def test_similarity(finished):
@@ -191,9 +215,14 @@ def test_a_loss_is_the_better_the_lower_it_is(tmp_path):
     folder = write_run(tmp_path, "results")
     file = folder / "results.json"
     file.write_text(file.read_text().replace('"accuracy"', '"loss"'))
-    table = page(folder).tables["Loss (nats per token)"]
+    found = page(folder)
+    table = found.tables["Loss (nats per token)"]
     assert table["base"] == ["0.200★", "0.300★", "0.250★"]
-    assert table["gap closed"] == ["\N{EN DASH}"] * 3
+    beside = found.tables["The merge beside the experts"]
+    assert beside["gap closed"] == ["\N{EN DASH}"] * 3
+    text = found.sections["results"]
+    assert "of losses, over 100% is worse" in text
+    assert "from base, the best row on average without learning" in text
 
 
 def test_agreement_that_was_not_measured(tmp_path):
@@ -211,10 +240,58 @@ def test_curves_of_coarse_coefficients_come_first(tmp_path):
     assert (folder / "report" / "curves-coarse-0-cat.png").is_file()
 
 
-def test_names_are_text_and_no_markup(tmp_path):
-    found = page(write_run(tmp_path, name="<b>&co"))
-    assert "<b>" not in found.source
-    assert "&lt;b&gt;&amp;co" in found.source.replace("<wbr>", "")
+class Markup(HTMLParser):
+    """The tags of a page with the names of their attributes, breaks of words apart."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[tuple[str, ...]] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        if tag != "wbr":
+            self.tags.append((tag, *(name for name, _ in attributes)))
+
+
+def renamed(tree, names: dict[str, str]):
+    """The same lists and dictionaries with other strings, also as keys."""
+    if isinstance(tree, dict):
+        return {renamed(key, names): renamed(value, names) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [renamed(entry, names) for entry in tree]
+    return names.get(tree, tree) if isinstance(tree, str) else tree
+
+
+@pytest.mark.parametrize("task", [" ".join(HOSTILE), "$x_{$ \\frac $", "../../outside", "x" * 5000])
+def test_names_are_text_and_no_markup(task, finished, tmp_path):
+    """A run folder in which everything that can be named has a hostile name."""
+    folder = tmp_path / "run"
+    write_run(folder, *ALL, keep_from_base=["*.bias"])
+    hostile = " ".join(HOSTILE)
+    names = {"cat": task, "dog": f"{task}'", "vit.layernorm": f"{hostile}.1", "pets": hostile}
+    names |= dict.fromkeys(("org/base", "1 x cpu (cpu)", "task arithmetic (0.3)", "jax"), hostile)
+    for file in ("run.json", "results.json"):
+        fields = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(renamed(fields, names)))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    changed = [json.dumps(renamed(json.loads(line), names)) for line in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(changed) + "\n")
+    recipe = renamed(yaml.safe_load((folder / "recipe.yaml").read_text()), names)
+    for fields in recipe["tasks"].values():
+        fields |= {"class_names": HOSTILE, "templates": HOSTILE}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    experts = tuple(
+        replace(expert, name=names[expert.name], source=hostile) for expert in COEFFICIENTS.experts
+    )
+    coefficients = replace(COEFFICIENTS, experts=experts, objective=hostile, constraint=hostile)
+    coefficients.save(folder / "coefficients.safetensors")
+    found = page(folder)
+    assert Markup(found.source).tags == Markup(finished[0].source).tags
+    assert all(address.startswith(("data:", "#")) for address in found.addresses)
+    assert all(character.isprintable() or character == "\n" for character in found.source)
+    assert "&lt;script&gt;" in found.source
+    assert len(list(folder.glob("report/*.png"))) == 5
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_command(tmp_path, capsys):

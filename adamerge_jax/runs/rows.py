@@ -1,0 +1,122 @@
+"""The rows of the table of results: a model's score on each task, and on each example of it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from pydantic import TypeAdapter
+
+Metric = Literal["accuracy", "loss"]
+"""The meaning of a score: the share of right classes, or nats per token."""
+
+Kind = Literal["baseline", "experts", "learned"]
+"""The part that a row plays: one model that nothing was learned for, one model for each task, or
+the learned merge."""
+
+
+class ExampleScores(NamedTuple):
+    """A model's result on each of N examples of a task.
+
+    Attributes:
+        values: 1 for the right class and 0 for a wrong one, `[N]`; or the loss of an example,
+            summed over its tokens, in nats.
+        counts: The number of predictions that each value is a sum of, `[N]`: 1, or the number of
+            predicted tokens.
+    """
+
+    values: Float[np.ndarray, " N"]
+    counts: Int[np.ndarray, " N"]
+
+    @property
+    def mean(self) -> float:
+        """The mean over all predictions."""
+        return float(self.values.sum(dtype=np.float64) / self.counts.sum())
+
+
+class Row(NamedTuple):
+    """One line of the table of results.
+
+    Attributes:
+        method: Name of the model that was evaluated.
+        tasks: Accuracy by task, from 0 to 1; or loss by task, in nats per token.
+        metric: The meaning of these scores.
+        kind: The part that the row plays.
+        examples: The scores of each task's examples; None for a row that was read from a file.
+    """
+
+    method: str
+    tasks: dict[str, float]
+    metric: Metric = "accuracy"
+    kind: Kind = "baseline"
+    examples: Mapping[str, ExampleScores] | None = None
+
+    @classmethod
+    def of_examples(
+        cls,
+        method: str,
+        examples: Mapping[str, ExampleScores],
+        metric: Metric,
+        kind: Kind = "baseline",
+    ) -> "Row":
+        """Makes a row of the scores of each task's examples."""
+        means = {task: task_scores.mean for task, task_scores in examples.items()}
+        return cls(method, means, metric, kind, examples)
+
+    @property
+    def average(self) -> float:
+        """The mean over the tasks."""
+        return float(np.mean(list(self.tasks.values())))
+
+    @property
+    def score(self) -> float:
+        """The average, with its sign turned where less is better; -inf where it is not finite."""
+        if not math.isfinite(self.average):
+            return -math.inf
+        return self.average if self.metric == "accuracy" else -self.average
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields of the row in `results.json`; a score that is not finite is null."""
+        return {
+            "method": self.method,
+            "kind": self.kind,
+            "metric": self.metric,
+            "tasks": {task: _finite_or_none(score) for task, score in self.tasks.items()},
+            "average": _finite_or_none(self.average),
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Row":
+        """Makes the row of `as_json`, or of a file from before rows had a kind.
+
+        Raises:
+            ValueError: A field has another type.
+            KeyError: A field is missing.
+        """
+        method = TypeAdapter(str).validate_python(fields["method"])
+        scores = TypeAdapter(dict[str, float | None]).validate_python(fields["tasks"])
+        return cls(
+            method,
+            {task: math.nan if score is None else score for task, score in scores.items()},
+            TypeAdapter(Metric).validate_python(fields["metric"]),
+            TypeAdapter(Kind).validate_python(fields.get("kind", _kind_by_name(method))),
+        )
+
+
+def best_without_learning(rows: Sequence[Row]) -> Row | None:
+    """Returns the row with the best average among those that nothing was learned for."""
+    candidates = [row for row in rows if row.kind == "baseline" and math.isfinite(row.average)]
+    return max(candidates, key=lambda row: row.score, default=None)
+
+
+def _kind_by_name(method: str) -> Kind:
+    """Returns the kind of a row whose file does not have it, by the names that rows had then."""
+    if method.startswith("experts (one model each)"):
+        return "experts"
+    return "learned" if method.startswith("learned (") else "baseline"
+
+
+def _finite_or_none(number: float) -> float | None:
+    """Returns a number for JSON, which has neither NaN nor infinity."""
+    return float(number) if math.isfinite(number) else None
