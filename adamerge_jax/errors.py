@@ -35,8 +35,12 @@ class NonFiniteObjectiveError(RuntimeError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """Returns another library's message as part of a one-line message."""
-    return textwrap.shorten(str(error), width=240, placeholder=" ...") or type(error).__name__
+    """Returns another library's message as part of a one-line message.
+
+    It may quote a stranger's file, whose control characters would reach the terminal.
+    """
+    text = textwrap.shorten(str(error), width=240, placeholder=" ...") or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def and_more(count: int) -> str:

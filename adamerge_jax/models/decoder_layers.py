@@ -95,7 +95,7 @@ class Rotary:
         if settings.get("partial_rotary_factor", 1.0) != 1.0:
             raise InputError(
                 "config.json: partial_rotary_factor is "
-                f"{settings['partial_rotary_factor']}; only heads that rotate whole are supported"
+                f"{settings['partial_rotary_factor']!r}; only heads that rotate whole are supported"
             )
         rotary = cls(head_features(config), settings["rope_theta"])
         if kind == "default":

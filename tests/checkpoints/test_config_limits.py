@@ -197,6 +197,15 @@ def test_a_file_that_holds_no_fields(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("field", ["model_type", "dtype", "partial_rotary_factor", "hidden_act"])
+def test_control_characters_do_not_reach_the_terminal(tmp_path, field):
+    folder = checkpoint_in(tmp_path, changed("llama", {field: "a\n\x1b[31m"}))
+    with pytest.raises(InputError) as caught:
+        config = Checkpoint.open(folder).config
+        family_of(config).build_backbone(config)
+    assert str(caught.value).isprintable()
+
+
 def test_code_of_a_checkpoint_is_not_run(tmp_path, caplog):
     """Its own model class may compute another thing than ours, which is said."""
     auto_map = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}

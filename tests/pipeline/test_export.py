@@ -35,7 +35,7 @@ from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import train
 from tests.language_references import byte_tokenizer, language_expert
 from tests.older_transformers import logits_of, token_ids
-from tests.references import bert_tokenizer, fine_tune, randomise
+from tests.references import bert_tokenizer, fine_tune, randomise, save_image_merge
 
 SIZES = dict(
     hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=400
@@ -389,29 +389,33 @@ EXPORTS = {
     ),
     "t5 with a layer of outputs": save_t5,
     "bert": save_bert,
+    "vit": save_image_merge,
 }
 
 
 @pytest.mark.skipif(OLDER_PYTHON is None, reason="TRANSFORMERS_4_PYTHON names no Python")
 def test_two_major_versions_read_the_same_model(tmp_path):
     """Up to the order of float32 sums: both run the same PyTorch."""
-    tokens = np.random.default_rng(0).integers(0, 400, (2, 24)).tolist()
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 400, (2, 24)).tolist()
+    inputs_of = {
+        "t5 with a layer of outputs": {"input_ids": tokens, "decoder_input_ids": tokens},
+        "vit": {"pixel_values": generator.normal(size=(2, 3, 8, 8)).tolist()},
+    }
     jobs = []
     for name, save in EXPORTS.items():
+        (tmp_path / name).mkdir()
         folder = export(save(tmp_path / name), tmp_path / name / "out")
-        if name == "bert":
-            folders = {
-                task: "BertForSequenceClassification" for task in sorted(folder.glob("tasks/*"))
+        for number, model in enumerate(sorted(folder.glob("tasks/*")) or [folder]):
+            job = {
+                "folder": str(model),
+                "model_class": read(model / "config.json")["architectures"][0],
+                "inputs": inputs_of.get(name, {"input_ids": tokens}),
+                "out": str(tmp_path / f"{name}-{number}.npy"),
             }
-        else:
-            folders = {folder: read(folder / "config.json")["architectures"][0]}
-        inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if "t5" in name else {})
-        for number, (model, model_class) in enumerate(folders.items()):
-            out = str(tmp_path / f"{name}-{number}.npy")
-            job = dict(folder=str(model), model_class=model_class, inputs=inputs, out=out)
             has_tokenizer = (model / "tokenizer.json").exists()
             jobs.append(job | ({"text": "the red fox <|end|>"} if has_tokenizer else {}))
-    assert len(jobs) == len(EXPORTS) + 1
+    assert len(jobs) == len(EXPORTS) + 2  # two classifiers have two tasks
     assert sum("text" in job for job in jobs) == 7  # all Llamas, and both models of a BERT
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).parents[1] / "older_transformers.py"
