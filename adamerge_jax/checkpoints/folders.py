@@ -3,13 +3,13 @@
 import errno
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.writing import flush_folder, partial_path
 
 _TASK_NAME = re.compile(r"\w[\w.+-]*")
 
@@ -34,8 +34,7 @@ def new_folder(folder: str | Path, *, expected_bytes: int | None = None) -> Iter
     require_new(folder, expected_bytes=expected_bytes)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, because a rename is atomic only within one file system.
-        partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
+        partial = partial_path(folder)
         partial.mkdir()
     except OSError as error:
         raise InputError(
@@ -45,6 +44,7 @@ def new_folder(folder: str | Path, *, expected_bytes: int | None = None) -> Iter
         yield partial
         _flush(partial)
         partial.rename(folder)
+        flush_folder(folder.parent)
     except BaseException as error:
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         free = shutil.disk_usage(folder.parent).free
@@ -58,6 +58,20 @@ def new_folder(folder: str | Path, *, expected_bytes: int | None = None) -> Iter
         raise
 
 
+def require_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be made or written to; makes nothing.
+
+    Raises:
+        InputError: `folder` is a file, or no file can be made in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another folder to write to")
+    parent = _nearest(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "is not writable" if parent.is_dir() else "is a file"
+        raise InputError(f"cannot write to {folder} ({parent} {reason}); choose another folder")
+
+
 def require_new(folder: Path, *, expected_bytes: int | None = None) -> None:
     """Refuses a folder that is in use, or a disk that is too full; makes nothing.
 
@@ -68,12 +82,7 @@ def require_new(folder: Path, *, expected_bytes: int | None = None) -> None:
     Raises:
         InputError: `folder` is a file or not empty, cannot be made, or its disk is too full.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose another folder to write to")
-    parent = _nearest(folder)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        reason = "is not writable" if parent.is_dir() else "is a file"
-        raise InputError(f"cannot write to {folder} ({parent} {reason}); choose another folder")
+    require_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose another folder, or remove it first")
     if expected_bytes is not None:
@@ -126,6 +135,9 @@ def _flush(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
+        else:
+            flush_folder(file)
+    flush_folder(folder)
 
 
 def _is_disk_full(error: BaseException) -> bool:

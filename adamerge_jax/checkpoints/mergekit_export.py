@@ -17,6 +17,7 @@ from jaxtyping import Float
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.writing import write_whole
 
 
 def write_merge(
@@ -84,7 +85,7 @@ def write_merge(
     }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        write_whole(file, yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
         raise InputError(f"cannot write {file}: {in_one_line(error)}") from error
 

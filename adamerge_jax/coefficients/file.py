@@ -27,6 +27,7 @@ from adamerge_jax.coefficients.granularities import (
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.parameter_names import is_stacked, unstack
+from adamerge_jax.writing import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Coefficients:
         metadata = {name: json.dumps(field) for name, field in fields.items()}
         metadata |= {"format": _FORMAT, "version": version("adamerge_jax")}
         arrays = {group: np.ascontiguousarray(array) for group, array in self.values.items()}
-        Path(path).write_bytes(save(arrays, metadata))
+        write_whole(path, save(arrays, metadata))
 
     @classmethod
     def load(cls, path: Path | str) -> "Coefficients":

@@ -16,6 +16,7 @@ from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import NonFiniteObjectiveError
 from adamerge_jax.learning.held_out import Control, HeldOutMetrics, evaluate_held_out, judge
 from adamerge_jax.learning.learner import Frozen, Learner, State
+from adamerge_jax.stopping import stop_asked, stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ def learn(
     on_step: Callable[[Progress], Any] = lambda progress: None,
     on_best: Callable[[Learned], Any] = lambda learned: None,
     on_snapshot: Callable[[Snapshot], Any] = lambda snapshot: None,
+    should_stop: Callable[[], bool] = stop_asked,
     resume: Snapshot | None = None,
     devices: Devices = ONE_DEVICE,
     report: Callable[[Progress], Any] | None = None,
@@ -126,6 +128,8 @@ def learn(
             far.
         on_snapshot: Called after every evaluation of the held-out data with a snapshot to go on
             from.
+        should_stop: Asked after every step. Where it returns True, `on_snapshot` is called with
+            this step's snapshot, and learning ends with `Stopped`.
         resume: The last snapshot of an earlier call with the same arguments; its steps are not
             taken again, and `on_step` is not called for them.
         devices: Those of the learner.
@@ -139,6 +143,7 @@ def learn(
     Raises:
         NonFiniteObjectiveError: Says at which step and on which task; carries the last good
             coefficients.
+        Stopped: `should_stop` has returned True, by default since a signal came.
 
     Examples:
         The classifier of `make_learner`'s example, from data to the merged parameters:
@@ -215,12 +220,19 @@ def learn(
         best = Learned(jax.device_get(learner.coefficients(state)), step, metrics)
         on_best(best)
 
+    def stop_if_asked(snapshot: Snapshot, *, is_kept: bool) -> None:
+        if should_stop():
+            if not is_kept:
+                on_snapshot(snapshot)
+            raise stopped()
+
     if resume is None:
         began = time.perf_counter()
         start, taken = evaluate(0), 0
         keep(0, start)
         on_step(Progress(0, None, start, time.perf_counter() - began, best=best))
-        on_snapshot(Snapshot(state, 0, start, best, ended=False))
+        on_snapshot(first := Snapshot(state, 0, start, best, ended=False))
+        stop_if_asked(first, is_kept=True)
     else:
         start, taken = resume.start, resume.step
         if resume.ended:
@@ -234,6 +246,7 @@ def learn(
         require_finite(per_task, step, "the step's batch")
         if step % evaluate_every and step != steps:
             on_step(Progress(step, per_task, None, seconds))
+            stop_if_asked(Snapshot(state, step, start, best, ended=False), is_kept=False)
             continue
         metrics = evaluate(step)
         is_best, fallen, may_continue = judge(metrics, start, best.held_out, control)
@@ -242,7 +255,8 @@ def learn(
         collapsed = tuple(itertools.compress(tasks, fallen))
         on_step(Progress(step, per_task, metrics, seconds, collapsed, best if is_best else None))
         ended = step == steps or not may_continue
-        on_snapshot(Snapshot(state, step, start, best, ended))
+        on_snapshot(snapshot := Snapshot(state, step, start, best, ended))
+        stop_if_asked(snapshot, is_kept=True)
         if ended:
             break
     return best

@@ -1,6 +1,5 @@
 """The last state of something that runs for long, so that it can go on after it was killed."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ from safetensors.numpy import save
 
 from adamerge_jax.checkpoints.safetensors_file import STORED_DTYPES
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.writing import write_whole
 
 _FILE = "snapshot.safetensors"
 
@@ -25,9 +25,7 @@ def save_snapshot(folder: Path, step: int, tree: PyTree) -> None:
     """
     arrays = {name: np.asarray(leaf) for name, leaf in _by_path(jax.device_get(tree)).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{_FILE}.partial"
-    partial.write_bytes(save(arrays, metadata={"step": str(step)}))
-    os.replace(partial, folder / _FILE)
+    write_whole(folder / _FILE, save(arrays, metadata={"step": str(step)}))
 
 
 def load_snapshot(folder: Path, like: PyTree) -> PyTree | None:

@@ -44,9 +44,12 @@ from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.read import load_backbone, load_head, read_parameter
 from adamerge_jax.recipes.build import GranularityChoice
 from adamerge_jax.recipes.schema import ExportRecipe
+from adamerge_jax.stopping import require_going_on
+from adamerge_jax.writing import write_whole
 
 CHECKPOINT_FOLDER = "checkpoint"
 ADAPTER_FOLDER = "adapter"
+CARD_FILE = "README.md"
 
 _TASK_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -122,7 +125,7 @@ class Exporter(NamedTuple):
     by_all: bool = False
 
 
-def export(job: ExportJob, out: Path, console: Console) -> None:
+def export(job: ExportJob, out: Path, console: Console, *, keep: bool = False) -> None:
     """Writes a merge in every wanted form.
 
     With several processes all must call this, and all must share one file system.
@@ -131,6 +134,8 @@ def export(job: ExportJob, out: Path, console: Console) -> None:
         job: The merge.
         out: The folder that gets a folder for each form.
         console: The console that shows progress.
+        keep: If True, a form that is there is kept: the same run has written it before it was
+            interrupted.
 
     Raises:
         InputError: The merge cannot be an adapter, or a file cannot be read or written.
@@ -139,11 +144,25 @@ def export(job: ExportJob, out: Path, console: Console) -> None:
     wanted = [exporter for exporter in EXPORTERS if exporter.wanted(job.settings)]
     for exporter in wanted:
         exporter.guard(job.models, facts, out)
+    if keep:
+        wanted = [exporter for exporter in wanted if not (out / exporter.folder).is_dir()]
+    wait_for_all("exports chosen")
     for exporter in wanted:
+        require_going_on()
         with console.status(f"writing the {exporter.title}"):
             if exporter.by_all or is_first_process():
                 exporter.write(job, out / exporter.folder)
             wait_for_all(f"{exporter.title} written")
+
+
+def write_card(job: ExportJob, out: Path) -> None:
+    """Writes the model card of an exported checkpoint anew.
+
+    Args:
+        job: The merge.
+        out: The folder that `export` has written to.
+    """
+    write_whole(out / CHECKPOINT_FOLDER / CARD_FILE, job.card(_tasks_with_heads(job)))
 
 
 def require_exportable(
@@ -187,7 +206,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     loses_head = len(carried) < len(models.base.extra)
     owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
     token_ids = _special_tokens(models, owner)
-    tasks = [task for task in job.tasks if models.head_names(task)]
+    tasks = _tasks_with_heads(job)
     with write_checkpoint(
         folder,
         max_shard_bytes=job.settings.shard_megabytes * 10**6,
@@ -203,7 +222,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         writer.copy_assets(owner.checkpoint, checkpoints)
         if token_ids:
             writer.copy_generation_settings(checkpoints[:2], token_ids)
-        writer.write_text("README.md", job.card(tasks))
+        writer.write_text(CARD_FILE, job.card(tasks))
         for task in tasks:
             expert = models.experts[task]
             is_whole = isinstance(expert, MatchedCheckpoint)
@@ -219,6 +238,11 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
 def _guard_checkpoint(models: Models, facts: MergeFacts, out: Path) -> None:
     for model in (models.base, *models.experts.values()):
         require_copyable(model.checkpoint)
+
+
+def _tasks_with_heads(job: ExportJob) -> list[str]:
+    """Returns the tasks whose models are written beside the backbone."""
+    return [task for task in job.tasks if job.models.head_names(task)]
 
 
 def _write_orbax(job: ExportJob, folder: Path) -> None:

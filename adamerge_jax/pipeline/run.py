@@ -2,9 +2,8 @@
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +13,16 @@ import yaml
 from rich.console import Console
 
 from adamerge_jax.checkpoints.architecture import require_same_architecture
-from adamerge_jax.checkpoints.folders import require_new, require_space
+from adamerge_jax.checkpoints.folders import require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
-from adamerge_jax.devices import is_first_process, open_devices, wait_for_all
+from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
-from adamerge_jax.methods import make_method
+from adamerge_jax.methods import MergeMethod, make_method
 from adamerge_jax.pipeline.baselines import baseline_rows, learned_row, method_in_words
 from adamerge_jax.pipeline.export import (
+    CHECKPOINT_FOLDER,
     EXPORT_FOLDERS,
     ExportJob,
     MergeFacts,
@@ -30,6 +30,7 @@ from adamerge_jax.pipeline.export import (
     export_bytes,
     export_mergekit,
     require_exportable,
+    write_card,
 )
 from adamerge_jax.pipeline.fold import fold, merge_tensors
 from adamerge_jax.pipeline.learn import LearningInputs, OnStep, learn_coefficients, prepare
@@ -53,6 +54,7 @@ from adamerge_jax.runs.files import (
     RESULTS_FILE,
     STATE_FOLDER,
 )
+from adamerge_jax.runs.lock import hold
 from adamerge_jax.runs.outcome import measure_outcome
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.record import (
@@ -62,10 +64,18 @@ from adamerge_jax.runs.record import (
     describe_tensors,
     similarity,
 )
-from adamerge_jax.runs.results import Results, write_results
-from adamerge_jax.runs.resuming import discard_after_last_snapshot, require_startable
+from adamerge_jax.runs.results import Results, read_results, write_results
+from adamerge_jax.runs.resuming import (
+    discard_after_last_snapshot,
+    has_ended,
+    require_new_export,
+    require_startable,
+    unfinished,
+)
 from adamerge_jax.runs.rows import Row
 from adamerge_jax.runs.tracking import require_installed, track
+from adamerge_jax.stopping import between_steps, require_going_on
+from adamerge_jax.writing import remove_folder, remove_partial, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -97,15 +107,28 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
 
     Raises:
         InputError: The recipe, a checkpoint or data cannot be used, or `out`
-            holds anything but an unfinished run of this recipe.
+            holds anything but a run of this recipe, or is in use.
         NonFiniteObjectiveError: Learning diverged; the run folder holds the last good
             coefficients.
+        Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
     """
-    devices = open_devices(**recipe.devices.model_dump())
-    first, console = is_first_process(), _silence_others(console)
-    out = out.expanduser()
+    devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
+    with _by_first_process(hold(out)):
+        return _learn(recipe, devices, root, out, _silence_others(console), resume)
+
+
+def _learn(
+    recipe: Recipe, devices: Devices, root: Path, out: Path, console: Console, resume: bool
+) -> Run:
+    """Checks all input of a run, then learns in its folder, which this process holds."""
     resolved = recipe.model_dump(mode="json")
     require_startable(out, resolved, resume=resume)
+    if resume and has_ended(out, CHECKPOINT_FOLDER):
+        if is_first_process():
+            remove_partial(out)
+        console.print(f"{out} holds a run that has ended; there is nothing left to do")
+        coefficients = Coefficients.load(out / COEFFICIENTS_FILE)
+        return Run(out, coefficients, read_results(out / RESULTS_FILE).rows)
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
@@ -125,11 +148,26 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
 
     # No process writes before all have checked.
     wait_for_all("checked")
+    with _by_first_process(unfinished(out, anew=not resume)):
+        return _learn_and_export(recipe, inputs, record, root, out, console, resume)
+
+
+def _learn_and_export(
+    recipe: Recipe,
+    inputs: LearningInputs,
+    record: RunRecord,
+    root: Path,
+    out: Path,
+    console: Console,
+    resume: bool,
+) -> Run:
+    """Learns, exports and evaluates, in this order: what evaluates has lost nothing if killed."""
+    first, resolved = is_first_process(), recipe.model_dump(mode="json")
+    workspace, models = inputs.workspace, inputs.workspace.models
     if first:
-        out.mkdir(parents=True, exist_ok=True)
-        if resume and (steps := discard_after_last_snapshot(out, EXPORT_FOLDERS)) is not None:
+        if resume and (steps := discard_after_last_snapshot(out)) is not None:
             console.print(f"going on after {steps} steps")
-        (out / RECIPE_FILE).write_text(yaml.safe_dump(resolved, sort_keys=False))
+        write_whole(out / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
     wait_for_all("run folder made")
     with record.phase("similarity of the task vectors"):
         record.add(
@@ -159,19 +197,28 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
             coefficients.save(out / COEFFICIENTS_FILE)
 
     try:
-        with record.phase("learning"):
+        with record.phase("learning"), between_steps():
             result = learn_coefficients(
                 inputs, show_stage=show_stage, on_result=save, state=out / STATE_FOLDER
             )
     except NonFiniteObjectiveError:
         # A resumed run would diverge again.
         if first:
-            shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
+            remove_folder(out / STATE_FOLDER)
         raise
     if warning := range_warning(result.coefficients):
         log.warning(warning)
-    if first:
-        draw_coefficients(result.coefficients, out / HEAT_MAP_FILE)
+    job_of = partial(
+        export_job,
+        models,
+        result.coefficients,
+        recipe.export,
+        root,
+        tokenizer=recipe.tokenizer,
+        datasets=hub_datasets(recipe.calibration_sources, root),
+    )
+    with record.phase("writing checkpoints"):
+        export(job_of(), out, console, keep=resume)
 
     rows, outcome = [], None
     if workspace.data.test:
@@ -182,25 +229,16 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
             ]
         outcome = measure_outcome(rows)
         if first:
-            write_results(Results(rows, outcome), out / RESULTS_FILE)
-    with record.phase("writing checkpoints"):
-        job = export_job(
-            models,
-            result.coefficients,
-            recipe.export,
-            root,
-            tokenizer=recipe.tokenizer,
-            datasets=hub_datasets(recipe.calibration_sources, root),
-            results=Results(rows, outcome),
-        )
-        export(job, out, console)
+            results = Results(rows, outcome)
+            write_results(results, out / RESULTS_FILE)
+            write_card(job_of(results=results), out)
+    require_going_on()
     if first:
+        draw_coefficients(result.coefficients, out / HEAT_MAP_FILE)
         write_page(out)
     if rows:
         console.print(results_table(rows, outcome))
     wait_for_all("exported")
-    if first:
-        shutil.rmtree(out / STATE_FOLDER, ignore_errors=True)
     return Run(out, result.coefficients, rows)
 
 
@@ -228,12 +266,29 @@ def fold_file(
         allow_other_models: If True, models that the file was not learned for are folded too.
 
     Raises:
-        InputError: The file cannot be read, was learned for other models, or is no adapter.
+        InputError: The file cannot be read, was learned for other models, or is no adapter; or the
+            folder is in use.
+        Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
     """
-    devices = open_devices(**recipe.devices.model_dump())
-    console = _silence_others(console)
-    out = out.expanduser()
-    require_new(out)
+    devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
+    with _by_first_process(hold(out)):
+        _fold_file(
+            file, recipe, devices, root, out, _silence_others(console), scale, allow_other_models
+        )
+
+
+def _fold_file(
+    file: Path,
+    recipe: Recipe,
+    devices: Devices,
+    root: Path,
+    out: Path,
+    console: Console,
+    scale: Mapping[str, float] | None,
+    allow_other_models: bool,
+) -> None:
+    """Checks all input of a fold, then exports to a folder that this process holds."""
+    require_new_export(out, EXPORT_FOLDERS)
     coefficients, models, notes = prepare_fold(
         file,
         dataclasses.replace(open_models(recipe.to_fold, root), devices=devices),
@@ -252,9 +307,10 @@ def fold_file(
         tokenizer=recipe.tokenizer,
         datasets=hub_datasets(recipe.calibration_sources, root),
     )
-    export(job, out, console)
-    if scale and is_first_process():
-        coefficients.save(out / COEFFICIENTS_FILE)
+    with _by_first_process(unfinished(out, anew=True)):
+        export(job, out, console)
+        if scale and is_first_process():
+            coefficients.save(out / COEFFICIENTS_FILE)
 
 
 def merge(
@@ -281,13 +337,28 @@ def merge(
         console: The console that shows progress.
 
     Raises:
-        InputError: There is no such method, it refuses an option, or a model cannot be used.
+        InputError: There is no such method, it refuses an option, or a model cannot be used; or the
+            folder is in use.
+        Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
     """
     chosen = make_method(method, options)
-    devices = open_devices(**recipe.devices.model_dump())
-    console = _silence_others(console)
-    out = out.expanduser()
-    require_new(out)
+    devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
+    in_words = method_in_words(method, options)
+    with _by_first_process(hold(out)):
+        _merge(recipe, chosen, in_words, devices, root, out, _silence_others(console))
+
+
+def _merge(
+    recipe: Recipe,
+    chosen: MergeMethod,
+    in_words: str,
+    devices: Devices,
+    root: Path,
+    out: Path,
+    console: Console,
+) -> None:
+    """Checks all input of a merge, then exports to a folder that this process holds."""
+    require_new_export(out, EXPORT_FOLDERS)
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
@@ -303,11 +374,12 @@ def merge(
             Results([]),
             origins=model_origins(models, root),
             auto_class=models.family.auto_class,
-            method=method_in_words(method, options),
+            method=in_words,
         ),
         tokenizer=recipe.tokenizer,
     )
-    export(job, out, console)
+    with _by_first_process(unfinished(out, anew=True)):
+        export(job, out, console)
 
 
 def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
@@ -355,6 +427,11 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     row = workspace.evaluator.row(checkpoint, parameters, workspace.data.test)
     console.print(results_table([row]))
     return row
+
+
+def _by_first_process(context: AbstractContextManager[None]) -> AbstractContextManager[None]:
+    """Returns the context in the first process, and one that does nothing in all others."""
+    return context if is_first_process() else nullcontext()
 
 
 def _silence_others(console: Console) -> Console:

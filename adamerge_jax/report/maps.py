@@ -19,7 +19,7 @@ from adamerge_jax.report.coefficients import (
 )
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL
 from adamerge_jax.report.comparison import Comparison
-from adamerge_jax.report.pictures import label_text
+from adamerge_jax.report.pictures import label_text, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     )
     title = label_text(f"Merge coefficients ({coefficients.granularity})")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    write_png(figure, path)
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
@@ -62,7 +62,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         label="change",
     )
     figure.suptitle("Coefficients, second file less first", fontsize=11)
-    figure.savefig(path, dpi=150)
+    write_png(figure, path)
 
 
 def draw_means(

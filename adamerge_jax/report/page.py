@@ -31,9 +31,10 @@ from adamerge_jax.report.results import (
     scores,
     scores_in_words,
 )
-from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE, write_whole
+from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE
 from adamerge_jax.runs.folder import SavedRun, Stage
 from adamerge_jax.runs.outcome import Outcome
+from adamerge_jax.writing import write_whole
 
 PICTURE_FOLDER = "report"
 
@@ -97,7 +98,7 @@ def write_page(folder: Path) -> Path:
         recipe=(folder / RECIPE_FILE).read_text(encoding="utf-8"),
     )
     file = folder / PAGE_FILE
-    write_whole(file, page.encode())
+    write_whole(file, page)
     return file
 
 

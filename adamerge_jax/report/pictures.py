@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from adamerge_jax.report.plain_text import one_line
+from adamerge_jax.writing import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +47,13 @@ def picture_name(kind: str, name: str, position: int) -> str:
     return f"{kind}-{name if is_plain else position}.png"
 
 
+def write_png(figure: "Figure", file: Path) -> None:
+    """Writes a matplotlib figure as a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    write_whole(file, stream.getvalue())
+
+
 def save_picture(figure: "Figure", file: Path, title: str, alternative: str) -> Picture:
     """Writes a figure as a PNG file, and returns it as a picture for a page.
 
@@ -57,7 +65,7 @@ def save_picture(figure: "Figure", file: Path, title: str, alternative: str) -> 
     """
     import matplotlib
 
-    figure.savefig(file, dpi=150)
+    write_png(figure, file)
     # Laid out for the file, and as slow to lay out as to draw.
     figure.set_layout_engine("none")
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The names of a run folder's files, and how they are written and read."""
+"""The names of a run folder's files, and how they are read."""
 
 import json
 from pathlib import Path
@@ -13,20 +13,11 @@ RESULTS_FILE = "results.json"
 COEFFICIENTS_FILE = "coefficients.safetensors"
 HEAT_MAP_FILE = "coefficients.png"
 PAGE_FILE = "report.html"
+LOCK_FILE = ".lock"
+"""The file that the process which writes to the folder has locked."""
 STATE_FOLDER = "state"
-"""The folder in which an unfinished run keeps the state to go on from."""
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file, or writes it anew, such that it is never there in part.
-
-    Args:
-        file: A file in the run folder; `.partial` beside it grows until it is whole.
-        content: Its content.
-    """
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(file)
+"""The folder that an unfinished run has, from its first file on; of a run that learns it keeps the
+state to go on from."""
 
 
 def read_json(file: Path) -> dict[str, Any]:

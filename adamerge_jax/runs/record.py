@@ -19,9 +19,10 @@ import numpy as np
 from adamerge_jax.coefficients.granularity import Shapes
 from adamerge_jax.devices import is_first_process
 from adamerge_jax.parameter_names import is_stacked, layer_of, tensors_of
-from adamerge_jax.runs.files import RECIPE_FILE, RECORD_FILE, write_whole
+from adamerge_jax.runs.files import RECIPE_FILE, RECORD_FILE
 from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.similarity import cosines, inner_products
+from adamerge_jax.writing import write_whole
 
 if TYPE_CHECKING:
     from adamerge_jax.checkpoints.matching import MatchedCheckpoint
@@ -71,7 +72,7 @@ class RunRecord:
             self._fields["peak_memory_bytes"] = peak_memory()
             text = json.dumps(self._fields, indent=2, ensure_ascii=False)
             # A run that is killed meanwhile is to find a whole record when it goes on.
-            write_whole(self._folder / RECORD_FILE, f"{text}\n".encode())
+            write_whole(self._folder / RECORD_FILE, f"{text}\n")
 
 
 def peak_memory() -> dict[str, int]:

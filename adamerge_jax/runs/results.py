@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.runs.files import read_json, write_whole
+from adamerge_jax.runs.files import read_json
 from adamerge_jax.runs.outcome import Outcome
 from adamerge_jax.runs.rows import Row, best_without_learning
+from adamerge_jax.writing import write_whole
 
 
 class Results(NamedTuple):
@@ -35,8 +36,7 @@ def write_results(results: Results, path: Path) -> None:
     fields: dict[str, Any] = {"rows": [row.as_json() for row in results.rows]}
     if results.outcome is not None:
         fields["outcome"] = dataclasses.asdict(results.outcome)
-    text = json.dumps(fields, indent=2, ensure_ascii=False)
-    write_whole(path, f"{text}\n".encode())
+    write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_results(file: Path) -> Results:

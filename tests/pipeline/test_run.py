@@ -257,8 +257,8 @@ def test_the_record(text_run, text_fields):
         "task vectors and the experts' answers",
         "similarity of the task vectors",
         "learning",
-        "evaluating",
         "writing checkpoints",
+        "evaluating",
     ]
     for task, own in record["examples"].items():
         rows = Path(text_fields["tasks"][task]["calibration"]).read_text().splitlines()

@@ -162,13 +162,23 @@ def test_what_is_refused(fields, tmp_path, monkeypatch, capsys):
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")}
 
 
-def test_what_has_ended_cannot_go_on(undisturbed, tmp_path, capsys):
-    recipe = str(undisturbed.parent / "recipe.yaml")
-    for out, message in [(undisturbed, "a run that has ended"), (tmp_path, "holds no run")]:
-        (tmp_path / "something").touch()
-        with pytest.raises(SystemExit):
-            cli.main(["learn", recipe, "--out", str(out), "--resume"])
-        assert message in capsys.readouterr().err
+def test_what_has_ended_is_left_as_it_is(undisturbed, fields, tmp_path, capsys):
+    before = {f: f.stat().st_mtime_ns for f in undisturbed.rglob("*")}
+    # Killed while it tidied up: all is done but for removing what was renamed.
+    (undisturbed / ".state.partial-0123" / "learning").mkdir(parents=True)
+    learn(undisturbed.parent, fields, "--resume")
+    assert "has ended; there is nothing left to do" in capsys.readouterr().out
+    assert before == {f: f.stat().st_mtime_ns for f in undisturbed.rglob("*")}
+    said = error_of(capsys, undisturbed.parent, fields, "--resume", "--seed", "3")
+    assert "started with another recipe" in said
+    assert "is not empty" in error_of(capsys, undisturbed.parent, fields)
+
+
+def test_what_is_no_run_cannot_go_on(fields, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").touch()
+    assert "holds no run to go on with" in error_of(capsys, tmp_path, fields, "--resume")
+    assert os.listdir(tmp_path / "run") == ["something"]
 
 
 def test_a_run_that_is_killed(fields, tmp_path):
