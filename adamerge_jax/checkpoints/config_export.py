@@ -94,13 +94,13 @@ def readable_by_older_versions(fields: Mapping[str, Any]) -> Fields:
     added: Fields = {}
     rotary = fields.get("rope_parameters")
     if rotary and "rope_theta" not in fields and not fields.get("rope_scaling"):
-        by_type = {kind: rotary[kind] for kind in rotary if kind.endswith("_attention")}
-        settings = dict(by_type.get("full_attention", rotary))
+        # Without rotary positions a type of layer has None.
+        by_type = {kind: rotary[kind] or {} for kind in rotary if kind.endswith("_attention")}
+        settings = dict(by_type.get("full_attention", {}) if by_type else rotary)
         added["rope_theta"] = settings.pop("rope_theta", None)
         if settings.get("rope_type", "default") != "default":
             added["rope_scaling"] = settings
-        if "sliding_attention" in by_type:
-            added["rope_local_base_freq"] = by_type["sliding_attention"].get("rope_theta")
+        added["rope_local_base_freq"] = by_type.get("sliding_attention", {}).get("rope_theta")
     if fields.get("scale_decoder_outputs") is False:
         added["tie_word_embeddings"] = False
     return dict(fields) | {name: value for name, value in added.items() if value is not None}

@@ -49,12 +49,12 @@ _NOT_NEGATIVE = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
 _SWITCHES = (
     *("tie_word_embeddings", "scale_decoder_outputs", "is_encoder_decoder", "is_decoder"),
     *("add_cross_attention", "is_causal", "use_bidirectional_attention", "use_sliding_window"),
-    *("attention_bias", "mlp_bias", "qkv_bias"),
+    *("attention_bias", "mlp_bias", "qkv_bias", "is_gated_act"),
 )
 """Fields that hold true or false."""
 
 _NAMES = (
-    *("model_type", "hidden_act", "hidden_activation", "feed_forward_proj"),
+    *("model_type", "hidden_act", "hidden_activation", "feed_forward_proj", "dense_act_fn"),
     *("position_embedding_type", "problem_type", "rope_type"),
 )
 """Fields that hold a text."""

@@ -432,10 +432,12 @@ def _merged_config(
     """
     in_file = models.base.checkpoint.config_fields
     fields = with_tokenizer(without_old_weights(in_file), owner.checkpoint.config_fields, token_ids)
+    auto_class = models.family.auto_class if models.family.language else None
     if loses_head:
         fields = without_head(fields, model_class(models.config))
-    elif "auto_map" in in_file:  # the class that the base names is in a Python file
-        auto_class = models.family.auto_class if models.family.language else None
+    # The class that the base names is in a Python file, or is that of a language model without its
+    # output layer, with which the merge is written.
+    elif "auto_map" in in_file or (models.family.language and models.prefix):
         fields |= {"architectures": [model_class(models.config, auto_class)]}
     return readable_by_older_versions(fields)
 

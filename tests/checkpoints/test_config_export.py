@@ -133,6 +133,8 @@ def test_older_names_are_added_and_change_nothing(tmp_path, config, added):
         {"rope_theta": 5e5, "rope_scaling": None},
         {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"full_attention": None}},
+        {"rope_parameters": None},
         {"hidden_size": 8},
     ],
 )

@@ -101,6 +101,8 @@ IMPOSSIBLE = [
     ("llama", "attention_bias", 1),
     ("bert", "hidden_act", 3),
     ("bert", "hidden_act", ["gelu"]),
+    ("t5", "dense_act_fn", ["gelu"]),
+    ("t5", "is_gated_act", "yes"),
     ("bert", "id2label", ["a", "b"]),
     ("bert", "architectures", "BertModel"),
     ("qwen2", "layer_types", "full_attention"),

@@ -191,6 +191,18 @@ def test_python_files_do_not_travel(tmp_path, chat):
     assert AutoTokenizer.from_pretrained(out).get_vocab() == byte_tokenizer().get_vocab()
 
 
+def test_a_base_saved_without_its_output_layer(tmp_path):
+    """The merge has the names of a model that has one, and engines go by the class."""
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
+    fields = save_family(tmp_path, LlamaForCausalLM(config))
+    LlamaForCausalLM.from_pretrained(tmp_path / "base").model.save_pretrained(tmp_path / "base")
+    assert read(tmp_path / "base" / "config.json")["architectures"] == ["LlamaModel"]
+    out = export(fields, tmp_path / "out")
+    assert read(out / "config.json")["architectures"] == ["LlamaForCausalLM"]
+    _, info = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
 # Classifiers
 
 
