@@ -186,7 +186,9 @@ def recipe(kind: str, seed: int) -> dict:
     """The recipe of a merge of whole experts, or of adapters."""
 
     def source(domain: str, part: str, limit: int) -> dict:
-        return {"path": f"data/{domain}.{part}.jsonl", "packed": True, "limit": limit}
+        # The experts were trained on texts with their end.
+        fields = {"packed": True, "end_of_text": "append", "limit": limit}
+        return {"path": f"data/{domain}.{part}.jsonl", **fields}
 
     return {
         "name": f"language model ({kind})",

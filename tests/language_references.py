@@ -108,12 +108,16 @@ def save_models(
 def give_data(
     fields: Mapping[str, Any], root: Path, rows: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """The recipe with these rows to learn from, of which the first 6 are its test data too."""
+    """The recipe with these rows to learn from, of which the first 6 are its test data too.
+
+    The ends of texts and responses are to be predicted.
+    """
     tasks = {}
     for task, own in rows.items():
         file = write_json_lines(root / f"{task}.jsonl", own)
         test = write_json_lines(root / f"{task}.test.jsonl", own[:6])
-        tasks[task] = fields["tasks"][task] | {"calibration": str(file), "test": str(test)}
+        data = {"calibration": str(file), "test": {"path": str(test), "end_of_text": "append"}}
+        tasks[task] = fields["tasks"][task] | data
     return dict(fields) | {"tasks": tasks}
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
 from adamerge_jax.data.examples import COMPLETED, Examples, completed
 from adamerge_jax.data.tables import class_indices
+from adamerge_jax.data.token_limits import TokenLimits, require_mask
 from adamerge_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,41 +75,6 @@ class ArrayExamples(Examples):
         return {name: np.pad(array, missing) for name, array in whole.items()}
 
 
-class TokenLimits(NamedTuple):
-    """The token ids that a model can read.
-
-    Attributes:
-        vocabulary: Number of rows of its embedding table.
-        longest: Number of its positions.
-    """
-
-    vocabulary: int
-    longest: int
-
-    def require(self, token_ids: Int[np.ndarray, "N T"], where: str) -> None:
-        """Refuses token ids that are none of this model's.
-
-        Args:
-            token_ids: The token ids of N texts, any array of two axes.
-            where: The beginning of error messages.
-
-        Raises:
-            InputError: They are no whole numbers, too large, or too many.
-        """
-        if not np.issubdtype(token_ids.dtype, np.integer):
-            raise InputError(f"{where}: input_ids are {token_ids.dtype}, expected whole numbers")
-        if token_ids.min() < 0 or token_ids.max() >= self.vocabulary:
-            raise InputError(
-                f"{where}: input_ids go from {token_ids.min()} to {token_ids.max()}, the model's "
-                f"tokens from 0 to {self.vocabulary - 1}; they are another tokenizer's"
-            )
-        if token_ids.shape[1] > self.longest:
-            raise InputError(
-                f"{where}: input_ids: texts have {token_ids.shape[1]} tokens, the model has "
-                f"positions for {self.longest}; truncate them to {self.longest}"
-            )
-
-
 def read_arrays(
     path: Path,
     source: DataSource,
@@ -126,7 +92,8 @@ def read_arrays(
         name: Name of the examples in error messages.
 
     Raises:
-        InputError: The file cannot be read, lacks an array, or holds no examples.
+        InputError: The file cannot be read, lacks an array, holds no examples, or numbers that are
+            no inputs of the model.
     """
     if not path.is_file():
         raise InputError(f"{name}: no such file: {path}")
@@ -145,11 +112,35 @@ def read_arrays(
         raise InputError(f"{name}: {path} has no array {source.label!r} for the labels")
     labels = arrays[source.label] if source.label else None
     examples = examples_of_arrays(chosen, path, name, () if labels is None else (labels,))
-    if limits is not None:
-        limits.require(chosen["input_ids"], f"{name}: {path}")
+    _require_values(chosen, limits, f"{name}: {path}")
+    if "attention_mask" in chosen:
+        chosen["attention_mask"] = chosen["attention_mask"].astype(np.int32)
     if labels is not None:
         examples.labels = class_indices(labels.tolist(), source, name)
     return examples
+
+
+def _require_values(
+    inputs: Mapping[str, np.ndarray], limits: TokenLimits | None, where: str
+) -> None:
+    """Refuses numbers that the model cannot read."""
+    for key, array in inputs.items():
+        if array.dtype.kind not in "biuf":
+            raise InputError(f"{where}: {key} holds {array.dtype}, expected numbers")
+        if array.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array.astype(np.float32))
+            if not finite.all():
+                row = np.argwhere(~finite)[0][0]
+                raise InputError(
+                    f"{where}: {key}, row {row} holds a number that is NaN or infinite in float32"
+                )
+    if limits is not None:
+        limits.require(inputs["input_ids"], where)
+        if "token_type_ids" in inputs:
+            limits.require_types(inputs["token_type_ids"], where)
+        if "attention_mask" in inputs:
+            require_mask(inputs["attention_mask"], where)
 
 
 def examples_of_arrays(

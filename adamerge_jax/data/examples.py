@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from adamerge_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+EndOfText = Literal["append", "leave"]
+"""A language model's end of text: `append` where it is to be predicted, `leave` where it is not."""
+
+
+class Cut(NamedTuple):
+    """The examples that are longer than texts may be.
+
+    Attributes:
+        examples: True for each example that is cut, `[N]`.
+        max_length: The tokens that are left of it.
+    """
+
+    examples: Bool[np.ndarray, " N"]
+    max_length: int
 
 
 class Examples(ABC):
@@ -17,10 +37,14 @@ class Examples(ABC):
     Attributes:
         labels: Class index of each example, `[N]`, or None where there are none.
         class_names: Names of the classes as the data set gives them, or None.
+        cut: The examples that are cut, or None where that cannot be.
+        end_of_text: The end of a language model's examples; None for other models.
     """
 
     labels: Int[np.ndarray, " N"] | None = None
     class_names: list[str] | None = None
+    cut: Cut | None = None
+    end_of_text: EndOfText | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -55,6 +79,23 @@ COMPLETED = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
 nothing is padding, without types all are 0."""
 
 
+def tell_cut(examples: Examples, name: str) -> None:
+    """Warns of the examples that are cut.
+
+    Args:
+        examples: The examples that are used.
+        name: Their name in the message.
+    """
+    if examples.cut is not None and examples.cut.examples.any():
+        log.warning(
+            "%s: %d of %d examples are cut to max_length=%d tokens",
+            name,
+            examples.cut.examples.sum(),
+            len(examples),
+            examples.cut.max_length,
+        )
+
+
 def sorted_batches(
     examples: Examples, batch_size: int
 ) -> Iterator[tuple[Int[np.ndarray, " n"], dict[str, np.ndarray]]]:
@@ -79,6 +120,9 @@ class Subset(Examples):
         self._index = index
         self.class_names = examples.class_names
         self.labels = None if examples.labels is None else examples.labels[index]
+        self.end_of_text = examples.end_of_text
+        if examples.cut is not None:
+            self.cut = Cut(examples.cut.examples[index], examples.cut.max_length)
 
     @classmethod
     def draw(cls, examples: Examples, limit: int, seed: int) -> Examples:

@@ -1,16 +1,27 @@
-"""Texts, prompts with responses and conversations as tokens that a language model is to predict."""
+"""Texts and prompts with responses as tokens that a language model is to predict."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
-from adamerge_jax.data.examples import Examples, bucket_length, padded
+from adamerge_jax.data.conversations import Tokens, conversations
+from adamerge_jax.data.end_of_text import (
+    ASKED_EXAMPLES,
+    PredictsEnd,
+    end_of_chats,
+    end_token,
+    ended,
+    without_end,
+)
+from adamerge_jax.data.examples import Cut, EndOfText, Examples, bucket_length, padded
 from adamerge_jax.data.tables import Table
+from adamerge_jax.data.token_limits import TokenLimits
+from adamerge_jax.data.tokenizers import encode, padding_of
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import NOT_PREDICTED
 
@@ -20,25 +31,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Tokens(NamedTuple):
-    """A sequence of tokens.
-
-    Attributes:
-        ids: Token ids.
-        predicted: True for each token that is to be predicted from those before it.
-    """
-
-    ids: list[int]
-    predicted: list[bool]
-
-
 class DecoderExamples(Examples):
     """Sequences for a decoder."""
 
     def __init__(self, sequences: Sequence[Tokens], padding: int, max_length: int):
-        self._sequences = sequences
+        """Takes sequences; tokens beyond `max_length` are cut."""
+        self._sequences = [Tokens(ids[:max_length], told[:max_length]) for ids, told in sequences]
         self._padding = padding
         self._max_length = max_length
+        self.cut = Cut(np.array([len(ids) > max_length for ids, _ in sequences]), max_length)
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -71,11 +72,14 @@ class EncoderDecoderExamples(Examples):
         padding: int,
         max_length: int,
     ):
-        self._prompts = prompts
-        self._responses = responses
+        """Takes token ids; those beyond `max_length` are cut on either side."""
+        pairs = list(zip(prompts, responses, strict=True))
+        self._prompts = [prompt[:max_length] for prompt in prompts]
+        self._responses = [response[:max_length] for response in responses]
         self._start = start
         self._padding = padding
         self._max_length = max_length
+        self.cut = Cut(np.array([max(map(len, pair)) > max_length for pair in pairs]), max_length)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -106,6 +110,8 @@ def make_language_examples(
     *,
     max_length: int,
     decoder_start: int | None,
+    predicts_end: PredictsEnd,
+    limits: TokenLimits | None = None,
 ) -> Examples:
     """Makes examples of a table with conversations, prompts and responses, or texts.
 
@@ -113,18 +119,33 @@ def make_language_examples(
         table: The table. The first of these columns that it has decides: `source.messages`,
             `source.prompt` with `source.response`, `source.text`.
         tokenizer: The base's tokenizer.
-        max_length: Longest sequence in tokens; what is longer is cut and counted in a warning.
+        max_length: Longest sequence in tokens; what is longer is cut.
         decoder_start: The token that an encoder-decoder's responses start with; None for a decoder.
+        predicts_end: The task's expert, which is asked about the end of text where the source says
+            `auto` and holds no conversations.
+        limits: The limits of the model's tokens; None for any.
 
     Raises:
-        InputError: The table has none of these columns, a row holds something else, or nothing
-            is left to predict.
+        InputError: The table has none of these columns, a row holds something else, nothing is
+            left to predict, the tokenizer has no end of text although it is asked for, or tokens
+            that the model lacks.
     """
     source, columns = table.source, table.columns
-    padding = next(
-        token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None
-    )
-    if decoder_start is not None:
+    padding = padding_of(tokenizer, limits and limits.vocabulary)
+    prompts: list[list[int]] = []
+
+    def make(rows: Sequence[int], sequences: Sequence[Tokens]) -> Examples:
+        if decoder_start is None:
+            return DecoderExamples(sequences, padding, max_length)
+        responses = [sequence.ids for sequence in sequences]
+        asked = [prompts[row] for row in rows]
+        return EncoderDecoderExamples(asked, responses, decoder_start, padding, max_length)
+
+    is_chat = decoder_start is None and source.messages in columns
+    end: EndOfText = end_of_chats(table) if is_chat else "leave"
+    if is_chat:
+        sequences = conversations(table, tokenizer, with_end=end == "append")
+    elif decoder_start is not None:
         if not {source.prompt, source.response} <= columns:
             raise table.lacks([f"{source.prompt!r} and {source.response!r}"])
         if source.packed:
@@ -132,25 +153,12 @@ def make_language_examples(
                 f"{table.name}: packed is for decoders; an encoder-decoder reads one prompt at a "
                 "time"
             )
-        pairs = _pairs(table, tokenizer, max_length)
-        prompts, responses = map(list, zip(*pairs, strict=True))
-        return EncoderDecoderExamples(prompts, responses, decoder_start, padding, max_length)
-    if source.messages in columns:
-        if not tokenizer.is_fast:
-            raise InputError(
-                f"{table.name}: the tokenizer ({type(tokenizer).__name__}) does not say which "
-                "characters a token stands for, so conversations cannot be used; give prompts and "
-                "responses"
-            )
-        sequences = [
-            _conversation(messages, row, table, tokenizer)
-            for row, messages in enumerate(table.rows[source.messages])
-        ]
+        prompts = encode(tokenizer, table.texts(source.prompt), table.name)["input_ids"]
+        sequences = _texts(table, source.response, tokenizer)
     elif {source.prompt, source.response} <= columns:
         sequences = _prompts_and_responses(table, tokenizer)
     elif source.text in columns:
-        encoded = tokenizer(table.texts(source.text))["input_ids"]
-        sequences = [_ended(Tokens(ids, [True] * len(ids)), tokenizer) for ids in encoded]
+        sequences = _texts(table, source.text, tokenizer)
     else:
         expected = [
             repr(source.messages),
@@ -158,111 +166,54 @@ def make_language_examples(
             repr(source.text),
         ]
         raise table.lacks(expected)
+    if limits is not None:
+        for ids in (prompts, [sequence.ids for sequence in sequences]):
+            limits.require_encoded({"input_ids": ids}, table.name)
+    # The first token of a decoder is predicted from nothing.
+    first = 1 if decoder_start is None else 0
+    token = None if is_chat else end_token(table, tokenizer, limits)
+    if token is not None:
+        finished = [ended(sequence, token) for sequence in sequences]
+        fitting = [
+            row
+            for row, (sequence, whole) in enumerate(zip(sequences, finished, strict=True))
+            if any(sequence.predicted[first:])
+            and len(sequence.ids) < len(whole.ids) <= max_length
+            and (not prompts or len(prompts[row]) <= max_length)
+        ]
+        few = fitting[:ASKED_EXAMPLES]
+        if source.end_of_text == "append" or (
+            few and predicts_end(make(few, [finished[row] for row in few]))
+        ):
+            end, sequences = "append", finished
     if source.packed:
         sequences = _packed(sequences, max_length)
-    else:
-        cut = sum(len(sequence.ids) > max_length for sequence in sequences)
-        _tell_cut(table, cut, len(sequences), max_length)
-        sequences = [Tokens(ids[:max_length], counts[:max_length]) for ids, counts in sequences]
-    useful = [sequence for sequence in sequences if any(sequence.predicted[1:])]
-    _tell_left_out(table, len(useful), len(sequences), max_length)
-    return DecoderExamples(useful, padding, max_length)
-
-
-def _pairs(
-    table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[tuple[list[int], list[int]]]:
-    """Returns prompts for an encoder and the responses to them, cut to `max_length` tokens."""
-    prompts = tokenizer(table.texts(table.source.prompt))["input_ids"]
-    responses = [
-        _ended(Tokens(ids, [True] * len(ids)), tokenizer).ids
-        for ids in tokenizer(table.texts(table.source.response))["input_ids"]
+    useful = [
+        row for row, sequence in enumerate(sequences) if any(sequence.predicted[first:max_length])
     ]
-    pairs = list(zip(prompts, responses, strict=True))
-    cut = sum(max(map(len, pair)) > max_length for pair in pairs)
-    _tell_cut(table, cut, len(pairs), max_length)
-    useful = [(prompt[:max_length], answer[:max_length]) for prompt, answer in pairs if answer]
-    _tell_left_out(table, len(useful), len(pairs), max_length)
-    return useful
+    _tell_left_out(table, len(useful), len(sequences), max_length)
+    examples = make(useful, [sequences[row] for row in useful])
+    examples.end_of_text = end
+    return examples
+
+
+def _texts(table: Table, column: str, tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    """Returns the texts of a column, all of whose tokens are predicted, without an end."""
+    encoded = encode(tokenizer, table.texts(column), table.name)["input_ids"]
+    return [Tokens(ids, [True] * len(ids)) for ids in without_end(encoded, tokenizer)]
 
 
 def _prompts_and_responses(table: Table, tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    """Returns prompts with their responses behind them, without an end."""
     source = table.source
-    prompts = tokenizer(table.texts(source.prompt))["input_ids"]
-    responses = tokenizer(table.texts(source.response), add_special_tokens=False)["input_ids"]
-    sequences = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        # Some tokenizers end every text; here it goes on.
-        if prompt and prompt[-1] == tokenizer.eos_token_id:
-            prompt = prompt[:-1]
-        predicted = [source.predict == "all"] * len(prompt) + [True] * len(response)
-        sequences.append(_ended(Tokens(prompt + response, predicted), tokenizer))
-    return sequences
-
-
-def _conversation(
-    messages: Sequence[Mapping[str, Any]],
-    row: int,
-    table: Table,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Tokens:
-    """Writes a conversation in the chat template; the assistant's turns are predicted."""
-    source = table.source
-    where = f"{table.name}: {source.path}, row {row}"
-    roles = [
-        message.get("role") if isinstance(message, Mapping) else None
-        for message in (messages if isinstance(messages, list) else [messages])
+    prompts = encode(tokenizer, table.texts(source.prompt), table.name)["input_ids"]
+    responses = encode(
+        tokenizer, table.texts(source.response), table.name, add_special_tokens=False
+    )["input_ids"]
+    return [
+        Tokens(prompt + response, [source.predict == "all"] * len(prompt) + [True] * len(response))
+        for prompt, response in zip(without_end(prompts, tokenizer), responses, strict=True)
     ]
-    if not roles or not all(isinstance(role, str) for role in roles):
-        raise InputError(
-            f"{where}: column {source.messages!r} is to hold a list of messages, each with a role "
-            f"and content; it holds {messages!r:.80}"
-        )
-
-    def render(count: int, asked: bool) -> str:
-        return tokenizer.apply_chat_template(
-            list(messages[:count]), tokenize=False, add_generation_prompt=asked
-        )
-
-    answers = []
-    if source.predict == "response":
-        # What a conversation opens with answers nothing.
-        answers = [turn for turn, role in enumerate(roles) if role == "assistant" and turn > 0]
-    try:
-        whole = render(len(messages), asked=False)
-        parts = [(render(turn, asked=True), render(turn + 1, asked=False)) for turn in answers]
-    except Exception as error:  # jinja's own, the template's raise_exception, KeyError, TypeError
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{where}: the tokenizer's chat template cannot write this conversation: {reason}"
-        ) from error
-    if not all(whole.startswith(answered) for _, answered in parts):
-        raise InputError(
-            f"{where}: the chat template rewrites earlier turns, so the assistant's tokens cannot "
-            "be told; give one turn per example, or set predict: all"
-        )
-    # What asks for an answer may go on where the answer itself does not, e.g. with `<think>`.
-    spans = [(_count_shared(asked, whole), len(answered)) for asked, answered in parts]
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    predicted = [
-        source.predict == "all" or any(first < end and start < last for first, last in spans)
-        for start, end in encoded["offset_mapping"]
-    ]
-    return Tokens(encoded["input_ids"], predicted)
-
-
-def _count_shared(first: str, second: str) -> int:
-    """Returns the number of characters that two texts share at their beginning."""
-    pairs = zip(first, second, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _ended(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Adds the token that ends a text, where the tokenizer has one: it is to be predicted too."""
-    end = tokenizer.eos_token_id
-    if end is None or (tokens.ids and tokens.ids[-1] == end):
-        return tokens
-    return Tokens([*tokens.ids, end], [*tokens.predicted, True])
 
 
 def _packed(sequences: Sequence[Tokens], length: int) -> list[Tokens]:
@@ -284,8 +235,3 @@ def _tell_left_out(table: Table, useful: int, count: int, max_length: int) -> No
             f"{table.name}: {count - useful} of {count} examples are left out: no token to predict "
             f"within max_length={max_length}"
         )
-
-
-def _tell_cut(table: Table, cut: int, count: int, max_length: int) -> None:
-    if cut:
-        log.warning(f"{table.name}: {cut} of {count} examples are cut to {max_length=} tokens")

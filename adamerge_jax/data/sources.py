@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adamerge_jax.data.arrays import TokenLimits, read_arrays
+from adamerge_jax.data.arrays import read_arrays
+from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset
 from adamerge_jax.data.images import ImageExamples, ImageProcessor
 from adamerge_jax.data.language import make_language_examples
 from adamerge_jax.data.tables import Table, class_indices, read_table
 from adamerge_jax.data.texts import TextExamples
+from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def load_examples(
     limits: TokenLimits | None = None,
     language: bool = False,
     decoder_start: int | None = None,
+    predicts_end: PredictsEnd = lambda examples: True,
 ) -> Examples:
     """Reads the examples of a data source.
 
@@ -43,9 +46,11 @@ def load_examples(
         max_length: Longest text in tokens.
         seed: The seed for drawing examples where `source.limit` is under their number.
         name: Name of the examples in error messages.
-        limits: The limits of token ids in NumPy files; None where the inputs are images.
+        limits: The limits of token ids; None where the inputs are images.
         language: True for a language model.
         decoder_start: The token that the responses of an encoder-decoder start with.
+        predicts_end: The language model that is asked about the end of text; by default it is to
+            be predicted.
 
     Raises:
         InputError: The data cannot be found or read, lacks a column, or is empty.
@@ -63,17 +68,25 @@ def load_examples(
         if language:
             table.require_rows(preprocessor, "tokenizer")
             examples = make_language_examples(
-                table, preprocessor, max_length=max_length, decoder_start=decoder_start
+                table,
+                preprocessor,
+                max_length=max_length,
+                decoder_start=decoder_start,
+                predicts_end=predicts_end,
+                limits=limits,
             )
         elif inputs[0] == "input_ids":
-            examples = _text_examples(table, preprocessor, max_length)
+            examples = _text_examples(table, preprocessor, max_length, limits)
         else:
             examples = _image_examples(table, preprocessor)
     return examples if source.limit is None else Subset.draw(examples, source.limit, seed)
 
 
 def _text_examples(
-    table: Table, tokenizer: PreTrainedTokenizerBase | None, max_length: int
+    table: Table,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    limits: TokenLimits | None,
 ) -> Examples:
     column = table.source.text
     columns = [column] if isinstance(column, str) else list(column)
@@ -81,7 +94,7 @@ def _text_examples(
     table.require_rows(tokenizer, "tokenizer")
     texts = [table.texts(column) for column in columns]
     pairs = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
-    return _labelled(TextExamples(pairs, tokenizer, max_length, table.name), table)
+    return _labelled(TextExamples(pairs, tokenizer, max_length, table.name, limits), table)
 
 
 def _image_examples(table: Table, processor: ImageProcessor | None) -> Examples:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
-from adamerge_jax.data.examples import Examples, bucket_length, padded
+from adamerge_jax.data.examples import Cut, Examples, bucket_length, padded
+from adamerge_jax.data.token_limits import TokenLimits
+from adamerge_jax.data.tokenizers import encode, padding_of
+from adamerge_jax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 
 class TextExamples(Examples):
@@ -26,19 +26,47 @@ class TextExamples(Examples):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         name: str,
+        limits: TokenLimits | None = None,
     ):
-        """Tokenises all texts, cuts those over `max_length` tokens and says how many."""
-        first, second = texts, None
-        if not isinstance(texts[0], str):
-            first, second = map(list, zip(*texts, strict=True))
-        encoded = tokenizer(first, second, truncation=True, max_length=max_length)
+        """Tokenises all texts and cuts those over `max_length` tokens.
+
+        Args:
+            texts: The texts, or pairs of them.
+            tokenizer: The tokenizer.
+            max_length: Longest text in tokens.
+            name: Name of the examples in messages.
+            limits: The limits of the model's tokens; None for any.
+
+        Raises:
+            InputError: The tokenizer fails, has no room for a text, or gives tokens that the model
+                does not have.
+        """
+        pairs = None if isinstance(texts[0], str) else list(texts)
+        first, second = map(list, zip(*pairs, strict=True)) if pairs else (texts, None)
+        added = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+        if max_length <= added:
+            raise InputError(
+                f"{name}: max_length={max_length} has no room for a text: the tokenizer adds "
+                f"{added} tokens of its own; raise max_length"
+            )
+        encoded = encode(tokenizer, first, name, second, truncation=True, max_length=max_length)
+        if limits is not None:
+            limits.require_encoded(encoded, name)
         self._ids: list[list[int]] = encoded["input_ids"]
         self._types: list[list[int]] | None = encoded.get("token_type_ids")
-        self._padding = tokenizer.pad_token_id
+        self._padding = padding_of(tokenizer, limits and limits.vocabulary)
         self._max_length = max_length
-        cut = sum(len(ids) == max_length for ids in self._ids)
-        if cut:
-            log.warning("%s: %d of %d texts reach max_length=%d", name, cut, len(self), max_length)
+        empty = [row for row, ids in enumerate(self._ids) if not ids]
+        if empty:
+            raise InputError(f"{name}, row {empty[0]}: the text has no token; leave it out")
+        # A text that fills all tokens may have had just as many.
+        full = [row for row, ids in enumerate(self._ids) if len(ids) == max_length]
+        cut = np.zeros(len(self), bool)
+        if full:
+            again = [[part[row] for row in full] for part in (first, second) if part is not None]
+            lengths = map(len, encode(tokenizer, again[0], name, *again[1:])["input_ids"])
+            cut[full] = [length > max_length for length in lengths]
+        self.cut = Cut(cut, max_length)
 
     def __len__(self) -> int:
         return len(self._ids)

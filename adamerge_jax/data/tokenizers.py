@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
@@ -15,7 +16,7 @@ from adamerge_jax.checkpoints.tokenizer_files import (
     load_tokenizer,
     tokenizer_files,
 )
-from adamerge_jax.errors import InputError, and_more
+from adamerge_jax.errors import InputError, and_more, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ def find_tokenizer(
     if owner is None:
         return None
     tokenizer = load_tokenizer(owner.checkpoint, owner.role)
+    _require_length(tokenizer, f"{owner.role} ({owner.checkpoint.source})")
     reference = "the base" if owner is models["base"] else owner.role
     for model in models.values():
         if (
@@ -154,3 +156,66 @@ def _require_same(
 
 def _place(ids: dict[str, int], token: str) -> str:
     return str(ids[token]) if token in ids else "missing"
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    where: str,
+    *others: Any,
+    **options: Any,
+) -> Mapping[str, Any]:
+    """Returns what a tokenizer makes of texts.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        where: The beginning of error messages.
+        *others: The second texts of pairs.
+        **options: Options of the tokenizer.
+
+    Raises:
+        InputError: The tokenizer fails, e.g. for want of its token for unknown words.
+    """
+    try:
+        # Long texts are cut later; without `verbose=False` it warns of them.
+        return tokenizer(texts, *others, verbose=False, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Its own errors are of many types; where its Rust part fails, none of them is an `Exception`.
+    except BaseException as error:
+        raise InputError(
+            f"{where}: the tokenizer ({type(tokenizer).__name__}) cannot read the texts: "
+            f"{in_one_line(error)}; check its files"
+        ) from error
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> int:
+    """Returns the token that pads: masked, so that any token of the model will do.
+
+    Args:
+        tokenizer: The tokenizer; many have no token for padding.
+        vocabulary: Number of the model's tokens: a token for padding may have been added behind
+            them.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(
+        token
+        for token in candidates
+        if token is not None and (vocabulary is None or token < vocabulary)
+    )
+
+
+def longest_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the number of tokens of the longest text that a tokenizer is for."""
+    return int(min(tokenizer.model_max_length, sys.maxsize))
+
+
+def _require_length(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuses a tokenizer whose longest text has no length."""
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 2:
+        raise InputError(
+            f"{where}: model_max_length in its tokenizer_config.json is {longest!r}; expected the "
+            "number of tokens of the longest text, or remove the field"
+        )

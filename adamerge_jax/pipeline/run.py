@@ -21,6 +21,7 @@ from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_f
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.methods import MergeMethod, make_method
 from adamerge_jax.pipeline.baselines import baseline_rows, learned_row, method_in_words
+from adamerge_jax.pipeline.end_of_text import ends_in_words
 from adamerge_jax.pipeline.export import (
     CHECKPOINT_FOLDER,
     EXPORT_FOLDERS,
@@ -423,6 +424,8 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     matched = match_backbone(workspace.models, opened, "checkpoint")
     if not workspace.data.test:
         raise InputError("tasks: every task needs test data to evaluate on")
+    if ends := ends_in_words(workspace.data.test, workspace.asked_ends):
+        console.print(ends, highlight=False, soft_wrap=True)
     parameters = load_backbone(workspace.models, matched, workspace.dtype)
     row = workspace.evaluator.row(checkpoint, parameters, workspace.data.test)
     console.print(results_table([row]))
@@ -487,11 +490,13 @@ def _describe_inputs(inputs: LearningInputs, base: str) -> str:
     unchanged = len(models.base.names) - len(inputs.mixed)
     examples = sum(map(len, calibration.learning.values()))
     held_out = sum(map(len, calibration.held_out.values()))
+    ends = ends_in_words(calibration.examples, inputs.workspace.asked_ends)
     return (
         f"{inputs.experts} experts of {base}, "
         f"{merged / 1e6:.1f} M parameters in {len(inputs.mixed)} tensors merged"
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
-        f"{examples} examples to learn from, {held_out} held out; on {inputs.devices}"
+        f"{examples} examples to learn from, {held_out} held out; "
+        f"{f'{ends}; ' if ends else ''}on {inputs.devices}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,15 +14,17 @@ import numpy as np
 from jaxtyping import Array
 
 from adamerge_jax.checkpoints.dtypes import DTYPES
-from adamerge_jax.data.arrays import TokenLimits
-from adamerge_jax.data.examples import Examples, Subset
+from adamerge_jax.data.end_of_text import PredictsEnd
+from adamerge_jax.data.examples import Examples, Subset, tell_cut
 from adamerge_jax.data.images import ImageProcessor
 from adamerge_jax.data.sources import load_examples
-from adamerge_jax.data.tokenizers import find_tokenizer
+from adamerge_jax.data.token_limits import TokenLimits
+from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Network
+from adamerge_jax.pipeline.end_of_text import ExpertsEnds
 from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head, load_zero_shot_head
@@ -29,6 +32,11 @@ from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+LoadExamples = Callable[..., Examples]
+"""The function `(source, name in messages, predicts_end) -> examples`; without `predicts_end`, the
+end of text of a source that says `auto` is to be predicted."""
 
 
 class Data(NamedTuple):
@@ -51,6 +59,8 @@ class Workspace(NamedTuple):
         head_networks: Each task's head as a function of its parameters.
         evaluator: The evaluator, which runs models of this architecture on examples.
         root: Folder that relative paths of the recipe start from.
+        asked_ends: The experts' median probability of the end of text by task, where they were
+            asked.
     """
 
     models: Models
@@ -61,6 +71,7 @@ class Workspace(NamedTuple):
     head_networks: dict[str, Network]
     evaluator: Evaluator
     root: Path
+    asked_ends: Mapping[str, float] = {}
 
     def base(self) -> dict[str, Array]:
         """Reads the parameters of the base."""
@@ -95,25 +106,31 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
         max_length=recipe.max_length,
         seed=recipe.seed,
     )
-    data = _load_data(recipe.tasks, load, models.family.language)
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    backbone = models.family.build_backbone(models.config, recipe.learning.rematerialize)
+    spread = devices.spread(backbone)
+    networks = {
+        task: models.family.build_head(expert.checkpoint.config)
+        for task, expert in models.experts.items()
+    }
+    ends = ExpertsEnds(models, spread, networks, dtype, recipe.learning.batch_size)
+    data = _load_data(recipe.tasks, load, ends.predicts_end, models.family.language)
     if recipe.learning.examples is not None:
         calibration = {
             task: Subset.draw(examples, recipe.learning.examples, recipe.seed)
             for task, examples in data.calibration.items()
         }
         data = data._replace(calibration=calibration)
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
-    backbone = models.family.build_backbone(models.config, recipe.learning.rematerialize)
+    for part in Data._fields:
+        for task, examples in getattr(data, part).items():
+            tell_cut(examples, f"{part} data of task {task!r}")
     heads = _load_heads(recipe.tasks, models, data, dtype)
     _require_labels_in_range(models, heads, data)
-    networks = {
-        task: models.family.build_head(expert.checkpoint.config)
-        for task, expert in models.experts.items()
-    }
     metric = "loss" if models.family.language else "accuracy"
-    spread = devices.spread(backbone)
     evaluator = Evaluator(spread, networks, heads, recipe.evaluation.batch_size, metric)
-    return Workspace(models, data, dtype, spread, heads, networks, evaluator, root)
+    return Workspace(
+        models, data, dtype, spread, heads, networks, evaluator, root, ends.probabilities
+    )
 
 
 def require_classifiers(workspace: Workspace) -> None:
@@ -128,8 +145,8 @@ def require_classifiers(workspace: Workspace) -> None:
 
 def example_loader(
     models: Models, root: Path, *, tokenizer: str | None, max_length: int, seed: int
-) -> Callable[[DataSource, str], Examples]:
-    """Returns the function `(source, name in messages) -> examples`, which loads model inputs.
+) -> LoadExamples:
+    """Returns the function that loads model inputs.
 
     Args:
         models: The base and its experts, with a tokenizer or an image processor.
@@ -142,13 +159,18 @@ def example_loader(
         InputError: The tokenizer of `tokenizer` is missing, or those of the experts differ.
     """
     preprocessor = _load_preprocessor(models, tokenizer)
-    longest = models.family.max_tokens(models.config)
-    limits = None if longest is None else TokenLimits(models.config.vocab_size, longest)
-    lengths = [max_length, longest, getattr(preprocessor, "model_max_length", None)]
-    shortest = min(length for length in lengths if length is not None)
+    shortest, limits = max_length, None
+    if models.family.inputs[0] == "input_ids":
+        longest = models.family.max_tokens(models.config)
+        types = getattr(models.config, "type_vocab_size", None)
+        limits = TokenLimits(models.config.vocab_size, longest, types)
+        lengths = [max_length, longest, preprocessor and longest_text(preprocessor)]
+        shortest = min(length for length in lengths if length is not None)
     decoder_start = _read_decoder_start(models) if models.config.is_encoder_decoder else None
 
-    def load(source: DataSource, name: str) -> Examples:
+    def load(
+        source: DataSource, name: str, predicts_end: PredictsEnd = lambda examples: True
+    ) -> Examples:
         return load_examples(
             source,
             root=root,
@@ -160,6 +182,7 @@ def example_loader(
             limits=limits,
             language=models.family.language,
             decoder_start=decoder_start,
+            predicts_end=predicts_end,
         )
 
     return load
@@ -167,11 +190,12 @@ def example_loader(
 
 def _load_data(
     tasks: Mapping[str, TaskRecipe],
-    load_source: Callable[[DataSource, str], Examples],
+    load_source: LoadExamples,
+    predicts_end: Callable[[str, Examples], bool],
     language: bool,
 ) -> Data:
     def load(part: str) -> dict[str, Examples]:
-        sources = {task: getattr(task_recipe, part) for task, task_recipe in tasks.items()}
+        sources = {task: task_recipe.source(part) for task, task_recipe in tasks.items()}
         given = [task for task, source in sources.items() if source is not None]
         missing = [task for task in sources if task not in given]
         if given and missing:
@@ -180,7 +204,7 @@ def _load_data(
                 "give it for every task or for none"
             )
         return {
-            task: load_source(source, f"{part} data of task {task!r}")
+            task: load_source(source, f"{part} data of task {task!r}", partial(predicts_end, task))
             for task, source in sources.items()
             if source is not None
         }
@@ -207,7 +231,9 @@ def _load_preprocessor(
             from transformers import AutoImageProcessor
 
             try:
-                return AutoImageProcessor.from_pretrained(model.checkpoint.folder)
+                return AutoImageProcessor.from_pretrained(
+                    model.checkpoint.folder, trust_remote_code=False
+                )
             # The processors' own checks raise errors of many types.
             except Exception as error:
                 raise InputError(

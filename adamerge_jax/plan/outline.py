@@ -290,7 +290,7 @@ def outline(recipe: Recipe, root: Path) -> Outline:
 
     data = {}
     for part in ("calibration", "validation", "test"):
-        sources = {task: getattr(fields, part) for task, fields in recipe.tasks.items()}
+        sources = {task: fields.source(part) for task, fields in recipe.tasks.items()}
         sources = {task: source for task, source in sources.items() if source is not None}
         data[part] = data_sizes(sources, part, models, root, recipe.max_length, load)
     data["calibration"] = {

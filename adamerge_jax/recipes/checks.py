@@ -25,6 +25,7 @@ from adamerge_jax.recipes.schema import (
     LearningRecipe,
     ObjectiveRecipe,
     Recipe,
+    TaskRecipe,
     TaskVectorsRecipe,
 )
 from adamerge_jax.registry import find_registered
@@ -55,9 +56,16 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def _check_tasks(tasks: Mapping[str, object]) -> None:
-    for task in tasks:
+def _check_tasks(tasks: Mapping[str, TaskRecipe]) -> None:
+    for task, fields in tasks.items():
         require_task_name(task)
+        (part, end), *others = fields.named_ends.items() or [("", "")]
+        for other, other_end in others:
+            if other_end != end:
+                raise InputError(
+                    f"tasks.{task}: {part}.end_of_text is {end}, {other}.end_of_text is "
+                    f"{other_end}; what is learned from must be what is tested: give both the same"
+                )
     if "base" in tasks:
         raise InputError("tasks: no task can be called 'base'; rename it")
 

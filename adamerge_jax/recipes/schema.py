@@ -57,6 +57,11 @@ class DataSource(_PathSection):
     language model's data has one of the three: messages, prompt and response, or text."""
     predict: Literal["response", "all"] = "response"
     """Tokens that count in prompts with responses and in conversations: the response's, or all."""
+    end_of_text: Literal["auto", "append", "leave"] = "auto"
+    """End of a language model's texts and responses. append: it is to be predicted; that is the
+    tokenizer's eos_token behind a text or response, and in a conversation what the chat template
+    writes behind a response. leave: it is not. auto: append where the task's expert predicts it on
+    a few calibration examples; in conversations leave. All data of a task have the same."""
     packed: bool = False
     """Join a language model's texts and cut the result into pieces of max_length tokens."""
     image: str = "image"
@@ -82,6 +87,27 @@ class TaskRecipe(Section):
     """Names of the classes, for zero-shot heads; by default those that the data set carries."""
     templates: list[str] = ["a photo of a {}."]
     """Prompts with {} for the class name, for zero-shot heads."""
+
+    def source(self, part: str) -> DataSource | None:
+        """Returns the data of a part, with the end of text that any part names.
+
+        Args:
+            part: `calibration`, `validation` or `test`.
+        """
+        source = getattr(self, part)
+        if source is None or not (ends := self.named_ends):
+            return source
+        return source.model_copy(update={"end_of_text": next(iter(ends.values()))})
+
+    @property
+    def named_ends(self) -> dict[str, str]:
+        """The `end_of_text` of each part of the data that names one."""
+        parts = {"calibration": self.calibration, "validation": self.validation, "test": self.test}
+        return {
+            part: source.end_of_text
+            for part, source in parts.items()
+            if source is not None and source.end_of_text != "auto"
+        }
 
 
 class CoarseRecipe(Section):

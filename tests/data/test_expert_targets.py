@@ -140,7 +140,11 @@ def language_examples(decoder_start: int | None) -> Examples:
     rows[1] = {"prompt": "the red cat " * 8, "response": "x"}
     table = Table(datasets.Dataset.from_list(rows), DataSource(path="data"), "data")
     return make_language_examples(
-        table, byte_tokenizer(), max_length=40, decoder_start=decoder_start
+        table,
+        byte_tokenizer(),
+        max_length=40,
+        decoder_start=decoder_start,
+        predicts_end=lambda few: True,
     )
 
 

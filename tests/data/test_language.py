@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from adamerge_jax.data.examples import Examples, Subset
+from adamerge_jax.data.end_of_text import PredictsEnd
+from adamerge_jax.data.examples import Examples, Subset, tell_cut
 from adamerge_jax.data.language import make_language_examples
 from adamerge_jax.data.sources import load_examples
 from adamerge_jax.data.tables import Table
@@ -72,12 +73,17 @@ def load(
     *,
     max_length: int = 96,
     decoder_start: int | None = None,
+    predicts_end: PredictsEnd = lambda examples: True,
     **fields: Any,
 ) -> Examples:
     source = DataSource(path="data.jsonl", **fields)
     table = Table(datasets.Dataset.from_list(rows), source, NAME)
     return make_language_examples(
-        table, tokenizer, max_length=max_length, decoder_start=decoder_start
+        table,
+        tokenizer,
+        max_length=max_length,
+        decoder_start=decoder_start,
+        predicts_end=predicts_end,
     )
 
 
@@ -153,7 +159,8 @@ class TestTokenizers:
                 (reference["input_ids"], [m == 1 for m in reference["assistant_masks"]])
             )
             assert tokenizer.decode(reference["input_ids"]).count("<s>") == 0
-        examples = load([{"messages": messages} for messages in CHATS], tokenizer)
+        rows = [{"messages": messages} for messages in CHATS]
+        examples = load(rows, tokenizer, end_of_text="append")
         require(examples, expected, padding)
         # Three answers, each with the token that ends it.
         end = SPECIAL.index("<|end|>")
@@ -172,9 +179,12 @@ def test_a_padding_token_takes_the_place_of_none():
     require(load(TEXTS, tokenizer), [(own, [True] * len(own)) for own in ids], EOS)
 
 
-def answers(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> list[str]:
+def answers(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], end: str = "append"
+) -> list[str]:
     """The tokens of one conversation that are predicted."""
-    labels = load([{"messages": messages}], tokenizer).take_labels(np.array([0]), 96)[0]
+    examples = load([{"messages": messages}], tokenizer, end_of_text=end)
+    labels = examples.take_labels(np.array([0]), 96)[0]
     return [tokenizer.decode([token]) for token in labels if token != NOT_PREDICTED]
 
 
@@ -192,7 +202,8 @@ def test_an_answer_that_shares_its_first_token_with_what_asks_for_it():
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
     counts = [mask == 1 for mask in reference["assistant_masks"]]
-    require(load([{"messages": messages}], tokenizer), [(reference["input_ids"], counts)], PAD)
+    examples = load([{"messages": messages}], tokenizer, end_of_text="append")
+    require(examples, [(reference["input_ids"], counts)], PAD)
     assert answers(tokenizer, messages)[0] == " cat"
 
 
@@ -208,6 +219,151 @@ def test_what_asks_for_an_answer_may_say_more_than_the_answer(plain):
 def test_what_a_conversation_opens_with_answers_nothing(plain):
     messages = [{"role": "assistant", "content": "hello"}, *CHATS[0]]
     assert "".join(answers(plain, messages)) == "the red cat runs .<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("message", "last"),
+    [
+        ({"content": "the red cat runs .\n"}, "the red cat runs .\n"),
+        ({"content": "no<|end|>"}, "no<|end|>"),  # the response itself
+        ({"content": "<|end|>"}, "<|end|>"),
+        ({"content": "see", "calls": "f(1)"}, "seeCALLf(1)"),
+        ({"content": "see", "calls": "f(1)", "going": True}, "seeCALLf(1)<|unlike|>\n"),
+    ],
+)
+def test_what_a_template_puts_behind_a_response(message, last):
+    """Counts only if it is asked for; a call of a tool is part of the response."""
+    template = (
+        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% if m['calls'] %}CALL{{ m['calls'] }}{% endif %}"
+        "{% if m['going'] %}<|unlike|>{% else %}<|end|>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    messages = [CHATS[0][0], {"role": "assistant", **message}]
+    for end in ("leave", "auto"):
+        assert "".join(answers(tokenizer, messages, end)) == last
+    end = "" if "going" in message else "<|end|>\n"
+    assert "".join(answers(tokenizer, messages, "append")) == last + end
+    # Not only of the last response.
+    more = [*messages, {"role": "user", "content": "and ?"}, CHATS[0][1]]
+    assert "".join(answers(tokenizer, more, "leave")) == last + CHATS[0][1]["content"]
+
+
+def test_templates_that_trim_responses():
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }} </s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    messages = [CHATS[0][0], {"role": "assistant", "content": "  the cat\n\n"}]
+    assert "".join(answers(tokenizer, messages, "leave")) == "the cat"
+    assert "".join(answers(tokenizer, messages, "append")) == "the cat </s>"
+
+
+def test_contents_in_parts():
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{{ part['text'] }}"
+        "{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    messages = [
+        {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
+        for message in CHATS[0]
+    ]
+    tokenizer = byte_tokenizer(chat_template=template)
+    assert "".join(answers(tokenizer, messages, "leave")) == CHATS[0][1]["content"]
+
+
+def test_all_tokens_and_no_end_of_conversations(plain):
+    rows = [{"messages": CHATS[0]}]
+    refused("predict: all, all that the chat", rows, plain, predict="all", end_of_text="leave")
+
+
+def require_asked(examples: Examples, expected: list[list[int]]) -> None:
+    """These sequences, the last token of each the end of text."""
+    index = np.arange(len(examples))
+    batch = examples.take(index, 96)
+    mask = batch.get("decoder_attention_mask", batch["attention_mask"])
+    labels = examples.take_labels(index, 96)
+    for row, ids in enumerate(expected):
+        assert [label for label in labels[row] if label != NOT_PREDICTED] == ids
+        assert labels[row][mask[row].sum() - (1 if "decoder_input_ids" not in batch else 0) - 1]
+    assert all(row[row != NOT_PREDICTED][-1] == EOS for row in labels)
+
+
+@pytest.mark.parametrize("kind", ["plain", "adding"])
+@pytest.mark.parametrize("decoder_start", [None, 7])
+@pytest.mark.parametrize("predicts", [True, False])
+def test_the_expert_is_asked(kind, decoder_start, predicts, request):
+    tokenizer = request.getfixturevalue(kind)
+    # One is too long to have its end, and one ends by itself.
+    rows = [{"prompt": "the", "response": " red cat" * 30}, *PAIRS[:2], *PAIRS[:2]]
+    rows.append({"prompt": "the", "response": "cow</s>"})
+    asked: list[Examples] = []
+
+    def answer(examples: Examples) -> bool:
+        asked.append(examples)
+        return predicts
+
+    options = {"decoder_start": decoder_start, "max_length": 60}
+    examples = load(rows, tokenizer, predicts_end=answer, **options)
+    begin = [BOS] if kind == "adding" and decoder_start is not None else []
+    responses = [[*begin, *encode(tokenizer, row["response"])] for row in PAIRS[:2]]
+    assert len(asked) == 1
+    require_asked(asked[0], [[*ids, EOS] for ids in responses * 2])
+    # As if the recipe had said so.
+    named = load(rows, tokenizer, end_of_text="append" if predicts else "leave", **options)
+    assert examples.end_of_text == named.end_of_text == ("append" if predicts else "leave")
+    index = np.arange(len(rows))
+    for name, array in named.take(index, 60).items():
+        np.testing.assert_array_equal(examples.take(index, 60)[name], array, err_msg=name)
+    labels = named.take_labels(index, 60)
+    np.testing.assert_array_equal(examples.take_labels(index, 60), labels)
+    ends = [EOS] if predicts else []
+    for row, ids in zip(labels[1:5], responses * 2, strict=True):
+        assert row[row != NOT_PREDICTED].tolist() == ids + ends
+    # The end that is written in the text itself stays.
+    assert labels[5][labels[5] != NOT_PREDICTED].tolist()[-1] == EOS
+    assert (labels[5] == EOS).sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "adding"])
+def test_texts_without_an_end(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    begin = [BOS] if kind == "adding" else []
+    ids = [begin + encode(tokenizer, row["text"]) for row in TEXTS]
+    examples = load(TEXTS, tokenizer, end_of_text="leave")
+    require(examples, [(text, [True] * len(text)) for text in ids], PAD)
+    # Packed, they follow each other.
+    joined = ids[0] + ids[1]
+    packed = load(TEXTS, tokenizer, end_of_text="leave", packed=True)
+    require(packed, [(joined, [True] * len(joined))], PAD)
+
+
+def test_nobody_is_asked_where_there_is_nothing_to_ask(plain, bare):
+    def fail(examples: Examples) -> bool:
+        raise AssertionError("asked")
+
+    for rows, tokenizer, fields in [
+        (PAIRS, bare, {}),
+        (PAIRS, plain, {"end_of_text": "append"}),
+        (PAIRS, plain, {"end_of_text": "leave"}),
+        ([{"messages": messages} for messages in CHATS], plain, {}),
+        ([{"text": "the red cat " * 9}], plain, {"max_length": 8}),  # no end within the length
+        ([{"text": "the red cat</s>"}], plain, {}),
+    ]:
+        examples = load(rows, tokenizer, predicts_end=fail, **fields)
+        assert examples.end_of_text == fields.get("end_of_text", "leave")
+    refused("append, but the tokenizer has no eos_token", PAIRS, bare, end_of_text="append")
+
+
+def test_prompts_that_hold_earlier_ends(plain):
+    """Those belong to the prompt, unlike the one that a tokenizer adds."""
+    rows = [{"prompt": "who ?</s>", "response": "cow"}]
+    prompt, response = encode(plain, "who ?</s>"), [*encode(plain, "cow"), EOS]
+    assert prompt[-1] == EOS
+    counts = [False] * len(prompt) + [True] * len(response)
+    require(load(rows, plain), [(prompt + response, counts)], PAD)
 
 
 REWRITING = (
@@ -281,7 +437,7 @@ def test_packing(plain):
 
 def test_packing_cuts_nothing_off(plain, caplog):
     with caplog.at_level(logging.WARNING):
-        load(TEXTS * 9, plain, packed=True, max_length=5)
+        tell_cut(load(TEXTS * 9, plain, packed=True, max_length=5), NAME)
     assert "cut" not in caplog.text
 
 
@@ -298,12 +454,20 @@ def test_what_is_cut_and_left_out_is_told(plain, caplog):
     assert len(full[0][0]) <= length < len(full[1][0])
     require(examples, [(ids[:length], counts[:length]) for ids, counts in full], PAD)
     assert caplog.messages == [
-        f"{NAME}: 2 of 3 examples are cut to max_length={length} tokens",
         f"{NAME}: 1 of 3 examples are left out: no token to predict within max_length={length}",
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        load(PAIRS, plain)
+        tell_cut(examples, NAME)
+        tell_cut(Subset(examples, np.array([1])), NAME)
+        tell_cut(Subset(examples, np.array([0])), NAME)  # the one that is not cut
+    assert caplog.messages == [
+        f"{NAME}: {cut} examples are cut to max_length={length} tokens"
+        for cut in ("1 of 2", "1 of 1")
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        tell_cut(load(PAIRS, plain), NAME)
     assert not caplog.messages
 
 
@@ -336,7 +500,7 @@ def test_which_columns_count(plain):
         return [{name: value for name, value in row.items() if name not in columns}]
 
     marked = [mask == 1 for mask in chat["assistant_masks"]]
-    require(load([row], plain), [(chat["input_ids"], marked)], PAD)
+    require(load([row], plain, end_of_text="append"), [(chat["input_ids"], marked)], PAD)
     require(load(without("messages"), plain), [pair], PAD)
     # A prompt without a response is no pair.
     for gone in ("prompt", "response"):
@@ -346,7 +510,8 @@ def test_which_columns_count(plain):
     require(load(renamed, plain, prompt="question", response="answer"), [pair], PAD)
     require(load([{"story": row["text"]}], plain, text="story"), [(text, [True] * len(text))], PAD)
     talk = [{"talk": CHATS[0], "text": "no"}]
-    require(load(talk, plain, messages="talk"), [(chat["input_ids"], marked)], PAD)
+    examples = load(talk, plain, messages="talk", end_of_text="append")
+    require(examples, [(chat["input_ids"], marked)], PAD)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +572,7 @@ def test_encoder_decoders_cut_both_sides(plain, bare, caplog):
     rows = [*PAIRS, {"prompt": "the red cat " * 9, "response": "no"}]
     with caplog.at_level(logging.WARNING):
         examples = load(rows, plain, decoder_start=7, max_length=8)
+        tell_cut(examples, NAME)
     assert caplog.messages == [f"{NAME}: 2 of 4 examples are cut to max_length=8 tokens"]
     index = np.arange(4)
     assert examples.padded_length(index) == 8

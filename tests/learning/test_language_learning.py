@@ -421,7 +421,7 @@ def test_the_losses_in_the_table(kind, loader, examples, request):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     base = loader.from_pretrained(run.fields["base"]).eval()
     for task, fields in run.fields["tasks"].items():
-        own = examples(fields["test"], tokenizer)
+        own = examples(fields["test"]["path"], tokenizer)
         expert = loader.from_pretrained(fields["expert"]).eval()
         for method, model in [
             ("learned (tensor)", merged.eval()),
@@ -444,7 +444,7 @@ def test_the_export_writes_texts(qwen_run, qwen):
     assert tokenizer.get_vocab() == byte_tokenizer().get_vocab()
     model = AutoModelForCausalLM.from_pretrained(qwen_run.checkpoint)
     assert type(model) is Qwen2ForCausalLM
-    messages = rows_of(qwen["tasks"]["naming"]["test"])[0]["messages"][:1]
+    messages = rows_of(qwen["tasks"]["naming"]["test"]["path"])[0]["messages"][:1]
     prompt = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -1,0 +1,122 @@
+"""Conversations as tokens, of which the assistant's are to be predicted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adamerge_jax.data.chat_templates import Chat, Messages, write_chats
+from adamerge_jax.data.tables import Table
+from adamerge_jax.data.tokenizers import encode
+from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""A response whose end is the template's alone."""
+
+
+class Tokens(NamedTuple):
+    """A sequence of tokens.
+
+    Attributes:
+        ids: Token ids.
+        predicted: True for each token that is to be predicted from those before it.
+    """
+
+    ids: list[int]
+    predicted: list[bool]
+
+
+def conversations(
+    table: Table, tokenizer: PreTrainedTokenizerBase, *, with_end: bool
+) -> list[Tokens]:
+    """Writes conversations in the tokenizer's chat template; responses are predicted.
+
+    Args:
+        table: The table; its column `source.messages` holds the conversations.
+        tokenizer: The tokenizer with the template.
+        with_end: True to predict what the template puts behind a response, too.
+
+    Raises:
+        InputError: The tokenizer cannot tell the tokens of responses, a row is no conversation, or
+            the template does not write it.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{table.name}: the tokenizer ({type(tokenizer).__name__}) does not say which "
+            "characters a token stands for, so conversations cannot be used; give prompts and "
+            "responses"
+        )
+    return [
+        _conversation(messages, row, table, tokenizer, with_end)
+        for row, messages in enumerate(table.rows[table.source.messages])
+    ]
+
+
+def _conversation(
+    messages: Any, row: int, table: Table, tokenizer: PreTrainedTokenizerBase, with_end: bool
+) -> Tokens:
+    source = table.source
+    where = f"{table.name}: {source.path}, row {row}"
+    roles = [
+        message.get("role") if isinstance(message, dict) else None
+        for message in (messages if isinstance(messages, list) else [messages])
+    ]
+    if not roles or not all(isinstance(role, str) for role in roles):
+        raise InputError(
+            f"{where}: column {source.messages!r} is to hold a list of messages, each with a role "
+            f"and content; it holds {messages!r:.80}"
+        )
+    turns = []
+    if source.predict == "response":
+        # What a conversation opens with answers nothing.
+        turns = [turn for turn, role in enumerate(roles) if role == "assistant" and turn > 0]
+    chats = [Chat(messages), *(chat for turn in turns for chat in _chats_of(messages, turn))]
+    try:
+        whole, *written = write_chats(tokenizer, chats)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: the tokenizer's chat template cannot write this conversation: {error}"
+        ) from error
+    parts = list(zip(written[::3], written[1::3], written[2::3], strict=True))
+    if not all(whole.startswith(answered) for _, answered, _ in parts):
+        raise InputError(
+            f"{where}: the chat template rewrites earlier turns, so the assistant's tokens cannot "
+            "be told; give one turn per example, or set predict: all"
+        )
+    spans = []
+    for asked, answered, probed in parts:
+        # What asks for an answer may go on where the answer itself does not, e.g. with `<think>`.
+        first, last = _count_shared(asked, whole), len(answered)
+        behind = probed.rpartition(_PROBE)[2]
+        # What ends otherwise, as calls of tools may, ends by tokens of its own.
+        if not with_end and answered.endswith(behind):
+            last -= len(behind)
+        spans.append((first, last))
+    encoded = encode(
+        tokenizer, [whole], where, add_special_tokens=False, return_offsets_mapping=True
+    )
+    predicted = [
+        source.predict == "all" or any(first < end and start < last for first, last in spans)
+        for start, end in encoded["offset_mapping"][0]
+    ]
+    return Tokens(encoded["input_ids"][0], predicted)
+
+
+def _chats_of(messages: Messages, turn: int) -> tuple[Chat, Chat, Chat]:
+    """Returns a conversation up to a response, with it, and with another response in its place."""
+    in_parts = isinstance(messages[turn].get("content"), list)
+    content = [{"type": "text", "text": _PROBE}] if in_parts else _PROBE
+    probe = {"role": messages[turn]["role"], "content": content}
+    return (
+        Chat(messages[:turn], asked=True),
+        Chat(messages[: turn + 1]),
+        Chat([*messages[:turn], probe]),
+    )
+
+
+def _count_shared(first: str, second: str) -> int:
+    """Returns the number of characters that two texts share at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
