@@ -30,6 +30,12 @@ _COUNTS = (
 )
 """Fields that hold a whole number of at least 1."""
 
+_REQUIRED = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads"),
+)
+"""Counts that a model of every kind that has them must have."""
+
 _CLASSES = "num_labels"
 """The field of the number of classes; 0 is that of a model without a head."""
 
@@ -120,6 +126,8 @@ def require_consistent(config: PretrainedConfig, where: str) -> None:
         InputError: With the fields and their values.
     """
     for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
+        if absent := [name for name in _REQUIRED if getattr(part, name, 1) is None]:
+            raise InputError(f"{where}: {absent[0]} is null; expected a whole number above 0")
         sizes = {
             name: getattr(part, name, None)
             for name in (
@@ -161,9 +169,13 @@ def _all_fields(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[s
 def _expected(field: str, value: Any) -> str | None:
     """Returns the values that a field may have, or None if it has one of them."""
     if field in _COUNTS:
-        return None if _is_count(value) else f"a whole number from 1 to {_MOST}"
+        return None if _is_count(value) else "a whole number above 0 and below 2**31"
     if field == _CLASSES:
-        return None if value == 0 or _is_count(value) else f"a whole number from 0 to {_MOST}"
+        return (
+            None
+            if value == 0 or _is_count(value)
+            else "a whole number of at least 0 and below 2**31"
+        )
     if field in _SIDES:
         sides = value if isinstance(value, list) and len(value) == 2 else [value]
         return None if all(map(_is_count, sides)) else "a whole number of pixels, or two"

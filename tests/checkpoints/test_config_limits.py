@@ -4,10 +4,13 @@ import copy
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from transformers import (
     BertConfig,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 from adamerge_jax.checkpoints.config_file import fields_of
+from adamerge_jax.checkpoints.config_limits import require_possible
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
@@ -133,6 +137,8 @@ def test_a_value_that_no_model_has(tmp_path, kind, field, value):
         ("llama", {"num_key_value_heads": 4}, "num_attention_heads is 2, num_key_value_heads is 4"),
         ("llama", {"head_dim": 3}, "heads have 3 features"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("t5", {"head_dim": None}, "d_kv is null"),
+        ("bert", {"hidden_size": None}, "hidden_size"),
         ("vit", {"patch_size": 16}, "image_size is 8, patch_size is 16"),
         ("vit", {"image_size": [2, 8]}, r"image_size is \[2, 8\], patch_size is 4"),
     ],
@@ -173,6 +179,29 @@ def test_sizes_of_other_models_are_left_to_the_comparison_with_the_weights(tmp_p
     fields |= {"num_key_value_heads": 2**20} if kind == "llama" else {}
     config = Checkpoint.open(checkpoint_in(tmp_path, fields)).config
     family_of(config).build_backbone(config)
+
+
+FIELDS = sorted(
+    {name for fields in TINY.values() for name in fields} | {"num_labels", "rope_theta"}
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+def test_any_fields_are_possible_or_refused_in_one_line(fields):
+    tensors = {"weight": SimpleNamespace(shape=(40, 16))}
+    try:
+        require_possible(fields, "config.json", tensors)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 300
+    else:
+        counts = [fields.get("num_hidden_layers"), fields.get("num_labels")]
+        assert all(count is None or 0 <= count <= 2**16 for count in counts)
 
 
 @pytest.mark.parametrize("missing", ["{}", '{"hidden_size": 16}', '{"model_type": 3}'])
