@@ -220,7 +220,7 @@ class Coefficients:
         metadata = {name: json.dumps(field) for name, field in fields.items()}
         metadata |= {"format": _FORMAT, "version": version("adamerge_jax")}
         arrays = {group: np.ascontiguousarray(array) for group, array in self.values.items()}
-        write_whole(path, save(arrays, metadata))
+        write_whole(path, _as_file(arrays, metadata))
 
     @classmethod
     def load(cls, path: Path | str) -> "Coefficients":
@@ -305,6 +305,19 @@ class Coefficients:
 def _are_finite(values: np.ndarray) -> bool:
     """Returns True for coefficients that are finite as float32, which they become when used."""
     return bool((np.abs(values) <= np.finfo(np.float32).max).all())
+
+
+def _as_file(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Returns the content of a safetensors file, the same in every process.
+
+    The library writes metadata in an order that changes from process to process.
+    """
+    content = save(dict(arrays))
+    length = int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(metadata)} | json.loads(content[8 : 8 + length])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment, in bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 _FORMAT = "adamerge_jax coefficients 3"

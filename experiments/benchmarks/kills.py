@@ -1,7 +1,7 @@
 """Runs that are killed and gone on with: `python experiments/benchmarks/kills.py [--kills N]`.
 
 Trains nothing: a base and two experts of random weights, a vision transformer of a few thousand
-parameters, are written to a temporary folder with their data. `adamerge learn` (two stages, then
+parameters, are written to a temporary folder with their data. `adamerge learn` (with
 export, evaluation and report) and `adamerge fold` run once undisturbed. Then each is started again
 and again and gets SIGKILL, SIGTERM or SIGINT at a random moment, after which it is gone on with by
 the command that it is documented to be gone on with. Of every kill
@@ -133,8 +133,8 @@ def prepare(root: Path) -> None:
             }
             for task in TASKS
         },
-        "coefficients": {"granularity": "row", "coarse": {"granularity": "tensor", "steps": 12}},
-        "learning": {"steps": 24, "evaluate_every": 6, "batch_size": 4},
+        "coefficients": {"granularity": "row"},
+        "learning": {"steps": 20, "evaluate_every": 5, "batch_size": 4},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     assert jax.devices()

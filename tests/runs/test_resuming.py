@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.learning.snapshots import last_step, load_snapshot, save_snapshot
 from adamerge_jax.pipeline import run as jobs
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.runs.lock import hold
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.resuming import require_startable
 from tests.references import write_recipe
@@ -50,6 +52,20 @@ def learn(folder: Path, fields: dict[str, Any], *options: str) -> Path:
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, records: int) -> None:
     """Ends the run when so many records are in the metrics."""
+
+    def kill():
+        raise Killed
+
+    call_after(monkeypatch, records, kill)
+
+
+def signal_after(monkeypatch: pytest.MonkeyPatch, records: int, number: int) -> None:
+    """Sends a signal when so many records are in the metrics."""
+    call_after(monkeypatch, records, lambda: os.kill(os.getpid(), number))
+
+
+def call_after(monkeypatch: pytest.MonkeyPatch, records: int, call: Callable[[], None]) -> None:
+    """Calls a function when so many records are in the metrics."""
     seen = 0
 
     def killing(*arguments):
@@ -64,7 +80,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, records: int) -> None:
                     show(progress)
                     seen += 1
                     if seen == records:
-                        raise Killed
+                        call()
 
                 return count
 
@@ -136,6 +152,109 @@ def test_killed_while_exporting(fields, undisturbed, tmp_path, monkeypatch):
     (run / ".checkpoint.partial-0123").mkdir()
     assert (run / "checkpoint").is_dir()
     require_same(learn(tmp_path, fields, "--resume"), undisturbed)
+
+
+def test_killed_while_evaluating(image_fields, tmp_path, monkeypatch):
+    """The checkpoint is there by then, and is not written again."""
+    fields = image_fields | {"learning": {"steps": 2, "evaluate_every": 1, "batch_size": 4}}
+    (tmp_path / "undisturbed").mkdir()
+    expected = learn(tmp_path / "undisturbed", fields)
+    with monkeypatch.context() as patched:
+
+        def killed(*arguments):
+            raise Killed
+
+        patched.setattr(jobs, "learned_row", killed)
+        with pytest.raises(Killed):
+            learn(tmp_path, fields)
+    run = tmp_path / "run"
+    weights = run / "checkpoint" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert (run / "state").is_dir()
+    require_same(learn(tmp_path, fields, "--resume"), expected)
+    assert weights.stat().st_mtime_ns == before
+    for name in ("checkpoint/README.md", "results.json"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "records"), [(signal.SIGTERM, 143, 9), (signal.SIGINT, 130, 3)]
+)
+def test_signals_keep_the_state(
+    number, status, records, fields, undisturbed, tmp_path, monkeypatch, capsys
+):
+    """Between evaluations too: no step is taken twice."""
+    with monkeypatch.context() as patched:
+        signal_after(patched, records, number)
+        with pytest.raises(SystemExit) as caught:
+            learn(tmp_path, fields)
+    assert caught.value.code == status
+    run = tmp_path / "run"
+    again = f"go on with: adamerge learn {tmp_path / 'recipe.yaml'} --out {run} --resume"
+    assert capsys.readouterr().err.rstrip().endswith(again)
+    assert len(metrics(run)) == records
+    assert not (run / ".lock").exists()
+    learn(tmp_path, fields, "--resume")
+    # A stage has a record for its start.
+    taken = records - 1 if records <= 5 else records - 2
+    assert f"going on after {taken} steps" in capsys.readouterr().out
+    require_same(run, undisturbed)
+
+
+def test_a_second_start_is_refused(fields, tmp_path, capsys):
+    with hold(tmp_path / "run"):
+        for option in ([], ["--resume"]):
+            assert f"is in use by process {os.getpid()}" in error_of(
+                capsys, tmp_path, fields, *option
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def fold(folder: Path, undisturbed: Path) -> Path:
+    file = undisturbed / "coefficients.safetensors"
+    cli.main(["fold", str(undisturbed.parent / "recipe.yaml"), str(file), "--out", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "adamerge_jax.checkpoints.huggingface_export._write_index",
+        "adamerge_jax.pipeline.export.save_parameters",
+        "adamerge_jax.runs.resuming.remove_folder",
+    ],
+)
+def test_a_killed_fold_is_started_anew(place, undisturbed, tmp_path, monkeypatch):
+    def contents(folder: Path) -> dict[str, bytes]:
+        files = (file for file in folder.rglob("*") if file.is_file())
+        return {str(f.relative_to(folder)): f.read_bytes() for f in files if "orbax" not in f.parts}
+
+    expected = fold(tmp_path / "undisturbed", undisturbed)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+
+        def killed(*arguments):
+            raise Killed
+
+        patched.setattr(place, killed)
+        # No process that is killed removes what it has half written.
+        patched.setattr("adamerge_jax.checkpoints.folders.shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            fold(out, undisturbed)
+    assert os.listdir(out)
+    fold(out, undisturbed)
+    assert contents(out) == contents(expected)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(expected)) == ["checkpoint", "orbax"]
+
+
+def test_fold_leaves_other_files_alone(undisturbed, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "state").mkdir(parents=True)
+    (out / "notes.txt").touch()
+    with pytest.raises(SystemExit):
+        fold(out, undisturbed)
+    assert "is not empty" in capsys.readouterr().err
+    assert sorted(os.listdir(out)) == ["notes.txt", "state"]
 
 
 def error_of(capsys, folder: Path, fields: dict[str, Any], *options: str) -> str:
