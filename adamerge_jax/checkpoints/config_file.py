@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adamerge_jax.checkpoints.config_limits import require_consistent, require_possible
+from adamerge_jax.checkpoints.config_limits import (
+    require_consistent,
+    require_plain,
+    require_possible,
+)
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.errors import InputError, in_one_line
 
@@ -57,8 +61,9 @@ def config_of(folder: Path, fields: Fields, tensors: Mapping[str, TensorInfo]) -
             "with config.save_pretrained(folder)"
         )
     require_possible(fields, str(file), tensors)
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
+    require_plain(fields, str(file), PretrainedConfig)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # A config's own validation raises errors of many types.

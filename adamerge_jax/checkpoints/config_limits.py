@@ -68,6 +68,9 @@ _NAMES = (
 _GROUPS = ("rope_parameters", "rope_scaling", "id2label", "label2id", "auto_map")
 """Fields that hold fields."""
 
+_WORKINGS = ("attribute_map", "sub_configs", "sub_configs_defaults")
+"""Attributes of the class of configs that decide the meaning of others."""
+
 _PART_ENDINGS = ("_config", "_config_dict", "rope_parameters", "rope_scaling", "_attention")
 """Endings of the names of fields that hold fields of the model: of a tower, of rotary positions."""
 
@@ -112,6 +115,28 @@ def require_possible(
             raise InputError(
                 f"{where}: {name} is {value}, but the weights beside it {excess}; config and "
                 "weights must belong together"
+            )
+
+
+def require_plain(fields: Mapping[str, Any], where: str, config_class: type) -> None:
+    """Refuses fields that would replace the workings of the class of configs.
+
+    A config takes every field of the file for an attribute, and its methods are attributes too.
+
+    Args:
+        fields: The fields of a config.json.
+        where: The file, for messages.
+        config_class: The base class of all configs.
+
+    Raises:
+        InputError: With the first such field.
+    """
+    for name, _ in _all_fields(fields):
+        field = name.rpartition(".")[2]
+        if field in _WORKINGS or callable(getattr(config_class, field, None)):
+            raise InputError(
+                f"{where}: {name!r} is no field of a model but a part of the class of configs; "
+                "remove it"
             )
 
 

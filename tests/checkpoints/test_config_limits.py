@@ -212,6 +212,21 @@ def test_a_config_names_its_model(tmp_path, missing):
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("t5", "attribute_map"),
+        ("bert", "to_dict"),
+        ("clip", "text_config.sub_configs"),
+        ("bert", "__post_init__"),
+        ("bert", "__class__"),
+    ],
+)
+def test_fields_do_not_replace_the_workings_of_a_config(tmp_path, kind, field):
+    with pytest.raises(InputError, match=rf"config\.json: '{field}' is no field of a model"):
+        Checkpoint.open(checkpoint_in(tmp_path, changed(kind, {field: {}})))
+
+
 def test_further_config_files_are_not_read(tmp_path):
     folder = checkpoint_in(tmp_path, TINY["bert"] | {"configuration_files": ["config.4.0.0.json"]})
     (folder / "config.4.0.0.json").write_text(json.dumps(changed("bert", {"num_labels": 10**9})))
