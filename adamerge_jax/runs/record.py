@@ -115,6 +115,7 @@ def describe_data(
         `examples`: the number of each task's examples to learn from, held out, and to test with.
         `agreement_with`: by task, what its held-out agreement compares the merge with (`expert`,
         `labels`, `tokens`, or null where there is nothing).
+        `end_of_text`: of a language model, by task, `append` or `leave`.
     """
     agreement_with: dict[str, str | None] = {}
     for task, targets in calibration.targets.items():
@@ -124,7 +125,9 @@ def describe_data(
             agreement_with[task] = "labels"
         else:
             agreement_with[task] = None if targets.expert_logits is None else "expert"
+    ends = {task: examples.end_of_text for task, examples in calibration.examples.items()}
     return {
+        **({"end_of_text": ends} if language else {}),
         "examples": {
             task: {
                 "learning": len(calibration.learning[task]),

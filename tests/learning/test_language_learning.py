@@ -1,10 +1,11 @@
 """Language models as experts: learning against a plain PyTorch loop, and whole runs."""
 
 import copy
+import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,6 +156,7 @@ class Run(NamedTuple):
     fields: Mapping[str, Any]
     recipe: Path
     folder: Path
+    screen: str
 
     @property
     def checkpoint(self) -> Path:
@@ -173,8 +175,9 @@ class Run(NamedTuple):
 
 def learn(folder: Path, fields: Mapping[str, Any]) -> Run:
     recipe = write_recipe(folder, fields)
-    cli.main(["learn", str(recipe), "--out", str(folder / "run")])
-    return Run(fields, recipe, folder / "run")
+    with redirect_stdout(io.StringIO()) as screen:
+        cli.main(["learn", str(recipe), "--out", str(folder / "run")])
+    return Run(fields, recipe, folder / "run", screen.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +435,10 @@ def test_the_losses_in_the_table(kind, loader, examples, request):
             assert rows[method]["tasks"][task] == pytest.approx(expected, abs=1e-4)
     card = (run.checkpoint / "README.md").read_text()
     assert f"| {rows['base']['average']:.3f} |" in card
+    # It is said which tokens these are.
+    assert f"end of text: append ({', '.join(TASKS)})" in " ".join(run.screen.split())
+    record = json.loads((run.folder / "run.json").read_text())
+    assert record["end_of_text"] == dict.fromkeys(TASKS, "append")
 
 
 def test_the_export_writes_texts(qwen_run, qwen):
