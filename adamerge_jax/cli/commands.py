@@ -256,12 +256,21 @@ class Compare(Command):
         from adamerge_jax.coefficients.file import Coefficients
         from adamerge_jax.report.comparison import compare, print_comparison
         from adamerge_jax.report.maps import draw_comparison
+        from adamerge_jax.report.plain_text import one_line
+        from adamerge_jax.report.results import outcome_in_words
+        from adamerge_jax.runs.files import RESULTS_FILE
+        from adamerge_jax.runs.results import read_results
 
         out = self.out and self.out.expanduser()
         if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
             raise InputError(f"--out {out}: expected a .png file in a folder that exists")
         comparison = compare(Coefficients.load(self.first), Coefficients.load(self.second))
         print_comparison(comparison, console)
+        for name, file in (("first", self.first), ("second", self.second)):
+            rows, outcome = read_results(file.expanduser().parent / RESULTS_FILE)
+            if rows:
+                words = outcome_in_words(outcome, rows[-1].metric, name=one_line)
+                console.print(f"{name}: {words}", highlight=False, soft_wrap=True)
         if out is not None:
             draw_comparison(comparison, out)
             console.print(f"map of differences {out}", highlight=False, soft_wrap=True)

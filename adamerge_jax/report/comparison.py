@@ -8,12 +8,14 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from adamerge_jax.coefficients.file import Coefficients, Source
 from adamerge_jax.coefficients.granularities import same_options
 from adamerge_jax.coefficients.identities import other_contents
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import layer_of
+from adamerge_jax.report.plain_text import one_line
 
 _LAYERS_SHOWN = 10
 """The number of layers that are printed, those that changed most."""
@@ -119,7 +121,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         for column in ("", "first", "second"):
             table.add_column(column, overflow="fold")
         for row in comparison.fields:
-            table.add_row(*row)
+            table.add_row(*map(_text, row))
         console.print(table)
     groups = "tensors" if comparison.by_tensor else "groups of tensors"
     only_first, only_second = comparison.unmatched
@@ -138,20 +140,25 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     table.add_column("largest in", overflow="fold")
     for expert in comparison.experts:
         table.add_row(
-            expert.name,
+            _text(expert.name),
             *(f"{mean:.3f}" for mean in (expert.first, expert.second, expert.change)),
             f"{expert.largest:+.3f}",
             "" if np.isnan(expert.correlation) else f"{expert.correlation:.3f}",
-            expert.where,
+            _text(expert.where),
         )
     console.print(table)
     table = Table(title="Layers that changed most (mean change)")
     table.add_column("layer", overflow="fold")
     for expert in comparison.experts:
-        table.add_column(expert.name, justify="right", no_wrap=True)
+        table.add_column(_text(expert.name), justify="right", no_wrap=True)
     for layer, changes in comparison.layers[:_LAYERS_SHOWN]:
-        table.add_row(layer, *(f"{change:.3f}" for change in changes))
+        table.add_row(_text(layer), *(f"{change:.3f}" for change in changes))
     console.print(table)
+
+
+def _text(text: str) -> Text:
+    """Returns a text of a file for a table: no style, whatever brackets are in it."""
+    return Text(one_line(text, longest=1000))
 
 
 def _expert_changes(

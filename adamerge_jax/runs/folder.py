@@ -18,7 +18,7 @@ from adamerge_jax.runs.files import (
     RESULTS_FILE,
     read_json,
 )
-from adamerge_jax.runs.outcome import Outcome, measure_outcome
+from adamerge_jax.runs.outcome import Outcome
 from adamerge_jax.runs.results import read_results
 from adamerge_jax.runs.rows import Row
 
@@ -109,7 +109,7 @@ class SavedRun:
             _read_stages(folder / METRICS_FILE),
             Coefficients.load(coefficients) if coefficients.is_file() else None,
             rows,
-            outcome or measure_outcome(rows),
+            outcome,
             read_json(folder / RECORD_FILE),
         )
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.runs.files import read_json
-from adamerge_jax.runs.outcome import Outcome
+from adamerge_jax.runs.outcome import Outcome, measure_outcome
 from adamerge_jax.runs.rows import Row, best_without_learning
 from adamerge_jax.writing import write_whole
 
@@ -20,7 +20,7 @@ class Results(NamedTuple):
 
     Attributes:
         rows: The table, the learned merge last; empty without test data.
-        outcome: The outcome of the merge; None in a file from before it was kept.
+        outcome: The outcome of the merge; None without rows, or without a finite score.
     """
 
     rows: list[Row]
@@ -42,6 +42,8 @@ def write_results(results: Results, path: Path) -> None:
 def read_results(file: Path) -> Results:
     """Reads the table and the outcome; without a file there are no rows.
 
+    In a file from before it was kept the outcome is measured from the rows, without intervals.
+
     Raises:
         InputError: The file is no table of results.
     """
@@ -59,7 +61,7 @@ def read_results(file: Path) -> Results:
         raise InputError(
             f"{file}: {problem}; the file was changed: take it from the run again, or evaluate anew"
         )
-    return results
+    return results if outcome else Results(rows, measure_outcome(rows))
 
 
 def _inconsistency(results: Results) -> str | None:

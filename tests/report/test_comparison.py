@@ -10,6 +10,9 @@ from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients, Source
 from adamerge_jax.errors import InputError
 from adamerge_jax.report.comparison import compare
+from adamerge_jax.runs.outcome import measure_outcome
+from adamerge_jax.runs.results import Results, write_results
+from adamerge_jax.runs.rows import Row
 
 SHAPES = {
     "embeddings.weight": (7, 2),
@@ -150,3 +153,43 @@ def test_where_no_picture_can_go(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["compare", *[str(tmp_path / "a.safetensors")] * 2, "--out", "map.jpg"])
     assert "expected a .png file" in capsys.readouterr().err
+
+
+def test_results_beside_the_files(tmp_path, capsys):
+    """Of runs, what the results say of each is compared too; a file alone has none."""
+    files = []
+    for name, merged in (("one", 0.7), ("two", 0.8), ("three", None)):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "coefficients.safetensors")
+        by_row().save(files[-1])
+        if merged is not None:
+            rows = [
+                Row("base", {"a": 0.5}),
+                Row("experts (one model each)", {"a": 1.0}, kind="experts"),
+                Row("learned (row)", {"a": merged}, kind="learned"),
+            ]
+            write_results(Results(rows, measure_outcome(rows)), tmp_path / name / "results.json")
+    cli.main(["compare", str(files[0]), str(files[1])])
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (line for line in lines if "The merge reaches" in line)
+    assert first.startswith("first: The merge reaches 70.0% on average: 70.0% of the experts'")
+    assert "closes 60% of the gap from base" in second
+    cli.main(["compare", str(files[0]), str(files[2])])
+    assert capsys.readouterr().out.count("The merge reaches") == 1
+    (tmp_path / "three" / "results.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        cli.main(["compare", str(files[0]), str(files[2])])
+    assert "results.json" in capsys.readouterr().err
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    hostile = "\x1b[2Ja[red]"
+    first = by_row()
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    renamed = tuple(replace(expert, name=f"{hostile}{expert.name}") for expert in first.experts)
+    replace(first, experts=renamed).save(files[0])
+    replace(first, experts=renamed, objective=hostile).save(files[1])
+    cli.main(["compare", *map(str, files)])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "[2Ja[red]" in printed
