@@ -51,10 +51,15 @@ def _printable(value: Any) -> Any:
 def _breakable(name: str) -> Markup:
     """Returns a name or a path that may be broken into lines behind dots and slashes.
 
-    Long words may be broken anywhere, so that none makes a page wider than its screen.
+    Long words may be broken anywhere, so that none makes a page wider than its screen. Numbers are
+    not broken at their points.
     """
-    piece = rf"[^\s._/]{{1,{_LONGEST_WORD}}}[._/]?|[._/]|\s+"
-    return Markup("<wbr>").join(escape(part) for part in re.findall(piece, one_line(name)))
+    words = []
+    for word in one_line(name).split(" "):
+        parts = re.split(r"(?<=[_/])|(?<=\.)(?<!\d\.)|(?<=\.)(?=\D)", word)
+        short = [piece for part in parts for piece in re.findall(f".{{1,{_LONGEST_WORD}}}", part)]
+        words.append(Markup("<wbr>").join(escape(piece) for piece in short))
+    return Markup(" ").join(words)
 
 
 def _python_string(text: str) -> Markup:

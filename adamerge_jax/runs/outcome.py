@@ -169,7 +169,7 @@ def _interval(drawn: Float[np.ndarray, " resamples"]) -> tuple[float, float] | N
     if not np.isfinite(drawn).all():
         return None
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    return round(float(low), 6), round(float(high), 6)
 
 
 def _redraw(

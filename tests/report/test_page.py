@@ -10,6 +10,7 @@ from PIL import Image
 
 from adamerge_jax.cli import main as cli
 from adamerge_jax.report.page import write_page
+from adamerge_jax.report.rendering import _breakable
 from tests.report.hostile import HOSTILE
 from tests.report.saved_runs import (
     ALL,
@@ -238,6 +239,21 @@ def test_curves_of_coarse_coefficients_come_first(tmp_path):
     text = page(folder).sections["curves"]
     assert text.index("Coarse coefficients") < text.index("Learning", text.index("Coarse"))
     assert (folder / "report" / "curves-coarse-0-cat.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("vit.layer.0.weight", "vit.|layer.|0.|weight"),
+        ("task arithmetic (0.25)", "task arithmetic (0.25)"),
+        ("a/b_c", "a/|b_|c"),
+        ("x" * 50, f"{'x' * 24}|{'x' * 24}|xx"),
+        ("<i>.</i>", "&lt;i&gt;.|&lt;/|i&gt;"),
+        ("", ""),
+    ],
+)
+def test_where_names_are_broken(name, shown):
+    assert _breakable(name) == shown.replace("|", "<wbr>")
 
 
 class Markup(HTMLParser):

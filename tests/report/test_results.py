@@ -71,7 +71,7 @@ def test_no_gap_to_close():
     ]
     # The experts are right on two more of 400 examples. The merge is right on four more: 200%.
     assert "no gap to close" in words(rows)
-    assert "is 0.5 points (95% interval 0.0 to 1.3)" in words(rows)
+    assert "is 0.5 points (95% interval 0.0 to 1.2)" in words(rows)
     assert "100.6% (95% interval 100.0 to 101.4) of the experts' average" in words(rows)
 
 
