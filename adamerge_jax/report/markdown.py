@@ -12,7 +12,11 @@ _PLAIN = re.compile(
     |
     (?!\d+[.)])                                   # no beginning of a numbered list
     [^\W_]                                        # a letter or a digit
-    ([^\W_]|[ ,()%+=-]|\.(?=\d))*                 # no dot as in www.example.org
+    (
+        [^\W_]|[ ,()%+=-]
+        |\.(?=\d)                                # no dot as in www.example.org
+        |(?<=[^\W_])_(?=[^\W_])                   # within a word
+    )*
     """,
     re.VERBOSE,
 )

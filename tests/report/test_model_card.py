@@ -16,6 +16,7 @@ from adamerge_jax.pipeline import provenance
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.report.markdown import in_markdown
 from adamerge_jax.report.model_card import Origin, model_card, shared_license
 from adamerge_jax.runs.outcome import measure_outcome
 from adamerge_jax.runs.results import Results
@@ -231,6 +232,18 @@ def test_a_licence_from_a_models_own_card(license, tmp_path):
     found = parsed(card(BASE._replace(license=named), CAT, DOG).content)
     assert found.blocks == HARMLESS.blocks
     assert found.data["license"] == "other"
+
+
+@pytest.mark.parametrize("name", ["sst2_v1", "Qwen 2.5", "learned (row)", "100%", "-0.5", "\u4e2d"])
+def test_plain_names_stay_plain(name):
+    assert in_markdown(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["_a_", "a__b", "a.b", "a:b", "2) b", "2.", "a*", "a|b", "-a", "#1"]
+)
+def test_what_could_mean_something_is_code(name):
+    assert in_markdown(name) == f"`{name.replace('|', chr(0xA6))}`"
 
 
 def test_a_method_is_text_too():
