@@ -4,7 +4,8 @@ Trains nothing: a base and two experts of random weights, a vision transformer o
 parameters, are written to a temporary folder with their data. `adamerge learn` (with
 export, evaluation and report) and `adamerge fold` run once undisturbed. Then each is started again
 and again and gets SIGKILL, SIGTERM or SIGINT at a random moment, after which it is gone on with by
-the command that it is documented to be gone on with. A third of the kills are of `learn`, which takes longer. Of every kill
+the command that it is documented to be gone on with. A third of the kills are of `learn`, which
+takes longer. Of every kill
 
 - nothing is torn: all files that have their own name are whole,
 - nothing looks finished and is not: a folder without `state/` holds what an undisturbed run leaves,
@@ -353,7 +354,7 @@ def main() -> None:
                 continue
             killed.append(run)
             for fault in run.faults:
-                console.print(f"{turn}: {command}, {number.name}, {run.place}: {fault}")
+                console.print(f"{turn}: {command}, {number.name}, {run.place}: {fault:.400}")
         print_table(killed, console)
     sys.exit(any(run.faults for run in killed))
 
