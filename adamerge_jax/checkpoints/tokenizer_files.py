@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from adamerge_jax.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 _SIGNS = (
     ("tokenizer_config.json",),
@@ -124,6 +127,13 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
             f"{where}: its tokenizer ({type(tokenizer).__name__}) has no vocabulary: the folder "
             f"lacks {' and '.join(tokenizer.vocab_files_names.values())}; save it there again with "
             "tokenizer.save_pretrained(folder)"
+        )
+    if _tokenizer_config(checkpoint).get("auto_map"):
+        log.warning(
+            "%s: its tokenizer names code of its own (auto_map), which is never run: it is read as "
+            "a %s of transformers",
+            where,
+            type(tokenizer).__name__,
         )
     return tokenizer
 

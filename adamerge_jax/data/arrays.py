@@ -135,12 +135,12 @@ def _require_values(
                 raise InputError(
                     f"{where}: {key}, row {row} holds a number that is NaN or infinite in float32"
                 )
+    if "attention_mask" in inputs:
+        require_mask(inputs["attention_mask"], where)
     if limits is not None:
         limits.require(inputs["input_ids"], where)
         if "token_type_ids" in inputs:
             limits.require_types(inputs["token_type_ids"], where)
-        if "attention_mask" in inputs:
-            require_mask(inputs["attention_mask"], where)
 
 
 def examples_of_arrays(

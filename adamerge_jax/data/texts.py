@@ -47,7 +47,7 @@ class TextExamples(Examples):
         if max_length <= added:
             raise InputError(
                 f"{name}: max_length={max_length} has no room for a text: the tokenizer adds "
-                f"{added} tokens of its own; raise max_length"
+                f"{added} tokens of its own; raise max_length, of the recipe or of the tokenizer"
             )
         encoded = encode(tokenizer, first, name, second, truncation=True, max_length=max_length)
         if limits is not None:

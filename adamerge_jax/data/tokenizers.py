@@ -217,5 +217,5 @@ def _require_length(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 2:
         raise InputError(
             f"{where}: model_max_length in its tokenizer_config.json is {longest!r}; expected the "
-            "number of tokens of the longest text, or remove the field"
+            "number of tokens of the longest text, at least 2, or no such field"
         )

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from adamerge_jax.data import tokenizers
-from adamerge_jax.data.tokenizers import find_tokenizer
+from adamerge_jax.data.tokenizers import encode, find_tokenizer, longest_text, padding_of
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.recipes.loading import parse_recipe
@@ -99,6 +100,69 @@ def test_the_same_files_are_not_loaded_again(root, monkeypatch):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"name_or_path": "other"}))
     assert find_tokenizer(models_in(root).by_name) is not None
     assert loaded == ["base", "expert 'naming'"]
+
+
+def configure(root: Path, **fields: Any) -> None:
+    """Other fields in the tokenizer_config.json of all models."""
+    for name in ("base", *TASKS):
+        file = root / name / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize("length", [0, -1, 1, "long", float("nan"), True, [5], {}])
+def test_lengths_that_no_text_has(root, length):
+    configure(root, model_max_length=length)
+    assert f"base ({root / 'base'}): model_max_length in its tokenizer_config.json is" in refused(
+        root
+    )
+
+
+@pytest.mark.parametrize(("length", "expected"), [(2, 2), (512.0, 512), (1e30, sys.maxsize)])
+def test_lengths_of_texts(root, length, expected):
+    configure(root, model_max_length=length)
+    assert longest_text(find_tokenizer(models_in(root).by_name)) == expected
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_of_a_tokenizer_is_never_run(root, known, caplog):
+    """Neither asked for nor run, whatever the class is called."""
+    mark = root / "run"
+    for name in ("base", *TASKS):
+        (root / name / "evil.py").write_text(
+            f"open({str(mark)!r}, 'w')\n"
+            "from transformers import PreTrainedTokenizerFast\n"
+            "class Evil(PreTrainedTokenizerFast): pass\n"
+        )
+    fields = {} if known else {"tokenizer_class": "Evil"}
+    configure(root, auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, **fields)
+    if known:
+        with caplog.at_level(logging.WARNING, "adamerge_jax"):
+            tokenizer = find_tokenizer(models_in(root).by_name)
+        assert tokenizer.get_vocab() == byte_tokenizer().get_vocab()
+        assert len(caplog.messages) == 1
+        assert f"base ({root / 'base'}): its tokenizer names code of its own" in caplog.text
+    else:
+        assert "its tokenizer is code of its own (auto_map in tokenizer_config" in refused(root)
+    assert not mark.exists()
+
+
+def test_the_token_that_pads():
+    """Masked, so that another takes its place where there is none that the model has."""
+    assert padding_of(byte_tokenizer()) == SPECIAL.index("<pad>")
+    without = byte_tokenizer(pad_token=None)
+    assert padding_of(without) == SPECIAL.index("</s>")
+    assert padding_of(byte_tokenizer(pad_token=None, eos_token=None)) == 0
+    added = byte_tokenizer(pad_token="<added>")
+    assert padding_of(added) == added.pad_token_id == len(added) - 1
+    assert padding_of(added, len(added) - 1) == SPECIAL.index("</s>")
+
+
+def test_a_tokenizer_that_fails(tmp_path):
+    tokenizer = byte_tokenizer()
+    with pytest.raises(InputError, match=r"^here: the tokenizer .* cannot read") as caught:
+        encode(tokenizer, ["a", "\ud800"], "here")
+    assert "\n" not in str(caught.value)
+    assert encode(tokenizer, ["a"], "here")["input_ids"] == tokenizer(["a"])["input_ids"]
 
 
 def test_tokens_that_an_expert_added(root):
