@@ -44,6 +44,14 @@ _NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in STORED_DTYPES.items
 
 _HEADER_ALIGNMENT = 8  # bytes, of the format
 
+_LARGEST_HEADER = 10**8
+"""The size of a header in bytes that the `safetensors` library reads."""
+
+_LONGEST_NAME = 1000  # characters, of a tensor; files of some systems have names of 300
+
+_MOST_AXES = 32
+_LONGEST_AXIS = 2**48  # more entries than any memory holds, even along an axis beside an empty one
+
 _AGAIN = "copy or download it again"
 
 
@@ -81,6 +89,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         entries = json.loads(stream.read(length))
+    for name in names:
+        _require_possible(file, name, entries[name]["shape"])
     unreadable = [name for name in names if entries[name]["dtype"] not in STORED_DTYPES]
     if unreadable:
         raise InputError(
@@ -97,6 +107,24 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         )
         for name in names
     }
+
+
+def _require_possible(file: Path, name: str, shape: list[int]) -> None:
+    """Refuses a name that no message can show in a line, and a shape that no array has.
+
+    Raises:
+        InputError: With the name or the shape.
+    """
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+        raise InputError(
+            f"{file} has a tensor called {name[:40]!r} ({len(name)} characters); expected names of "
+            f"parameters: printable, at most {_LONGEST_NAME} characters"
+        )
+    if len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:
+        raise InputError(
+            f"{file} has {name} with {len(shape)} axes of up to {max(shape)} entries; expected at "
+            f"most {_MOST_AXES} axes of {_LONGEST_AXIS} entries"
+        )
 
 
 @contextmanager
@@ -205,19 +233,25 @@ def _why_unreadable(file: Path, error: SafetensorError) -> str:
         start = stream.read(8)
         if start == b"version ":
             return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
-        values_start = 8 + int.from_bytes(start, "little")
-        header = stream.read(values_start - 8) if values_start <= size else b""
+        length = int.from_bytes(start, "little")
+        if _LARGEST_HEADER < length <= size:
+            return (
+                f"says that its header has {length} bytes, more than the {_LARGEST_HEADER} that a "
+                f"safetensors file may have: it is damaged, or no safetensors file; {_AGAIN}"
+            )
+        values_start = 8 + length
+        header = stream.read(length) if values_start <= size else b""
     if not header:
         return (
             f"has {size} bytes and ends within its header: it is cut off, or no safetensors "
-            "file; copy or download it again"
+            f"file; {_AGAIN}"
         )
     try:
         entries = json.loads(header)
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name[:2] != "__"]
         expected = values_start + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         expected = size
     if size != expected:
-        return f"has {size} bytes where its header describes {expected}; copy or download it again"
-    return f"is corrupt ({in_one_line(error)}); copy or download it again"
+        return f"has {size} bytes where its header describes {expected}; {_AGAIN}"
+    return f"is corrupt ({in_one_line(error)}); {_AGAIN}"
