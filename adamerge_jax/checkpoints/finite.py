@@ -1,4 +1,4 @@
-"""Values that can be merged: finite ones."""
+"""Values that can be merged: those that are finite in float32, in which all sums are made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from adamerge_jax.errors import InputError
 
 if TYPE_CHECKING:
     from adamerge_jax.checkpoints.huggingface import Checkpoint
+
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest finite number of float32."""
 
 
 def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, role: str) -> None:
@@ -25,9 +28,9 @@ def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, ro
     Raises:
         InputError: With the number of NaN and infinite values, and the index of the first one.
     """
-    if _all_finite(array):
+    if all_finite(array):
         return
-    finite = np.isfinite(array)
+    finite = np.abs(array) <= LARGEST
     not_a_number = int(np.isnan(array).sum())
     infinite = int(array.size - finite.sum()) - not_a_number
     counts = [f"{not_a_number} NaN"] * (not_a_number > 0) + [f"{infinite} Inf"] * (infinite > 0)
@@ -39,10 +42,58 @@ def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, ro
     )
 
 
-def _all_finite(array: np.ndarray) -> bool:
-    """Returns False if a value is NaN or infinite."""
-    if array.dtype not in (np.float16, ml_dtypes.bfloat16) or not array.size:
-        return bool(np.isfinite(array).all())
-    # As bits, finite magnitudes are those below infinity's: many times as fast in 16 bits.
-    infinity = np.array(np.inf, array.dtype).view(np.uint16)
-    return bool((array.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity)
+def narrowed(
+    array: np.ndarray, dtype: np.dtype, *, tensor: str, checkpoint: Checkpoint, role: str
+) -> np.ndarray:
+    """Returns finite values in another dtype, and refuses those that are too large for it.
+
+    Args:
+        array: The values.
+        dtype: The dtype to convert to; values of this dtype are returned as they are.
+        tensor: The tensor's name, for the message.
+        checkpoint: The checkpoint that it was read from, for the message.
+        role: The role of the checkpoint, for the message.
+
+    Raises:
+        InputError: With the largest value.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if not all_finite(converted):
+        raise InputError(
+            f"{role} ({checkpoint.source}): {tensor} has values of up to {magnitude(array):.3g}, "
+            f"more than {np.dtype(dtype).name} holds; choose dtype: bfloat16 or float32 in the "
+            "recipe, or leave it out"
+        )
+    return converted
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Returns False if a value is NaN, infinite, or beyond what float32 holds."""
+    if array.dtype in (np.float16, ml_dtypes.bfloat16) and array.size:
+        # As bits, finite magnitudes are those below infinity's: many times as fast in 16 bits.
+        infinity = np.array(np.inf, array.dtype).view(np.uint16)
+        return bool((array.view(np.uint16) & np.uint16(0x7FFF)).max() < infinity)
+    if array.dtype == np.float32 and np.isfinite(sum_of_squares(array)):
+        return True
+    if array.dtype == np.float64:
+        return bool((np.abs(array) <= LARGEST).all())
+    return bool(np.isfinite(array).all())
+
+
+def sum_of_squares(array: np.ndarray) -> float:
+    """Returns the sum of squares of a float32 array, in float32.
+
+    It is finite only if all values are, and takes less time than to look at each of them. Squares
+    may overflow or vanish where values do not.
+    """
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dot(flat, flat))
+
+
+def magnitude(array: np.ndarray) -> float:
+    """Returns the largest magnitude, 0 for an array without values."""
+    return float(np.abs(array.astype(np.float64)).max(initial=0))

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from adamerge_jax.checkpoints.nested import require_not_nested
 from adamerge_jax.errors import InputError, in_one_line
 
 _DOWNLOADED = (
@@ -28,7 +29,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
         revision: A branch, tag or commit of a checkpoint on the Hub.
 
     Raises:
-        InputError: There is no such folder, or the Hub refuses the download.
+        InputError: There is no such folder, the model is in a subfolder of it, or the Hub refuses
+            the download.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -37,6 +39,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
                 f"{source} is a local folder, so it has no revision {revision!r}; leave the "
                 "revision out, or name a checkpoint of the Hub"
             )
+        require_not_nested(folder)
         return folder
     if folder.exists():
         raise InputError(f"{source} is a file; give the folder that the checkpoint is in")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Shaped
 
-from adamerge_jax.checkpoints.config_file import Fields, config_of, read_config_file
+from adamerge_jax.checkpoints.config_file import Fields, config_of, read_config_file, read_fields
 from adamerge_jax.checkpoints.fingerprint import fingerprint
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.safetensors_file import (
@@ -20,7 +19,7 @@ from adamerge_jax.checkpoints.safetensors_file import (
     read_entries,
     read_header,
 )
-from adamerge_jax.errors import InputError, and_more, in_one_line
+from adamerge_jax.errors import InputError, and_more
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -147,12 +146,16 @@ def _read_indexed_headers(index_file: Path) -> dict[str, TensorInfo]:
         # link to a blob outside of the folder.
         if Path(shard).name != shard or shard == ".." or "\\" in shard:
             raise InputError(
-                f"{index_file} names {shard!r}, which is not a file in its own folder; do not use "
+                f"{index_file} names {shard[:80]!r}, which is not a file in its own folder; do not use "
                 "this checkpoint unless you know why"
             )
-        if not (index_file.parent / shard).is_file():
+        try:
+            is_file = (index_file.parent / shard).is_file()
+        except OSError:  # no file has such a name
+            is_file = False
+        if not is_file:
             raise InputError(
-                f"{index_file} names {shard}, which is missing; copy or download it again"
+                f"{index_file} names {shard[:80]!r}, which is missing; copy or download it again"
             )
         shards[shard] = read_header(index_file.parent / shard)
     lacking = [name for name, shard in weight_map.items() if name not in shards[shard]]
@@ -166,13 +169,8 @@ def _read_indexed_headers(index_file: Path) -> dict[str, TensorInfo]:
 
 
 def _read_weight_map(index_file: Path) -> dict[str, str]:
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{index_file} is not JSON: {in_one_line(error)}; copy or download it again"
-        ) from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    index = read_fields(index_file)
+    weight_map = index.get("weight_map")
     if not (
         isinstance(weight_map, dict)
         and weight_map

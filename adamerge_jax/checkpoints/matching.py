@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
@@ -13,6 +14,8 @@ import numpy as np
 from adamerge_jax.checkpoints.architecture import resized_vocabulary
 from adamerge_jax.checkpoints.finite import require_finite
 from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.quantization import quantized, require_unquantized
+from adamerge_jax.checkpoints.wrappers import unwrapped
 from adamerge_jax.errors import InputError, and_more
 from adamerge_jax.parameter_names import matches
 
@@ -23,7 +26,7 @@ _LEGACY_ENDINGS = {
     "LayerNorm.beta": "LayerNorm.bias",
 }
 
-_PARAMETER_DTYPES = tuple(
+PARAMETER_DTYPES = tuple(
     np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )
 
@@ -101,14 +104,15 @@ def match(
     prefixes: Sequence[str] = (),
     optional: Sequence[str] = (),
     ignored: Sequence[str] = (),
-    second_names: Mapping[str, str] = MappingProxyType({}),
+    second_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
     allow_extra: bool = False,
 ) -> MatchedCheckpoint:
     """Finds the model's parameters among the tensors of a checkpoint.
 
     A tensor may have the parameter's name, that name without a prefix (`bert.`, which files of
     `BertModel` lack and files of `BertForSequenceClassification` have), or the legacy name
-    `LayerNorm.gamma` or `LayerNorm.beta`.
+    `LayerNorm.gamma` or `LayerNorm.beta`. Names that a training loop's wrapper changed
+    (`module.`, `_orig_mod.`) are read without the wrapper.
 
     Args:
         checkpoint: The checkpoint to look in.
@@ -126,42 +130,56 @@ def match(
         The checkpoint, with the names in `expected`.
 
     Raises:
-        InputError: A tensor is missing, unexpected, of another shape or not of floating point.
+        InputError: A tensor is missing, unexpected, empty, of another shape or not of floating
+            point, or the checkpoint is quantised or holds an adapter that was not merged.
     """
+    where = f"{role} ({checkpoint.source})"
+    require_unquantized(checkpoint.tensors, checkpoint.config_fields, where)
+    _require_merged(checkpoint, where)
+
+    def find(in_file: Collection[str]) -> dict[str, str]:
+        tensors = [name for name in in_file if not matches(name, ignored)]
+        names = find_names(tensors, expected, prefixes)
+        for name, others in second_names.items():
+            second = next((other for other in others if other in in_file), None)
+            if name not in names and second is not None:
+                names[name] = second
+        return names
+
+    required = [name for name in expected if not matches(name, optional)]
+    checkpoint, names = _without_wrappers(checkpoint, find, required)
     tensors = [name for name in checkpoint.tensors if not matches(name, ignored)]
-    names = find_names(tensors, expected, prefixes)
-    names |= {
-        name: second
-        for name, second in second_names.items()
-        if name not in names and second in checkpoint.tensors
-    }
+    extra = sorted(set(tensors) - set(names.values()))
     matched = MatchedCheckpoint(
         checkpoint,
         role,
         names,
-        extra=tuple(sorted(set(tensors) - set(names.values()))),
+        extra=tuple(extra),
         copies={
             second: name
-            for name, second in second_names.items()
-            if second in checkpoint.tensors and names.get(name, second) != second
+            for name, others in second_names.items()
+            for second in others
+            if second in checkpoint.tensors.keys() - extra and names.get(name, second) != second
         },
     )
-    where = f"{role} ({checkpoint.source})"
-    missing = [name for name in expected if name not in names and not matches(name, optional)]
+    missing = [name for name in required if name not in names]
     if missing:
+        called = f" (its tensors have names like {min(tensors)})" if tensors else ""
         raise InputError(
-            f"{where} lacks {missing[0]}{and_more(len(missing) - 1)}; all checkpoints of a merge "
-            "must be fine-tuned from one base model"
+            f"{where} lacks {missing[0]}{and_more(len(missing) - 1)}{called}; all checkpoints of a "
+            "merge must be fine-tuned from one base model"
         )
+    require_filled({matched.names[name]: matched.shape(name) for name in names}, where)
     wrong = [name for name in names if matched.shape(name) != tuple(expected[name])]
     if wrong:
         raise InputError(_wrong_shape(matched, wrong, expected))
-    integers = [name for name in names if matched.dtype(name) not in _PARAMETER_DTYPES]
+    integers = [name for name in names if matched.dtype(name) not in PARAMETER_DTYPES]
     if integers:
-        raise InputError(
-            f"{where}: {integers[0]} is stored as {matched.dtype(integers[0])}"
-            f"{and_more(len(integers) - 1)}, expected float32, float16 or bfloat16; undo its "
-            "quantisation and save it again"
+        raise quantized(
+            where,
+            f"{integers[0]} stored as {matched.dtype(integers[0])}{and_more(len(integers) - 1)}",
+            None,
+            checkpoint.config_fields,
         )
     if matched.extra and not allow_extra:
         raise InputError(
@@ -169,6 +187,63 @@ def match(
             "parameter of this architecture; check that it is a fine-tune of the base model"
         )
     return matched
+
+
+def require_filled(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuses tensors without values, as a process leaves them that has a part of a model only.
+
+    Args:
+        shapes: The shapes of parameters, none of which is empty in a whole model.
+        where: The checkpoint, for messages: its role and source.
+
+    Raises:
+        InputError: With the first empty tensor.
+    """
+    if empty := [name for name, shape in shapes.items() if not prod(shape)]:
+        raise InputError(
+            f"{where} has no values in {empty[0]}, whose shape is {shapes[empty[0]]}"
+            f"{and_more(len(empty) - 1)}: it was saved by one of several processes that had a part "
+            "each, as DeepSpeed ZeRO-3 does; save it gathered (zero_to_fp32.py, or "
+            "stage3_gather_16bit_weights_on_model_save)"
+        )
+
+
+def _require_merged(checkpoint: Checkpoint, where: str) -> None:
+    """Refuses the weights of a PEFT model, in which factors stand beside what they change."""
+    for name in checkpoint.tensors:
+        if ".lora_A." in name or ".base_layer." in name:
+            raise InputError(
+                f"{where} has {name}: a PEFT model that was not merged; save it after "
+                "merge_and_unload(), or save its adapter alone with PEFT's save_pretrained"
+            )
+
+
+def _without_wrappers(
+    checkpoint: Checkpoint,
+    find: Callable[[Collection[str]], dict[str, str]],
+    required: Sequence[str],
+) -> tuple[Checkpoint, dict[str, str]]:
+    """Takes wrappers off the names of a checkpoint's tensors until all parameters are there.
+
+    Args:
+        checkpoint: The checkpoint.
+        find: Returns the tensor of each parameter that is among tensors of the given names.
+        required: The names of parameters that it must have.
+
+    Returns:
+        The checkpoint under the names with which most of these are there, and the name of each
+        parameter's tensor.
+    """
+    names, tensors, most = {}, checkpoint.tensors, -1
+    for in_file in unwrapped(checkpoint.tensors):
+        candidate = find(in_file)
+        count = sum(name in candidate for name in required)
+        if count > most:
+            names, most = candidate, count
+            tensors = {name: checkpoint.tensors[tensor] for name, tensor in in_file.items()}
+        if most == len(required):
+            break
+    return dataclasses.replace(checkpoint, tensors=tensors), names
 
 
 def find_names(

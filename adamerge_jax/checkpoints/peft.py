@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +14,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from adamerge_jax.checkpoints.finite import require_finite
+from adamerge_jax.checkpoints.finite import LARGEST, require_finite
 from adamerge_jax.checkpoints.huggingface import INDEX_FILE, Checkpoint
 from adamerge_jax.checkpoints.huggingface import WEIGHTS_FILE as MODEL_FILE
-from adamerge_jax.checkpoints.matching import MatchedCheckpoint, find_names
+from adamerge_jax.checkpoints.matching import (
+    PARAMETER_DTYPES,
+    MatchedCheckpoint,
+    find_names,
+    require_filled,
+)
 from adamerge_jax.checkpoints.peft_config import (
     CONFIG_FILE,
     MERGE_IT,
     WEIGHTS_FILE,
     read_adapter_config,
-    scaling,
+    scalings,
 )
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo, read_header
+from adamerge_jax.checkpoints.wrappers import without_marks
 from adamerge_jax.errors import InputError, and_more
 from adamerge_jax.parameter_names import matches
 
@@ -41,6 +48,8 @@ _FACTORS = {
 """The endings of the names of the two factors."""
 
 LINEAR_ENDINGS, EMBEDDING_ENDINGS = _FACTORS.items()
+
+_DEFAULT_ADAPTER = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B))\.default(\.weight)?$")
 
 _OTHER = _FACTORS | {b: a for a, b in _FACTORS.items()}
 """The ending of the other factor."""
@@ -99,8 +108,8 @@ class MatchedAdapter:
 
     def identity(self) -> str:
         """Returns a fingerprint of its contents: the tensors and their scalings."""
-        scalings = sorted((factors.a, factors.scaling) for factors in self.factors.values())
-        return self.checkpoint.identity(json.dumps(scalings))
+        by_name = sorted((factors.a, factors.scaling) for factors in self.factors.values())
+        return self.checkpoint.identity(json.dumps(by_name))
 
     def has_factors(self, name: str) -> bool:
         """Returns True if a parameter's task vector is stored as factors."""
@@ -121,7 +130,17 @@ class MatchedAdapter:
         factors = self.factors[name]
         a, b = (self._read(tensor).astype(np.float32) for tensor in (factors.a, factors.b))
         left, right = (a.T, np.ascontiguousarray(b.T)) if factors.embedding else (b, a)
-        return Factors(left * np.float32(factors.scaling), right, factors.embedding)
+        with np.errstate(over="ignore"):
+            left = left * np.float32(factors.scaling)
+        # No entry of the product is larger, nor a part of the sum that makes it.
+        rows = np.abs(left.astype(np.float64)) @ np.abs(right).max(1, initial=0).astype(np.float64)
+        if not rows.max(initial=0) <= LARGEST:
+            raise InputError(
+                f"{self.role} ({self.checkpoint.source}): the product of {factors.b}, {factors.a} "
+                f"and their scaling {factors.scaling:g} is more than float32 holds; its training "
+                "has probably diverged, or its config is another adapter's: leave it out"
+            )
+        return Factors(left, right, factors.embedding)
 
     def read(self, name: str) -> np.ndarray:
         """Returns one parameter of the model that it makes; a changed one is float32.
@@ -134,7 +153,18 @@ class MatchedAdapter:
         factors = self.low_rank(name)
         if factors is None:
             return self.base.read(name)
-        return self.base.read(name).astype(np.float32) + factors.left @ factors.right
+        with np.errstate(over="ignore"):
+            changed = self.base.read(name).astype(np.float32) + factors.left @ factors.right
+        require_finite(changed, tensor=name, checkpoint=self.checkpoint, role=self.role)
+        return changed
+
+    def is_untrained(self) -> bool:
+        """Returns True if every B is 0, which PEFT starts with, and nothing was saved whole.
+
+        Reads factors up to the first that is not 0.
+        """
+        trained = (self._read(factors.b).any() for factors in self.factors.values())
+        return not any(name in self.base.names for name in self.saved) and not any(trained)
 
     def changes(self, name: str) -> bool:
         """Returns True if it may differ from the base in a parameter."""
@@ -192,15 +222,7 @@ def open_adapter(
     """
     where = f"{role} ({source})"
     config = read_adapter_config(folder, where)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise InputError(
-            f"{where} has no {WEIGHTS_FILE}; save the adapter with `save_pretrained`, which "
-            "writes safetensors"
-        )
-    try:
-        tensors = read_header(folder / WEIGHTS_FILE)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    tensors = _read_tensors(folder, where)
     factors, whole = _find_parts(tensors, config, where, renamed)
     second_names = {name: whole.pop(name) for name in list(whole) if matches(name, ignored)}
     if config.get("ensure_weight_tying"):
@@ -233,6 +255,11 @@ def open_adapter(
             f"{where} changes {unplaced[0]}{and_more(len(unplaced) - 1)}, which the base "
             f"({base.checkpoint.source}) does not have; an adapter must be trained on the base"
         )
+    if not placed and not saved:
+        raise InputError(
+            f"{where} changes no parameter of the backbone (its tensors have names like "
+            f"{min(tensors)}), so that there is nothing to merge; leave it out"
+        )
     adapter = MatchedAdapter(checkpoint, role, base, placed, saved)
     # The head comes last: an error in the backbone tells more.
     changed_shapes = {name: _product_shape(pair, tensors) for name, pair in placed.items()}
@@ -244,6 +271,41 @@ def open_adapter(
         for name in tied:
             _require_tied(where, adapter, name, outputs)
     return adapter
+
+
+def _read_tensors(folder: Path, where: str) -> dict[str, TensorInfo]:
+    """Reads the header of an adapter's weights; names are as PEFT writes them, without wrappers.
+
+    Raises:
+        InputError: There is no such file, it is damaged, or it has no tensors, empty ones, or ones
+            that are not of floating point.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(
+            f"{where} has no {WEIGHTS_FILE}; save the adapter with `save_pretrained`, which "
+            "writes safetensors"
+        )
+    try:
+        in_file = read_header(folder / WEIGHTS_FILE)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if not in_file:
+        raise InputError(
+            f"{where}: {WEIGHTS_FILE} holds no tensors, so that it changes nothing; save the "
+            "adapter again after training, gathered from all processes, or leave it out"
+        )
+    require_filled({name: info.shape for name, info in in_file.items()}, where)
+    for name, info in in_file.items():
+        if info.dtype not in PARAMETER_DTYPES:
+            raise InputError(
+                f"{where}: {name} is stored as {info.dtype}; expected float32, float16 or "
+                "bfloat16: save the adapter again in one of these"
+            )
+    names = {name: without_marks(name).removeprefix("module.") for name in in_file}
+    if len(set(names.values())) < len(names):
+        return in_file
+    # The name of the adapter is in the names where a state was saved without PEFT's function.
+    return {_DEFAULT_ADAPTER.sub(r"\1\2", name): in_file[tensor] for tensor, name in names.items()}
 
 
 def _find_parts(
@@ -262,7 +324,8 @@ def _find_parts(
             name = name.replace(of_adapter, of_checkpoint)
         return name
 
-    factors, whole = {}, {}
+    modules: dict[str, tuple[str, str]] = {}
+    whole = {}
     for tensor, info in tensors.items():
         name = tensor.removeprefix(PREFIX)
         ending = next((ending for ending in _OTHER if name.endswith(ending)), None)
@@ -289,9 +352,13 @@ def _find_parts(
                 f"{where} has {tensor} of shape {info.shape} and {other} of shape {other_shape}, "
                 "which have no product; copy it again"
             )
-        module = name.removesuffix(ending)
-        names = _FactorNames(tensor, other, scaling(config, module, rank))
-        factors[in_checkpoint(f"{module}.weight")] = names
+        modules[name.removesuffix(ending)] = (tensor, other)
+    ranks = {module: tensors[a].shape[0] for module, (a, _) in modules.items()}
+    scaling = scalings(config, ranks, where)
+    factors = {
+        in_checkpoint(f"{module}.weight"): _FactorNames(a, b, scaling[module])
+        for module, (a, b) in modules.items()
+    }
     # Beside the factors of an embedding table PEFT saves the table itself, as it was in the base.
     return factors, {name: tensor for name, tensor in whole.items() if name not in factors}
 

@@ -1,12 +1,14 @@
 """The config of a PEFT adapter: the kinds of LoRA that are supported, and their scaling."""
 
-import json
-import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.checkpoints.config_file import read_fields
+from adamerge_jax.checkpoints.finite import LARGEST
+from adamerge_jax.checkpoints.patterns import first_matches
+from adamerge_jax.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,14 +50,12 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
             supported.
     """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: {CONFIG_FILE} is not JSON: {in_one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{where}: {CONFIG_FILE} holds no fields; copy or download it again")
-    if config.get("peft_type") != "LORA":
+        config = read_fields(folder / CONFIG_FILE)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if (kind := config.get("peft_type")) != "LORA":
         raise InputError(
-            f"{where} is an adapter of type {config.get('peft_type')!r}; only LORA is supported: "
+            f"{where} is an adapter of type {reprlib.repr(kind)}; only LORA is supported: "
             f"{MERGE_IT}"
         )
     for name, feature in _UNSUPPORTED.items():
@@ -66,16 +66,77 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
     initialization = config.get("init_lora_weights")
     if isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING):
         raise InputError(
-            f"{where} has init_lora_weights {initialization!r}, which changes the base's own "
-            "weights: its factors alone are no task vector; save it with "
+            f"{where} has init_lora_weights {reprlib.repr(initialization)}, which changes the "
+            "base's own weights: its factors alone are no task vector; save it with "
             f"path_initial_model_for_weight_conversion, or {MERGE_IT}"
         )
     return config
 
 
-def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Returns the factor of a module's B A: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA."""
-    patterns = config.get("alpha_pattern") or {}
-    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    alpha = next(matching, config.get("lora_alpha", _DEFAULT_ALPHA))
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> dict[str, float]:
+    """Returns the factor of each module's B A: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
+
+    Args:
+        config: The adapter's config.
+        ranks: The rank r of each module's factors, by the module's name.
+        where: The adapter, for messages: its role and source.
+
+    Raises:
+        InputError: A number is none or not finite in float32, a rank is 0 or another one than the
+            config's, or regular expressions are invalid or take too long.
+    """
+    alphas = _by_module(config, "alpha_pattern", "lora_alpha", _DEFAULT_ALPHA, ranks, where)
+    expected_ranks = _by_module(config, "rank_pattern", "r", None, ranks, where)
+    factors = {}
+    for module, rank in ranks.items():
+        alpha, expected = alphas[module], expected_ranks[module]
+        if rank < 1 or rank != (rank if expected is None else expected):
+            expected = "at least 1" if expected is None else f"{expected:g}"
+            raise InputError(
+                f"{where} has factors of rank {rank} for {module}, its {CONFIG_FILE} says "
+                f"{expected}; both files must come from one training: copy the adapter again"
+            )
+        factors[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return factors
+
+
+def _by_module(
+    config: Mapping[str, Any],
+    patterns: str,
+    general: str,
+    default: float | None,
+    modules: Collection[str],
+    where: str,
+) -> dict[str, Any]:
+    """Returns the value of a setting for each module: of its first pattern, else the general one.
+
+    Args:
+        config: The adapter's config.
+        patterns: The field that holds values by regular expression of modules' names.
+        general: The field that holds the value of all other modules.
+        default: The value of the latter if the config lacks it.
+        modules: The names of the modules.
+        where: The adapter, for messages.
+    """
+    by_pattern = config.get(patterns) or {}
+    field = f"{where}: {patterns} of {CONFIG_FILE}"
+    if not isinstance(by_pattern, dict):
+        raise InputError(f"{field} is {reprlib.repr(by_pattern)}; expected numbers by module name")
+    values = [_number(value, f"{field} for {key[:60]!r}") for key, value in by_pattern.items()]
+    # The expression that PEFT makes of a key.
+    expressions = [rf"(.*\.)?({key})$" for key in by_pattern]
+    of_others = config.get(general, default)
+    if of_others is not None or general in config:
+        of_others = _number(of_others, f"{where}: {general} of {CONFIG_FILE}")
+    matches = first_matches(expressions, list(modules), field)
+    return {
+        module: of_others if position is None else values[position]
+        for module, position in zip(modules, matches, strict=True)
+    }
+
+
+def _number(value: Any, where: str) -> float:
+    """Returns a number of the config, and refuses what is none or not finite in float32."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise InputError(f"{where} is {reprlib.repr(value)}; expected a finite number")
+    return float(value)

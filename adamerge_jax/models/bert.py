@@ -161,6 +161,9 @@ FAMILY = Family(
     backbone=partial(Prefixed, "bert", Bert),
     head=LinearHead,
     prefixes=("bert.",),
+    second_names_of_tables={
+        "bert.embeddings.word_embeddings.weight": ("cls.predictions.decoder.weight",)
+    },
     inputs=("input_ids", "attention_mask", "token_type_ids"),
     max_tokens=lambda config: config.max_position_embeddings,
     heads=BERT_HEADS,

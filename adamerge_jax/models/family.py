@@ -81,6 +81,8 @@ class Family:
         ignored: Name patterns, from a config, of tensors in a checkpoint that are no parameters.
         ignored_in_experts: Name patterns of parameters outside the backbone that an expert may
             bring and that are not used. Those of the base are carried into the merge.
+        second_names_of_tables: Further names of embedding tables, by their own names, under which a
+            checkpoint may have them: it has one of several tied tensors.
         renamed: Pairs of a part of names in a checkpoint and its replacement in the model that
             `transformers` makes of it, whose names adapters have; in the order of replacement.
         language: True for a model that predicts tokens, whose output layer is merged like all
@@ -97,6 +99,7 @@ class Family:
     base_only: tuple[str, ...] = ()
     ignored: Callable[[Config], tuple[str, ...]] = lambda config: ("*.position_ids",)
     ignored_in_experts: tuple[str, ...] = ()
+    second_names_of_tables: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
     language: bool = False
 
@@ -118,6 +121,18 @@ class Family:
         if not self.language:
             return ()
         return tuple(name for name in self.build_head(config).shapes if name != OUTPUT_LAYER)
+
+    def second_names(self, config: Config) -> dict[str, tuple[str, ...]]:
+        """Returns the further names of each table that has several, which count without its own.
+
+        Args:
+            config: The config of the checkpoint. If the table is the output layer too, the name of
+                that is one.
+        """
+        names = dict(self.second_names_of_tables)
+        for name in self.tied(config):
+            names[name] = (OUTPUT_LAYER, *names.get(name, ()))
+        return names
 
 
 def attention_heads(

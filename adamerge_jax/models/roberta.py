@@ -87,6 +87,9 @@ FAMILY = Family(
     backbone=partial(Prefixed, "roberta", Roberta),
     head=RobertaHead,
     prefixes=("roberta.",),
+    second_names_of_tables={
+        "roberta.embeddings.word_embeddings.weight": ("lm_head.decoder.weight",)
+    },
     inputs=("input_ids", "attention_mask", "token_type_ids"),
     max_tokens=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
     heads=BERT_HEADS,

@@ -29,10 +29,13 @@ from adamerge_jax.models.layers import (
     value,
 )
 
+_TABLE = "shared.weight"
+
+_TABLE_TOO = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""Other names of the table of embeddings."""
+
 _UNUSED = (
-    # Other names of `shared.weight`.
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
+    *_TABLE_TOO,
     # The first checkpoints of version 1.0 have it, no implementation reads it.
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
 )
@@ -376,5 +379,6 @@ FAMILY = Family(
     heads=attention_heads("*.q.weight", "*.k.weight", "*.v.weight", "*.o.weight"),
     auto_class="AutoModelForSeq2SeqLM",
     ignored=ignored_tensors,
+    second_names_of_tables={_TABLE: _TABLE_TOO},
     language=True,
 )

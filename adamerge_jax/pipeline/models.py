@@ -132,7 +132,7 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     given = {"base": recipe.base} | {task: t.expert for task, t in recipe.tasks.items()}
     sources = tuple(
         Source(name, given[name].path, given[name].revision, model.identity())
-        for name, model in {"base": base, **experts}.items()
+        for name, model in {"base": base_match, **experts}.items()
     )
     return Models(family, shapes, base_match, experts, sources, kept_from_base)
 
@@ -177,14 +177,9 @@ def _match_backbone(
         role=role,
         prefixes=family.prefixes,
         ignored=family.ignored(checkpoint.config),
-        second_names=_second_names(family, checkpoint.config),
+        second_names=family.second_names(checkpoint.config),
         allow_extra=True,
     )
-
-
-def _second_names(family: Family, config: PretrainedConfig) -> dict[str, str]:
-    """Returns the second name of each embedding table that is the output layer too."""
-    return dict.fromkeys(family.tied(config), OUTPUT_LAYER)
 
 
 def _require_tied(family: Family, model: Expert) -> None:
@@ -249,7 +244,7 @@ def _open_expert(
         prefixes=family.prefixes,
         optional=family.base_only,
         ignored=(*family.ignored(expert.config), *family.ignored_in_experts),
-        second_names=_second_names(family, expert.config),
+        second_names=family.second_names(expert.config),
     )
 
 

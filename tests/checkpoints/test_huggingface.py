@@ -240,7 +240,7 @@ def test_index_without_weight_map(sharded, content):
 
 def test_missing_shard(sharded):
     (sharded / "model-00003-of-00004.safetensors").unlink()
-    refused("index.json names model-00003-of-00004.safetensors, which is missing", sharded)
+    refused("index.json names 'model-00003-of-00004.safetensors', which is missing", sharded)
 
 
 @pytest.mark.parametrize("outside", ["../other.safetensors", "sub/../../x", "..", "a\\..\\b"])

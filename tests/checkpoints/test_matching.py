@@ -186,7 +186,7 @@ def test_more_positions_are_no_vocabulary(tmp_path):
 
 def test_quantised_weights(tmp_path):
     checkpoint = handmade(tmp_path, {"a": np.ones(2, np.int8), "b": np.ones(2, np.float16)})
-    refused("a is stored as int8, expected float32", checkpoint, {"a": (2,), "b": (2,)})
+    refused("is quantised (integers; it has a stored as int8)", checkpoint, {"a": (2,), "b": (2,)})
 
 
 def test_reading_refuses_nan(tmp_path):
