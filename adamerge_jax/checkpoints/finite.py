@@ -30,7 +30,8 @@ def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, ro
     """
     if all_finite(array):
         return
-    finite = np.abs(array) <= LARGEST
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32))
     not_a_number = int(np.isnan(array).sum())
     infinite = int(array.size - finite.sum()) - not_a_number
     counts = [f"{not_a_number} NaN"] * (not_a_number > 0) + [f"{infinite} Inf"] * (infinite > 0)
@@ -43,7 +44,13 @@ def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, ro
 
 
 def narrowed(
-    array: np.ndarray, dtype: np.dtype, *, tensor: str, checkpoint: Checkpoint, role: str
+    array: np.ndarray,
+    dtype: np.dtype,
+    *,
+    tensor: str,
+    checkpoint: Checkpoint,
+    role: str,
+    field: str,
 ) -> np.ndarray:
     """Returns finite values in another dtype, and refuses those that are too large for it.
 
@@ -53,6 +60,7 @@ def narrowed(
         tensor: The tensor's name, for the message.
         checkpoint: The checkpoint that it was read from, for the message.
         role: The role of the checkpoint, for the message.
+        field: The field of the recipe that decides the dtype, for the message.
 
     Raises:
         InputError: With the largest value.
@@ -64,8 +72,8 @@ def narrowed(
     if not all_finite(converted):
         raise InputError(
             f"{role} ({checkpoint.source}): {tensor} has values of up to {magnitude(array):.3g}, "
-            f"more than {np.dtype(dtype).name} holds; choose dtype: bfloat16 or float32 in the "
-            "recipe, or leave it out"
+            f"more than {np.dtype(dtype).name} holds; set {field} to bfloat16 or float32, or leave "
+            "it out"
         )
     return converted
 

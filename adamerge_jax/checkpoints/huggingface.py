@@ -146,8 +146,8 @@ def _read_indexed_headers(index_file: Path) -> dict[str, TensorInfo]:
         # link to a blob outside of the folder.
         if Path(shard).name != shard or shard == ".." or "\\" in shard:
             raise InputError(
-                f"{index_file} names {shard[:80]!r}, which is not a file in its own folder; do not use "
-                "this checkpoint unless you know why"
+                f"{index_file} names {shard[:80]!r}, which is not a file in its own folder; do not "
+                "use this checkpoint unless you know why"
             )
         try:
             is_file = (index_file.parent / shard).is_file()

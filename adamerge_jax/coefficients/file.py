@@ -170,10 +170,12 @@ class Coefficients:
         if not by_expert.any():
             raise InputError("scale: every expert is left out; the merge would be the base")
         for position, name in enumerate(self.names):
-            if not all(_are_finite(array[position]) for array in values.values()):
+            largest = max(np.abs(array[position]).max(initial=0) for array in values.values())
+            if not largest <= _LARGEST:
                 raise InputError(
-                    f"scale: coefficients of {name!r} times {factors.get(name, 1.0):g} are not "
-                    "finite in float32; take a smaller factor"
+                    f"scale: coefficients of {name!r} times {factors.get(name, 1.0):g} reach "
+                    f"{largest:.3g}, whose sums and products are not finite in float32; take a "
+                    "smaller factor"
                 )
         before = {name: self.scaled.get(name, 1.0) * factor for name, factor in factors.items()}
         return dataclasses.replace(self, values=values, scaled={**self.scaled, **before})
@@ -319,6 +321,9 @@ def _as_file(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> b
     text += b" " * (-len(text) % 8)  # the format's alignment, in bytes
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
+
+_LARGEST = float(np.sqrt(np.finfo(np.float32).max))
+"""The largest coefficient: its square is finite in float32, as are its products with weights."""
 
 _FORMAT = "adamerge_jax coefficients 3"
 

@@ -13,7 +13,9 @@ from math import prod
 import numpy as np
 from jaxtyping import Float
 
+from adamerge_jax.checkpoints.finite import all_finite
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
+from adamerge_jax.errors import InputError
 
 _BLOCK_ENTRIES = 2**18
 """Entries of a block: few enough that float32 copies stay in the processor's cache, and so many
@@ -45,7 +47,8 @@ def fold_tensor(
         The merged tensor, `[*shape]`; it is summed in float32 and rounded once.
 
     Raises:
-        InputError: A value of the base or of an expert is NaN or infinite.
+        InputError: A value of the base or of an expert is NaN or infinite, or a merged one is more
+            than the dtype holds.
     """
     shape = base.shape(name)
     merged = np.empty(shape, dtype or base.dtype(name))
@@ -65,10 +68,20 @@ def fold_tensor(
     run = threads.map if len(blocks) > 1 else map
     if not all(list(run(fold_block, blocks))):
         # A NaN or infinite value makes the sum so, whatever its coefficient; reading the whole
-        # tensor reports its place. A sum of finite values may overflow, and then stays so.
+        # tensor reports its place.
         for checkpoint in (base, *experts):
             checkpoint.read(name)
+        raise overflow_error(name, merged.dtype)
     return merged
+
+
+def overflow_error(name: str, dtype: np.dtype) -> InputError:
+    """Returns the error about a merged tensor whose values are more than its dtype holds."""
+    return InputError(
+        f"the merge of {name} has values that are more than {dtype.name} holds, although those of "
+        "all models are finite; take smaller coefficients, or set export.dtype to bfloat16 or "
+        "float32"
+    )
 
 
 def _fold_block(
@@ -79,7 +92,7 @@ def _fold_block(
     scale: Float[np.ndarray, " K #rows #columns"],
     out: Float[np.ndarray, "rows columns"],
 ) -> bool:
-    """Folds the entries from `first` on into `out`; returns True if all sums are finite."""
+    """Folds the entries from `first` on into `out`; returns True if all of them are finite."""
     base_block = _read_block(base, name, first, out.shape)
     total = np.zeros(out.shape, np.float32)
     # Values that are not finite are reported at the end, with names.
@@ -91,7 +104,7 @@ def _fold_block(
             np.add(total, delta, out=total)
         np.add(base_block, total, out=total)
         out[...] = total
-    return bool(np.isfinite(total).all())
+    return all_finite(total) and (out.dtype == total.dtype or all_finite(out))
 
 
 def _read_block(

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from adamerge_jax.checkpoints.dtypes import FLOAT32
+from adamerge_jax.checkpoints.finite import all_finite
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import Granularity
@@ -16,7 +17,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep, apply_steps
 from adamerge_jax.methods import MergeMethod, merged_parameters
 from adamerge_jax.mixing import Mixture, materialize_compiled
-from adamerge_jax.pipeline.blocks import THREADS, fold_tensor
+from adamerge_jax.pipeline.blocks import THREADS, fold_tensor, overflow_error
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.read import load_task_vectors, read_delta, read_entries
 from adamerge_jax.task_vectors import DenseDelta, LoadedDelta
@@ -64,7 +65,7 @@ def fold(
                 yield name, fold_tensor(name, models.base, experts, scale, threads, dtype)
             else:
                 merged = _fold_delta(models, coefficients, granularity, name, scales[name])
-                yield name, merged.astype(dtype or models.base.dtype(name))
+                yield name, _rounded(name, merged, dtype or models.base.dtype(name))
 
 
 def require_fitting(models: Models, coefficients: Coefficients) -> None:
@@ -117,7 +118,16 @@ def merge_tensors(
             continue
         base = {name: tensor.astype(np.float32)}
         merged = merged_parameters(method, base, {name: delta}, len(models.experts))
-        yield name, np.asarray(merged[name]).astype(dtype or tensor.dtype)
+        yield name, _rounded(name, np.asarray(merged[name]), dtype or tensor.dtype)
+
+
+def _rounded(name: str, merged: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a merged tensor in its dtype, and refuses values that it cannot hold."""
+    with np.errstate(over="ignore"):
+        rounded = merged.astype(dtype)
+    if not all_finite(rounded):
+        raise overflow_error(name, rounded.dtype)
+    return rounded
 
 
 def _fold_delta(

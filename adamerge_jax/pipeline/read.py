@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from adamerge_jax.checkpoints.dtypes import FLOAT32, INT8
+from adamerge_jax.checkpoints.finite import all_finite, narrowed, sum_of_squares
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match
 from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.checkpoints.tokenizer_files import load_tokenizer
@@ -19,6 +20,7 @@ from adamerge_jax.coefficients.granularities import (
     constant,
     make_granularity,
 )
+from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep, fit_steps
 from adamerge_jax.mixing import Mixture, mix
 from adamerge_jax.models.zero_shot import text_network, zero_shot_head
@@ -100,7 +102,14 @@ def read_parameter(
     array = aligned_empty(models.shapes[name], dtype or models.base.dtype(tensors[0]))
     for row, tensor in zip(array if is_stacked(name) else [array], tensors, strict=True):
         source = checkpoint if tensor in checkpoint.names else models.base
-        row[...] = source.read(tensor)
+        row[...] = narrowed(
+            source.read(tensor),
+            array.dtype,
+            tensor=tensor,
+            checkpoint=source.checkpoint,
+            role=source.role,
+            field="dtype",
+        )
     return array
 
 
@@ -340,12 +349,39 @@ def _fill_entries(
             continue
         factors = expert.low_rank(tensor)
         if factors is None:
-            difference = expert.read(tensor).astype(np.float32) - base
+            with np.errstate(over="ignore"):
+                difference = expert.read(tensor).astype(np.float32, copy=False) - base
         else:
             difference = factors.left @ factors.right
-        changed |= bool(difference.any())
-        row[...] = difference
+        # One sum tells of nearly all tensors that they differ, and that all entries are finite.
+        squares = sum_of_squares(difference)
+        changed |= bool(squares > 0 or difference.any())
+        if not np.isfinite(squares):
+            _require_finite_difference(difference, tensor, expert)
+        row[...] = _narrowed_delta(difference, row.dtype, tensor, expert)
     return changed
+
+
+def _require_finite_difference(difference: np.ndarray, tensor: str, expert: Expert) -> None:
+    """Refuses a difference of two finite tensors that float32 cannot hold."""
+    if not all_finite(difference):
+        raise InputError(
+            f"{expert.role} ({expert.checkpoint.source}): the difference of {tensor} from the "
+            "base's is more than float32 holds; their training has probably diverged: use an "
+            "earlier checkpoint, or leave it out"
+        )
+
+
+def _narrowed_delta(values: np.ndarray, dtype: np.dtype, tensor: str, expert: Expert) -> np.ndarray:
+    """Returns a part of a task vector in the dtype in which it is kept."""
+    return narrowed(
+        values,
+        dtype,
+        tensor=f"the task vector of {tensor}",
+        checkpoint=expert.checkpoint,
+        role=expert.role,
+        field="task_vectors.dtype",
+    )
 
 
 def _may_differ(
@@ -389,8 +425,9 @@ def _read_factors(
             factors = experts[position].low_rank(tensors[layer])
             index = (layer, position) if layers else position
             size = factors.right.shape[0]
-            left[index][:, :size] = factors.left
-            right[index][:size] = factors.right
+            expert, tensor = experts[position], tensors[layer]
+            left[index][:, :size] = _narrowed_delta(factors.left, dtype, tensor, expert)
+            right[index][:size] = _narrowed_delta(factors.right, dtype, tensor, expert)
             # The B that PEFT starts with is 0, and stays so where nothing was trained.
             if factors.left.any() and factors.right.any():
                 changed.add(layer)

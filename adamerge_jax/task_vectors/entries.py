@@ -5,7 +5,7 @@ from types import EllipsisType
 from typing import Protocol
 
 from jaxtyping import Float
-from numpy import ndarray
+from numpy import dtype, ndarray
 
 
 class Entries(Protocol):
@@ -13,9 +13,11 @@ class Entries(Protocol):
 
     Attributes:
         shape: Its shape.
+        dtype: The dtype of the values that it is filled with.
     """
 
     shape: tuple[int, ...]
+    dtype: dtype
 
     def __len__(self) -> int: ...
 

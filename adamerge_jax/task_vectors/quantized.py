@@ -129,6 +129,11 @@ class QuantizedEntries:
     values: Entries
     steps: Entries
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values that are rounded to integers."""
+        return np.dtype(np.float32)
+
     @staticmethod
     def steps_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of a parameter's steps."""
