@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_one_line
 
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -24,11 +24,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object; it is empty where there is no file.
 
     Raises:
-        InputError: The file is no JSON.
+        InputError: The file is no JSON, or no object.
     """
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: no readable JSON ({error})") from error
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep
+        raise InputError(f"{file}: no readable JSON ({in_one_line(error)})") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{file}: {type(fields).__name__}; expected a JSON object")
+    return fields

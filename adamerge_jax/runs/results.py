@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.runs.files import read_json
 from adamerge_jax.runs.outcome import Outcome, measure_outcome
 from adamerge_jax.runs.rows import Row, best_without_learning
@@ -51,11 +51,9 @@ def read_results(file: Path) -> Results:
     try:
         rows = [Row.from_json(row) for row in fields.get("rows", [])]
         outcome = TypeAdapter(Outcome | None).validate_python(fields.get("outcome"))
-    except (AttributeError, KeyError, TypeError, ValidationError) as error:
-        reason = " ".join(str(error).split()) if isinstance(error, ValidationError) else error
-        raise InputError(
-            f"{file}: {reason!r:.200}; expected the table of results of a run"
-        ) from error
+    except (KeyError, TypeError, ValidationError) as error:
+        reason = in_one_line(error) if isinstance(error, ValidationError) else f"{error!r:.200}"
+        raise InputError(f"{file}: {reason}; expected the table of results of a run") from error
     results = Results(rows, outcome)
     if problem := _inconsistency(results):
         raise InputError(

@@ -278,7 +278,7 @@ def renamed(tree, names: dict[str, str]):
     return names.get(tree, tree) if isinstance(tree, str) else tree
 
 
-@pytest.mark.parametrize("task", [" ".join(HOSTILE), "$x_{$ \\frac $", "../../outside", "x" * 5000])
+@pytest.mark.parametrize("task", [" ".join(HOSTILE), "$x_{$", "../../outside", "x" * 5000])
 def test_names_are_text_and_no_markup(task, finished, tmp_path):
     """A run folder in which everything that can be named has a hostile name."""
     folder = tmp_path / "run"

@@ -91,7 +91,8 @@ def test_what_is_no_table(change, message, tmp_path):
     assert len(str(caught.value)) < 400
 
 
-def test_a_list(tmp_path):
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(InputError, match=r"results\.json"):
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"[" * 200_000, b"\xff\xfe", b""])
+def test_no_json_object(content, tmp_path):
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"results\.json: .*JSON"):
         read_results(tmp_path / "results.json")
