@@ -2,7 +2,8 @@
 
 A file is copied field by field and never written through the class of a config, which would put it
 into the dialect of the `transformers` that runs here. Older versions, and engines built on them,
-then miss fields without a word: with `rope_parameters` alone they rotate by a base of 10,000.
+then miss fields without a word: with `rope_parameters` alone they rotate by a base of 10,000. For
+the same reason `transformers_version` stays: it tells readers the dialect.
 """
 
 from __future__ import annotations

@@ -173,6 +173,12 @@ def require_consistent(config: PretrainedConfig, where: str) -> None:
                 f"{where}: heads have {features} features (head_dim, or hidden_size divided by "
                 "num_attention_heads); rotary positions need an even number"
             )
+        padding, tokens = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(padding, int) and tokens and padding >= tokens:
+            raise InputError(
+                f"{where}: pad_token_id is {padding}, vocab_size is {tokens}; padding must be one "
+                "of the tokens, or transformers cannot make the model"
+            )
         kinds = getattr(part, "layer_types", None)
         if kinds is not None and layers is not None and len(kinds) != layers:
             raise InputError(

@@ -138,6 +138,8 @@ def test_a_value_that_no_model_has(tmp_path, kind, field, value):
         ("llama", {"head_dim": 3}, "heads have 3 features"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
         ("t5", {"head_dim": None}, "d_kv is null"),
+        ("bert", {"pad_token_id": 40}, "pad_token_id is 40, vocab_size is 40"),
+        ("llama", {"pad_token_id": 10**9}, "pad_token_id is 1000000000"),
         ("bert", {"hidden_size": None}, "hidden_size"),
         ("vit", {"patch_size": 16}, "image_size is 8, patch_size is 16"),
         ("vit", {"image_size": [2, 8]}, r"image_size is \[2, 8\], patch_size is 4"),
