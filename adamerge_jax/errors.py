@@ -1,6 +1,10 @@
 """The errors that a user may meet: unusable input, and learning that diverges."""
 
+import os
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -32,6 +36,54 @@ class NonFiniteObjectiveError(RuntimeError):
     def __init__(self, message: str, learned: Any):
         super().__init__(message)
         self.learned = learned
+
+
+class _FileNote(str):
+    """The note of an exception that names the file that was in hand."""
+
+    file: str
+
+    def __new__(cls, file: Path | str) -> "_FileNote":
+        note = super().__new__(cls, f"file in hand: {file}")
+        note.file = str(file)
+        return note
+
+
+@contextmanager
+def in_hand(file: Path | str) -> Iterator[None]:
+    """Notes on an exception that leaves the block which file or folder was read or written in it.
+
+    For what no reader foresees: `file_in_hand` tells the command line what it can blame. Of nested
+    blocks the innermost counts.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(_FileNote(file))
+        raise
+
+
+def file_in_hand(error: BaseException) -> str | None:
+    """Returns the file or folder that was in hand when an exception was raised, if it is known."""
+    # The system names the file itself, but by its number where only a descriptor was used.
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+        return os.fsdecode(error.filename)
+    notes = getattr(error, "__notes__", ())
+    return next((note.file for note in notes if isinstance(note, _FileNote)), None)
+
+
+def readable(message: str, longest: int = 1000) -> str:
+    """Returns a message as one line that a terminal can show.
+
+    Characters that would do something there are written as in Python, a line break as a backslash
+    and an n. What a message quotes may have any length; of a long one the middle is left out,
+    because the advice is at the end.
+    """
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def in_one_line(error: BaseException) -> str:

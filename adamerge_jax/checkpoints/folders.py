@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.writing import flush_folder, partial_path
 
 _TASK_NAME = re.compile(r"\w[\w.+-]*")
@@ -41,15 +41,16 @@ def new_folder(folder: str | Path, *, expected_bytes: int | None = None) -> Iter
             f"cannot write to {folder} ({error.strerror or error}); choose another folder"
         ) from error
     try:
-        yield partial
-        _flush(partial)
-        partial.rename(folder)
-        flush_folder(folder.parent)
+        with in_hand(folder):
+            yield partial
+            _flush(partial)
+            partial.rename(folder)
+            flush_folder(folder.parent)
     except BaseException as error:
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         free = shutil.disk_usage(folder.parent).free
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise InputError(
                 f"no space left while writing {folder}: {readable_size(written)} were written "
                 f"(and are removed again) when {readable_size(free)} were free; free some, or "
@@ -140,6 +141,7 @@ def _flush(folder: Path) -> None:
     flush_folder(folder)
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
+    """Returns True if an exception says that there is no space left to write to."""
     # safetensors and tensorstore report the system's error as text in errors of their own.
     return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)

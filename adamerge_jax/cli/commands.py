@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 import tyro
 from rich.console import Console
 
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_hand
 
 if TYPE_CHECKING:
     from adamerge_jax.recipes.schema import Recipe
@@ -50,6 +50,11 @@ class Command:
         """The options of the command: itself."""
         return self
 
+    @property
+    def run_folder(self) -> Path | None:
+        """The run folder that the command writes to, if it does and needs no recipe to say so."""
+        return None
+
 
 @dataclasses.dataclass(kw_only=True)
 class RecipeCommand(Command):
@@ -65,6 +70,10 @@ class RecipeCommand(Command):
         """The folder that relative paths of the recipe start from."""
         return (self.root or self.recipe_file.parent).expanduser().resolve()
 
+    def run_folder_of(self, recipe: "Recipe") -> Path | None:
+        """Returns the run folder that the command writes to for a recipe, if it does."""
+        return None
+
     def run(self, call: Invocation) -> None:
         """Runs the command."""
         raise NotImplementedError
@@ -79,6 +88,10 @@ class Learn(RecipeCommand):
     resume: bool = False
     """Go on with the run in that folder from its last state, where it was interrupted."""
 
+    def run_folder_of(self, recipe: "Recipe") -> Path:
+        """Returns the run folder."""
+        return self.out or Path("runs") / recipe.name
+
     def run(self, call: Invocation) -> None:
         """Learns, exports, and says where the results are."""
         from adamerge_jax.devices import is_first_process
@@ -86,7 +99,7 @@ class Learn(RecipeCommand):
         from adamerge_jax.pipeline.run import learn
         from adamerge_jax.runs.files import COEFFICIENTS_FILE, HEAT_MAP_FILE, PAGE_FILE
 
-        out = self.out or Path("runs") / call.recipe.name
+        out = self.run_folder_of(call.recipe)
         result = learn(
             call.recipe, root=call.root, out=out, console=call.console, resume=self.resume
         )
@@ -235,7 +248,8 @@ class Inspect(Command):
         from adamerge_jax.coefficients.file import Coefficients
         from adamerge_jax.report.coefficients import print_coefficients
 
-        print_coefficients(Coefficients.load(self.coefficients), console)
+        with in_hand(self.coefficients):
+            print_coefficients(Coefficients.load(self.coefficients), console)
 
 
 @dataclasses.dataclass
@@ -264,7 +278,11 @@ class Compare(Command):
         out = self.out and self.out.expanduser()
         if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
             raise InputError(f"--out {out}: expected a .png file in a folder that exists")
-        comparison = compare(Coefficients.load(self.first), Coefficients.load(self.second))
+        loaded = []
+        for file in (self.first, self.second):
+            with in_hand(file):
+                loaded.append(Coefficients.load(file))
+        comparison = compare(*loaded)
         print_comparison(comparison, console)
         for name, file in (("first", self.first), ("second", self.second)):
             rows, outcome = read_results(file.expanduser().parent / RESULTS_FILE)
@@ -287,7 +305,9 @@ class Report(Command):
         """Writes the page, and says where it is."""
         from adamerge_jax.report.page import write_page
 
-        console.print(f"report {write_page(self.folder)}", highlight=False, soft_wrap=True)
+        with in_hand(self.folder):
+            page = write_page(self.folder)
+        console.print(f"report {page}", highlight=False, soft_wrap=True)
 
 
 COMMANDS: dict[str, type] = {

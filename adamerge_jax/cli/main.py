@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn, Protocol
 
 import tyro
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from adamerge_jax.cli.commands import COMMANDS, Command, RecipeCommand
 from adamerge_jax.cli.console import make_console, show_log_lines
-from adamerge_jax.errors import InputError, NonFiniteObjectiveError
+from adamerge_jax.cli.last_catch import explain
+from adamerge_jax.errors import InputError, NonFiniteObjectiveError, readable
 from adamerge_jax.stopping import Stopped, stop_on_signals
 
 _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
@@ -23,6 +25,10 @@ class Invocable(Protocol):
     def common_options(self) -> Command:
         """The options of all commands."""
 
+    @property
+    def run_folder(self) -> Path | None:
+        """The run folder that the command writes to, if it does."""
+
     def run(self, console: Console) -> None:
         """Runs the command."""
 
@@ -30,12 +36,15 @@ class Invocable(Protocol):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; bad input ends in one line on standard error and exit status 2.
 
-    Ctrl-C and SIGTERM end it with 130 and 143, and with the command to go on with.
+    Ctrl-C and SIGTERM end it with 130 and 143, and with the command to go on with. What nobody
+    foresaw is explained in one line, too; its traceback is in a file.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    command = None
     try:
         with stop_on_signals():
-            run(parse(given))
+            command = parse(given)
+            run(command)
     except InputError as error:
         _exit(f"error: {error}", 2)
     except NonFiniteObjectiveError as error:
@@ -45,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _exit(f"{stopped}; {_how_to_go_on(given)}", stopped.exit_status)
     except KeyboardInterrupt:  # outside of the main thread, or before signals were handled
         _exit(f"{Stopped()}; {_how_to_go_on(given)}", Stopped().exit_status)
+    except Exception as error:
+        _exit(*explain(error, None if command is None else command.run_folder))
 
 
 def run(command: Invocable) -> None:
@@ -91,5 +102,5 @@ def _how_to_go_on(arguments: Sequence[str]) -> str:
 
 
 def _exit(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    print(readable(message), file=sys.stderr)
     sys.exit(status)

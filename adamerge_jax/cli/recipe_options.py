@@ -18,7 +18,7 @@ from rich.console import Console
 
 from adamerge_jax.cli.commands import Invocation, RecipeCommand
 from adamerge_jax.cli.compilation import keep_compiled_programs
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.recipes.loading import (
     describe_validation_error,
     load_recipe,
@@ -50,6 +50,11 @@ class WithRecipe(Generic[C]):
     def common_options(self) -> C:
         """The options that are not of the recipe."""
         return self.command
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The run folder that the command writes to, if it does."""
+        return self.command.run_folder_of(self.recipe)
 
     def run(self, console: Console) -> None:
         """Runs the command."""
@@ -84,7 +89,8 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     asks_for_help = bool({"-h", "--help"} & set(options))
     file = _find_recipe(name, command, [o for o in options if o not in ("-h", "--help")])
     if file is not None:
-        recipe = load_recipe(file, early.preset)
+        with in_hand(file):
+            recipe = load_recipe(file, early.preset)
     elif asks_for_help:
         recipe = parse_recipe(_EXAMPLE)
     else:

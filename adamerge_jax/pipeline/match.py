@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.identities import namesake, other_contents
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.pipeline.fold import require_fitting
 from adamerge_jax.pipeline.models import Models
 
@@ -49,7 +49,8 @@ def prepare_fold(
         InputError: The file cannot be read, an expert is missing, unknown or another model, a
             factor is no number, or the base has other tensors.
     """
-    coefficients = Coefficients.load(file)
+    with in_hand(file):
+        coefficients = Coefficients.load(file)
     if scale:
         coefficients = coefficients.times(scale)
     expert_names, (_, *experts) = list(models.experts), models.sources

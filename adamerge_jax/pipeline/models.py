@@ -16,7 +16,7 @@ from adamerge_jax.checkpoints.peft import Expert, is_adapter, open_adapter
 from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.models import family_of
 from adamerge_jax.models.family import OUTPUT_LAYER, Family
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
@@ -91,11 +91,12 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
         InputError: A checkpoint is missing, damaged, of another architecture or no classifier, or
             a pattern in `keep_from_base` fits no parameter.
     """
-    with _explain_errors("base", root):
+    with in_hand(recipe.base.path), _explain_errors("base", root):
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     try:
-        family = family_of(base.config)
-        network = family.build_backbone(base.config)
+        with in_hand(recipe.base.path):
+            family = family_of(base.config)
+            network = family.build_backbone(base.config)
     except InputError as error:
         raise InputError(f"base ({base.source}): {error}") from error
     shapes = {name: leaf.shape for name, leaf in network.shapes.items()}
@@ -107,18 +108,18 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
                 f"parameters are called e.g. {next(iter(backbone))!r}"
             )
     base_match = _match_backbone(family, backbone, base, "base")
-    experts = {
-        task: _open_expert(
-            family,
-            backbone,
-            base_match,
-            task_recipe.expert,
-            root,
-            role=f"expert {task!r}",
-            read_weights=read_weights,
-        )
-        for task, task_recipe in recipe.tasks.items()
-    }
+    experts = {}
+    for task, task_recipe in recipe.tasks.items():
+        with in_hand(task_recipe.expert.path):
+            experts[task] = _open_expert(
+                family,
+                backbone,
+                base_match,
+                task_recipe.expert,
+                root,
+                role=f"expert {task!r}",
+                read_weights=read_weights,
+            )
     kept_from_base = frozenset(
         name
         for name in backbone

@@ -28,7 +28,7 @@ from adamerge_jax.coefficients.granularities import (
 )
 from adamerge_jax.coefficients.identities import namesake, other_contents
 from adamerge_jax.coefficients.transfer import carry
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.parameter_names import is_stacked, stack_depths, tensor_shape, tensors_of, unstack
 from adamerge_jax.pipeline.models import Models
@@ -77,7 +77,8 @@ def open_warm_start(method: Method, models: Models, root: Path) -> WarmStart | N
         start = start_from_mergekit(file, models, initial=method.initial, source=method.start)
     else:
         try:
-            coefficients = Coefficients.load(file)
+            with in_hand(file):
+                coefficients = Coefficients.load(file)
         except InputError as error:
             raise InputError(f"coefficients.start: {error}") from error
         start = start_from_file(
@@ -112,7 +113,8 @@ def start_from_mergekit(file: Path, models: Models, *, initial: float, source: s
             coefficients.
     """
     try:
-        weights = read_weights(file, models.base, models.experts)
+        with in_hand(file):
+            weights = read_weights(file, models.base, models.experts)
     except InputError as error:
         raise InputError(f"coefficients.start: {error}") from error
     return WarmStart(weights, initial, source)

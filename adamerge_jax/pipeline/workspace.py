@@ -21,7 +21,7 @@ from adamerge_jax.data.sources import load_examples
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.devices import ONE_DEVICE, Devices
-from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.errors import InputError, in_hand, in_one_line
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Network
 from adamerge_jax.pipeline.end_of_text import ExpertsEnds
@@ -171,19 +171,20 @@ def example_loader(
     def load(
         source: DataSource, name: str, predicts_end: PredictsEnd = lambda examples: True
     ) -> Examples:
-        return load_examples(
-            source,
-            root=root,
-            inputs=models.family.inputs,
-            preprocessor=preprocessor,
-            max_length=shortest,
-            seed=seed,
-            name=name,
-            limits=limits,
-            language=models.family.language,
-            decoder_start=decoder_start,
-            predicts_end=predicts_end,
-        )
+        with in_hand(source.path):
+            return load_examples(
+                source,
+                root=root,
+                inputs=models.family.inputs,
+                preprocessor=preprocessor,
+                max_length=shortest,
+                seed=seed,
+                name=name,
+                limits=limits,
+                language=models.family.language,
+                decoder_start=decoder_start,
+                predicts_end=predicts_end,
+            )
 
     return load
 
