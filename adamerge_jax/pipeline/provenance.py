@@ -1,16 +1,18 @@
 """The origin of a merge: models and data of the Hugging Face Hub, and licences as found."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
-
-import yaml
-from huggingface_hub import ModelCard
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.data.tables import is_on_hub
 from adamerge_jax.pipeline.models import Models, resolve
+from adamerge_jax.recipes.loading import read_yaml
 from adamerge_jax.recipes.schema import DataSource
 from adamerge_jax.report.model_card import Origin
+
+_LONGEST_METADATA = 100_000
+"""The number of characters of a model card that are searched for its metadata."""
 
 
 def model_origins(models: Models, root: Path) -> list[Origin]:
@@ -48,11 +50,17 @@ def _license(checkpoint: Checkpoint) -> str | None:
     file = checkpoint.folder / "README.md"
     if not file.is_file():
         return None
+    # Anybody's text, read when all of learning is done: whatever it is, it must not end the run.
     try:
-        card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    except (yaml.YAMLError, ValueError):  # also a text that is no UTF-8
+        with file.open(encoding="utf-8-sig") as stream:
+            text = stream.read(_LONGEST_METADATA)
+        metadata = re.match(r"\s*---\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        fields = read_yaml(metadata[1]) if metadata else None
+    except (OSError, ValueError, RecursionError):  # also no UTF-8, and an InputError of YAML
         return None
-    license, name = card.data.get("license"), card.data.get("license_name")
+    if not isinstance(fields, dict):
+        return None
+    license, name = fields.get("license"), fields.get("license_name")
     if license == "other" and isinstance(name, str):
         license = name
     return license if isinstance(license, str) and license else None

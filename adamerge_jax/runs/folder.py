@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.errors import InputError
+from adamerge_jax.recipes.loading import read_fields
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
     METRICS_FILE,
@@ -24,6 +23,7 @@ from adamerge_jax.runs.rows import Row
 
 _FILLED_IN = (
     "base.path",
+    "tasks",
     "preset",
     "keep_from_base",
     "coefficients.granularity",
@@ -92,16 +92,14 @@ class SavedRun:
                 "`adamerge learn` has written"
             )
         coefficients = folder / COEFFICIENTS_FILE
-        try:
-            recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-            list(recipe["tasks"])
-        except (yaml.YAMLError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / RECIPE_FILE} is no recipe: {error}") from error
+        recipe = read_fields(folder / RECIPE_FILE)
         if missing := [field for field in _FILLED_IN if not _has(recipe, field)]:
             raise InputError(
                 f"{folder} is no run folder: its {RECIPE_FILE} lacks {missing[0]}, which a run "
                 "fills in; give the folder that `adamerge learn` has written"
             )
+        if not isinstance(recipe["tasks"], dict):
+            raise InputError(f"{folder / RECIPE_FILE}: tasks: expected tasks by name")
         rows, outcome = read_results(folder / RESULTS_FILE)
         return cls(
             folder,

@@ -246,6 +246,31 @@ def test_what_could_mean_something_is_code(name):
     assert in_markdown(name) == f"`{name.replace('|', chr(0xA6))}`"
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("---\nlicense: mit\n---\n# A model", "mit"),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("---\nlicense: mit\n---", "mit"),
+        ("---\nlicense: other\nlicense_name: mine\n---\n", "mine"),
+        ("---\nmodel-index: 3\neval_results: 4\nlicense: mit\n---\n", "mit"),
+        ("---\nself: 3\n1: x\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\n- mit\n---\n", None),
+        ("---\nlicense: [a: b\n---\n", None),
+        ("---\nlicense: " + "[" * 2000 + "\n---\n", None),
+        ("# A model\n---\nlicense: mit\n---\n", None),
+        ("---\nlicense: mit\n", None),
+        ("", None),
+        (b"---\nlicense: \xff\n---\n", None),
+    ],
+)
+def test_metadata_of_strangers_never_end_a_run(text, named, tmp_path):
+    content = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "README.md").write_bytes(content)
+    assert provenance._license(SimpleNamespace(folder=tmp_path)) == named
+
+
 def test_a_method_is_text_too():
     content = model_card(
         None,

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.runs.folder import SavedRun
@@ -63,7 +64,15 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match=r"results\.json: no readable JSON"):
         SavedRun.open(tmp_path)
     (tmp_path / "recipe.yaml").write_text("- a list")
-    with pytest.raises(InputError, match=r"recipe\.yaml is no recipe"):
+    with pytest.raises(InputError, match=r"recipe\.yaml: expected fields such as base"):
+        SavedRun.open(tmp_path)
+
+
+def test_tasks_without_names(tmp_path):
+    write_run(tmp_path)
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"tasks": 3}))
+    with pytest.raises(InputError, match=r"recipe\.yaml: tasks: expected tasks by name"):
         SavedRun.open(tmp_path)
 
 
