@@ -59,7 +59,8 @@ def command(text_recipe, tmp_path) -> list[str]:
         "granularity_options": {"patterns": {"some": ["nowhere.*"]}},
     }
     recipe = write_recipe(tmp_path, text_recipe)
-    script = "from adamerge_jax.cli.main import main; main()"
+    # Orbax logs while it is imported, which sets up Python's default handler.
+    script = "import orbax.checkpoint; from adamerge_jax.cli.main import main; main()"
     return [sys.executable, "-c", script, "learn", str(recipe), "--out", str(tmp_path / "run")]
 
 
