@@ -33,6 +33,9 @@ PARAMETER_DTYPES = tuple(
 # The number of values of two tensors that are compared at once.
 _COMPARED_VALUES = 2**22
 
+# The number of values at the beginning of a tensor that tell most fine-tunes from their base.
+_FIRST_VALUES = 1024
+
 _TOKEN_EMBEDDINGS = (
     "*word_embeddings.weight",
     "*token_embedding.weight",
@@ -280,21 +283,59 @@ def require_tied(model: MatchedCheckpoint, name: str, output: str) -> None:
     tensors = model.checkpoint.tensors
     if output not in tensors or output == table:
         return
-    same = tensors[table].shape == tensors[output].shape
-    size = prod(tensors[table].shape)
-    for first in range(0, size if same else 0, _COMPARED_VALUES):
-        parts = []
-        for tensor in (table, output):
-            values = np.empty(min(_COMPARED_VALUES, size - first), tensors[tensor].dtype)
-            model.checkpoint.read_part(tensor, first, values)
-            parts.append(values.astype(np.float32))
-        same = same and np.array_equal(*parts, equal_nan=True)
+    same = tensors[table].shape == tensors[output].shape and not any(
+        _differences((model.checkpoint, table), (model.checkpoint, output))
+    )
     if not same:
         raise InputError(
             f"{model.role} ({model.checkpoint.source}) has an {output} that differs from {table}, "
             "while its config.json says that they are one (tie_word_embeddings true); say false "
             "there and in all models of the merge, or leave this one out"
         )
+
+
+def differs(model: MatchedCheckpoint, base: MatchedCheckpoint, names: Sequence[str]) -> bool:
+    """Returns True if a model differs from the base in one of some parameters.
+
+    The base is compared as it would be stored in the model's dtype. Of models that differ little
+    is read: of every tensor its beginning, and whole tensors only if all of these are equal.
+
+    Args:
+        model: The model.
+        base: The base.
+        names: The names of parameters that both have.
+    """
+    for whole in (False, True):
+        for name in names:
+            tensors = (model.checkpoint, model.names[name]), (base.checkpoint, base.names[name])
+            parts = _differences(*tensors, count=_COMPARED_VALUES if whole else _FIRST_VALUES)
+            if any(parts) if whole else next(parts, False):
+                return True
+    return False
+
+
+def _differences(
+    first: tuple[Checkpoint, str],
+    second: tuple[Checkpoint, str],
+    count: int = _COMPARED_VALUES,
+) -> Iterator[bool]:
+    """Yields for part after part of two tensors True if the values differ.
+
+    Args:
+        first: A checkpoint and the name of a tensor in it.
+        second: Those of a tensor of the same shape, compared in the dtype of the first one.
+        count: The number of values that are compared at once.
+    """
+    dtype = first[0].tensors[first[1]].dtype
+    size = prod(first[0].tensors[first[1]].shape)
+    for start in range(0, size, count):
+        parts = []
+        for checkpoint, tensor in (first, second):
+            values = np.empty(min(count, size - start), checkpoint.tensors[tensor].dtype)
+            checkpoint.read_part(tensor, start, values)
+            with np.errstate(over="ignore"):
+                parts.append(values.astype(dtype).astype(np.float32))
+        yield not np.array_equal(*parts, equal_nan=True)
 
 
 def _current(name: str) -> str:

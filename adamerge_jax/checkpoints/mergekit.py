@@ -1,5 +1,6 @@
 """Reading the weights of a mergekit config (https://github.com/arcee-ai/mergekit)."""
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
+from adamerge_jax.checkpoints.finite import LARGEST, sum_of_squares
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.errors import InputError, in_one_line
@@ -62,7 +64,14 @@ def read_weights(
         settings = _TensorSettings(file, tensor, depths[name], shared, by_role)
         values = np.array([settings.weight(task) for task in experts])
         normalize = _linear if method == "linear" else _task_arithmetic
-        weights[name] = normalize(values, settings).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            coefficients = normalize(values, settings).astype(np.float32)
+        if not np.isfinite(sum_of_squares(coefficients)):
+            raise InputError(
+                f"{file}: the weights of {name} are {np.array2string(values, threshold=8)}, which "
+                "are no coefficients that are finite in float32; write smaller ones"
+            )
+        weights[name] = coefficients
     return weights
 
 
@@ -242,6 +251,8 @@ def _resolve(setting: Any, name: str, depth: float, where: str) -> Any:
             value = float(setting)
     if isinstance(setting, list) and setting:
         if all(isinstance(entry, (int, float)) for entry in setting):
+            for entry in setting:
+                _require_finite(entry, where)
             value = float(np.interp(depth, np.linspace(0, 1, len(setting)), setting))
         elif all(isinstance(entry, dict) and "value" in entry for entry in setting):
             for entry in setting:
@@ -256,8 +267,16 @@ def _resolve(setting: Any, name: str, depth: float, where: str) -> Any:
             return None
     if not isinstance(value, (bool, int, float)):
         raise InputError(
-            f"{where}: {setting!r} is no number, list of numbers or list of filters with values"
+            f"{where}: {reprlib.repr(setting)} is no number, list of numbers or list of filters "
+            "with values"
         )
-    if not np.isfinite(value):
-        raise InputError(f"{where}: {setting!r} is not finite; write finite numbers")
+    _require_finite(value, where)
     return value
+
+
+def _require_finite(value: float, where: str) -> None:
+    """Refuses a number that float32 cannot hold."""
+    if not abs(value) <= LARGEST:
+        raise InputError(
+            f"{where}: {reprlib.repr(value)} is not finite in float32; write finite numbers"
+        )

@@ -93,6 +93,7 @@ class MatchedAdapter:
         base: The model that it changes.
         factors: The names of the two factors in the file, and their scaling, by parameter.
         saved: The name in the file of every parameter that was saved whole.
+        trained_on: The base's folder or Hub name as the adapter's config has it, if it does.
     """
 
     checkpoint: Checkpoint
@@ -100,6 +101,7 @@ class MatchedAdapter:
     base: MatchedCheckpoint
     factors: Mapping[str, _FactorNames] = field(repr=False)
     saved: Mapping[str, str] = field(repr=False)
+    trained_on: str | None = None
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -260,7 +262,10 @@ def open_adapter(
             f"{where} changes no parameter of the backbone (its tensors have names like "
             f"{min(tensors)}), so that there is nothing to merge; leave it out"
         )
-    adapter = MatchedAdapter(checkpoint, role, base, placed, saved)
+    trained_on = config.get("base_model_name_or_path")
+    if not isinstance(trained_on, str) or not trained_on.isprintable():
+        trained_on = None
+    adapter = MatchedAdapter(checkpoint, role, base, placed, saved, trained_on)
     # The head comes last: an error in the backbone tells more.
     changed_shapes = {name: _product_shape(pair, tensors) for name, pair in placed.items()}
     changed_shapes |= {name: tensors[tensor].shape for name, tensor in saved.items()}

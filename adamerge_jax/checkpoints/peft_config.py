@@ -73,6 +73,17 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
     return config
 
 
+def model_name(source: str) -> str:
+    """Returns the part of a folder or Hub name that stays the same wherever a model lies.
+
+    It is the last one, without regard to case; in the Hub's cache it is that of the repository.
+    """
+    parts = [part for part in source.replace("\\", "/").split("/") if part not in ("", ".")]
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        parts = parts[:-2]
+    return parts[-1].rpartition("--")[2].casefold() if parts else ""
+
+
 def scalings(config: Mapping[str, Any], ranks: Mapping[str, int], where: str) -> dict[str, float]:
     """Returns the factor of each module's B A: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
 

@@ -122,13 +122,12 @@ def _require_same(
     if differing:
         more = and_more(max(0, len(differing) - _SHOWN))
         shown = ", ".join(
-            f"{token!r} is {_place(other_ids, token)} in the expert and "
-            f"{_place(ids, token)} in {reference}"
+            f"{token!r} is {_place(other_ids, token)} there and {_place(ids, token)} in {reference}"
             for token in differing[:_SHOWN]
         )
         raise InputError(
             f"{where} has another vocabulary than {reference}: {len(differing)} token(s) differ: "
-            f"{shown}{more}; all experts must have been fine-tuned with one tokenizer"
+            f"{shown}{more}; all models of a merge must have one tokenizer"
         )
     for name in _SPECIAL:
         if getattr(other, name) != getattr(tokenizer, name):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,18 @@ from typing import TYPE_CHECKING
 from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match, require_tied
-from adamerge_jax.checkpoints.peft import Expert, is_adapter, open_adapter
+from adamerge_jax.checkpoints.matching import (
+    MatchedCheckpoint,
+    differs,
+    match,
+    require_tied,
+)
+from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter, is_adapter, open_adapter
+from adamerge_jax.checkpoints.peft_config import model_name
 from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
-from adamerge_jax.errors import InputError, in_hand
+from adamerge_jax.errors import InputError, in_hand, in_one_line
 from adamerge_jax.models import family_of
 from adamerge_jax.models.family import OUTPUT_LAYER, Family
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
@@ -24,6 +31,8 @@ from adamerge_jax.recipes.schema import ModelSource, Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +126,7 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
                 base_match,
                 task_recipe.expert,
                 root,
+                base_source=recipe.base,
                 role=f"expert {task!r}",
                 read_weights=read_weights,
             )
@@ -130,6 +140,9 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
         return Models(family, shapes, base_match, experts, (), kept_from_base)
     for model in (base_match, *experts.values()):
         _require_tied(family, model)
+    mixed = base_match.names.keys() - kept_from_base
+    for expert in experts.values():
+        _warn_of_no_change(base_match, expert, mixed)
     given = {"base": recipe.base} | {task: t.expert for task, t in recipe.tasks.items()}
     sources = tuple(
         Source(name, given[name].path, given[name].revision, model.identity())
@@ -155,13 +168,20 @@ def resolve(path: str, root: Path) -> str:
     """Returns a recipe's path below its root; a path that does not exist stays a Hub id.
 
     Raises:
-        InputError: The path is a folder of the current directory: it would be opened in place of
-            the Hub's model, and elsewhere the recipe would mean another model.
+        InputError: The path can be no folder's, or is a folder of the current directory, which would
+            be opened in place of the Hub's model; elsewhere the recipe would mean another model.
     """
-    local = root / Path(path).expanduser()
-    if local.exists():
+    try:
+        local = root / Path(path).expanduser()
+        exists, is_here = local.exists(), Path(path).is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, of no user, with NUL
+        raise InputError(
+            f"{path[:80]!r} cannot be a folder ({in_one_line(error)[:80]}); give the folder of a "
+            "checkpoint, or a Hub name such as org/name"
+        ) from error
+    if exists:
         return str(local)
-    if Path(path).is_dir():
+    if is_here:
         raise InputError(
             f"{path} is a folder of the current directory ({Path.cwd()}), where paths do not "
             "start; give its absolute path, or another root"
@@ -190,6 +210,44 @@ def _require_tied(family: Family, model: Expert) -> None:
             require_tied(model, name, OUTPUT_LAYER)
 
 
+def _warn_of_no_change(base: MatchedCheckpoint, expert: Expert, mixed: Collection[str]) -> None:
+    """Warns of an expert that is the base, whose coefficients have no effect."""
+    where = f"{expert.role} ({expert.checkpoint.source})"
+    if isinstance(expert, MatchedAdapter):
+        if expert.is_untrained():
+            log.warning(
+                "%s is untrained: every B factor is 0, so that its coefficients change nothing",
+                where,
+            )
+    elif not differs(expert, base, sorted(mixed & expert.names.keys())):
+        log.warning(
+            "%s has the base's weights in all that is merged, so that its coefficients change "
+            "nothing; check that it is the fine-tuned model",
+            where,
+        )
+
+
+def _warn_of_other_base(adapter: MatchedAdapter, base: ModelSource) -> None:
+    """Warns of an adapter that names another base than the recipe does."""
+    trained_on = adapter.trained_on
+    names = (base.path, str(adapter.base.checkpoint.folder), _name_in_config(adapter.base))
+    if trained_on and all(model_name(trained_on) != model_name(name) for name in names if name):
+        log.warning(
+            "%s (%s) says that it was trained on %s (base_model_name_or_path), and the base of "
+            "the recipe is %s; check that these are one model",
+            adapter.role,
+            adapter.checkpoint.source,
+            trained_on,
+            base.path,
+        )
+
+
+def _name_in_config(model: MatchedCheckpoint) -> str | None:
+    """Returns the name under which older versions of `transformers` saved a model."""
+    name = model.checkpoint.config_fields.get("_name_or_path")
+    return name if isinstance(name, str) else None
+
+
 def _open_expert(
     family: Family,
     backbone: Shapes,
@@ -197,6 +255,7 @@ def _open_expert(
     source: ModelSource,
     root: Path,
     *,
+    base_source: ModelSource,
     role: str,
     read_weights: bool,
 ) -> Expert:
@@ -224,6 +283,7 @@ def _open_expert(
             renamed=family.renamed,
             tied=family.tied(base.checkpoint.config) if read_weights else (),
         )
+        _warn_of_other_base(adapter, base_source)
         missing = [name for name in head(adapter.checkpoint.config) if name not in adapter.names]
         if missing:
             raise InputError(

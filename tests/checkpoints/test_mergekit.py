@@ -293,12 +293,24 @@ def test_configs_that_are_no_coefficients(llama_recipe, tmp_path, changes, match
 
 @pytest.mark.parametrize("method", [{}, LINEAR])
 @pytest.mark.parametrize(
-    "weight", [float("nan"), float("inf"), "nan", [1.0, float("inf")], [{"value": float("nan")}]]
+    "weight",
+    [
+        *(float("nan"), float("inf"), "nan", [1.0, float("inf")], [{"value": float("nan")}]),
+        *(1e39, -1e39, "1e39", 10**400, [0, 10**400], [{"value": 2e38 * 2}]),
+    ],
 )
 def test_weights_that_are_not_finite(llama_recipe, tmp_path, method, weight):
     models = weighted(llama_recipe, 1, weight)
     file = write_config(tmp_path, llama_recipe, models=models, **method)
     with pytest.raises(InputError, match=r"weight of naming: .* is not finite"):
+        read(file, llama_recipe)
+
+
+@pytest.mark.parametrize("scale", [3e38, 10**38])
+def test_weights_whose_products_are_not_finite(llama_recipe, tmp_path, scale):
+    models = weighted(llama_recipe, 1, 2)
+    file = write_config(tmp_path, llama_recipe, models=models, parameters={"lambda": scale * 1.0})
+    with pytest.raises(InputError, match=r"the weights of \S+ are .* finite in float32"):
         read(file, llama_recipe)
 
 

@@ -174,8 +174,7 @@ def test_tokens_that_an_expert_added(root):
     differing = len(known.keys() - SPECIAL[:4]) + 1
     assert f"than the base: {differing} token(s) differ: " in said
     assert (
-        "'<tool>' is 4 in the expert and missing in the base, '<|start|>' is 5 in the expert and 4 "
-        "in the base, "
+        "'<tool>' is 4 there and missing in the base, '<|start|>' is 5 there and 4 in the base, "
     ) in said
     assert f" (and {differing - 3} more)" in said
 
@@ -191,8 +190,8 @@ def test_a_token_in_a_free_row(root):
     first = len(byte_tokenizer())
     add_tokens(root, "rhyming", ["<rhyme>"])
     assert (
-        f"1 token(s) differ: '<rhyme>' is {first} in the expert and missing in the base; all "
-        "experts must have been fine-tuned with one tokenizer"
+        f"1 token(s) differ: '<rhyme>' is {first} there and missing in the base; all "
+        "models of a merge must have one tokenizer"
     ) in refused(root)
 
 
@@ -204,8 +203,8 @@ def test_a_token_that_an_expert_lacks(root):
     said = refused(root)
     assert said.startswith("expert 'counting'")
     assert (
-        f"2 token(s) differ: '<a>' is missing in the expert and {first} in the base, "
-        f"'<b>' is missing in the expert and {first + 1} in the base;"
+        f"2 token(s) differ: '<a>' is missing there and {first} in the base, "
+        f"'<b>' is missing there and {first + 1} in the base;"
     ) in said
 
 
@@ -231,7 +230,7 @@ def test_a_recipe_may_say_whose_tokenizer(root, caplog):
     assert "has eos_token '<|end|>'" in caplog.text
     assert caplog.text.count("lacks 1 token(s)") == 3
     # A token of another model that the chosen tokenizer does not have stays an error.
-    with pytest.raises(InputError, match=r"'<name>' is .* in the expert and missing in the base"):
+    with pytest.raises(InputError, match=r"'<name>' is .* there and missing in the base"):
         find_tokenizer(models_in(root).by_name, "base")
     with pytest.raises(InputError, match="tokenizer: 'nobody' is none of base, "):
         find_tokenizer(models_in(root).by_name, "nobody")
