@@ -167,7 +167,7 @@ def match(
     )
     missing = [name for name in required if name not in names]
     if missing:
-        called = f" (its tensors have names like {min(tensors)})" if tensors else ""
+        called = f", and has tensors called {extra[0]}{and_more(len(extra) - 1)}" if extra else ""
         raise InputError(
             f"{where} lacks {missing[0]}{and_more(len(missing) - 1)}{called}; all checkpoints of a "
             "merge must be fine-tuned from one base model"

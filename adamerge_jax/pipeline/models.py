@@ -168,13 +168,15 @@ def resolve(path: str, root: Path) -> str:
     """Returns a recipe's path below its root; a path that does not exist stays a Hub id.
 
     Raises:
-        InputError: The path can be no folder's, or is a folder of the current directory, which would
-            be opened in place of the Hub's model; elsewhere the recipe would mean another model.
+        InputError: The path can be no folder's, or is a folder of the current directory, which
+            would be opened in place of the Hub's model: elsewhere the recipe would mean another.
     """
     try:
+        if not path.isprintable():
+            raise ValueError("it has characters that no line can show")
         local = root / Path(path).expanduser()
         exists, is_here = local.exists(), Path(path).is_dir()
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, of no user, with NUL
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, or of no user
         raise InputError(
             f"{path[:80]!r} cannot be a folder ({in_one_line(error)[:80]}); give the folder of a "
             "checkpoint, or a Hub name such as org/name"
