@@ -116,7 +116,7 @@ def read_arrays(
     if "attention_mask" in chosen:
         chosen["attention_mask"] = chosen["attention_mask"].astype(np.int32)
     if labels is not None:
-        examples.labels = class_indices(labels.tolist(), source, name)
+        examples.labels = class_indices(labels.tolist(), range(len(labels)), source, name)
     return examples
 
 

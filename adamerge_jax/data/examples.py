@@ -37,12 +37,15 @@ class Examples(ABC):
     Attributes:
         labels: Class index of each example, `[N]`, or None where there are none.
         class_names: Names of the classes as the data set gives them, or None.
+        names_have_order: False where the classes are those of a column of names, whose order says
+            nothing.
         cut: The examples that are cut, or None where that cannot be.
         end_of_text: The end of a language model's examples; None for other models.
     """
 
     labels: Int[np.ndarray, " N"] | None = None
     class_names: list[str] | None = None
+    names_have_order: bool = True
     cut: Cut | None = None
     end_of_text: EndOfText | None = None
 
@@ -119,6 +122,7 @@ class Subset(Examples):
         self._examples = examples
         self._index = index
         self.class_names = examples.class_names
+        self.names_have_order = examples.names_have_order
         self.labels = None if examples.labels is None else examples.labels[index]
         self.end_of_text = examples.end_of_text
         if examples.cut is not None:
@@ -129,8 +133,7 @@ class Subset(Examples):
         """Draws at most `limit` of the examples at random, in their order."""
         if limit >= len(examples):
             return examples
-        chosen = np.random.default_rng(seed).permutation(len(examples))[:limit]
-        return cls(examples, np.sort(chosen))
+        return cls(examples, drawn(len(examples), limit, seed))
 
     def __len__(self) -> int:
         return len(self._index)
@@ -145,6 +148,11 @@ class Subset(Examples):
         self, index: Int[np.ndarray, " B"], length: int
     ) -> Int[np.ndarray, "B ..."] | None:
         return self._examples.take_labels(self._index[index], length)
+
+
+def drawn(size: int, limit: int, seed: int) -> Int[np.ndarray, " N"]:
+    """Returns the indices of at most `limit` of so many examples, drawn at random, ascending."""
+    return np.sort(np.random.default_rng(seed).permutation(size)[:limit])
 
 
 class Concatenated(Examples):

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from adamerge_jax.data.arrays import read_arrays
 from adamerge_jax.data.end_of_text import PredictsEnd
-from adamerge_jax.data.examples import Examples, Subset
+from adamerge_jax.data.examples import Examples, Subset, drawn
 from adamerge_jax.data.images import ImageExamples, ImageProcessor
 from adamerge_jax.data.language import make_language_examples
-from adamerge_jax.data.tables import Table, class_indices, read_table
+from adamerge_jax.data.locations import Arrays, locate_data
+from adamerge_jax.data.tables import Draw, Table, class_indices, read_table
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.errors import InputError
@@ -55,57 +58,70 @@ def load_examples(
     Raises:
         InputError: The data cannot be found or read, lacks a column, or is empty.
     """
-    path = root / Path(source.path).expanduser()
-    if path.suffix == ".npz":
+    try:
+        location = locate_data(source, root)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    if isinstance(location, Arrays):
         if language:
             raise InputError(
                 f"{name}: {source.path}: a language model's data are texts, not NumPy arrays; give "
                 "a table (.jsonl, .csv, .parquet) with messages, prompts and responses, or texts"
             )
-        examples = read_arrays(path, source, inputs, limits, name)
+        examples = read_arrays(location.file, source, inputs, limits, name)
+    elif language:
+        wanted = [source.messages, source.prompt, source.response, *_columns(source.text)]
+        table = read_table(location, source, name, wanted)
+        table.require_rows(preprocessor, "tokenizer")
+        examples = make_language_examples(
+            table,
+            preprocessor,
+            max_length=max_length,
+            decoder_start=decoder_start,
+            predicts_end=predicts_end,
+            limits=limits,
+        )
     else:
-        table = read_table(path, source, name)
-        if language:
-            table.require_rows(preprocessor, "tokenizer")
-            examples = make_language_examples(
-                table,
-                preprocessor,
-                max_length=max_length,
-                decoder_start=decoder_start,
-                predicts_end=predicts_end,
-                limits=limits,
-            )
-        elif inputs[0] == "input_ids":
+        is_text = inputs[0] == "input_ids"
+        columns = _columns(source.text if is_text else source.image)
+        wanted = [*columns, source.label or "label"]
+        table = read_table(location, source, name, wanted, _draw(source.limit, seed))
+        kind = "tokenizer" if is_text else "image processor (preprocessor_config.json)"
+        table.require_rows(preprocessor, kind)
+        _require_columns(table, columns)
+        if is_text:
             examples = _text_examples(table, preprocessor, max_length, limits)
         else:
             examples = _image_examples(table, preprocessor)
+        return _labelled(examples, table)
     return examples if source.limit is None else Subset.draw(examples, source.limit, seed)
+
+
+def _draw(limit: int | None, seed: int) -> Draw | None:
+    """Returns the function that draws rows before they are read, as `Subset.draw` does after."""
+    return None if limit is None else lambda size: drawn(size, limit, seed)
+
+
+def _columns(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _text_examples(
     table: Table,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     limits: TokenLimits | None,
 ) -> Examples:
-    column = table.source.text
-    columns = [column] if isinstance(column, str) else list(column)
-    _require_columns(table, columns)
-    table.require_rows(tokenizer, "tokenizer")
-    texts = [table.texts(column) for column in columns]
+    texts = [table.texts(column) for column in _columns(table.source.text)]
     pairs = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
-    return _labelled(TextExamples(pairs, tokenizer, max_length, table.name, limits), table)
+    return TextExamples(pairs, tokenizer, max_length, table.name, limits)
 
 
-def _image_examples(table: Table, processor: ImageProcessor | None) -> Examples:
-    import datasets
-
+def _image_examples(table: Table, processor: ImageProcessor) -> Examples:
     column = table.source.image
-    _require_columns(table, [column])
-    table.require_rows(processor, "image processor (preprocessor_config.json)")
-    if not isinstance(table.rows.features[column], datasets.Image):
+    if column not in table.rows.images:
         raise InputError(f"{table.name}: column {column!r} of {table.source.path} holds no images")
-    return _labelled(ImageExamples(table.rows[column], processor, table.name), table)
+    return ImageExamples(table.rows[column], processor, table.name, table.rows.numbers)
 
 
 def _require_columns(table: Table, columns: Sequence[str]) -> None:
@@ -117,12 +133,20 @@ def _require_columns(table: Table, columns: Sequence[str]) -> None:
 
 def _labelled(examples: Examples, table: Table) -> Examples:
     """Gives examples the labels and class names of their table."""
-    import datasets
-
     label = table.source.label
-    feature = table.rows.features.get(label or "label")
-    if isinstance(feature, datasets.ClassLabel):
-        examples.class_names = [text.replace("_", " ") for text in feature.names]
+    names = table.rows.class_names.get(label or "label")
+    values = list(table.rows[label]) if label else []
+    if label and all(isinstance(value, str) and value.strip() for value in values):
+        names, examples.names_have_order = sorted(set(values)), False
+        values = [names.index(value) for value in values]
+    if names is not None:
+        examples.class_names = [text.replace("_", " ") for text in names]
     if label:
-        examples.labels = class_indices(table.rows[label], table.source, table.name)
+        examples.labels = class_indices(values, table.rows.numbers, table.source, table.name)
+        if names is not None and examples.labels.max() >= len(names):
+            row = int(np.argmax(examples.labels >= len(names)))
+            raise InputError(
+                f"{table.name}: {table.source.path}, row {table.rows.numbers[row]}: label "
+                f"{examples.labels[row]} has no name; column {label!r} has {len(names)} classes"
+            )
     return examples

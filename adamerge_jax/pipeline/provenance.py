@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.data.tables import is_on_hub
+from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.pipeline.models import Models, resolve
 from adamerge_jax.recipes.loading import read_yaml
 from adamerge_jax.recipes.schema import DataSource

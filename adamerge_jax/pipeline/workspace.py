@@ -14,16 +14,19 @@ import numpy as np
 from jaxtyping import Array
 
 from adamerge_jax.checkpoints.dtypes import DTYPES
+from adamerge_jax.data.class_names import align_labels, names_of_outputs
 from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, tell_cut
+from adamerge_jax.data.image_processors import FILE, load_image_processor
 from adamerge_jax.data.images import ImageProcessor
 from adamerge_jax.data.sources import load_examples
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.devices import ONE_DEVICE, Devices
-from adamerge_jax.errors import InputError, in_hand, in_one_line
+from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Network
+from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.pipeline.end_of_text import ExpertsEnds
 from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.models import Models, open_models
@@ -115,6 +118,7 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     }
     ends = ExpertsEnds(models, spread, networks, dtype, recipe.learning.batch_size)
     data = _load_data(recipe.tasks, load, ends.predicts_end, models.family.language)
+    _align_labels(recipe.tasks, models, data)
     if recipe.learning.examples is not None:
         calibration = {
             task: Subset.draw(examples, recipe.learning.examples, recipe.seed)
@@ -227,21 +231,14 @@ def _load_preprocessor(
     if models.family.inputs[0] == "input_ids":
         return find_tokenizer(models.by_name, chosen)
     for model in (models.base, *models.experts.values()):
-        if (model.checkpoint.folder / "preprocessor_config.json").is_file():
-            # Importing it takes a second or more, which only images are to cost.
-            from transformers import AutoImageProcessor
-
-            try:
-                return AutoImageProcessor.from_pretrained(
-                    model.checkpoint.folder, trust_remote_code=False
-                )
-            # The processors' own checks raise errors of many types.
-            except Exception as error:
-                raise InputError(
-                    f"{model.role} ({model.checkpoint.source}): its preprocessor_config.json "
-                    f"cannot be read: {in_one_line(error)}; save it again with "
-                    "image_processor.save_pretrained(folder)"
-                ) from error
+        if (model.checkpoint.folder / FILE).is_file():
+            vision = getattr(model.checkpoint.config, "vision_config", model.checkpoint.config)
+            image = ImageGeometry.of(vision)
+            return load_image_processor(
+                model.checkpoint.folder,
+                f"{model.role} ({model.checkpoint.source})",
+                (image.channels, image.height, image.width),
+            )
     return None
 
 
@@ -272,6 +269,33 @@ def _load_heads(
         parameters = {name: jnp.asarray(array, dtype) for name, array in head.items()}
         heads[task] = models.devices.replicate(parameters)
     return heads
+
+
+def _align_labels(tasks: Mapping[str, TaskRecipe], models: Models, data: Data) -> None:
+    """Gives all data of a task the labels of its expert's outputs, by the names of classes."""
+    for task, task_recipe in tasks.items():
+        parts = {part: getattr(data, part).get(task) for part in Data._fields}
+        named = {
+            part: examples
+            for part, examples in parts.items()
+            if examples is not None and examples.class_names is not None
+        }
+        config = models.experts[task].checkpoint.config
+        outputs_of = f"the config.json of expert {task!r}"
+        if task_recipe.class_names is not None:
+            outputs, outputs_of = task_recipe.class_names, f"tasks.{task}.class_names"
+            if models.family.auto_class is not None and len(outputs) != config.num_labels:
+                raise InputError(
+                    f"{outputs_of}: has {len(outputs)} names, the expert has "
+                    f"{config.num_labels} outputs; give one for each, in their order"
+                )
+        elif models.family.auto_class is None:
+            outputs, outputs_of = _class_names(task, task_recipe, data), "the task's other data"
+        else:
+            outputs = names_of_outputs(config.id2label)
+        for part, examples in named.items():
+            name = f"{part} data of task {task!r}"
+            align_labels(examples, outputs, name, outputs_of=outputs_of)
 
 
 def _require_labels_in_range(

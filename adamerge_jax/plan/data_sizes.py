@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from adamerge_jax.data.arrays import examples_of_arrays
 from adamerge_jax.data.examples import Examples
-from adamerge_jax.data.tables import READERS
+from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.schema import DataSource
@@ -73,9 +73,9 @@ def data_sizes(
     for task, source in sources.items():
         path = root / Path(source.path).expanduser()
         name = f"{part} data of task {task!r}"
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
-        elif path.is_dir() or path.suffix in READERS:
+        elif not is_on_hub(source, root):
             size = DataSize(load(source, name).padded_lengths())
         else:
             count = source.limit or ASSUMED_EXAMPLES

@@ -40,12 +40,15 @@ class DataSource(_PathSection):
     """The examples of one task."""
 
     path: str
-    """JSONL, JSON, CSV, TSV, Parquet or .npz file, folder of images, or id of a data set on the
-    Hub."""
+    """File of a table (.jsonl, .ndjson, .json, .csv, .tsv and .txt, also compressed as .gz, .bz2 or
+    .xz; .parquet, .arrow), .npz file, folder of images, of tables or of `save_to_disk`, or id of a
+    data set on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the Hub."""
     config: str | None = None
-    """Configuration of a data set on the Hub."""
+    """Configuration of a data set on the Hub, or of a clone of it."""
     split: str = "train"
-    """Split of a data set on the Hub, or of a folder of images."""
+    """Split of a data set on the Hub, or of a folder with several."""
     text: str | tuple[str, str] = "text"
     """Column of the text, or the two columns of a text pair."""
     prompt: str = "prompt"
@@ -67,7 +70,7 @@ class DataSource(_PathSection):
     image: str = "image"
     """Column of the image."""
     label: str | None = None
-    """Column of the class index; unlabeled without it."""
+    """Column of the class index or of the class's name; unlabeled without it."""
     limit: int | None = Field(default=None, ge=1)
     """Largest number of examples, drawn with the recipe's seed."""
 
@@ -84,7 +87,8 @@ class TaskRecipe(Section):
     test: DataSource | None = None
     """Labelled examples for the table of results."""
     class_names: list[str] | None = None
-    """Names of the classes, for zero-shot heads; by default those that the data set carries."""
+    """Names of the classes in the order of the model's outputs, to which the data's names are
+    matched; by default those in the expert's config.json, and for zero-shot heads the data's."""
     templates: list[str] = ["a photo of a {}."]
     """Prompts with {} for the class name, for zero-shot heads."""
 

@@ -1,4 +1,3 @@
-import datasets
 import numpy as np
 import pytest
 
@@ -138,7 +137,7 @@ def language_examples(decoder_start: int | None) -> Examples:
     rows = [{"prompt": p, "response": r} for p, r in split_sentences(9, seed=0)]
     rows[0] = {"prompt": "the red cat ", "response": "runs " * 20}
     rows[1] = {"prompt": "the red cat " * 8, "response": "x"}
-    table = Table(datasets.Dataset.from_list(rows), DataSource(path="data"), "data")
+    table = Table.of_rows(rows, DataSource(path="data"), "data")
     return make_language_examples(
         table,
         byte_tokenizer(),

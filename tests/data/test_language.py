@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -77,7 +76,7 @@ def load(
     **fields: Any,
 ) -> Examples:
     source = DataSource(path="data.jsonl", **fields)
-    table = Table(datasets.Dataset.from_list(rows), source, NAME)
+    table = Table.of_rows(rows, source, NAME)
     return make_language_examples(
         table,
         tokenizer,

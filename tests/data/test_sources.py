@@ -9,6 +9,7 @@ from transformers import BertTokenizer, ViTImageProcessorPil
 
 from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.data.examples import Concatenated, Examples, bucket_length
+from adamerge_jax.data.images import ImageProcessor
 from adamerge_jax.data.sources import load_examples
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.errors import InputError
@@ -29,9 +30,9 @@ def tokenizer(tmp_path: Path) -> BertTokenizer:
 
 
 @pytest.fixture
-def processor(tmp_path: Path) -> ViTImageProcessorPil:
+def processor(tmp_path: Path) -> ImageProcessor:
     ViTImageProcessorPil(size=dict(height=4, width=4)).save_pretrained(tmp_path)
-    return ViTImageProcessorPil.from_pretrained(tmp_path)
+    return ImageProcessor(ViTImageProcessorPil.from_pretrained(tmp_path), (3, 4, 4))
 
 
 def load(root: Path, preprocessor: Any, **fields: Any) -> Examples:
@@ -102,8 +103,11 @@ def test_an_empty_label_of_a_csv_is_named(tmp_path, tokenizer):
 def test_rows_that_a_quotation_mark_swallows(tmp_path, tokenizer):
     rows = ['a\t"b\t0', "c\td\t1", 'e\t"f\t2', "g\th\t3"]
     (tmp_path / "data.tsv").write_text("\n".join(["text\tother\tlabel", *rows, ""]))
+    refused("data.tsv, line 2: .*quotes.*jsonl", tmp_path, tokenizer, path="data.tsv")
+    (tmp_path / "data.tsv").write_text("\n".join(["text\tother\tlabel", *rows[:2], 'e\t"\t2', ""]))
     message = "data.tsv, row 0: column 'other' holds a text with a tab and a line break.*jsonl"
-    refused(message, tmp_path, tokenizer, path="data.tsv", label="label")
+    fields = dict(path="data.tsv", text=["text", "other"], label="label")
+    refused(message, tmp_path, tokenizer, **fields)
     # Quoted as the message says, tabs or line breaks included.
     rows = [
         {"text": '"b', "label": 0},
@@ -217,9 +221,7 @@ def test_grey_images_become_rgb(tmp_path, processor):
 def test_broken_images_are_named(tmp_path, processor):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
-    examples = load(tmp_path, processor, path="images")
-    with pytest.raises(InputError, match=r"test data of task 'x', image 0: .*broken\.png"):
-        examples.take(np.array([0]), 0)
+    refused(r"image 0 \(.*broken\.png\): .* no image", tmp_path, processor, path="images")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,17 @@ def test_broken_images_are_named(tmp_path, processor):
         (ROWS, {"text": ["text", "more"]}, "has no column 'more'"),
         ([{"text": "a"}, {"text": None}], {}, "row 1: column 'text' holds None"),
         ([{"text": 1}, {"text": 2}], {}, "row 0: column 'text' holds 1"),
-        ([{"text": "a", "label": "yes"}], {"label": "label"}, "row 0 holds 'yes'"),
+        (
+            [{"text": "a", "label": 1}, {"text": "a", "label": "yes"}],
+            {"label": "label"},
+            "row 1 holds 'yes'",
+        ),
+        ([{"text": "a", "label": " "}], {"label": "label"}, "row 0 holds ' '"),
+        ([{"text": "a", "label": 2**40}], {"label": "label"}, "row 0 holds 1099511627776"),
+        ([{"text": "a", "label": 2**70}], {"label": "label"}, "row 0 holds 11805916207174"),
+        ([{"text": "a", "label": float("nan")}], {"label": "label"}, "row 0 holds nan"),
+        ([{"text": "a"}, {"label": 1}], {}, "row 1: column 'text' holds None"),
+        ([{"text": "a"}, {"text": "\ud800"}], {}, "row 1: column 'text' holds half of a character"),
         ([{"text": "a", "label": True}], {"label": "label"}, "row 0 holds True"),
         ([{"text": "a", "label": 0.5}], {"label": "label"}, "row 0 holds 0.5"),
         (
@@ -258,13 +270,13 @@ def test_unusable_rows(tmp_path, tokenizer, rows, fields, message):
         ("data.npz", None, "no such file"),
         ("data.jsonl", b"", "data.jsonl has no examples"),
         ("data.csv", b"", "data.csv has no examples"),
-        ("data.csv", b"text,label\n", "data.csv cannot be read.*no data"),
-        ("data.jsonl", b"{no json\n", "data.jsonl cannot be read"),
+        ("data.csv", b"text,label\n", "data.csv has no examples"),
+        ("data.jsonl", b"{no json\n", "data.jsonl, line 1: is no JSON"),
         ("data.parquet", b"no parquet", "data.parquet cannot be read"),
         ("data.npz", b"no npz", "is no readable .npz file"),
         ("data.npz", b"", "is no readable .npz file"),
         ("data.npz", b"PK\x03\x04 cut off", "is no readable .npz file"),
-        ("data", None, "is no file, and data set 'data' cannot be read"),
+        ("data", None, "data is no file here, and the data set of the Hub cannot be read"),
     ],
 )
 def test_unusable_files(tmp_path, tokenizer, name, content, message):

@@ -1,0 +1,155 @@
+"""Tables of Arrow and Parquet files, read through memory maps."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_LFS_POINTER = b"version https://git-lfs"
+
+_ROWS_AT_ONCE = 256
+"""Rows of a Parquet file that are in memory at a time: they may be images."""
+
+
+class ArrowColumn(Sequence[Any]):
+    """A column of which a value becomes a Python object when it is taken."""
+
+    def __init__(self, column: pa.ChunkedArray, index: Int[np.ndarray, " N"] | None = None):
+        """Takes a column, and the rows of it that count."""
+        self._column = column
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._column) if self._index is None else len(self._index)
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self._column[row if self._index is None else int(self._index[row])].as_py()
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._index is not None:
+            yield from (self[row] for row in range(len(self)))
+            return
+        for chunk in self._column.chunks:
+            for batch in range(0, len(chunk), _ROWS_AT_ONCE):
+                yield from chunk.slice(batch, _ROWS_AT_ONCE).to_pylist()
+
+
+def read_arrow(files: Sequence[Path]) -> pa.Table:
+    """Opens Arrow files, of the stream's format or the file's, as one table that stays on disk."""
+    import pyarrow as pa
+
+    tables = []
+    for file in files:
+        _require_content(file)
+        source = pa.memory_map(str(file))
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+        tables.append(reader.read_all())
+    return pa.concat_tables(tables)
+
+
+def count_parquet(files: Sequence[Path]) -> int:
+    """Returns the number of rows of Parquet files."""
+    import pyarrow.parquet as parquet
+
+    for file in files:
+        _require_content(file)
+    return sum(parquet.ParquetFile(file).metadata.num_rows for file in files)
+
+
+def read_parquet(
+    files: Sequence[Path], wanted: Sequence[str], index: Int[np.ndarray, " N"] | None
+) -> tuple[pa.Table, list[str]]:
+    """Reads rows of Parquet files into a temporary file, from which they are taken.
+
+    A Parquet file has to be decompressed from the beginning of a part of it, so that no single
+    row, an image for example, can be taken from it.
+
+    Args:
+        files: The files, with the same columns.
+        wanted: The columns to read, as far as the files have them.
+        index: The rows to read, ascending; None for all.
+
+    Returns:
+        The table, and the names of all columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    schema = parquet.read_schema(files[0])
+    _require_unique(schema.names)
+    chosen = [name for name in wanted if name in schema.names]
+    kept = pa.schema([schema.field(name) for name in chosen], metadata=schema.metadata)
+    with tempfile.NamedTemporaryFile(suffix=".arrow") as spill:
+        with pa.ipc.new_file(spill, kept) as writer:
+            first = 0
+            for file in files:
+                reader = parquet.ParquetFile(file, memory_map=True)
+                for batch in reader.iter_batches(_ROWS_AT_ONCE, columns=chosen):
+                    rows = batch.select(chosen)
+                    if index is not None:
+                        begin, end = np.searchsorted(index, [first, first + len(batch)])
+                        rows = rows.take(pa.array(index[begin:end] - first))
+                    first += len(batch)
+                    if len(rows):
+                        writer.write_batch(rows.cast(kept))
+        spill.flush()
+        # The map outlives the name of the file, and the file goes with it.
+        return pa.ipc.open_file(pa.memory_map(spill.name)).read_all(), schema.names
+
+
+def class_names_of(schema: pa.Schema) -> dict[str, list[str]]:
+    """Returns the names of the classes that `datasets` has written into a schema, by column."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    return {
+        column: list(feature.names)
+        for column, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    """Returns whether values of a type may be images: bytes, or bytes and a path."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else pa.null()
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def require_sound(table: pa.Table, wanted: Sequence[str]) -> None:
+    """Refuses columns whose offsets or texts are damaged: reading them could end the process."""
+    _require_unique(table.column_names)
+    table.select([name for name in wanted if name in table.column_names]).validate(full=True)
+
+
+def _require_unique(names: Sequence[str]) -> None:
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"it has the column {twice!r} twice")
+
+
+def _require_content(file: Path) -> None:
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InputError(
+                f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its "
+                "repository"
+            )
