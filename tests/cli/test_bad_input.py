@@ -270,7 +270,24 @@ def test_labels_that_the_head_does_not_have(text_recipe, tmp_path, refused, part
 def test_labels_that_zero_shot_heads_do_not_have(clip_recipe, refused):
     clip_recipe["learning"]["batch_size"] = 2
     clip_recipe["tasks"]["birds"]["class_names"] = ["crow", "owl"]
-    refused(clip_recipe, "test data of task 'birds'", "has label 2", "0 to 1")
+    refused(clip_recipe, "data of task 'birds'", "class 'big bird', which is none of", "crow, owl")
+
+
+@pytest.mark.parametrize(
+    ("edit", "names"),
+    [
+        ({"image_mean": [0.5]}, ["image_mean is [0.5]"]),
+        ({"size": {"height": 0, "width": 8}}, ["size.height is 0"]),
+        ({"size": {"height": 6, "width": 8}}, ["makes images of", "(3, 6, 8)", "(3, 8, 8)"]),
+    ],
+)
+def test_an_image_processor_that_does_not_fit(clip_recipe, tmp_path, refused, edit, names):
+    folder = shutil.copytree(clip_recipe["base"], tmp_path / "base")
+    file = folder / "preprocessor_config.json"
+    fields = json.loads(file.read_text()) | {"do_center_crop": False} | edit
+    file.write_text(json.dumps(fields))
+    clip_recipe["base"] = str(folder)
+    refused(clip_recipe, f"base ({folder}): its preprocessor_config.json", *names)
 
 
 @pytest.mark.parametrize("content", ["{", '{"image_processor_type": "Unheard"}'])
