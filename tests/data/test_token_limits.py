@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -140,7 +139,7 @@ def test_language_models(kind, decoder_start):
     texts += [message["content"] for row in ROWS[kind] for message in row.get("messages", [])]
     texts += ["assistant", "user"] if kind == "chats" else []
     largest = max(token for text in texts for token in tokenizer(text)["input_ids"])
-    table = Table(datasets.Dataset.from_list(ROWS[kind]), DataSource(path="data"), NAME)
+    table = Table.of_rows(ROWS[kind], DataSource(path="data"), NAME)
 
     def make(vocabulary: int) -> Examples:
         return make_language_examples(
@@ -162,7 +161,7 @@ def test_an_end_of_text_that_the_model_lacks():
     vocabulary = len(tokenizer) - 1
     for end, refused in [("leave", False), ("append", True), ("auto", True)]:
         source = DataSource(path="data", end_of_text=end)
-        table = Table(datasets.Dataset.from_list(ROWS["texts"]), source, NAME)
+        table = Table.of_rows(ROWS["texts"], source, NAME)
         options: dict[str, Any] = {"max_length": 40, "decoder_start": None}
         options |= {"predicts_end": lambda few: True, "limits": TokenLimits(vocabulary, None)}
         if not refused:
