@@ -107,8 +107,8 @@ class Learn(RecipeCommand):
             return
         call.console.print(
             f"merged checkpoint {out / CHECKPOINT_FOLDER}\n"
-            f"coefficients      {out / COEFFICIENTS_FILE} (lowest held-out "
-            f"objective after {result.coefficients.step} steps)\n"
+            f"coefficients      {out / COEFFICIENTS_FILE} (after "
+            f"{result.coefficients.step} steps, chosen by the held-out objective alone)\n"
             f"heat map          {out / HEAT_MAP_FILE}\n"
             f"report            {out / PAGE_FILE}{_adapter_line(call, out)}",
             highlight=False,

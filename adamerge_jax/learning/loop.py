@@ -137,8 +137,8 @@ def learn(
         save: The old name of `on_snapshot`.
 
     Returns:
-        The coefficients with the lowest objective on the held-out data, where theirs is never
-        above that of the starting point. That says nothing of other measures, such as accuracy.
+        The best coefficients by their objective on the held-out data, which is never above that of
+        the starting point. That says nothing of other measures, such as accuracy.
 
     Raises:
         NonFiniteObjectiveError: Says at which step and on which task; carries the last good
