@@ -10,8 +10,9 @@ The core takes any pytree of parameters:
 - `make_learner`, `Frozen`, `learn`: the steps; `Learner` and `Learned` are what they return.
 
 For Hugging Face checkpoints a recipe says all of it: `load_recipe`, `parse_recipe` and `Recipe`,
-with `adamerge_jax.pipeline` to run one, and `Coefficients`, the file that a run leaves. Whatever
-the user gave that cannot be used is an `InputError`.
+with `adamerge_jax.pipeline` to run one, and `Coefficients`, the file that a run leaves. A recipe
+may name functions of one's own that `extension` marks. Whatever the user gave that cannot be used
+is an `InputError`.
 
 Shapes are written with K experts, G groups or layers of a stack, L stacked layers, B examples, T
 tokens, C classes and H features. Coefficients have no unit; objectives are in nats where they are
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from adamerge_jax.objectives import regularizers
     from adamerge_jax.recipes.loading import load_recipe, parse_recipe
     from adamerge_jax.recipes.schema import Recipe
+    from adamerge_jax.registry import extension
     from adamerge_jax.task_vectors import DenseDelta, LowRankDelta, task_vectors
 
 find_old_names()
@@ -58,6 +60,7 @@ _HOMES = {
     "Recipe": "recipes.schema",
     "ask_expert": "data.expert_targets",
     "calibrate": "data.batches",
+    "extension": "registry",
     "granularities": "coefficients",
     "interference": "",
     "learn": "learning.loop",
@@ -87,6 +90,7 @@ __all__ = [
     "Recipe",
     "ask_expert",
     "calibrate",
+    "extension",
     "granularities",
     "interference",
     "learn",

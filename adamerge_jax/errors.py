@@ -95,6 +95,11 @@ def in_one_line(error: BaseException) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def shorten(text: str, width: int = 80) -> str:
+    """Returns the beginning of a text that a stranger wrote, as part of a one-line message."""
+    return textwrap.shorten(text, width, placeholder="...") or text[:width]
+
+
 def and_more(count: int) -> str:
     """Returns the end of a list of which a message names only the first item."""
     return f" (and {count} more)" if count else ""

@@ -1,19 +1,82 @@
-"""Choices of a recipe by name: the package's own, and those of a user's module."""
+"""Choices of a recipe by name: the package's own, and functions of the user's own modules.
+
+A file names choices, and files come from strangers. A name such as `package.module:function` is
+therefore imported only where the user allows it (`allow_code`), and called only if whoever wrote
+the function marked it for this use (`extension`).
+"""
 
 import copy
 import difflib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from adamerge_jax.errors import InputError
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable)
 
 _RESULTS: dict[Hashable, Any] = {}
 """Results by function, options and arguments; see `call_registered`."""
+
+_ALLOWED: set[str] = set()
+"""The names `package.module:function` that this process may import; see `allow_code`."""
+
+_EXTENSIONS: set[Callable] = set()
+"""The functions that are marked; see `extension`."""
+
+
+def extension(function: F) -> F:
+    """Marks a function as one that recipes may name as `package.module:function`.
+
+    Args:
+        function: A function that returns an objective, a granularity, a regularizer, an
+            interference step or a merge method.
+
+    Returns:
+        The same function.
+
+    Examples:
+        >>> import adamerge_jax as am
+        >>> @am.extension
+        ... def by_kind(shapes):
+        ...     return am.granularities.groups(shapes, {"attention": ["*.attention.*"]})
+    """
+    _EXTENSIONS.add(function)
+    return function
+
+
+def is_own_code(name: str) -> bool:
+    """Returns True for the name of a function of the user's own: `package.module:function`."""
+    return ":" in name
+
+
+def allow_code(names: Iterable[str]) -> None:
+    """Allows this process to import functions of the user's own; imports nothing yet.
+
+    Args:
+        names: Their names, `package.module:function`.
+    """
+    _ALLOWED.update(name for name in names if is_own_code(name))
+
+
+def require_allowed(field: str, name: str) -> None:
+    """Refuses a function of somebody's own that this process may not import.
+
+    Args:
+        field: Field of the recipe, which begins error messages.
+        name: Its name, `package.module:function`.
+
+    Raises:
+        InputError: It is not among those of `allow_code`.
+    """
+    if name not in _ALLOWED:
+        raise InputError(
+            f"{field}: {name!r} is code of somebody's own, which runs only where a recipe names it "
+            "and code is allowed; if you trust it, give --allow-code (in Python allow_code=True)"
+        )
 
 
 def find_registered(field: str, registry: Mapping[str, Callable[..., T]], name: str) -> Callable:
@@ -25,9 +88,9 @@ def find_registered(field: str, registry: Mapping[str, Callable[..., T]], name: 
         name: One of them, or `package.module:function`.
 
     Raises:
-        InputError: There is no such function.
+        InputError: There is no such function, or it may not be called.
     """
-    if ":" not in name:
+    if not is_own_code(name):
         if name not in registry:
             nearest = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)
             raise InputError(
@@ -35,13 +98,20 @@ def find_registered(field: str, registry: Mapping[str, Callable[..., T]], name: 
                 f"'package.module:function' (nearest is {nearest[0]!r})"
             )
         return registry[name]
+    require_allowed(field, name)
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{field}: {name!r} cannot be imported ({error})") from error
-    if not callable(function):
-        raise InputError(f"{field}: {name!r} is no function")
+    # A module of the user's own may fail in any way.
+    except Exception as error:
+        raise InputError(
+            f"{field}: {name!r} cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(function, Hashable) or function not in _EXTENSIONS:
+        raise InputError(
+            f"{field}: {name!r} is not marked as an extension; write @adamerge_jax.extension above "
+            "its definition if it is meant to be called"
+        )
     return function
 
 
@@ -51,6 +121,8 @@ def call_registered(
     name: str,
     options: Mapping[str, Any],
     arguments: Sequence[Any] = (),
+    *,
+    returns: type,
 ) -> T:
     """Calls the function that a recipe names with the options it gives.
 
@@ -63,9 +135,11 @@ def call_registered(
         name: One of them, or `package.module:function`.
         options: Keyword arguments, from the recipe.
         arguments: Positional arguments that come before them.
+        returns: The type of the result.
 
     Raises:
-        InputError: There is no such function, or it does not take these options.
+        InputError: There is no such function, it may not be called, it does not take these options,
+            or it returns something else.
     """
     function = find_registered(field, registry, name)
     key = _key(function, options, arguments)
@@ -81,10 +155,16 @@ def call_registered(
         raise InputError(
             f"{field}: {name} says: {error}; its options are {', '.join(accepted) or 'none'}"
         ) from error
+    # The package's functions refuse options by these; one of somebody's own may fail in any way.
+    refusals = (Exception,) if is_own_code(name) else (TypeError, ValueError)
     try:
         result = function(*arguments, **options)
-    except (TypeError, ValueError) as error:
+    except refusals as error:
         raise InputError(f"{field}: {name} says: {' '.join(str(error).split())}") from error
+    if not isinstance(result, returns):
+        raise InputError(
+            f"{field}: {name} returns {type(result).__name__}, expected {returns.__name__}"
+        )
     if key is not None:
         _RESULTS[key] = result
     return result

@@ -74,6 +74,12 @@ def drawn_figures() -> Iterator[Callable[[], AbstractContextManager[None]]]:
         yield drawn
 
 
+@pytest.fixture(autouse=True)
+def no_code_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test allows is not allowed in the next."""
+    monkeypatch.setattr("adamerge_jax.registry._ALLOWED", set())
+
+
 @pytest.fixture(scope="session")
 def text_fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from tests.references import save_text_merge

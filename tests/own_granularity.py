@@ -2,10 +2,12 @@
 
 import jax.numpy as jnp
 
+from adamerge_jax import extension
 from adamerge_jax.coefficients.granularities import Granularity
 from adamerge_jax.parameter_names import is_stacked
 
 
+@extension
 def rows(shapes) -> Granularity:
     """One coefficient per row of a matrix, one per vector: as the package's `row` without tables.
 

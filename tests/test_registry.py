@@ -20,7 +20,7 @@ REGISTRY = {"made": Made}
 
 
 def call(arguments=(), **options):
-    return call_registered("field", REGISTRY, "made", options, arguments)
+    return call_registered("field", REGISTRY, "made", options, arguments, returns=Made)
 
 
 def test_the_same_options_are_one_call():

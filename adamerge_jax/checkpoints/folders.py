@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adamerge_jax.errors import InputError, in_hand
+from adamerge_jax.errors import InputError, in_hand, shorten
 from adamerge_jax.writing import flush_folder, partial_path
 
 _TASK_NAME = re.compile(r"\w[\w.+-]*")
+
+_LONGEST_NAME = 100
+"""The longest name of a run or task in bytes: file systems take 255, and endings are added."""
 
 
 @contextmanager
@@ -104,17 +107,43 @@ def require_space(folder: Path, expected_bytes: int) -> None:
         )
 
 
+def require_run_name(name: str) -> None:
+    """Refuses a name of a run that cannot be the name of a folder under `runs/`.
+
+    Raises:
+        InputError: It is a path, empty, too long, or has characters that are not printed.
+    """
+    is_path = "/" in name or "\\" in name or name in ("", ".", "..")
+    if is_path or not name.isprintable() or name[0] == "-" or len(name.encode()) > _LONGEST_NAME:
+        raise InputError(
+            f"name: {shorten(repr(name))} cannot be the name of a folder; use printed characters "
+            f"without / and \\, at most {_LONGEST_NAME} bytes of them, and give a path as --out"
+        )
+
+
 def require_task_name(task: str) -> None:
     """Refuses a task name that cannot be the name of a folder under `tasks/`.
 
     Raises:
-        InputError: It is empty, or has other characters than a folder's name should.
+        InputError: It is empty, too long, or has other characters than a folder's name should.
     """
-    if not _TASK_NAME.fullmatch(task):
+    if not _TASK_NAME.fullmatch(task) or len(task.encode()) > _LONGEST_NAME:
         raise InputError(
-            f"task name {task!r} cannot be the name of a folder; use letters, digits and any "
-            "of . _ + - after the first"
+            f"task name {shorten(repr(task))} cannot be the name of a folder; use letters, digits "
+            f"and any of . _ + - after the first, at most {_LONGEST_NAME} bytes"
         )
+
+
+def require_possible_path(path: str) -> str:
+    """Returns a path, or refuses one that no file system has.
+
+    Raises:
+        InputError: It is empty, too long, or holds a byte 0.
+    """
+    longest = max(map(len, os.fsencode(path).split(b"/")))
+    if not path or "\0" in path or longest > 255 or len(os.fsencode(path)) > 4096:
+        raise InputError(f"{shorten(repr(path))} is no path: empty, too long, or with a byte 0")
+    return path
 
 
 def _nearest(folder: Path) -> Path:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float
 
 from adamerge_jax.checkpoints.finite import LARGEST, sum_of_squares
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert
-from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.errors import InputError
+from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.parameter_names import numbered_block
 
 _SMALLEST_SUM = 1e-8
@@ -173,10 +173,7 @@ def _parameters_by_role(
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file} cannot be read: {in_one_line(error)}") from error
+    config = read_yaml_file(file)
     if not isinstance(config, dict) or "merge_method" not in config:
         raise InputError(f"{file} is no mergekit config: it has no merge_method")
     return config

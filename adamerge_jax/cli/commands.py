@@ -64,6 +64,8 @@ class RecipeCommand(Command):
     """The recipe, a YAML file."""
     root: Path | None = None
     """Folder that relative paths of the recipe start from; by default the recipe's own."""
+    allow_code: bool = False
+    """Run the functions of somebody's own that the recipe names, package.module:function."""
 
     @property
     def folder(self) -> Path:
@@ -185,7 +187,10 @@ class Merge(RecipeCommand):
         from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.run import merge
+        from adamerge_jax.registry import allow_code
 
+        if self.allow_code:
+            allow_code([self.method])
         merge(
             call.recipe,
             self.method,

@@ -19,11 +19,11 @@ from rich.console import Console
 from adamerge_jax.cli.commands import Invocation, RecipeCommand
 from adamerge_jax.cli.compilation import keep_compiled_programs
 from adamerge_jax.errors import InputError, in_hand
+from adamerge_jax.files.strict_yaml import read_yaml
 from adamerge_jax.recipes.loading import (
     describe_validation_error,
-    load_recipe,
     parse_recipe,
-    read_yaml,
+    read_recipe,
 )
 from adamerge_jax.recipes.presets import drop_options_of_replaced
 from adamerge_jax.recipes.schema import Recipe, Section
@@ -90,7 +90,7 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     file = _find_recipe(name, command, [o for o in options if o not in ("-h", "--help")])
     if file is not None:
         with in_hand(file):
-            recipe = load_recipe(file, early.preset)
+            recipe = read_recipe(file, early.preset)
     elif asks_for_help:
         recipe = parse_recipe(_EXAMPLE)
     else:
@@ -99,7 +99,8 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     named = {o.removeprefix("--").partition("=")[0].replace("-", "_") for o in options}
     fields = drop_options_of_replaced(parsed.recipe.model_dump(), recipe.model_dump(), named)
     # Once more as a whole: what a field may be can depend on another.
-    parsed.recipe = parse_recipe(fields, "command line")
+    allowed = parsed.command.allow_code
+    parsed.recipe = parse_recipe(fields, "command line", allow_code=allowed)
     return parsed
 
 

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import (
     Granularity,
     Shapes,
@@ -24,9 +25,10 @@ from adamerge_jax.coefficients.granularities import (
     make_granularity,
     per_tensor,
 )
-from adamerge_jax.errors import InputError
-from adamerge_jax.interference import FittedStep
+from adamerge_jax.errors import InputError, shorten
+from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.parameter_names import is_stacked, unstack
+from adamerge_jax.registry import is_own_code
 from adamerge_jax.writing import write_whole
 
 
@@ -274,6 +276,21 @@ class Coefficients:
             raise InputError(f"it is of {experts} experts and {len(self.shapes)} merged tensors")
         if self.initial is not None and not np.isfinite(self.initial):
             raise InputError(f"it says that coefficients started at {self.initial}")
+        if self.constraint not in CONSTRAINTS:
+            raise InputError(f"there is no constraint {shorten(repr(self.constraint))}")
+        for name, shape in self.shapes.items():
+            if min(shape, default=1) < 1:
+                raise InputError(f"{name} has the shape {shape}")
+        for name, factor in self.scaled.items():
+            if not np.isfinite(factor):
+                raise InputError(f"the experts were scaled by {factor} ({name})")
+        for step in self.interference:
+            if not is_own_code(step.name):
+                takes = make_step(step.name, step.options).takes
+                if not takes(step.fitted, experts):
+                    raise InputError(
+                        f"the interference step {step.name} has no facts of {experts} task vectors"
+                    )
         for group, array in self.values.items():
             if array.shape[:1] != (experts,):
                 raise InputError(
@@ -282,9 +299,8 @@ class Coefficients:
                 )
             if not _are_finite(array):
                 raise InputError(f"coefficients of {group} are not finite")
-        if ":" in self.granularity:
-            # A user's own: reading the file must not need its module.
-            return
+        if is_own_code(self.granularity):
+            return  # reading the file must not run anything
         granularity = self.unstacked_granularity
         made = jax.eval_shape(lambda: granularity.init(constant(self.shapes, experts, 0.0)))
         if unlike := made.keys() ^ self.values.keys():
@@ -358,9 +374,28 @@ def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
                 raise InputError(f"its metadata lack {name}")
             continue
         try:
-            parsed[name] = TypeAdapter(field.type).validate_python(json.loads(metadata[name]))
-        except ValueError as error:  # json's own, or pydantic's
+            value = json.loads(metadata[name])
+            _require_printed(value)
+            parsed[name] = TypeAdapter(field.type).validate_python(value)
+        # A ValueError is json's own or pydantic's; json follows lists within lists without end.
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"its metadata have {metadata[name]!r:.60} for {name}, which cannot be read"
             ) from error
     return parsed
+
+
+def _require_printed(value: Any) -> None:
+    """Refuses texts with control characters, which a terminal would obey.
+
+    Raises:
+        ValueError: A text has one.
+    """
+    if isinstance(value, str):
+        if not value.isprintable():
+            raise ValueError("a text has characters that are not printed")
+    elif isinstance(value, dict | list):
+        for member in value:
+            _require_printed(member)
+        if isinstance(value, dict):
+            _require_printed(list(value.values()))

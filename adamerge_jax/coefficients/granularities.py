@@ -107,7 +107,12 @@ def make_granularity(name: str, options: Mapping[str, Any], shapes: Shapes) -> G
         {'dense.weight': 'in 6 pieces'}
     """
     return call_registered(
-        "coefficients.granularity", GRANULARITIES, name, options, arguments=(shapes,)
+        "coefficients.granularity",
+        GRANULARITIES,
+        name,
+        options,
+        arguments=(shapes,),
+        returns=Granularity,
     )
 
 

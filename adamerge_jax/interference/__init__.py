@@ -71,7 +71,7 @@ def make_step(name: str, options: Mapping[str, Any]) -> Step:
     Raises:
         InputError: There is no such step, or it refuses an option.
     """
-    return call_registered("interference", STEPS, name, options)
+    return call_registered("interference", STEPS, name, options, returns=Step)
 
 
 def fit_steps(

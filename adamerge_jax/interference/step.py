@@ -10,6 +10,10 @@ def _nothing_to_fit(task_vectors: Mapping[str, np.ndarray]) -> None:
     return None
 
 
+def _any_facts(fitted: Any, experts: int) -> bool:
+    return True
+
+
 class Step(NamedTuple):
     """One change of task vectors.
 
@@ -17,7 +21,9 @@ class Step(NamedTuple):
         apply: `(tensor name, values [K, *shape], fitted) -> values [K, *shape]`.
         fit: From all task vectors `[K, *shape]` by tensor name to the facts of the whole model
             that `apply` needs, as numbers and lists that JSON can hold.
+        takes: `(fitted, K) -> True` where `apply` takes these facts, which may come from a file.
     """
 
     apply: Callable[[str, np.ndarray, Any], np.ndarray]
     fit: Callable[[Mapping[str, np.ndarray]], Any] = _nothing_to_fit
+    takes: Callable[[Any, int], bool] = _any_facts

@@ -3,7 +3,9 @@
 AdaMerging++ learns coefficients for task vectors after the first two steps.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +54,11 @@ def trim(density: float = 0.2) -> Step:
         limits = np.asarray(thresholds, np.float32).reshape(-1, *(1 for _ in values.shape[1:]))
         return np.where(np.abs(values) >= limits, values, 0)
 
-    return Step(apply, fit)
+    def takes(thresholds: Any, experts: int) -> bool:
+        is_list = isinstance(thresholds, list) and len(thresholds) == experts
+        return is_list and all(isinstance(t, float) and 0 <= t < math.inf for t in thresholds)
+
+    return Step(apply, fit, takes)
 
 
 def elect_sign() -> Step:

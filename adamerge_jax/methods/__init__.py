@@ -41,4 +41,4 @@ def make_method(name: str, options: Mapping[str, Any]) -> MergeMethod:
     Raises:
         InputError: There is no such method, or it refuses an option.
     """
-    return call_registered("method", METHODS, name, options)
+    return call_registered("method", METHODS, name, options, returns=MergeMethod)

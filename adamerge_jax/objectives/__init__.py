@@ -82,7 +82,7 @@ def make_objective(name: str, options: Mapping[str, Any]) -> Objective:
         >>> make_objective("logit_alignment", {"temperature": 2.0}).target_spec.expert_logits
         True
     """
-    return call_registered("objectives", OBJECTIVES, name, options)
+    return call_registered("objectives", OBJECTIVES, name, options, returns=Objective)
 
 
 def _needs(

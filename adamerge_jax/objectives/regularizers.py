@@ -124,7 +124,7 @@ def make_regularizer(name: str, options: Mapping[str, Any]) -> Regularizer:
         >>> float(make_regularizer("lp_norm", {"p": 1})(values, values))
         3.0
     """
-    return call_registered("regularizers", REGULARIZERS, name, options)
+    return call_registered("regularizers", REGULARIZERS, name, options, returns=Callable)
 
 
 def _magnitude(values: Array) -> Array:

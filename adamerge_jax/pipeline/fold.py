@@ -72,8 +72,10 @@ def require_fitting(models: Models, coefficients: Coefficients) -> None:
     """Refuses coefficients that do not fit the tensors of these models.
 
     Raises:
-        InputError: They mix a parameter that the base does not have, or has in another shape.
+        InputError: They mix a parameter that the base does not have, or has in another shape, or
+            their granularity is code that may not run.
     """
+    _ = coefficients.unstacked_granularity  # refused if it is code that may not run
     source = models.base.checkpoint.source
     for name, shape in coefficients.shapes.items():
         if name not in models.base.names:

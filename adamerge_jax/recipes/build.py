@@ -17,6 +17,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.learning.held_out import Control
 from adamerge_jax.learning.optimizer import build_optimizer, require_gradient_alone
+from adamerge_jax.methods import make_method
 from adamerge_jax.models.family import Family
 from adamerge_jax.objectives import Objective, TargetSpec, make_objective, weighted_sum
 from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
@@ -162,6 +163,10 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
     objectives = build_objectives(recipe.objectives, recipe.tasks)
     specs = {task: objective.target_spec for task, objective in objectives.items()}
     _require_fitting(specs, recipe.tasks, language)
+    if not language:
+        _require_no_tokens(recipe.objectives)
+    for method in recipe.evaluation.methods:
+        make_method(method.name, method.options)  # refused here rather than after learning
     if language or len(specs) == 1:
         # With one output layer for all tasks experts would contradict each other; one task has no
         # others.
@@ -284,6 +289,16 @@ def _require_fitting(
             raise InputError(
                 f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
                 "name the column of the class index, or choose an objective that needs none"
+            )
+
+
+def _require_no_tokens(terms: Sequence[ObjectiveRecipe]) -> None:
+    """Refuses options that only a language model's objectives have."""
+    for position, term in enumerate(terms):
+        if "top_tokens" in term.options:
+            raise InputError(
+                f"objectives.{position}.options.top_tokens: is for language models, and these "
+                "predict classes; leave it out"
             )
 
 

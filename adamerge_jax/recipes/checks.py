@@ -4,10 +4,11 @@ No checkpoint and no data is opened. Each function checks one section, in the or
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from adamerge_jax.checkpoints.folders import require_task_name
+from adamerge_jax.checkpoints.folders import require_run_name, require_task_name
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import GRANULARITIES, make_granularity
 from adamerge_jax.coefficients.importance import FROM_COARSE
@@ -22,21 +23,29 @@ from adamerge_jax.recipes.build import (
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
     DevicesRecipe,
+    InterferenceRecipe,
     LearningRecipe,
+    MethodRecipe,
     ObjectiveRecipe,
     Recipe,
+    RegularizerRecipe,
     TaskRecipe,
     TaskVectorsRecipe,
 )
-from adamerge_jax.registry import find_registered
+from adamerge_jax.registry import find_registered, is_own_code
+
+C = TypeVar("C", InterferenceRecipe, MethodRecipe, ObjectiveRecipe, RegularizerRecipe)
 
 
 def check(recipe: Recipe) -> None:
     """Refuses fields that do not go together, unknown names and unknown options.
 
+    Functions of somebody's own are looked at when the method is built, and so may run.
+
     Raises:
         InputError: The field is refused; the message says what to change.
     """
+    require_run_name(recipe.name)
     _check_tasks(recipe.tasks)
     _check_devices(recipe.devices)
     _check_initial(recipe.coefficients, recipe.initial_coefficient, len(recipe.tasks))
@@ -44,16 +53,21 @@ def check(recipe: Recipe) -> None:
     _check_control(recipe.learning, recipe.forgotten, recipe.tasks)
     _check_coefficients(recipe.coefficients, recipe.task_vectors)
     build_optimizer(recipe.learning.optimizer, recipe.learning.steps)
-    build_regularizers(recipe.regularizers)
-    for method in recipe.evaluation.methods:
+    build_regularizers(_of_package(recipe.regularizers))
+    for method in _of_package(recipe.evaluation.methods):
         make_method(method.name, method.options)
-    build_interference(recipe.interference, recipe.seed)
-    objectives = build_objectives(recipe.objectives, recipe.tasks).values()
+    build_interference(_of_package(recipe.interference), recipe.seed)
+    objectives = build_objectives(_of_package(recipe.objectives), recipe.tasks).values()
     if recipe.learning.microbatches > 1 and any(o.target_spec.whole_batch for o in objectives):
         raise InputError(
             "learning.microbatches: pseudo_labels, and hidden_state_alignment with relative, "
             "look at the whole batch; set it to 1, or choose another objective"
         )
+
+
+def _of_package(choices: Sequence[C]) -> list[C]:
+    """Returns the choices that are the package's own functions."""
+    return [choice for choice in choices if not is_own_code(choice.name)]
 
 
 def _check_tasks(tasks: Mapping[str, TaskRecipe]) -> None:
@@ -101,6 +115,8 @@ def _check_weights(objectives: Sequence[ObjectiveRecipe], tasks: Mapping[str, ob
                 f"objectives.{position}.weight: {min(unknown)!r} is no task; "
                 f"the tasks are {', '.join(tasks)}"
             )
+    if not any(term.weight_of(task) for term in objectives for task in tasks):
+        raise InputError("objectives: every weight is 0, so that nothing would be learned")
 
 
 def _check_control(
@@ -131,11 +147,13 @@ def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVect
             )
         from_coarse.require_options(options)
         takes_rows_apart = True
+    elif is_own_code(name):
+        takes_rows_apart = False
     else:
         find_registered("coefficients.granularity", GRANULARITIES, name)
         takes_rows_apart = False
         # Without parameters only options are looked at; those of heads may be left to the model.
-        if name in GRANULARITIES and (options or name != "head"):
+        if options or name != "head":
             takes_rows_apart = make_granularity(name, options, {}).prepares
     if task_vectors.dtype == "int8" and takes_rows_apart:
         raise InputError(

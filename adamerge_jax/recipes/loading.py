@@ -1,57 +1,34 @@
 """Reads recipes from YAML files and nested dictionaries; reports mistakes in one line."""
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, and_more, shorten
+from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.recipes.checks import check
 from adamerge_jax.recipes.presets import apply_preset
 from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.registry import allow_code, require_allowed
+
+_MOST_MISTAKES = 8
+"""The number of mistakes that one message tells."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as in YAML 1.2; in YAML 1.1 it is a text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def read_yaml(text: str | bytes) -> Any:
-    """Parses YAML.
-
-    Args:
-        text: The YAML document.
-
-    Returns:
-        Its dictionaries, lists, strings and numbers.
-
-    Raises:
-        InputError: It is not YAML.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML ({' '.join(str(error).split())})") from error
-
-
-def load_recipe(path: Path | str, preset: str | None = None) -> Recipe:
+def load_recipe(path: Path | str, preset: str | None = None, *, allow_code: bool = False) -> Recipe:
     """Reads and validates a recipe.
 
     Args:
         path: A YAML file.
         preset: Replaces the preset that the file names.
+        allow_code: If True, the functions of somebody's own that the recipe names
+            (`package.module:function`) may be imported when a run needs them.
 
     Raises:
-        InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
+        InputError: The file is missing, is not YAML, a field is unknown, missing or wrong, or it
+            names code that is not allowed.
 
     Examples:
         >>> import tempfile
@@ -69,9 +46,24 @@ def load_recipe(path: Path | str, preset: str | None = None) -> Recipe:
         >>> recipe.name, recipe.preset, recipe.coefficients.granularity
         ('reviews', 'recommended', 'row')
     """
+    recipe = read_recipe(path, preset)
+    _admit_code(recipe, str(path), allow_code)
+    return recipe
+
+
+def read_recipe(path: Path | str, preset: str | None = None) -> Recipe:
+    """Reads and validates a recipe as `load_recipe` does, and leaves aside the code that it names.
+
+    Args:
+        path: A YAML file.
+        preset: Replaces the preset that the file names.
+
+    Raises:
+        InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
+    """
     chosen = {} if preset is None else {"preset": preset}
     file = Path(path)
-    return parse_recipe({"name": file.stem} | read_fields(file) | chosen, str(path))
+    return _validate({"name": file.stem} | read_fields(file) | chosen, str(path))
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -82,24 +74,27 @@ def read_fields(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such recipe; expected a YAML file")
-    try:
-        fields = read_yaml(path.read_bytes())
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    fields = read_yaml_file(path)
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: expected fields such as base and tasks, found {fields!r}")
+        raise InputError(
+            f"{path}: expected fields such as base and tasks, found {shorten(repr(fields))}"
+        )
     return fields
 
 
-def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
+def parse_recipe(
+    fields: dict[str, Any], where: str = "recipe", *, allow_code: bool = False
+) -> Recipe:
     """Validates a recipe given as nested dictionaries.
 
     Args:
         fields: The contents of a recipe's YAML file.
         where: The beginning of error messages.
+        allow_code: If True, the functions of somebody's own that the recipe names
+            (`package.module:function`) may be imported when a run needs them.
 
     Raises:
-        InputError: A field is unknown, missing or wrong.
+        InputError: A field is unknown, missing or wrong, or names code that is not allowed.
 
     Examples:
         >>> from adamerge_jax import InputError, parse_recipe
@@ -115,6 +110,12 @@ def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
         ...     print(error)
         recipe: unknown field lerning; nearest valid name is 'learning'
     """
+    recipe = _validate(fields, where)
+    _admit_code(recipe, where, allow_code)
+    return recipe
+
+
+def _validate(fields: dict[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(apply_preset(fields))
         check(recipe)
@@ -125,23 +126,39 @@ def parse_recipe(fields: dict[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
+def _admit_code(recipe: Recipe, where: str, allowed: bool) -> None:
+    """Allows the functions of somebody's own that a recipe names, or refuses them."""
+    if allowed:
+        allow_code(recipe.own_code.values())
+    for field, name in recipe.own_code.items():
+        require_allowed(f"{where}: {field}", name)
+
+
 def describe_validation_error(error: ValidationError) -> str:
-    """Returns the first mistake in one line: the field, its value and the expected value."""
-    mistake = error.errors()[0]
+    """Returns all mistakes in one line: the field, its value and the expected value of each.
+
+    Unknown fields come first: a misspelt one is missing under its right name too.
+    """
+    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+    told = [_describe_mistake(mistake) for mistake in mistakes[:_MOST_MISTAKES]]
+    return "; ".join(told) + and_more(len(mistakes) - len(told))
+
+
+def _describe_mistake(mistake: Any) -> str:
     field = ".".join(map(str, mistake["loc"]))
     if mistake["type"] == "extra_forbidden":
         *section, unknown = mistake["loc"]
         valid_names = _fields_at(section)
         nearest = difflib.get_close_matches(str(unknown), valid_names, n=1, cutoff=0.0)
-        message = f"unknown field {field}; nearest valid name is {nearest[0]!r}"
-    elif mistake["type"] == "missing":
-        message = f"field {field} is missing"
-    elif mistake["type"] == "value_error":
-        message = str(mistake["ctx"]["error"])
-    else:
-        message = f"field {field}: found {mistake['input']!r}; {mistake['msg']}"
-    others = error.error_count() - 1
-    return message + (f" (and {others} more)" if others else "")
+        return f"unknown field {shorten(field)}; nearest valid name is {nearest[0]!r}"
+    if mistake["type"] == "missing":
+        return f"field {field} is missing"
+    if mistake["type"] == "value_error":
+        return f"field {shorten(field)}: {mistake['ctx']['error']}"
+    message = f"field {shorten(field)}: found {shorten(repr(mistake['input']))}; {mistake['msg']}"
+    if mistake["type"] == "string_type" and isinstance(mistake["input"], bool | int | float):
+        message += ": put it in quotes"
+    return message
 
 
 def _fields_at(location: list[str | int]) -> list[str]:

@@ -3,19 +3,51 @@
 Every field is documented by the string below it; the command line shows these with the defaults.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from adamerge_jax.checkpoints.folders import require_possible_path
 from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS
+from adamerge_jax.registry import is_own_code
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+Count = Annotated[int, Field(ge=1, le=10**9)]
+"""A number of steps, examples, devices and the like."""
+
+PathText = Annotated[str, AfterValidator(require_possible_path)]
+"""A path, or an id on the Hub."""
+
+
 class Section(BaseModel):
-    """A part of a recipe; unknown fields are refused."""
+    """A part of a recipe; unknown fields are refused, and numbers that float32 does not have."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="after")
+    def _require_float32(self) -> "Section":
+        for name in type(self).model_fields:
+            _require_float32(name, getattr(self, name))
+        return self
+
+
+def _require_float32(name: str, value: Any) -> None:
+    """Refuses NaN, infinity and numbers beyond float32, also within options."""
+    if isinstance(value, Mapping):
+        for key, member in value.items():
+            _require_float32(f"{name}.{key}", member)
+    elif isinstance(value, list | tuple):
+        for position, member in enumerate(value):
+            _require_float32(f"{name}.{position}", member)
+    elif isinstance(value, int | float) and not abs(value) <= _LARGEST:
+        raise ValueError(f"{name} is {value:g}, expected a number that float32 has")
+
+
+_LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest number of float32."""
 
 
 class _PathSection(Section):
@@ -30,7 +62,7 @@ class _PathSection(Section):
 class ModelSource(_PathSection):
     """A Hugging Face checkpoint."""
 
-    path: str
+    path: PathText
     """Folder, or id on the Hugging Face Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
@@ -39,7 +71,7 @@ class ModelSource(_PathSection):
 class DataSource(_PathSection):
     """The examples of one task."""
 
-    path: str
+    path: PathText
     """File of a table (.jsonl, .ndjson, .json, .csv, .tsv and .txt, also compressed as .gz, .bz2 or
     .xz; .parquet, .arrow), .npz file, folder of images, of tables or of `save_to_disk`, or id of a
     data set on the Hub."""
@@ -71,7 +103,7 @@ class DataSource(_PathSection):
     """Column of the image."""
     label: str | None = None
     """Column of the class index or of the class's name; unlabeled without it."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: Count | None = None
     """Largest number of examples, drawn with the recipe's seed."""
 
 
@@ -119,7 +151,7 @@ class CoarseRecipe(Section):
 
     granularity: Literal["task", "layer", "tensor"] = "tensor"
     """Parameters that share a coefficient."""
-    steps: int = Field(default=100, ge=1)
+    steps: Count = 100
     """Number of optimizer steps."""
 
 
@@ -135,7 +167,7 @@ class CoefficientsRecipe(Section):
     """Values that coefficients may take."""
     initial: float | None = None
     """Value at which every coefficient starts; by default 0.3, or 1/K under softmax."""
-    start: str | None = None
+    start: PathText | None = None
     """Coefficients file of an earlier run to start from instead, of any granularity. Experts are
     matched by name; an expert that is not in the file starts at initial. Or a .yaml file of
     mergekit with the same models and one weight per tensor or coarser."""
@@ -218,18 +250,18 @@ class OptimizerRecipe(Section):
 class LearningRecipe(Section):
     """The number of steps, the batches and the held-out data."""
 
-    steps: int = Field(default=500, ge=1)
+    steps: Count = 500
     """Number of optimizer steps."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: Count = 16
     """Examples of every task per step."""
-    microbatches: int = Field(default=1, ge=1)
+    microbatches: Count = 1
     """Equal parts in which a step runs its batch, one after the other: less memory for activations,
     the same coefficients."""
-    examples: int | None = Field(default=None, ge=2)
+    examples: int | None = Field(default=None, ge=2, le=10**9)
     """Largest number of calibration examples of each task, drawn with the recipe's seed."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
     """Part of the calibration data that is held out to choose the best coefficients."""
-    evaluate_every: int | None = Field(default=None, ge=1)
+    evaluate_every: Count | None = None
     """Steps between evaluations of the held-out part; by default a tenth of all steps."""
     control: float | None = Field(default=None, gt=0, le=1)
     """For objectives with a weight below 0: learning stops before the agreement of one of the other
@@ -252,7 +284,7 @@ class MethodRecipe(Section):
 class EvaluationRecipe(Section):
     """The evaluation for the table of results."""
 
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: Count = 128
     """Examples per batch."""
     task_arithmetic: list[float] = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], min_length=1
@@ -267,7 +299,7 @@ class ExportRecipe(Section):
 
     dtype: Dtype | None = None
     """Dtype of the weights; by default each tensor's in the base."""
-    shard_megabytes: int = Field(default=5000, ge=1)
+    shard_megabytes: Count = 5000
     """Largest size of one safetensors file."""
     orbax: bool = True
     """Write the merged parameters as an Orbax checkpoint for JAX too, which is as large again."""
@@ -280,7 +312,7 @@ class ExportRecipe(Section):
 class DevicesRecipe(Section):
     """The devices and processes that a run uses."""
 
-    model: int = Field(default=1, ge=1)
+    model: Count = 1
     """Number of devices among which every parameter and task vector is split; must divide the
     number of all devices. Examples are split among all of them in any case."""
     distributed: bool = False
@@ -288,9 +320,9 @@ class DevicesRecipe(Section):
     detects Slurm, Kubernetes, Open MPI and TPU pods; elsewhere, give the next three."""
     coordinator: str | None = None
     """Address of the first process, host:port."""
-    processes: int | None = Field(default=None, ge=1)
+    processes: Count | None = None
     """Number of processes."""
-    process: int | None = Field(default=None, ge=0)
+    process: int | None = Field(default=None, ge=0, le=10**9)
     """Index of this process, from 0."""
 
 
@@ -336,12 +368,28 @@ class Recipe(Section):
     devices: DevicesRecipe = DevicesRecipe()
     tracking: list[Literal["tensorboard", "wandb"]] = []
     """Trackers that get the numbers of every step beside metrics.jsonl: tensorboard, wandb."""
-    max_length: int = Field(default=128, ge=2)
+    max_length: int = Field(default=128, ge=2, le=10**9)
     """Longest text in tokens; longer ones are cut, and the run says how many."""
     dtype: Dtype | None = None
     """Dtype of weights and activations while learning; by default the checkpoint's."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of all randomness."""
+
+    @property
+    def own_code(self) -> dict[str, str]:
+        """The functions of somebody's own, `package.module:function`, by the field of each."""
+        lists: dict[str, Sequence[Any]] = {
+            "interference": self.interference,
+            "objectives": self.objectives,
+            "regularizers": self.regularizers,
+            "evaluation.methods": self.evaluation.methods,
+        }
+        names = {"coefficients.granularity": self.coefficients.granularity} | {
+            f"{field}.{position}.name": choice.name
+            for field, choices in lists.items()
+            for position, choice in enumerate(choices)
+        }
+        return {field: name for field, name in names.items() if is_own_code(name)}
 
     @property
     def initial_coefficient(self) -> float:

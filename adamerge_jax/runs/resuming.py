@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from adamerge_jax.errors import InputError
+from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
     LOCK_FILE,
@@ -51,7 +50,7 @@ def require_startable(out: Path, recipe: Mapping[str, Any], *, resume: bool) -> 
         raise _not_empty(out)
     if not (out / RECIPE_FILE).is_file():
         raise InputError(f"{out} holds no run to go on with; choose another folder")
-    before = yaml.safe_load((out / RECIPE_FILE).read_text(encoding="utf-8"))
+    before = read_yaml_file(out / RECIPE_FILE)
     # A run may go on elsewhere: what it computes is the same.
     before, now = (
         {k: v for k, v in fields.items() if k != "devices"} for fields in (before, recipe)

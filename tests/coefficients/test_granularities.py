@@ -33,6 +33,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import family_of
 from adamerge_jax.parameter_names import is_stacked, layer_of, matches, unstack
+from adamerge_jax.registry import allow_code
 from adamerge_jax.task_vectors import DenseDelta, JoinedDelta, LoadedDelta, LowRankDelta
 from tests.references import shapes_in_file
 
@@ -597,10 +598,13 @@ def test_singular_directions_of_a_matrix_of_that_rank_have_no_rest():
         ("no_such_module:f", {}, "'no_such_module:f' cannot be imported"),
         ("math:no_such_function", {}, "'math:no_such_function' cannot be imported"),
         (":f", {}, "':f' cannot be imported"),
-        ("math:pi", {}, "math:pi"),
+        ("math:pi", {}, "'math:pi' is not marked as an extension"),
+        ("math:floor", {}, "'math:floor' is not marked as an extension"),
+        ("unittest.mock:call", {}, "is not marked as an extension"),
     ],
 )
 def test_bad_options(name, options, message):
+    allow_code([name])
     with pytest.raises(InputError, match=message) as error:
         make_granularity(name, options, SHAPES)
     assert str(error.value).startswith("coefficients.granularity")
@@ -612,12 +616,15 @@ def test_ones_own_granularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "bias.py").write_text(
+        "from adamerge_jax import extension\n"
         "from adamerge_jax.coefficients.granularities import groups\n"
         "\n"
+        "@extension\n"
         "def apart(shapes, pattern='*.bias'):\n"
         "    return groups(shapes, {'apart': [pattern]})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    allow_code(["my_granularities.bias:apart"])
     own = make_granularity("my_granularities.bias:apart", {"pattern": "*.query.bias"}, SHAPES)
     values = own.init(constant(SHAPES, EXPERTS, 0.3))
     assert {group: array.shape for group, array in values.items()} == {

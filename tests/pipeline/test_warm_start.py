@@ -28,6 +28,7 @@ from adamerge_jax.pipeline.warm_start import (
 )
 from adamerge_jax.recipes.build import GranularityChoice, build
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.registry import allow_code
 from tests.references import (
     BERT,
     edit_weights,
@@ -60,6 +61,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "singular": {"rank": 2},
 }
 OWN = "tests.own_granularity:rows"
+
+
+@pytest.fixture(autouse=True)
+def own_granularity_is_allowed(no_code_is_allowed: None) -> None:
+    allow_code([OWN])
+
+
 ALONG_AXES = ["task", "layer", "tensor", "groups", "head", "row", "column"]
 
 

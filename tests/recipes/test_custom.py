@@ -21,13 +21,13 @@ def test_a_run_with_both(text_recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     chosen = ["--coefficients.granularity", "custom:by_kind"]
     chosen += ["--objectives", "[{name: custom:confidence}]"]
-    cli.main(["learn", str(recipe), "--out", str(run), *chosen])
+    cli.main(["learn", str(recipe), "--out", str(run), "--allow-code", *chosen])
     coefficients = Coefficients.load(run / "coefficients.safetensors")
     assert coefficients.granularity == "custom:by_kind"
     assert coefficients.values.keys() == {"attention", "others"}
     assert coefficients.objective == "custom:confidence"
     # Folding finds the granularity again.
     file, folded = run / "coefficients.safetensors", tmp_path / "folded"
-    cli.main(["fold", str(recipe), str(file), "--out", str(folded)])
+    cli.main(["fold", str(recipe), str(file), "--out", str(folded), "--allow-code", *chosen])
     first = (run / "checkpoint" / "model.safetensors").read_bytes()
     assert (folded / "checkpoint" / "model.safetensors").read_bytes() == first

@@ -31,6 +31,7 @@ from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.run import export_job
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.registry import allow_code
 from tests.adapter_references import PLAIN, letter_tokenizer, save_experts
 from tests.references import (
     bert_tokenizer,
@@ -191,6 +192,7 @@ def test_an_adapter_of_every_granularity(llama, tmp_path, granularity):
 def test_an_adapter_of_a_granularity_of_ones_own(llama, tmp_path):
     """It tells nothing of itself, and exports the adapter of the built-in one that is the same."""
     tensors = {}
+    allow_code(["tests.own_granularity:rows"])
     for granularity in ("row", "tests.own_granularity:rows"):
         out = tmp_path / granularity.rpartition(":")[2]
         folded(llama.adapters, out, granularity=granularity)

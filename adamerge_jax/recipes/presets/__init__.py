@@ -42,8 +42,8 @@ def apply_preset(fields: Mapping[str, Any]) -> dict[str, Any]:
         InputError: There is no such preset.
     """
     name = fields.get("preset", DEFAULT_PRESET)
-    if name not in PRESETS:
-        raise InputError(f"preset: found {name!r}; expected one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"preset: found {name!r:.80}; expected one of {', '.join(PRESETS)}")
     return _fill(dict(fields), PRESETS[name])
 
 

@@ -1,0 +1,1 @@
+"""Files of any kind that strangers may have written: read strictly and within limits."""

@@ -1,0 +1,166 @@
+"""A strict YAML reader: what a person overlooks is refused, and so is what would take for ever.
+
+YAML says little of its mistakes: of a key that is given twice the last one counts, `no` is a truth
+value and 2023 a number, and a few nested aliases stand for more memory than there is.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adamerge_jax.errors import InputError
+
+_LARGEST = 10_000_000
+"""The largest size of a file in bytes."""
+
+_DEEPEST = 50
+"""The largest depth of sections within sections."""
+
+_MOST_NODES = 100_000
+"""The largest number of values after all aliases are followed."""
+
+_LONGEST_NUMBER = 40
+"""The largest number of characters of an integer."""
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """Parses YAML.
+
+    Args:
+        text: The YAML document.
+
+    Returns:
+        Its dictionaries, whose keys are all text, lists, strings and numbers.
+
+    Raises:
+        InputError: It is not YAML, a key is given twice or is no text, or it is nested too deep or
+            too large.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is of a tag: !!int "x"
+        raise InputError(f"not valid YAML ({' '.join(str(error).split())})") from error
+
+
+def read_yaml_file(file: Path) -> Any:
+    """Parses a YAML file; see `read_yaml`.
+
+    Raises:
+        InputError: Names the file, which cannot be read or is refused.
+    """
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise InputError(f"larger than {_LARGEST:,} bytes, which no file written by hand is")
+        return read_yaml(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads within limits; 1e-3 is a number as in YAML 1.2, not a text as in YAML 1.1."""
+
+    _depth = 0
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Returns the document, before anything is made of it."""
+        document = super().get_single_node()
+        if document is not None:
+            _count(document, {})
+        return document
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Returns the next value; PyYAML itself goes as deep as the file does."""
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise _Refusal(f"it is nested deeper than {_DEEPEST} levels", self.peek_event())
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Returns the next mapping, each of whose keys is a text of its own."""
+        mapping = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in mapping.value:
+            if key.tag == _MERGE or not isinstance(key, yaml.ScalarNode):
+                continue  # PyYAML refuses keys that are lists or mappings
+            if key.tag != _TEXT:
+                raise _Refusal(
+                    f"the key {_shortened(key.value)} is no text to YAML; put it in quotes", key
+                )
+            if key.value in lines:
+                raise _Refusal(
+                    f"the key {_shortened(key.value)!r} is given twice, first in line "
+                    f"{lines[key.value]}; keep one of the two",
+                    key,
+                )
+            lines[key.value] = key.start_mark.line + 1
+        return mapping
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """Returns an integer; printing one of thousands of digits takes long or fails."""
+        if len(node.value) > _LONGEST_NUMBER:
+            raise _Refusal(f"{_shortened(node.value)} is too long for a number", node)
+        return self.construct_yaml_int(node)
+
+
+_TAG = "tag:yaml.org,2002:"
+_TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
+
+# Dates, sets and bytes are no values of JSON, which is all that is written in YAML here.
+_Loader.yaml_constructors = {
+    tag: _Loader.yaml_constructors[tag]
+    for tag in (None, *(_TAG + kind for kind in ("null", "bool", "float", "str", "seq", "map")))
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != f"{_TAG}timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_int)
+_Loader.add_implicit_resolver(
+    f"{_TAG}float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+class _Refusal(yaml.MarkedYAMLError):
+    """A mistake with its line."""
+
+    def __init__(self, problem: str, place: yaml.Node | yaml.Event):
+        super().__init__(problem=problem, problem_mark=place.start_mark)
+
+    def __str__(self) -> str:
+        return f"line {self.problem_mark.line + 1}: {self.problem}"
+
+
+def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
+    """Returns the number of values in a node, those behind aliases as often as they are used.
+
+    Args:
+        node: The node.
+        counts: The numbers that are known by the id of a node; None while one is being counted.
+    """
+    known = counts.get(id(node), 0)
+    if known is None:
+        raise _Refusal("a section contains itself", node)
+    if known:
+        return known
+    counts[id(node)] = None
+    total = 1
+    if isinstance(node, yaml.CollectionNode):
+        pairs = isinstance(node, yaml.MappingNode)
+        for child in (part for item in node.value for part in (item if pairs else (item,))):
+            total += _count(child, counts)
+            if total > _MOST_NODES:
+                raise _Refusal(f"it has more than {_MOST_NODES:,} values", node)
+    counts[id(node)] = total
+    return total
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
