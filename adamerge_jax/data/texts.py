@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_CHARACTERS_PER_TOKEN = 64
+"""Characters of a text per token of the longest, beyond which its beginning is tried alone."""
+
+
 class TextExamples(Examples):
     """Texts as token ids, tokenised once."""
 
@@ -49,6 +53,8 @@ class TextExamples(Examples):
                 f"{name}: max_length={max_length} has no room for a text: the tokenizer adds "
                 f"{added} tokens of its own; raise max_length, of the recipe or of the tokenizer"
             )
+        first = _beginnings(first, tokenizer, max_length, name)
+        second = second and _beginnings(second, tokenizer, max_length, name)
         encoded = encode(tokenizer, first, name, second, truncation=True, max_length=max_length)
         if limits is not None:
             limits.require_encoded(encoded, name)
@@ -81,3 +87,21 @@ class TextExamples(Examples):
         if self._types is not None:
             inputs["token_type_ids"], _ = padded([self._types[i] for i in index], length, 0)
         return inputs
+
+
+def _beginnings(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, name: str
+) -> list[str]:
+    """Returns texts without what is cut off anyway: tokenising megabytes takes many seconds.
+
+    A text becomes its beginning, up to a space, where that alone has more than twice as many tokens
+    as are used.
+    """
+    size = _CHARACTERS_PER_TOKEN * max_length
+    shortened = list(texts)
+    if tokenizer.truncation_side == "right":
+        for row, text in enumerate(texts):
+            words = text[:size].rsplit(None, 1) if len(text) > size else []
+            if words and len(encode(tokenizer, words[:1], name)["input_ids"][0]) > 2 * max_length:
+                shortened[row] = words[0]
+    return shortened

@@ -1,4 +1,5 @@
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,18 @@ def test_padding(tmp_path, tokenizer):
     cut = examples.take(np.array([3]), 20)["input_ids"][0]
     assert cut[-1] == tokenizer.sep_token_id
     assert examples.cut.examples.tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("text", ["a b " * 2_500_000, "a" * 10**5, " " * 10**5 + "a b"])
+def test_texts_of_megabytes(tmp_path, tokenizer, text):
+    write_table(tmp_path / "data.jsonl", [{"text": text, "other": "c d"}])
+    start = time.process_time()
+    examples = load(tmp_path, tokenizer, path="data.jsonl", text=["text", "other"])
+    assert time.process_time() - start < 8
+    short = text[:50_000] if "a b a" in text else text.strip()
+    ids = tokenizer(short, "c d", truncation=True, max_length=20)["input_ids"]
+    assert examples.take(np.array([0]), 20)["input_ids"][0, : len(ids)].tolist() == ids
+    assert examples.cut.examples.tolist() == ["a b a" in text]
 
 
 def test_bucket_lengths():
