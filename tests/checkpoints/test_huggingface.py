@@ -203,6 +203,37 @@ def test_corrupt_header(sharded):
     refused(f"{shard} is corrupt", sharded)
 
 
+ENTRY = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", "is corrupt"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "is corrupt"),
+        (b'{"a\\nb":' + ENTRY + b"}", r"a tensor called 'a\\nb' \(3 characters\)"),
+        (b'{"\\u001b[31m":' + ENTRY + b"}", "a tensor called"),
+        (b'{"":' + ENTRY + b"}", r"a tensor called '' \(0 characters\)"),
+        (b'{"' + b"x" * 2000 + b'":' + ENTRY + b"}", r"\(2000 characters\)"),
+        (b'{"a":' + ENTRY.replace(b"[1]", b"[" + b"1," * 39 + b"1]") + b"}", "a with 40 axes"),
+        (b'{"a":' + ENTRY.replace(b"[1]", b"[0,%d]" % 2**62) + b"}", "corrupt|axes of up to"),
+        (b"[" * 100, "is corrupt"),
+    ],
+)
+def test_headers_of_strangers(sharded, header, message):
+    shard = sharded / "model-00001-of-00004.safetensors"
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refused(message, sharded)
+
+
+def test_a_header_that_is_longer_than_any(sharded):
+    shard = sharded / "model-00001-of-00004.safetensors"
+    with shard.open("wb") as file:
+        file.write((2 * 10**8).to_bytes(8, "little"))
+        file.truncate(3 * 10**8)  # without values: it takes no room on the disk
+    refused("says that its header has 200000000 bytes", sharded)
+
+
 def test_git_lfs_pointer(sharded):
     shard = sharded / "model-00001-of-00004.safetensors"
     shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
@@ -241,6 +272,17 @@ def test_index_without_weight_map(sharded, content):
 def test_missing_shard(sharded):
     (sharded / "model-00003-of-00004.safetensors").unlink()
     refused("index.json names 'model-00003-of-00004.safetensors', which is missing", sharded)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "a\0b", "\ud800"])
+def test_index_with_a_name_of_no_file(sharded, name):
+    edit_index(sharded, lambda weight_map: weight_map.update({"classifier.bias": name}))
+    refused("which is missing; copy or download", sharded)
+
+
+def test_index_that_is_nested_deep(sharded):
+    (sharded / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 100_000)
+    refused("index.json is not JSON", sharded)
 
 
 @pytest.mark.parametrize("outside", ["../other.safetensors", "sub/../../x", "..", "a\\..\\b"])
