@@ -19,8 +19,11 @@ IDLE_SECONDS = 20
 MEMORY_BYTES = 2 * 2**30
 """The address space of the process, on systems that can limit it."""
 
-CHARACTERS = 2**24
-"""The longest text that a template may write."""
+CHARACTERS = 2**16
+"""The length of the longest text that a template may write for a short conversation."""
+
+TIMES = 8
+"""The number of times that a text may be longer than the request, if that is more."""
 
 
 def serve(requests: Any, replies: Any) -> None:
@@ -38,14 +41,16 @@ def serve(requests: Any, replies: Any) -> None:
     def tokenizer_with(template: str) -> PreTrainedTokenizerBase:
         return PreTrainedTokenizerBase(chat_template=template)
 
-    def write(template: str, tokens: dict[str, Any], chats: list[tuple[Any, bool]]) -> list[str]:
+    def write(
+        longest: int, template: str, tokens: dict[str, Any], chats: list[tuple[Any, bool]]
+    ) -> list[str]:
         texts = []
         for messages, asked in chats:
             text = tokenizer_with(template).apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=asked, **tokens
             )
-            if len(text) > CHARACTERS:
-                raise ValueError(f"it writes more than {CHARACTERS} characters")
+            if len(text) > longest:
+                raise ValueError(f"it writes more than {longest} characters")
             texts.append(text)
         return texts
 
@@ -56,7 +61,9 @@ def serve(requests: Any, replies: Any) -> None:
             seconds = request.pop("seconds")
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
             try:
-                reply: dict[str, Any] = {"texts": write(**request)}
+                reply: dict[str, Any] = {
+                    "texts": write(max(CHARACTERS, TIMES * len(line)), **request)
+                }
             except MemoryError:
                 reply = {"error": "it needs too much memory"}
             # Jinja's own errors, those that a template raises, KeyError, TypeError, RecursionError

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from adamerge_jax.data import chat_templates
 from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, tell_cut
 from adamerge_jax.data.language import make_language_examples
@@ -408,6 +409,14 @@ def test_one_message_without_a_role_among_others(plain):
     """`datasets` fills it up with None, which a template would write out."""
     rows = [{"messages": CHATS[0]}, {"messages": [{"content": "the cat"}, *CHATS[0]]}]
     refused("row 1: column 'messages' is to hold", rows, plain)
+
+
+def test_templates_that_never_end(monkeypatch):
+    monkeypatch.setattr(chat_templates, "SECONDS", 1)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    rows = [{"messages": messages} for messages in CHATS]
+    message = "row 0: .* cannot write this conversation: it takes longer than 1 s or too much mem"
+    refused(message, rows, byte_tokenizer(chat_template=endless))
 
 
 def test_no_chat_template():
