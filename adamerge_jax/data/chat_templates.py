@@ -8,6 +8,7 @@ while, or with this process.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -85,6 +86,13 @@ class _TemplateProcess:
             raise ValueError(f"it takes longer than {SECONDS} s or too much memory")
         return json.loads(reply)
 
+    def close(self) -> None:
+        """Ends the process, if it is running."""
+        if self._process is not None:
+            self._process.kill()
+            with self._process:  # closes its pipes and waits for it
+                self._process = None
+
     def _exchange(self, request: str) -> str:
         """Sends a line and returns the one that answers it; empty if the process has ended."""
         if self._process is None or self._process.poll() is not None:
@@ -122,3 +130,4 @@ def _start() -> subprocess.Popen[str]:
 
 
 _PROCESS = _TemplateProcess()
+atexit.register(_PROCESS.close)
