@@ -20,7 +20,7 @@ from transformers import (
 
 from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.pipeline.models import Models, open_models, resolve
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import save_base, train
 from tests.references import edit_weights, randomise, rename_weights
@@ -216,8 +216,10 @@ def test_a_model_beside_its_checkpoints_is_read(llama, expert):
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "a\0b", "~nobody-of-this-name/x"])
-def test_paths_of_no_folder(llama, path):
-    refused(llama / "base", path, "cannot be a folder")
+def test_paths_of_no_folder(tmp_path, path):
+    with pytest.raises(InputError, match="cannot be a folder") as caught:
+        resolve(path, tmp_path)
+    assert "\0" not in str(caught.value)
 
 
 # Tied tables

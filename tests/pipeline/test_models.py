@@ -56,7 +56,8 @@ def test_paths_do_not_start_in_the_current_directory(text_recipe, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     recipe = parse_recipe(text_recipe)
     role = "base" if what == "base" else "expert 'topic'"
-    said = rf"^{role}: org/name is a folder of .* \({tmp_path}\), .* paths start at {root}\)$"
+    # Up to the end of the line: the file in hand is noted behind it.
+    said = rf"(?m)^{role}: org/name is a folder of .* \({tmp_path}\), .* paths start at {root}\)$"
     with pytest.raises(InputError, match=said):
         open_models(recipe, root)
     open_models(recipe, tmp_path)
