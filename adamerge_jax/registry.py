@@ -11,9 +11,11 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_one_line, shorten
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable)
@@ -105,7 +107,7 @@ def find_registered(field: str, registry: Mapping[str, Callable[..., T]], name: 
     # A module of the user's own may fail in any way.
     except Exception as error:
         raise InputError(
-            f"{field}: {name!r} cannot be imported ({type(error).__name__}: {error})"
+            f"{field}: {name!r} cannot be imported ({type(error).__name__}: {in_one_line(error)})"
         ) from error
     if not isinstance(function, Hashable) or function not in _EXTENSIONS:
         raise InputError(
@@ -155,6 +157,8 @@ def call_registered(
         raise InputError(
             f"{field}: {name} says: {error}; its options are {', '.join(accepted) or 'none'}"
         ) from error
+    if not is_own_code(name):
+        _require_declared(f"{field}: {name}", function, options)
     # The package's functions refuse options by these; one of somebody's own may fail in any way.
     refusals = (Exception,) if is_own_code(name) else (TypeError, ValueError)
     try:
@@ -168,6 +172,38 @@ def call_registered(
     if key is not None:
         _RESULTS[key] = result
     return result
+
+
+_PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+"""The plain types of options, in words."""
+
+
+def _require_declared(where: str, function: Callable, options: Mapping[str, Any]) -> None:
+    """Refuses options of other types than a function declares, as far as these are plain ones.
+
+    Args:
+        where: The beginning of error messages.
+        function: A function of the package, all of whose parameters are annotated.
+        options: Keyword arguments of it.
+    """
+    for option, declared in get_type_hints(function).items():
+        is_union = get_origin(declared) in (Union, UnionType)
+        types = set(get_args(declared) if is_union else [declared])
+        if option not in options or not types <= _PLAIN.keys() | {NoneType}:
+            continue
+        value = options[option]
+        if isinstance(value, bool) or not isinstance(value, Real):
+            fits = type(value) in types
+        elif isinstance(value, Integral):
+            fits = bool(types & {int, float})
+        else:
+            fits = float in types
+        # Infinity is no number to calculate with, and NaN is less than nothing.
+        if not fits or (isinstance(value, Real) and not abs(value) < float("inf")):
+            expected = " or ".join(_PLAIN[kind] for kind in _PLAIN if kind in types)
+            raise InputError(
+                f"{where} says: {option} is {shorten(repr(value))}, expected {expected}"
+            )
 
 
 def _key(

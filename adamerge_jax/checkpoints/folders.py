@@ -113,7 +113,7 @@ def require_run_name(name: str) -> None:
     Raises:
         InputError: It is a path, empty, too long, or has characters that are not printed.
     """
-    is_path = "/" in name or "\\" in name or name in ("", ".", "..")
+    is_path = "/" in name or "\\" in name or name in ("", ".", "..") or name != name.strip()
     if is_path or not name.isprintable() or name[0] == "-" or len(name.encode()) > _LONGEST_NAME:
         raise InputError(
             f"name: {shorten(repr(name))} cannot be the name of a folder; use printed characters "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from pydantic import TypeAdapter
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -25,7 +27,7 @@ from adamerge_jax.coefficients.granularities import (
     make_granularity,
     per_tensor,
 )
-from adamerge_jax.errors import InputError, shorten
+from adamerge_jax.errors import InputError, in_one_line, shorten
 from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.parameter_names import is_stacked, unstack
 from adamerge_jax.registry import is_own_code
@@ -228,12 +230,12 @@ class Coefficients:
 
     @classmethod
     def load(cls, path: Path | str) -> "Coefficients":
-        """Reads a file written by `save`.
+        """Reads a file written by `save`; imports and calls nothing that the file names.
 
         Raises:
             InputError: There is no such file, it is not a coefficients file, or it is damaged: its
-                metadata cannot be read, or its values are not finite or not those of the
-                granularity for its tensors and experts.
+                metadata cannot be read or cannot be those of a run, or its values are not finite
+                or not those of the granularity for its tensors and experts.
         """
         if not Path(path).is_file():
             raise InputError(
@@ -243,8 +245,11 @@ class Coefficients:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
                 values = {group: file.get_tensor(group) for group in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+        # A dtype that NumPy does not have is a TypeError or an AttributeError.
+        except (SafetensorError, OSError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: not a readable safetensors file ({in_one_line(error)})"
+            ) from error
         version_of_file = metadata.pop("format", None)
         if version_of_file != _FORMAT:
             if (version_of_file or "").startswith(_FORMAT.rstrip("0123456789")):
@@ -266,37 +271,24 @@ class Coefficients:
         return coefficients
 
     def _require_sound(self) -> None:
-        """Refuses values that cannot have been learned.
+        """Refuses what no run can have written.
 
         Raises:
-            InputError: They are not finite, or not those of the granularity.
+            InputError: Facts contradict each other or are outside of their range, or values are
+                not finite, or not those of the granularity.
         """
         experts = len(self.experts)
         if not experts or not self.shapes:
             raise InputError(f"it is of {experts} experts and {len(self.shapes)} merged tensors")
-        if self.initial is not None and not np.isfinite(self.initial):
-            raise InputError(f"it says that coefficients started at {self.initial}")
-        if self.constraint not in CONSTRAINTS:
-            raise InputError(f"there is no constraint {shorten(repr(self.constraint))}")
-        for name, shape in self.shapes.items():
-            if min(shape, default=1) < 1:
-                raise InputError(f"{name} has the shape {shape}")
-        for name, factor in self.scaled.items():
-            if not np.isfinite(factor):
-                raise InputError(f"the experts were scaled by {factor} ({name})")
-        for step in self.interference:
-            if not is_own_code(step.name):
-                takes = make_step(step.name, step.options).takes
-                if not takes(step.fitted, experts):
-                    raise InputError(
-                        f"the interference step {step.name} has no facts of {experts} task vectors"
-                    )
+        self._require_sound_facts()
         for group, array in self.values.items():
             if array.shape[:1] != (experts,):
                 raise InputError(
                     f"the coefficients of {group} have shape {array.shape}, expected a row for "
                     f"each of {experts} experts"
                 )
+            if array.dtype.kind != "f":
+                raise InputError(f"coefficients of {group} are {array.dtype}, expected float32")
             if not _are_finite(array):
                 raise InputError(f"coefficients of {group} are not finite")
         if is_own_code(self.granularity):
@@ -317,6 +309,38 @@ class Coefficients:
                 raise InputError(
                     f"the coefficients of {group} have shape {array.shape}, expected {expected} "
                     f"for the granularity {self.granularity!r}"
+                )
+
+    def _require_sound_facts(self) -> None:
+        """Refuses experts, tensors, steps and numbers that no run can have had."""
+        if "" in self.names or len(set(self.names)) < len(self.names):
+            raise InputError(
+                f"its experts are {shorten(', '.join(map(repr, self.names)))}, expected a name of "
+                "its own for each"
+            )
+        for name, shape in self.shapes.items():
+            # A stacked name would stand for as many names as its shape says.
+            if is_stacked(name) or not name:
+                raise InputError(f"{shorten(repr(name))} is no name of a merged tensor")
+            if len(shape) > _MOST_AXES or min(shape, default=1) < 1 or math.prod(shape) > _LARGEST:
+                raise InputError(f"{name} has the shape {shorten(repr(shape))}")
+        if self.constraint not in CONSTRAINTS:
+            raise InputError(f"there is no constraint {shorten(repr(self.constraint))}")
+        for field, number in (("seed", self.seed), ("step", self.step)):
+            if number < 0:
+                raise InputError(f"it has {number} for {field}, expected at least 0")
+        for stack, depth in self.depths.items():
+            if not 1 <= depth <= _MOST_LAYERS:
+                raise InputError(f"{shorten(repr(stack))} has {depth} layers")
+        if strangers := self.scaled.keys() - set(self.names):
+            raise InputError(f"it scales {shorten(repr(min(strangers)))}, which is no expert of it")
+        for step in self.interference:
+            if is_own_code(step.name):
+                continue  # reading the file must not run anything
+            if not make_step(step.name, step.options).takes(step.fitted, len(self.experts)):
+                raise InputError(
+                    f"the interference step {step.name} has no facts of {len(self.experts)} task "
+                    "vectors"
                 )
 
 
@@ -343,6 +367,15 @@ _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 
 _FORMAT = "adamerge_jax coefficients 3"
 
+_MOST_AXES = 16
+"""The largest number of axes of a tensor."""
+
+_LARGEST = 2**48
+"""The largest number of entries of a tensor."""
+
+_MOST_LAYERS = 100_000
+"""The largest number of layers of a stack."""
+
 
 def unstack_values(values: Values) -> dict[str, np.ndarray]:
     """Returns values `[K, ...]` by the group of each layer, on the host.
@@ -362,7 +395,7 @@ def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Returns the fields that a file has as metadata; those that other tools added are ignored.
 
     Raises:
-        InputError: One is missing, no JSON, or of another type.
+        InputError: One is missing, no JSON, of another type, or has a number that is not finite.
     """
     parsed = {}
     for field in dataclasses.fields(Coefficients):
@@ -374,28 +407,30 @@ def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
                 raise InputError(f"its metadata lack {name}")
             continue
         try:
-            value = json.loads(metadata[name])
-            _require_printed(value)
-            parsed[name] = TypeAdapter(field.type).validate_python(value)
-        # A ValueError is json's own or pydantic's; json follows lists within lists without end.
-        except (ValueError, RecursionError) as error:
+            # Unlike Python's own, this parser stops at lists within lists without end.
+            _require_plain(from_json(metadata[name], allow_inf_nan=False))
+            parsed[name] = TypeAdapter(field.type).validate_json(metadata[name], strict=True)
+        except ValueError as error:  # the parser's, or that of pydantic
             raise InputError(
                 f"its metadata have {metadata[name]!r:.60} for {name}, which cannot be read"
             ) from error
     return parsed
 
 
-def _require_printed(value: Any) -> None:
-    """Refuses texts with control characters, which a terminal would obey.
+def _require_plain(value: Any) -> None:
+    """Refuses texts and numbers that can do harm where they are shown or used.
 
     Raises:
-        ValueError: A text has one.
+        ValueError: A text has control characters, which a terminal would obey, or a number is not
+            finite or has more than 64 bits.
     """
     if isinstance(value, str):
         if not value.isprintable():
             raise ValueError("a text has characters that are not printed")
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict):
+        _require_plain([*value, *value.values()])
+    elif isinstance(value, list):
         for member in value:
-            _require_printed(member)
-        if isinstance(value, dict):
-            _require_printed(list(value.values()))
+            _require_plain(member)
+    elif isinstance(value, int | float) and not abs(value) < 2**64:
+        raise ValueError("a number is too large")

@@ -18,8 +18,9 @@ _LARGEST = 10_000_000
 _DEEPEST = 50
 """The largest depth of sections within sections."""
 
-_MOST_NODES = 100_000
-"""The largest number of values after all aliases are followed."""
+_MOST_NODES = 500_000
+"""The largest number of values, before and after all aliases are followed. A file of mergekit has
+five for each expert and tensor that has a weight of its own."""
 
 _LONGEST_NUMBER = 40
 """The largest number of characters of an integer."""
@@ -64,6 +65,7 @@ class _Loader(yaml.SafeLoader):
     """Reads within limits; 1e-3 is a number as in YAML 1.2, not a text as in YAML 1.1."""
 
     _depth = 0
+    _nodes = 0
 
     def get_single_node(self) -> yaml.Node | None:
         """Returns the document, before anything is made of it."""
@@ -75,6 +77,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         """Returns the next value; PyYAML itself goes as deep as the file does."""
         self._depth += 1
+        self._nodes += 1
+        if self._nodes > _MOST_NODES:
+            raise _Refusal(f"it has more than {_MOST_NODES:,} values", self.peek_event())
         if self._depth > _DEEPEST:
             raise _Refusal(f"it is nested deeper than {_DEEPEST} levels", self.peek_event())
         node = super().compose_node(parent, index)
@@ -111,19 +116,31 @@ class _Loader(yaml.SafeLoader):
 _TAG = "tag:yaml.org,2002:"
 _TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
 
+_OTHERWISE = {f"{_TAG}{kind}" for kind in ("timestamp", "int", "float")}
+"""The tags that plain texts get otherwise than in PyYAML, or not at all."""
+
 # Dates, sets and bytes are no values of JSON, which is all that is written in YAML here.
 _Loader.yaml_constructors = {
     tag: _Loader.yaml_constructors[tag]
     for tag in (None, *(_TAG + kind for kind in ("null", "bool", "float", "str", "seq", "map")))
 }
 _Loader.yaml_implicit_resolvers = {
-    first: [resolver for resolver in resolvers if resolver[0] != f"{_TAG}timestamp"]
+    first: [resolver for resolver in resolvers if resolver[0] not in _OTHERWISE]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_constructor(f"{_TAG}int", _Loader.construct_int)
+# Without 1:30, which is 90 in YAML 1.1.
+_Loader.add_implicit_resolver(
+    f"{_TAG}int",
+    re.compile(r"[-+]?(0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     f"{_TAG}float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(
+        r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
     list("-+.0123456789"),
 )
 

@@ -29,8 +29,8 @@ def drop_and_rescale(drop: float = 0.9, seed: int = 0) -> Step:
     """
     if not 0 <= drop < 1:
         raise ValueError(f"drop is {drop}, expected from 0 and under 1")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, expected at least 0")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed is {seed}, expected a whole number, at least 0")
 
     def apply(name: str, values: np.ndarray, fitted: None) -> np.ndarray:
         generator = np.random.default_rng([seed, crc32(name.encode())])

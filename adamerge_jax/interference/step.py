@@ -10,8 +10,8 @@ def _nothing_to_fit(task_vectors: Mapping[str, np.ndarray]) -> None:
     return None
 
 
-def _any_facts(fitted: Any, experts: int) -> bool:
-    return True
+def _no_facts(fitted: Any, experts: int) -> bool:
+    return fitted is None
 
 
 class Step(NamedTuple):
@@ -26,4 +26,4 @@ class Step(NamedTuple):
 
     apply: Callable[[str, np.ndarray, Any], np.ndarray]
     fit: Callable[[Mapping[str, np.ndarray]], Any] = _nothing_to_fit
-    takes: Callable[[Any, int], bool] = _any_facts
+    takes: Callable[[Any, int], bool] = _no_facts

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, shorten
 from adamerge_jax.learning import schedules
 
 if TYPE_CHECKING:
@@ -87,11 +87,37 @@ def _call_optax(
         public = [n for module in modules for n in dir(module) if not n.startswith("_")]
         nearest = difflib.get_close_matches(name, public, n=1, cutoff=0.0)
         raise InputError(f"{field}: optax has no {name!r}; did you mean {nearest[0]!r}?")
+    _require_numbers(field, function, options)
     try:
         return function(**options)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{field}: optax.{name} says: {reason}") from error
+
+
+def _require_numbers(field: str, function: Callable, options: Mapping[str, Any]) -> None:
+    """Refuses options that are no number where the default is one, and rates beyond their range.
+
+    optax takes anything, and fails in the first step or learns NaN.
+    """
+    for option, parameter in inspect.signature(function).parameters.items():
+        value, default = options.get(option), parameter.default
+        if option not in options or callable(value):  # a schedule of one's own
+            continue
+        if _is_number(default) and not _is_number(value):
+            raise InputError(f"{field}: {option} is {shorten(repr(value))}, expected a number")
+        if option in _BELOW_ONE and _is_number(value) and not 0 <= value < 1:
+            raise InputError(f"{field}: {option} is {value!r}, expected from 0 and under 1")
+        if option.startswith("eps") and _is_number(value) and value < 0:
+            raise InputError(f"{field}: {option} is {value!r}, expected at least 0")
+
+
+_BELOW_ONE = ("b1", "b2", "b3", "decay", "momentum", "rho")
+"""Decay rates of moving averages in optax's optimizers."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _find(modules: Sequence[ModuleType], name: str) -> Any:

@@ -15,7 +15,12 @@ def task_arithmetic(coefficient: float = 0.3) -> MergeMethod:
 
     Args:
         coefficient: The coefficient (lambda) of all experts and parameters.
+
+    Raises:
+        ValueError: The coefficient is beyond 1e6.
     """
+    if not abs(coefficient) <= 1e6:
+        raise ValueError(f"coefficient is {coefficient}, expected from -1e6 to 1e6")
 
     def merge(
         base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int

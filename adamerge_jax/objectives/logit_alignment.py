@@ -75,14 +75,14 @@ def logit_alignment(
             cross_task_examples = elsewhere_examples
     if form not in ("soft", "kl", "hard"):
         raise ValueError(f"form is {form!r}, expected 'soft', 'kl' or 'hard'")
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}, expected over 0")
-    if cross_task < 0:
-        raise ValueError(f"cross_task is {cross_task}, expected from 0")
-    if cross_task_examples < 1:
-        raise ValueError(f"cross_task_examples is {cross_task_examples}, expected from 1")
-    if top_tokens is not None and top_tokens < 1:
-        raise ValueError(f"top_tokens is {top_tokens}, expected from 1")
+    if not 0 < temperature <= 1e6:
+        raise ValueError(f"temperature is {temperature}, expected over 0 and up to 1e6")
+    if not 0 <= cross_task <= 1e6:
+        raise ValueError(f"cross_task is {cross_task}, expected from 0 to 1e6")
+    if not 1 <= cross_task_examples <= 10**9:
+        raise ValueError(f"cross_task_examples is {cross_task_examples}, expected from 1 to 1e9")
+    if top_tokens is not None and not 1 <= top_tokens <= 10**9:
+        raise ValueError(f"top_tokens is {top_tokens}, expected from 1 to 1e9")
 
     def divergence(
         logits: Float[Array, "B ... C"], expert_logits: Float[Array, "B ... C"]

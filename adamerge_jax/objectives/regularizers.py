@@ -31,10 +31,10 @@ def distance(p: float = 1.0) -> Regularizer:
     With p = 1 that of Expert Merging (Zhang et al., 2025), with p = 2 a pull that grows.
 
     Args:
-        p: The power, at least 1.
+        p: The power, from 1 to 100.
 
     Raises:
-        ValueError: p is under 1.
+        ValueError: p is not from 1 to 100.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -43,8 +43,8 @@ def distance(p: float = 1.0) -> Regularizer:
         >>> float(distance(p=1)(now, start))
         0.75
     """
-    if p < 1:
-        raise ValueError(f"p is {p}, expected at least 1")
+    if not 1 <= p <= 100:
+        raise ValueError(f"p is {p}, expected at least 1 and at most 100")
     return lambda values, start: _mean_over_groups(
         {group: (_magnitude(values[group] - start[group]) ** p).sum(1) for group in values}
     )
@@ -54,10 +54,10 @@ def lp_norm(p: float = 1.0) -> Regularizer:
     """`||lambda||_p` over the experts, mean over groups: that of aTLAS.
 
     Args:
-        p: The norm, at least 1.
+        p: The norm, from 1 to 100.
 
     Raises:
-        ValueError: p is under 1.
+        ValueError: p is not from 1 to 100.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -66,8 +66,8 @@ def lp_norm(p: float = 1.0) -> Regularizer:
         >>> float(lp_norm(p=2)(values, values))
         5.0
     """
-    if p < 1:
-        raise ValueError(f"p is {p}, expected at least 1")
+    if not 1 <= p <= 100:
+        raise ValueError(f"p is {p}, expected at least 1 and at most 100")
 
     def norm(values: Float[Array, "G K ..."]) -> Float[Array, "G ..."]:
         powers = (_magnitude(values) ** p).sum(1)

@@ -14,7 +14,7 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import Granularity
 from adamerge_jax.devices import ONE_DEVICE
 from adamerge_jax.errors import InputError
-from adamerge_jax.interference import FittedStep, apply_steps
+from adamerge_jax.interference import FittedStep, apply_steps, make_step
 from adamerge_jax.methods import MergeMethod, merged_parameters
 from adamerge_jax.mixing import Mixture, materialize_compiled
 from adamerge_jax.pipeline.blocks import THREADS, fold_tensor, overflow_error
@@ -73,9 +73,12 @@ def require_fitting(models: Models, coefficients: Coefficients) -> None:
 
     Raises:
         InputError: They mix a parameter that the base does not have, or has in another shape, or
-            their granularity is code that may not run.
+            their granularity or an interference step is code that may not run.
     """
-    _ = coefficients.unstacked_granularity  # refused if it is code that may not run
+    # Code that may not run is refused before anything is written.
+    _ = coefficients.unstacked_granularity
+    for step in coefficients.interference:
+        make_step(step.name, step.options)
     source = models.base.checkpoint.source
     for name, shape in coefficients.shapes.items():
         if name not in models.base.names:

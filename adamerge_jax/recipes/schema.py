@@ -6,7 +6,14 @@ Every field is documented by the string below it; the command line shows these w
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from adamerge_jax.checkpoints.folders import require_possible_path
 from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS
@@ -15,8 +22,24 @@ from adamerge_jax.registry import is_own_code
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-Count = Annotated[int, Field(ge=1, le=10**9)]
+def _refuse_truth(value: Any) -> Any:
+    """Refuses true and false, which are 1 and 0 to Python."""
+    if isinstance(value, bool):
+        raise ValueError(f"found {value}, expected a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_refuse_truth)]
+"""A whole number."""
+
+Number = Annotated[float, BeforeValidator(_refuse_truth)]
+"""Any number."""
+
+Count = Annotated[Whole, Field(ge=1, le=10**9)]
 """A number of steps, examples, devices and the like."""
+
+Weight = Annotated[Number, Field(ge=-1e6, le=1e6)]
+"""A factor of a term in a sum."""
 
 PathText = Annotated[str, AfterValidator(require_possible_path)]
 """A path, or an id on the Hub."""
@@ -35,19 +58,22 @@ class Section(BaseModel):
 
 
 def _require_float32(name: str, value: Any) -> None:
-    """Refuses NaN, infinity and numbers beyond float32, also within options."""
+    """Refuses NaN, infinity and numbers that float32 does not have, also within options."""
     if isinstance(value, Mapping):
         for key, member in value.items():
             _require_float32(f"{name}.{key}", member)
     elif isinstance(value, list | tuple):
         for position, member in enumerate(value):
             _require_float32(f"{name}.{position}", member)
-    elif isinstance(value, int | float) and not abs(value) <= _LARGEST:
+    elif isinstance(value, int | float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
         raise ValueError(f"{name} is {value:g}, expected a number that float32 has")
 
 
 _LARGEST = float.fromhex("0x1.fffffep+127")
 """The largest number of float32."""
+
+_SMALLEST = 2.0**-126
+"""The smallest number over 0 that float32 has in full."""
 
 
 class _PathSection(Section):
@@ -165,7 +191,7 @@ class CoefficientsRecipe(Section):
     """Arguments of the granularity, e.g. pieces of chunk."""
     constraint: Literal["free", "clip", "sigmoid", "softmax"] = "clip"
     """Values that coefficients may take."""
-    initial: float | None = None
+    initial: Weight | None = None
     """Value at which every coefficient starts; by default 0.3, or 1/K under softmax."""
     start: PathText | None = None
     """Coefficients file of an earlier run to start from instead, of any granularity. Experts are
@@ -207,7 +233,7 @@ class ObjectiveRecipe(Section):
     name: str
     """Name of the objective: entropy, logit_alignment, hidden_state_alignment, cross_entropy,
     pseudo_labels, or package.module:function."""
-    weight: float | dict[str, float] = 1.0
+    weight: Weight | dict[str, Weight] = 1.0
     """Factor of the objective in the sum, for all tasks or by task; a task that is not named has
     none. With a factor below 0 the objective is maximised: the task is to be forgotten."""
     options: dict[str, Any] = {}
@@ -223,7 +249,7 @@ class RegularizerRecipe(Section):
 
     name: str
     """Name of the regularizer: distance, lp_norm, expert_entropy, or package.module:function."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Factor of the regularizer in the sum."""
     options: dict[str, Any] = {}
     """Arguments of the regularizer, e.g. p of distance."""
@@ -234,7 +260,7 @@ class OptimizerRecipe(Section):
 
     name: str = "adam"
     """An optax optimizer, e.g. adam, adamw, sgd."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: Number = Field(default=1e-3, gt=0, le=1e12)
     """Step size; with a schedule, that of the first step."""
     schedule: str | None = None
     """An optax schedule, e.g. cosine_decay_schedule, or cosine_warm_restarts; by default the
@@ -243,7 +269,7 @@ class OptimizerRecipe(Section):
     """Arguments of the schedule; decay_steps is by default the number of steps."""
     options: dict[str, Any] = {}
     """Further arguments of the optimizer, e.g. b1."""
-    clip_norm: float | None = Field(default=None, gt=0)
+    clip_norm: Number | None = Field(default=None, gt=0)
     """Largest norm of the gradient."""
 
 
@@ -257,13 +283,13 @@ class LearningRecipe(Section):
     microbatches: Count = 1
     """Equal parts in which a step runs its batch, one after the other: less memory for activations,
     the same coefficients."""
-    examples: int | None = Field(default=None, ge=2, le=10**9)
+    examples: Whole | None = Field(default=None, ge=2, le=10**9)
     """Largest number of calibration examples of each task, drawn with the recipe's seed."""
-    held_out: float = Field(default=0.2, gt=0, lt=1)
+    held_out: Number = Field(default=0.2, gt=0, lt=1)
     """Part of the calibration data that is held out to choose the best coefficients."""
     evaluate_every: Count | None = None
     """Steps between evaluations of the held-out part; by default a tenth of all steps."""
-    control: float | None = Field(default=None, gt=0, le=1)
+    control: Number | None = Field(default=None, gt=0, le=1)
     """For objectives with a weight below 0: learning stops before the agreement of one of the other
     tasks on the held-out part falls below this fraction of its initial value. The agreement is with
     the labels, or where there are none with the expert."""
@@ -286,7 +312,7 @@ class EvaluationRecipe(Section):
 
     batch_size: Count = 128
     """Examples per batch."""
-    task_arithmetic: list[float] = Field(
+    task_arithmetic: list[Weight] = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], min_length=1
     )
     """Coefficients among which task arithmetic chooses, where every task has validation data."""
@@ -322,7 +348,7 @@ class DevicesRecipe(Section):
     """Address of the first process, host:port."""
     processes: Count | None = None
     """Number of processes."""
-    process: int | None = Field(default=None, ge=0, le=10**9)
+    process: Whole | None = Field(default=None, ge=0, le=10**9)
     """Index of this process, from 0."""
 
 
@@ -368,11 +394,11 @@ class Recipe(Section):
     devices: DevicesRecipe = DevicesRecipe()
     tracking: list[Literal["tensorboard", "wandb"]] = []
     """Trackers that get the numbers of every step beside metrics.jsonl: tensorboard, wandb."""
-    max_length: int = Field(default=128, ge=2, le=10**9)
+    max_length: Whole = Field(default=128, ge=2, le=10**9)
     """Longest text in tokens; longer ones are cut, and the run says how many."""
     dtype: Dtype | None = None
     """Dtype of weights and activations while learning; by default the checkpoint's."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: Whole = Field(default=0, ge=0, lt=2**32)
     """Seed of all randomness."""
 
     @property

@@ -554,7 +554,7 @@ def test_singular_directions_of_a_matrix_of_that_rank_have_no_rest():
         ("chunk", {}, "chunk says: missing a required argument: 'pieces'; its options are pieces"),
         ("partition", {"groups": 25}, "cannot be cut into 25 pieces"),
         *(
-            ("partition", {"groups": found}, "groups is .*, expected a whole number, at least 1$")
+            ("partition", {"groups": found}, "groups is .*, expected a whole number")
             for found in (0, 4.0, "4", {"pooler.*": 4})
         ),
         *(
@@ -564,7 +564,7 @@ def test_singular_directions_of_a_matrix_of_that_rank_have_no_rest():
         ("partition", {"pieces": 4}, "partition says: .*; its options are groups, seed"),
         ("singular", {"rank": 5}, r"of shape \(.*\) has 4 singular directions, fewer than rank 5"),
         *(
-            ("singular", {"rank": found}, "rank is .*, expected a whole number, at least 1$")
+            ("singular", {"rank": found}, "rank is .*, expected a whole number")
             for found in (-1, 1.5, 2.0, "high")
         ),
         ("head", {"heads": {"*.absent.*": (0, 2)}}, "no merged parameter has attention heads"),

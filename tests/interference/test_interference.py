@@ -22,6 +22,7 @@ from adamerge_jax.interference import (
     make_step,
     trim,
 )
+from adamerge_jax.registry import allow_code
 
 EXPERTS = 4
 SHAPES = {
@@ -286,6 +287,7 @@ def test_no_steps():
     ],
 )
 def test_bad_options(name, options, message):
+    allow_code([name])
     with pytest.raises(InputError, match=message) as error:
         make_step(name, options)
     assert str(error.value).startswith("interference: ")
@@ -294,14 +296,17 @@ def test_bad_options(name, options, message):
 
 def test_ones_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "my_steps.py").write_text(
+        "from adamerge_jax import extension\n"
         "from adamerge_jax.interference import Step\n"
         "\n"
+        "@extension\n"
         "def largest(factor):\n"
         "    def fit(task_vectors):\n"
         "        return max(float(abs(v).max()) for v in task_vectors.values())\n"
         "    return Step(lambda name, values, fitted: values * factor / fitted, fit)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    allow_code(["my_steps:largest"])
     task_vectors = draw()
     (step,) = fit_steps([FittedStep("my_steps:largest", {"factor": 2.0})], task_vectors)
     assert step.fitted == max(abs(values).max() for values in draw().values())

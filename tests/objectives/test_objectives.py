@@ -20,6 +20,7 @@ from adamerge_jax.objectives import (
     token_losses,
     weighted_sum,
 )
+from adamerge_jax.registry import allow_code
 
 LABELS = np.array([0, 4, 2, 2, 1, 3])
 MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1] * 4, [1, 0, 1, 0]])
@@ -457,6 +458,7 @@ def test_a_weighted_sum_needs_what_its_terms_need():
     ],
 )
 def test_bad_options(name, options, message):
+    allow_code([name])
     with pytest.raises(InputError, match=f"^objectives: .*{message}") as caught:
         make_objective(name, options)
     assert "\n" not in str(caught.value)
@@ -464,12 +466,15 @@ def test_bad_options(name, options, message):
 
 def test_ones_own_objective(tmp_path, monkeypatch):
     (tmp_path / "own_objectives.py").write_text(
+        "from adamerge_jax import extension\n"
         "from adamerge_jax.objectives import TargetSpec, Objective\n"
+        "@extension\n"
         "def largest(scale=1.0):\n"
         "    value = lambda outputs, targets: scale * outputs.logits.max(-1)\n"
         "    return Objective(value, TargetSpec(labels=True))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    allow_code(["own_objectives:largest"])
     objective = make_objective("own_objectives:largest", {"scale": 2.0})
     assert objective.target_spec.labels
     values = objective.value(TaskOutputs(jnp.asarray(draw(0))), Targets())

@@ -6,6 +6,7 @@ import torch
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives.regularizers import make_regularizer
+from adamerge_jax.registry import allow_code
 
 REGULARIZERS = [
     ("distance", {}),
@@ -125,6 +126,7 @@ def test_experts_are_summed():
     ],
 )
 def test_bad_options(name, options, message):
+    allow_code([name])
     with pytest.raises(InputError, match=f"^regularizers: .*{message}") as caught:
         make_regularizer(name, options)
     assert "\n" not in str(caught.value)
@@ -132,9 +134,12 @@ def test_bad_options(name, options, message):
 
 def test_ones_own_regularizer(tmp_path, monkeypatch):
     (tmp_path / "own_regularizers.py").write_text(
+        "from adamerge_jax import extension\n"
+        "@extension\n"
         "def total(factor):\n"
         "    return lambda values, start: factor * sum(a.sum() for a in values.values())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    allow_code(["own_regularizers:total"])
     regularizer = make_regularizer("own_regularizers:total", {"factor": 3.0})
     assert regularizer({"all": jnp.ones((2, 4))}, {}) == 24

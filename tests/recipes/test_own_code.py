@@ -187,7 +187,7 @@ def test_facts_of_a_file_are_checked(text_recipe, tmp_path, capfd):
     for fitted in ("garbage", None, [1.0], [float("nan")] * 3, [-1.0] * 3, {"a": 1}):
         damaged = replace(sound.interference[0], fitted=fitted)
         replace(sound, interference=(damaged,)).save(file)
-        with pytest.raises(InputError, match="trim has no facts of 3 task vectors"):
+        with pytest.raises(InputError, match=r"trim has no facts of 3 task|cannot be read"):
             Coefficients.load(file)
 
 

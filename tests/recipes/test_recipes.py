@@ -352,3 +352,52 @@ def test_shipped_recipes_load(file):
 
 def test_recipes_are_shipped():
     assert {"text6", "clip_vit_b32_8tasks"} <= {file.stem for file in SHIPPED}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning": {"steps": True}}, "learning.steps: found True, expected a number"),
+        ({"learning": {"optimizer": {"learning_rate": 1e-50}}}, "a number that float32 has"),
+        ({"learning": {"optimizer": {"learning_rate": 1e30}}}, "learning_rate: found 1e.30"),
+        ({"learning": {"optimizer": {"options": {"b1": "5"}}}}, "b1 is '5', expected a number"),
+        ({"learning": {"optimizer": {"options": {"b1": None}}}}, "b1 is None, expected a number"),
+        ({"learning": {"optimizer": {"options": {"b2": 1.5}}}}, "b2 is 1.5, expected from 0"),
+        ({"learning": {"optimizer": {"options": {"eps": -1.0}}}}, "eps is -1.0, expected at least"),
+        ({"coefficients": {"initial": True}}, "coefficients.initial: found True"),
+        ({"objectives": [{"name": "entropy", "weight": 1e30}]}, "found 1e.30; Input should be"),
+        ({"objectives": [{"name": "entropy", "weight": {"law": True}}]}, "found True"),
+        ({"regularizers": [{"name": "distance", "weight": -1e9}]}, "found -1000000000.0"),
+        ({"evaluation": {"task_arithmetic": [1e30]}}, "task_arithmetic.0: found 1e.30"),
+        *(
+            (
+                {"objectives": [{"name": "logit_alignment", "options": {option: value}}]},
+                f"{option} is .*, expected",
+            )
+            for option, values in {
+                "temperature": (True, "5", None, 1e30),
+                "top_tokens": (5.5, True, 10**20),
+                "cross_task": (1e30, [1]),
+            }.items()
+            for value in values
+        ),
+        *(
+            (
+                {
+                    "evaluation": {
+                        "methods": [{"name": "task_arithmetic", "options": {"coefficient": value}}]
+                    }
+                },
+                "coefficient is .*, expected",
+            )
+            for value in (None, "5", [1], {"a": 1}, True, 1e30)
+        ),
+        (
+            {"interference": [{"name": "drop_and_rescale", "options": {"seed": 1.5}}]},
+            "seed is 1.5, expected a whole number",
+        ),
+        ({"name": " law"}, "cannot be the name of a folder"),
+    ],
+)
+def test_wild_numbers(changes, message):
+    refused(message, **changes)
