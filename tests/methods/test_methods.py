@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from adamerge_jax import extension
 from adamerge_jax.cli.main import main
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import fit_steps
@@ -20,6 +21,7 @@ from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.run import evaluate
 from adamerge_jax.recipes.loading import load_recipe
+from adamerge_jax.registry import allow_code
 from adamerge_jax.runs.files import read_json
 from adamerge_jax.task_vectors import DenseDelta
 from adamerge_jax.task_vectors.offload.memory import HostMemory
@@ -120,6 +122,7 @@ def test_a_method_with_interference_steps_is_exported(image_recipe, tmp_path):
     assert (tmp_path / "merged" / "orbax").is_dir()
 
 
+@extension
 def keep_first() -> MergeMethod:
     """A method of one's own: the first expert, computed as an array rather than as a mixture."""
     return MergeMethod(
@@ -133,6 +136,7 @@ def keep_first() -> MergeMethod:
 
 
 def test_a_method_of_ones_own():
+    allow_code(["tests.methods.test_methods:keep_first"])
     method = make_method("tests.methods.test_methods:keep_first", {})
     base = {"weight": jnp.zeros((2, 2))}
     deltas = {"weight": DenseDelta(jnp.arange(8.0).reshape(2, 2, 2))}
