@@ -177,8 +177,8 @@ class Coefficients:
             largest = max(np.abs(array[position]).max(initial=0) for array in values.values())
             if not largest <= _LARGEST:
                 raise InputError(
-                    f"scale: coefficients of {name!r} times {factors.get(name, 1.0):g} reach "
-                    f"{largest:.3g}, whose sums and products are not finite in float32; take a "
+                    f"scale: coefficients of {name!r} times {factors.get(name, 1.0):g} are not "
+                    f"finite in float32, or the squares of these ({largest:.3g}) are not; take a "
                     "smaller factor"
                 )
         before = {name: self.scaled.get(name, 1.0) * factor for name, factor in factors.items()}

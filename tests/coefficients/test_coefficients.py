@@ -344,10 +344,10 @@ def test_layers_that_are_cut_unlike_are_loaded(tmp_path: Path):
     assert loaded.values["bert.encoder.layer.0.output.dense.weight"].shape == (3, 1)
 
 
-@pytest.mark.parametrize("factor", [1e39, -1e39, 3e38])
+@pytest.mark.parametrize("factor", [1e39, -1e39, 3e38, 1e33])
 def test_factors_that_are_too_large(factor):
-    COEFFICIENTS.times({"t1": 1e30})
-    with pytest.raises(InputError, match=r"'t1' times -?[13]e\+3[89] are not finite in float32"):
+    COEFFICIENTS.times({"t1": 1e15})
+    with pytest.raises(InputError, match=r"'t1' times -?[13]e\+3[389] are not finite in float32"):
         COEFFICIENTS.times({"t1": factor})
 
 

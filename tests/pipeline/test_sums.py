@@ -127,7 +127,7 @@ def test_coefficients_that_no_sum_can_hold(tmp_path):
     models = doctored(tmp_path, np.float16, 1.0, 2.0)
     coefficients = random_coefficients(models)
     for factor in (1e38, 1e30, 1e300, -1e25):
-        with pytest.raises(InputError, match=r"times .* reach .* take a smaller"):
+        with pytest.raises(InputError, match="are not finite in float32, or the squares"):
             coefficients.times({"expert": factor})
     with pytest.raises(InputError, match=r"the merge of \S+ has values that are more than float16"):
         list(fold(models, coefficients.times({"expert": 1e15})))
