@@ -97,7 +97,8 @@ def in_one_line(error: BaseException) -> str:
 
 def shorten(text: str, width: int = 80) -> str:
     """Returns the beginning of a text that a stranger wrote, as part of a one-line message."""
-    return textwrap.shorten(text, width, placeholder="...") or text[:width]
+    joined = " ".join(text.split())
+    return joined if len(joined) <= width else f"{joined[: width - 3]}..."
 
 
 def and_more(count: int) -> str:

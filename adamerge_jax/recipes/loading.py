@@ -145,7 +145,8 @@ def describe_validation_error(error: ValidationError) -> str:
 
 
 def _describe_mistake(mistake: Any) -> str:
-    field = ".".join(map(str, mistake["loc"]))
+    # Of a union pydantic names the type that it tried, such as `function-before[...]`.
+    field = ".".join(str(part) for part in mistake["loc"] if "[" not in str(part))
     if mistake["type"] == "extra_forbidden":
         *section, unknown = mistake["loc"]
         valid_names = _fields_at(section)
