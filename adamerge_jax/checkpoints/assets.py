@@ -14,7 +14,6 @@ from adamerge_jax.checkpoints.config_export import (
     tokenizer_readable_by_older_versions,
     with_special_tokens,
 )
-from adamerge_jax.checkpoints.config_file import read_fields
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.tokenizer_files import (
     CONFIG_FILE,
@@ -23,6 +22,7 @@ from adamerge_jax.checkpoints.tokenizer_files import (
     tokenizer_files,
 )
 from adamerge_jax.errors import InputError
+from adamerge_jax.files.json_object import read_object
 
 _PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
@@ -90,7 +90,7 @@ def require_copyable(checkpoint: Checkpoint) -> None:
     ):
         _require_of_folder(file, checkpoint.folder)
         if file.name in _SETTINGS:
-            read_fields(file)
+            read_object(file)
 
 
 def _processor_files(checkpoint: Checkpoint) -> list[Path]:
@@ -132,7 +132,7 @@ def _require_of_folder(file: Path, source: Path) -> None:
 
 def _read_settings(file: Path) -> tuple[dict[str, Any], bool]:
     """Returns the settings in a file as a merge has them, and True if they differ from the file."""
-    fields = read_fields(file)
+    fields = read_object(file)
     settings = _without_code(fields)
     if file.name == CONFIG_FILE:
         settings = tokenizer_readable_by_older_versions(settings)

@@ -15,6 +15,7 @@ from adamerge_jax.checkpoints.config_limits import (
 )
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.files.json_object import read_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,7 +39,7 @@ def read_config_file(folder: Path) -> Fields:
         raise InputError(
             f"{folder} has no {CONFIG_FILE}; give the folder that `save_pretrained` wrote"
         )
-    return read_fields(file)
+    return read_object(file)
 
 
 def config_of(folder: Path, fields: Fields, tensors: Mapping[str, TensorInfo]) -> PretrainedConfig:
@@ -80,23 +81,6 @@ def config_of(folder: Path, fields: Fields, tensors: Mapping[str, TensorInfo]) -
             config.model_type,
         )
     return config
-
-
-def read_fields(file: Path) -> Fields:
-    """Reads a JSON file that holds fields.
-
-    Raises:
-        InputError: It cannot be read, is no JSON, or holds something else than fields.
-    """
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file} is not JSON: {in_one_line(error)}; copy or download it again"
-        ) from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{file} holds no fields; copy or download it again")
-    return fields
 
 
 def fields_of(config: PretrainedConfig) -> Fields:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adamerge_jax.errors import InputError, in_hand, shorten
-from adamerge_jax.writing import flush_folder, partial_path
+from adamerge_jax.files.writing import flush_folder, partial_path
 
 _TASK_NAME = re.compile(r"\w[\w.+-]*")
 

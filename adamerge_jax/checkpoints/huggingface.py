@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Shaped
 
-from adamerge_jax.checkpoints.config_file import Fields, config_of, read_config_file, read_fields
+from adamerge_jax.checkpoints.config_file import Fields, config_of, read_config_file
 from adamerge_jax.checkpoints.fingerprint import fingerprint
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.safetensors_file import (
@@ -20,6 +20,7 @@ from adamerge_jax.checkpoints.safetensors_file import (
     read_header,
 )
 from adamerge_jax.errors import InputError, and_more
+from adamerge_jax.files.json_object import read_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -169,7 +170,7 @@ def _read_indexed_headers(index_file: Path) -> dict[str, TensorInfo]:
 
 
 def _read_weight_map(index_file: Path) -> dict[str, str]:
-    index = read_fields(index_file)
+    index = read_object(index_file)
     weight_map = index.get("weight_map")
     if not (
         isinstance(weight_map, dict)

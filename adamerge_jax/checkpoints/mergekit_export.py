@@ -17,7 +17,7 @@ from jaxtyping import Float
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter
 from adamerge_jax.errors import InputError, in_one_line
-from adamerge_jax.writing import write_whole
+from adamerge_jax.files.writing import write_whole
 
 
 def write_merge(

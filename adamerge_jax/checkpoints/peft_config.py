@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from adamerge_jax.checkpoints.config_file import read_fields
 from adamerge_jax.checkpoints.finite import LARGEST
 from adamerge_jax.checkpoints.patterns import first_matches
 from adamerge_jax.errors import InputError
+from adamerge_jax.files.json_object import read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -50,7 +50,7 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
             supported.
     """
     try:
-        config = read_fields(folder / CONFIG_FILE)
+        config = read_object(folder / CONFIG_FILE)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     if (kind := config.get("peft_type")) != "LORA":

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adamerge_jax.checkpoints.config_file import read_fields
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.files.json_object import read_object_if_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def _class_of(name: Any) -> type | None:
 
 def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.folder / CONFIG_FILE
-    return read_fields(file) if file.is_file() else {}
+    return read_object_if_there(file)
 
 
 def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase:

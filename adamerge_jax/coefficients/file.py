@@ -28,10 +28,10 @@ from adamerge_jax.coefficients.granularities import (
     per_tensor,
 )
 from adamerge_jax.errors import InputError, in_one_line, shorten
+from adamerge_jax.files.writing import write_whole
 from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.parameter_names import is_stacked, unstack
 from adamerge_jax.registry import is_own_code
-from adamerge_jax.writing import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -13,6 +12,7 @@ import numpy as np
 
 from adamerge_jax.data.images import ImageProcessor
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.files.json_object import read_object
 
 FILE = "preprocessor_config.json"
 
@@ -40,7 +40,7 @@ def load_image_processor(folder: Path, where: str, shape: tuple[int, int, int]) 
 
     file = folder / FILE
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = read_object(file)
         _require_fields(fields, shape[0])
         processor = ImageProcessor(
             AutoImageProcessor.from_pretrained(folder, trust_remote_code=False), shape

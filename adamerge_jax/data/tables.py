@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from adamerge_jax.data.locations import (
 )
 from adamerge_jax.data.records import Record, read_records
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.files.json_object import read_object
 
 if TYPE_CHECKING:
     import datasets
@@ -345,7 +345,7 @@ def _load_saved(folder: Path, source: DataSource) -> pa.Table:
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
+        splits = read_object(folder / "dataset_dict.json").get("splits", [])
         wanted = split_of(source.split) or source.split
         fitting = [split for split in splits if source.split == split] or [
             split for split in splits if split_of(split) == wanted

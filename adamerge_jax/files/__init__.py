@@ -1,1 +1,1 @@
-"""Files of any kind that strangers may have written: read strictly and within limits."""
+"""Files of any kind: strangers' are read strictly, ours are written whole or not at all."""

@@ -10,7 +10,7 @@ from safetensors.numpy import save
 
 from adamerge_jax.checkpoints.safetensors_file import STORED_DTYPES
 from adamerge_jax.errors import InputError, in_one_line
-from adamerge_jax.writing import write_whole
+from adamerge_jax.files.writing import write_whole
 
 _FILE = "snapshot.safetensors"
 

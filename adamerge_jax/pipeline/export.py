@@ -40,12 +40,12 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
+from adamerge_jax.files.writing import write_whole
 from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.read import load_backbone, load_head, read_parameter
 from adamerge_jax.recipes.build import GranularityChoice
 from adamerge_jax.recipes.schema import ExportRecipe
 from adamerge_jax.stopping import require_going_on
-from adamerge_jax.writing import write_whole
 
 CHECKPOINT_FOLDER = "checkpoint"
 ADAPTER_FOLDER = "adapter"

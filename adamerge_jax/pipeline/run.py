@@ -19,6 +19,7 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
+from adamerge_jax.files.writing import remove_folder, remove_partial, write_whole
 from adamerge_jax.methods import MergeMethod, make_method
 from adamerge_jax.pipeline.baselines import baseline_rows, learned_row, method_in_words
 from adamerge_jax.pipeline.end_of_text import ends_in_words
@@ -76,7 +77,6 @@ from adamerge_jax.runs.resuming import (
 from adamerge_jax.runs.rows import Row
 from adamerge_jax.runs.tracking import require_installed, track
 from adamerge_jax.stopping import between_steps, require_going_on
-from adamerge_jax.writing import remove_folder, remove_partial, write_whole
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand
+from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Network
 from adamerge_jax.models.inputs import ImageGeometry
@@ -246,8 +246,8 @@ def _read_decoder_start(models: Models) -> int:
     """Reads the token that an encoder-decoder's responses start with."""
     start = getattr(models.config, "decoder_start_token_id", None)
     file = models.base.checkpoint.folder / "generation_config.json"
-    if start is None and file.is_file():
-        start = json.loads(file.read_text(encoding="utf-8")).get("decoder_start_token_id")
+    if start is None:
+        start = read_object_if_there(file).get("decoder_start_token_id")
     if not isinstance(start, int):
         raise InputError(
             f"base ({models.base.checkpoint.source}): decoder_start_token_id is neither in its "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adamerge_jax.checkpoints.folders import readable_size
+from adamerge_jax.files.writing import write_whole
 from adamerge_jax.report.coefficients import (
     count_coefficients,
     layer_means,
@@ -34,7 +35,6 @@ from adamerge_jax.report.results import (
 from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE
 from adamerge_jax.runs.folder import SavedRun, Stage
 from adamerge_jax.runs.outcome import Outcome
-from adamerge_jax.writing import write_whole
 
 PICTURE_FOLDER = "report"
 

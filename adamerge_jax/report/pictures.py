@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from adamerge_jax.files.writing import write_whole
 from adamerge_jax.report.plain_text import one_line
-from adamerge_jax.writing import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

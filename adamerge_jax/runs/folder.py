@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.errors import InputError
+from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.recipes.loading import read_fields
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
@@ -15,7 +16,6 @@ from adamerge_jax.runs.files import (
     RECIPE_FILE,
     RECORD_FILE,
     RESULTS_FILE,
-    read_json,
 )
 from adamerge_jax.runs.outcome import Outcome
 from adamerge_jax.runs.results import read_results
@@ -108,7 +108,7 @@ class SavedRun:
             Coefficients.load(coefficients) if coefficients.is_file() else None,
             rows,
             outcome,
-            read_json(folder / RECORD_FILE),
+            read_object_if_there(folder / RECORD_FILE),
         )
 
     @property

@@ -18,11 +18,12 @@ import numpy as np
 
 from adamerge_jax.coefficients.granularity import Shapes
 from adamerge_jax.devices import is_first_process
+from adamerge_jax.files.json_object import read_object_if_there
+from adamerge_jax.files.writing import write_whole
 from adamerge_jax.parameter_names import is_stacked, layer_of, tensors_of
 from adamerge_jax.runs.files import RECIPE_FILE, RECORD_FILE
 from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.similarity import cosines, inner_products
-from adamerge_jax.writing import write_whole
 
 if TYPE_CHECKING:
     from adamerge_jax.checkpoints.matching import MatchedCheckpoint
@@ -40,10 +41,7 @@ class RunRecord:
             folder: The run folder; it is not made here.
         """
         self._folder = folder
-        file = folder / RECORD_FILE
-        self._fields: dict[str, Any] = (
-            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        )
+        self._fields = read_object_if_there(folder / RECORD_FILE)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from adamerge_jax.errors import InputError, in_one_line
-from adamerge_jax.runs.files import read_json
+from adamerge_jax.files.json_object import read_object_if_there
+from adamerge_jax.files.writing import write_whole
 from adamerge_jax.runs.outcome import Outcome, measure_outcome
 from adamerge_jax.runs.rows import Row, best_without_learning
-from adamerge_jax.writing import write_whole
 
 
 class Results(NamedTuple):
@@ -47,7 +47,7 @@ def read_results(file: Path) -> Results:
     Raises:
         InputError: The file is no table of results.
     """
-    fields = read_json(file)
+    fields = read_object_if_there(file)
     try:
         rows = [Row.from_json(row) for row in fields.get("rows", [])]
         outcome = TypeAdapter(Outcome | None).validate_python(fields.get("outcome"))

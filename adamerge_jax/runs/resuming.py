@@ -11,19 +11,19 @@ from typing import Any
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.strict_yaml import read_yaml_file
+from adamerge_jax.files.writing import (
+    flush_folder,
+    is_partial,
+    remove_folder,
+    remove_partial,
+    write_whole,
+)
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
     LOCK_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     STATE_FOLDER,
-)
-from adamerge_jax.writing import (
-    flush_folder,
-    is_partial,
-    remove_folder,
-    remove_partial,
-    write_whole,
 )
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from adamerge_jax import extension
 from adamerge_jax.cli.main import main
 from adamerge_jax.errors import InputError
+from adamerge_jax.files.json_object import read_object
 from adamerge_jax.interference import fit_steps
 from adamerge_jax.methods import METHODS, MergeMethod, make_method, merged_parameters
 from adamerge_jax.pipeline.fold import merge_tensors
@@ -22,7 +23,6 @@ from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.run import evaluate
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.registry import allow_code
-from adamerge_jax.runs.files import read_json
 from adamerge_jax.task_vectors import DenseDelta
 from adamerge_jax.task_vectors.offload.memory import HostMemory
 
@@ -197,7 +197,7 @@ def test_methods_have_rows_in_the_table(image_recipe, tmp_path, capsys, monkeypa
     recipe.write_text(yaml.safe_dump(fields | {"learning": {"steps": 1, "batch_size": 2}}))
     main(["learn", str(recipe), "--out", str(tmp_path / "run")])
     assert [type(memory) for memory in memories] == [HostMemory]
-    rows = {row["method"]: row for row in read_json(tmp_path / "run" / "results.json")["rows"]}
+    rows = {row["method"]: row for row in read_object(tmp_path / "run" / "results.json")["rows"]}
     main(
         [
             "merge",

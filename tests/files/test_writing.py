@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from adamerge_jax import writing
-from adamerge_jax.writing import partial_path, remove_folder, remove_partial, write_whole
+from adamerge_jax.files import writing
+from adamerge_jax.files.writing import partial_path, remove_folder, remove_partial, write_whole
 
 
 class Killed(BaseException):

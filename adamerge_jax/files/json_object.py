@@ -1,0 +1,32 @@
+"""Objects of JSON files, whoever wrote them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adamerge_jax.errors import InputError, in_one_line
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        InputError: It cannot be read, is no JSON or no UTF-8, is nested too deep, or holds
+            something else than an object.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file} is not JSON: {in_one_line(error)}; copy or download it again"
+        ) from error
+    if not isinstance(fields, dict):
+        raise InputError(
+            f"{file} holds no object but {type(fields).__name__}; copy or download it again"
+        )
+    return fields
+
+
+def read_object_if_there(file: Path) -> dict[str, Any]:
+    """Reads a JSON file as `read_object` does; returns an empty object where there is no file."""
+    return read_object(file) if file.is_file() else {}
