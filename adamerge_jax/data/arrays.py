@@ -103,6 +103,9 @@ def read_arrays(
     except Exception as error:  # NumPy's own, zipfile's, zlib's and OS errors
         reason = " ".join(str(error).split())
         raise InputError(f"{name}: {path} is no readable .npz file ({reason})") from error
+    # NumPy returns the bytes of what does not begin as an array.
+    if damaged := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise InputError(f"{name}: {path} holds {damaged[0]!r}, which is no array; save it again")
     chosen = {key: array for key, array in arrays.items() if key in inputs}
     if inputs[0] not in chosen:
         raise InputError(
