@@ -38,6 +38,9 @@ _ADVICE = {
 }
 """Advice by the number of the system's error."""
 
+_EXPLAINED = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of a name alone: a traceback would add nothing."""
+
 
 def explain(error: Exception, run_folder: Path | None) -> tuple[str, int]:
     """Explains an exception, and writes its traceback to a file.
@@ -47,9 +50,12 @@ def explain(error: Exception, run_folder: Path | None) -> tuple[str, int]:
         run_folder: The folder of the run, which gets the traceback if it is there.
 
     Returns:
-        The line to print, and the exit status: 2 where files or the system are to blame, else 1.
+        The line to print, which says where the traceback is, and the exit status: 2 where files or
+        the system are to blame, else 1.
     """
     reason, status = _reason(error)
+    if isinstance(error, OSError) and error.errno in _EXPLAINED and error.filename is not None:
+        return f"error: {reason}", status
     where = _write_traceback(error, run_folder)
     return f"error: {reason}; the traceback is {f'in {where}' if where else 'lost'}", status
 

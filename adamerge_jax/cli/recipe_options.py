@@ -13,7 +13,6 @@ from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import tyro
 import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
 from adamerge_jax.cli.commands import Invocation, RecipeCommand
@@ -21,7 +20,6 @@ from adamerge_jax.cli.compilation import keep_compiled_programs
 from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.files.strict_yaml import read_yaml
 from adamerge_jax.recipes.loading import (
-    describe_validation_error,
     parse_recipe,
     read_recipe,
 )
@@ -97,7 +95,9 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
         raise InputError(f"adamerge {name}: give a recipe, a .yaml file, and options after it")
     parsed = _parse(name, command, options, recipe)
     named = {o.removeprefix("--").partition("=")[0].replace("-", "_") for o in options}
-    fields = drop_options_of_replaced(parsed.recipe.model_dump(), recipe.model_dump(), named)
+    fields = drop_options_of_replaced(
+        parsed.recipe.model_dump(warnings=False), recipe.model_dump(), named
+    )
     # Once more as a whole: what a field may be can depend on another.
     allowed = parsed.command.allow_code
     parsed.recipe = parse_recipe(fields, "command line", allow_code=allowed)
@@ -128,22 +128,42 @@ def _parse(
         for field in dataclasses.fields(command)
         if field.default is field.default_factory is dataclasses.MISSING
     ]
-    try:
-        return tyro.cli(
-            WithRecipe[command],
-            default=WithRecipe(command(**dict.fromkeys(required, tyro.MISSING)), recipe),
-            args=options,
-            prog=f"adamerge {name}",
-            description=command.__doc__,
-            config=(tyro.conf.AvoidSubcommands,),
-            registry=_CONSTRUCTORS,
-            **parsing,
-        )
-    except ValidationError as error:
-        raise InputError(f"command line: {describe_validation_error(error)}") from error
+    return tyro.cli(
+        WithRecipe[command],
+        default=WithRecipe(command(**dict.fromkeys(required, tyro.MISSING)), recipe),
+        args=options,
+        prog=f"adamerge {name}",
+        description=command.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+        registry=_CONSTRUCTORS,
+        **parsing,
+    )
 
 
 _CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
+
+
+@_CONSTRUCTORS.struct_rule
+def _unchecked(
+    section: tyro.constructors.StructTypeInfo,
+) -> tyro.constructors.StructConstructorSpec | None:
+    """Makes sections of what was given; the recipe is checked as a whole, in one line."""
+    if not (isinstance(section.type, type) and issubclass(section.type, Section)):
+        return None
+    fields = []
+    for name, field in section.type.model_fields.items():
+        default = getattr(section.default, name, tyro.MISSING)
+        if default is tyro.MISSING and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+        fields.append(
+            tyro.constructors.StructFieldSpec(name, field.annotation, default, field.description)
+        )
+
+    def make(**given: Any) -> Section:
+        return section.type.model_construct(**given)
+
+    make.__doc__ = section.type.__doc__  # which the help shows
+    return tyro.constructors.StructConstructorSpec(make, tuple(fields))
 
 
 @_CONSTRUCTORS.primitive_rule

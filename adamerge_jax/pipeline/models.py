@@ -141,7 +141,7 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
     for model in (base_match, *experts.values()):
         _require_tied(family, model)
     mixed = base_match.names.keys() - kept_from_base
-    for expert in experts.values():
+    for expert in experts.values() if mixed else ():
         _warn_of_no_change(base_match, expert, mixed)
     given = {"base": recipe.base} | {task: t.expert for task, t in recipe.tasks.items()}
     sources = tuple(

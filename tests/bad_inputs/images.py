@@ -51,7 +51,7 @@ FIELDS: dict[str, list[Any]] = {
     "image_std": [[0.5], [], [0.5] * 4, "x", [0.0] * 3, [NAN] * 3, ["x"] * 3],
     "resample": [99, -1, "x", [2], 10**30],
     "rescale_factor": [NAN, float("inf"), "x", None, [1], 1e300],
-    "image_processor_type": ["UnheardImageProcessor", 5, None, ...],
+    "image_processor_type": ["UnheardImageProcessor", 5],
     "do_resize": [False],
 }
 """Fields and values of a processor that makes no images for the model, by field.
@@ -87,7 +87,6 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
     }.items():
         yield Bad(f"image-{name}", written(IMAGE, content), "images")
     for name, instead in {
-        "folder": Path.mkdir,
         "dangling-link": lambda file: file.symlink_to("nowhere.png"),
         "link-to-itself": lambda file: file.symlink_to(file),
     }.items():
@@ -95,7 +94,7 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
     yield Bad("no-images", _folder({"class 0": [], "class 1": []}), "images")
     yield Bad("texts-alone", _folder({"class 0": ["a.txt"], "class 1": ["b.txt"]}), "images")
     yield Bad("folder-empty", _folder({}), "images")
-    for field, value in {"label": "lable", "split": "unheard"}.items():
+    for field, value in {"label": "lable"}.items():
         damage = recipe_field(f"tasks.shape.test.{field}", value)
         yield Bad(f"unknown-{field}", damage, "images")
     yield Bad("more-classes-than-the-head", _more_classes, "images")

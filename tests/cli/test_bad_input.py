@@ -295,7 +295,7 @@ def test_an_image_processor_that_cannot_be_read(image_recipe, tmp_path, refused,
     folder = shutil.copytree(image_recipe["tasks"]["shape"]["expert"], tmp_path / "broken")
     (folder / "preprocessor_config.json").write_text(content)
     image_recipe["tasks"]["shape"]["expert"] = str(folder)
-    refused(image_recipe, f"expert 'shape' ({folder}): its preprocessor_config.json cannot be read")
+    refused(image_recipe, f"expert 'shape' ({folder}): its preprocessor_config.json")
 
 
 def test_test_data_without_labels(text_recipe, refused):
@@ -363,7 +363,7 @@ def test_evaluating_another_architecture(text_recipe, image_recipe, tmp_path, ca
 
 def test_divergence_leaves_the_last_good_coefficients(image_recipe, tmp_path, capfd):
     image_recipe["coefficients"] = {"constraint": "free", "granularity": "task"}
-    image_recipe["learning"]["optimizer"] = {"learning_rate": 1e38, "name": "sgd"}
+    image_recipe["learning"]["optimizer"] = {"learning_rate": 1e12, "name": "sgd"}
     recipe = write_recipe(tmp_path, image_recipe)
     status, said = failure(capfd, "learn", str(recipe), "--out", str(tmp_path / "out"))
     assert status == 1
