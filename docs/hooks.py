@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from importlib.resources import files as resources
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -96,6 +96,8 @@ def _one_line(text: str) -> str:
 def _type(annotation: Any) -> str:
     """Returns a type in words; sections are links to their tables."""
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     if _is_section(annotation):
         return f"[section](#{annotation.__name__})"
     if origin is Literal:

@@ -22,7 +22,7 @@ def read_object(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(fields, dict):
         raise InputError(
-            f"{file} holds no object but {type(fields).__name__}; copy or download it again"
+            f"{file} holds no fields (but {type(fields).__name__}); copy or download it again"
         )
     return fields
 
