@@ -322,7 +322,7 @@ class Coefficients:
             # A stacked name would stand for as many names as its shape says.
             if is_stacked(name) or not name:
                 raise InputError(f"{shorten(repr(name))} is no name of a merged tensor")
-            if len(shape) > _MOST_AXES or min(shape, default=1) < 1 or math.prod(shape) > _LARGEST:
+            if len(shape) > _MOST_AXES or min(shape, default=1) < 1 or math.prod(shape) > _MOST_ENTRIES:
                 raise InputError(f"{name} has the shape {shorten(repr(shape))}")
         if self.constraint not in CONSTRAINTS:
             raise InputError(f"there is no constraint {shorten(repr(self.constraint))}")
@@ -370,7 +370,7 @@ _FORMAT = "adamerge_jax coefficients 3"
 _MOST_AXES = 16
 """The largest number of axes of a tensor."""
 
-_LARGEST = 2**48
+_MOST_ENTRIES = 2**48
 """The largest number of entries of a tensor."""
 
 _MOST_LAYERS = 100_000
@@ -418,17 +418,13 @@ def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _require_plain(value: Any) -> None:
-    """Refuses texts and numbers that can do harm where they are shown or used.
+    """Refuses numbers that can do harm where they are used; texts are escaped where they are shown.
 
     Raises:
-        ValueError: A text has control characters, which a terminal would obey, or a number is not
-            finite or has more than 64 bits.
+        ValueError: A number is not finite or has more than 64 bits.
     """
-    if isinstance(value, str):
-        if not value.isprintable():
-            raise ValueError("a text has characters that are not printed")
-    elif isinstance(value, dict):
-        _require_plain([*value, *value.values()])
+    if isinstance(value, dict):
+        _require_plain(list(value.values()))
     elif isinstance(value, list):
         for member in value:
             _require_plain(member)

@@ -260,7 +260,7 @@ class OptimizerRecipe(Section):
 
     name: str = "adam"
     """An optax optimizer, e.g. adam, adamw, sgd."""
-    learning_rate: Number = Field(default=1e-3, gt=0, le=1e12)
+    learning_rate: Number = Field(default=1e-3, gt=0)
     """Step size; with a schedule, that of the first step."""
     schedule: str | None = None
     """An optax schedule, e.g. cosine_decay_schedule, or cosine_warm_restarts; by default the

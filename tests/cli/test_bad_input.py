@@ -290,12 +290,18 @@ def test_an_image_processor_that_does_not_fit(clip_recipe, tmp_path, refused, ed
     refused(clip_recipe, f"base ({folder}): its preprocessor_config.json", *names)
 
 
-@pytest.mark.parametrize("content", ["{", '{"image_processor_type": "Unheard"}'])
-def test_an_image_processor_that_cannot_be_read(image_recipe, tmp_path, refused, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "preprocessor_config.json is not JSON"),
+        ('{"image_processor_type": "Unheard"}', "its preprocessor_config.json cannot be read"),
+    ],
+)
+def test_an_image_processor_that_cannot_be_read(image_recipe, tmp_path, refused, content, message):
     folder = shutil.copytree(image_recipe["tasks"]["shape"]["expert"], tmp_path / "broken")
     (folder / "preprocessor_config.json").write_text(content)
     image_recipe["tasks"]["shape"]["expert"] = str(folder)
-    refused(image_recipe, f"expert 'shape' ({folder}): its preprocessor_config.json")
+    refused(image_recipe, str(folder), message)
 
 
 def test_test_data_without_labels(text_recipe, refused):

@@ -170,11 +170,13 @@ import sys
 from pathlib import Path
 import numpy as np
 from adamerge_jax import load_recipe
-from adamerge_jax.objectives import TaskOutputs
+from adamerge_jax.objectives import OBJECTIVES, TaskOutputs
+from adamerge_jax.objectives.margin_alignment import margin_alignment
 from adamerge_jax.pipeline.learn import prepare
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
 
+OBJECTIVES["margin_alignment"] = margin_alignment
 recipe = load_recipe(Path(sys.argv[1]))
 workspace = open_workspace(recipe, Path(sys.argv[1]).parent)
 method = build(recipe, workspace.models)
@@ -195,8 +197,7 @@ def test_an_objective_with_a_new_kind_of_target(text_recipe: dict, tmp_path: Pat
     for file, hunks in changes(heading):
         apply(copy / file, hunks)
     (copy / f"{new_file(heading)}.py").write_text(samples(heading)[0])
-    objective = "adamerge_jax.objectives.margin_alignment:margin_alignment"
-    chosen = {"objectives": [{"name": objective}], "coefficients": {"granularity": "task"}}
+    chosen = {"objectives": [{"name": "margin_alignment"}], "coefficients": {"granularity": "task"}}
     recipe = write_recipe(tmp_path, text_recipe | chosen)
     done = subprocess.run(
         [sys.executable, "-c", PREPARE, str(recipe)],

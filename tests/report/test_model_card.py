@@ -254,7 +254,7 @@ def test_what_could_mean_something_is_code(name):
         ("---\nlicense: mit\n---", "mit"),
         ("---\nlicense: other\nlicense_name: mine\n---\n", "mine"),
         ("---\nmodel-index: 3\neval_results: 4\nlicense: mit\n---\n", "mit"),
-        ("---\nself: 3\n1: x\nlicense: mit\n---\n", "mit"),
+        ("---\nself: 3\n1: x\nlicense: mit\n---\n", None),
         ("---\nlicense: [mit]\n---\n", None),
         ("---\n- mit\n---\n", None),
         ("---\nlicense: [a: b\n---\n", None),

@@ -299,7 +299,7 @@ def test_names_are_text_and_no_markup(task, finished, tmp_path):
     experts = tuple(
         replace(expert, name=names[expert.name], source=hostile) for expert in COEFFICIENTS.experts
     )
-    coefficients = replace(COEFFICIENTS, experts=experts, objective=hostile, constraint=hostile)
+    coefficients = replace(COEFFICIENTS, experts=experts, objective=hostile)
     coefficients.save(folder / "coefficients.safetensors")
     found = page(folder)
     assert Markup(found.source).tags == Markup(finished[0].source).tags

@@ -61,7 +61,7 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match=r"results\.json: KeyError\('tasks'\)"):
         SavedRun.open(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match=r"results\.json: no readable JSON"):
+    with pytest.raises(InputError, match=r"results\.json is not JSON"):
         SavedRun.open(tmp_path)
     (tmp_path / "recipe.yaml").write_text("- a list")
     with pytest.raises(InputError, match=r"recipe\.yaml: expected fields such as base"):

@@ -94,5 +94,5 @@ def test_what_is_no_table(change, message, tmp_path):
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"[" * 200_000, b"\xff\xfe", b""])
 def test_no_json_object(content, tmp_path):
     (tmp_path / "results.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"results\.json: .*JSON"):
+    with pytest.raises(InputError, match=r"results\.json (is not JSON|holds no fields)"):
         read_results(tmp_path / "results.json")
