@@ -322,7 +322,11 @@ class Coefficients:
             # A stacked name would stand for as many names as its shape says.
             if is_stacked(name) or not name:
                 raise InputError(f"{shorten(repr(name))} is no name of a merged tensor")
-            if len(shape) > _MOST_AXES or min(shape, default=1) < 1 or math.prod(shape) > _MOST_ENTRIES:
+            if (
+                len(shape) > _MOST_AXES
+                or min(shape, default=1) < 1
+                or math.prod(shape) > _MOST_ENTRIES
+            ):
                 raise InputError(f"{name} has the shape {shorten(repr(shape))}")
         if self.constraint not in CONSTRAINTS:
             raise InputError(f"there is no constraint {shorten(repr(self.constraint))}")

@@ -302,7 +302,9 @@ def test_configs_that_are_no_coefficients(llama_recipe, tmp_path, changes, match
 def test_weights_that_are_not_finite(llama_recipe, tmp_path, method, weight):
     models = weighted(llama_recipe, 1, weight)
     file = write_config(tmp_path, llama_recipe, models=models, **method)
-    with pytest.raises(InputError, match="weight of naming: .* is not finite|is too long for a number"):
+    with pytest.raises(
+        InputError, match="weight of naming: .* is not finite|is too long for a number"
+    ):
         read(file, llama_recipe)
 
 
@@ -385,7 +387,9 @@ def test_files_that_are_no_configs(llama_recipe, tmp_path, text):
     file = tmp_path / "config.yaml"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(InputError, match=r"config\.yaml(: cannot be read|: not valid YAML| is no mergekit config)"):
+    with pytest.raises(
+        InputError, match=r"config\.yaml(: cannot be read|: not valid YAML| is no mergekit config)"
+    ):
         read(file, llama_recipe)
 
 

@@ -281,7 +281,6 @@ def test_values_that_are_damaged(tmp_path: Path, group, array, message):
         ("seed", '"7"', "for seed, which cannot be read"),
         ("seed", "-1", "it has -1 for seed, expected at least 0"),
         ("step", "true", "for step, which cannot be read"),
-        ("objective", '"\\u001b[2J"', "for objective, which cannot be read"),
         ("constraint", '"os:system"', "there is no constraint 'os:system'"),
         ("scaled", '{"t0": Infinity}', "for scaled, which cannot be read"),
         ("scaled", '{"other": 1}', "it scales 'other', which is no expert of it"),
