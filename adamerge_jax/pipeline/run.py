@@ -127,7 +127,8 @@ def _learn(
     if resume and has_ended(out, CHECKPOINT_FOLDER):
         if is_first_process():
             remove_partial(out)
-        console.print(f"{out} holds a run that has ended; there is nothing left to do")
+        ended = f"{out} holds a run that has ended; there is nothing left to do"
+        console.print(ended, highlight=False, soft_wrap=True)
         coefficients = Coefficients.load(out / COEFFICIENTS_FILE)
         return Run(out, coefficients, read_results(out / RESULTS_FILE).rows)
     require_installed(recipe.tracking)

@@ -303,7 +303,7 @@ def test_weights_that_are_not_finite(llama_recipe, tmp_path, method, weight):
     models = weighted(llama_recipe, 1, weight)
     file = write_config(tmp_path, llama_recipe, models=models, **method)
     with pytest.raises(
-        InputError, match="weight of naming: .* is not finite|is too long for a number"
+        InputError, match=r"weight of naming: .* is not finite|is too long for a number"
     ):
         read(file, llama_recipe)
 
