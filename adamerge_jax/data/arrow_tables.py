@@ -92,9 +92,9 @@ def read_parquet(
     schema = parquet.read_schema(files[0])
     _require_unique(schema.names)
     chosen = [name for name in wanted if name in schema.names]
-    kept = pa.schema([schema.field(name) for name in chosen], metadata=schema.metadata)
+    chosen_schema = pa.schema([schema.field(name) for name in chosen], metadata=schema.metadata)
     with tempfile.NamedTemporaryFile(suffix=".arrow") as spill:
-        with pa.ipc.new_file(spill, kept) as writer:
+        with pa.ipc.new_file(spill, chosen_schema) as writer:
             first = 0
             for file in files:
                 reader = parquet.ParquetFile(file, memory_map=True)
@@ -105,7 +105,7 @@ def read_parquet(
                         rows = rows.take(pa.array(index[begin:end] - first))
                     first += len(batch)
                     if len(rows):
-                        writer.write_batch(rows.cast(kept))
+                        writer.write_batch(rows.cast(chosen_schema))
         spill.flush()
         # The map outlives the name of the file, and the file goes with it.
         return pa.ipc.open_file(pa.memory_map(spill.name)).read_all(), schema.names

@@ -162,11 +162,11 @@ def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
         node: The node.
         counts: The numbers that are known by the id of a node; None while one is being counted.
     """
-    known = counts.get(id(node), 0)
-    if known is None:
+    counted = counts.get(id(node), 0)
+    if counted is None:
         raise _Refusal("a section contains itself", node)
-    if known:
-        return known
+    if counted:
+        return counted
     counts[id(node)] = None
     total = 1
     if isinstance(node, yaml.CollectionNode):

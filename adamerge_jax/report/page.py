@@ -345,8 +345,8 @@ def _disagreement(run: SavedRun) -> dict[str, Any] | None:
         first, last = before[task], after.agreement[task]
         if first is None or last is None:
             continue
-        if what := _COMPARED_WITH.get(run.record.get("agreement_with", {}).get(task)):
-            compared.setdefault(what, []).append(task)
+        if reference := _COMPARED_WITH.get(run.record.get("agreement_with", {}).get(task)):
+            compared.setdefault(reference, []).append(task)
         cells = [
             Cell(str(examples[task]["held_out"]) if task in examples else _NOTHING),
             *(Cell(f"{100 * (1 - value):.1f}%") for value in (first, last)),
