@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
-from adamerge_jax.data.listing import files_below, in_words, split_of
+from adamerge_jax.data.listing import files_below, in_words, require_no_split, split_of
 from adamerge_jax.errors import InputError, and_more
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def list_images(folder: Path, source: DataSource) -> ListedImages:
         split = PurePath(_chosen_split(top, folder, source))
         images = [image for image in images if image.parts[0] == str(split)]
         files = [file for file in files if file.parts[0] == str(split)]
+    else:
+        require_no_split(folder, source.split)
     below = [image.relative_to(split or "") for image in images]
     depths = {len(image.parts): image for image in below}
     tables = [file for file in files if file.name.lower() in METADATA]

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path, PurePath
 
+from adamerge_jax.errors import InputError
+
 DEEPEST = 3
 """Folders within each other that are looked into, the folder of the data included."""
 
@@ -35,6 +37,19 @@ def files_below(folder: Path) -> list[PurePath]:
 def split_of(name: str) -> str | None:
     """Returns the split that a word stands for: `train`, `validation` or `test`; None for none."""
     return next((split for split, words in _SPLITS.items() if name.lower() in words), None)
+
+
+def require_no_split(path: Path, split: str) -> None:
+    """Refuses a split, other than the default one, of data that are not divided into splits.
+
+    Raises:
+        InputError: The split is not that for training.
+    """
+    if split_of(split) != "train":
+        raise InputError(
+            f"{path} is not divided into splits, so it has no split {split!r}; leave split out, or "
+            "give the file or folder of that split"
+        )
 
 
 def in_words(names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from adamerge_jax.data.data_set_cards import read_card
 from adamerge_jax.data.image_folders import IMAGE_SUFFIXES
-from adamerge_jax.data.listing import files_below, in_words, split_of
+from adamerge_jax.data.listing import files_below, in_words, require_no_split, split_of
 from adamerge_jax.data.records import READERS as RECORD_READERS
 from adamerge_jax.errors import InputError
 
@@ -139,6 +139,7 @@ def locate_data(source: DataSource, root: Path) -> Location:
             )
         )
         raise InputError(f"{path} is no table: {advice}")
+    require_no_split(path, source.split)
     return TableFiles((path,), kind)
 
 

@@ -27,6 +27,7 @@ from adamerge_jax.checkpoints.config_export import (
 )
 from adamerge_jax.checkpoints.config_file import Fields
 from adamerge_jax.checkpoints.dtypes import DTYPES
+from adamerge_jax.checkpoints.finite import narrowed
 from adamerge_jax.checkpoints.folders import require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import model_class, write_checkpoint
@@ -196,9 +197,11 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     """Writes the merged model and every task's model, in the layout of `save_pretrained`."""
     models, dtype = job.models, _dtype(job.settings)
 
-    def cast(array: np.ndarray) -> np.ndarray:
-        is_weight = jnp.issubdtype(array.dtype, jnp.floating)
-        return array if dtype is None or not is_weight else array.astype(dtype)
+    def cast(array: np.ndarray, name: str, model: Expert) -> np.ndarray:
+        if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        origin = {"checkpoint": model.checkpoint, "role": model.role, "field": "export.dtype"}
+        return narrowed(array, dtype, tensor=name, **origin)
 
     # A head of the base would stand beside each task's head under the same name.
     replaced = {name for task in models.experts for name in models.head_names(task)}
@@ -213,9 +216,10 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         expected_bytes=checkpoint_bytes(models, job.settings),
     ) as writer:
         for name, array in job.merged(dtype):
-            writer.add(name, cast(array))
+            writer.add(name, cast(array, name, models.base))
         for name in carried:
-            writer.add(models.prefix + name, cast(models.base.checkpoint.read(name)))
+            array = cast(models.base.checkpoint.read(name), name, models.base)
+            writer.add(models.prefix + name, array)
         writer.write_config(_merged_config(models, owner, token_ids, loses_head=loses_head))
         # In the order in which a run searches them.
         checkpoints = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
@@ -229,7 +233,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
             writer.add_task_model(
                 task,
                 config=_task_config(models, expert),
-                head={name: cast(array) for name, array in load_head(models, task).items()},
+                head={n: cast(array, n, expert) for n, array in load_head(models, task).items()},
                 assets=expert.checkpoint if is_whole else models.base.checkpoint,
                 otherwise=checkpoints,
             )

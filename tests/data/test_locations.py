@@ -384,3 +384,13 @@ def test_numbers_in_a_column_of_text_of_a_csv_are_texts(tmp_path):
     (tmp_path / "d.csv").write_text("text,label\n007,1\n1e5,0\n")
     rows = read(tmp_path, "d.csv", label="label")
     assert (list(rows["text"]), list(rows["label"])) == (["007", "1e5"], [1, 0])
+
+
+def test_splits_of_what_is_not_divided(tmp_path):
+    write_parquet(tmp_path / "one.parquet", "o")
+    assert texts(tmp_path, "one.parquet", split="training") == texts(tmp_path, "one.parquet")
+    with pytest.raises(InputError, match="not divided into splits, so it has no split 'test'"):
+        texts(tmp_path, "one.parquet", split="test")
+    save_image(tmp_path / "images" / "cat" / "1.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match="not divided into splits, so it has no split 'test'"):
+        load_images(tmp_path, split="test")
