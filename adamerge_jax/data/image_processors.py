@@ -38,8 +38,8 @@ def load_image_processor(folder: Path, where: str, shape: tuple[int, int, int]) 
     from PIL import Image
     from transformers import AutoImageProcessor
 
-    fields = read_object(folder / FILE)
     try:
+        fields = read_object(folder / FILE)
         _require_fields(fields, shape[0])
         processor = ImageProcessor(
             AutoImageProcessor.from_pretrained(folder, trust_remote_code=False), shape
