@@ -359,7 +359,6 @@ def test_recipes_are_shipped():
     [
         ({"learning": {"steps": True}}, "learning.steps: found True, expected a number"),
         ({"learning": {"optimizer": {"learning_rate": 1e-50}}}, "a number that float32 has"),
-        ({"learning": {"optimizer": {"learning_rate": 1e30}}}, "learning_rate: found 1e.30"),
         ({"learning": {"optimizer": {"options": {"b1": "5"}}}}, "b1 is '5', expected a number"),
         ({"learning": {"optimizer": {"options": {"b1": None}}}}, "b1 is None, expected a number"),
         ({"learning": {"optimizer": {"options": {"b2": 1.5}}}}, "b2 is 1.5, expected from 0"),
