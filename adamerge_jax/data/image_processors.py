@@ -14,7 +14,7 @@ from adamerge_jax.data.images import ImageProcessor
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.files.json_object import read_object
 
-FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
 
 _LARGEST_SIDE = 2**14
 """Pixels of the largest side: a batch of such images fills any memory."""
@@ -39,19 +39,19 @@ def load_image_processor(folder: Path, where: str, shape: tuple[int, int, int]) 
     from transformers import AutoImageProcessor
 
     try:
-        fields = read_object(folder / FILE)
+        fields = read_object(folder / PROCESSOR_FILE)
         _require_fields(fields, shape[0])
         processor = ImageProcessor(
             AutoImageProcessor.from_pretrained(folder, trust_remote_code=False), shape
         )
         mode = processor.mode
     except InputError as error:
-        raise InputError(f"{where}: its {FILE}: {error}") from error
+        raise InputError(f"{where}: its {PROCESSOR_FILE}: {error}") from error
     # The processors' own checks raise errors of many types.
     except Exception as error:
         raise InputError(
-            f"{where}: its {FILE} cannot be read: {in_one_line(error)}; save it again with "
-            "image_processor.save_pretrained(folder)"
+            f"{where}: its {PROCESSOR_FILE} cannot be read: {in_one_line(error)}; save it again "
+            "with image_processor.save_pretrained(folder)"
         ) from error
     made = []
     for height, width in _TRIED:
@@ -63,18 +63,21 @@ def load_image_processor(folder: Path, where: str, shape: tuple[int, int, int]) 
             made.append(np.asarray(inputs["pixel_values"][0]))
         except Exception as error:
             raise InputError(
-                f"{where}: the image processor of its {FILE} fails on an image: "
+                f"{where}: the image processor of its {PROCESSOR_FILE} fails on an image: "
                 f"{in_one_line(error)}"
             ) from error
     if not all(np.isfinite(pixels).all() for pixels in made):
-        raise InputError(f"{where}: the image processor of its {FILE} makes NaN or infinity")
+        raise InputError(
+            f"{where}: the image processor of its {PROCESSOR_FILE} makes NaN or infinity"
+        )
     shapes = {pixels.shape for pixels in made}
     # Where the shape is the image's, each image is checked when it is read.
     channels = {made_shape[0] for made_shape in shapes}
     if channels != {shape[0]} or (len(shapes) == 1 and shapes != {shape}):
         raise InputError(
-            f"{where}: its {FILE} makes images of (channels, height, width) {shapes.pop()}, the "
-            f"model takes {shape}; set size (and crop_size) to the model's image_size"
+            f"{where}: its {PROCESSOR_FILE} makes images of (channels, height, width) "
+            f"{shapes.pop()}, the model takes {shape}; set size (and crop_size) to the model's "
+            "image_size"
         )
     return processor
 

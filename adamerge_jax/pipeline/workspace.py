@@ -16,7 +16,7 @@ from adamerge_jax.checkpoints.dtypes import DTYPES
 from adamerge_jax.data.class_names import align_labels, names_of_outputs
 from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, tell_cut
-from adamerge_jax.data.image_processors import FILE, load_image_processor
+from adamerge_jax.data.image_processors import PROCESSOR_FILE, load_image_processor
 from adamerge_jax.data.images import ImageProcessor
 from adamerge_jax.data.sources import load_examples
 from adamerge_jax.data.token_limits import TokenLimits
@@ -231,7 +231,7 @@ def _load_preprocessor(
     if models.family.inputs[0] == "input_ids":
         return find_tokenizer(models.by_name, chosen)
     for model in (models.base, *models.experts.values()):
-        if (model.checkpoint.folder / FILE).is_file():
+        if (model.checkpoint.folder / PROCESSOR_FILE).is_file():
             vision = getattr(model.checkpoint.config, "vision_config", model.checkpoint.config)
             image = ImageGeometry.of(vision)
             return load_image_processor(
