@@ -6,12 +6,12 @@ against each other, when the config has its defaults.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adamerge_jax.checkpoints.finite import is_number
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.errors import InputError
 
@@ -81,8 +81,6 @@ _MOST = 2**31 - 1
 
 _USUAL_LAYERS, _USUAL_CLASSES = 2**10, 2**16
 """Numbers that a config may claim whatever its weights are: names are compared with them later."""
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 def require_possible(
@@ -211,9 +209,9 @@ def _expected(field: str, value: Any) -> str | None:
         sides = value if isinstance(value, list) and len(value) == 2 else [value]
         return None if all(map(_is_count, sides)) else "a whole number of pixels, or two"
     if field in _POSITIVE:
-        return None if _is_number(value) and value > 0 else "a finite number above 0"
+        return None if is_number(value) and value > 0 else "a finite number above 0"
     if field in _NOT_NEGATIVE:
-        return None if _is_number(value) and value >= 0 else "a finite number of at least 0"
+        return None if is_number(value) and value >= 0 else "a finite number of at least 0"
     if field in _SWITCHES:
         return None if isinstance(value, bool) else "true or false"
     if field in _NAMES:
@@ -228,13 +226,6 @@ def _expected(field: str, value: Any) -> str | None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
-
-
-def _is_number(value: Any) -> bool:
-    """Returns True for a number that float32 can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) and abs(value) <= _LARGEST
 
 
 def _shown(value: Any) -> str:

@@ -16,6 +16,12 @@ LARGEST = float(np.finfo(np.float32).max)
 """The largest finite number of float32."""
 
 
+def is_number(value: object) -> bool:
+    """Returns True for a number of a JSON file that is finite in float32; true is none."""
+    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_numeric and abs(value) <= LARGEST
+
+
 def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, role: str) -> None:
     """Refuses a tensor with NaN or infinite values: it would spoil the whole merge.
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from adamerge_jax.checkpoints.finite import LARGEST
+from adamerge_jax.checkpoints.finite import is_number
 from adamerge_jax.checkpoints.patterns import first_matches
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object
@@ -148,6 +148,6 @@ def _by_module(
 
 def _number(value: Any, where: str) -> float:
     """Returns a number of the config, and refuses what is none or not finite in float32."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+    if not is_number(value):
         raise InputError(f"{where} is {reprlib.repr(value)}; expected a finite number")
     return float(value)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, shorten
 
 _LARGEST = 10_000_000
 """The largest size of a file in bytes."""
@@ -95,11 +95,11 @@ class _Loader(yaml.SafeLoader):
                 continue  # PyYAML refuses keys that are lists or mappings
             if key.tag != _TEXT:
                 raise _Refusal(
-                    f"the key {_shortened(key.value)} is no text to YAML; put it in quotes", key
+                    f"the key {shorten(key.value, 60)} is no text to YAML; put it in quotes", key
                 )
             if key.value in lines:
                 raise _Refusal(
-                    f"the key {_shortened(key.value)!r} is given twice, first in line "
+                    f"the key {shorten(key.value, 60)!r} is given twice, first in line "
                     f"{lines[key.value]}; keep one of the two",
                     key,
                 )
@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
     def construct_int(self, node: yaml.ScalarNode) -> int:
         """Returns an integer; printing one of thousands of digits takes long or fails."""
         if len(node.value) > _LONGEST_NUMBER:
-            raise _Refusal(f"{_shortened(node.value)} is too long for a number", node)
+            raise _Refusal(f"{shorten(node.value, 60)} is too long for a number", node)
         return self.construct_yaml_int(node)
 
 
@@ -177,7 +177,3 @@ def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
                 raise _Refusal(f"it has more than {_MOST_NODES:,} values", node)
     counts[id(node)] = total
     return total
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from adamerge_jax.checkpoints.finite import LARGEST
 from adamerge_jax.checkpoints.folders import require_possible_path
 from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS
 from adamerge_jax.registry import is_own_code
@@ -65,12 +66,9 @@ def _require_float32(name: str, value: Any) -> None:
     elif isinstance(value, list | tuple):
         for position, member in enumerate(value):
             _require_float32(f"{name}.{position}", member)
-    elif isinstance(value, int | float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
+    elif isinstance(value, int | float) and value and not _SMALLEST <= abs(value) <= LARGEST:
         raise ValueError(f"{name} is {value:g}, expected a number that float32 has")
 
-
-_LARGEST = float.fromhex("0x1.fffffep+127")
-"""The largest number of float32."""
 
 _SMALLEST = 2.0**-126
 """The smallest number over 0 that float32 has in full."""
