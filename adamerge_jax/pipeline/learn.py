@@ -28,7 +28,7 @@ from adamerge_jax.devices import Devices, fetch, is_first_process
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning.learner import Frozen, Learner, forward_with_heads, make_learner
-from adamerge_jax.learning.loop import Learned, Progress, Snapshot, learn
+from adamerge_jax.learning.loop import Progress, Snapshot, learn
 from adamerge_jax.learning.snapshots import load_snapshot, save_snapshot
 from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.models.family import Network
@@ -353,25 +353,35 @@ def _learn_stage(
             )
     except NonFiniteObjectiveError as error:
         if error.learned is not None:
-            on_result(_make_coefficients(inputs, stage, error.learned))
+            values, step = error.learned.values, error.learned.step
+            on_result(make_coefficients(inputs, stage.granularity, values, step))
         raise
-    coefficients = _make_coefficients(inputs, stage, learned)
+    coefficients = make_coefficients(inputs, stage.granularity, learned.values, learned.step)
     on_result(coefficients)
     return MergeResult(coefficients, granularity, learned.values, deltas)
 
 
-def _make_coefficients(inputs: LearningInputs, stage: Stage, learned: Learned) -> Coefficients:
-    """Returns the learned coefficients with all facts that a later merge needs."""
+def make_coefficients(
+    inputs: LearningInputs, granularity: GranularityChoice, values: Values, step: int
+) -> Coefficients:
+    """Returns coefficients with all facts that a later merge needs.
+
+    Args:
+        inputs: The models, task vectors and method of the run.
+        granularity: The granularity of the coefficients.
+        values: The coefficients by group, `[G, K, ...]`.
+        step: The number of steps or evaluations after which they were reached.
+    """
     method, models = inputs.method, inputs.workspace.models
     shapes = {name: models.base.shape(name) for name in inputs.mixed}
     # A layer that no expert changed is in a stack with those that some did, but is not mixed.
-    groups = stage.granularity.make(shapes).init(constant(shapes, 1, 0.0))
-    values = unstack_values(learned.values)
+    groups = granularity.make(shapes).init(constant(shapes, 1, 0.0))
+    unstacked = unstack_values(values)
     base, *experts = models.sources
     return Coefficients(
-        values={group: values[group] for group in groups},
-        granularity=stage.granularity.name,
-        granularity_options=stage.granularity.options,
+        values={group: unstacked[group] for group in groups},
+        granularity=granularity.name,
+        granularity_options=granularity.options,
         interference=inputs.interference,
         constraint=method.constraint,
         shapes=shapes,
@@ -379,7 +389,7 @@ def _make_coefficients(inputs: LearningInputs, stage: Stage, learned: Learned) -
         experts=tuple(experts),
         objective=method.objective_in_words,
         seed=method.seed,
-        step=learned.step,
+        step=step,
         started_from=inputs.start.source if inputs.start else None,
         depths=stack_depths(models.base.names),
         initial=inputs.method.initial,
