@@ -1,0 +1,1 @@
+"""Coefficients that are chosen by their scores alone: no gradient, no model, no file."""
