@@ -176,7 +176,7 @@ class Merge(RecipeCommand):
     """Export a merge by a method that learns nothing; the recipe's data is not read."""
 
     method: str
-    """The method: average, task_arithmetic, ties, or package.module:function."""
+    """The method, e.g. ties or pcb (docs/guides/methods.md has all), or package.module:function."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Arguments of the method, e.g. {coefficient: 0.4}."""
     out: Path

@@ -23,8 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from adamerge_jax.interference.breadcrumbs import drop_extremes
 from adamerge_jax.interference.dare import drop_and_rescale
+from adamerge_jax.interference.lines import scale_by_depth
+from adamerge_jax.interference.pcb import balance_competition
+from adamerge_jax.interference.sce import select_variable, weigh_by_squares
 from adamerge_jax.interference.step import Step
+from adamerge_jax.interference.tall_masks import consensus_mask, tall_mask
 from adamerge_jax.interference.ties import disjoint_mean, elect_sign, trim
 from adamerge_jax.registry import call_registered
 
@@ -33,12 +38,19 @@ __all__ = [
     "FittedStep",
     "Step",
     "apply_steps",
+    "balance_competition",
+    "consensus_mask",
     "disjoint_mean",
     "drop_and_rescale",
+    "drop_extremes",
     "elect_sign",
     "fit_steps",
     "make_step",
+    "scale_by_depth",
+    "select_variable",
+    "tall_mask",
     "trim",
+    "weigh_by_squares",
 ]
 
 STEPS: dict[str, Callable[..., Step]] = {
@@ -46,6 +58,13 @@ STEPS: dict[str, Callable[..., Step]] = {
     "elect_sign": elect_sign,
     "disjoint_mean": disjoint_mean,
     "drop_and_rescale": drop_and_rescale,
+    "drop_extremes": drop_extremes,
+    "balance_competition": balance_competition,
+    "tall_mask": tall_mask,
+    "consensus_mask": consensus_mask,
+    "scale_by_depth": scale_by_depth,
+    "select_variable": select_variable,
+    "weigh_by_squares": weigh_by_squares,
 }
 """Interference steps by their names in a recipe."""
 

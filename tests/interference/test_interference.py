@@ -15,12 +15,10 @@ from adamerge_jax.interference import (
     STEPS,
     FittedStep,
     apply_steps,
-    disjoint_mean,
     drop_and_rescale,
     elect_sign,
     fit_steps,
     make_step,
-    trim,
 )
 from adamerge_jax.registry import allow_code
 
@@ -46,6 +44,13 @@ CHAINS = [
     [TRIM, ELECT_SIGN, DISJOINT_MEAN],
     [DARE, ELECT_SIGN, TRIM],
     [TRIM, DARE, TRIM],
+    [FittedStep("drop_extremes", {"smallest": 0.4, "largest": 0.1})],
+    [FittedStep("balance_competition", {"density": 0.5})],
+    [FittedStep("tall_mask", {"threshold": 0.4})],
+    [FittedStep("consensus_mask", {"threshold": 0.6, "users": 2})],
+    [FittedStep("scale_by_depth", {"first": 0.5})],
+    [FittedStep("select_variable", {"density": 0.3}), FittedStep("weigh_by_squares", {})],
+    [TRIM, FittedStep("balance_competition", {"density": 0.2}), ELECT_SIGN],
 ]
 
 
@@ -170,14 +175,8 @@ def test_dare_that_drops_nothing():
 def test_steps_run_in_their_order(chain):
     task_vectors, expected = draw(), draw()
     fitted = fit_steps(chain, task_vectors)
-    functions = {
-        "trim": trim(density=0.3),
-        "elect_sign": elect_sign(),
-        "disjoint_mean": disjoint_mean(),
-        "drop_and_rescale": drop_and_rescale(drop=0.4, seed=3),
-    }
     for step in chain:
-        function = functions[step.name]
+        function = STEPS[step.name](**step.options)
         seen = function.fit(expected)
         expected = {n: function.apply(n, values, seen) for n, values in expected.items()}
     for name, values in task_vectors.items():
@@ -253,6 +252,72 @@ def test_steps_go_through_the_file(chain, tmp_path: Path):
         np.testing.assert_array_equal(found, task_vectors[name])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("name", STEPS)
+def test_numbers_stay_finite(name, experts, dtype):
+    """One expert, none that changes anything, one entry, and entries that are all the same."""
+    drawn = np.random.default_rng(0).normal(size=(experts, 40))
+    cases = [
+        {"layer.0.weight": np.zeros((experts, 4, 2)), "bias": np.zeros(experts)},
+        {"layer.0.weight": np.ones((experts, 3)), "other": np.zeros((experts, 2))},
+        {"bias": np.full(experts, -2.0)},
+        {"weight": drawn * 1e-7, "other": drawn * [[1000.0 * (k == 0)] for k in range(experts)]},
+    ]
+    for case in cases:
+        task_vectors = {tensor: values.astype(dtype) for tensor, values in case.items()}
+        (step,) = fit_steps([FittedStep(name, {})], task_vectors)
+        assert all(np.isfinite(values).all() for values in task_vectors.values())
+        assert make_step(name, {}).takes(json.loads(json.dumps(step.fitted)), experts)
+
+
+def test_lines_scales_by_the_depth_of_each_stack():
+    names = [f"encoder.block.{layer}.layer.0.weight" for layer in range(4)]
+    names += ["decoder.block.0.weight", "decoder.block.1.weight", "shared.weight"]
+    task_vectors = {name: np.ones((2, 3), np.float32) for name in names}
+    (step,) = fit_steps([FittedStep("scale_by_depth", {"increase": 0.6})], task_vectors)
+    assert step.fitted == {"encoder.block.*": 4, "decoder.block.*": 2}
+    factors = [float(task_vectors[name][0, 0]) for name in names]
+    assert factors == pytest.approx([0.5, 0.7, 0.9, 1.1, 0.5, 1.1, 0.5])
+    (step,) = fit_steps(
+        [FittedStep("scale_by_depth", {"layers": 7})],
+        {"encoder.block.3.weight": np.ones((2, 3), np.float32)},
+    )
+    assert step.fitted == {"encoder.block.*": 7}
+
+
+def test_many_experts_compete_without_overflow():
+    task_vectors = {"weight": np.random.default_rng(0).normal(size=(120, 50)).astype(np.float32)}
+    fit_steps([FittedStep("balance_competition", {"density": 0.5})], task_vectors)
+    assert np.isfinite(task_vectors["weight"]).all()
+    assert task_vectors["weight"].any()
+
+
+def test_a_tall_mask_is_of_one_expert():
+    values = np.array([[4.0, 1.0, 0.0], [1.0, 3.0, 0.0], [1.0, 1.0, 1.0]], np.float32)
+    masked = make_step("tall_mask", {"threshold": 0.5}).apply("weight", values, None)
+    assert masked.tolist() == [[4.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "fitted"),
+    [
+        ("balance_competition", None),
+        ("balance_competition", [[0.0, 1.0, 0.0, 1.0]]),
+        ("balance_competition", [[0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, float("nan")]]),
+        ("balance_competition", [[0.0, 1.0, 0.0, 1.0], [2.0, 1.0, 0.0, 1.0]]),
+        ("balance_competition", [[0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]),
+        ("scale_by_depth", None),
+        ("scale_by_depth", {"encoder.layer.*": 0}),
+        ("scale_by_depth", {"encoder.layer.*": 1.5}),
+        ("scale_by_depth", [12]),
+        ("drop_extremes", [1.0]),
+    ],
+)
+def test_facts_that_no_fit_can_have_had(name, fitted):
+    assert not make_step(name, {}).takes(fitted, 2)
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_no_task_vectors(name):
     # No expert differs from the base; the caller says so.
@@ -282,6 +347,14 @@ def test_no_steps():
         ("drop_and_rescale", {"drop": -0.1}, "drop is -0.1"),
         ("drop_and_rescale", {"seed": -1}, "seed"),
         ("drop_and_rescale", {"density": 0.1}, "its options are drop, seed$"),
+        ("drop_extremes", {"smallest": 1.0}, "smallest is 1.0, expected from 0 and under 1"),
+        ("drop_extremes", {"smallest": 0.6, "largest": 0.4}, "0.6 and 0.4, expected a sum under 1"),
+        ("balance_competition", {"density": 0}, "density is 0, expected over 0 and up to 1"),
+        ("tall_mask", {"threshold": -0.1}, "threshold is -0.1, expected from 0 to 1e6"),
+        ("consensus_mask", {"users": 0}, "users is 0, expected a whole number, at least 1"),
+        ("scale_by_depth", {"increase": float("inf")}, "increase is inf"),
+        ("scale_by_depth", {"layers": 0}, "layers is 0, expected a whole number from 1"),
+        ("select_variable", {"density": 1.5}, "density is 1.5, expected over 0 and up to 1"),
         ("trimm", {}, r"found 'trimm'; expected one of .* \(nearest is 'trim'\)"),
         ("no_such_module:step", {}, "'no_such_module:step' cannot be imported"),
     ],

@@ -25,6 +25,7 @@ from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.registry import allow_code
 from adamerge_jax.task_vectors import DenseDelta
 from adamerge_jax.task_vectors.offload.memory import HostMemory
+from tests.methods.step_formulas import STEP_CASES
 
 EXPERTS = 3
 
@@ -53,6 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "average": ({}, mean_of),
     "task_arithmetic": ({"coefficient": 0.4}, lambda deltas: sum_of(deltas, 0.4)),
     "ties": ({"coefficient": 0.7, "density": 0.25}, lambda deltas: ties_of(deltas, 0.7, 0.25)),
+    **STEP_CASES,
 }
 
 
