@@ -207,7 +207,7 @@ class InterferenceRecipe(Section):
     """A step that changes task vectors before mixing."""
 
     name: str
-    """Name of the step: trim, elect_sign, disjoint_mean or drop_and_rescale."""
+    """Name of the step (docs/guides/interference.md has all), or package.module:function."""
     options: dict[str, Any] = {}
     """Arguments of the step, e.g. density of trim."""
 
@@ -300,7 +300,7 @@ class MethodRecipe(Section):
     """A merge without learning."""
 
     name: str
-    """Name of the method: average, task_arithmetic, ties, or package.module:function."""
+    """Name of the method (docs/guides/methods.md has all), or package.module:function."""
     options: dict[str, Any] = {}
     """Arguments of the method, e.g. density of ties."""
 
