@@ -31,6 +31,10 @@ In place of a task's logits there may be a function that computes them.
 """
 
 
+Raw = Mapping[str, PyTree[Array]]
+"""What is learned by group; `Constraint.apply` turns it into coefficients."""
+
+
 class Frozen(NamedTuple):
     """The arrays that stay as they are while coefficients are learned.
 
@@ -58,12 +62,13 @@ class State(NamedTuple):
     """The arrays that change from step to step.
 
     Attributes:
-        raw: Unconstrained arrays, which the constraint turns into coefficients.
+        raw: What is learned for each group, an array or a tree of arrays, which the constraint
+            turns into coefficients.
         optimizer: The optimizer's own state.
         start: The coefficients that learning started from, for regularizers.
     """
 
-    raw: Values
+    raw: Raw
     optimizer: optax.OptState
     start: Values
 
@@ -174,10 +179,10 @@ def make_learner(
         True
     """
 
-    def coefficients(raw: Values) -> Values:
+    def coefficients(raw: Raw) -> Values:
         return {group: constraint.apply(array) for group, array in raw.items()}
 
-    def run(raw: Values, frozen: Frozen, batch: Batch) -> Evaluation:
+    def run(raw: Raw, frozen: Frozen, batch: Batch) -> Evaluation:
         scales = granularity.scales(coefficients(raw))
         mixed = mix(frozen.base, frozen.deltas, scales)
         outputs = forward(mixed, frozen.heads, batch.inputs)
@@ -207,11 +212,11 @@ def make_learner(
 
     @compiled
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
-        def total(raw: Values, part: Batch) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
+        def total(raw: Raw, part: Batch) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
             per_task = run(raw, frozen, part).objective
             return per_task.sum(), per_task
 
-        def regularization(raw: Values) -> Float[Array, ""]:
+        def regularization(raw: Raw) -> Float[Array, ""]:
             terms = (w * term(coefficients(raw), state.start) for w, term in regularizers)
             return sum(terms, jnp.zeros(()))
 
@@ -219,7 +224,8 @@ def make_learner(
         gradient, per_task = sum_over_parts(gradient_of, batch, microbatches)
         gradient = jax.tree.map(jnp.add, gradient, jax.grad(regularization)(state.raw))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.raw)
-        raw = optax.apply_updates(state.raw, updates)
+        moved = optax.apply_updates(state.raw, updates)
+        raw = {group: constraint.project(learned) for group, learned in moved.items()}
         return State(raw, optimizer_state, state.start), per_task
 
     @compiled

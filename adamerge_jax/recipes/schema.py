@@ -187,10 +187,13 @@ class CoefficientsRecipe(Section):
     importance_chunk, partition, singular, or package.module:function."""
     granularity_options: dict[str, Any] = {}
     """Arguments of the granularity, e.g. pieces of chunk."""
-    constraint: Literal["free", "clip", "sigmoid", "softmax"] = "clip"
+    constraint: Literal[
+        "free", "clip", "sigmoid", "softmax", "simplex", "simplex_with_base", "positions"
+    ] = "clip"
     """Values that coefficients may take."""
     initial: Weight | None = None
-    """Value at which every coefficient starts; by default 0.3, or 1/K under softmax."""
+    """Value at which every coefficient starts; by default 0.3, for K experts 1/K under softmax and
+    simplex, and 1/(K+1) under simplex_with_base and positions."""
     start: PathText | None = None
     """Coefficients file of an earlier run to start from instead, of any granularity. Experts are
     matched by name; an expert that is not in the file starts at initial. Or a .yaml file of
@@ -368,7 +371,8 @@ class Recipe(Section):
     """Name of the run; by default that of the file."""
     preset: str = DEFAULT_PRESET
     """Preset that fills in the fields that the recipe leaves out: recommended, adamerging-task,
-    adamerging, adamerging++, atlas, atlas-k, expert-merging or expert-merging++."""
+    adamerging, adamerging++, atlas, atlas-k, expert-merging, expert-merging++ or
+    self-positioning."""
     base: ModelSource
     """The model that all experts were fine-tuned from."""
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
@@ -420,7 +424,14 @@ class Recipe(Section):
         """The value at which every coefficient starts."""
         if self.coefficients.initial is not None:
             return self.coefficients.initial
-        return 1 / len(self.tasks) if self.coefficients.constraint == "softmax" else 0.3
+        models = {
+            "softmax": len(self.tasks),
+            "simplex": len(self.tasks),
+            "simplex_with_base": len(self.tasks) + 1,
+            "positions": len(self.tasks) + 1,
+        }
+        averaged = models.get(self.coefficients.constraint)
+        return 0.3 if averaged is None else 1 / averaged
 
     @property
     def own_keep_from_base(self) -> list[str]:

@@ -98,6 +98,9 @@ RANGES = {
     "clip": np.array([[0.0, 0.25, 1.0]]),
     "sigmoid": np.array([[0.001, 0.3, 0.999]]),
     "softmax": np.array([[0.2, 0.7, 0.1]]),
+    "simplex": np.array([[0.0, 0.75, 0.25]]),
+    "simplex_with_base": np.array([[0.0, 0.5, 0.25]]),
+    "positions": np.array([[0.1, 2.0, 0.25]]),
 }
 
 
@@ -118,6 +121,11 @@ def test_apply_undoes_invert(name):
         ("sigmoid", [0.5, 0.5, 1.0]),
         ("softmax", [0.3, 0.3, 0.3]),
         ("softmax", [1.0, 0.0, 0.0]),
+        ("simplex", [0.3, 0.3, 0.3]),
+        ("simplex", [1.1, 0.0, -0.1]),
+        ("simplex_with_base", [0.5, 0.5, 0.1]),
+        ("simplex_with_base", [0.5, 0.1, -0.1]),
+        ("positions", [0.5, 0.1, -0.1]),
     ],
 )
 def test_values_out_of_range(name, values):
@@ -126,9 +134,45 @@ def test_values_out_of_range(name, values):
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_apply_stays_in_range(name):
-    raw = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32) * 4
-    for row in np.asarray(CONSTRAINTS[name].apply(raw)):
-        assert CONSTRAINTS[name].allows(row)
+    constraint, generator = CONSTRAINTS[name], np.random.default_rng(0)
+    started = constraint.invert(jnp.broadcast_to(RANGES[name], (5, 3)).astype(jnp.float32))
+    after_step = jax.tree.map(lambda array: 4 * generator.normal(size=array.shape), started)
+    raw = constraint.project(jax.tree.map(lambda array: array.astype(np.float32), after_step))
+    for row in np.asarray(constraint.apply(raw)):
+        assert constraint.allows(row)
+
+
+def nearest_on_simplex(values: np.ndarray) -> np.ndarray:
+    """The projection by its conditions: the support that leaves a threshold between its values."""
+    for size in range(1, len(values) + 1):
+        support = np.argsort(-values)[:size]
+        theta = (values[support].sum() - 1) / size
+        outside = np.delete(values, support)
+        if (values[support] > theta).all() and (outside <= theta).all():
+            return np.maximum(values - theta, 0)
+    raise AssertionError("no support")
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_projections_are_the_nearest_points(experts):
+    values = np.random.default_rng(0).normal(scale=0.7, size=(40, experts, 2)).astype(np.float32)
+    values[0] = 0.5  # all alike
+    for name in ("simplex", "simplex_with_base"):
+        found = np.asarray(CONSTRAINTS[name].project(jnp.asarray(values)))
+        for group, layer in np.ndindex(40, 2):
+            row = values[group, :, layer].astype(np.float64)
+            expected = nearest_on_simplex(row)
+            if name == "simplex_with_base" and np.maximum(row, 0).sum() <= 1:
+                expected = np.maximum(row, 0)
+            np.testing.assert_allclose(found[group, :, layer], expected, atol=1e-6)
+
+
+def test_positions_are_shares_of_base_and_experts_times_a_scale():
+    raw = {"position": jnp.log(jnp.array([[0.5, 0.2, 0.3]])), "scale": jnp.array([[2.0]])}
+    np.testing.assert_allclose(CONSTRAINTS["positions"].apply(raw), [[0.4, 0.6]], rtol=1e-6)
+    started = CONSTRAINTS["positions"].invert(jnp.full((1, 3), 0.3))
+    np.testing.assert_allclose(jax.nn.softmax(started["position"]), [[0.25] * 4], rtol=1e-6)
+    np.testing.assert_allclose(started["scale"], [[1.2]], rtol=1e-6)
 
 
 def test_softmax_is_over_experts():

@@ -250,6 +250,8 @@ def test_the_order_of_patterns_counts():
         ("clip", [0, 1]),
         ("sigmoid", [1e-6, 1 - 1e-6]),
         ("softmax", [1e-6, 1]),
+        ("simplex", [0, 1]),
+        ("simplex_with_base", [0, 1]),
     ],
 )
 def test_a_start_is_moved_into_the_range_of_the_constraint(constraint, expected):

@@ -28,7 +28,14 @@ from tests.references import learning_inputs
 STEPS = 10
 BATCH_SIZE = 4
 
-LONG_STEPS = ("atlas", "atlas-k", "expert-merging", "expert-merging++", "recommended")
+LONG_STEPS = (
+    "atlas",
+    "atlas-k",
+    "expert-merging",
+    "expert-merging++",
+    "recommended",
+    "self-positioning",
+)
 """Presets that are compared at a tenth of their learning rate. Adam takes whole steps however small
 a gradient is, so that at these presets' own rates ten steps turn float32's rounding into up to 2e-4
 of the coefficients that have the smallest gradients; at a tenth it stays under 1e-5. Among the
@@ -204,20 +211,16 @@ def pytorch_loop(
     steps: int = STEPS,
 ) -> dict[str, np.ndarray]:
     """Learns coefficients `[K, ...]` by group: one merged state dict per step, task after task."""
-    constrain = {
-        "free": lambda raw: raw,
-        "clip": lambda raw: raw.clamp(0, 1),
-        "sigmoid": torch.sigmoid,
-    }[recipe.coefficients.constraint]
-    invert = torch.logit if recipe.coefficients.constraint == "sigmoid" else torch.clone
-    raw = {group: invert(values.double()).requires_grad_() for group, values in start.items()}
-    start = {group: constrain(values).detach() for group, values in raw.items()}
+    invert, constrain = LEARNED[recipe.coefficients.constraint]
+    raw = {group: invert(values.double()) for group, values in start.items()}
+    leaves = [leaf.requires_grad_() for learned in raw.values() for leaf in learned]
+    start = {group: constrain(*learned).detach() for group, learned in raw.items()}
     settings = recipe.learning.optimizer
     assert set(settings.options) <= {"weight_decay", "eps"}
     make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
-    optimizer = make(list(raw.values()), **settings.options)
+    optimizer = make(leaves, **settings.options)
     for step, batch in enumerate(islice(calibration.batches(), steps)):
-        coefficients = {group: constrain(values) for group, values in raw.items()}
+        coefficients = {group: constrain(*learned) for group, learned in raw.items()}
         merged = dict(reference.base)
         for name, (group, index) in sharing.items():
             values = coefficients[group]
@@ -240,12 +243,27 @@ def pytorch_loop(
         loss.backward()
         if settings.clip_norm is not None:
             # `clip_grad_norm_` but for the 1e-6 that it adds to the norm.
-            norm = torch.cat([values.grad.flatten() for values in raw.values()]).norm()
-            for values in raw.values():
-                values.grad *= min(1.0, settings.clip_norm / norm.item())
+            norm = torch.cat([leaf.grad.flatten() for leaf in leaves]).norm()
+            for leaf in leaves:
+                leaf.grad *= min(1.0, settings.clip_norm / norm.item())
         optimizer.param_groups[0]["lr"] = rate(recipe, step, steps)
         optimizer.step()
-    return {group: constrain(values).detach().numpy() for group, values in raw.items()}
+    return {group: constrain(*learned).detach().numpy() for group, learned in raw.items()}
+
+
+def position_of(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A position between base and experts, the base's share 1/(K+1), and the scale to it."""
+    scale = values.sum(0, keepdim=True) * (len(values) + 1) / len(values)
+    return torch.cat([scale / (len(values) + 1), values]).div(scale).log(), scale
+
+
+LEARNED = {
+    "free": (lambda values: [values.clone()], lambda raw: raw),
+    "clip": (lambda values: [values.clone()], lambda raw: raw.clamp(0, 1)),
+    "sigmoid": (lambda values: [values.logit()], torch.sigmoid),
+    "positions": (position_of, lambda position, scale: scale * position.softmax(0)[1:]),
+}
+"""By constraint: from coefficients `[K, ...]` to the tensors that are learned, and back."""
 
 
 def losses(recipe: Recipe, reference: Reference, merged: Tensors, batch: Batch):
@@ -434,6 +452,14 @@ def test_what_expert_merging_says(preset, text_recipe):
         assert any(fnmatchcase(name, pattern) for pattern in recipe.keep_from_base), name
     for name in ("bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.weight"):
         assert not any(fnmatchcase(name, pattern) for pattern in recipe.keep_from_base), name
+
+
+def test_what_self_positioning_says(text_recipe):
+    recipe = chosen("self-positioning", text_recipe)
+    own = recipe.coefficients
+    assert (own.granularity, own.constraint) == ("task", "positions")
+    assert recipe.initial_coefficient == 1 / (len(recipe.tasks) + 1)
+    assert [term.name for term in recipe.objectives] == ["logit_alignment"]
 
 
 def test_the_default_preset():

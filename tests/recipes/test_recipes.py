@@ -44,9 +44,13 @@ def test_defaults():
     assert parse_recipe(recipe.model_dump()) == recipe
 
 
-def test_softmax_starts_at_the_average():
-    recipe = parse_recipe(fields(coefficients={"constraint": "softmax", "initial": None}))
-    assert recipe.initial_coefficient == 0.5
+@pytest.mark.parametrize(
+    ("constraint", "initial"),
+    [("softmax", 1 / 2), ("simplex", 1 / 2), ("simplex_with_base", 1 / 3), ("positions", 1 / 3)],
+)
+def test_averages_start_in_the_middle(constraint, initial):
+    recipe = parse_recipe(fields(coefficients={"constraint": constraint, "initial": None}))
+    assert recipe.initial_coefficient == initial
 
 
 def test_paths_may_be_sections():
@@ -115,6 +119,9 @@ def test_wrong_fields(changes, message):
         ("clip", 1.2, "from 0 to 1"),
         ("sigmoid", 0.0, "between 0 and 1, both excluded"),
         ("softmax", 0.3, "summing to 1"),
+        ("simplex", 0.3, "summing to 1"),
+        ("simplex_with_base", 0.6, "summing to at most 1"),
+        ("positions", -0.1, "at least 0"),
     ],
 )
 def test_a_start_outside_of_the_constraint(constraint, initial, allowed):
