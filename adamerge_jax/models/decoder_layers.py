@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.cache import KeyValues, LayerCache
 from adamerge_jax.models.family import Family, attention_heads
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
@@ -178,26 +180,33 @@ class Attention(nnx.Module):
         tables: Float[Array, "rotaries 2 T features/2"],
         window: Int[Array, ""],
         rotary: Int[Array, ""],
+        cache: LayerCache | None = None,
     ) -> Float[Array, "B T H"]:
         """Attends to the tokens before each position.
 
         Args:
             x: The layer's input.
-            mask: 1 for tokens, 0 for padding.
-            tables: Cosines and sines of every rotation in the model.
+            mask: 1 for tokens, 0 for padding; with a cache for all of its places, `[B, S]`.
+            tables: Cosines and sines of every rotation in the model, at the positions of `x`.
             window: The number of positions that each position sees, itself included.
             rotary: The index of this layer's table.
+            cache: The keys and values of earlier tokens, to which those of `x` are added; None
+                where `x` has all tokens.
         """
         query, key = self._by_head(self.q_proj(x)), self._by_head(self.k_proj(x))
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, tables[rotary]), rotate(key, tables[rotary])
+        key, values, positions = key.reshape(*x.shape[:2], -1), self.v_proj(x), None
+        if cache is not None:
+            positions = cache.positions(x.shape[1])
+            key, values = cache.add(key, values)
         mixed = attention(
             query.reshape(*x.shape[:2], -1),
-            key.reshape(*x.shape[:2], -1),
-            self.v_proj(x),
+            key,
+            values,
             self.heads,
-            window_bias(mask, window),
+            window_bias(mask, window, positions),
             scale=self.scale,
             soft_cap=self.soft_cap,
         )
@@ -207,14 +216,21 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], -1, self.features)
 
 
-def window_bias(mask: Int[Array, "B T"], window: Int[Array, ""]) -> Float[Array, "B 1 T T"]:
+def window_bias(
+    mask: Int[Array, "B S"], window: Int[Array, ""], queries: Int[Array, " T"] | None = None
+) -> Float[Array, "B 1 T S"]:
     """Returns zero at a position's last `window` tokens, elsewhere the lowest finite float32.
 
     A position is one of its own tokens. The lowest number is finite, so that the softmax of a
     position that sees no token, such as padding on the left, is defined.
+
+    Args:
+        mask: 1 for tokens, 0 for padding.
+        window: The number of positions that each position sees, itself included.
+        queries: The positions that see; by default all S.
     """
     positions = jnp.arange(mask.shape[1])
-    back = positions[:, None] - positions
+    back = (positions if queries is None else queries)[:, None] - positions
     seen = (back >= 0) & (back < window) & (mask[:, None, None, :] > 0)
     return jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
 
@@ -269,9 +285,14 @@ class Decoder(nnx.Module):
         self.embedding_scale = embedding_scale
         self.longest = config.max_position_embeddings
 
-    def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
+    def __call__(
+        self,
+        inputs: Mapping[str, Int[Array, "B T"]],
+        hidden_states: bool,
+        cache: KeyValues | None = None,
+    ) -> Outputs:
         token_ids, mask, _ = text_inputs(inputs, self.longest)
-        length = token_ids.shape[1]
+        length = mask.shape[1]
         embedded = self.embed_tokens(token_ids)
         embedded = embedded * jnp.asarray(self.embedding_scale, embedded.dtype)
 
@@ -280,6 +301,12 @@ class Decoder(nnx.Module):
         windows = jnp.array([window or length for window in self.windows])
         table_of_layer = jnp.array([rotaries.index(rotary) for rotary in self.rotaries])
 
+        if cache is not None:
+            read = jax.lax.dynamic_slice_in_dim(tables, cache.filled, token_ids.shape[1], axis=2)
+            last, cache = self.layers.continued(
+                embedded, cache, mask, read, per_layer=(windows, table_of_layer)
+            )
+            return Outputs(None, self.norm(last), None, cache)
         last, states = self.layers(
             embedded, mask, tables, per_layer=(windows, table_of_layer), hidden_states=hidden_states
         )
@@ -317,9 +344,20 @@ class DecoderBackbone(nnx.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
-        self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool = False
+        self,
+        inputs: Mapping[str, Int[Array, "B T"]],
+        hidden_states: bool = False,
+        cache: KeyValues | None = None,
     ) -> Outputs:
-        return self.model(inputs, hidden_states)
+        """Runs the model.
+
+        Args:
+            inputs: `input_ids` and optionally `attention_mask`; with a cache that is for all of
+                its places, `[B, S]`.
+            hidden_states: Whether to return every layer's output; not with a cache.
+            cache: The keys and values of the tokens before these.
+        """
+        return self.model(inputs, hidden_states, cache)
 
 
 class TiedOutput(nnx.Module):
@@ -409,6 +447,7 @@ def decoder_family(
         auto_class="AutoModelForCausalLM",
         ignored=_ignored_tensors,
         language=True,
+        cached_features=lambda config: config.num_key_value_heads * head_features(config),
     )
 
 

@@ -87,6 +87,8 @@ class Family:
             `transformers` makes of it, whose names adapters have; in the order of replacement.
         language: True for a model that predicts tokens, whose output layer is merged like all
             other parameters; False for a classifier, whose head each task keeps.
+        cached_features: The features of a token's keys in one layer, all heads together, of a model
+            of a config that generates text with a cache of keys and values; None where none does.
     """
 
     backbone: Callable[[Config, Rematerialize], nnx.Module]
@@ -102,6 +104,7 @@ class Family:
     second_names_of_tables: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
     language: bool = False
+    cached_features: Callable[[Config], int] | None = None
 
     def build_backbone(
         self, config: Config, rematerialize: Rematerialize = "elementwise"

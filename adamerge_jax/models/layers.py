@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
+from adamerge_jax.models.cache import KeyValues, LayerCache
 from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.parameter_names import STACKED
 from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
@@ -87,11 +88,13 @@ class Outputs(NamedTuple):
         hidden_states: `[L + 1, B, T, H]`, the embeddings and the output of each layer, or None
             if they were not asked for. As in `transformers`, a decoder's last entry is the
             last hidden state.
+        cache: The keys and values of a decoder's tokens, where it was given those of earlier ones.
     """
 
     pooled: Float[Array, "B H"] | None
     last_hidden_state: Float[Array, "B T H"]
     hidden_states: Float[Array, "L+1 B T H"] | None
+    cache: KeyValues | None = None
 
     def examples(self, chosen: slice) -> "Outputs":
         """Returns the outputs of some of the examples."""
@@ -256,6 +259,44 @@ class Stack(nnx.Module):
 
         last, states = jax.lax.scan(body, hidden, (parameters, per_layer))
         return last, jnp.concatenate([hidden[None], states]) if hidden_states else None
+
+    def continued(
+        self,
+        hidden: Float[Array, "B T H"],
+        cache: KeyValues,
+        *arguments: PyTree,
+        per_layer: PyTree[Shaped[Array, "L ..."]] = (),
+    ) -> tuple[Float[Array, "B T H"], KeyValues]:
+        """Runs the layers behind tokens whose keys and values are cached.
+
+        Each layer is called with its part of the cache as one more argument.
+
+        Args:
+            hidden: The first layer's input.
+            cache: The keys and values of the tokens before.
+            *arguments: Arguments of all layers.
+            per_layer: Further arguments, one row for each layer.
+
+        Returns:
+            The last layer's output, and the cache with the new tokens' keys and values.
+        """
+        graph, parameters = nnx.split(getattr(self, STACKED))
+        parameters, sources = apart_from_layers(parameters)
+
+        def body(
+            carried: tuple[Array, KeyValues], layer: tuple[nnx.State, PyTree, Array]
+        ) -> tuple[tuple[Array, KeyValues], None]:
+            hidden, whole = carried
+            layer_parameters, layer_arguments, index = layer
+            part = LayerCache(whole, index)
+            run = nnx.merge(graph, with_sources(layer_parameters, sources))
+            hidden = run(hidden, *arguments, *layer_arguments, part)
+            return (hidden, part.whole), None
+
+        numbers = jnp.arange(len(cache.keys))
+        carried, _ = jax.lax.scan(body, (hidden, cache), (parameters, per_layer, numbers))
+        hidden, cache = carried
+        return hidden, cache.filled_by(hidden.shape[1])
 
 
 def attention(

@@ -1,0 +1,141 @@
+"""Greedy continuations by a decoder language model, with cached keys and values."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from adamerge_jax.models.cache import KeyValues
+from adamerge_jax.models.family import Family, Network, complete_head
+from adamerge_jax.models.layers import Config
+
+
+class Continuations(NamedTuple):
+    """The tokens behind B prompts.
+
+    Attributes:
+        tokens: The likeliest next tokens one after the other, `[B, N]`. Behind a token that stops
+            they mean nothing.
+        lengths: The number of them before the first that stops, `[B]`; N where none does.
+    """
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, " B"]
+
+
+Generate = Callable[..., Continuations]
+"""The function `(parameters, token_ids, mask, stops, new_tokens) -> Continuations`, compiled."""
+
+
+class _Writing(NamedTuple):
+    """The state of the loop over new tokens.
+
+    Attributes:
+        step: The number of tokens written.
+        tokens: The written tokens, `[B, N]`, 0 for those to come.
+        is_ended: True for each sequence that has stopped, `[B]`.
+        lengths: The tokens of each before that, `[B]`.
+        mask: 1 for tokens, 0 for padding and for places without one, `[B, S]`.
+        cache: The keys and values of all tokens but the last.
+    """
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "B N"]
+    is_ended: Bool[Array, " B"]
+    lengths: Int[Array, " B"]
+    mask: Int[Array, "B S"]
+    cache: KeyValues
+
+
+def make_greedy(family: Family, config: Config, backbone: Network, head: Network) -> Generate:
+    """Returns the function that continues prompts with the likeliest token, one after the other.
+
+    It is compiled once for each shape of the prompts and number of new tokens, and ends as soon as
+    all sequences have stopped. Its arguments:
+
+    - `parameters`: Those of backbone and output layer by name, arrays or `Mixture`s.
+    - `token_ids`: The prompts, `[B, T]`, padded on either side.
+    - `mask`: 1 for tokens, 0 for padding, `[B, T]`.
+    - `stops`: The tokens that end a text, `[stops]`, perhaps none.
+    - `new_tokens`: N, the largest number of tokens.
+
+    Args:
+        family: The architecture, which has a cache of keys and values.
+        config: The model's config.
+        backbone: The model without its output layer.
+        head: The output layer.
+    """
+    features = family.cached_features(config)
+
+    @partial(jax.jit, static_argnames="new_tokens")
+    def generate(
+        parameters: Mapping[str, Array],
+        token_ids: Int[Array, "B T"],
+        mask: Int[Array, "B T"],
+        stops: Int[Array, " stops"],
+        new_tokens: int,
+    ) -> Continuations:
+        output_layer = complete_head(head, {}, parameters)
+        examples, length = token_ids.shape
+        token_ids, mask = _to_the_right(token_ids, mask)
+        inputs = {"input_ids": token_ids, "attention_mask": mask}
+        dtype = jax.eval_shape(backbone, parameters, inputs).last_hidden_state.dtype
+
+        def read(
+            tokens: Int[Array, "B T"], mask: Int[Array, "B S"], cache: KeyValues
+        ) -> tuple[Int[Array, " B"], KeyValues]:
+            """Returns the likeliest token behind the given ones."""
+            inputs = {"input_ids": tokens, "attention_mask": mask}
+            outputs = backbone(parameters, inputs, cache=cache)
+            last = outputs._replace(last_hidden_state=outputs.last_hidden_state[:, -1:])
+            logits: Float[Array, "B V"] = head(output_layer, last)[:, 0]
+            return logits.argmax(-1).astype(jnp.int32), outputs.cache
+
+        def write(state: _Writing, token: Int[Array, " B"], cache: KeyValues) -> _Writing:
+            is_ended = state.is_ended | (token[:, None] == stops).any(-1)
+            return _Writing(
+                state.step + 1,
+                jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.step, axis=1),
+                is_ended,
+                state.lengths + ~is_ended,
+                state.mask.at[:, length + state.step].set(1),
+                cache,
+            )
+
+        def go_on(state: _Writing) -> _Writing:
+            last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+            return write(state, *read(last, state.mask, state.cache))
+
+        places = length + new_tokens
+        start = _Writing(
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((examples, new_tokens), jnp.int32),
+            jnp.zeros(examples, bool),
+            jnp.zeros(examples, jnp.int32),
+            jnp.pad(mask, [(0, 0), (0, new_tokens)]),
+            KeyValues.empty(config.num_hidden_layers, examples, places, features, dtype),
+        )
+        first = write(start, *read(token_ids, start.mask, start.cache))
+        state = jax.lax.while_loop(
+            lambda state: (state.step < new_tokens) & ~state.is_ended.all(), go_on, first
+        )
+        return Continuations(state.tokens, state.lengths)
+
+    return generate
+
+
+def _to_the_right(
+    token_ids: Int[Array, "B T"], mask: Int[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Moves padding to the left, so that the next token of all sequences has one place.
+
+    Rotations of positions and windows depend on distances alone.
+    """
+    order = jnp.argsort(mask > 0, axis=1, stable=True)
+    return (
+        jnp.take_along_axis(token_ids, order, axis=1),
+        jnp.take_along_axis(mask, order, axis=1),
+    )
