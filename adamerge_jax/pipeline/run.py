@@ -2,8 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from adamerge_jax.pipeline.fold import fold, merge_tensors
 from adamerge_jax.pipeline.learn import LearningInputs, OnStep, learn_coefficients, prepare
 from adamerge_jax.pipeline.match import prepare_fold
 from adamerge_jax.pipeline.models import Models, match_backbone, open_models
+from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.workspace import open_workspace
@@ -114,8 +115,8 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
     """
     devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
-    with _by_first_process(hold(out)):
-        return _learn(recipe, devices, root, out, _silence_others(console), resume)
+    with by_first_process(hold(out)):
+        return _learn(recipe, devices, root, out, silence_others(console), resume)
 
 
 def _learn(
@@ -125,12 +126,7 @@ def _learn(
     resolved = recipe.model_dump(mode="json")
     require_startable(out, resolved, resume=resume)
     if resume and has_ended(out, CHECKPOINT_FOLDER):
-        if is_first_process():
-            remove_partial(out)
-        ended = f"{out} holds a run that has ended; there is nothing left to do"
-        console.print(ended, highlight=False, soft_wrap=True)
-        coefficients = Coefficients.load(out / COEFFICIENTS_FILE)
-        return Run(out, coefficients, read_results(out / RESULTS_FILE).rows)
+        return ended_run(out, console)
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
@@ -150,8 +146,18 @@ def _learn(
 
     # No process writes before all have checked.
     wait_for_all("checked")
-    with _by_first_process(unfinished(out, anew=not resume)):
+    with by_first_process(unfinished(out, anew=not resume)):
         return _learn_and_export(recipe, inputs, record, root, out, console, resume)
+
+
+def ended_run(out: Path, console: Console) -> Run:
+    """Returns the results of a run that has ended, and says that nothing is left to do."""
+    if is_first_process():
+        remove_partial(out)
+    ended = f"{out} holds a run that has ended; there is nothing left to do"
+    console.print(ended, highlight=False, soft_wrap=True)
+    coefficients = Coefficients.load(out / COEFFICIENTS_FILE)
+    return Run(out, coefficients, read_results(out / RESULTS_FILE).rows)
 
 
 def _learn_and_export(
@@ -208,12 +214,56 @@ def _learn_and_export(
         if first:
             remove_folder(out / STATE_FOLDER)
         raise
-    if warning := range_warning(result.coefficients):
+    rows = export_and_compare(
+        recipe,
+        inputs,
+        result.coefficients,
+        record,
+        root,
+        out,
+        console,
+        rows_of=lambda: [*baseline_rows(inputs, recipe.evaluation), learned_row(inputs, result)],
+        resume=resume,
+    )
+    return Run(out, result.coefficients, rows)
+
+
+def export_and_compare(
+    recipe: Recipe,
+    inputs: LearningInputs,
+    coefficients: Coefficients,
+    record: RunRecord,
+    root: Path,
+    out: Path,
+    console: Console,
+    *,
+    rows_of: Callable[[], list[Row]],
+    resume: bool,
+) -> list[Row]:
+    """Writes the merge of a run, then its table of results, heat map and page.
+
+    Args:
+        recipe: The recipe.
+        inputs: The models and the data.
+        coefficients: The coefficients of the merge.
+        record: The record of the run.
+        root: Folder that relative paths of the recipe start from.
+        out: The run folder.
+        console: The console that shows progress and results.
+        rows_of: The function that evaluates the rows of the table, the merge last; it is called
+            where there is test data.
+        resume: If True, forms of the merge that are there are kept.
+
+    Returns:
+        The table; empty without test data.
+    """
+    first = is_first_process()
+    if warning := range_warning(coefficients):
         log.warning(warning)
     job_of = partial(
         export_job,
-        models,
-        result.coefficients,
+        inputs.workspace.models,
+        coefficients,
         recipe.export,
         root,
         tokenizer=recipe.tokenizer,
@@ -223,12 +273,9 @@ def _learn_and_export(
         export(job_of(), out, console, keep=resume)
 
     rows, outcome = [], None
-    if workspace.data.test:
+    if inputs.workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
-            rows = [
-                *baseline_rows(inputs, recipe.evaluation),
-                learned_row(inputs, result),
-            ]
+            rows = rows_of()
         outcome = measure_outcome(rows)
         if first:
             results = Results(rows, outcome)
@@ -236,12 +283,12 @@ def _learn_and_export(
             write_card(job_of(results=results), out)
     require_going_on()
     if first:
-        draw_coefficients(result.coefficients, out / HEAT_MAP_FILE)
+        draw_coefficients(coefficients, out / HEAT_MAP_FILE)
         write_page(out)
     if rows:
         console.print(results_table(rows, outcome))
     wait_for_all("exported")
-    return Run(out, result.coefficients, rows)
+    return rows
 
 
 def fold_file(
@@ -273,9 +320,9 @@ def fold_file(
         Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
     """
     devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
-    with _by_first_process(hold(out)):
+    with by_first_process(hold(out)):
         _fold_file(
-            file, recipe, devices, root, out, _silence_others(console), scale, allow_other_models
+            file, recipe, devices, root, out, silence_others(console), scale, allow_other_models
         )
 
 
@@ -309,7 +356,7 @@ def _fold_file(
         tokenizer=recipe.tokenizer,
         datasets=hub_datasets(recipe.calibration_sources, root),
     )
-    with _by_first_process(unfinished(out, anew=True)):
+    with by_first_process(unfinished(out, anew=True)):
         export(job, out, console)
         if scale and is_first_process():
             coefficients.save(out / COEFFICIENTS_FILE)
@@ -346,8 +393,8 @@ def merge(
     chosen = make_method(method, options)
     devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
     in_words = method_in_words(method, options)
-    with _by_first_process(hold(out)):
-        _merge(recipe, chosen, in_words, devices, root, out, _silence_others(console))
+    with by_first_process(hold(out)):
+        _merge(recipe, chosen, in_words, devices, root, out, silence_others(console))
 
 
 def _merge(
@@ -380,7 +427,7 @@ def _merge(
         ),
         tokenizer=recipe.tokenizer,
     )
-    with _by_first_process(unfinished(out, anew=True)):
+    with by_first_process(unfinished(out, anew=True)):
         export(job, out, console)
 
 
@@ -419,7 +466,7 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
         InputError: A model or data cannot be used, or a task has no test data.
     """
     workspace = open_workspace(recipe, root, open_devices(**recipe.devices.model_dump()))
-    console = _silence_others(console)
+    console = silence_others(console)
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
     matched = match_backbone(workspace.models, opened, "checkpoint")
@@ -431,19 +478,6 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     row = workspace.evaluator.row(checkpoint, parameters, workspace.data.test)
     console.print(results_table([row]))
     return row
-
-
-def _by_first_process(context: AbstractContextManager[None]) -> AbstractContextManager[None]:
-    """Returns the context in the first process, and one that does nothing in all others."""
-    return context if is_first_process() else nullcontext()
-
-
-def _silence_others(console: Console) -> Console:
-    """Returns the console in the first process, and one that prints nothing in all others."""
-    if is_first_process():
-        return console
-    logging.getLogger("adamerge_jax").setLevel(logging.ERROR)
-    return Console(quiet=True)
 
 
 def export_job(
