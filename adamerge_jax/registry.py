@@ -50,6 +50,12 @@ def extension(function: F) -> F:
     return function
 
 
+def choice_in_words(name: str, options: Mapping[str, Any]) -> str:
+    """Returns a choice with its options, as people read it: `ties (density 0.3)`."""
+    words = ", ".join(f"{option} {value}" for option, value in options.items())
+    return f"{name} ({words})" if words else name
+
+
 def is_own_code(name: str) -> bool:
     """Returns True for the name of a function of the user's own: `package.module:function`."""
     return ":" in name

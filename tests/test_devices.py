@@ -82,7 +82,8 @@ one = None
 for devices in (ONE_DEVICE, *(open_devices(model=model) for model in (4, 8))):
     workspace = open_workspace(recipe, Path("/"), devices)
     inputs = prepare(build(recipe, workspace.models), workspace)
-    inputs = inputs._replace(base=in_float64(inputs.base), deltas=in_float64(inputs.deltas))
+    base = in_float64(inputs.base)
+    inputs = inputs._replace(base=base, theta_start=base, deltas=in_float64(inputs.deltas))
     merge = learn_coefficients(inputs, show_stage=lambda *what: nullcontext(lambda progress: None))
     values = np.concatenate([np.ravel(array) for array in merge.values.values()])
     assert values.dtype == np.float64 and np.abs(values - 0.3).max() > 0.01

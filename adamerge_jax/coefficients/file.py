@@ -27,6 +27,7 @@ from adamerge_jax.coefficients.granularities import (
     make_granularity,
     per_tensor,
 )
+from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.errors import InputError, in_one_line, shorten
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.interference import FittedStep, make_step
@@ -78,6 +79,9 @@ class Coefficients:
         depths: Number of layers of each stack of the base, mixed or not; see `stack_depths`.
         initial: The value at which those started that did not start from a file; None in a file
             from before it was kept.
+        initial_merge: The merge to which the task vectors are added in place of the base, if any.
+        initial_tensors: The tensors of an initial merge that cannot be computed again, `[*shape]`,
+            float32, by the names of `shapes`; empty for all others.
 
     Examples:
         >>> import tempfile
@@ -121,6 +125,8 @@ class Coefficients:
     scaled: Mapping[str, float] = dataclasses.field(default_factory=dict)
     depths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     initial: float | None = None
+    initial_merge: InitialMerge | None = None
+    initial_tensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -136,6 +142,18 @@ class Coefficients:
     def left_out(self) -> frozenset[str]:
         """Names of the experts whose coefficients were multiplied with 0."""
         return frozenset(name for name, factor in self.scaled.items() if factor == 0)
+
+    @property
+    def needs_all_experts(self) -> bool:
+        """True if the merge depends on all experts and their order, whatever their coefficients."""
+        return bool(self.interference) or self.initial_merge is not None
+
+    @property
+    def of_method_alone(self) -> str | None:
+        """The method with its options, if the merge is that of its method and nothing is added."""
+        if self.initial_merge is None or any(array.any() for array in self.values.values()):
+            return None
+        return self.initial_merge.in_words
 
     def scales(self) -> dict[str, Float[Array, "K ..."]]:
         """Returns the scale of each mixed parameter, by names without `*`."""
@@ -155,8 +173,14 @@ class Coefficients:
 
         Raises:
             InputError: There is no such expert, a factor or a product with it is not finite, or
-                none is left.
+                none is left; or experts are in an initial merge, which factors do not change.
         """
+        if factors and self.initial_merge is not None:
+            raise InputError(
+                f"scale: the coefficients are added to a merge of all experts by "
+                f"{self.initial_merge.in_words}, which factors do not change; leave scale out, or "
+                "take an expert out of the recipe and merge or learn again"
+            )
         for name, factor in factors.items():
             if name not in self.names:
                 raise InputError(
@@ -187,8 +211,8 @@ class Coefficients:
     def of_experts(self, names: Sequence[str]) -> "Coefficients":
         """Returns the coefficients of some experts, in the given order.
 
-        Interference steps depend on all experts and on their order: coefficients of some of them
-        are for reading and for starting from, not for folding.
+        Interference steps and initial merges depend on all experts and on their order: coefficients
+        of some of them are for reading and for starting from, not for folding.
 
         Args:
             names: Experts of these coefficients.
@@ -221,11 +245,15 @@ class Coefficients:
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file: one `[K, ...]` tensor per group, the rest as metadata."""
-        fields = dataclasses.asdict(self)
-        del fields["values"]
+        fields = dataclasses.asdict(dataclasses.replace(self, values={}, initial_tensors={}))
+        del fields["values"], fields["initial_tensors"]
+        if self.initial_merge is None:
+            del fields["initial_merge"]  # the file is that of older versions
         metadata = {name: json.dumps(field) for name, field in fields.items()}
         metadata |= {"format": _FORMAT, "version": version("adamerge_jax")}
         arrays = {group: np.ascontiguousarray(array) for group, array in self.values.items()}
+        for name, tensor in self.initial_tensors.items():
+            arrays[_INITIAL + name] = np.ascontiguousarray(tensor, np.float32)
         write_whole(path, _as_file(arrays, metadata))
 
     @classmethod
@@ -261,7 +289,12 @@ class Coefficients:
                 f"{path}: not a coefficients file; expected the coefficients.safetensors of a run"
             )
         try:
-            coefficients = cls(values=values, **_parse_fields(metadata))
+            fields = _parse_fields(metadata)
+            tensors = {}
+            if (initial := fields.get("initial_merge")) and initial.stored:
+                names = [name for name in values if name.startswith(_INITIAL)]
+                tensors = {name.removeprefix(_INITIAL): values.pop(name) for name in names}
+            coefficients = cls(values=values, initial_tensors=tensors, **fields)
             coefficients._require_sound()
         except InputError as error:
             raise InputError(
@@ -281,6 +314,7 @@ class Coefficients:
         if not experts or not self.shapes:
             raise InputError(f"it is of {experts} experts and {len(self.shapes)} merged tensors")
         self._require_sound_facts()
+        self._require_sound_initial_tensors()
         for group, array in self.values.items():
             if array.shape[:1] != (experts,):
                 raise InputError(
@@ -338,7 +372,8 @@ class Coefficients:
                 raise InputError(f"{shorten(repr(stack))} has {depth} layers")
         if strangers := self.scaled.keys() - set(self.names):
             raise InputError(f"it scales {shorten(repr(min(strangers)))}, which is no expert of it")
-        for step in self.interference:
+        initial = self.initial_merge
+        for step in (*self.interference, *(initial.interference if initial else ())):
             if is_own_code(step.name):
                 continue  # reading the file must not run anything
             if not make_step(step.name, step.options).takes(step.fitted, len(self.experts)):
@@ -346,6 +381,26 @@ class Coefficients:
                     f"the interference step {step.name} has no facts of {len(self.experts)} task "
                     "vectors"
                 )
+
+    def _require_sound_initial_tensors(self) -> None:
+        """Refuses tensors of an initial merge that are not those of the merged tensors."""
+        if self.initial_merge is None or not self.initial_merge.stored:
+            return
+        tensors, method = self.initial_tensors, shorten(self.initial_merge.name)
+        if unlike := tensors.keys() ^ self.shapes.keys():
+            name = min(unlike)
+            raise InputError(
+                f"it {'has' if name in tensors else 'lacks'} the tensor {shorten(name)} of its "
+                f"merge by {method}, expected those that it merges"
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != self.shapes[name] or tensor.dtype != np.float32:
+                raise InputError(
+                    f"{name} of its merge by {method} is {tensor.dtype} of shape {tensor.shape}, "
+                    f"expected float32 of shape {self.shapes[name]}"
+                )
+            if not _are_finite(tensor):
+                raise InputError(f"{name} of its merge by {method} is not finite")
 
 
 def _are_finite(values: np.ndarray) -> bool:
@@ -370,6 +425,9 @@ _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 """The largest coefficient: its square is finite in float32, as are its products with weights."""
 
 _FORMAT = "adamerge_jax coefficients 3"
+
+_INITIAL = "initial_merge/"
+"""The beginning of the names of an initial merge's tensors in a file."""
 
 _MOST_AXES = 16
 """The largest number of axes of a tensor."""
@@ -404,7 +462,7 @@ def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     parsed = {}
     for field in dataclasses.fields(Coefficients):
         name = field.name
-        if name == "values":
+        if name in ("values", "initial_tensors"):
             continue
         if name not in metadata:
             if field.default is field.default_factory is dataclasses.MISSING:

@@ -1,7 +1,6 @@
 """The rows of the table of results: the learned merge and its baselines."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.methods import (
@@ -14,6 +13,7 @@ from adamerge_jax.methods import (
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe
+from adamerge_jax.registry import choice_in_words
 from adamerge_jax.runs.rows import Row
 from adamerge_jax.task_vectors import Delta
 from adamerge_jax.task_vectors.offload.memory import make_memory
@@ -33,7 +33,8 @@ def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Ro
     Returns:
         The rows of the base, the experts, their average, task arithmetic with the coefficient that
         is best on the validation data (`PLAIN_TASK_ARITHMETIC` without such data, and then its name
-        does not say that it was chosen), and the further methods.
+        does not say that it was chosen), the merge that learning starts from, if by a method, and
+        the further methods.
     """
     workspace = inputs.workspace
     evaluator, test = workspace.evaluator, workspace.data.test
@@ -56,6 +57,7 @@ def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Ro
             _merged(inputs, task_arithmetic(coefficient)),
             test,
         ),
+        *_initial_merge_rows(inputs, settings.methods),
         *(_method_row(inputs, chosen) for chosen in settings.methods),
     ]
 
@@ -64,10 +66,20 @@ def learned_row(inputs: LearningInputs, result: MergeResult) -> Row:
     """Evaluates the learned merge on the test data."""
     return inputs.workspace.evaluator.row(
         f"learned ({result.coefficients.granularity})",
-        result.parameters(inputs.base),
+        result.parameters(inputs.theta_start),
         inputs.workspace.data.test,
         "learned",
     )
+
+
+def _initial_merge_rows(inputs: LearningInputs, methods: Sequence[MethodRecipe]) -> list[Row]:
+    """Evaluates the merge that learning starts from, unless it is among the methods."""
+    initial = inputs.initial_merge
+    rows_of_methods = {choice_in_words(method.name, method.options) for method in methods}
+    if initial is None or initial.in_words in rows_of_methods:
+        return []
+    workspace = inputs.workspace
+    return [workspace.evaluator.row(initial.in_words, inputs.theta_start, workspace.data.test)]
 
 
 def _method_row(inputs: LearningInputs, chosen: MethodRecipe) -> Row:
@@ -77,7 +89,7 @@ def _method_row(inputs: LearningInputs, chosen: MethodRecipe) -> Row:
     merged = merged_parameters(method, inputs.base, deltas, inputs.experts)
     del deltas  # perhaps a second set of task vectors
     return inputs.workspace.evaluator.row(
-        method_in_words(chosen.name, chosen.options), merged, inputs.workspace.data.test
+        choice_in_words(chosen.name, chosen.options), merged, inputs.workspace.data.test
     )
 
 
@@ -88,12 +100,6 @@ def _deltas_after(inputs: LearningInputs, steps: Sequence[FittedStep]) -> Mappin
     memory = make_memory(inputs.method.memory, inputs.devices)
     models, dtype = inputs.workspace.models, inputs.method.delta_dtype
     return load_task_vectors(models, dtype, steps, memory)[0]
-
-
-def method_in_words(name: str, options: Mapping[str, Any]) -> str:
-    """Returns a merge method with its options, as people read it: `ties (density 0.3)`."""
-    words = ", ".join(f"{option} {value}" for option, value in options.items())
-    return name + (f" ({words})" if words else "")
 
 
 def _best_coefficient(inputs: LearningInputs, coefficients: Sequence[float]) -> float:

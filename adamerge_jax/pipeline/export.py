@@ -71,7 +71,7 @@ class ExportJob(NamedTuple):
             tensor in the order of the base; None for each tensor's dtype in the base.
         tasks: The tasks that get a model with their head.
         card: The function `task folders -> README.md` of the merged checkpoint.
-        coefficients: The coefficients of the merge; None for a method without.
+        coefficients: The coefficients of the merge.
         tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
     """
 
@@ -80,7 +80,7 @@ class ExportJob(NamedTuple):
     merged: Callable[[np.dtype | None], Iterator[tuple[str, np.ndarray]]]
     tasks: Sequence[str]
     card: Callable[[Sequence[str]], str]
-    coefficients: Coefficients | None = None
+    coefficients: Coefficients
     tokenizer: str | None = None
 
 
@@ -88,20 +88,23 @@ class MergeFacts(NamedTuple):
     """The properties of a merge that are known before it is made.
 
     Attributes:
-        granularity: The granularity of its coefficients; None where it has none.
+        granularity: The granularity of its coefficients.
         interference: The steps that change its task vectors.
+        has_initial_merge: True if task vectors are added to a merge by a method without learning.
     """
 
-    granularity: GranularityChoice | None
+    granularity: GranularityChoice
     interference: Sequence[object]
+    has_initial_merge: bool = False
 
     @classmethod
-    def of(cls, coefficients: Coefficients | None) -> MergeFacts:
-        """Returns the facts of learned coefficients, or of a method that has none."""
-        if coefficients is None:
-            return cls(None, ())
-        name, options = coefficients.granularity, coefficients.granularity_options
-        return cls(GranularityChoice(name, options), coefficients.interference)
+    def of(cls, coefficients: Coefficients) -> MergeFacts:
+        """Returns the facts of the merge of a coefficients file."""
+        return cls(
+            GranularityChoice(coefficients.granularity, coefficients.granularity_options),
+            coefficients.interference,
+            coefficients.initial_merge is not None,
+        )
 
 
 class Exporter(NamedTuple):
@@ -289,7 +292,7 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
             f"export.adapter: {reason}; leave it out, the checkpoint is written anyway"
         )
 
-    if facts.granularity is None:
+    if facts.has_initial_merge:
         raise refusal("a merge method without coefficients gives no factors")
     factored = {
         name: models.base.shape(name)
@@ -338,7 +341,6 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
         InputError: A factor has NaN or infinite values, or the folder cannot be written.
     """
     models, coefficients = job.models, job.coefficients
-    assert coefficients is not None  # _guard_adapter refused a merge without
     scales = coefficients.scales()
     # AutoModel's names lack the prefix that a class with a head puts before its backbone's.
     has_heads = models.family.auto_class is not None and not models.family.language
@@ -386,6 +388,10 @@ def export_mergekit(
     Raises:
         InputError: mergekit cannot make the merge, or the file cannot be written.
     """
+    if coefficients.initial_merge is not None:
+        raise inexpressible(
+            f"it is a merge by {coefficients.initial_merge.in_words}, or adds task vectors to one"
+        )
     if coefficients.interference:
         raise inexpressible("it has interference steps, whose order and sums are other ones there")
     scales, experts = coefficients.scales(), len(models.experts)

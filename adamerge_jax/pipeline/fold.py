@@ -1,26 +1,28 @@
 """Folds the merged backbone tensor by tensor, straight from the checkpoints."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Array
 
-from adamerge_jax.checkpoints.dtypes import FLOAT32
-from adamerge_jax.checkpoints.finite import all_finite
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import Granularity
 from adamerge_jax.devices import ONE_DEVICE
 from adamerge_jax.errors import InputError
-from adamerge_jax.interference import FittedStep, apply_steps, make_step
-from adamerge_jax.methods import MergeMethod, merged_parameters
+from adamerge_jax.interference import make_step
+from adamerge_jax.methods import MergeMethod
 from adamerge_jax.mixing import Mixture, materialize_compiled
-from adamerge_jax.pipeline.blocks import THREADS, fold_tensor, overflow_error
+from adamerge_jax.pipeline.blocks import THREADS, fold_tensor
+from adamerge_jax.pipeline.initial_merge import (
+    merged_tensor,
+    method_of,
+    read_tensor_delta,
+    rounded,
+)
 from adamerge_jax.pipeline.models import Models
-from adamerge_jax.pipeline.read import load_task_vectors, read_delta, read_entries
-from adamerge_jax.task_vectors import DenseDelta, LoadedDelta
 
 
 def fold(
@@ -46,14 +48,14 @@ def fold(
     """
     require_fitting(models, coefficients)
     granularity = coefficients.unstacked_granularity
-    scales = coefficients.scales()
+    scales, method = coefficients.scales(), _initial_method(coefficients)
     # A tensor at a time fits on one device, and other processes need not take part.
     models = dataclasses.replace(models, devices=ONE_DEVICE)
     experts = list(models.experts.values())
     # Only then is the sum one over entries as they lie in the files.
     is_stored = (
         not granularity.prepares
-        and not coefficients.interference
+        and not coefficients.needs_all_experts
         and all(isinstance(expert, MatchedCheckpoint) for expert in experts)
     )
     with ThreadPoolExecutor(THREADS) as threads:
@@ -64,19 +66,20 @@ def fold(
                 scale = np.asarray(scales[name])
                 yield name, fold_tensor(name, models.base, experts, scale, threads, dtype)
             else:
-                merged = _fold_delta(models, coefficients, granularity, name, scales[name])
-                yield name, _rounded(name, merged, dtype or models.base.dtype(name))
+                merged = _fold_delta(models, coefficients, granularity, method, name, scales[name])
+                yield name, rounded(name, merged, dtype or models.base.dtype(name))
 
 
 def require_fitting(models: Models, coefficients: Coefficients) -> None:
     """Refuses coefficients that do not fit the tensors of these models.
 
     Raises:
-        InputError: They mix a parameter that the base does not have, or has in another shape, or
-            their granularity or an interference step is code that may not run.
+        InputError: They mix a parameter that the base does not have, or has in another shape; their
+            granularity, an interference step or the initial merge's method is code that may not
+            run; or there is no such method.
     """
     # Code that may not run is refused before anything is written.
-    _ = coefficients.unstacked_granularity
+    _ = coefficients.unstacked_granularity, _initial_method(coefficients)
     for step in coefficients.interference:
         make_step(step.name, step.options)
     source = models.base.checkpoint.source
@@ -94,65 +97,29 @@ def require_fitting(models: Models, coefficients: Coefficients) -> None:
             )
 
 
-def merge_tensors(
-    models: Models, method: MergeMethod, dtype: np.dtype | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Merges by a method that learns nothing, tensor by tensor, in the order of the base.
-
-    Args:
-        models: The base and its experts.
-        method: The merge method.
-        dtype: The dtype of merged tensors; by default each tensor's in the base. Tensors that no
-            expert changes stay as they are stored.
-
-    Yields:
-        The name of a tensor (without `*`) and its merged value.
-    """
-    models = dataclasses.replace(models, devices=ONE_DEVICE)
-    interference: tuple[FittedStep, ...] = ()
-    if method.interference:
-        # The steps alone: all task vectors are not to be in memory while tensors are merged.
-        interference = load_task_vectors(models, None, method.interference)[2]
-    for name in models.base.names:
-        delta = None
-        if name not in models.kept_from_base:
-            delta = _read_tensor_delta(models, name, interference)
-        tensor = models.base.read(name)
-        if delta is None:
-            yield name, tensor
-            continue
-        base = {name: tensor.astype(np.float32)}
-        merged = merged_parameters(method, base, {name: delta}, len(models.experts))
-        yield name, _rounded(name, np.asarray(merged[name]), dtype or tensor.dtype)
-
-
-def _rounded(name: str, merged: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns a merged tensor in its dtype, and refuses values that it cannot hold."""
-    with np.errstate(over="ignore"):
-        rounded = merged.astype(dtype)
-    if not all_finite(rounded):
-        raise overflow_error(name, rounded.dtype)
-    return rounded
+def _initial_method(coefficients: Coefficients) -> MergeMethod | None:
+    """Makes the method of the initial merge; None where it is stored or there is none."""
+    initial = coefficients.initial_merge
+    return None if initial is None or initial.stored else method_of(initial)
 
 
 def _fold_delta(
-    models: Models, coefficients: Coefficients, granularity: Granularity, name: str, scale: Array
+    models: Models,
+    coefficients: Coefficients,
+    granularity: Granularity,
+    method: MergeMethod | None,
+    name: str,
+    scale: Array,
 ) -> np.ndarray:
     """Returns one merged tensor, float32, from the representation that its granularity needs."""
-    tensor = models.base.read(name)
-    delta = _read_tensor_delta(models, name, coefficients.interference)
+    start = models.base.read(name).astype(np.float32)
+    if name in coefficients.initial_tensors:
+        start = coefficients.initial_tensors[name]
+    elif method is not None:
+        start = merged_tensor(models, method, name, start)
+    if coefficients.initial_merge is not None and not np.any(scale):
+        return start  # the method's result to the last bit
+    delta = read_tensor_delta(models, name, coefficients.interference)
     if delta is None:
-        return tensor  # only experts that are left out changed it
-    mixture = Mixture(tensor.astype(np.float32), granularity.prepare(name, delta), scale)
-    return np.asarray(materialize_compiled(mixture))
-
-
-def _read_tensor_delta(
-    models: Models, name: str, interference: Sequence[FittedStep]
-) -> LoadedDelta | None:
-    """Reads the task vectors of one tensor in float32, after fitted interference steps."""
-    if interference:
-        values, _ = read_entries(models, name, [name], FLOAT32)
-        return DenseDelta(apply_steps(interference, name, values))
-    delta, _ = read_delta(models, name, [name], FLOAT32)
-    return delta
+        return start  # only experts that are left out changed it
+    return np.asarray(materialize_compiled(Mixture(start, granularity.prepare(name, delta), scale)))

@@ -22,6 +22,7 @@ from adamerge_jax.coefficients.granularities import (
     per_tensor,
 )
 from adamerge_jax.coefficients.importance import FROM_COARSE
+from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.data.batches import Calibration, calibrate
 from adamerge_jax.data.expert_targets import StoredTargets, ask_cross_task, ask_expert
 from adamerge_jax.devices import Devices, fetch, is_first_process
@@ -34,6 +35,7 @@ from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
+from adamerge_jax.pipeline.initial_merge import fit_initial_merge, load_initial_merge
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.warm_start import WarmStart, initial_values, open_warm_start
@@ -59,6 +61,9 @@ class LearningInputs(NamedTuple):
         mixed: The names without `*` of the tensors that are mixed.
         interference: The interference steps, fitted to the task vectors.
         calibration: The calibration data, with the targets of the objectives.
+        theta_start: The parameters by name to which task vectors are added: those of the initial
+            merge, or else the base's.
+        initial_merge: The initial merge, with fitted interference steps, if there is one.
         start: The warm start; None for a start at the initial value.
     """
 
@@ -69,6 +74,8 @@ class LearningInputs(NamedTuple):
     mixed: list[str]
     interference: tuple[FittedStep, ...]
     calibration: Calibration
+    theta_start: dict[str, Array]
+    initial_merge: InitialMerge | None = None
     start: WarmStart | None = None
 
     @property
@@ -107,9 +114,13 @@ class MergeResult(NamedTuple):
         """The scale of each parameter, which broadcasts against its task vectors in `deltas`."""
         return self.granularity.scales({g: jnp.asarray(v) for g, v in self.values.items()})
 
-    def parameters(self, base: Mapping[str, Array]) -> dict[str, Array]:
-        """Returns the merged model's parameters by name."""
-        return materialize_compiled(mix(base, self.deltas, self.scales))
+    def parameters(self, theta_start: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the merged model's parameters by name.
+
+        Args:
+            theta_start: The parameters to which task vectors are added, as they were in learning.
+        """
+        return materialize_compiled(mix(theta_start, self.deltas, self.scales))
 
 
 def prepare(method: Method, workspace: Workspace) -> LearningInputs:
@@ -133,6 +144,11 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
         seed=method.seed,
     )
     _require_layers(method.target_specs, models)
+    initial_merge = None
+    if method.initial_merge is not None:
+        # Before the task vectors that learning needs are in memory, too.
+        chosen = method.initial_merge
+        initial_merge = fit_initial_merge(models, chosen.name, chosen.options)
     deltas, mixed, interference = load_task_vectors(
         models,
         method.delta_dtype,
@@ -149,6 +165,9 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
         choice.make({name: models.shapes[name] for name in deltas})
         _require_used_patterns(choice, mixed)
     base = workspace.base()
+    theta_start = base
+    if initial_merge is not None:
+        theta_start = load_initial_merge(models, initial_merge, base, mixed)
     targets, cross_task = dict(calibration.targets), {}
     for task, spec in method.target_specs.items():
         if not spec.expert:
@@ -171,7 +190,18 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
         augmented=any(spec.augmented for spec in method.target_specs.values()),
         cross_task=cross_task,
     )
-    return LearningInputs(method, workspace, base, deltas, mixed, interference, calibration, start)
+    return LearningInputs(
+        method,
+        workspace,
+        base,
+        deltas,
+        mixed,
+        interference,
+        calibration,
+        theta_start,
+        initial_merge,
+        start,
+    )
 
 
 def require_any_merged(deltas: Mapping[str, object]) -> None:
@@ -340,7 +370,7 @@ def _learn_stage(
         with show_stage(summary, stage.steps) as on_step:
             learned = learn(
                 learner,
-                Frozen(inputs.base, deltas, list(workspace.heads.values())),
+                Frozen(inputs.theta_start, deltas, list(workspace.heads.values())),
                 initial,
                 inputs.calibration,
                 steps=stage.steps,
@@ -393,6 +423,7 @@ def make_coefficients(
         started_from=inputs.start.source if inputs.start else None,
         depths=stack_depths(models.base.names),
         initial=inputs.method.initial,
+        initial_merge=inputs.initial_merge,
     )
 
 

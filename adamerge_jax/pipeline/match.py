@@ -17,7 +17,7 @@ class Fold(NamedTuple):
 
     Attributes:
         coefficients: The coefficients of the file, scaled; without the experts that are left out,
-            unless interference steps need them.
+            unless interference steps or an initial merge need them.
         models: The base and the experts of these coefficients, in their order; tensors that the
             file does not mix are among the kept ones.
         notes: Notes for the user, a sentence each.
@@ -62,11 +62,13 @@ def prepare_fold(
                 "coefficients.start, which begins with this file"
             )
     needed = set(coefficients.names)
-    if not coefficients.interference:
+    if not coefficients.needs_all_experts:
         needed -= coefficients.left_out
     for expert in coefficients.experts:
         if expert.name in needed and expert.name not in expert_names:
             advice = f"add it, or leave it out of the merge with --scale {expert.name}=0"
+            if coefficients.initial_merge is not None:
+                advice = f"the merge by {coefficients.initial_merge.in_words} needs it: add it"
             if expert.name in coefficients.left_out:
                 advice = "interference steps need every expert, also one that is left out: add it"
             raise InputError(
@@ -89,7 +91,7 @@ def prepare_fold(
     order = [name for name in coefficients.names if name in needed]
     base, by_name = models.sources[0], {source.name: source for source in experts}
     return Fold(
-        coefficients if coefficients.interference else coefficients.of_experts(order),
+        coefficients if coefficients.needs_all_experts else coefficients.of_experts(order),
         dataclasses.replace(
             models,
             experts={name: models.experts[name] for name in order},

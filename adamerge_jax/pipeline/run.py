@@ -20,8 +20,8 @@ from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.files.writing import remove_folder, remove_partial, write_whole
-from adamerge_jax.methods import MergeMethod, make_method
-from adamerge_jax.pipeline.baselines import baseline_rows, learned_row, method_in_words
+from adamerge_jax.methods import make_method
+from adamerge_jax.pipeline.baselines import baseline_rows, learned_row
 from adamerge_jax.pipeline.end_of_text import ends_in_words
 from adamerge_jax.pipeline.export import (
     CHECKPOINT_FOLDER,
@@ -34,7 +34,8 @@ from adamerge_jax.pipeline.export import (
     require_exportable,
     write_card,
 )
-from adamerge_jax.pipeline.fold import fold, merge_tensors
+from adamerge_jax.pipeline.fold import fold
+from adamerge_jax.pipeline.initial_merge import coefficients_of_method, fit_initial_merge
 from adamerge_jax.pipeline.learn import LearningInputs, OnStep, learn_coefficients, prepare
 from adamerge_jax.pipeline.match import prepare_fold
 from adamerge_jax.pipeline.models import Models, match_backbone, open_models
@@ -133,7 +134,9 @@ def _learn(
         workspace = open_workspace(recipe, root, devices)
         models = workspace.models
         method = build(recipe, models)
-        facts = MergeFacts(method.result.granularity, method.interference)
+        facts = MergeFacts(
+            method.result.granularity, method.interference, method.initial_merge is not None
+        )
         require_exportable(models, recipe.export, facts, out)
     with (
         console.status("reading task vectors, asking the experts"),
@@ -371,7 +374,7 @@ def merge(
     out: Path,
     console: Console,
 ) -> None:
-    """Exports a merge by a method that learns nothing.
+    """Exports a merge by a method that learns nothing, with a coefficients file that repeats it.
 
     Base and experts are read tensor by tensor; methods with interference steps read all task
     vectors first.
@@ -390,17 +393,16 @@ def merge(
             folder is in use.
         Stopped: A signal came, where signals are looked at; see `stop_on_signals`.
     """
-    chosen = make_method(method, options)
+    make_method(method, options)  # refused before the folder is held
     devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
-    in_words = method_in_words(method, options)
     with by_first_process(hold(out)):
-        _merge(recipe, chosen, in_words, devices, root, out, silence_others(console))
+        _merge(recipe, method, options, devices, root, out, silence_others(console))
 
 
 def _merge(
     recipe: Recipe,
-    chosen: MergeMethod,
-    in_words: str,
+    method: str,
+    options: Mapping[str, Any],
     devices: Devices,
     root: Path,
     out: Path,
@@ -411,24 +413,14 @@ def _merge(
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
+    coefficients = coefficients_of_method(models, fit_initial_merge(models, method, options))
+    require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
     wait_for_all("checked")
-    job = ExportJob(
-        models,
-        recipe.export,
-        partial(merge_tensors, models, chosen),
-        tasks=list(models.experts),
-        card=partial(
-            model_card,
-            None,
-            Results([]),
-            origins=model_origins(models, root),
-            auto_class=models.family.auto_class,
-            method=in_words,
-        ),
-        tokenizer=recipe.tokenizer,
-    )
+    job = export_job(models, coefficients, recipe.export, root, tokenizer=recipe.tokenizer)
     with by_first_process(unfinished(out, anew=True)):
         export(job, out, console)
+        if is_first_process():
+            coefficients.save(out / COEFFICIENTS_FILE)
 
 
 def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
@@ -508,8 +500,9 @@ def export_job(
         tasks=[task for task in models.experts if task not in coefficients.left_out],
         card=partial(
             model_card,
-            coefficients,
+            None if coefficients.of_method_alone else coefficients,
             results or Results([]),
+            method=coefficients.of_method_alone or "",
             origins=model_origins(models, root),
             datasets=datasets,
             auto_class=models.family.auto_class,

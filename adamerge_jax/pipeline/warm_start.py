@@ -28,11 +28,12 @@ from adamerge_jax.coefficients.granularities import (
 )
 from adamerge_jax.coefficients.identities import namesake, other_contents
 from adamerge_jax.coefficients.transfer import carry
-from adamerge_jax.errors import InputError, in_hand
+from adamerge_jax.errors import InputError, in_hand, shorten
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.parameter_names import is_stacked, stack_depths, tensor_shape, tensors_of, unstack
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.build import GranularityChoice, Method
+from adamerge_jax.registry import choice_in_words
 
 _ROUNDING = 1e-4
 """The largest difference between a coefficient and its constrained value that is rounding."""
@@ -68,12 +69,18 @@ def open_warm_start(method: Method, models: Models, root: Path) -> WarmStart | N
         root: Folder that relative paths start from.
 
     Raises:
-        InputError: `start_from_file` or `start_from_mergekit` refuses the file.
+        InputError: `start_from_file` or `start_from_mergekit` refuses the file, or its coefficients
+            are added to another merge than the method's.
     """
     if method.start is None:
         return None
     file = root / Path(method.start).expanduser()
     if file.suffix in (".yaml", ".yml"):
+        if method.initial_merge is not None:
+            raise InputError(
+                f"coefficients.start: {method.start} has the weights of a merge of the base, and "
+                "coefficients.initial_merge takes its place; leave one of the two out"
+            )
         start = start_from_mergekit(file, models, initial=method.initial, source=method.start)
     else:
         try:
@@ -81,6 +88,7 @@ def open_warm_start(method: Method, models: Models, root: Path) -> WarmStart | N
                 coefficients = Coefficients.load(file)
         except InputError as error:
             raise InputError(f"coefficients.start: {error}") from error
+        _require_same_initial_merge(coefficients, method)
         start = start_from_file(
             coefficients,
             models,
@@ -360,6 +368,25 @@ def _expert_notes(
     changed = other_contents(coefficients.experts, experts)
     notes += [f"{source} was {words}: it keeps its coefficients" for words in changed.values()]
     return notes
+
+
+def _require_same_initial_merge(coefficients: Coefficients, method: Method) -> None:
+    """Refuses coefficients that were added to another merge: they mean something else."""
+    before, now = coefficients.initial_merge, method.initial_merge
+    same = (before is None) == (now is None)
+    if before is not None and now is not None:
+        same = before.name == now.name and same_options(before.options, now.options)
+    if same:
+        return
+    words = "the base" if before is None else f"the merge by {shorten(before.in_words)}"
+    now_words = "the base" if now is None else choice_in_words(now.name, now.options)
+    remedy = "leave coefficients.initial_merge out"
+    if before is not None:
+        remedy = f"set coefficients.initial_merge to {shorten(before.in_words)}"
+    raise InputError(
+        f"coefficients.start: the coefficients of {method.start} are for task vectors that are "
+        f"added to {words}, the recipe adds them to {now_words}; {remedy}, or start anew"
+    )
 
 
 def _interference_notes(

@@ -25,6 +25,7 @@ from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
     InterferenceRecipe,
     LearningRecipe,
+    MethodRecipe,
     ObjectiveRecipe,
     Recipe,
     RegularizerRecipe,
@@ -107,6 +108,7 @@ class Method(NamedTuple):
         stages: The runs of the learning loop, in their order: coarse coefficients first, if any.
         constraint: The name of the constraint on coefficients.
         initial: The value at which every coefficient starts.
+        initial_merge: The merge without learning to which task vectors are added, if any.
         start: The file whose coefficients learning starts from, if any.
         other_base: True if that file may have been learned for another base.
         objectives: The objective of each task.
@@ -126,6 +128,7 @@ class Method(NamedTuple):
     stages: tuple[Stage, ...]
     constraint: str
     initial: float
+    initial_merge: MethodRecipe | None
     start: str | None
     other_base: bool
     objectives: Mapping[str, Objective]
@@ -167,6 +170,8 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         _require_no_tokens(recipe.objectives)
     for method in recipe.evaluation.methods:
         make_method(method.name, method.options)  # refused here rather than after learning
+    if coefficients.initial_merge is not None:
+        make_method(coefficients.initial_merge.name, coefficients.initial_merge.options)
     if language or len(specs) == 1:
         # With one output layer for all tasks experts would contradict each other; one task has no
         # others.
@@ -179,6 +184,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         stages=_build_stages(coefficients, learning, recipe.seed, models),
         constraint=coefficients.constraint,
         initial=recipe.initial_coefficient,
+        initial_merge=coefficients.initial_merge,
         start=coefficients.start,
         other_base=coefficients.other_base,
         objectives=objectives,

@@ -54,7 +54,9 @@ def check(recipe: Recipe) -> None:
     _check_coefficients(recipe.coefficients, recipe.task_vectors)
     build_optimizer(recipe.learning.optimizer, recipe.learning.steps)
     build_regularizers(_of_package(recipe.regularizers))
-    for method in _of_package(recipe.evaluation.methods):
+    initial_merge = recipe.coefficients.initial_merge
+    methods = [*recipe.evaluation.methods, *([initial_merge] if initial_merge else [])]
+    for method in _of_package(methods):
         make_method(method.name, method.options)
     build_interference(_of_package(recipe.interference), recipe.seed)
     objectives = build_objectives(_of_package(recipe.objectives), recipe.tasks).values()
@@ -96,8 +98,9 @@ def _check_devices(devices: DevicesRecipe) -> None:
 def _check_initial(coefficients: CoefficientsRecipe, initial: float, experts: int) -> None:
     constraint = CONSTRAINTS[coefficients.constraint]
     if not constraint.allows(np.full(experts, initial)):
+        default = " (the default with initial_merge)" if coefficients.initial is None else ""
         raise InputError(
-            f"coefficients.initial: {initial:g} is not {constraint.range}, "
+            f"coefficients.initial: {initial:g}{default} is not {constraint.range}, "
             f"as the constraint {coefficients.constraint!r} asks; change one of the two"
         )
     if coefficients.other_base and coefficients.start is None:

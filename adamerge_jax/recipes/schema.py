@@ -179,6 +179,15 @@ class CoarseRecipe(Section):
     """Number of optimizer steps."""
 
 
+class MethodRecipe(Section):
+    """A merge without learning."""
+
+    name: str
+    """Name of the method (docs/guides/methods.md has all), or package.module:function."""
+    options: dict[str, Any] = {}
+    """Arguments of the method, e.g. density of ties."""
+
+
 class CoefficientsRecipe(Section):
     """The coefficients that are learned."""
 
@@ -193,7 +202,10 @@ class CoefficientsRecipe(Section):
     """Values that coefficients may take."""
     initial: Weight | None = None
     """Value at which every coefficient starts; by default 0.3, for K experts 1/K under softmax and
-    simplex, and 1/(K+1) under simplex_with_base and positions."""
+    simplex, and 1/(K+1) under simplex_with_base and positions; 0 with initial_merge."""
+    initial_merge: MethodRecipe | None = None
+    """Merge without learning to which the task vectors are added in place of the base, so that
+    learning starts from it: the method's name and options."""
     start: PathText | None = None
     """Coefficients file of an earlier run to start from instead, of any granularity. Experts are
     matched by name; an expert that is not in the file starts at initial. Or a .yaml file of
@@ -297,15 +309,6 @@ class LearningRecipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     rematerialize: Literal["nothing", "weights", "elementwise", "layer"] = "elementwise"
     """Values that the backward pass computes again rather than keeps, from fastest to smallest."""
-
-
-class MethodRecipe(Section):
-    """A merge without learning."""
-
-    name: str
-    """Name of the method (docs/guides/methods.md has all), or package.module:function."""
-    options: dict[str, Any] = {}
-    """Arguments of the method, e.g. density of ties."""
 
 
 class EvaluationRecipe(Section):
@@ -417,6 +420,8 @@ class Recipe(Section):
             for field, choices in lists.items()
             for position, choice in enumerate(choices)
         }
+        if self.coefficients.initial_merge is not None:
+            names["coefficients.initial_merge.name"] = self.coefficients.initial_merge.name
         return {field: name for field, name in names.items() if is_own_code(name)}
 
     @property
@@ -424,6 +429,8 @@ class Recipe(Section):
         """The value at which every coefficient starts."""
         if self.coefficients.initial is not None:
             return self.coefficients.initial
+        if self.coefficients.initial_merge is not None:
+            return 0.0
         models = {
             "softmax": len(self.tasks),
             "simplex": len(self.tasks),

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.parameter_names import layer_of
+from adamerge_jax.registry import choice_in_words
 from adamerge_jax.report.plain_text import one_line
 
 REACH = 2.0
@@ -21,10 +22,25 @@ rows of the quickstart's experts, without a constraint, the outermost are 1.3 be
 
 def print_coefficients(coefficients: Coefficients, console: Console) -> None:
     """Prints the origin of the coefficients and, layer by layer, their mean per expert."""
+    alone, initial = coefficients.of_method_alone, coefficients.initial_merge
     facts = {
         "base": coefficients.base.source,
         "experts": ", ".join(f"{e.name} ({e.source})" for e in coefficients.experts),
-        "coefficients": count_coefficients(coefficients),
+    }
+    if initial is not None:
+        facts["merge by"] = initial.in_words
+        steps = ", ".join(choice_in_words(step.name, step.options) for step in initial.interference)
+        facts["its steps"] = steps or "none"
+        facts["its tensors"] = (
+            "stored in the file" if initial.stored else "computed from the models by fold"
+        )
+    if alone:
+        facts["learned"] = "nothing: the merge is that of the method alone"
+        facts["merged tensors"] = str(len(coefficients.parameters))
+        _print_facts(facts, console)
+        return
+    facts |= {
+        "coefficients": str(count_coefficients(coefficients)),
         "granularity": coefficients.granularity,
         "interference": interference_in_words(coefficients) or "none",
         "constraint": coefficients.constraint,
@@ -32,11 +48,9 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
         "learned in": f"{coefficients.step} steps, seed {coefficients.seed}",
         "started from": coefficients.started_from or "nothing learned before",
         "scaled since": scaled_in_words(coefficients) or "no",
-        "merged tensors": len(coefficients.parameters),
+        "merged tensors": str(len(coefficients.parameters)),
     }
-    for name, fact in facts.items():
-        text = one_line(str(fact), longest=10_000)
-        console.print(f"{name:14} {text}", highlight=False, soft_wrap=True)
+    _print_facts(facts, console)
     table = Table(title="Mean coefficient")
     table.add_column("layer", no_wrap=True)
     for expert in coefficients.names:
@@ -46,6 +60,12 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
     console.print(table)
     if warning := range_warning(coefficients):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+
+
+def _print_facts(facts: Mapping[str, str], console: Console) -> None:
+    for name, fact in facts.items():
+        text = one_line(fact, longest=10_000)
+        console.print(f"{name:14} {text}", highlight=False, soft_wrap=True)
 
 
 def count_coefficients(coefficients: Coefficients) -> int:
@@ -168,11 +188,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 def interference_in_words(coefficients: Coefficients) -> str:
     """Returns the interference steps with their options: `trim (density 0.2), elect_sign`."""
-    words = []
-    for step in coefficients.interference:
-        options = ", ".join(f"{name} {value}" for name, value in step.options.items())
-        words.append(f"{step.name} ({options})" if options else step.name)
-    return ", ".join(words)
+    return ", ".join(choice_in_words(step.name, step.options) for step in coefficients.interference)
 
 
 def scaled_in_words(coefficients: Coefficients) -> str:

@@ -223,6 +223,9 @@ def _differing_fields(first: Coefficients, second: Coefficients) -> Iterator[tup
     options = [file.granularity_options for file in (first, second)]
     if not same_options(*options):
         yield "granularity options", *map(json.dumps, options)
+    merges = [file.initial_merge for file in (first, second)]
+    if merges[0] != merges[1]:
+        yield "added to", *("the base" if m is None else f"merge by {m.in_words}" for m in merges)
     for field in ("interference", "scaled", "started_from"):
         a, b = getattr(first, field), getattr(second, field)
         if a != b:

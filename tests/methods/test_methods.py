@@ -17,7 +17,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object
 from adamerge_jax.interference import fit_steps
 from adamerge_jax.methods import METHODS, MergeMethod, make_method, merged_parameters
-from adamerge_jax.pipeline.fold import merge_tensors
+from adamerge_jax.pipeline.initial_merge import fit_initial_merge
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.run import evaluate
@@ -157,7 +157,7 @@ def test_what_is_refused(name, options, message):
         make_method(name, options)
 
 
-def test_task_vectors_are_not_kept_while_tensors_are_merged(image_recipe, tmp_path, monkeypatch):
+def test_task_vectors_are_not_kept_after_steps_are_fitted(image_recipe, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(image_recipe))
     entries = []
@@ -167,9 +167,8 @@ def test_task_vectors_are_not_kept_while_tensors_are_merged(image_recipe, tmp_pa
         entries.extend(weakref.ref(delta.values) for delta in deltas.values())
         return deltas, mixed, steps
 
-    monkeypatch.setattr("adamerge_jax.pipeline.fold.load_task_vectors", load)
-    merged = merge_tensors(open_models(load_recipe(recipe), tmp_path), make_method("ties", {}))
-    next(merged)
+    monkeypatch.setattr("adamerge_jax.pipeline.initial_merge.load_task_vectors", load)
+    fit_initial_merge(open_models(load_recipe(recipe), tmp_path), "ties", {})
     assert entries
     assert not any(entry() is not None for entry in entries)
 

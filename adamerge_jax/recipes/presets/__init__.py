@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 _OPTIONS_OF = {
     "granularity": "granularity_options",
     "constraint": "initial",
+    "initial_merge": "initial",
     "name": "options",
     "schedule": "schedule_options",
 }

@@ -1,0 +1,124 @@
+"""Merges by a method: learning starts from them, and a coefficients file repeats them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from adamerge_jax import extension
+from adamerge_jax.cli.main import main
+from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.methods import METHODS, MergeMethod
+from adamerge_jax.methods.by_tensor import by_tensor
+from adamerge_jax.pipeline.fold import fold
+from adamerge_jax.pipeline.initial_merge import coefficients_of_method, fit_initial_merge
+from adamerge_jax.pipeline.match import prepare_fold
+from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.recipes.loading import parse_recipe
+
+LEARNING = {"steps": 3, "batch_size": 4, "optimizer": {"learning_rate": 0.05}}
+MEDIAN = "tests.pipeline.test_initial_merge:median"
+FILE = "coefficients.safetensors"
+
+
+@extension
+def median() -> MergeMethod:
+    """A method of somebody's own that sees one tensor after the other."""
+    return by_tensor(lambda tensor: jnp.median(tensor.deltas, axis=0))
+
+
+def written(fields: dict[str, Any], folder: Path, **changes: Any) -> Path:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields | {"export": {"orbax": False}} | changes))
+    return recipe
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *command: object) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(word) for word in command])
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def require_same_files(first: Path, second: Path) -> None:
+    """Every file of two exported checkpoints has the same bytes."""
+    names, others = (
+        sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        for folder in (first, second)
+    )
+    assert names == others
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def models(text_fields) -> Models:
+    return open_models(parse_recipe(text_fields), Path("/"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_file_of_every_method_repeats_its_merge(name, models, tmp_path):
+    coefficients = coefficients_of_method(models, fit_initial_merge(models, name, {}))
+    coefficients.save(tmp_path / FILE)
+    assert coefficients.of_method_alone == name
+    merged = dict(fold(models, coefficients))
+    loaded, matched, _ = prepare_fold(tmp_path / FILE, models)
+    changed = 0
+    for tensor, values in fold(matched, loaded):
+        assert values.tobytes() == merged[tensor].tobytes()
+        changed += np.any(values != models.base.read(tensor))
+    assert changed > 10
+
+
+@pytest.fixture(scope="module", params=["average", "task_arithmetic", "ties", MEDIAN])
+def merged(request, image_fields, tmp_path_factory) -> tuple[str, Path, Path]:
+    """A method, a recipe that learns from it, and the folder of its merge."""
+    folder = tmp_path_factory.mktemp("merged")
+    chosen = {"constraint": "free", "initial_merge": {"name": request.param}}
+    recipe = written(image_fields, folder, coefficients=chosen, learning=LEARNING)
+    out = folder / "merged"
+    main(["merge", str(recipe), "--method", request.param, "--out", str(out), "--allow-code"])
+    return request.param, recipe, out
+
+
+def test_the_command_repeats_a_merge(merged, tmp_path):
+    _, recipe, folder = merged
+    main(["fold", str(recipe), str(folder / FILE), "--out", str(tmp_path / "fold"), "--allow-code"])
+    require_same_files(folder / "checkpoint", tmp_path / "fold" / "checkpoint")
+
+
+def test_learning_starts_from_a_merge(merged, tmp_path):
+    """What is learned from a merge is folded to the bytes of the run's export."""
+    method, recipe, _ = merged
+    run = tmp_path / "run"
+    main(["learn", str(recipe), "--out", str(run), "--allow-code"])
+    main(["fold", str(recipe), str(run / FILE), "--out", str(tmp_path / "fold"), "--allow-code"])
+    folders = run, tmp_path / "fold"
+    weights, again = (load_file(f / "checkpoint" / "model.safetensors") for f in folders)
+    assert all(weights[name].tobytes() == again[name].tobytes() for name in weights)
+    rows = {row["method"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
+    assert {method, "learned (tensor)"} <= rows.keys()
+    learned = Coefficients.load(run / FILE)
+    assert learned.initial_merge.name == method and learned.initial == 0
+    assert any(values.any() for values in learned.values.values())
+    assert method in (run / "checkpoint" / "README.md").read_text()
+
+
+def test_zero_after_task_arithmetic_is_its_coefficient_after_the_base(image_recipe, tmp_path):
+    losses, starts = [], []
+    task_arithmetic = {"name": "task_arithmetic", "options": {"coefficient": 0.3}}
+    for number, chosen in enumerate([{"initial": 0.3}, {"initial_merge": task_arithmetic}]):
+        chosen |= {"constraint": "free"}
+        recipe = written(image_recipe, tmp_path, coefficients=chosen, learning=LEARNING)
+        run = tmp_path / str(number)
+        main(["learn", str(recipe), "--out", str(run)])
+        first, second, *_ = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses.append([*first["held_out"].values(), *second["objective"].values()])
+        starts.append(Coefficients.load(run / FILE).initial)
+    assert starts == [0.3, 0.0]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
