@@ -16,7 +16,7 @@ from adamerge_jax.checkpoints.finite import all_finite
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import constant, make_granularity, same_options
 from adamerge_jax.coefficients.initial_merge import InitialMerge
-from adamerge_jax.devices import ONE_DEVICE
+from adamerge_jax.devices import ONE_DEVICE, fetch
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep, apply_steps
 from adamerge_jax.methods import MergeMethod, make_method, merged_parameters
@@ -133,12 +133,36 @@ def load_initial_merge(
     return parameters
 
 
-def coefficients_of_method(models: Models, initial: InitialMerge) -> Coefficients:
+def stored_tensors(
+    models: Models, parameters: Mapping[str, Array], mixed: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Returns the tensors of a merge that cannot be computed again, for its coefficients file.
+
+    Args:
+        models: The base and its experts.
+        parameters: The merge's parameters by name, `[L, *shape]` where stacked.
+        mixed: The names without `*` of the tensors that are merged.
+
+    Returns:
+        The merged tensors, `[*shape]`, float32, by the names in `mixed`.
+    """
+    by_tensor: dict[str, np.ndarray] = {}
+    for name, parameter in parameters.items():
+        array = fetch(parameter).astype(np.float32)
+        rows = array if is_stacked(name) else [array]
+        by_tensor |= dict(zip(models.tensors(name), rows, strict=True))
+    return {tensor: by_tensor[tensor] for tensor in mixed}
+
+
+def coefficients_of_method(
+    models: Models, initial: InitialMerge, tensors: Mapping[str, np.ndarray] | None = None
+) -> Coefficients:
     """Returns the coefficients file of a merge by a method alone: all coefficients are 0.
 
     Args:
         models: The base and its experts.
         initial: The merge method, with fitted interference steps.
+        tensors: The merged tensors of a stored merge; see `stored_tensors`.
 
     Raises:
         InputError: No expert changes a tensor that is merged.
@@ -163,6 +187,7 @@ def coefficients_of_method(models: Models, initial: InitialMerge) -> Coefficient
         depths=stack_depths(models.base.names),
         initial=0.0,
         initial_merge=initial,
+        initial_tensors=tensors or {},
     )
 
 

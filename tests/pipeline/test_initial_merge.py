@@ -1,5 +1,6 @@
 """Merges by a method: learning starts from them, and a coefficients file repeats them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,17 @@ from safetensors.numpy import load_file
 from adamerge_jax import extension
 from adamerge_jax.cli.main import main
 from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.coefficients.initial_merge import InitialMerge
+from adamerge_jax.errors import InputError
 from adamerge_jax.methods import METHODS, MergeMethod
 from adamerge_jax.methods.by_tensor import by_tensor
 from adamerge_jax.pipeline.fold import fold
-from adamerge_jax.pipeline.initial_merge import coefficients_of_method, fit_initial_merge
+from adamerge_jax.pipeline.initial_merge import (
+    coefficients_of_method,
+    fit_initial_merge,
+    merged_names,
+    stored_tensors,
+)
 from adamerge_jax.pipeline.match import prepare_fold
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.recipes.loading import parse_recipe
@@ -122,3 +130,59 @@ def test_zero_after_task_arithmetic_is_its_coefficient_after_the_base(image_reci
         starts.append(Coefficients.load(run / FILE).initial)
     assert starts == [0.3, 0.0]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def stored(models, tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
+    """The file of a merge that depends on data, and its tensors."""
+    generator = np.random.default_rng(0)
+    parameters = {
+        name: jnp.asarray(generator.normal(size=shape), jnp.float32)
+        for name, shape in models.shapes.items()
+    }
+    tensors = stored_tensors(models, parameters, merged_names(models))
+    file = tmp_path_factory.mktemp("stored") / FILE
+    initial = InitialMerge("from_data", {"rank": 2}, stored=True)
+    coefficients_of_method(models, initial, tensors).save(file)
+    return file, tensors
+
+
+def test_a_merge_that_depends_on_data_is_stored(stored, models):
+    """Fold needs its tensors alone, and neither its method nor data."""
+    file, tensors = stored
+    coefficients, matched, _ = prepare_fold(file, models)
+    merged = dict(fold(matched, coefficients))
+    assert {name: merged[name].tobytes() for name in tensors} == {
+        name: tensor.tobytes() for name, tensor in tensors.items()
+    }
+    assert coefficients.of_method_alone == "from_data (rank 2)"
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.pop(QUERY), f"lacks the tensor {QUERY} of its merge"),
+        (lambda tensors: tensors.update(other=np.zeros(1)), "has the tensor other of its merge"),
+        (lambda tensors: tensors.update({QUERY: np.zeros((2, 2))}), r"is float32 of shape \(2, 2"),
+        (lambda tensors: tensors[QUERY].__setitem__((0, 0), np.nan), f"{QUERY}.*is not finite"),
+    ],
+    ids=["lost", "invented", "shape", "nan"],
+)
+def test_stored_tensors_are_checked(damage, message, stored, tmp_path):
+    loaded = Coefficients.load(stored[0])
+    tensors = {name: tensor.copy() for name, tensor in loaded.initial_tensors.items()}
+    damage(tensors)
+    dataclasses.replace(loaded, initial_tensors=tensors).save(tmp_path / FILE)
+    with pytest.raises(InputError, match=message):
+        Coefficients.load(tmp_path / FILE)
+
+
+def test_tensors_without_a_stored_merge_are_no_coefficients(stored, tmp_path):
+    loaded = Coefficients.load(stored[0])
+    initial = dataclasses.replace(loaded.initial_merge, stored=False)
+    dataclasses.replace(loaded, initial_merge=initial).save(tmp_path / FILE)
+    with pytest.raises(InputError, match="initial_merge/"):
+        Coefficients.load(tmp_path / FILE)
