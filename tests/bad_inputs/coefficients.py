@@ -19,6 +19,23 @@ GROUP = "bert.encoder.layer.0.attention.self.query.weight"
 FOLD = f"fold recipe.yaml {FILE} --out out"
 MERGE = "merge recipe.yaml --method task_arithmetic --out out"
 INSPECT = f"inspect {FILE}"
+STORED = "initial_merge/"
+
+TRIM = {"name": "trim", "options": {"density": 0.2}, "fitted": [0.1, 0.1]}
+TIES = [
+    TRIM,
+    {"name": "elect_sign", "options": {}, "fitted": None},
+    {"name": "disjoint_mean", "options": {}, "fitted": None},
+]
+
+
+def merge_by(
+    name: Any, options: Any = None, interference: Any = (), stored: Any = False
+) -> dict[str, Any]:
+    """Returns the metadata of an initial merge; without options these are none."""
+    fields = {"name": name, "options": {} if options is None else options}
+    return fields | {"interference": interference, "stored": stored}
+
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -95,6 +112,37 @@ FIELDS: dict[str, list[Any]] = {
         {"unheard.*": 10**30},
     ],
     "started_from": [5, [], {}],
+    "initial_merge": [
+        *(
+            "x",
+            5,
+            [],
+            {},
+            [{}],
+            {"name": "average"},
+            merge_by(5),
+            merge_by(""),
+            merge_by("x" * 10**5),
+        ),
+        *(merge_by("tise"), merge_by("os:system"), merge_by("builtins:print"), merge_by("a\nb")),
+        *(merge_by("tests.own_granularity:halves"), merge_by("average", stored="x")),
+        *(
+            merge_by("average", []),
+            merge_by("average", {"a": NAN}),
+            merge_by("average", {"wait": 1}),
+        ),
+        merge_by("task_arithmetic", {"coefficient": 1e30}),
+        merge_by("task_arithmetic", {"coefficient": "x"}),
+        merge_by("task_arithmetic", {"coefficient": nested()}),
+        *(merge_by("ties"), merge_by("ties", interference=TIES[:2]), merge_by("average", {}, TIES)),
+        merge_by("ties", {"density": 0.3}, TIES),
+        merge_by("ties", interference=[TRIM | {"fitted": None}, *TIES[1:]]),
+        merge_by("ties", interference=[TRIM | {"fitted": [0.1]}, *TIES[1:]]),
+        merge_by("ties", interference=[TRIM | {"fitted": [NAN, 0.1]}, *TIES[1:]]),
+        merge_by("ties", interference=[TRIM | {"name": "os:system"}, *TIES[1:]]),
+        *(merge_by("ties", interference="x"), merge_by("ties", interference=[5])),
+        merge_by("regmean", stored=True),  # without its tensors
+    ],
 }
 """Fields of the metadata, and values that cannot have been written."""
 
@@ -106,7 +154,7 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
         for number, value in enumerate(values):
             name = f"{field}-{number}-{shown(value)}"
             yield Bad(name, _metadata(field, value), command=FOLD)
-    for field in ("granularity", "experts", "shapes", "interference"):
+    for field in ("granularity", "experts", "shapes", "interference", "initial_merge"):
         for name, text in {"deep": nested(), "no-json": "{", "empty": ""}.items():
             yield Bad(f"{field}-{name}", _metadata_text(field, text), command=INSPECT)
             yield Bad(f"{field}-{name}-folded", _metadata_text(field, text), command=FOLD)
@@ -120,6 +168,16 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
     for name, edit in _edits():
         yield Bad(name, _values(edit), command=FOLD)
         yield Bad(f"{name}-inspected", _values(edit), command=INSPECT)
+    for name, edit in _edits_of_stored():
+        yield Bad(f"stored-{name}", _stored(edit), command=FOLD)
+        yield Bad(f"stored-{name}-inspected", _stored(edit), command=INSPECT)
+    for name, options in {"half": "alpha=0.5", "out": "beta=0"}.items():
+        command = f"{FOLD} --scale {options}"
+        yield Bad(
+            f"initial-merge-{name}",
+            _metadata("initial_merge", merge_by("average")),
+            command=command,
+        )
     for name, options in {
         "nan": "alpha=nan",
         "inf": "alpha=inf",
@@ -160,6 +218,13 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
 
 def healthy(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
     """Yields commands that read the file that the bad ones are made of."""
+    for name, initial in {
+        "by-average": merge_by("average"),
+        "by-ties": merge_by("ties", interference=TIES),
+    }.items():
+        yield Bad(name, _metadata("initial_merge", initial), command=FOLD)
+        yield Bad(f"{name}-inspected", _metadata("initial_merge", initial), command=INSPECT)
+    yield Bad("stored", _stored(lambda tensors: None), command=FOLD)
     for name, command in {
         "fold": FOLD,
         "fold-scaled": f"{FOLD} --scale alpha=0.5 beta=0",
@@ -181,6 +246,36 @@ def _edits() -> Iterator[tuple[str, Callable[[dict[str, np.ndarray]], object]]]:
     yield "values-by-row", lambda v: v.update({GROUP: np.zeros((2, 32), np.float32)})
     yield "values-scalar", lambda v: v.update({GROUP: np.zeros((), np.float32)})
     yield "values-bools", lambda v: v.update({GROUP: np.zeros(2, bool)})
+
+
+def _edits_of_stored() -> Iterator[tuple[str, Callable[[dict[str, np.ndarray]], object]]]:
+    """Yields changes of the tensors of an initial merge that no run can have written."""
+    name = STORED + GROUP
+    for value in (np.nan, np.inf):
+        yield f"{value}", lambda v, x=value: v[name].__setitem__((0, 0), x)
+    yield "lost", lambda v: v.pop(name)
+    yield "invented", lambda v: v.update({f"{STORED}unheard": np.zeros(2, np.float32)})
+    yield "of-another-shape", lambda v: v.update({name: np.zeros((32, 16), np.float32)})
+    yield "a-scalar", lambda v: v.update({name: np.zeros((), np.float32)})
+    yield "of-another-dtype", lambda v: v.update({name: np.zeros((32, 32), np.float64)})
+    yield "of-whole-numbers", lambda v: v.update({name: np.zeros((32, 32), np.int32)})
+
+
+def _stored(edit: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], None]:
+    """Makes the merge a stored one, all of whose tensors are 0, and damages it."""
+
+    def damage(root: Path) -> None:
+        _metadata("initial_merge", merge_by("regmean", stored=True))(root)
+        with safe_open(root / FILE, "np") as file:
+            metadata = file.metadata()
+        shapes = json.loads(metadata["shapes"])
+        tensors = {f"{STORED}{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        edit(tensors)
+        values = load_file(root / FILE) | tensors
+        (root / FILE).unlink()
+        save_file(values, root / FILE, metadata)
+
+    return damage
 
 
 def _metadata(field: str, value: Any) -> Callable[[Path], None]:
