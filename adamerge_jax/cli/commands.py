@@ -290,7 +290,7 @@ class Compare(Command):
         comparison = compare(*loaded)
         print_comparison(comparison, console)
         for name, file in (("first", self.first), ("second", self.second)):
-            rows, outcome = read_results(file.expanduser().parent / RESULTS_FILE)
+            rows, outcome, _ = read_results(file.expanduser().parent / RESULTS_FILE)
             if rows:
                 words = outcome_in_words(outcome, rows[-1].metric, name=one_line)
                 console.print(f"{name}: {words}", highlight=False, soft_wrap=True)

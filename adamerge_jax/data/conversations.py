@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adamerge_jax.data.chat_templates import Chat, Messages, write_chats
@@ -22,10 +23,12 @@ class Tokens(NamedTuple):
     Attributes:
         ids: Token ids.
         predicted: True for each token that is to be predicted from those before it.
+        ends: The positions of predicted tokens that are an end, not part of a text or response.
     """
 
     ids: list[int]
     predicted: list[bool]
+    ends: Sequence[int] = ()
 
 
 def conversations(
@@ -85,23 +88,28 @@ def _conversation(
             f"{where}: the chat template rewrites earlier turns, so the assistant's tokens cannot "
             "be told; give one turn per example, or set predict: all"
         )
-    spans = []
+    spans, responses = [], []
     for asked, answered, probed in parts:
         # What asks for an answer may go on where the answer itself does not, e.g. with `<think>`.
         first, last = _count_shared(asked, whole), len(answered)
         behind = probed.rpartition(_PROBE)[2]
         # What ends otherwise, as calls of tools may, ends by tokens of its own.
-        if not with_end and answered.endswith(behind):
-            last -= len(behind)
-        spans.append((first, last))
+        response = last - len(behind) if answered.endswith(behind) else last
+        responses.append((first, response))
+        spans.append((first, last if with_end else response))
     encoded = encode(
         tokenizer, [whole], where, add_special_tokens=False, return_offsets_mapping=True
     )
-    predicted = [
-        source.predict == "all" or any(first < end and start < last for first, last in spans)
-        for start, end in encoded["offset_mapping"][0]
-    ]
-    return Tokens(encoded["input_ids"][0], predicted)
+    offsets = encoded["offset_mapping"][0]
+    if source.predict == "all":
+        return Tokens(encoded["input_ids"][0], [True] * len(offsets))
+    predicted, content = (
+        [any(first < end and start < last for first, last in parts) for start, end in offsets]
+        for parts in (spans, responses)
+    )
+    pairs = enumerate(zip(predicted, content, strict=True))
+    ends = [at for at, (counts, is_content) in pairs if counts and not is_content]
+    return Tokens(encoded["input_ids"][0], predicted, ends)
 
 
 def _chats_of(messages: Messages, turn: int) -> tuple[Chat, Chat, Chat]:

@@ -67,4 +67,4 @@ def ended(tokens: Tokens, end: int) -> Tokens:
     """Adds the end of text, which is to be predicted too, unless the text itself has it."""
     if tokens.ids and tokens.ids[-1] == end:
         return tokens
-    return Tokens([*tokens.ids, end], [*tokens.predicted, True])
+    return Tokens([*tokens.ids, end], [*tokens.predicted, True], [len(tokens.ids)])

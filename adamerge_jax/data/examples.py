@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from adamerge_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from adamerge_jax.data.answers import Answers
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ class Examples(ABC):
             nothing.
         cut: The examples that are cut, or None where that cannot be.
         end_of_text: The end of a language model's examples; None for other models.
+        answers: The responses that a language model's own can be compared with; None where there
+            are none.
     """
 
     labels: Int[np.ndarray, " N"] | None = None
@@ -48,6 +53,7 @@ class Examples(ABC):
     names_have_order: bool = True
     cut: Cut | None = None
     end_of_text: EndOfText | None = None
+    answers: Answers | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -75,6 +81,10 @@ class Examples(ABC):
             `NOT_PREDICTED`.
         """
         return None if self.labels is None else self.labels[index]
+
+    def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
+        """Returns True for the positions of a language model that predict an end."""
+        return np.zeros((len(index), length), bool)
 
 
 COMPLETED = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
@@ -125,6 +135,7 @@ class Subset(Examples):
         self.names_have_order = examples.names_have_order
         self.labels = None if examples.labels is None else examples.labels[index]
         self.end_of_text = examples.end_of_text
+        self.answers = examples.answers and examples.answers.subset(index)
         if examples.cut is not None:
             self.cut = Cut(examples.cut.examples[index], examples.cut.max_length)
 
@@ -148,6 +159,9 @@ class Subset(Examples):
         self, index: Int[np.ndarray, " B"], length: int
     ) -> Int[np.ndarray, "B ..."] | None:
         return self._examples.take_labels(self._index[index], length)
+
+    def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
+        return self._examples.take_ends(self._index[index], length)
 
 
 def drawn(size: int, limit: int, seed: int) -> Int[np.ndarray, " N"]:

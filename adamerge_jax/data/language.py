@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from adamerge_jax.data.answers import find_answers
 from adamerge_jax.data.conversations import Tokens, conversations
 from adamerge_jax.data.end_of_text import (
     ASKED_EXAMPLES,
@@ -36,10 +37,15 @@ class DecoderExamples(Examples):
 
     def __init__(self, sequences: Sequence[Tokens], padding: int, max_length: int):
         """Takes sequences; tokens beyond `max_length` are cut."""
-        self._sequences = [Tokens(ids[:max_length], told[:max_length]) for ids, told in sequences]
+        self._sequences = [
+            Tokens(ids[:max_length], told[:max_length], [end for end in ends if end < max_length])
+            for ids, told, ends in sequences
+        ]
         self._padding = padding
         self._max_length = max_length
-        self.cut = Cut(np.array([len(ids) > max_length for ids, _ in sequences]), max_length)
+        self.cut = Cut(
+            np.array([len(sequence.ids) > max_length for sequence in sequences]), max_length
+        )
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -60,6 +66,13 @@ class DecoderExamples(Examples):
             rows.append([token if counts else NOT_PREDICTED for token, counts in following][1:])
         return padded(rows, length, NOT_PREDICTED)[0]
 
+    def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
+        is_end = np.zeros((len(index), length), bool)
+        for row, i in enumerate(index):
+            # The first token of all is predicted nowhere.
+            is_end[row, [end - 1 for end in self._sequences[i].ends if end > 0]] = True
+        return is_end
+
 
 class EncoderDecoderExamples(Examples):
     """Prompts for an encoder and responses for a decoder."""
@@ -71,11 +84,22 @@ class EncoderDecoderExamples(Examples):
         start: int,
         padding: int,
         max_length: int,
+        ends: Sequence[Sequence[int]] | None = None,
     ):
-        """Takes token ids; those beyond `max_length` are cut on either side."""
+        """Takes token ids; those beyond `max_length` are cut on either side.
+
+        Args:
+            prompts: The prompts.
+            responses: The responses.
+            start: The token that the decoder starts with.
+            padding: The token that pads.
+            max_length: Longest prompt, and longest response.
+            ends: The positions in each response of tokens that are its end.
+        """
         pairs = list(zip(prompts, responses, strict=True))
         self._prompts = [prompt[:max_length] for prompt in prompts]
         self._responses = [response[:max_length] for response in responses]
+        self._ends = [()] * len(pairs) if ends is None else ends
         self._start = start
         self._padding = padding
         self._max_length = max_length
@@ -102,6 +126,12 @@ class EncoderDecoderExamples(Examples):
     def take_labels(self, index: Int[np.ndarray, " B"], length: int) -> Int[np.ndarray, "B T"]:
         """Returns the response's token at each position, or `NOT_PREDICTED`."""
         return padded([self._responses[i] for i in index], length, NOT_PREDICTED)[0]
+
+    def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
+        is_end = np.zeros((len(index), length), bool)
+        for row, i in enumerate(index):
+            is_end[row, [end for end in self._ends[i] if end < length]] = True
+        return is_end
 
 
 def make_language_examples(
@@ -139,7 +169,8 @@ def make_language_examples(
             return DecoderExamples(sequences, padding, max_length)
         responses = [sequence.ids for sequence in sequences]
         asked = [prompts[row] for row in rows]
-        return EncoderDecoderExamples(asked, responses, decoder_start, padding, max_length)
+        ends = [sequence.ends for sequence in sequences]
+        return EncoderDecoderExamples(asked, responses, decoder_start, padding, max_length, ends)
 
     is_chat = decoder_start is None and source.messages in columns
     end: EndOfText = end_of_chats(table) if is_chat else "leave"
@@ -192,8 +223,12 @@ def make_language_examples(
         row for row, sequence in enumerate(sequences) if any(sequence.predicted[first:max_length])
     ]
     _tell_left_out(table, len(useful), len(sequences), max_length)
-    examples = make(useful, [sequences[row] for row in useful])
+    chosen = [sequences[row] for row in useful]
+    examples = make(useful, chosen)
     examples.end_of_text = end
+    if decoder_start is None and not source.packed:
+        has_end = is_chat or end == "append"
+        examples.answers = find_answers(chosen, tokenizer, max_length, has_end=has_end)
     return examples
 
 
@@ -220,8 +255,12 @@ def _packed(sequences: Sequence[Tokens], length: int) -> list[Tokens]:
     """Joins all sequences and cuts them into pieces of `length` tokens."""
     ids = [token for sequence in sequences for token in sequence.ids]
     predicted = [counts for sequence in sequences for counts in sequence.predicted]
-    starts = range(0, len(ids), length)
-    return [Tokens(ids[at : at + length], predicted[at : at + length]) for at in starts]
+    is_end = [at in sequence.ends for sequence in sequences for at in range(len(sequence.ids))]
+    pieces = [slice(at, at + length) for at in range(0, len(ids), length)]
+    return [
+        Tokens(ids[piece], predicted[piece], np.flatnonzero(is_end[piece]).tolist())
+        for piece in pieces
+    ]
 
 
 def _tell_left_out(table: Table, useful: int, count: int, max_length: int) -> None:

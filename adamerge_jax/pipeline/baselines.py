@@ -44,13 +44,13 @@ def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Ro
         coefficient = _best_coefficient(inputs, settings.task_arithmetic)
         origin = ", chosen with labels"
     # No name for an expert: it is gone before the next one is read.
-    expert_scores = {
-        task: evaluator.example_scores(workspace.expert(task, inputs.base), task, examples)
+    expert_measures = {
+        task: evaluator.measures(workspace.expert(task, inputs.base), task, examples)
         for task, examples in test.items()
     }
     return [
         evaluator.row("base", inputs.base, test),
-        Row.of_examples("experts (one model each)", expert_scores, evaluator.metric, "experts"),
+        Row.of_measures("experts (one model each)", expert_measures, "experts"),
         evaluator.row(f"average{after}", _merged(inputs, average()), test),
         evaluator.row(
             f"task arithmetic ({coefficient:g}{origin}){after}",
@@ -107,7 +107,9 @@ def _best_coefficient(inputs: LearningInputs, coefficients: Sequence[float]) -> 
     evaluator, validation = inputs.workspace.evaluator, inputs.workspace.data.validation
 
     def score(coefficient: float) -> float:
-        return evaluator.row("", _merged(inputs, task_arithmetic(coefficient)), validation).score
+        merged = _merged(inputs, task_arithmetic(coefficient))
+        scores = {t: evaluator.example_scores(merged, t, data) for t, data in validation.items()}
+        return Row.of_examples("", scores, evaluator.metric).score
 
     return max(coefficients, key=score)
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -11,7 +12,8 @@ from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.devices import fetch
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
-from adamerge_jax.runs.rows import ExampleScores, Kind, Metric, Row
+from adamerge_jax.pipeline.answering import Answering
+from adamerge_jax.runs.rows import ExampleScores, Kind, Measures, Metric, Row
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Evaluator:
         head_parameters: Mapping[str, Parameters],
         batch_size: int,
         metric: Metric = "accuracy",
+        answering: Answering | None = None,
     ):
         """Keeps the networks; they are compiled when they first run.
 
@@ -40,6 +43,7 @@ class Evaluator:
             head_parameters: The parameters of each task's head.
             batch_size: Examples per batch.
             metric: The metric of `score`.
+            answering: The way in which language models answer prompts; None if they do not.
         """
         self.metric = metric
         self._backbone = jax.jit(backbone, static_argnames="hidden_states")
@@ -47,6 +51,7 @@ class Evaluator:
         self._networks = heads
         self._head_parameters = head_parameters
         self.batch_size = batch_size
+        self._answering = answering
 
     def run(
         self,
@@ -117,17 +122,54 @@ class Evaluator:
                 )
             is_right = (logits.argmax(-1) == examples.labels) & is_number
             return ExampleScores(is_right.astype(np.float32), np.ones(len(logits), np.int32))
-        losses = np.zeros(len(examples), np.float32)
-        counts = np.zeros(len(examples), np.int32)
+        return self._token_scores(parameters, task, examples)["loss"]
+
+    def measures(self, parameters: Parameters, task: str, examples: Examples) -> Measures:
+        """Computes a model's scores on labelled examples by all metrics of its kind.
+
+        Args:
+            parameters: The parameters of the backbone by name.
+            task: The task whose head is used.
+            examples: N labelled examples.
+
+        Returns:
+            `example_scores` by the evaluator's metric, and for a language model further: the
+            predicted tokens that are the likeliest, by their number; the loss on those that are no
+            end, where some are; 1 or 0 for the model's own answer, where it is asked for one.
+        """
+        if self.metric == "accuracy":
+            return {self.metric: self.example_scores(parameters, task, examples)}
+        measures = self._token_scores(parameters, task, examples)
+        if (measures["answer_loss"].counts == measures["loss"].counts).all():
+            del measures["answer_loss"]
+        if self._answering is not None and self._answering.is_asked(examples):
+            measures["exact_match"] = self._answering.scores(parameters, examples.answers)
+        return measures
+
+    def _token_scores(
+        self, parameters: Parameters, task: str, examples: Examples
+    ) -> dict[Metric, ExampleScores]:
+        """Computes the sums of a language model's scores over each example's tokens."""
+        metrics: tuple[Metric, ...] = ("loss", "token_accuracy", "answer_loss")
+        sums = np.zeros((len(metrics), len(examples)), np.float32)
+        counts = np.zeros((len(metrics), len(examples)), np.int32)
         for index, inputs in sorted_batches(examples, self.batch_size):
             logits, _ = self.run(parameters, task, inputs)
             labels = examples.take_labels(index, logits.shape[1])
+            is_end = examples.take_ends(index, logits.shape[1])
+            without_ends = np.where(is_end, NOT_PREDICTED, labels)
             # The last batch repeats examples, which do not count.
             missing = [(0, len(logits) - len(labels)), (0, 0)]
-            padded = np.pad(labels, missing, constant_values=NOT_PREDICTED)
-            losses[index] = fetch(_total_losses(logits, padded))[: len(index)]
-            counts[index] = (labels != NOT_PREDICTED).sum(-1)
-        return ExampleScores(losses, counts)
+            padded, padded_ends = (
+                np.pad(array, missing, constant_values=NOT_PREDICTED)
+                for array in (labels, without_ends)
+            )
+            losses, right, on_answers = _sum_scores(logits, padded, padded_ends)
+            for row, values in enumerate((losses, right, on_answers)):
+                sums[row, index] = fetch(values)[: len(index)]
+            counts[:, index] = (labels != NOT_PREDICTED).sum(-1)
+            counts[2, index] = (without_ends != NOT_PREDICTED).sum(-1)
+        return {metric: ExampleScores(sums[row], counts[row]) for row, metric in enumerate(metrics)}
 
     def score(self, parameters: Parameters, task: str, examples: Examples) -> float:
         """Computes a model's score on labelled examples.
@@ -151,10 +193,17 @@ class Evaluator:
         kind: Kind = "baseline",
     ) -> Row:
         """Returns a row of the table: a model's scores on labelled examples of each task."""
-        scores = {task: self.example_scores(parameters, task, data[task]) for task in data}
-        return Row.of_examples(method, scores, self.metric, kind)
+        measures = {task: self.measures(parameters, task, data[task]) for task in data}
+        return Row.of_measures(method, measures, kind)
 
 
 @jax.jit
-def _total_losses(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, " B"]:
-    return token_losses(logits, labels).sum(-1)
+def _sum_scores(
+    logits: Float[Array, "B T V"], labels: Int[Array, "B T"], answers: Int[Array, "B T"]
+) -> tuple[Float[Array, " B"], Int[Array, " B"], Float[Array, " B"]]:
+    """Returns the loss, the number of tokens that are the likeliest, and the loss on answers."""
+    losses = token_losses(logits, labels)
+    # The likeliest token of NaN is token 0, and would sometimes be right.
+    is_right = (logits.argmax(-1) == labels) & ~jnp.isnan(losses)
+    on_answers = jnp.where(answers == NOT_PREDICTED, 0, losses)
+    return losses.sum(-1), is_right.sum(-1), on_answers.sum(-1)

@@ -49,7 +49,7 @@ from adamerge_jax.report.coefficients import range_warning
 from adamerge_jax.report.maps import draw_coefficients
 from adamerge_jax.report.model_card import model_card
 from adamerge_jax.report.page import write_page
-from adamerge_jax.report.results import results_table
+from adamerge_jax.report.results import results_tables
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
     HEAT_MAP_FILE,
@@ -59,7 +59,6 @@ from adamerge_jax.runs.files import (
     STATE_FOLDER,
 )
 from adamerge_jax.runs.lock import hold
-from adamerge_jax.runs.outcome import measure_outcome
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.record import (
     RunRecord,
@@ -275,13 +274,12 @@ def export_and_compare(
     with record.phase("writing checkpoints"):
         export(job_of(), out, console, keep=resume)
 
-    rows, outcome = [], None
+    rows: list[Row] = []
     if inputs.workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
             rows = rows_of()
-        outcome = measure_outcome(rows)
+        results = Results.of_rows(rows)
         if first:
-            results = Results(rows, outcome)
             write_results(results, out / RESULTS_FILE)
             write_card(job_of(results=results), out)
     require_going_on()
@@ -289,7 +287,7 @@ def export_and_compare(
         draw_coefficients(coefficients, out / HEAT_MAP_FILE)
         write_page(out)
     if rows:
-        console.print(results_table(rows, outcome))
+        console.print(*results_tables(results), sep="\n\n")
     wait_for_all("exported")
     return rows
 
@@ -468,7 +466,7 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
         console.print(ends, highlight=False, soft_wrap=True)
     parameters = load_backbone(workspace.models, matched, workspace.dtype)
     row = workspace.evaluator.row(checkpoint, parameters, workspace.data.test)
-    console.print(results_table([row]))
+    console.print(*results_tables(Results.of_rows([row])), sep="\n\n")
     return row
 
 

@@ -27,8 +27,10 @@ from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Network
 from adamerge_jax.models.inputs import ImageGeometry
+from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.end_of_text import ExpertsEnds
 from adamerge_jax.pipeline.evaluate import Evaluator
+from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head, load_zero_shot_head
 from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
@@ -131,7 +133,11 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     heads = _load_heads(recipe.tasks, models, data, dtype)
     _require_labels_in_range(models, heads, data)
     metric = "loss" if models.family.language else "accuracy"
-    evaluator = Evaluator(spread, networks, heads, recipe.evaluation.batch_size, metric)
+    settings, answering = recipe.evaluation, None
+    if models.family.cached_features is not None:
+        writer = Writer(models.family, models.config, settings.batch_size)
+        answering = Answering(writer, settings.exact_match, settings.max_new_tokens)
+    evaluator = Evaluator(spread, networks, heads, settings.batch_size, metric, answering)
     return Workspace(
         models, data, dtype, spread, heads, networks, evaluator, root, ends.probabilities
     )

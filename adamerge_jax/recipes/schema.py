@@ -322,6 +322,12 @@ class EvaluationRecipe(Section):
     """Coefficients among which task arithmetic chooses, where every task has validation data."""
     methods: list[MethodRecipe] = []
     """Merges without learning that have a row of their own in the table."""
+    exact_match: bool | None = None
+    """Whether language models write answers to the prompts of the test data, which are compared
+    with the responses; by default where the median response has at most 16 tokens."""
+    max_new_tokens: Count = 64
+    """Largest number of tokens of such an answer, which may be short of a response: that is then
+    wrong."""
 
 
 class ExportRecipe(Section):

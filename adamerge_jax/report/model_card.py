@@ -97,7 +97,8 @@ def model_card(
     if fields["license"] == "other":
         fields["license_name"] = _license_name(origins)
     data = ModelCardData(**{name: value for name, value in fields.items() if value is not None})
-    rows, outcome = results or Results([])
+    results = results or Results([])
+    rows = results.rows
     text = render(
         "model_card.md.jinja",
         coefficients=coefficients,
@@ -111,10 +112,7 @@ def model_card(
         auto_class=auto_class or "AutoModel",
         has_tokenizer=auto_class in _WITH_TOKENIZER,
         task_folders=task_folders,
-        title=TITLES[rows[0].metric] if rows else "",
-        tasks=list(rows[0].tasks) if rows else [],
-        rows=[(row.method, scores_in_words(row)) for row in rows],
-        outcome=Markup(outcome_in_words(outcome, rows[-1].metric, name=code_span)) if rows else "",
+        tables=[_table_in_words(table) for table in (results, *results.further)] if rows else [],
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
@@ -130,6 +128,17 @@ def shared_license(origins: Sequence[Origin]) -> str | None:
     if None in licenses:
         return None
     return licenses.pop() if len(licenses) == 1 and _license_name(origins) else "other"
+
+
+def _table_in_words(results: Results) -> dict[str, Any]:
+    """Returns the template's values of a table of results."""
+    rows, outcome, _ = results
+    return {
+        "title": TITLES[rows[0].metric],
+        "tasks": list(rows[0].tasks),
+        "rows": [(row.method, scores_in_words(row)) for row in rows],
+        "outcome": Markup(outcome_in_words(outcome, rows[-1].metric, name=code_span)),
+    }
 
 
 def _license_name(origins: Sequence[Origin]) -> str | None:

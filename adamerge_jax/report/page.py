@@ -35,6 +35,8 @@ from adamerge_jax.report.results import (
 from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE
 from adamerge_jax.runs.folder import SavedRun, Stage
 from adamerge_jax.runs.outcome import Outcome
+from adamerge_jax.runs.results import Results
+from adamerge_jax.runs.rows import SHARES
 
 PICTURE_FOLDER = "report"
 
@@ -148,9 +150,18 @@ def _missing(run: SavedRun) -> list[str]:
 def _results(run: SavedRun) -> dict[str, Any] | None:
     if not run.rows:
         return None
-    best = best_single(run.rows)
+    return {
+        "tables": [_score_table(table) for table in (run.results, *run.results.further)],
+        "reference": run.outcome and run.outcome.reference,
+    }
+
+
+def _score_table(results: Results) -> dict[str, Any]:
+    """Returns a table of results, and the merge beside the experts in it."""
+    rows, outcome, _ = results
+    best = best_single(rows)
     lines = []
-    for row in run.rows:
+    for row in rows:
         cells = zip(scores_in_words(row), scores(row), best, strict=True)
         single = row.kind != "experts"
         lines.append(
@@ -158,12 +169,12 @@ def _results(run: SavedRun) -> dict[str, Any] | None:
                 row.method, [Cell(text, best=single and score == top) for text, score, top in cells]
             )
         )
-    columns = [*run.rows[0].tasks, "average"]
+    columns = [*rows[0].tasks, "average"]
     return {
-        "scores": Grid(TITLES[run.rows[0].metric], columns, lines),
-        "beside": _beside_experts(run.outcome, columns),
-        "loss": run.rows[0].metric == "loss",
-        "reference": run.outcome and run.outcome.reference,
+        "scores": Grid(TITLES[rows[0].metric], columns, lines),
+        "beside": _beside_experts(outcome, columns),
+        "loss": rows[0].metric not in SHARES,
+        "reference": outcome and outcome.reference,
     }
 
 

@@ -7,9 +7,16 @@ from rich.text import Text
 
 from adamerge_jax.report.plain_text import one_line
 from adamerge_jax.runs.outcome import FEWEST_EXAMPLES, Estimate, Outcome, measure_outcome
-from adamerge_jax.runs.rows import Metric, Row
+from adamerge_jax.runs.results import Results
+from adamerge_jax.runs.rows import SHARES, Metric, Row
 
-TITLES = {"accuracy": "Accuracy (%)", "loss": "Loss (nats per token)"}
+TITLES = {
+    "accuracy": "Accuracy (%)",
+    "loss": "Loss (nats per token)",
+    "exact_match": "Exact match: the model's own answer is the response (%)",
+    "token_accuracy": "Token accuracy: the likeliest token is the response's (%)",
+    "answer_loss": "Loss without the ends of texts (nats per token)",
+}
 """The title of a table of results, by its metric."""
 
 
@@ -39,6 +46,11 @@ def results_table(rows: Sequence[Row], outcome: Outcome | None = None) -> Table:
     return table
 
 
+def results_tables(results: Results) -> list[Table]:
+    """Returns the table of results, then those by other metrics."""
+    return [results_table(table.rows, table.outcome) for table in (results, *results.further)]
+
+
 def outcome_in_words(
     outcome: Outcome | None, metric: Metric, name: Callable[[str], str] = str
 ) -> str:
@@ -52,11 +64,11 @@ def outcome_in_words(
     if outcome is None:
         return "The merge has no finite score."
     average = outcome.average
-    unit = "%" if metric == "accuracy" else " nats per token"
+    unit = "%" if metric in SHARES else " nats per token"
     sentence = f"The merge reaches {in_words(average.score.value, metric)}{unit} on average"
     if average.share is not None:
         share = _with_interval(average.share, 100, 1, "%")
-        worse = " (less is better)" if metric == "loss" else ""
+        worse = " (less is better)" if metric not in SHARES else ""
         sentence += f": {share} of the experts' average{worse}"
     if average.gap is None:
         return f"{sentence}."
@@ -74,7 +86,7 @@ def outcome_in_words(
             )
     gap = (
         _with_interval(average.gap, 100, 1, " points")
-        if metric == "accuracy"
+        if metric in SHARES
         else _with_interval(average.gap, 1, 3, " nats")
     )
     return f"{sentence}. There is no gap to close: the experts' lead over {start}, is {gap}."
@@ -82,7 +94,7 @@ def outcome_in_words(
 
 def in_words(score: float, metric: str) -> str:
     """Returns a score as tables show it."""
-    return f"{100 * score:.1f}" if metric == "accuracy" else f"{score:.3f}"
+    return f"{100 * score:.1f}" if metric in SHARES else f"{score:.3f}"
 
 
 def scores(row: Row) -> list[float]:
@@ -100,7 +112,7 @@ def best_single(rows: Sequence[Row]) -> list[float]:
 
     The experts are one model per task, and so no rivals of a merge.
     """
-    best = max if rows[0].metric == "accuracy" else min
+    best = max if rows[0].metric in SHARES else min
     columns = zip(*(scores(row) for row in rows if row.kind != "experts"), strict=True)
     return [best(column) for column in columns]
 

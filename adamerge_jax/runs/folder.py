@@ -18,7 +18,7 @@ from adamerge_jax.runs.files import (
     RESULTS_FILE,
 )
 from adamerge_jax.runs.outcome import Outcome
-from adamerge_jax.runs.results import read_results
+from adamerge_jax.runs.results import Results, read_results
 from adamerge_jax.runs.rows import Row
 
 _FILLED_IN = (
@@ -66,8 +66,7 @@ class SavedRun:
         recipe: The recipe with all defaults filled in, as YAML has it.
         stages: Steps of each run of the learning loop: coarse coefficients first, if any.
         coefficients: The learned coefficients.
-        rows: The table of results.
-        outcome: The outcome of the merge.
+        results: The tables of results and their outcomes.
         record: The contents of `run.json`.
     """
 
@@ -75,8 +74,7 @@ class SavedRun:
     recipe: dict[str, Any]
     stages: list[Stage]
     coefficients: Coefficients | None
-    rows: list[Row]
-    outcome: Outcome | None
+    results: Results
     record: dict[str, Any]
 
     @classmethod
@@ -100,16 +98,25 @@ class SavedRun:
             )
         if not isinstance(recipe["tasks"], dict):
             raise InputError(f"{folder / RECIPE_FILE}: tasks: expected tasks by name")
-        rows, outcome = read_results(folder / RESULTS_FILE)
+        results = read_results(folder / RESULTS_FILE)
         return cls(
             folder,
             recipe,
             _read_stages(folder / METRICS_FILE),
             Coefficients.load(coefficients) if coefficients.is_file() else None,
-            rows,
-            outcome,
+            results,
             read_object_if_there(folder / RECORD_FILE),
         )
+
+    @property
+    def rows(self) -> list[Row]:
+        """The table of results."""
+        return self.results.rows
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The outcome of the merge."""
+        return self.results.outcome
 
     @property
     def tasks(self) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from adamerge_jax.runs.rows import ExampleScores, Row, best_without_learning
+from adamerge_jax.runs.rows import SHARES, ExampleScores, Row, best_without_learning
 
 CONFIDENCE = 0.95
 """The part of other test data of the same size for which a number would lie in its interval."""
@@ -44,7 +44,7 @@ class Standing:
     """The merge among its baselines and the experts, on one task or on average.
 
     Attributes:
-        score: Accuracy or loss of the merge.
+        score: Score of the merge.
         share: Its score divided by that of the experts; None where there is none to divide by.
         gap: The experts' lead over the best row without learning, over 0 where they are better;
             None where one of the two is missing.
@@ -113,7 +113,7 @@ def measure_outcome(rows: Sequence[Row]) -> Outcome | None:
                 scores = [compared[position].examples[task] for position in present]
                 drawn[:, present, column] = _redraw(scores, np.random.default_rng([0, column]))
         drawn[..., -1] = drawn[..., :-1].mean(-1)
-    sign = 1 if merged.metric == "accuracy" else -1
+    sign = 1 if merged.metric in SHARES else -1
     standings = [
         _standing(values[:, column], drawn[..., column], sign, needs_interval=has_examples)
         for column in range(len(tasks) + 1)

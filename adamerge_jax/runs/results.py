@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.runs.outcome import Outcome, measure_outcome
-from adamerge_jax.runs.rows import Row, best_without_learning
+from adamerge_jax.runs.rows import Row, best_without_learning, further_tables
 
 
 class Results(NamedTuple):
@@ -21,22 +22,55 @@ class Results(NamedTuple):
     Attributes:
         rows: The table, the learned merge last; empty without test data.
         outcome: The outcome of the merge; None without rows, or without a finite score.
+        further: The tables and outcomes by other metrics, of all tasks or of some.
     """
 
     rows: list[Row]
     outcome: Outcome | None = None
+    further: Sequence["Results"] = ()
+
+    @classmethod
+    def of_rows(cls, rows: list[Row]) -> "Results":
+        """Measures the outcome of a table, and of those by other metrics.
+
+        Args:
+            rows: The table, the merge last.
+        """
+        further = (cls(table, measure_outcome(table)) for table in further_tables(rows))
+        return cls(rows, measure_outcome(rows), tuple(further))
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields of `results.json`."""
+        fields: dict[str, Any] = {"rows": [row.as_json() for row in self.rows]}
+        if self.outcome is not None:
+            fields["outcome"] = dataclasses.asdict(self.outcome)
+        if self.further:
+            fields["further"] = [table.as_json() for table in self.further]
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Results":
+        """Makes the results of `as_json`.
+
+        Raises:
+            KeyError: A field is missing.
+            TypeError: A field has another type.
+            ValueError: A field has another type or value.
+        """
+        rows = [Row.from_json(row) for row in fields.get("rows", [])]
+        outcome = TypeAdapter(Outcome | None).validate_python(fields.get("outcome"))
+        tables = TypeAdapter(list[dict[str, Any]]).validate_python(fields.get("further", []))
+        return cls(rows, outcome, tuple(cls.from_json(table) for table in tables))
 
 
 def write_results(results: Results, path: Path) -> None:
     """Writes the table and the outcome as JSON.
 
     That is `{"rows": [{"method", "kind", "metric", "tasks": {task: score}, "average"}], "outcome"}`
-    with the fields of `Outcome`.
+    with the fields of `Outcome`, and for a language model `"further"`, a list of the same by other
+    metrics.
     """
-    fields: dict[str, Any] = {"rows": [row.as_json() for row in results.rows]}
-    if results.outcome is not None:
-        fields["outcome"] = dataclasses.asdict(results.outcome)
-    write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(results.as_json(), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_results(file: Path) -> Results:
@@ -49,22 +83,24 @@ def read_results(file: Path) -> Results:
     """
     fields = read_object_if_there(file)
     try:
-        rows = [Row.from_json(row) for row in fields.get("rows", [])]
-        outcome = TypeAdapter(Outcome | None).validate_python(fields.get("outcome"))
+        results = Results.from_json(fields)
     except (KeyError, TypeError, ValidationError) as error:
         reason = in_one_line(error) if isinstance(error, ValidationError) else f"{error!r:.200}"
         raise InputError(f"{file}: {reason}; expected the table of results of a run") from error
-    results = Results(rows, outcome)
-    if problem := _inconsistency(results):
-        raise InputError(
-            f"{file}: {problem}; the file was changed: take it from the run again, or evaluate anew"
-        )
-    return results if outcome else Results(rows, measure_outcome(rows))
+    for table in (results, *results.further):
+        if problem := _inconsistency(table):
+            raise InputError(
+                f"{file}: {problem}; the file was changed: take it from the run again, or evaluate "
+                "anew"
+            )
+    return results if results.outcome else results._replace(outcome=measure_outcome(results.rows))
 
 
 def _inconsistency(results: Results) -> str | None:
     """Returns in words why a table and an outcome cannot be of one run, or None."""
-    rows, outcome = results
+    rows, outcome, further = results
+    if any(not table.rows or table.further for table in further):
+        return "a table by another metric has no rows, or tables within"
     if not rows:
         return None
     for row in rows:

@@ -2,14 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 from pydantic import TypeAdapter
 
-Metric = Literal["accuracy", "loss"]
-"""The meaning of a score: the share of right classes, or nats per token."""
+Metric = Literal["accuracy", "loss", "exact_match", "token_accuracy", "answer_loss"]
+"""The meaning of a score: the share of right classes; nats per token; or of a language model
+the share of answers that are the response, the share of tokens that are the likeliest, and nats per
+token that is no end."""
+
+SHARES = ("accuracy", "exact_match", "token_accuracy")
+"""The metrics that are shares, from 0 to 1, of which more is better."""
 
 Kind = Literal["baseline", "experts", "learned"]
 """The part that a row plays: one model that nothing was learned for, one model for each task, or
@@ -35,6 +40,10 @@ class ExampleScores(NamedTuple):
         return float(self.values.sum(dtype=np.float64) / self.counts.sum())
 
 
+Measures = Mapping[Metric, ExampleScores]
+"""A model's results on the examples of a task, by metric."""
+
+
 class Row(NamedTuple):
     """One line of the table of results.
 
@@ -44,6 +53,7 @@ class Row(NamedTuple):
         metric: The meaning of these scores.
         kind: The part that the row plays.
         examples: The scores of each task's examples; None for a row that was read from a file.
+        further: The same model's rows by other metrics, of all tasks or of some.
     """
 
     method: str
@@ -51,6 +61,7 @@ class Row(NamedTuple):
     metric: Metric = "accuracy"
     kind: Kind = "baseline"
     examples: Mapping[str, ExampleScores] | None = None
+    further: Sequence["Row"] = ()
 
     @classmethod
     def of_examples(
@@ -64,6 +75,30 @@ class Row(NamedTuple):
         means = {task: task_scores.mean for task, task_scores in examples.items()}
         return cls(method, means, metric, kind, examples)
 
+    @classmethod
+    def of_measures(
+        cls, method: str, measures: Mapping[str, "Measures"], kind: Kind = "baseline"
+    ) -> "Row":
+        """Makes a row of the scores of each task's examples by several metrics.
+
+        Args:
+            method: Name of the model.
+            measures: The scores by task and metric; the first metric of a task is that of the row.
+            kind: The part that the row plays.
+        """
+        by_metric: dict[Metric, dict[str, ExampleScores]] = {}
+        for task, scores in measures.items():
+            for metric, task_scores in scores.items():
+                by_metric.setdefault(metric, {})[task] = task_scores
+        first, *_ = by_metric
+        rows = {
+            metric: cls.of_examples(method, by_metric[metric], metric, kind)
+            for metric in get_args(Metric)
+            if metric in by_metric
+        }
+        row = rows.pop(first)
+        return row._replace(further=tuple(rows.values()))
+
     @property
     def average(self) -> float:
         """The mean over the tasks."""
@@ -74,7 +109,7 @@ class Row(NamedTuple):
         """The average, with its sign turned where less is better; -inf where it is not finite."""
         if not math.isfinite(self.average):
             return -math.inf
-        return self.average if self.metric == "accuracy" else -self.average
+        return self.average if self.metric in SHARES else -self.average
 
     def as_json(self) -> dict[str, Any]:
         """Returns the fields of the row in `results.json`; a score that is not finite is null."""
@@ -102,6 +137,20 @@ class Row(NamedTuple):
             TypeAdapter(Metric).validate_python(fields["metric"]),
             TypeAdapter(Kind).validate_python(fields.get("kind", _kind_by_name(method))),
         )
+
+
+def further_tables(rows: Sequence[Row]) -> list[list[Row]]:
+    """Returns the tables by other metrics; each has the rows that were measured so.
+
+    Args:
+        rows: The table, the merge last; it decides on the metrics.
+    """
+    if not rows:
+        return []
+    return [
+        [other for row in rows for other in row.further if other.metric == of_merge.metric]
+        for of_merge in rows[-1].further
+    ]
 
 
 def best_without_learning(rows: Sequence[Row]) -> Row | None:

@@ -172,6 +172,12 @@ class Run(NamedTuple):
         rows = json.loads((self.folder / "results.json").read_text())["rows"]
         return {row["method"]: row for row in rows}
 
+    def further(self, metric: str) -> dict[str, dict[str, float]]:
+        """The scores by task of each method, by another metric."""
+        tables = json.loads((self.folder / "results.json").read_text())["further"]
+        (table,) = [table for table in tables if table["rows"][0]["metric"] == metric]
+        return {row["method"]: row["tasks"] for row in table["rows"]}
+
 
 def learn(folder: Path, fields: Mapping[str, Any]) -> Run:
     recipe = write_recipe(folder, fields)
@@ -379,6 +385,27 @@ def mean_loss(
     return total / count
 
 
+def token_accuracy(
+    model: PreTrainedModel, examples: Sequence[tuple[dict[str, list[int]], list[int]]]
+) -> float:
+    """The share of likeliest tokens among those to be predicted, by `transformers`."""
+    right, count = 0, 0
+    for inputs, labels in examples:
+        if len(inputs) > 1:  # an encoder-decoder's, which predicts each of its labels
+            inputs = inputs | {"decoder_input_ids": [0, *labels[:-1]]}
+            following = labels
+        else:
+            following = [*labels[1:], NOT_PREDICTED]
+        arrays = {name: torch.tensor([values]) for name, values in inputs.items()}
+        with torch.no_grad():
+            likeliest = model(**arrays).logits[0].argmax(-1).tolist()
+        pairs = zip(likeliest, following, strict=True)
+        counted = [token == label for token, label in pairs if label != NOT_PREDICTED]
+        right += sum(counted)
+        count += len(counted)
+    return right / count
+
+
 def chat_examples(file: str, tokenizer: Any) -> list[tuple[dict[str, list[int]], list[int]]]:
     found = []
     for row in rows_of(file):
@@ -433,8 +460,13 @@ def test_the_losses_in_the_table(kind, loader, examples, request):
         ]:
             expected = mean_loss(model, own)
             assert rows[method]["tasks"][task] == pytest.approx(expected, abs=1e-4)
+            accuracy = run.further("token_accuracy")[method][task]
+            assert accuracy == pytest.approx(token_accuracy(model, own))
     card = (run.checkpoint / "README.md").read_text()
     assert f"| {rows['base']['average']:.3f} |" in card
+    for title in ("Token accuracy", "Loss without the ends of texts"):
+        assert title in run.screen and title in card
+    assert ("Exact match" in card) == (kind == "qwen_run")
     # It is said which tokens these are.
     assert f"end of text: append ({', '.join(TASKS)})" in " ".join(run.screen.split())
     record = json.loads((run.folder / "run.json").read_text())

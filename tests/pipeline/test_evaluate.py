@@ -69,20 +69,48 @@ def test_losses_of_sequences_are_in_their_order(batch_size):
         predicted = generator.random(length) < 0.6
         predicted[-1] = True
         ids = generator.integers(VOCABULARY, size=length)
-        sequences.append(Tokens(ids.tolist(), predicted.tolist()))
+        ends = [length - 1] if len(sequences) % 2 else []
+        sequences.append(Tokens(ids.tolist(), predicted.tolist(), ends))
     examples = DecoderExamples(sequences, padding=0, max_length=64)
     runner = evaluator("loss", batch_size, from_tokens)
     scores = runner.example_scores({"table": jnp.asarray(table)}, "task", examples)
     log_probabilities = table - np.log(np.exp(table.astype(np.float64)).sum(1, keepdims=True))
     total = 0.0
-    for position, (ids, predicted) in enumerate(sequences):
-        ids, predicted = ids[:64], predicted[:64]
+    expected = {"token_accuracy": [], "answer_loss": []}
+    for position, (ids, predicted, ends) in enumerate(sequences):
+        ids, predicted = np.array(ids[:64]), np.array(predicted[:64])
         losses = -log_probabilities[ids[:-1], ids[1:]][predicted[1:]]
         assert scores.counts[position] == len(losses)
         assert scores.values[position] == pytest.approx(losses.sum(), rel=1e-5)
         total += losses.sum()
+        likeliest = table.argmax(1)[ids[:-1]] == ids[1:]
+        expected["token_accuracy"].append((likeliest[predicted[1:]].sum(), len(losses)))
+        has_end = bool(ends) and ends[0] < 64
+        on_answer = losses[:-1] if has_end else losses
+        expected["answer_loss"].append((on_answer.sum(), len(on_answer)))
     assert scores.mean == pytest.approx(total / scores.counts.sum(), rel=1e-6)
     row = runner.row("base", {"table": jnp.asarray(table)}, {"task": examples}, "learned")
     assert row.tasks == {"task": scores.mean}
     assert (row.metric, row.kind) == ("loss", "learned")
     np.testing.assert_array_equal(row.examples["task"].values, scores.values)
+    assert [further.metric for further in row.further] == list(expected)
+    for further in row.further:
+        values, counts = np.transpose(expected[further.metric])
+        np.testing.assert_allclose(further.examples["task"].values, values, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(further.examples["task"].counts, counts)
+        assert (further.method, further.kind) == ("base", "learned")
+
+
+def test_examples_without_ends_have_no_loss_apart_from_them():
+    table = np.eye(VOCABULARY, dtype=np.float32)
+    examples = DecoderExamples([Tokens([1, 2, 2], [True] * 3)], padding=0, max_length=8)
+    measures = evaluator("loss", 1, from_tokens).measures({"table": table}, "task", examples)
+    assert list(measures) == ["loss", "token_accuracy"]
+    assert measures["token_accuracy"].mean == 0.5
+
+
+def test_tokens_of_logits_that_are_no_numbers_are_wrong():
+    table = np.full((VOCABULARY, VOCABULARY), np.nan, np.float32)
+    examples = DecoderExamples([Tokens([1, 0, 0], [True] * 3)], padding=0, max_length=8)
+    measures = evaluator("loss", 1, from_tokens).measures({"table": table}, "task", examples)
+    assert measures["token_accuracy"].mean == 0

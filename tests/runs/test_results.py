@@ -1,12 +1,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.runs.outcome import measure_outcome
 from adamerge_jax.runs.results import Results, read_results, write_results
-from adamerge_jax.runs.rows import Row
+from adamerge_jax.runs.rows import ExampleScores, Row
 from tests.runs.test_outcome import ROWS
 
 OLD = [
@@ -30,10 +31,43 @@ def test_what_is_written_is_read(metric, tmp_path):
     assert file.stat().st_size < 5000  # for people: no scores of examples
 
 
+def test_tables_by_other_metrics(tmp_path):
+    """Of the tasks that have them; rows that were not measured so are left out."""
+    rows, table = [], []
+    scores = ExampleScores(np.arange(20) % 3 == 0, np.ones(20, np.int32))
+    for row in ROWS["loss"]:
+        exact = Row.of_examples(row.method, {"a": scores}, "exact_match", row.kind)
+        rows.append(row._replace(further=() if row.kind == "experts" else (exact,)))
+        table.extend(rows[-1].further)
+    results = Results.of_rows(rows)
+    write_results(results, tmp_path / "results.json")
+    again = read_results(tmp_path / "results.json")
+    assert again.outcome == results.outcome
+    (further,) = again.further
+    assert [row.method for row in further.rows] == [row.method for row in table]
+    assert further.rows[-1].tasks == {"a": 0.35}
+    assert further.outcome == measure_outcome(table)
+    assert further.outcome.average.score.interval is not None
+
+
+def test_metrics_of_a_row():
+    """The first one is that of the row; a task may lack the others."""
+    score = ExampleScores(np.ones(3), np.ones(3, int))
+    measures = {
+        "text": {"loss": score, "token_accuracy": score},
+        "chat": {"loss": score, "token_accuracy": score, "exact_match": score},
+    }
+    row = Row.of_measures("base", measures)
+    assert (row.metric, list(row.tasks)) == ("loss", ["text", "chat"])
+    tables = {further.metric: list(further.tasks) for further in row.further}
+    assert tables == {"exact_match": ["chat"], "token_accuracy": ["text", "chat"]}
+
+
 def test_a_file_from_before(tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"rows": OLD}))
-    rows, outcome = read_results(file)
+    rows, outcome, further = read_results(file)
+    assert not further
     assert [row.kind for row in rows] == ["baseline", "experts", "baseline", "learned"]
     assert outcome.average.closed.value == pytest.approx(0.5)
 
@@ -62,7 +96,7 @@ def whole() -> dict:
     [
         (lambda fields: fields["rows"][0].pop("tasks"), "KeyError.'tasks'"),
         (lambda fields: fields["rows"][0].update(method=3), "valid string"),
-        (lambda fields: fields["rows"][0].update(metric="f1"), "'accuracy' or 'loss'"),
+        (lambda fields: fields["rows"][0].update(metric="f1"), "'accuracy', 'loss', 'exact_match'"),
         (lambda fields: fields["rows"][0].update(kind="best"), "'baseline', 'experts'"),
         (lambda fields: fields["rows"][0]["tasks"].update(a="much"), "valid number"),
         (lambda fields: fields["rows"][0]["tasks"].pop("a"), "'experts' has other tasks"),
@@ -77,6 +111,16 @@ def whole() -> dict:
         (lambda fields: fields["outcome"].update(reference="experts"), "is not the best row"),
         (lambda fields: fields["rows"][-1]["tasks"].update(a=0.9), "not that of its rows"),
         (lambda fields: fields["outcome"]["tasks"].pop("a"), "not that of its rows"),
+        (lambda fields: fields.update(further=[3]), "valid dictionary"),
+        (lambda fields: fields.update(further=[{}]), "another metric has no rows"),
+        (
+            lambda fields: fields.update(further=[fields | {"further": [whole()]}]),
+            "tables within",
+        ),
+        (
+            lambda fields: fields.update(further=[fields | {"outcome": None, "rows": [{}]}]),
+            "KeyError.'method'",
+        ),
     ],
 )
 def test_what_is_no_table(change, message, tmp_path):

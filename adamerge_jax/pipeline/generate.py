@@ -1,0 +1,67 @@
+"""Greedy continuations of many prompts, in batches of few shapes."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Array
+
+from adamerge_jax.data.examples import bucket_length, padded
+from adamerge_jax.devices import fetch
+from adamerge_jax.models.family import Family
+from adamerge_jax.models.generation import make_greedy
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PADDING = 0
+"""The token that pads: masked, so any will do."""
+
+
+class Writer:
+    """Continues prompts with models of one architecture; compiled once for each shape."""
+
+    def __init__(self, family: Family, config: "PretrainedConfig", batch_size: int):
+        """Builds the network; it is compiled when it first runs.
+
+        Args:
+            family: The architecture, which has a cache of keys and values.
+            config: The config of the base.
+            batch_size: Prompts per call.
+        """
+        backbone = family.build_backbone(config)
+        self._generate = make_greedy(family, config, backbone, family.build_head(config))
+        self._batch_size = batch_size
+        self.longest = family.max_tokens(config)
+
+    def continuations(
+        self,
+        parameters: Mapping[str, Array],
+        prompts: Sequence[list[int]],
+        stops: Sequence[int],
+        new_tokens: int,
+    ) -> list[list[int]]:
+        """Returns the likeliest tokens behind each prompt, without one that stops.
+
+        Args:
+            parameters: The model's parameters by name.
+            prompts: The tokens of N prompts.
+            stops: The tokens that end a continuation.
+            new_tokens: The largest number of tokens.
+        """
+        written: list[list[int]] = [[]] * len(prompts)
+        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+        for start in range(0, len(order), self._batch_size):
+            index = order[start : start + self._batch_size]
+            chosen = [prompts[i] for i in np.resize(index, self._batch_size)]
+            length = bucket_length(max(map(len, chosen)))
+            tokens, lengths = self._generate(
+                parameters,
+                *padded(chosen, length, PADDING),
+                np.array(stops, np.int32),
+                new_tokens=new_tokens,
+            )
+            tokens, lengths = fetch(tokens), fetch(lengths)
+            for row, i in enumerate(index):
+                written[i] = tokens[row, : lengths[row]].tolist()
+        return written
