@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from adamerge_jax.coefficients.binary import from_mask, to_mask
 from adamerge_jax.coefficients.positions import (
     from_positions,
     keep_scale_positive,
@@ -92,6 +93,12 @@ CONSTRAINTS: dict[str, Constraint] = {
         "at least 0",
         keep_scale_positive,
     ),
+    "binary": Constraint(
+        from_mask,
+        to_mask,
+        lambda values: True,
+        "for each expert and tensor one number or 0",
+    ),
 }
 """Constraints by their names in a recipe: the values that coefficients `[G, K, ...]` may take.
 
@@ -100,13 +107,14 @@ and 1 (Expert Merging, Zhang et al., 2025). `softmax`: positive, the K experts o
 `simplex`: the same with zeros, by projection after every step (Duchi et al., ICML 2008).
 `simplex_with_base`: at least 0 with a sum of at most 1, so that the merge is an average of base and
 experts. `positions`: a softmax over base and experts, times a scale that is learned too (Self
-Positioning, Li et al., 2024).
+Positioning, Li et al., 2024). `binary`: one number for each expert and tensor, times a mask of 0
+and 1 over the parts of the tensor (AdaRank, Lee et al., ICLR 2026).
 
 Examples:
     >>> import jax.numpy as jnp
     >>> from adamerge_jax import CONSTRAINTS
     >>> list(CONSTRAINTS)
-    ['free', 'clip', 'sigmoid', 'softmax', 'simplex', 'simplex_with_base', 'positions']
+    ['free', 'clip', 'sigmoid', 'softmax', 'simplex', 'simplex_with_base', 'positions', 'binary']
     >>> CONSTRAINTS["clip"].apply(jnp.array([[-0.5, 0.25, 2.0]])).tolist()
     [[0.0, 0.25, 1.0]]
 """

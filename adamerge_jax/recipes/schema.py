@@ -197,7 +197,7 @@ class CoefficientsRecipe(Section):
     granularity_options: dict[str, Any] = {}
     """Arguments of the granularity, e.g. pieces of chunk."""
     constraint: Literal[
-        "free", "clip", "sigmoid", "softmax", "simplex", "simplex_with_base", "positions"
+        "free", "clip", "sigmoid", "softmax", "simplex", "simplex_with_base", "positions", "binary"
     ] = "clip"
     """Values that coefficients may take."""
     initial: Weight | None = None
@@ -380,8 +380,8 @@ class Recipe(Section):
     """Name of the run; by default that of the file."""
     preset: str = DEFAULT_PRESET
     """Preset that fills in the fields that the recipe leaves out: recommended, adamerging-task,
-    adamerging, adamerging++, atlas, atlas-k, expert-merging, expert-merging++ or
-    self-positioning."""
+    adamerging, adamerging++, atlas, atlas-k, expert-merging, expert-merging++,
+    self-positioning or adarank."""
     base: ModelSource
     """The model that all experts were fine-tuned from."""
     tasks: dict[str, TaskRecipe] = Field(min_length=1)

@@ -45,8 +45,12 @@ class LoadedDelta(Delta, Protocol):
         """
         ...
 
-    def by_direction(self, rank: int) -> Delta:
-        """Returns the deltas for scales `[K, rank + 1]`: leading singular directions, the rest."""
+    def by_direction(self, rank: int | None) -> Delta:
+        """Returns the deltas for scales `[K, rank + 1]`: leading singular directions, the rest.
+
+        Args:
+            rank: Number of leading directions; None for all, without a rest.
+        """
         ...
 
     def norms(self, *, stacked: bool) -> Float[Array, "... K"]:

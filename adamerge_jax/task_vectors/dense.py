@@ -81,13 +81,15 @@ class DenseDelta:
         values, position = lay_out(cut, self.values, order)
         return ChunkedDelta(DenseDelta(values), position, shape)
 
-    def by_direction(self, rank: int) -> FactoredDelta:
+    def by_direction(self, rank: int | None) -> FactoredDelta:
         """Returns the singular value decomposition of every delta."""
 
         def decompose(numpy: ModuleType, values: Float[Array, "K m n"]) -> FactoredDelta:
             values = values.astype(np.float32)
             u, s, v = numpy.linalg.svd(values, full_matrices=False)
             left, right = u[..., :rank] * s[..., None, :rank], v[..., :rank, :]
+            if rank is None:
+                return FactoredDelta(left, right, None)
             rest = values - left @ right
             # From shapes alone nothing is known to be negligible.
             if numpy is np and np.linalg.norm(rest) <= _ROUNDING * np.linalg.norm(values):

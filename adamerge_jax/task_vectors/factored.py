@@ -17,7 +17,7 @@ class FactoredDelta:
     Attributes:
         left: `[K, m, r]`, left singular vectors times singular values.
         right: `[K, r, n]`, right singular vectors.
-        rest: Deltas beyond rank r, or None where they are rounding for all experts.
+        rest: Deltas beyond rank r, or None where there are none, or rounding, for all experts.
 
     A stacked parameter has a leading axis of length L on all of them.
     """
@@ -27,7 +27,10 @@ class FactoredDelta:
     rest: Delta | None
 
     def weighted_sum(self, scale: Float[Array, "K r+1"]) -> Float[Array, "m n"]:
-        """Returns the sum over experts and directions; the last coefficient is that of the rest."""
+        """Returns the sum over experts and directions; the last coefficient is that of the rest.
+
+        Without a rest, coefficients of directions that factors do not have change nothing.
+        """
         scale = scale.astype(jnp.float32)
         rank = self.left.shape[-1]
         summed = jnp.einsum(

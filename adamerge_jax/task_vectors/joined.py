@@ -52,7 +52,7 @@ class JoinedDelta:
         """Returns the parts in pieces."""
         return self._change(lambda part: part.in_pieces(pieces, stacked=stacked, seed=seed))
 
-    def by_direction(self, rank: int) -> "JoinedDelta":
+    def by_direction(self, rank: int | None) -> "JoinedDelta":
         """Returns the parts by singular direction."""
         return self._change(lambda part: part.by_direction(rank))
 

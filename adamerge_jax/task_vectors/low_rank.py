@@ -75,7 +75,7 @@ class LowRankDelta:
         position = lay_out(lambda numpy, order: positions_in(numpy, order, layers), order)
         return LowRankPieces(self.left, self.right, position, pieces)
 
-    def by_direction(self, rank: int) -> FactoredDelta:
+    def by_direction(self, rank: int | None) -> FactoredDelta:
         """Returns the singular value decomposition of every delta, from that of its factors."""
 
         def decompose(
@@ -88,6 +88,8 @@ class LowRankDelta:
             right = v @ q_right.swapaxes(-1, -2)
             directions = left.shape[-1]
             rest = None
+            if rank is None:
+                return FactoredDelta(left, right, None)
             if rank < directions:
                 rest = LowRankDelta(left[..., rank:], right[..., rank:, :])
             elif rank > directions:

@@ -64,7 +64,7 @@ class QuantizedDelta:
             "rows; take row, column, head, tensor or a coarser one, or bfloat16 task vectors"
         )
 
-    def by_direction(self, rank: int) -> None:
+    def by_direction(self, rank: int | None) -> None:
         """Refuses singular directions, which would be floating point again.
 
         Raises:

@@ -101,6 +101,7 @@ RANGES = {
     "simplex": np.array([[0.0, 0.75, 0.25]]),
     "simplex_with_base": np.array([[0.0, 0.5, 0.25]]),
     "positions": np.array([[0.1, 2.0, 0.25]]),
+    "binary": np.array([[-3.0, 0.5, 20.0]]),
 }
 
 
@@ -165,6 +166,37 @@ def test_projections_are_the_nearest_points(experts):
             if name == "simplex_with_base" and np.maximum(row, 0).sum() <= 1:
                 expected = np.maximum(row, 0)
             np.testing.assert_allclose(found[group, :, layer], expected, atol=1e-6)
+
+
+def test_a_mask_has_the_gradient_of_its_sigmoid():
+    """The authors' straight-through estimator, written in PyTorch."""
+    generator = np.random.default_rng(0)
+    scale = generator.normal(size=(2, 3)).astype(np.float32)
+    logits = generator.normal(size=(2, 3, 5)).astype(np.float32)
+    cotangent = generator.normal(size=(2, 3, 5)).astype(np.float32)
+    raw = {"scale": jnp.asarray(scale), "logits": jnp.asarray(logits)}
+    values, pull_back = jax.vjp(CONSTRAINTS["binary"].apply, raw)
+    own_scale, own_logits = (torch.tensor(a, requires_grad=True) for a in (scale, logits))
+    soft = (own_logits / 10).sigmoid()
+    mask = soft + ((soft > 0.5).float() - soft).detach()
+    expected = own_scale[..., None] * mask
+    expected.backward(torch.from_numpy(cotangent))
+    np.testing.assert_allclose(values, expected.detach().numpy(), rtol=1e-6, atol=1e-7)
+    (gradient,) = pull_back(jnp.asarray(cotangent))
+    np.testing.assert_allclose(gradient["scale"], own_scale.grad, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient["logits"], own_logits.grad, rtol=1e-5, atol=1e-6)
+    off = np.asarray(values) == 0
+    np.testing.assert_array_equal(off, logits <= 0)  # exactly 0, and nothing between
+
+
+def test_a_mask_starts_from_coefficients():
+    constraint = CONSTRAINTS["binary"]
+    values = jnp.array([[[0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [0.2, 0.4, 0.0]]])  # [G, K, parts]
+    raw = constraint.invert(values)
+    np.testing.assert_allclose(raw["scale"], [[0.5, 0.0, 0.3]], rtol=1e-6)
+    expected = [[[0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [0.3, 0.3, 0.0]]]
+    np.testing.assert_allclose(constraint.apply(raw), expected, rtol=1e-6)
+    assert (raw["logits"][0, 1] > 0).all()  # an expert that is left out may come back
 
 
 def test_positions_are_shares_of_base_and_experts_times_a_scale():

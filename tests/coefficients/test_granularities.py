@@ -78,6 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "uneven chunk": ("chunk", {"pieces": UNEVEN}),
     "partition": ("partition", {"groups": 5, "seed": 3}),
     "singular": ("singular", {"rank": 2}),
+    "all singular": ("singular", {}),
 }
 
 
@@ -187,8 +188,10 @@ def parts_of(case: str, name: str, delta: np.ndarray) -> list[np.ndarray]:
         return cut(delta, np.arange(delta.size), pieces.get(name, 1))
     if case == "partition":
         return cut(delta, np.random.default_rng([3, delta.size]).permutation(delta.size), 5)
-    if case == "singular" and delta.ndim == 2:
+    if case in ("singular", "all singular") and delta.ndim == 2:
         u, s, v = np.linalg.svd(delta)
+        if case == "all singular":
+            return [s[i] * np.outer(u[:, i], v[i]) for i in range(len(s))]
         leading = [s[i] * np.outer(u[:, i], v[i]) for i in range(2)]
         return [*leading, delta - sum(leading)]
     return [delta]

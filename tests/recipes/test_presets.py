@@ -101,10 +101,13 @@ class Sharing(NamedTuple):
         group: Name of the array of coefficients.
         index: Which of its coefficients each entry has, of the tensor's shape, or None where the
             group has one for each expert.
+        directions: The singular directions of each expert's change, `[K, r, *shape]`, where these
+            have a coefficient each, or None.
     """
 
     group: str
     index: torch.Tensor | None = None
+    directions: torch.Tensor | None = None
 
 
 def share(granularity: str, options: dict[str, Any], deltas: Tensors) -> dict[str, Sharing]:
@@ -127,7 +130,11 @@ def share(granularity: str, options: dict[str, Any], deltas: Tensors) -> dict[st
         elif granularity == "chunk" and options["pieces"].get(name, 1) > 1:
             index = torch.arange(size) // math.ceil(size / options["pieces"][name])
             sharing[name] = Sharing(name, index.reshape(shape))
-        elif granularity not in ("task", "tensor", "row", "partition", "chunk"):
+        elif granularity == "singular" and matrix:
+            assert not options
+            u, s, v = torch.linalg.svd(delta, full_matrices=False)
+            sharing[name] = Sharing(name, directions=torch.einsum("kmr,kr,krn->krmn", u, s, v))
+        elif granularity not in ("task", "tensor", "row", "partition", "chunk", "singular"):
             raise NotImplementedError(granularity)
     return sharing
 
@@ -222,8 +229,12 @@ def pytorch_loop(
     for step, batch in enumerate(islice(calibration.batches(), steps)):
         coefficients = {group: constrain(*learned) for group, learned in raw.items()}
         merged = dict(reference.base)
-        for name, (group, index) in sharing.items():
+        for name, (group, index, directions) in sharing.items():
             values = coefficients[group]
+            if directions is not None:
+                change = torch.einsum("kr,krmn->mn", values, directions)
+                merged[name] = reference.base[name] + change
+                continue
             if index is None:
                 values = values.reshape(-1, *(1 for _ in reference.base[name].shape))
             else:
@@ -257,7 +268,23 @@ def position_of(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([scale / (len(values) + 1), values]).div(scale).log(), scale
 
 
+def mask_of(values: torch.Tensor) -> list[torch.Tensor]:
+    """AdaRank's number for each expert, and the logits of its mask where there are parts."""
+    if values.ndim == 1:
+        return [values.clone()]
+    return [values[:, 0].clone(), torch.full_like(values, 0.1)]
+
+
+def masked(scale: torch.Tensor, logits: torch.Tensor | None = None) -> torch.Tensor:
+    """The authors' straight-through mask, at their temperature of 10."""
+    if logits is None:
+        return scale
+    soft = (logits / 10).sigmoid()
+    return scale[:, None] * (soft + ((soft > 0.5).double() - soft).detach())
+
+
 LEARNED = {
+    "binary": (mask_of, masked),
     "free": (lambda values: [values.clone()], lambda raw: raw),
     "clip": (lambda values: [values.clone()], lambda raw: raw.clamp(0, 1)),
     "sigmoid": (lambda values: [values.logit()], torch.sigmoid),
@@ -321,9 +348,11 @@ def learn(
 def start_of(sharing: dict[str, Sharing], first: dict[str, np.ndarray]) -> Tensors:
     """Every coefficient where its tensor's is, `[K]` by tensor name."""
     start = {}
-    for name, (group, index) in sharing.items():
+    for name, (group, index, directions) in sharing.items():
         values = torch.from_numpy(np.array(first[name], np.float32))
-        if index is not None:
+        if directions is not None:
+            values = values[:, None].repeat(1, directions.shape[1])
+        elif index is not None:
             values = values[:, None].repeat(1, int(index.max()) + 1)
         start[group] = values
     return start
@@ -452,6 +481,17 @@ def test_what_expert_merging_says(preset, text_recipe):
         assert any(fnmatchcase(name, pattern) for pattern in recipe.keep_from_base), name
     for name in ("bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.weight"):
         assert not any(fnmatchcase(name, pattern) for pattern in recipe.keep_from_base), name
+
+
+def test_what_adarank_says(text_recipe):
+    recipe = chosen("adarank", text_recipe)
+    own = recipe.coefficients
+    assert (own.granularity, own.granularity_options, own.constraint) == ("singular", {}, "binary")
+    assert recipe.initial_coefficient == 0.3
+    assert [term.name for term in recipe.objectives] == ["entropy"]
+    optimizer = recipe.learning.optimizer
+    assert (optimizer.name, optimizer.learning_rate) == ("adam", 1e-3)
+    assert not recipe.regularizers and not recipe.keep_from_base and not recipe.interference
 
 
 def test_what_self_positioning_says(text_recipe):

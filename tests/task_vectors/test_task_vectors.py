@@ -348,6 +348,18 @@ def test_singular_directions_of_factors(name, rank):
     require_like_dense(by_direction, dense, scale, stacked=case.stacked, exact=exact)
 
 
+@pytest.mark.parametrize("name", ["rank 2", "joined", "stacked"])
+def test_all_singular_directions_of_factors(name):
+    """Factors have as many as their rank; the coefficients beyond it are those of zeros."""
+    case = CASES[name]()
+    by_direction, dense = case.delta.by_direction(None), case.dense.by_direction(None)
+    u, s, v = np.linalg.svd(case.values, full_matrices=False)
+    parts = np.einsum("...mr,...r,...rn->...rmn", u, s, v)
+    scale = scale_for(case, (EXPERTS, min(ROWS, COLUMNS)))
+    exact = np.einsum("...kr,...krmn->...mn", scale.astype(np.float64), parts)
+    require_like_dense(by_direction, dense, scale, stacked=case.stacked, exact=exact)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_norms_of_factors(name):
     case = CASES[name]()

@@ -166,7 +166,7 @@ class StreamedDelta:
             delta = self.source.loaded().in_pieces(pieces, stacked=stacked, seed=seed)
         return self._another(delta)
 
-    def by_direction(self, rank: int) -> Delta:
+    def by_direction(self, rank: int | None) -> Delta:
         """Decomposes all experts of this parameter in memory, and puts the factors where it was."""
         with _on_host():
             delta = self.source.loaded().by_direction(rank)
