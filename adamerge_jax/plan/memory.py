@@ -8,6 +8,7 @@ import numpy as np
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets
+from adamerge_jax.methods import make_method
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.pipeline.export import checkpoint_bytes
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
@@ -183,13 +184,20 @@ def memory_of(
     if outline.recipe.task_vectors.memory != "device":
         streamed = sum(map(streamed_bytes, outline.deltas.values()))
     beside = streamed if outline.recipe.task_vectors.memory == "host" else 0
-    held = (base + deltas + copied - streamed) // split
+    start = initial_merge_bytes(outline)
+    if chosen := outline.recipe.coefficients.initial_merge:
+        parts[f"merge by {chosen.name} that learning starts from"] = start
+    held = (base + start + deltas + copied - streamed) // split
     step_kept = max(programs.step.kept_bytes, programs.evaluate.kept_bytes) // devices
     expert_kept = programs.expert.kept_bytes // devices
     expert //= split
     # Interference steps read all task vectors together.
     while_reading = streamed if outline.recipe.interference else beside
     phases = [Phase("reading task vectors", held, data + while_reading + 3 * largest)]
+    if chosen and make_method(chosen.name, chosen.options).interference:
+        # Its steps are fitted to all task vectors, before those that learning needs are read.
+        entries = outline.experts * start
+        phases.insert(0, Phase("fitting the first merge", 0, data + entries + 3 * largest))
     if uses_experts:
         running = held + heads + expert + expert_kept
         phases.append(Phase("asking the experts", running, data + beside + targets))
@@ -201,6 +209,13 @@ def memory_of(
     shard = min(merged, outline.recipe.export.shard_megabytes * 10**6)
     phases.append(Phase("exporting", held, data + beside + targets + shard + 3 * largest))
     return Memory(parts, phases, floor + RUNTIME_BYTES)
+
+
+def initial_merge_bytes(outline: Outline) -> int:
+    """Returns the bytes of the merge that learning starts from beside the base; 0 without one."""
+    if outline.recipe.coefficients.initial_merge is None:
+        return 0
+    return sum(bytes_of(outline.base[name]) for name in outline.deltas)
 
 
 def _expert_bytes(outline: Outline, task: str) -> int:

@@ -23,6 +23,7 @@ from adamerge_jax.plan.memory import Memory, Programs, memory_of, programs_of
 from adamerge_jax.plan.outline import Outline, outline
 from adamerge_jax.plan.work import Work
 from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.registry import choice_in_words
 
 
 class Change(NamedTuple):
@@ -151,12 +152,26 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
         [] if fits else list(_changes(merge, chosen, floor, spread)),
         compiled,
         [
-            f"{part} data of {task}: {size.assumed}"
-            for part, sizes in merge.data.items()
-            for task, size in sizes.items()
-            if size.assumed
+            *(
+                f"{part} data of {task}: {size.assumed}"
+                for part, sizes in merge.data.items()
+                for task, size in sizes.items()
+                if size.assumed
+            ),
+            *_initial_merge_notes(recipe),
         ],
     )
+
+
+def _initial_merge_notes(recipe: Recipe) -> list[str]:
+    """Returns the note that the time of an initial merge is not predicted, if there is one."""
+    chosen = recipe.coefficients.initial_merge
+    if chosen is None:
+        return []
+    return [
+        f"coefficients.initial_merge: the merge by {choice_in_words(chosen.name, chosen.options)} "
+        "is made once before learning; its time is not in the total"
+    ]
 
 
 def _peak(memory: Memory, device: Device) -> int:

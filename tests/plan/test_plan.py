@@ -15,6 +15,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.learn import prepare
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.plan import hardware, make_plan
+from adamerge_jax.plan.memory import Memory
 from adamerge_jax.plan.outline import outline
 from adamerge_jax.plan.work import BESIDE_THE_TRACE, bytes_of, work_of
 from adamerge_jax.recipes.build import build
@@ -214,6 +215,26 @@ def test_an_expert_takes_its_place_while_it_is_asked(text_recipe, tmp_path):
         task["calibration"] = str(tmp_path / "pixels.npz")
     adapter = parts(fields, tmp_path)
     assert 0 < adapter["one expert while it is asked"] < adapter["base"]
+
+
+def test_a_merge_that_learning_starts_from_is_in_the_plan(text_recipe, tmp_path):
+    """It is as large as the merged part of the base, and its steps see all task vectors."""
+
+    def memory(coefficients: dict[str, Any]) -> Memory:
+        recipe = parse_recipe(text_recipe | {"coefficients": coefficients})
+        plan = make_plan(recipe, tmp_path, "h100")
+        merges = [note for note in plan.notes if "initial_merge" in note]
+        assert len(merges) == ("initial_merge" in coefficients)
+        return plan.memory
+
+    plain = memory({"constraint": "free"})
+    start = memory({"constraint": "free", "initial_merge": {"name": "ties"}})
+    size = start.parts["merge by ties that learning starts from"]
+    assert 0.9 * plain.parts["base"] < size <= plain.parts["base"]
+    before, after = ({p.name: p for p in m.phases}["learning"].device for m in (plain, start))
+    assert after - before == size
+    fitting = start.phases[0]
+    assert fitting.name == "fitting the first merge" and fitting.host > 3 * size
 
 
 def test_task_vectors_elsewhere_and_batches_in_parts(text_recipe, tmp_path):
