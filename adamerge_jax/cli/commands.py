@@ -140,7 +140,7 @@ class Fold(RecipeCommand):
     """Export the merge of a coefficients file, without learning."""
 
     coefficients: CoefficientsFile
-    """The coefficients.safetensors of a run."""
+    """The coefficients.safetensors of a run, or of a merge by a method."""
     out: Path
     """Folder to make."""
     scale: tuple[str, ...] = ()
