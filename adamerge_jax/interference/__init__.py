@@ -26,6 +26,7 @@ import numpy as np
 from adamerge_jax.interference.breadcrumbs import drop_extremes
 from adamerge_jax.interference.dare import drop_and_rescale
 from adamerge_jax.interference.lines import scale_by_depth
+from adamerge_jax.interference.opcm import project_apart
 from adamerge_jax.interference.pcb import balance_competition
 from adamerge_jax.interference.sce import select_variable, weigh_by_squares
 from adamerge_jax.interference.step import Step
@@ -46,6 +47,7 @@ __all__ = [
     "elect_sign",
     "fit_steps",
     "make_step",
+    "project_apart",
     "scale_by_depth",
     "select_variable",
     "tall_mask",
@@ -65,6 +67,7 @@ STEPS: dict[str, Callable[..., Step]] = {
     "scale_by_depth": scale_by_depth,
     "select_variable": select_variable,
     "weigh_by_squares": weigh_by_squares,
+    "project_apart": project_apart,
 }
 """Interference steps by their names in a recipe."""
 

@@ -1,33 +1,47 @@
 """Merge methods that compute each tensor of the merge from its entries alone."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.methods.method import MergeMethod
 from adamerge_jax.parameter_names import is_stacked, unstack
-from adamerge_jax.task_vectors import Delta
+from adamerge_jax.task_vectors import Delta, DenseDelta, JoinedDelta, LowRankDelta
 from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
 
-class Tensor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tensor:
     """One tensor of the base, and the changes that K experts made to it.
 
     Attributes:
         name: The tensor's name in a checkpoint, without `*`.
         base: The base's values, `[*shape]`, float32.
-        deltas: The task vectors, `[K, *shape]`, float32.
+        delta: The task vectors in their representation.
+        experts: K.
     """
 
     name: str
     base: Float[Array, "..."]
-    deltas: Float[Array, "K ..."]
+    delta: Delta
+    experts: int
+
+    @functools.cached_property
+    def deltas(self) -> Float[Array, "K ..."]:
+        """The task vectors entry by entry, `[K, *shape]`, float32."""
+        return _entries(self.delta, jnp.eye(self.experts), self.base.ndim)
+
+    @functools.cached_property
+    def factors(self) -> LowRankDelta | None:
+        """The task vectors as factors, float32; None where an expert's are entry by entry."""
+        return _factors(self.delta, self.experts)
 
 
 def by_tensor(
@@ -47,8 +61,7 @@ def by_tensor(
 
     def merge_one(name: str, base: Array, delta: Delta, experts: int) -> Array:
         wide = base.astype(jnp.float32)
-        tensor = Tensor(name, wide, _entries(delta, jnp.eye(experts), wide.ndim))
-        return (wide + merged_delta(tensor)).astype(base.dtype)
+        return (wide + merged_delta(Tensor(name, wide, delta, experts))).astype(base.dtype)
 
     def merge(
         base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int
@@ -78,6 +91,32 @@ def _entries(delta: Delta, experts: Float[Array, "K K"], axes: int) -> Float[Arr
     """Returns the entries of each expert's delta, whatever its representation."""
     scales = experts.reshape(*experts.shape, *(1 for _ in range(axes)))
     return jax.lax.map(delta.weighted_sum, scales)
+
+
+def _factors(delta: Delta, experts: int) -> LowRankDelta | None:
+    """Returns factors of all experts, with zeros for experts that do not change the tensor."""
+    if isinstance(delta, LowRankDelta):
+        return LowRankDelta(delta.left.astype(jnp.float32), delta.right.astype(jnp.float32))
+    if not isinstance(delta, JoinedDelta):
+        return None
+    parts: list[tuple[LowRankDelta, np.ndarray]] = []
+    for part, positions in zip(delta.parts, delta.experts, strict=True):
+        if isinstance(part, LowRankDelta):
+            parts.append((part, np.array(positions)))
+        # A stack has zeros of an expert that is whole in another of its layers.
+        elif not isinstance(part, DenseDelta) or jnp.any(part.values):
+            return None
+    if not parts:
+        return None
+    first = parts[0][0]
+    rank = max(part.left.shape[-1] for part, _ in parts)
+    left = jnp.zeros((experts, first.left.shape[1], rank))
+    right = jnp.zeros((experts, rank, first.right.shape[2]))
+    for factors, positions in parts:
+        size = factors.left.shape[-1]
+        left = left.at[positions, :, :size].set(factors.left)
+        right = right.at[positions, :size].set(factors.right)
+    return LowRankDelta(left, right)
 
 
 def _layers(delta: Delta, count: int) -> Iterator[Delta]:

@@ -25,6 +25,7 @@ from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.registry import allow_code
 from adamerge_jax.task_vectors import DenseDelta
 from adamerge_jax.task_vectors.offload.memory import HostMemory
+from tests.methods import test_spectral
 from tests.methods.step_formulas import STEP_CASES
 
 EXPERTS = 3
@@ -59,7 +60,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def test_every_method_has_a_case():
-    assert CASES.keys() == METHODS.keys()
+    spectral = {name for name, _, _ in test_spectral.CASES.values()} | {"lora_lego"}
+    assert CASES.keys() | spectral == METHODS.keys()
 
 
 @pytest.mark.parametrize("name", CASES)
