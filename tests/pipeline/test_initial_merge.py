@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.errors import InputError
 from adamerge_jax.methods import METHODS, MergeMethod
 from adamerge_jax.methods.by_tensor import by_tensor
+from adamerge_jax.pipeline.export import export_mergekit
 from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.initial_merge import (
     coefficients_of_method,
@@ -27,7 +29,10 @@ from adamerge_jax.pipeline.initial_merge import (
 )
 from adamerge_jax.pipeline.match import prepare_fold
 from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.pipeline.warm_start import WarmStart, open_warm_start
+from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.schema import Recipe
 
 LEARNING = {"steps": 3, "batch_size": 4, "optimizer": {"learning_rate": 0.05}}
 MEDIAN = "tests.pipeline.test_initial_merge:median"
@@ -186,3 +191,98 @@ def test_tensors_without_a_stored_merge_are_no_coefficients(stored, tmp_path):
     dataclasses.replace(loaded, initial_merge=initial).save(tmp_path / FILE)
     with pytest.raises(InputError, match="initial_merge/"):
         Coefficients.load(tmp_path / FILE)
+
+
+TIES = {"name": "ties", "options": {"density": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def of_ties(models, tmp_path_factory) -> Path:
+    """The file of a merge by ties."""
+    file = tmp_path_factory.mktemp("ties") / FILE
+    coefficients_of_method(models, fit_initial_merge(models, **TIES)).save(file)
+    return file
+
+
+def models_of(fields: dict[str, Any], tasks: Sequence[str]) -> Models:
+    chosen = {task: fields["tasks"][task] for task in tasks}
+    return open_models(parse_recipe(fields | {"tasks": chosen}), Path("/"))
+
+
+def test_experts_may_come_in_any_order_and_none_may_be_missing(of_ties, models, text_fields):
+    tasks = list(text_fields["tasks"])
+    coefficients, matched, _ = prepare_fold(of_ties, models_of(text_fields, tasks[::-1]))
+    merged = dict(fold(models, Coefficients.load(of_ties)))
+    assert all((merged[name] == values).all() for name, values in fold(matched, coefficients))
+    with pytest.raises(InputError, match=r"the merge by ties \(density 0.5\) needs it: add it"):
+        prepare_fold(of_ties, models_of(text_fields, tasks[1:]))
+
+
+def test_what_a_merge_of_all_experts_cannot_be(of_ties, models, tmp_path):
+    with pytest.raises(InputError, match=r"^scale: .* merge of all experts by ties"):
+        prepare_fold(of_ties, models, scale={next(iter(models.experts)): 0.5})
+    with pytest.raises(InputError, match="mergekit cannot make this merge: it is a merge by ties"):
+        export_mergekit(models, Coefficients.load(of_ties), tmp_path / "m.yaml", None)
+
+
+def test_its_coefficients_are_for_no_other_start(of_ties, models, text_fields):
+    """A file starts learning only if both add task vectors to the same merge."""
+
+    def start_of(coefficients: dict[str, Any], start: Path) -> WarmStart | None:
+        fields = {"constraint": "free", "start": str(start)} | coefficients
+        recipe = parse_recipe(text_fields | {"coefficients": fields})
+        return open_warm_start(build(recipe, models), models, Path("/"))
+
+    start = start_of({"initial_merge": TIES}, of_ties)
+    assert all((scale == 0).all() for scale in start.scales.values())
+    for other, words in [
+        ({}, "the recipe adds them to the base; set coefficients.initial_merge to ties"),
+        ({"initial_merge": {"name": "ties"}}, "the recipe adds them to ties; set"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            start_of(other, of_ties)
+    plain = of_ties.parent / "plain.safetensors"
+    dataclasses.replace(Coefficients.load(of_ties), initial_merge=None).save(plain)
+    with pytest.raises(InputError, match="added to the base, the recipe adds them to ties"):
+        start_of({"initial_merge": TIES}, plain)
+    with pytest.raises(InputError, match="takes its place; leave one of the two out"):
+        start_of({"initial_merge": TIES}, Path("merge.yaml"))
+
+
+def test_an_adapter_is_refused_before_anything_is_learned(image_recipe, tmp_path, capsys):
+    chosen = {"constraint": "free", "initial_merge": {"name": "average"}}
+    recipe = written(image_recipe, tmp_path, coefficients=chosen, export={"adapter": True})
+    error = refusal(capsys, "learn", recipe, "--out", tmp_path / "run")
+    assert "export.adapter: " in error and "gives no factors" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_coefficients_start_at_zero_whatever_the_preset(text_fields):
+    def coefficients(**fields: Any) -> Recipe:
+        chosen = {"initial_merge": {"name": "average"}} | fields
+        return parse_recipe(text_fields | {"preset": "adamerging", "coefficients": chosen})
+
+    assert coefficients().initial_coefficient == 0
+    assert coefficients(initial=0.1).initial_coefficient == 0.1
+    assert coefficients(initial_merge=None).initial_coefficient == 0.3
+    for constraint in ("sigmoid", "softmax", "simplex"):
+        with pytest.raises(InputError, match=r"initial: 0 \(the default with initial_merge\)"):
+            coefficients(constraint=constraint)
+    with pytest.raises(InputError, match="nearest is 'ties'"):
+        coefficients(initial_merge={"name": "tise"})
+    with pytest.raises(InputError, match=r"coefficients.initial_merge.name: .* --allow-code"):
+        coefficients(initial_merge={"name": "os:system"})
+
+
+def test_the_file_is_shown_in_words(of_ties, stored, models, capsys):
+    main(["inspect", str(of_ties)])
+    words = capsys.readouterr().out
+    assert "merge by       ties (density 0.5)\n" in words
+    assert "its steps      trim (density 0.5), elect_sign, disjoint_mean\n" in words
+    assert "nothing: the merge is that of the method alone" in words
+    assert "Mean coefficient" not in words
+    main(["inspect", str(stored[0])])
+    assert "its tensors    stored in the file\n" in capsys.readouterr().out
+    main(["compare", str(of_ties), str(stored[0])])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "added to │ merge by ties (density 0.5) │ merge by from_data (rank 2)" in words

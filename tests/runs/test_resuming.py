@@ -127,6 +127,20 @@ def undisturbed(fields, tmp_path_factory) -> Path:
     return learn(tmp_path_factory.mktemp("undisturbed"), fields)
 
 
+def test_a_run_that_starts_from_a_merge_goes_on(fields, tmp_path, monkeypatch):
+    """Its merge is made again, and is the same."""
+    start = {"constraint": "free", "initial_merge": {"name": "ties", "options": {"density": 0.5}}}
+    fields = fields | {"coefficients": fields["coefficients"] | start}
+    with monkeypatch.context() as patched:
+        kill_after(patched, 9)
+        with pytest.raises(Killed):
+            learn(tmp_path / "killed", fields)
+    run, undisturbed = learn(tmp_path / "killed", fields, "--resume"), learn(tmp_path, fields)
+    require_same(run, undisturbed)
+    weights = [folder / "checkpoint" / "model.safetensors" for folder in (run, undisturbed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 # There are 5 records of the coarse stage, then 7. Before anything is kept, between looks of the
 # first stage, and between those of the second.
 @pytest.mark.parametrize("records", [1, 4, 9])
