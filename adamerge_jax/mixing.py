@@ -5,6 +5,7 @@ stacked layers. It becomes an array only where a layer asks for its weights, so 
 model never exists as a whole.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 
@@ -21,9 +22,30 @@ MERGED_WEIGHT = "merged_weight"
 """The name of a materialised mixture in a rematerialisation policy."""
 
 
+class Lazy(abc.ABC):
+    """A parameter that becomes an array only where a layer uses it."""
+
+    @abc.abstractmethod
+    def materialize(self) -> Float[Array, "..."]:
+        """Returns the parameter, `[*shape]`."""
+
+    @abc.abstractmethod
+    def apply(self, x: Float[Array, "N n"]) -> Float[Array, "N m"]:
+        """Returns `x @ materialize().T`."""
+
+    @abc.abstractmethod
+    def rows(self, index: Int[Array, "..."]) -> Float[Array, "..."]:
+        """Returns `materialize()[index]`."""
+
+
+def is_lazy(leaf: object) -> bool:
+    """Returns True for a leaf that is not an array yet."""
+    return isinstance(leaf, Lazy)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mixture:
+class Mixture(Lazy):
     """One merged parameter that has not been computed yet.
 
     Attributes:

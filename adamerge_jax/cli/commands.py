@@ -173,7 +173,7 @@ class Fold(RecipeCommand):
 
 @dataclasses.dataclass(kw_only=True)
 class Merge(RecipeCommand):
-    """Export a merge by a method that learns nothing; the recipe's data is not read."""
+    """Export a merge by a method that learns nothing; data is read only where it needs some."""
 
     method: str
     """The method, e.g. ties or pcb (docs/guides/methods.md has all), or package.module:function."""

@@ -20,6 +20,7 @@ from adamerge_jax.methods.lora_lego import lora_lego
 from adamerge_jax.methods.method import MergeMethod, merged_parameters
 from adamerge_jax.methods.opcm import opcm
 from adamerge_jax.methods.pcb import pcb
+from adamerge_jax.methods.regmean import regmean
 from adamerge_jax.methods.sce import sce
 from adamerge_jax.methods.task_arithmetic import task_arithmetic
 from adamerge_jax.methods.ties import ties
@@ -44,6 +45,7 @@ __all__ = [
     "merged_parameters",
     "opcm",
     "pcb",
+    "regmean",
     "sce",
     "task_arithmetic",
     "ties",
@@ -53,6 +55,7 @@ __all__ = [
 
 METHODS: dict[str, Callable[..., MergeMethod]] = {
     "average": average,
+    "regmean": regmean,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
     "dare": dare,

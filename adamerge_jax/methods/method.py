@@ -7,6 +7,7 @@ from jaxtyping import Array
 
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.mixing import Mixture, materialize_compiled
+from adamerge_jax.statistics import Statistics
 from adamerge_jax.task_vectors import Delta
 
 
@@ -17,16 +18,24 @@ class MergeMethod(NamedTuple):
         merge: The function `(base, deltas, K) -> merged`, with dictionaries by parameter name (also
             of stacked parameters): the base's parameters `[*shape]`, the task vectors of K experts,
             and for each task vector the merged parameter `[*shape]` or a `Mixture` that becomes it.
-            It may be called for all parameters at once or for one after the other.
+            It may be called for all parameters at once or for one after the other. With
+            `needs_data` it is called for all at once, with `Statistics` as a fourth argument, and
+            asks them for what it needs of the calibration data.
         interference: The steps that change the task vectors first.
+        needs_data: True for a method that needs calibration data.
     """
 
-    merge: Callable[[Mapping[str, Array], Mapping[str, Delta], int], Mapping[str, Array | Mixture]]
+    merge: Callable[..., Mapping[str, Array | Mixture]]
     interference: tuple[FittedStep, ...] = ()
+    needs_data: bool = False
 
 
 def merged_parameters(
-    method: MergeMethod, base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int
+    method: MergeMethod,
+    base: Mapping[str, Array],
+    deltas: Mapping[str, Delta],
+    experts: int,
+    statistics: Statistics | None = None,
 ) -> dict[str, Array]:
     """Merges all parameters that experts changed; the others stay the base's.
 
@@ -35,8 +44,16 @@ def merged_parameters(
         base: The parameters of the base by name.
         deltas: The task vectors of the K experts by parameter name.
         experts: The number of experts, K.
+        statistics: The calibration data, for a method that needs it.
 
     Returns:
         The merged model's parameters by name, `[*shape]`, in the dtype of the base.
+
+    Raises:
+        ValueError: The method needs calibration data, and there is none.
     """
-    return materialize_compiled({**base, **method.merge(base, deltas, experts)})
+    if not method.needs_data:
+        return materialize_compiled({**base, **method.merge(base, deltas, experts)})
+    if statistics is None:
+        raise ValueError("the method needs calibration data: give its statistics")
+    return materialize_compiled({**base, **method.merge(base, deltas, experts, statistics)})

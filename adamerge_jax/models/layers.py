@@ -1,7 +1,7 @@
 """Layers that the architectures share, with the paths of Hugging Face checkpoints.
 
 Checkpoint tensors keep PyTorch's layout, `(out, in)` for a linear layer. A parameter is an array
-or a `Mixture`; modules read it through `value`, which mixes it where it is used.
+or lazy, such as a `Mixture`; modules read it through `value`, which mixes it where it is used.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.mixing import MERGED_WEIGHT, is_mixture
+from adamerge_jax.mixing import MERGED_WEIGHT, is_lazy
 from adamerge_jax.models.cache import KeyValues, LayerCache
 from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.parameter_names import STACKED
@@ -104,9 +104,9 @@ class Outputs(NamedTuple):
 
 
 def value(parameter: nnx.Param) -> Float[Array, "..."]:
-    """Returns the parameter's array, mixing it if it is a `Mixture`."""
+    """Returns the parameter's array, computing it if it is lazy."""
     leaf = parameter.get_value()
-    return leaf.materialize() if is_mixture(leaf) else leaf
+    return leaf.materialize() if is_lazy(leaf) else leaf
 
 
 def parameter(*shape: int) -> nnx.Param:
@@ -127,7 +127,7 @@ class Linear(nnx.Module):
         # over two.
         flat = x.reshape(-1, x.shape[-1])
         leaf = self.weight.get_value()
-        y = leaf.apply(flat) if is_mixture(leaf) else flat @ leaf.T
+        y = leaf.apply(flat) if is_lazy(leaf) else flat @ leaf.T
         if hasattr(self, "bias"):
             y = y + value(self.bias)
         return checkpoint_name(y, LINEAR_OUTPUT).reshape(*x.shape[:-1], -1)
@@ -162,7 +162,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, index: Int[Array, "..."]) -> Float[Array, "... H"]:
         leaf = self.weight.get_value()
-        return leaf.rows(index) if is_mixture(leaf) else leaf[index]
+        return leaf.rows(index) if is_lazy(leaf) else leaf[index]
 
 
 class LayerNorm(nnx.Module):

@@ -1,16 +1,19 @@
 """The rows of the table of results: the learned merge and its baselines."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+
+from rich.console import Console
 
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.methods import (
     MergeMethod,
     average,
     make_method,
-    merged_parameters,
     task_arithmetic,
 )
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult
+from adamerge_jax.pipeline.merge import method_parameters
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe
 from adamerge_jax.registry import choice_in_words
@@ -22,13 +25,16 @@ PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
 
 
-def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Row]:
+def baseline_rows(
+    inputs: LearningInputs, settings: EvaluationRecipe, console: Console | None = None
+) -> list[Row]:
     """Evaluates the baselines of a learned merge on the test data.
 
     Args:
         inputs: The models, task vectors and data.
         settings: The coefficients among which task arithmetic chooses by validation data, and
             further merge methods.
+        console: The console that shows how far a method is that reads calibration data.
 
     Returns:
         The rows of the base, the experts, their average, task arithmetic with the coefficient that
@@ -58,7 +64,7 @@ def baseline_rows(inputs: LearningInputs, settings: EvaluationRecipe) -> list[Ro
             test,
         ),
         *_initial_merge_rows(inputs, settings.methods),
-        *(_method_row(inputs, chosen) for chosen in settings.methods),
+        *(_method_row(inputs, chosen, console) for chosen in settings.methods),
     ]
 
 
@@ -82,15 +88,19 @@ def _initial_merge_rows(inputs: LearningInputs, methods: Sequence[MethodRecipe])
     return [workspace.evaluator.row(initial.in_words, inputs.theta_start, workspace.data.test)]
 
 
-def _method_row(inputs: LearningInputs, chosen: MethodRecipe) -> Row:
+def _method_row(inputs: LearningInputs, chosen: MethodRecipe, console: Console | None) -> Row:
     """Evaluates a merge method with its own interference steps, in place of the recipe's."""
     method = make_method(chosen.name, chosen.options)
+    in_words = choice_in_words(chosen.name, chosen.options)
     deltas = _deltas_after(inputs, method.interference)
-    merged = merged_parameters(method, inputs.base, deltas, inputs.experts)
+    merge = partial(method_parameters, inputs.workspace, method, inputs.base, deltas)
+    if console is None:
+        merged = merge()
+    else:
+        with console.status(in_words) as status:
+            merged = merge(lambda line: status.update(f"{in_words}: {line}"))
     del deltas  # perhaps a second set of task vectors
-    return inputs.workspace.evaluator.row(
-        choice_in_words(chosen.name, chosen.options), merged, inputs.workspace.data.test
-    )
+    return inputs.workspace.evaluator.row(in_words, merged, inputs.workspace.data.test)
 
 
 def _deltas_after(inputs: LearningInputs, steps: Sequence[FittedStep]) -> Mapping[str, Delta]:
@@ -115,4 +125,4 @@ def _best_coefficient(inputs: LearningInputs, coefficients: Sequence[float]) -> 
 
 
 def _merged(inputs: LearningInputs, method: MergeMethod) -> dict:
-    return merged_parameters(method, inputs.base, inputs.deltas, inputs.experts)
+    return method_parameters(inputs.workspace, method, inputs.base, inputs.deltas)

@@ -35,9 +35,15 @@ from adamerge_jax.pipeline.export import (
     write_card,
 )
 from adamerge_jax.pipeline.fold import fold
-from adamerge_jax.pipeline.initial_merge import coefficients_of_method, fit_initial_merge
+from adamerge_jax.pipeline.initial_merge import (
+    coefficients_of_method,
+    fit_initial_merge,
+    merged_names,
+    stored_tensors,
+)
 from adamerge_jax.pipeline.learn import LearningInputs, OnStep, learn_coefficients, prepare
 from adamerge_jax.pipeline.match import prepare_fold
+from adamerge_jax.pipeline.merge import merge_from_data
 from adamerge_jax.pipeline.models import Models, match_backbone, open_models
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
@@ -78,6 +84,7 @@ from adamerge_jax.runs.resuming import (
 from adamerge_jax.runs.rows import Row
 from adamerge_jax.runs.tracking import require_installed, track
 from adamerge_jax.stopping import between_steps, require_going_on
+from adamerge_jax.task_vectors.offload.memory import make_memory
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +231,10 @@ def _learn_and_export(
         root,
         out,
         console,
-        rows_of=lambda: [*baseline_rows(inputs, recipe.evaluation), learned_row(inputs, result)],
+        rows_of=lambda: [
+            *baseline_rows(inputs, recipe.evaluation, console),
+            learned_row(inputs, result),
+        ],
         resume=resume,
     )
     return Run(out, result.coefficients, rows)
@@ -375,11 +385,12 @@ def merge(
     """Exports a merge by a method that learns nothing, with a coefficients file that repeats it.
 
     Base and experts are read tensor by tensor; methods with interference steps read all task
-    vectors first.
+    vectors first. Methods that need calibration data hold the base, all task vectors (in the
+    memory that the recipe's `task_vectors` says) and the merge.
 
     Args:
         recipe: The recipe with base and experts, the tensors that are kept from the base, and the
-            settings of the export. Its data is not read.
+            settings of the export. Its data is read for methods that need it.
         method: Name of the method; see `adamerge_jax.methods`.
         options: Arguments of the method.
         root: Folder that relative paths of the recipe start from.
@@ -408,10 +419,26 @@ def _merge(
 ) -> None:
     """Checks all input of a merge, then exports to a folder that this process holds."""
     require_new_export(out, EXPORT_FOLDERS)
-    models = dataclasses.replace(open_models(recipe, root), devices=devices)
+    needs_data = make_method(method, options).needs_data
+    if needs_data:
+        with console.status("opening checkpoints and data"):
+            workspace = open_workspace(recipe, root, devices)
+        models = workspace.models
+    else:
+        models = dataclasses.replace(open_models(recipe, root), devices=devices)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
-    coefficients = coefficients_of_method(models, fit_initial_merge(models, method, options))
+    initial, tensors = fit_initial_merge(models, method, options), {}
+    if needs_data:
+        initial = dataclasses.replace(initial, stored=True)
+        memory = make_memory(recipe.task_vectors.memory, devices)
+        with console.status(initial.in_words) as status:
+            parameters = merge_from_data(
+                workspace, initial, memory, lambda line: status.update(f"{initial.in_words}: {line}")
+            )
+        tensors = stored_tensors(models, parameters, merged_names(models))
+        del parameters
+    coefficients = coefficients_of_method(models, initial, tensors)
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
     wait_for_all("checked")
     job = export_job(models, coefficients, recipe.export, root, tokenizer=recipe.tokenizer)

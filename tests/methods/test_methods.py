@@ -26,6 +26,7 @@ from adamerge_jax.registry import allow_code
 from adamerge_jax.task_vectors import DenseDelta
 from adamerge_jax.task_vectors.offload.memory import HostMemory
 from tests.methods import test_spectral
+from tests.methods.data_formulas import DATA_CASES
 from tests.methods.step_formulas import STEP_CASES
 
 EXPERTS = 3
@@ -61,7 +62,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 
 def test_every_method_has_a_case():
     spectral = {name for name, _, _ in test_spectral.CASES.values()} | {"lora_lego"}
-    assert CASES.keys() | spectral == METHODS.keys()
+    from_data = {name for name, _, _ in DATA_CASES}
+    assert CASES.keys() | spectral | from_data == METHODS.keys()
 
 
 @pytest.mark.parametrize("name", CASES)

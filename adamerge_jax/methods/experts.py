@@ -1,0 +1,76 @@
+"""Sums of task vectors with one weight for each expert, for methods from calibration data."""
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from adamerge_jax.coefficients.granularities import constant, shapes_of, task
+from adamerge_jax.mixing import Mixture, materialize_compiled, mix
+from adamerge_jax.task_vectors import Delta
+from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
+
+
+def weighted(
+    base: Mapping[str, Array], deltas: Mapping[str, Delta], weights: Sequence[float]
+) -> dict[str, Array | Mixture]:
+    """Returns `theta_base + sum_k weights[k] * tau_k` for all parameters, as mixtures.
+
+    Args:
+        base: The parameters of the base by name.
+        deltas: The task vectors of the K experts by parameter name.
+        weights: The weight of each expert.
+    """
+    shapes = shapes_of(base, deltas)
+    start = {
+        name: values * 0 + np.asarray(weights, np.float32)
+        for name, values in constant(shapes, len(weights), 0.0).items()
+    }
+    granularity = task(shapes)
+    return mix(base, deltas, granularity.scales(granularity.init(start)))
+
+
+def expert_parameters(
+    base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int, expert: int
+) -> dict[str, Array]:
+    """Returns the parameters of one of K experts, `[*shape]` by name."""
+    return materialize_compiled(weighted(base, deltas, one_hot(expert, experts)))
+
+
+def average_of(
+    base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int
+) -> dict[str, Array]:
+    """Returns the average of the experts in all parameters that they changed."""
+    changed = {name: base[name] for name in deltas}
+    return materialize_compiled(weighted(changed, deltas, [1 / experts] * experts))
+
+
+def one_hot(expert: int, experts: int) -> np.ndarray:
+    """Returns the weights `[K]` that are 1 for one expert and 0 for all others."""
+    return np.eye(experts, dtype=np.float32)[expert]
+
+
+def tensor_sum(
+    delta: Delta, weights: Float[np.ndarray, " K"], axes: int, layer: int | None = None
+) -> Float[Array, "..."]:
+    """Returns `sum_k weights[k] * tau_k` of one tensor, float32.
+
+    Args:
+        delta: The task vectors of a parameter.
+        weights: The weight of each expert.
+        axes: The number of axes of the tensor.
+        layer: The layer of a stacked parameter.
+    """
+    if layer is not None:
+        stacked, sources = apart_from_layers(delta)
+        delta = with_sources(jax.tree.map(operator.itemgetter(layer), stacked), sources)
+    return _weighted_sum(delta, jnp.asarray(weights, jnp.float32), axes)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _weighted_sum(delta: Delta, weights: Float[Array, " K"], axes: int) -> Float[Array, "..."]:
+    return delta.weighted_sum(weights.reshape(-1, *(1 for _ in range(axes))))

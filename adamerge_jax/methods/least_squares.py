@@ -1,0 +1,135 @@
+"""Least-squares fits of linear layers to those of several experts, from Gram matrices."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float
+
+from adamerge_jax.methods.experts import one_hot, tensor_sum
+from adamerge_jax.statistics import Layer, Statistics
+from adamerge_jax.task_vectors import Delta
+
+GRAM_BYTES = 2**30
+"""The size up to which Gram matrices of several layers are held together."""
+
+
+def require_fraction(option: str, value: float) -> None:
+    """Raises a `ValueError` for an option that is not from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{option} is {value}, expected from 0 to 1")
+
+
+def linear_layers(
+    statistics: Statistics, base: Mapping[str, Array], deltas: Mapping[str, Delta]
+) -> list[Layer]:
+    """Returns the layers of a model with the linear weights that experts changed, in order."""
+    layers = []
+    for layer in statistics.linear(base).layers:
+        names = tuple(name for name in layer.names if name in deltas)
+        if names:
+            layers.append(layer._replace(names=names))
+    return layers
+
+
+def scaled(gram: Float[Array, "n n"], off_diagonal: float) -> Float[Array, "n n"]:
+    """Multiplies the entries of a matrix off its diagonal."""
+    return off_diagonal * gram + (1 - off_diagonal) * jnp.diag(jnp.diag(gram))
+
+
+def with_tensor(
+    parameter: Float[Array, "..."], number: int | None, change: Float[np.ndarray, "..."]
+) -> Float[Array, "..."]:
+    """Adds a change to a parameter, or to one layer of a stacked one, which is overwritten."""
+    if number is None:
+        return (parameter.astype(jnp.float32) + change).astype(parameter.dtype)
+    return _with_layer(parameter, jnp.asarray(change), number)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(
+    parameter: Float[Array, "L ..."], change: Float[Array, "..."], number: int
+) -> Float[Array, "L ..."]:
+    layer = parameter[number].astype(jnp.float32) + change
+    return parameter.at[number].set(layer.astype(parameter.dtype))
+
+
+class Fit:
+    """The least-squares fit of one weight to those of K experts, as its change of their average.
+
+    The average is subtracted first: `W = A + (sum_k (W_k - A) G_k) (sum_k G_k)^-1`, which loses
+    less to rounding, and is nearest to the average where the sum is singular.
+    """
+
+    def __init__(self, delta: Delta, experts: int, number: int | None):
+        """Begins with no expert.
+
+        Args:
+            delta: The task vectors of the weight.
+            experts: The number of experts, K.
+            number: The layer of a stacked weight.
+        """
+        self._delta, self._number = delta, number
+        self._mean = np.full(experts, 1 / experts, np.float32)
+        self._gram: np.ndarray | None = None
+        self._product: np.ndarray | None = None
+
+    def add(self, expert: int, gram: Float[Array, "n n"]) -> None:
+        """Adds an expert's Gram matrix, and its product with the expert's weight."""
+        from_mean = one_hot(expert, len(self._mean)) - self._mean
+        difference = tensor_sum(self._delta, from_mean, 2, self._number)
+        product = jnp.dot(difference, gram, precision="highest")
+        if self._gram is None:
+            self._gram = np.zeros(gram.shape)
+            self._product = np.zeros(product.shape)
+        self._gram += np.asarray(gram)
+        self._product += np.asarray(product)
+
+    def solve(self) -> Float[np.ndarray, "m n"]:
+        """Returns the fit less the average, solved in float64."""
+        return solve_symmetric(self._gram, self._product).astype(np.float32)
+
+
+def solve_symmetric(
+    matrix: Float[np.ndarray, "n n"], product: Float[np.ndarray, "m n"]
+) -> Float[np.ndarray, "m n"]:
+    """Returns the shortest `x` with `x @ matrix = product`, for a matrix without negative values.
+
+    Columns of inputs that are always 0 have no part in it.
+    """
+    solution = np.zeros_like(product)
+    used = np.flatnonzero(np.diag(matrix))
+    part = matrix[np.ix_(used, used)]
+    try:
+        factor = scipy.linalg.cho_factor(part)
+        solution[:, used] = scipy.linalg.cho_solve(factor, product[:, used].T).T
+    except np.linalg.LinAlgError:  # fewer inputs than features
+        inverse = scipy.linalg.pinvh(part, rtol=1e-6)
+        solution[:, used] = product[:, used] @ inverse
+    return solution
+
+
+def chunks(
+    layers: Sequence[Layer], base: Mapping[str, Array]
+) -> Iterator[dict[str, list[int | None]]]:
+    """Yields weights and layers whose Gram matrices are held together, in order.
+
+    Args:
+        layers: The layers of a model.
+        base: The parameters of the base by name.
+    """
+    chunk: dict[str, list[int | None]] = {}
+    size = 0
+    for layer in layers:
+        of_layer = sum(4 * base[name].shape[-1] ** 2 for name in layer.names)
+        if chunk and size + of_layer > GRAM_BYTES:
+            yield chunk
+            chunk, size = {}, 0
+        for name in layer.names:
+            chunk.setdefault(name, []).append(layer.number)
+        size += of_layer
+    if chunk:
+        yield chunk

@@ -1,0 +1,7 @@
+"""The statistics of calibration data that merge methods ask for."""
+
+from adamerge_jax.statistics.grams import CalibrationBatch
+from adamerge_jax.statistics.linear import Layer
+from adamerge_jax.statistics.statistics import Statistics, TaskData
+
+__all__ = ["CalibrationBatch", "Layer", "Statistics", "TaskData"]
