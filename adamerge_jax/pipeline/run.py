@@ -428,18 +428,18 @@ def _merge(
         models = dataclasses.replace(open_models(recipe, root), devices=devices)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
-    initial, tensors = fit_initial_merge(models, method, options), {}
+    initial = fit_initial_merge(models, method, options)
+    coefficients = coefficients_of_method(models, dataclasses.replace(initial, stored=needs_data))
+    require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
     if needs_data:
-        initial = dataclasses.replace(initial, stored=True)
-        memory = make_memory(recipe.task_vectors.memory, devices)
-        with console.status(initial.in_words) as status:
+        memory, in_words = make_memory(recipe.task_vectors.memory, devices), initial.in_words
+        with console.status(in_words) as status:
             parameters = merge_from_data(
-                workspace, initial, memory, lambda line: status.update(f"{initial.in_words}: {line}")
+                workspace, initial, memory, lambda line: status.update(f"{in_words}: {line}")
             )
         tensors = stored_tensors(models, parameters, merged_names(models))
+        coefficients = dataclasses.replace(coefficients, initial_tensors=tensors)
         del parameters
-    coefficients = coefficients_of_method(models, initial, tensors)
-    require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
     wait_for_all("checked")
     job = export_job(models, coefficients, recipe.export, root, tokenizer=recipe.tokenizer)
     with by_first_process(unfinished(out, anew=True)):
