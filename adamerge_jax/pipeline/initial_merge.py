@@ -38,12 +38,13 @@ def fit_initial_merge(models: Models, name: str, options: Mapping[str, Any]) -> 
     Raises:
         InputError: There is no such method, or it refuses an option.
     """
-    steps = make_method(name, options).interference
+    method = make_method(name, options)
+    steps = method.interference
     if steps:
         # The steps alone: all task vectors are not to be in memory while tensors are merged.
         models = dataclasses.replace(models, devices=ONE_DEVICE)
         steps = load_task_vectors(models, None, steps)[2]
-    return InitialMerge(name, dict(options), steps)
+    return InitialMerge(name, dict(options), steps, stored=method.needs_data)
 
 
 def method_of(initial: InitialMerge) -> MergeMethod:

@@ -35,7 +35,12 @@ from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
-from adamerge_jax.pipeline.initial_merge import fit_initial_merge, load_initial_merge
+from adamerge_jax.pipeline.initial_merge import (
+    fit_initial_merge,
+    load_initial_merge,
+    stored_tensors,
+)
+from adamerge_jax.pipeline.merge import Report, merge_from_data
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.warm_start import WarmStart, initial_values, open_warm_start
@@ -123,12 +128,15 @@ class MergeResult(NamedTuple):
         return materialize_compiled(mix(theta_start, self.deltas, self.scales))
 
 
-def prepare(method: Method, workspace: Workspace) -> LearningInputs:
+def prepare(
+    method: Method, workspace: Workspace, report: Report = lambda line: None
+) -> LearningInputs:
     """Reads task vectors and computes the experts' targets for the objectives.
 
     Args:
         method: The method by which coefficients are learned.
         workspace: The models and the data.
+        report: Shows how far an initial merge is that reads calibration data.
 
     Raises:
         InputError: No expert differs from the base, an objective wants a layer that the model does
@@ -149,11 +157,15 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
         # Before the task vectors that learning needs are in memory, too.
         chosen = method.initial_merge
         initial_merge = fit_initial_merge(models, chosen.name, chosen.options)
+    memory = make_memory(method.memory, models.devices)
+    theta_start = None
+    if initial_merge is not None and initial_merge.stored:
+        theta_start = merge_from_data(workspace, initial_merge, memory, report)
     deltas, mixed, interference = load_task_vectors(
         models,
         method.delta_dtype,
         method.interference,
-        make_memory(method.memory, models.devices),
+        memory,
     )
     require_any_merged(deltas)
     # A granularity that does not fit is refused before anything is learned or written.
@@ -165,8 +177,9 @@ def prepare(method: Method, workspace: Workspace) -> LearningInputs:
         choice.make({name: models.shapes[name] for name in deltas})
         _require_used_patterns(choice, mixed)
     base = workspace.base()
-    theta_start = base
-    if initial_merge is not None:
+    if initial_merge is None:
+        theta_start = base
+    elif theta_start is None:
         theta_start = load_initial_merge(models, initial_merge, base, mixed)
     targets, cross_task = dict(calibration.targets), {}
     for task, spec in method.target_specs.items():
@@ -408,6 +421,9 @@ def make_coefficients(
     groups = granularity.make(shapes).init(constant(shapes, 1, 0.0))
     unstacked = unstack_values(values)
     base, *experts = models.sources
+    initial_merge, tensors = inputs.initial_merge, {}
+    if initial_merge is not None and initial_merge.stored:
+        tensors = stored_tensors(models, inputs.theta_start, inputs.mixed)
     return Coefficients(
         values={group: unstacked[group] for group in groups},
         granularity=granularity.name,
@@ -423,7 +439,8 @@ def make_coefficients(
         started_from=inputs.start.source if inputs.start else None,
         depths=stack_depths(models.base.names),
         initial=inputs.method.initial,
-        initial_merge=inputs.initial_merge,
+        initial_merge=initial_merge,
+        initial_tensors=tensors,
     )
 
 

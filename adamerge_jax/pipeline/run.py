@@ -145,10 +145,10 @@ def _learn(
         )
         require_exportable(models, recipe.export, facts, out)
     with (
-        console.status("reading task vectors, asking the experts"),
+        console.status("reading task vectors, asking the experts") as status,
         record.phase("task vectors and the experts' answers"),
     ):
-        inputs = prepare(method, workspace)
+        inputs = prepare(method, workspace, status.update)
     console.print(f"{recipe.name} ({recipe.preset}): {_describe_inputs(inputs, recipe.base.path)}")
     if inputs.start is not None:
         _print_notes(inputs.start.notes, console)
@@ -429,7 +429,7 @@ def _merge(
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
     initial = fit_initial_merge(models, method, options)
-    coefficients = coefficients_of_method(models, dataclasses.replace(initial, stored=needs_data))
+    coefficients = coefficients_of_method(models, initial)
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
     if needs_data:
         memory, in_words = make_memory(recipe.task_vectors.memory, devices), initial.in_words

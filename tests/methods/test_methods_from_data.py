@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from adamerge_jax.cli.main import main
+from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.files.json_object import read_object
 from adamerge_jax.methods import METHODS, make_method, merged_parameters, regmean
 from adamerge_jax.pipeline.run import evaluate
@@ -87,8 +88,14 @@ def test_options_are_checked(name: str, options: dict[str, Any], message: str):
         make_method(name, options)
 
 
-def test_a_row_of_the_table_is_the_exported_merge(image_recipe: dict[str, Any], tmp_path: Path):
-    fields = image_recipe | {"evaluation": {"methods": [{"name": "regmean"}]}}
+def test_the_command_a_row_of_the_table_and_a_start_are_one_merge(
+    image_recipe: dict[str, Any], tmp_path: Path
+):
+    start = {"initial_merge": {"name": "regmean"}, "constraint": "free"}
+    fields = image_recipe | {
+        "coefficients": start,
+        "evaluation": {"methods": [{"name": "regmean"}]},
+    }
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(fields | {"learning": {"steps": 1, "batch_size": 2}}))
     main(["learn", str(recipe), "--out", str(tmp_path / "run")])
@@ -104,7 +111,12 @@ def test_a_row_of_the_table_is_the_exported_merge(image_recipe: dict[str, Any], 
     )
     changed = [n for n, values in tensors.items() if np.any(values != base[n.removeprefix("vit.")])]
     assert len(changed) > 10
-    assert (tmp_path / "merged" / "orbax").is_dir()
+    files = (tmp_path / folder / "coefficients.safetensors" for folder in ("merged", "run"))
+    stored, of_start = (Coefficients.load(file).initial_tensors for file in files)
+    assert stored.keys() >= of_start.keys() == set(changed)
+    for name, values in of_start.items():
+        np.testing.assert_array_equal(values, tensors[name])
+        np.testing.assert_array_equal(values, stored[name])
 
 
 def test_data_that_is_not_there_is_refused_before_anything_is_written(
