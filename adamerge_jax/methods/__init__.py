@@ -21,6 +21,7 @@ from adamerge_jax.methods.method import MergeMethod, merged_parameters
 from adamerge_jax.methods.opcm import opcm
 from adamerge_jax.methods.pcb import pcb
 from adamerge_jax.methods.regmean import regmean
+from adamerge_jax.methods.regmean_plus_plus import regmean_plus_plus
 from adamerge_jax.methods.sce import sce
 from adamerge_jax.methods.task_arithmetic import task_arithmetic
 from adamerge_jax.methods.ties import ties
@@ -46,6 +47,7 @@ __all__ = [
     "opcm",
     "pcb",
     "regmean",
+    "regmean_plus_plus",
     "sce",
     "task_arithmetic",
     "ties",
@@ -56,6 +58,7 @@ __all__ = [
 METHODS: dict[str, Callable[..., MergeMethod]] = {
     "average": average,
     "regmean": regmean,
+    "regmean_plus_plus": regmean_plus_plus,
     "task_arithmetic": task_arithmetic,
     "ties": ties,
     "dare": dare,

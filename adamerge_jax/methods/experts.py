@@ -46,12 +46,57 @@ def average_of(
 ) -> dict[str, Array]:
     """Returns the average of the experts in all parameters that they changed."""
     changed = {name: base[name] for name in deltas}
-    return materialize_compiled(weighted(changed, deltas, [1 / experts] * experts))
+    return materialize_compiled(weighted(changed, deltas, mean(experts)))
 
 
 def one_hot(expert: int, experts: int) -> np.ndarray:
     """Returns the weights `[K]` that are 1 for one expert and 0 for all others."""
     return np.eye(experts, dtype=np.float32)[expert]
+
+
+def mean(experts: int) -> np.ndarray:
+    """Returns the weights `[K]` of the average of K experts."""
+    return np.full(experts, 1 / experts, np.float32)
+
+
+def tensor_with(
+    base: Mapping[str, Array],
+    deltas: Mapping[str, Delta],
+    name: str,
+    number: int | None,
+    weights: Float[np.ndarray, " K"],
+) -> Float[Array, "..."]:
+    """Returns `theta_base + sum_k weights[k] * tau_k` of one tensor, float32.
+
+    Args:
+        base: The parameters of the base by name.
+        deltas: The task vectors of the experts by parameter name.
+        name: The name of the parameter.
+        number: The layer of a stacked parameter.
+        weights: The weight of each expert.
+    """
+    tensor = base[name] if number is None else base[name][number]
+    change = tensor_sum(deltas[name], weights, tensor.ndim, number)
+    return tensor.astype(jnp.float32) + change
+
+
+def set_tensor(
+    parameter: Float[Array, "..."], number: int | None, values: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Returns a parameter with new values, or with those of one layer of a stacked one.
+
+    A stacked parameter is overwritten.
+    """
+    if number is None:
+        return values.astype(parameter.dtype)
+    return _set_layer(parameter, values, number)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(
+    parameter: Float[Array, "L ..."], values: Float[Array, "..."], number: int
+) -> Float[Array, "L ..."]:
+    return parameter.at[number].set(values.astype(parameter.dtype))
 
 
 def tensor_sum(

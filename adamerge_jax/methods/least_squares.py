@@ -1,17 +1,18 @@
 """Least-squares fits of linear layers to those of several experts, from Gram matrices."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float
 
-from adamerge_jax.methods.experts import one_hot, tensor_sum
+from adamerge_jax.methods.experts import mean, one_hot, tensor_sum
 from adamerge_jax.statistics import Layer, Statistics
 from adamerge_jax.task_vectors import Delta
+
+Chunk = dict[str, list[int | None]]
+"""Weights and their layers; `[None]` for a weight of no stack."""
 
 GRAM_BYTES = 2**30
 """The size up to which Gram matrices of several layers are held together."""
@@ -40,23 +41,6 @@ def scaled(gram: Float[Array, "n n"], off_diagonal: float) -> Float[Array, "n n"
     return off_diagonal * gram + (1 - off_diagonal) * jnp.diag(jnp.diag(gram))
 
 
-def with_tensor(
-    parameter: Float[Array, "..."], number: int | None, change: Float[np.ndarray, "..."]
-) -> Float[Array, "..."]:
-    """Adds a change to a parameter, or to one layer of a stacked one, which is overwritten."""
-    if number is None:
-        return (parameter.astype(jnp.float32) + change).astype(parameter.dtype)
-    return _with_layer(parameter, jnp.asarray(change), number)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _with_layer(
-    parameter: Float[Array, "L ..."], change: Float[Array, "..."], number: int
-) -> Float[Array, "L ..."]:
-    layer = parameter[number].astype(jnp.float32) + change
-    return parameter.at[number].set(layer.astype(parameter.dtype))
-
-
 class Fit:
     """The least-squares fit of one weight to those of K experts, as its change of their average.
 
@@ -73,7 +57,7 @@ class Fit:
             number: The layer of a stacked weight.
         """
         self._delta, self._number = delta, number
-        self._mean = np.full(experts, 1 / experts, np.float32)
+        self._mean = mean(experts)
         self._gram: np.ndarray | None = None
         self._product: np.ndarray | None = None
 
@@ -91,6 +75,29 @@ class Fit:
     def solve(self) -> Float[np.ndarray, "m n"]:
         """Returns the fit less the average, solved in float64."""
         return solve_symmetric(self._gram, self._product).astype(np.float32)
+
+
+def grams_of(
+    statistics: Statistics,
+    expert: int,
+    parameters: Mapping[str, Array],
+    chunk: Chunk,
+) -> dict[tuple[str, int | None], Float[Array, "n n"]]:
+    """Returns the Gram matrices of a chunk by weight and layer.
+
+    Args:
+        statistics: The calibration data.
+        expert: The position of the expert, whose data is read.
+        parameters: The model's parameters.
+        chunk: The weights and layers.
+    """
+    places = {name: [number or 0 for number in numbers] for name, numbers in chunk.items()}
+    grams = statistics.grams(expert, parameters, places)
+    return {
+        (name, number): gram
+        for name, numbers in chunk.items()
+        for number, gram in zip(numbers, grams[name], strict=True)
+    }
 
 
 def solve_symmetric(
@@ -112,16 +119,14 @@ def solve_symmetric(
     return solution
 
 
-def chunks(
-    layers: Sequence[Layer], base: Mapping[str, Array]
-) -> Iterator[dict[str, list[int | None]]]:
+def chunks(layers: Sequence[Layer], base: Mapping[str, Array]) -> Iterator[Chunk]:
     """Yields weights and layers whose Gram matrices are held together, in order.
 
     Args:
         layers: The layers of a model.
         base: The parameters of the base by name.
     """
-    chunk: dict[str, list[int | None]] = {}
+    chunk: Chunk = {}
     size = 0
     for layer in layers:
         of_layer = sum(4 * base[name].shape[-1] ** 2 for name in layer.names)

@@ -4,14 +4,20 @@ from collections.abc import Mapping
 
 from jaxtyping import Array
 
-from adamerge_jax.methods.experts import average_of, expert_parameters
+from adamerge_jax.methods.experts import (
+    average_of,
+    expert_parameters,
+    mean,
+    set_tensor,
+    tensor_with,
+)
 from adamerge_jax.methods.least_squares import (
     Fit,
     chunks,
+    grams_of,
     linear_layers,
     require_fraction,
     scaled,
-    with_tensor,
 )
 from adamerge_jax.methods.method import MergeMethod
 from adamerge_jax.statistics import Statistics
@@ -58,13 +64,12 @@ def regmean(off_diagonal: float = 0.9) -> MergeMethod:
             }
             for expert in range(experts):
                 parameters = expert_parameters(base, deltas, experts, expert)
-                places = {name: [n or 0 for n in numbers] for name, numbers in chunk.items()}
-                grams = statistics.grams(expert, parameters, places)
-                for name, numbers in chunk.items():
-                    for number, gram in zip(numbers, grams[name], strict=True):
-                        fits[name, number].add(expert, scaled(gram, off_diagonal))
+                grams = grams_of(statistics, expert, parameters, chunk)
+                for place, fit in fits.items():
+                    fit.add(expert, scaled(grams[place], off_diagonal))
             for (name, number), fit in fits.items():
-                merged[name] = with_tensor(merged[name], number, fit.solve())
+                average = tensor_with(base, deltas, name, number, mean(experts))
+                merged[name] = set_tensor(merged[name], number, average + fit.solve())
         return merged
 
     return MergeMethod(merge, needs_data=True)

@@ -36,7 +36,22 @@ def regmean_of(problem: Problem, off_diagonal: float) -> dict[str, np.ndarray]:
     return merged
 
 
+def regmean_plus_plus_of(problem: Problem, off_diagonal: float) -> dict[str, np.ndarray]:
+    """Nguyen et al., section 3: merged layers before layer l, the expert's own layer l."""
+    merged = {name: average.copy() for name, average in problem.average.items()}
+    for number in [*range(LAYERS), None]:
+        inputs = []
+        for expert, data in zip(problem.experts, problem.data, strict=True):
+            chosen = {number: expert}
+            inputs.append(layer_inputs(lambda n, c=chosen: c.get(n, merged), merged, data)[0])
+        for name in (UP, DOWN) if number is not None else (OUT,):
+            fit = fitted(problem, inputs, (name, number), off_diagonal)
+            tensor(merged, name, number)[...] = fit
+    return merged
+
+
 DATA_CASES: list[tuple[str, dict[str, Any], Callable]] = [
     ("regmean", {"off_diagonal": 0.9}, regmean_of),
     ("regmean", {"off_diagonal": 0.3}, regmean_of),
+    ("regmean_plus_plus", {"off_diagonal": 0.9}, regmean_plus_plus_of),
 ]
