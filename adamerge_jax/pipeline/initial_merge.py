@@ -17,7 +17,7 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import constant, make_granularity, same_options
 from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.devices import ONE_DEVICE, fetch
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, shorten
 from adamerge_jax.interference import FittedStep, apply_steps
 from adamerge_jax.methods import MergeMethod, make_method, merged_parameters
 from adamerge_jax.parameter_names import is_stacked, stack_depths
@@ -55,6 +55,12 @@ def method_of(initial: InitialMerge) -> MergeMethod:
             not those that were fitted.
     """
     method = make_method(initial.name, initial.options)
+    if method.needs_data and not initial.stored:
+        raise InputError(
+            f"the merge by {shorten(initial.in_words)} depends on calibration data, and its tensors "
+            "are not stored; the coefficients file is damaged or of another version: merge or learn "
+            "again"
+        )
     fits = len(method.interference) == len(initial.interference) and all(
         step.name == fitted.name and same_options(step.options, fitted.options)
         for step, fitted in zip(method.interference, initial.interference, strict=True)
@@ -62,7 +68,7 @@ def method_of(initial: InitialMerge) -> MergeMethod:
     if not fits:
         raise InputError(
             f"the interference steps of the initial merge are not those of the method "
-            f"{initial.in_words}; the coefficients file is damaged or of another version: merge or "
+            f"{shorten(initial.in_words)}; the coefficients file is damaged or of another version: merge or "
             "learn again"
         )
     return method._replace(interference=initial.interference)

@@ -141,7 +141,7 @@ FIELDS: dict[str, list[Any]] = {
         merge_by("ties", interference=[TRIM | {"fitted": [NAN, 0.1]}, *TIES[1:]]),
         merge_by("ties", interference=[TRIM | {"name": "os:system"}, *TIES[1:]]),
         *(merge_by("ties", interference="x"), merge_by("ties", interference=[5])),
-        merge_by("regmean", stored=True),  # without its tensors
+        *(merge_by("regmean"), merge_by("regmean", stored=True)),  # without its tensors
     ],
 }
 """Fields of the metadata, and values that cannot have been written."""
