@@ -51,27 +51,27 @@ def method_of(initial: InitialMerge) -> MergeMethod:
     """Makes the method of an initial merge, with its fitted steps.
 
     Raises:
-        InputError: There is no such method, it may not run, it refuses an option, or its steps are
-            not those that were fitted.
+        InputError: There is no such method, it may not run, it refuses an option, its steps are
+            not those that were fitted, or it needs data and its tensors are not stored.
     """
     method = make_method(initial.name, initial.options)
     if method.needs_data and not initial.stored:
-        raise InputError(
-            f"the merge by {shorten(initial.in_words)} depends on calibration data, and its tensors "
-            "are not stored; the coefficients file is damaged or of another version: merge or learn "
-            "again"
-        )
+        raise _unrepeatable(initial, "depends on calibration data, and its tensors are not stored")
     fits = len(method.interference) == len(initial.interference) and all(
         step.name == fitted.name and same_options(step.options, fitted.options)
         for step, fitted in zip(method.interference, initial.interference, strict=True)
     )
     if not fits:
-        raise InputError(
-            f"the interference steps of the initial merge are not those of the method "
-            f"{shorten(initial.in_words)}; the coefficients file is damaged or of another version: merge or "
-            "learn again"
-        )
+        raise _unrepeatable(initial, "has other interference steps than those that were fitted")
     return method._replace(interference=initial.interference)
+
+
+def _unrepeatable(initial: InitialMerge, reason: str) -> InputError:
+    """Returns the error of an initial merge that a coefficients file cannot have."""
+    return InputError(
+        f"the merge by {shorten(initial.in_words)} {reason}; the coefficients file is damaged or "
+        "of another version: merge or learn again"
+    )
 
 
 def merged_names(models: Models) -> list[str]:
