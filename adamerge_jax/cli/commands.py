@@ -119,6 +119,97 @@ class Learn(RecipeCommand):
 
 
 @dataclasses.dataclass(kw_only=True)
+class Search(RecipeCommand):
+    """Find coefficients by a score, without gradients: accuracy, loss, or what a command prints."""
+
+    out: Path | None = None
+    """Run folder to make; by default runs/<recipe name>-search."""
+    resume: bool = False
+    """Go on with the search in that folder after its last evaluation, where it was interrupted."""
+    score_command: str | None = None
+    """Command whose last number on standard output is the score, with {checkpoint} where the folder
+    of the merge goes: 'python score.py {checkpoint}'. It is run without a shell."""
+    score_timeout: float = 3600.0
+    """Seconds that the command may take for one merge."""
+
+    def run_folder_of(self, recipe: "Recipe") -> Path:
+        """Returns the run folder."""
+        return self.out or Path("runs") / f"{recipe.name}-search"
+
+    def run(self, call: Invocation) -> None:
+        """Searches, exports, and says where the results are."""
+        from adamerge_jax.devices import is_first_process
+        from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
+        from adamerge_jax.pipeline.run_search import ScoreCommand, search
+        from adamerge_jax.runs.files import COEFFICIENTS_FILE, EVALUATIONS_FILE, PAGE_FILE
+
+        if not self.score_timeout > 0:
+            raise InputError(
+                f"--score-timeout: found {self.score_timeout:g}, expected a number over 0"
+            )
+        out, command = self.run_folder_of(call.recipe), None
+        if self.score_command is not None:
+            command = ScoreCommand(self.score_command, self.score_timeout)
+        result = search(
+            call.recipe,
+            root=call.root,
+            out=out,
+            console=call.console,
+            command=command,
+            resume=self.resume,
+        )
+        if not is_first_process():
+            return
+        call.console.print(
+            f"merged checkpoint {out / CHECKPOINT_FOLDER}\n"
+            f"coefficients      {out / COEFFICIENTS_FILE} (of evaluation "
+            f"{result.coefficients.step}, chosen by its score)\n"
+            f"evaluations       {out / EVALUATIONS_FILE}\n"
+            f"report            {out / PAGE_FILE}{_adapter_line(call, out)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Front(RecipeCommand):
+    """Find what one task costs another: merges of which none is better in every task (MAP)."""
+
+    out: Path | None = None
+    """Run folder to make; by default runs/<recipe name>-front."""
+    resume: bool = False
+    """Go on with the run in that folder after its last evaluation, where it was interrupted."""
+
+    def run_folder_of(self, recipe: "Recipe") -> Path:
+        """Returns the run folder."""
+        return self.out or Path("runs") / f"{recipe.name}-front"
+
+    def run(self, call: Invocation) -> None:
+        """Finds the front, and says where it is and how to fold a point."""
+        from adamerge_jax.devices import is_first_process
+        from adamerge_jax.pipeline.run_front import front
+        from adamerge_jax.runs.files import FRONT_FILE, FRONT_FOLDER, FRONT_PICTURE_FILE, PAGE_FILE
+
+        out = self.run_folder_of(call.recipe)
+        found = front(
+            call.recipe, root=call.root, out=out, console=call.console, resume=self.resume
+        ).front
+        if not is_first_process():
+            return
+        best = out / FRONT_FOLDER / found.points[found.best].file
+        call.console.print(
+            f"front             {out / FRONT_FILE}, {len(found.points)} points\n"
+            f"picture           {out / FRONT_PICTURE_FILE}\n"
+            f"coefficients      {out / FRONT_FOLDER}/01.safetensors and so on; best on average "
+            f"{best.name}\n"
+            f"report            {out / PAGE_FILE}\n"
+            f"fold a point with: adamerge fold {self.recipe_file} {best} --out MERGED",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
 class Plan(RecipeCommand):
     """Predict memory, time and disk of a recipe's merge, and what to change; reads no weight."""
 
@@ -317,6 +408,8 @@ class Report(Command):
 
 COMMANDS: dict[str, type] = {
     "learn": Learn,
+    "search": Search,
+    "front": Front,
     "plan": Plan,
     "fold": Fold,
     "merge": Merge,

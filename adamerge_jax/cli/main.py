@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str]) -> Invocable:
 def _how_to_go_on(arguments: Sequence[str]) -> str:
     """Returns the command that goes on with one that was stopped."""
     again = ["adamerge", *arguments]
-    if arguments[:1] != ["learn"]:
+    if arguments[0] not in ("learn", "search", "front"):
         return f"the same command starts anew: {shlex.join(again)}"
     if "--resume" not in again:
         again.append("--resume")

@@ -34,6 +34,9 @@ from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.parameter_names import is_stacked, unstack
 from adamerge_jax.registry import is_own_code
 
+BY_SCORE = "search for the best "
+"""The beginning of `Coefficients.objective` where coefficients were searched for by their score."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -71,9 +74,10 @@ class Coefficients:
         shapes: Shapes of the mixed parameters, by names without `*`; all others stay the base's.
         base: The base model.
         experts: The K experts in the order of the last axis of the scale.
-        objective: The objective that was minimised, in words.
+        objective: The objective that was minimised, in words; or `BY_SCORE` and the score.
         seed: The recipe's seed.
-        step: The step at which they were the best on the held-out calibration data.
+        step: The step at which they were the best on the held-out calibration data; or the number
+            of the best evaluation.
         started_from: The file that their learning started from, if any.
         scaled: Factors that they were multiplied with since, by expert; 0 leaves one out.
         depths: Number of layers of each stack of the base, mixed or not; see `stack_depths`.
@@ -137,6 +141,11 @@ class Coefficients:
     def names(self) -> tuple[str, ...]:
         """Names of the experts."""
         return tuple(expert.name for expert in self.experts)
+
+    @property
+    def is_searched(self) -> bool:
+        """True where they were searched for by their score, and not learned."""
+        return self.objective.startswith(BY_SCORE)
 
     @property
     def left_out(self) -> frozenset[str]:

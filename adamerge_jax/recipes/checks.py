@@ -23,16 +23,21 @@ from adamerge_jax.recipes.build import (
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
     DevicesRecipe,
+    FrontRecipe,
     InterferenceRecipe,
     LearningRecipe,
     MethodRecipe,
     ObjectiveRecipe,
     Recipe,
     RegularizerRecipe,
+    SearchRecipe,
     TaskRecipe,
     TaskVectorsRecipe,
 )
 from adamerge_jax.registry import find_registered, is_own_code
+
+_FARTHEST = 1e3
+"""The largest size of a coefficient that is searched for."""
 
 C = TypeVar("C", InterferenceRecipe, MethodRecipe, ObjectiveRecipe, RegularizerRecipe)
 
@@ -52,6 +57,7 @@ def check(recipe: Recipe) -> None:
     _check_weights(recipe.objectives, recipe.tasks)
     _check_control(recipe.learning, recipe.forgotten, recipe.tasks)
     _check_coefficients(recipe.coefficients, recipe.task_vectors)
+    _check_bounds(recipe.search, recipe.front)
     build_optimizer(recipe.learning.optimizer, recipe.learning.steps)
     build_regularizers(_of_package(recipe.regularizers))
     initial_merge = recipe.coefficients.initial_merge
@@ -137,6 +143,15 @@ def _check_control(
             f"learning.microbatches: {learning.microbatches} equal parts cannot be made of "
             f"learning.batch_size {learning.batch_size}; change one of the two"
         )
+
+
+def _check_bounds(search: SearchRecipe, front: FrontRecipe) -> None:
+    for section, (low, high) in (("search", search.bounds), ("front", front.bounds)):
+        if low >= high or max(-low, high) > _FARTHEST:
+            raise InputError(
+                f"{section}.bounds: found {low:g} to {high:g}, expected the smallest coefficient, "
+                f"then a larger one, both from -{_FARTHEST:g} to {_FARTHEST:g}"
+            )
 
 
 def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVectorsRecipe) -> None:

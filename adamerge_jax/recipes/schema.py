@@ -222,7 +222,7 @@ class InterferenceRecipe(Section):
     """A step that changes task vectors before mixing."""
 
     name: str
-    """Name of the step (docs/guides/interference.md has all), or package.module:function."""
+    """Name of the step: trim, elect_sign, disjoint_mean or drop_and_rescale."""
     options: dict[str, Any] = {}
     """Arguments of the step, e.g. density of trim."""
 
@@ -330,6 +330,47 @@ class EvaluationRecipe(Section):
     wrong."""
 
 
+Bounds = tuple[Number, Number]
+"""The smallest and the largest coefficient."""
+
+
+class SearchRecipe(Section):
+    """The search for coefficients by a score, without gradients: `adamerge search`."""
+
+    score: Literal["accuracy", "loss"] | None = None
+    """Score of a merge on the validation data, the mean over tasks: accuracy, or loss (nats). By
+    default accuracy, and of language models loss."""
+    maximise: bool = True
+    """True where more is better of the number that --score-command prints."""
+    evaluations: Count = 200
+    """Number of merges that are scored, the single coefficients of evaluation.task_arithmetic
+    among them, which come first."""
+    layer_groups: Count = 1
+    """Number of groups of neighbouring layers with coefficients of their own; 1 for one coefficient
+    of each expert."""
+    sigma: Number = Field(default=0.2, gt=0)
+    """Standard deviation of the first coefficients around the best single one."""
+    bounds: Bounds = (0.0, 1.5)
+    """Smallest and largest coefficient."""
+    population: Whole | None = Field(default=None, ge=4, le=10**6)
+    """Number of merges of a generation; by default 4 + 3 ln(number of coefficients)."""
+
+
+class FrontRecipe(Section):
+    """The front of what one task costs another: `adamerge front`."""
+
+    score: Literal["accuracy", "loss"] | None = None
+    """Score of each task on its validation data: accuracy, or loss (nats). By default accuracy, and
+    of language models loss."""
+    samples: Count | None = None
+    """Number of merges that the surfaces are fitted to; by default four times as many as a
+    quadratic surface of the experts' coefficients has numbers."""
+    points: Count = 12
+    """Number of points of the front."""
+    bounds: Bounds = (0.0, 1.0)
+    """Smallest and largest coefficient."""
+
+
 class ExportRecipe(Section):
     """The files in which the merge is written."""
 
@@ -401,6 +442,8 @@ class Recipe(Section):
     """Penalties on the coefficients that are added to the objectives."""
     learning: LearningRecipe = LearningRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    search: SearchRecipe = SearchRecipe()
+    front: FrontRecipe = FrontRecipe()
     export: ExportRecipe = ExportRecipe()
     devices: DevicesRecipe = DevicesRecipe()
     tracking: list[Literal["tensorboard", "wandb"]] = []

@@ -45,7 +45,7 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
         "interference": interference_in_words(coefficients) or "none",
         "constraint": coefficients.constraint,
         "objective": coefficients.objective,
-        "learned in": f"{coefficients.step} steps, seed {coefficients.seed}",
+        **_effort(coefficients),
         "started from": coefficients.started_from or "nothing learned before",
         "scaled since": scaled_in_words(coefficients) or "no",
         "merged tensors": str(len(coefficients.parameters)),
@@ -94,6 +94,14 @@ def value_range(coefficients: Coefficients) -> tuple[float, float]:
     """Returns 0 and 1, or how far the means of groups go beyond."""
     means = np.array(list(group_means(coefficients).values()))
     return min(0.0, float(means.min())), max(1.0, float(means.max()))
+
+
+def _effort(coefficients: Coefficients) -> dict[str, str]:
+    """Returns what it took to get the coefficients."""
+    seed = f"seed {coefficients.seed}"
+    if coefficients.is_searched:
+        return {"found by": f"evaluation {coefficients.step}, {seed}"}
+    return {"learned in": f"{coefficients.step} steps, {seed}"}
 
 
 class Spread(NamedTuple):

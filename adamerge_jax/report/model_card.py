@@ -84,6 +84,8 @@ def model_card(
         auto_class: Name of the class that loads the model of a task; None for zero-shot CLIP.
         method: The merge method with its options, where there are no coefficients.
     """
+    if coefficients is not None and coefficients.is_searched:
+        datasets = ()  # its calibration data was not looked at
     on_hub = list(dict.fromkeys(origin.hub_id for origin in origins if origin.hub_id))
     fields: dict[str, Any] = {
         "base_model": on_hub or None,

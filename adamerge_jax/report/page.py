@@ -19,8 +19,9 @@ from adamerge_jax.report.coefficients import (
 )
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
 from adamerge_jax.report.curves import draw_curves
+from adamerge_jax.report.front import draw_front
 from adamerge_jax.report.maps import cosine_range, draw_expert, draw_similarity
-from adamerge_jax.report.pictures import Picture, picture_name, save_picture
+from adamerge_jax.report.pictures import Picture, label_text, picture_name, save_picture
 from adamerge_jax.report.plain_text import one_line
 from adamerge_jax.report.rendering import render
 from adamerge_jax.report.results import (
@@ -32,7 +33,8 @@ from adamerge_jax.report.results import (
     scores,
     scores_in_words,
 )
-from adamerge_jax.runs.files import PAGE_FILE, RECIPE_FILE
+from adamerge_jax.report.score_curve import draw_scores
+from adamerge_jax.runs.files import FRONT_FOLDER, FRONT_PICTURE_FILE, PAGE_FILE, RECIPE_FILE
 from adamerge_jax.runs.folder import SavedRun, Stage
 from adamerge_jax.runs.outcome import Outcome
 from adamerge_jax.runs.results import Results
@@ -93,6 +95,8 @@ def write_page(folder: Path) -> Path:
         results=_results(run),
         coefficients=_coefficients(run, pictures),
         curves=_curves(run, pictures),
+        search=_search(run, pictures),
+        front=_front(run, pictures),
         similarity=_similarity(run, pictures),
         disagreement=_disagreement(run),
         base=_kept_from_base(run),
@@ -107,11 +111,15 @@ def write_page(folder: Path) -> Path:
 def _facts(run: SavedRun) -> list[str]:
     """Describes the run in a few sentences."""
     fields = run.recipe["coefficients"]
-    facts = [
-        f"{len(run.tasks)} experts of {one_line(run.recipe['base']['path'])}; "
-        f"{fields['granularity']} coefficients, constraint {fields['constraint']}, preset "
-        f"{run.recipe['preset']}."
-    ]
+    origin = f"{len(run.tasks)} experts of {one_line(run.recipe['base']['path'])}; "
+    if run.evaluations:
+        words, _ = _score(run)
+        facts = [f"{origin}{len(run.evaluations)} merges were scored by {words}."]
+    else:
+        facts = [
+            f"{origin}{fields['granularity']} coefficients, constraint {fields['constraint']}, "
+            f"preset {run.recipe['preset']}."
+        ]
     if run.rows:
         facts.append(outcome_in_words(run.outcome, run.rows[-1].metric, name=one_line))
     return facts
@@ -121,7 +129,10 @@ def _missing(run: SavedRun) -> list[str]:
     """Explains which parts of the report are missing."""
     missing = []
     steps = run.recipe["learning"]["steps"]
-    if run.coefficients is None:
+    if run.evaluations:
+        if run.coefficients is None and run.front is None:
+            missing.append("No result: the run has not come to its end.")
+    elif run.coefficients is None:
         done = run.stages[-1][-1].step if run.stages else 0
         missing.append(
             f"No coefficients: learning has not ended; step {done} of {steps} was the last."
@@ -137,7 +148,7 @@ def _missing(run: SavedRun) -> list[str]:
             if tested
             else "No table of results: the recipe names no test data."
         )
-    if not run.stages:
+    if not run.stages and not run.evaluations:
         missing.append("No learning curves: there is no metrics.jsonl.")
     if not run.record:
         missing.append(
@@ -279,6 +290,93 @@ def _curve_in_words(stage: Stage, task: str, run: SavedRun) -> str:
     if run.best is not None and stage is run.stages[-1]:
         words += f" The coefficients of step {run.best.step} were kept."
     return words
+
+
+def _score(run: SavedRun) -> tuple[str, bool]:
+    """Returns the name of the score that merges were measured by, and True if more is better."""
+    score = run.record.get("score", {})
+    return one_line(str(score.get("words", "score"))), bool(score.get("maximise", True))
+
+
+def _search(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
+    if not run.evaluations or run.front is not None:
+        return None
+    words, maximise = _score(run)
+    finite = [e for e in run.evaluations if np.isfinite(e.score)]
+    single = [e for e in finite if e.phase == "single"]
+    if not single:
+        return None
+    sign = 1 if maximise else -1
+    start, best = (max(of, key=lambda e: sign * e.score) for of in (single, finite))
+    alternative = (
+        f"The score of each of {len(run.evaluations)} merges: {words}. The best single coefficient "
+        f"has {start.score:.4g}, the best merge, of evaluation {best.number}, {best.score:.4g}."
+    )
+    figure = draw_scores(run.evaluations, label_text(words), maximise)
+    return {
+        "curve": save_picture(figure, pictures / "scores.png", "Score", alternative),
+        "words": words,
+        "start": f"{start.score:.4g}",
+        "best": f"{best.score:.4g}",
+        "number": best.number,
+        "lost": len(run.evaluations) - len(finite),
+    }
+
+
+def _front(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
+    front = run.front
+    if front is None:
+        return None
+    factor = 1 if front.score == "loss" else 100
+    digits = 3 if front.score == "loss" else 1
+
+    def shown(scores: dict[str, float], columns: list[str]) -> list[Cell]:
+        return [Cell(f"{factor * scores[task]:.{digits}f}") for task in columns]
+
+    tasks = front.tasks
+    values = [value for point in front.points for value in point.coefficients.values()]
+    low, high = min(0.0, *values), max(1.0, *values)
+    coefficients, scores = [], []
+    for position, point in enumerate(front.points):
+        name = Path(point.file).stem + (" (best on average)" if position == front.best else "")
+        cells = [point.coefficients[task] for task in tasks]
+        coefficients.append(
+            Line(name, [Cell(f"{value:.2f}", cell_style(value, low, high)) for value in cells])
+        )
+        mean = float(np.mean(list(point.scores.values())))
+        scores.append(Line(name, [*shown(point.scores, tasks), *shown({"": mean}, [""])]))
+    single, of_single = front.best_single
+    for name, of_row in ((f"one coefficient, {single:g}", of_single), ("experts", front.experts)):
+        mean = float(np.mean(list(of_row.values())))
+        scores.append(Line(name, [*shown(of_row, tasks), *shown({"": mean}, [""])]))
+    fits = [
+        Line(
+            task,
+            [
+                Cell(f"{factor * number:.{digits}f}")
+                for number in (fit.error, fit.left_out_error, fit.spread)
+            ],
+        )
+        for task, fit in front.fits.items()
+    ]
+    unit = " (%)" if factor == 100 else ""
+    words = (
+        f"The scores of {len(front.points)} merges of which none is better than another one in "
+        f"every task, among {len(front.others)} others; the table below has the numbers."
+    )
+    title = f"What one task costs another: {front.score} on the validation data"
+    return {
+        "picture": save_picture(draw_front(front), run.folder / FRONT_PICTURE_FILE, title, words),
+        "scores": Grid(f"{front.score}{unit} on the validation data", [*tasks, "average"], scores),
+        "coefficients": Grid("Coefficient of each expert", tasks, coefficients),
+        "scale": _scale(low, high, SEQUENTIAL),
+        "fits": Grid(
+            f"The surfaces' errors{unit}",
+            ["on its merges", "on a merge left out", "of a constant"],
+            fits,
+        ),
+        "folder": FRONT_FOLDER,
+    }
 
 
 def _similarity(run: SavedRun, pictures: Path) -> dict[str, Any] | None:

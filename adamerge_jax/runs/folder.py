@@ -10,13 +10,17 @@ from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.recipes.loading import read_fields
+from adamerge_jax.runs.evaluations import Evaluation, read_evaluations
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
+    EVALUATIONS_FILE,
+    FRONT_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     RECORD_FILE,
     RESULTS_FILE,
 )
+from adamerge_jax.runs.front import Front
 from adamerge_jax.runs.outcome import Outcome
 from adamerge_jax.runs.results import Results, read_results
 from adamerge_jax.runs.rows import Row
@@ -68,6 +72,8 @@ class SavedRun:
         coefficients: The learned coefficients.
         results: The tables of results and their outcomes.
         record: The contents of `run.json`.
+        evaluations: The merges that a search or a front has scored.
+        front: The front.
     """
 
     folder: Path
@@ -76,6 +82,8 @@ class SavedRun:
     coefficients: Coefficients | None
     results: Results
     record: dict[str, Any]
+    evaluations: list[Evaluation] = dataclasses.field(default_factory=list)
+    front: Front | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "SavedRun":
@@ -106,6 +114,8 @@ class SavedRun:
             Coefficients.load(coefficients) if coefficients.is_file() else None,
             results,
             read_object_if_there(folder / RECORD_FILE),
+            read_evaluations(folder / EVALUATIONS_FILE),
+            Front.read(folder / FRONT_FILE),
         )
 
     @property

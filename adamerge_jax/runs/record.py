@@ -43,6 +43,11 @@ class RunRecord:
         self._folder = folder
         self._fields = read_object_if_there(folder / RECORD_FILE)
 
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The fields that the record has by now."""
+        return self._fields
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measures the wall-clock time of a block, also of one that ends with an exception."""

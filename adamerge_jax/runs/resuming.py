@@ -20,6 +20,7 @@ from adamerge_jax.files.writing import (
 )
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
+    EVALUATIONS_FILE,
     LOCK_FILE,
     METRICS_FILE,
     RECIPE_FILE,
@@ -27,7 +28,9 @@ from adamerge_jax.runs.files import (
 )
 
 
-def require_startable(out: Path, recipe: Mapping[str, Any], *, resume: bool) -> None:
+def require_startable(
+    out: Path, recipe: Mapping[str, Any], *, resume: bool, log: str = METRICS_FILE
+) -> None:
     """Refuses a run folder that cannot be started in; changes nothing.
 
     Args:
@@ -35,6 +38,7 @@ def require_startable(out: Path, recipe: Mapping[str, Any], *, resume: bool) -> 
             again is given the same command every time.
         recipe: The recipe to run with all its defaults, as YAML has it.
         resume: True to go on with the run that is there; it may have ended, see `has_ended`.
+        log: The file that the command writes as it goes.
 
     Raises:
         InputError: It is in use, or what is in it is no run of this recipe.
@@ -50,6 +54,11 @@ def require_startable(out: Path, recipe: Mapping[str, Any], *, resume: bool) -> 
         raise _not_empty(out)
     if not (out / RECIPE_FILE).is_file():
         raise InputError(f"{out} holds no run to go on with; choose another folder")
+    if others := ({METRICS_FILE, EVALUATIONS_FILE} - {log}) & _names(out):
+        raise InputError(
+            f"{out} was started with another command, which wrote {min(others)}; choose another "
+            "folder"
+        )
     before = read_yaml_file(out / RECIPE_FILE)
     # A run may go on elsewhere: what it computes is the same.
     before, now = (

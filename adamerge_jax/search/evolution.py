@@ -48,7 +48,8 @@ def evolve(
 
     Points are drawn from a normal distribution whose mean and covariance follow the better half of
     each generation (CMA-ES: Hansen, The CMA Evolution Strategy: A Tutorial, 2016). The last point
-    is the mean of the last distribution, which is where a noisy score leads to. The same seed and
+    is the mean of the last distribution, unless that is the start: with a noisy score it is better
+    than any point that was drawn. The same seed and
     scores give the same points, so that a search can be gone through again from a list of scores.
 
     Args:
@@ -94,5 +95,6 @@ def evolve(
         if size == strategy.population_size:
             strategy.tell(generation)
     if left:
-        scored(np.clip(strategy.mean, *bounds))
+        is_start = strategy.generation == 0
+        scored(strategy.ask() if is_start else np.clip(strategy.mean, *bounds))
     return best

@@ -60,9 +60,13 @@ def test_the_number_of_evaluations_is_kept_to(evaluations: int):
     assert len(points) == evaluations
 
 
-def test_the_last_point_is_the_mean():
-    points, _ = points_of(lambda point: 0.0 if len(point) else 1.0, evaluations=1)
-    np.testing.assert_array_equal(points, [START])
+def test_the_last_point_is_the_mean_of_the_last_distribution():
+    points, _ = points_of(evaluations=8, population=7)
+    best_three = sorted(points[:7], key=quadratic)[-3:]
+    assert points[7].min() >= np.min(best_three) and points[7].max() <= np.max(best_three)
+    assert quadratic(points[7]) > quadratic(START)
+    alone, _ = points_of(evaluations=1)
+    assert (alone[0] != START).all()  # which was scored before
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):

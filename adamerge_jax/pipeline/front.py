@@ -1,0 +1,151 @@
+"""Finds the front of what one task costs another, from few measured merges (MAP)."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.candidates import Candidates, Point
+from adamerge_jax.pipeline.scored import Scored
+from adamerge_jax.pipeline.search import SINGLE
+from adamerge_jax.recipes.schema import FrontRecipe
+from adamerge_jax.runs.evaluations import Evaluation
+from adamerge_jax.search.front import non_dominated, spread_out, sweep, weight_sets
+from adamerge_jax.search.surrogate import Fit, count_unknowns, fit_quadratic
+
+SAMPLE, FRONT = "sample", "front"
+"""The phases of a front after the single coefficients: merges to fit to, and merges that the
+surfaces say are on the front."""
+
+ROUNDS = 2
+"""How often points of the front are taken from the surfaces and measured; then these are fitted
+again, with the new points, which lie where it matters."""
+
+
+class FoundFront(NamedTuple):
+    """The front of several tasks.
+
+    Attributes:
+        evaluations: The points of the front, from the best to the worst in the first task.
+        fits: The surface of each task, fitted to all merges that were measured.
+        predicted: The score of each point and task on surfaces that were fitted without it.
+    """
+
+    evaluations: list[Evaluation]
+    fits: dict[str, Fit]
+    predicted: list[dict[str, float]]
+
+
+def count_samples(settings: FrontRecipe, experts: int) -> int:
+    """Returns how many merges are drawn to fit surfaces to.
+
+    Raises:
+        InputError: There are fewer than a surface has numbers.
+    """
+    unknowns = count_unknowns(experts)
+    samples = 4 * unknowns if settings.samples is None else settings.samples
+    if samples <= unknowns:
+        raise InputError(
+            f"front.samples: {samples} merges cannot tell the {unknowns} numbers of a quadratic "
+            f"surface of {experts} coefficients; give at least {unknowns + 1}, better "
+            f"{4 * unknowns}"
+        )
+    return samples
+
+
+def find_front(
+    candidates: Candidates,
+    scored: Scored,
+    settings: FrontRecipe,
+    grid: list[float],
+    samples: int,
+    seed: int,
+) -> FoundFront:
+    """Measures merges, fits a surface to each task's score, and measures what these say is best.
+
+    The front is of measured merges alone; the surfaces say where to measure.
+
+    Args:
+        candidates: The merges, by one coefficient of each expert.
+        scored: The evaluations, which may be those of a run that was interrupted.
+        settings: The bounds, and the number of points.
+        grid: The single coefficients.
+        samples: The number of merges to draw.
+        seed: The seed of all draws.
+
+    Source: Li et al., MAP: Low-compute Model Merging with Amortized Pareto Fronts via Quadratic
+    Approximation, 2024, algorithm 1; points are swept by weights in place of NSGA-III.
+    """
+    for value in grid:
+        scored(candidates.all_at(value), SINGLE)
+    for point in _draw(candidates.size, samples, settings.bounds, seed):
+        scored(point, SAMPLE)
+    tasks = list(scored.evaluations[0].tasks)
+    for number in range(ROUNDS):
+        points, scores = _measured(candidates, scored)
+        surfaces = [fit_quadratic(points, of_task).surface for of_task in scores.T]
+        weights = weight_sets(len(tasks), settings.points, seed + number)
+        for point in sweep(surfaces, weights, settings.bounds, seed + number):
+            if np.abs(points - point).max(1).min() > 1e-6:
+                scored(point, FRONT)
+                points = np.vstack([points, point])
+    points, scores = _measured(candidates, scored)
+    chosen = _choose(scores, settings.points)
+    sign = scored.sign
+    predicted = []
+    for position in chosen:
+        others = np.arange(len(points)) != position
+        predicted.append(
+            {
+                task: sign * float(fit_quadratic(points[others], of_task[others]).surface(point))
+                for task, of_task in zip(tasks, scores.T, strict=True)
+                for point in [points[position]]
+            }
+        )
+    return FoundFront(
+        [scored.evaluations[position] for position in chosen],
+        {
+            task: fit_quadratic(points, of_task)
+            for task, of_task in zip(tasks, scores.T, strict=True)
+        },
+        predicted,
+    )
+
+
+def _draw(
+    dimensions: int, count: int, bounds: tuple[float, float], seed: int
+) -> Float[np.ndarray, "count K"]:
+    """Draws points that fill a box evenly."""
+    from scipy.stats import qmc
+
+    power = int(np.ceil(np.log2(count)))
+    low, high = bounds
+    return low + (high - low) * qmc.Sobol(dimensions, seed=seed).random_base2(power)[:count]
+
+
+def _measured(
+    candidates: Candidates, scored: Scored
+) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, "N T"]]:
+    """Returns all points that were measured, and their scores such that more is better."""
+    points: list[Point] = []
+    scores = []
+    for evaluation in scored.evaluations:
+        of_tasks = np.array(list(evaluation.tasks.values()))
+        if np.isfinite(of_tasks).all():
+            points.append(candidates.point(evaluation.coefficients))
+            scores.append(scored.sign * of_tasks)
+    return np.stack(points), np.stack(scores)
+
+
+def _choose(scores: Float[np.ndarray, "N T"], count: int) -> list[int]:
+    """Returns positions of the front, in the order of the first score.
+
+    The best on average and the best in each task are among them; the others lie far apart.
+    """
+    front = np.flatnonzero(non_dominated(scores))
+    extent = np.maximum(np.ptp(scores[front], axis=0), 1e-12)
+    scaled = (scores[front] - scores[front].min(0)) / extent
+    first = [int(scores[front].mean(1).argmax()), *map(int, scaled.argmax(0))]
+    chosen = front[spread_out(scaled, first, count)]
+    return sorted(map(int, chosen), key=lambda position: -scores[position, 0])

@@ -1,0 +1,142 @@
+"""The scores by which a search chooses: of the recipe's validation data, or of a command."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array
+from rich.console import Console
+from scipy.special import log_softmax
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.files.writing import partial_path, remove_folder
+from adamerge_jax.pipeline.candidates import Candidates, Point
+from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER, ExportJob, export
+from adamerge_jax.pipeline.score_command import run_command
+from adamerge_jax.pipeline.workspace import Workspace
+
+Parameters = Mapping[str, Array]
+
+
+class Score(NamedTuple):
+    """A score of merges.
+
+    Attributes:
+        words: Its name in messages and figures.
+        maximise: True where more is better.
+        measure: The function `(candidates, point) -> scores by task`; of a command, one score by
+            the name `command`.
+    """
+
+    words: str
+    maximise: bool
+    measure: Callable[[Candidates, Point], dict[str, float]]
+
+    def mean(self, tasks: Mapping[str, float]) -> float:
+        """Returns the score of all tasks: the mean."""
+        return float(np.mean(list(tasks.values())))
+
+    def signed(self, score: float) -> float:
+        """Returns a score such that more is better; -inf where it is not finite."""
+        if not np.isfinite(score):
+            return -np.inf
+        return score if self.maximise else -score
+
+
+class TaskScore(NamedTuple):
+    """A score of one model on one task's examples.
+
+    Attributes:
+        words: Its name in messages and figures.
+        maximise: True where more is better.
+        of: The function `(workspace, parameters of the backbone, task) -> score`.
+    """
+
+    words: str
+    maximise: bool
+    of: Callable[[Workspace, Parameters, str], float]
+
+
+def _accuracy(workspace: Workspace, parameters: Parameters, task: str) -> float:
+    return workspace.evaluator.score(parameters, task, workspace.data.validation[task])
+
+
+def _loss(workspace: Workspace, parameters: Parameters, task: str) -> float:
+    examples = workspace.data.validation[task]
+    if workspace.models.family.language:
+        return workspace.evaluator.score(parameters, task, examples)
+    logits = workspace.evaluator.logits(parameters, task, examples).astype(np.float64)
+    return -float(log_softmax(logits, axis=-1)[np.arange(len(logits)), examples.labels].mean())
+
+
+_TASK_SCORES = {
+    "accuracy": TaskScore("accuracy", True, _accuracy),
+    "loss": TaskScore("loss", False, _loss),
+}
+
+
+def task_score(name: str | None, workspace: Workspace, field: str) -> TaskScore:
+    """Returns a score on the validation data of each task.
+
+    Args:
+        name: `accuracy`, `loss`, or None for the one that these models have.
+        workspace: The models and the data.
+        field: The recipe's section, for messages.
+
+    Raises:
+        InputError: There is no validation data, or the models have no such score.
+    """
+    language = workspace.models.family.language
+    if not workspace.data.validation:
+        task = next(iter(workspace.models.experts))
+        raise InputError(
+            f"tasks.{task}.validation: is missing; merges are scored on validation data, never on "
+            "test data: give it for every task"
+            + (", or a --score-command" if field == "search" else "")
+        )
+    if name == "accuracy" and language:
+        raise InputError(
+            f"{field}.score: accuracy is of classes, and a language model has none; take loss"
+        )
+    return _TASK_SCORES[name or ("loss" if language else "accuracy")]
+
+
+def on_validation_data(of_task: TaskScore, workspace: Workspace) -> Score:
+    """Returns the score of a merge on the validation data, by task."""
+
+    def measure(candidates: Candidates, point: Point) -> dict[str, float]:
+        parameters = candidates.parameters(point)
+        return {task: of_task.of(workspace, parameters, task) for task in workspace.models.experts}
+
+    return Score(f"{of_task.words} on the validation data", of_task.maximise, measure)
+
+
+def of_command(
+    words: list[str],
+    timeout: float,
+    maximise: bool,
+    job_of: Callable[..., ExportJob],
+    out: Path,
+) -> Score:
+    """Returns the score of a merge that a command prints for its checkpoint.
+
+    Args:
+        words: The words of the command; see `split_command`.
+        timeout: The number of seconds that it may take.
+        maximise: True where more is better.
+        job_of: The function from coefficients to their export.
+        out: The folder that gets the checkpoint, under another name while the command runs.
+    """
+
+    def measure(candidates: Candidates, point: Point) -> dict[str, float]:
+        folder = partial_path(out / "candidate")
+        folder.mkdir(parents=True)
+        try:
+            job = job_of(candidates.coefficients(point, 0))
+            export(job, folder, Console(quiet=True))
+            return {"command": run_command(words, folder / CHECKPOINT_FOLDER, timeout)}
+        finally:
+            remove_folder(folder)
+
+    return Score(f"number printed by {words[0]}", maximise, measure)
