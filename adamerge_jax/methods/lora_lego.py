@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.cluster.vq import kmeans2
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.methods.by_tensor import Tensor, by_tensor
@@ -90,6 +89,8 @@ def _units(factors: LowRankDelta) -> _Units:
 
 def _clusters(units: _Units, count: int, seed: int) -> list[Int[np.ndarray, " members"]]:
     """Returns the members of at most `count` clusters of units whose directions are alike."""
+    from scipy.cluster.vq import kmeans2
+
     if count == len(units.left):
         return [np.array([unit]) for unit in range(count)]
     halves = (half / np.linalg.norm(half, axis=1, keepdims=True) for half in units[:2])

@@ -11,7 +11,7 @@ from adamerge_jax.methods.core_space import EXACT, Matrices
 from adamerge_jax.methods.method import MergeMethod
 
 
-def wudi(coefficient: float = 1.0, cutoff: float = 0.01) -> MergeMethod:
+def wudi(coefficient: float = 1.0, cutoff: float = 0.1) -> MergeMethod:
     """Returns the method that minimises `sum_k ||(tau - tau_k) tau_k^T||^2 / ||tau_k||^2`.
 
     The rows of `tau_k` stand for inputs of the layer. With the weights `w_k = 1 / ||tau_k||^2`, the
@@ -28,8 +28,9 @@ def wudi(coefficient: float = 1.0, cutoff: float = 0.01) -> MergeMethod:
 
     Args:
         coefficient: The factor of the merged task vectors; the paper has none.
-        cutoff: The part of the largest eigenvalue under which an eigenvector keeps the start, over
-            0 and up to 1.
+        cutoff: The part of the largest eigenvalue under which an eigenvector keeps the start, from
+            1e-6 to 1. At 0.1 six merged sentence classifiers interfered less than after the
+            authors' 300 steps, and their matrices were not longer than the start.
 
     Raises:
         ValueError: An argument is outside of its range.
