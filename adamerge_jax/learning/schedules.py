@@ -27,3 +27,12 @@ def cosine_warm_restarts(
     rates = {"init_value": init_value, "peak_value": init_value, "warmup_steps": 0}
     rates |= {"end_value": end_ratio * init_value}
     return optax.sgdr_schedule([rates | {"decay_steps": steps} for steps in periods])
+
+
+def harmonic(init_value: float) -> optax.Schedule:
+    """Frank and Wolfe's steps: `init_value * 2 / (t + 2)` in step t, counted from 0.
+
+    Args:
+        init_value: The first step; 1 is the whole way.
+    """
+    return lambda count: init_value * 2 / (count + 2)

@@ -28,6 +28,7 @@ from adamerge_jax.recipes.schema import (
     LearningRecipe,
     MethodRecipe,
     ObjectiveRecipe,
+    OptimizerRecipe,
     Recipe,
     RegularizerRecipe,
     SearchRecipe,
@@ -59,6 +60,7 @@ def check(recipe: Recipe) -> None:
     _check_coefficients(recipe.coefficients, recipe.task_vectors)
     _check_bounds(recipe.search, recipe.front)
     build_optimizer(recipe.learning.optimizer, recipe.learning.steps)
+    _check_frank_wolfe(recipe.learning.optimizer, recipe.coefficients.constraint)
     build_regularizers(_of_package(recipe.regularizers))
     initial_merge = recipe.coefficients.initial_merge
     methods = [*recipe.evaluation.methods, *([initial_merge] if initial_merge else [])]
@@ -152,6 +154,29 @@ def _check_bounds(search: SearchRecipe, front: FrontRecipe) -> None:
                 f"{section}.bounds: found {low:g} to {high:g}, expected the smallest coefficient, "
                 f"then a larger one, both from -{_FARTHEST:g} to {_FARTHEST:g}"
             )
+
+
+def _check_frank_wolfe(optimizer: OptimizerRecipe, constraint: str) -> None:
+    """Refuses steps towards models where coefficients are no weights of an average of them."""
+    if optimizer.name != "frank_wolfe":
+        return
+    base = optimizer.options.get("base", True)
+    expected = "simplex_with_base" if base else "simplex"
+    if constraint != expected:
+        raise InputError(
+            f"coefficients.constraint: found {constraint!r}; frank_wolfe steps from average to "
+            f"average: take {expected}" + (", or simplex with base: false in its options" * base)
+        )
+    if optimizer.learning_rate > 1:
+        raise InputError(
+            f"learning.optimizer.learning_rate: frank_wolfe goes {optimizer.learning_rate:g} of the "
+            "way to a model; give at most 1"
+        )
+    if optimizer.clip_norm is not None:
+        raise InputError(
+            "learning.optimizer.clip_norm: frank_wolfe looks at the gradient's direction alone; "
+            "leave it out"
+        )
 
 
 def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVectorsRecipe) -> None:

@@ -272,12 +272,13 @@ class OptimizerRecipe(Section):
     """The optimizer, its learning rate and its schedule."""
 
     name: str = "adam"
-    """An optax optimizer, e.g. adam, adamw, sgd."""
+    """An optax optimizer, e.g. adam, adamw, sgd; or frank_wolfe, for the constraints simplex and
+    simplex_with_base."""
     learning_rate: Number = Field(default=1e-3, gt=0)
     """Step size; with a schedule, that of the first step."""
     schedule: str | None = None
-    """An optax schedule, e.g. cosine_decay_schedule, or cosine_warm_restarts; by default the
-    learning rate is constant."""
+    """An optax schedule, e.g. cosine_decay_schedule, or cosine_warm_restarts, or harmonic for
+    frank_wolfe; by default the learning rate is constant."""
     schedule_options: dict[str, Any] = {}
     """Arguments of the schedule; decay_steps is by default the number of steps."""
     options: dict[str, Any] = {}
@@ -422,7 +423,7 @@ class Recipe(Section):
     preset: str = DEFAULT_PRESET
     """Preset that fills in the fields that the recipe leaves out: recommended, adamerging-task,
     adamerging, adamerging++, atlas, atlas-k, expert-merging, expert-merging++,
-    self-positioning or adarank."""
+    self-positioning, adarank or fw-merging."""
     base: ModelSource
     """The model that all experts were fine-tuned from."""
     tasks: dict[str, TaskRecipe] = Field(min_length=1)

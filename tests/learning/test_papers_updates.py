@@ -6,15 +6,19 @@ Three experts of one matrix `[4, 6]`; each task has five examples, and its head 
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import torch
 
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.data.batches import Batch
+from adamerge_jax.learning.frank_wolfe import frank_wolfe
 from adamerge_jax.learning.learner import Frozen, make_learner
+from adamerge_jax.learning.schedules import harmonic
 from adamerge_jax.mixing import materialize
 from adamerge_jax.objectives import Targets, TaskOutputs, make_objective
 from adamerge_jax.task_vectors import DenseDelta
+from adamerge_jax.task_vectors.offload.memory import make_memory
 
 EXPERTS, EXAMPLES, STEPS = 3, 5, 8
 NAME = "dense.weight"
@@ -80,3 +84,65 @@ def test_adarank():
         np.testing.assert_allclose(state.raw[NAME]["scale"][0], scale.detach(), atol=1e-5)
         np.testing.assert_allclose(state.raw[NAME]["logits"][0], logits.detach(), atol=1e-5)
     assert len(masks) > 2
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize(
+    ("granularity", "objective"), [("task", "cross_entropy"), ("row", "entropy")]
+)
+def test_fw_merging(granularity, objective, with_base):
+    """Steps in the space of weights: inner products with whole models, then a way towards one."""
+    constraint, start = ("simplex_with_base", 0.0) if with_base else ("simplex", 1 / EXPERTS)
+    optimizer = frank_wolfe(harmonic(0.7), base=with_base)
+    learner, frozen, batch, state = set_up(granularity, constraint, objective, optimizer, start)
+    base, delta = (torch.from_numpy(a).double() for a in (BASE, DELTA))
+    models = torch.cat([base[None], base + delta]) if with_base else base + delta
+    weight, chosen = base + start * delta.sum(0), set()
+    for step in range(STEPS):
+        weight = weight.detach().requires_grad_()
+        loss_of(weight, objective).backward()
+        products = models * weight.grad
+        # Of all weights together, or of each row.
+        products = products.sum((1, 2)) if granularity == "task" else products.sum(2)
+        nearest = products.argmin(0)
+        chosen |= set(nearest.flatten().tolist())
+        vertex = models[nearest]
+        if granularity == "row":
+            vertex = torch.stack([models[k, row] for row, k in enumerate(nearest)])
+        gamma = 0.7 * 2 / (step + 2)
+        weight = (1 - gamma) * weight + gamma * vertex
+        state, _ = learner.step(state, frozen, batch)
+        values = np.asarray(learner.coefficients(state)["all" if granularity == "task" else NAME])
+        assert CONSTRAINTS[constraint].allows(values[0].reshape(EXPERTS, -1)[:, 0])
+        by_entry = values[0].reshape(EXPERTS, -1, 1).astype(np.float64)
+        merged = BASE + (by_entry * DELTA).sum(0)
+        np.testing.assert_allclose(merged, weight.detach(), atol=1e-5)
+    assert len(chosen) > 1
+
+
+def test_a_pool_of_30_experts_takes_the_memory_of_two():
+    """What the compiled step of FW-Merging is given and needs, with the same examples."""
+
+    def taken(experts: int) -> int:
+        shapes, memory = {NAME: (64, 256)}, make_memory("disk")
+        made = make_granularity("task", {}, shapes)
+        entries = memory.empty((experts, 64, 256), np.dtype(np.float32))
+        for k, row in enumerate(entries):
+            row[...] = draw(k, 64, 256)
+        delta = memory.keep(NAME, DenseDelta(entries))
+        learner = make_learner(
+            forward,
+            made,
+            CONSTRAINTS["simplex_with_base"],
+            make_objective("entropy", {}),
+            frank_wolfe(harmonic(1.0)),
+        )
+        frozen = Frozen({NAME: jnp.asarray(draw(0, 64, 256))}, {NAME: delta}, ())
+        weights = np.full((EXPERTS, EXAMPLES), 1 / EXAMPLES, np.float32)
+        inputs = {"x": draw(2, EXPERTS * EXAMPLES, 256)}
+        batch = Batch(inputs, weights, [Targets()] * EXPERTS)
+        state = learner.init(made.init(constant(shapes, experts, 0.0)))
+        compiled = learner.step.lower(state, frozen, batch).compile().memory_analysis()
+        return compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
+
+    assert taken(30) <= taken(2) + 4096 < 6 * 64 * 256 * 4

@@ -113,6 +113,37 @@ def test_wrong_fields(changes, message):
     refused(message, **changes)
 
 
+FRANK_WOLFE = {"name": "frank_wolfe"}
+
+
+@pytest.mark.parametrize(
+    ("constraint", "optimizer", "message"),
+    [
+        ("clip", FRANK_WOLFE, "constraint: found 'clip'; .* take simplex_with_base, or simplex"),
+        ("simplex", FRANK_WOLFE, "constraint: found 'simplex'; .* take simplex_with_base"),
+        (
+            "simplex_with_base",
+            FRANK_WOLFE | {"options": {"base": False}},
+            "constraint: found 'simplex_with_base'; .* take simplex$",
+        ),
+        (
+            "simplex_with_base",
+            FRANK_WOLFE | {"options": {"base": "no"}},
+            "options: base is 'no', expected true or false",
+        ),
+        (
+            "simplex_with_base",
+            FRANK_WOLFE | {"learning_rate": 1.5},
+            "learning_rate: frank_wolfe goes 1.5 of the way .* at most 1",
+        ),
+        ("simplex_with_base", FRANK_WOLFE | {"clip_norm": 1.0}, "clip_norm: .* leave it out"),
+    ],
+)
+def test_frank_wolfe_steps_between_models(constraint, optimizer, message):
+    coefficients = {"constraint": constraint, "initial": None}
+    refused(message, coefficients=coefficients, learning={"optimizer": optimizer})
+
+
 @pytest.mark.parametrize(
     ("constraint", "initial", "allowed"),
     [
