@@ -169,8 +169,8 @@ def _check_frank_wolfe(optimizer: OptimizerRecipe, constraint: str) -> None:
         )
     if optimizer.learning_rate > 1:
         raise InputError(
-            f"learning.optimizer.learning_rate: frank_wolfe goes {optimizer.learning_rate:g} of the "
-            "way to a model; give at most 1"
+            f"learning.optimizer.learning_rate: frank_wolfe goes {optimizer.learning_rate:g} of "
+            "the way to a model; give at most 1"
         )
     if optimizer.clip_norm is not None:
         raise InputError(
