@@ -295,6 +295,47 @@ class Merge(RecipeCommand):
 
 
 @dataclasses.dataclass(kw_only=True)
+class CompareMethods(RecipeCommand):
+    """Compare merge methods, presets and the recipe's own learning on test data, over seeds.
+
+    Each is measured in a process of its own and its row is kept: the same command goes on where a
+    comparison was stopped, and measures only what changed.
+    """
+
+    answers = True
+
+    methods: tuple[str, ...] = ("methods", "recipe")
+    """What to compare: merge methods, presets, recipe (learning as the recipe says), methods or
+    presets (all of them). With options in YAML: '{ties: {density: 0.3}}', of a preset or the recipe
+    fields: '{recipe: {learning: {steps: 50}}}'. Of a list of numbers, '{dare: {coefficient: [0.2,
+    0.4]}}', validation data choose one."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of methods with any randomness."""
+    out: Path | None = None
+    """Folder of the rows and tables; by default runs/<recipe name>-methods."""
+
+    def run(self, call: Invocation) -> None:
+        """Measures what is missing, prints the tables, and says where they are."""
+        from adamerge_jax.comparison.compare import MARKDOWN_FILE, PICTURE_FILE, compare_methods
+
+        out = self.out or Path("runs") / f"{call.recipe.name}-methods"
+        compare_methods(
+            call.recipe,
+            self.methods,
+            self.seeds,
+            root=call.root,
+            out=out,
+            console=call.console,
+            allow_code=self.allow_code,
+        )
+        call.console.print(
+            f"tables  {out / MARKDOWN_FILE}\npicture {out / PICTURE_FILE}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
 class Mergekit(RecipeCommand):
     """Write the merge of a coefficients file as a YAML file that mergekit makes it from."""
 
@@ -413,6 +454,7 @@ COMMANDS: dict[str, type] = {
     "plan": Plan,
     "fold": Fold,
     "merge": Merge,
+    "compare-methods": CompareMethods,
     "mergekit": Mergekit,
     "evaluate": Evaluate,
     "inspect": Inspect,

@@ -94,6 +94,8 @@ def parse(arguments: Sequence[str]) -> Invocable:
 def _how_to_go_on(arguments: Sequence[str]) -> str:
     """Returns the command that goes on with one that was stopped."""
     again = ["adamerge", *arguments]
+    if arguments[0] == "compare-methods":
+        return f"the same command goes on: {shlex.join(again)}"
     if arguments[0] not in ("learn", "search", "front"):
         return f"the same command starts anew: {shlex.join(again)}"
     if "--resume" not in again:

@@ -154,7 +154,8 @@ def test_documented_commands_fit_the_first_recipe_of_the_readme(line, tmp_path, 
     _, *arguments = shlex.split(line.partition("  #")[0])
     written = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     for argument in arguments:
-        if Path(argument).name in ("recipe.yaml", "more.yaml"):
+        if Path(argument).name in ("recipe.yaml", "more.yaml", "text6.yaml"):
+            (tmp_path / argument).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / argument).write_text(written)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "experiments")

@@ -1,0 +1,168 @@
+"""The rows that a comparison keeps in its folder, each under a key of all that it depends on."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adamerge_jax.comparison.contenders import Contender
+from adamerge_jax.comparison.measure import Cost, Measured
+from adamerge_jax.errors import InputError
+from adamerge_jax.files.json_object import read_object
+from adamerge_jax.files.writing import write_whole
+from adamerge_jax.runs.rows import ExampleScores, Row
+
+log = logging.getLogger(__name__)
+
+_DATA = ("base", "tasks", "tokenizer", "max_length", "dtype")
+"""The fields that decide on the base's and the experts' scores."""
+
+_MERGE = (*_DATA, "keep_from_base", "task_vectors")
+"""The fields that decide on a merge without learning."""
+
+_NO_INFLUENCE = ("name", "export", "tracking", "devices", "evaluation")
+"""The fields that decide on no learned coefficient."""
+
+_CONTENDERS = ("methods", "task_arithmetic")
+"""The fields of the evaluation that name what is compared."""
+
+
+class _SavedScores(BaseModel):
+    """The scores of one task's examples."""
+
+    model_config = ConfigDict(extra="forbid")
+    values: list[float]
+    counts: list[int]
+
+
+class _SavedRow(BaseModel):
+    """A row, with the scores of its examples and the same model's rows by other metrics."""
+
+    model_config = ConfigDict(extra="forbid")
+    row: dict[str, Any]
+    examples: dict[str, _SavedScores]
+    further: list["_SavedRow"]
+
+    @classmethod
+    def of(cls, row: Row) -> "_SavedRow":
+        """Returns a row as it is saved."""
+        examples = {
+            task: _SavedScores(
+                values=[round(float(value), 6) for value in scores.values],
+                counts=scores.counts.tolist(),
+            )
+            for task, scores in (row.examples or {}).items()
+        }
+        return cls(
+            row=row.as_json(), examples=examples, further=[cls.of(other) for other in row.further]
+        )
+
+    def restored(self) -> Row:
+        """Returns the row that was saved.
+
+        Raises:
+            ValueError: A field has another type.
+            KeyError: A field is missing.
+        """
+        examples = {
+            task: ExampleScores(
+                np.asarray(scores.values, np.float32), np.asarray(scores.counts, np.int32)
+            )
+            for task, scores in self.examples.items()
+        }
+        further = tuple(other.restored() for other in self.further)
+        return Row.from_json(self.row)._replace(examples=examples, further=further)
+
+
+class _SavedResults(BaseModel):
+    """The file of a contender."""
+
+    model_config = ConfigDict(extra="forbid")
+    rows: list[_SavedRow]
+    cost: Cost
+    chosen: dict[str, Any]
+
+
+def row_file(folder: Path, contender: Contender, data_seed: int, root: Path) -> Path:
+    """Returns the file of a contender's row: another one if anything changes that it depends on.
+
+    That are the recipe's fields, the options, the version of this package, and the sizes and times
+    of local files of models and data.
+
+    Args:
+        folder: The folder of the rows.
+        contender: The contender.
+        data_seed: The seed that draws the test examples.
+        root: Folder that relative paths of the recipe start from.
+    """
+    fields = contender.fields
+    if contender.kind == "learning":
+        relevant = {name: v for name, v in fields.items() if name not in _NO_INFLUENCE}
+    else:
+        names = _DATA if contender.kind == "references" else _MERGE
+        relevant = {name: fields[name] for name in names}
+    if contender.kind == "merge":
+        relevant["examples"] = fields["learning"]["examples"]
+        relevant["seed"] = contender.seed
+    facts = {
+        "recipe": relevant,
+        "method": [contender.kind, contender.method, dict(contender.options)],
+        "data_seed": data_seed,
+        "evaluation": {n: v for n, v in fields["evaluation"].items() if n not in _CONTENDERS},
+        "files": _stamps(fields, root),
+        "version": version("adamerge_jax"),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", contender.name).strip("-")[:40].lower()
+    seed = "" if contender.kind == "references" else f"-seed{contender.seed}"
+    return folder / f"{slug}{seed}-{digest}.json"
+
+
+def save(measured: Measured, file: Path) -> None:
+    """Writes the results of a contender."""
+    saved = _SavedResults(
+        rows=[_SavedRow.of(row) for row in measured.rows],
+        cost=measured.cost,
+        chosen=dict(measured.chosen),
+    )
+    write_whole(file, json.dumps(saved.model_dump(), ensure_ascii=False) + "\n")
+
+
+def load(file: Path) -> Measured | None:
+    """Reads the results of a contender; None where there are none, or none that can be read."""
+    if not file.is_file():
+        return None
+    try:
+        saved = _SavedResults.model_validate(read_object(file))
+        rows = [row.restored() for row in saved.rows]
+    except (InputError, ValidationError, KeyError, ValueError) as error:
+        log.warning("%s cannot be read and is measured again: %s", file, error)
+        return None
+    return Measured(rows, saved.cost, saved.chosen)
+
+
+def _stamps(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Returns the sizes and times of the local files that a recipe names."""
+    paths = [fields["base"]["path"], fields["coefficients"]["start"]]
+    for task in fields["tasks"].values():
+        paths += [source["path"] for source in task.values() if isinstance(source, dict)]
+    return {path: _stamp(root / Path(path).expanduser()) for path in paths if path is not None}
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Returns the names, sizes and times of a file, or of all files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    else:
+        files = [path] if path.is_file() else []  # or an id on the Hub
+    return [
+        [str(file.relative_to(path)), status.st_size, status.st_mtime_ns]
+        for file, status in ((file, file.stat()) for file in files)
+    ]

@@ -1,0 +1,205 @@
+"""The table of a comparison: means over seeds, and each method's place beside the experts."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adamerge_jax.comparison.measure import Measured
+from adamerge_jax.runs.outcome import Standing, measure_outcome
+from adamerge_jax.runs.rows import ExampleScores, Kind, Metric, Row, best_without_learning
+
+
+class Spread(NamedTuple):
+    """A number over seeds.
+
+    Attributes:
+        mean: The mean.
+        deviation: The standard deviation of a sample; None with one seed.
+    """
+
+    mean: float
+    deviation: float | None = None
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "Spread":
+        """Returns the mean and the standard deviation of numbers."""
+        deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+        return cls(float(np.mean(numbers)), deviation)
+
+    def as_json(self) -> dict[str, float | None]:
+        """Returns the numbers as JSON has them; one that is not finite is null."""
+        return {
+            name: number if number is not None and math.isfinite(number) else None
+            for name, number in self._asdict().items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSummary:
+    """One line of the table.
+
+    Attributes:
+        name: The name of the method.
+        kind: The part that the row plays.
+        seeds: The seeds that were measured; empty for the base and the experts.
+        tasks: The score of each task.
+        average: The average over tasks.
+        standing: The place of the mean over seeds between the best merge without learning and the
+            experts; None where a score is not finite.
+        seconds: The time of the merge, without its evaluation.
+        peak_memory_bytes: The largest memory of all seeds.
+        steps: The number of optimizer steps.
+        coefficients: The number of learned coefficients.
+        chosen: The options that validation data chose.
+    """
+
+    name: str
+    kind: Kind
+    seeds: tuple[int, ...]
+    tasks: dict[str, Spread]
+    average: Spread
+    standing: Standing | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    steps: int = 0
+    coefficients: int = 0
+    chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The results of a comparison.
+
+    Attributes:
+        metric: The meaning of the scores.
+        methods: The base and the experts, then the methods from the best to the worst.
+        reference: The name of the best merge without learning.
+        examples: The number of test examples by task.
+        devices: The kinds of devices that it was measured on.
+        failed: The reason by method that has no row.
+        further: The same methods by other metrics, on all tasks or on some.
+    """
+
+    metric: Metric
+    methods: tuple[MethodSummary, ...]
+    reference: str | None
+    examples: dict[str, int]
+    devices: tuple[str, ...]
+    failed: dict[str, str]
+    further: tuple["Comparison", ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON has them; a number that is not finite is null."""
+        fields = dataclasses.asdict(dataclasses.replace(self, further=()))
+        for method, summary in zip(fields["methods"], self.methods, strict=True):
+            method["average"] = summary.average.as_json()
+            method["tasks"] = {task: spread.as_json() for task, spread in summary.tasks.items()}
+        return fields | {"further": [table.as_json() for table in self.further]}
+
+
+def summarise(
+    references: Measured,
+    measured: Mapping[str, Mapping[int, Measured]],
+    failed: Mapping[str, str],
+) -> Comparison:
+    """Returns the table of what was measured.
+
+    Intervals and shares are those of the mean over seeds on test sets that are drawn anew, paired
+    over all rows (see `measure_outcome`).
+
+    Args:
+        references: The base and the experts.
+        measured: The results by method and seed.
+        failed: The reason by method that has no row.
+    """
+    means = {name: _mean_row([m.rows[0] for m in s.values()]) for name, s in measured.items()}
+    baselines = [row for row in means.values() if row.kind == "baseline"]
+    reference = best_without_learning([*references.rows, *baselines])
+    summaries = [
+        _summary(name, by_seed, _standing(means[name], references.rows, baselines))
+        for name, by_seed in measured.items()
+    ]
+    summaries.sort(key=lambda summary: means[summary.name].score, reverse=True)
+    ends = [_summary_of_reference(row, references) for row in references.rows]
+    devices = {m.cost.device for s in measured.values() for m in s.values()}
+    first = references.rows[0]
+    further = [
+        summarise(
+            _by_metric(references, other.metric),
+            {
+                name: {seed: _by_metric(m, other.metric) for seed, m in by_seed.items()}
+                for name, by_seed in measured.items()
+            },
+            {},
+        )
+        for other in first.further
+    ]
+    return Comparison(
+        first.metric,
+        (*ends, *summaries),
+        None if reference is None else reference.method,
+        {task: len(scores.values) for task, scores in (first.examples or {}).items()},
+        tuple(sorted(devices | {references.cost.device})),
+        dict(failed),
+        tuple(further),
+    )
+
+
+def _by_metric(measured: Measured, metric: Metric) -> Measured:
+    """Returns the results of a contender by another metric."""
+    rows = [next(other for other in row.further if other.metric == metric) for row in measured.rows]
+    return measured._replace(rows=rows)
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    """Returns the row of the means over seeds, of each task and of each example."""
+    first = rows[0]
+    tasks = {task: float(np.mean([row.tasks[task] for row in rows])) for task in first.tasks}
+    examples = {
+        task: ExampleScores(
+            np.mean([row.examples[task].values for row in rows], axis=0, dtype=np.float64),
+            first.examples[task].counts,
+        )
+        for task in first.tasks
+    }
+    return first._replace(tasks=tasks, examples=examples)
+
+
+def _standing(mean: Row, references: Sequence[Row], baselines: Sequence[Row]) -> Standing | None:
+    """Returns the place of a method on average over the tasks."""
+    outcome = measure_outcome([*references, *baselines, mean])
+    return None if outcome is None else outcome.average
+
+
+def _summary(
+    name: str, by_seed: Mapping[int, Measured], standing: Standing | None
+) -> MethodSummary:
+    rows = [measured.rows[0] for measured in by_seed.values()]
+    costs = [measured.cost for measured in by_seed.values()]
+    if standing is not None and rows[0].kind != "learned":
+        # What nothing was learned for is where the gap begins.
+        standing = dataclasses.replace(standing, gap=None, closed=None)
+    return MethodSummary(
+        name,
+        rows[0].kind,
+        tuple(by_seed),
+        {task: Spread.of([row.tasks[task] for row in rows]) for task in rows[0].tasks},
+        Spread.of([row.average for row in rows]),
+        standing,
+        float(np.mean([cost.seconds for cost in costs])),
+        max(cost.peak_memory_bytes for cost in costs),
+        costs[0].steps,
+        costs[0].coefficients,
+        next(iter(by_seed.values())).chosen,
+    )
+
+
+def _summary_of_reference(row: Row, references: Measured) -> MethodSummary:
+    tasks = {task: Spread(score) for task, score in row.tasks.items()}
+    experts = [other for other in references.rows if other.kind == "experts"]
+    outcome = measure_outcome([*experts, row])
+    standing = None if outcome is None else outcome.average
+    return MethodSummary(row.method, row.kind, (), tasks, Spread(row.average), standing)
