@@ -279,6 +279,7 @@ class Merge(RecipeCommand):
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.run import merge
         from adamerge_jax.registry import allow_code
+        from adamerge_jax.runs.files import COEFFICIENTS_FILE
 
         if self.allow_code:
             allow_code([self.method])
@@ -291,7 +292,12 @@ class Merge(RecipeCommand):
             console=call.console,
         )
         if is_first_process():
-            call.console.print(f"merged checkpoint {self.out / CHECKPOINT_FOLDER}", soft_wrap=True)
+            call.console.print(
+                f"merged checkpoint {self.out / CHECKPOINT_FOLDER}\n"
+                f"coefficients      {self.out / COEFFICIENTS_FILE} (to fold it again)",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 @dataclasses.dataclass(kw_only=True)

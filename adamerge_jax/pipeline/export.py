@@ -5,7 +5,7 @@ Each form is an `Exporter` in `EXPORTERS`. A mergekit file is written separately
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,19 +91,23 @@ class MergeFacts(NamedTuple):
         granularity: The granularity of its coefficients.
         interference: The steps that change its task vectors.
         has_initial_merge: True if task vectors are added to a merge by a method without learning.
+        stored_bytes: The bytes of the tensors of such a merge that the coefficients file holds.
     """
 
     granularity: GranularityChoice
     interference: Sequence[object]
     has_initial_merge: bool = False
+    stored_bytes: int = 0
 
     @classmethod
     def of(cls, coefficients: Coefficients) -> MergeFacts:
         """Returns the facts of the merge of a coefficients file."""
+        is_stored = coefficients.initial_merge is not None and coefficients.initial_merge.stored
         return cls(
             GranularityChoice(coefficients.granularity, coefficients.granularity_options),
             coefficients.interference,
             coefficients.initial_merge is not None,
+            stored_bytes(coefficients.shapes.values()) if is_stored else 0,
         )
 
 
@@ -180,7 +184,12 @@ def require_exportable(
     for exporter in EXPORTERS:
         if exporter.wanted(settings):
             exporter.guard(models, facts, out)
-    require_space(out, export_bytes(models, settings))
+    require_space(out, export_bytes(models, settings) + facts.stored_bytes)
+
+
+def stored_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Returns the size in bytes of tensors that a coefficients file stores, in float32."""
+    return sum(4 * int(np.prod(shape)) for shape in shapes)
 
 
 def export_bytes(models: Models, settings: ExportRecipe) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets
 from adamerge_jax.methods import make_method
+from adamerge_jax.methods.least_squares import GRAM_BYTES
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.pipeline.export import checkpoint_bytes
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
@@ -194,7 +195,12 @@ def memory_of(
     # Interference steps read all task vectors together.
     while_reading = streamed if outline.recipe.interference else beside
     phases = [Phase("reading task vectors", held, data + while_reading + 3 * largest)]
-    if chosen and make_method(chosen.name, chosen.options).interference:
+    first = make_method(chosen.name, chosen.options) if chosen else None
+    if first is not None and first.needs_data:
+        # Beside the base and the task vectors, which are then read again.
+        making = held + expert_kept + GRAM_BYTES // split
+        phases.insert(0, Phase("making the first merge", making, data + beside + 3 * largest))
+    if first is not None and first.interference:
         # Its steps are fitted to all task vectors, before those that learning needs are read.
         entries = outline.experts * start
         phases.insert(0, Phase("fitting the first merge", 0, data + entries + 3 * largest))

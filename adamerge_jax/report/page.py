@@ -120,6 +120,10 @@ def _facts(run: SavedRun) -> list[str]:
             f"{origin}{fields['granularity']} coefficients, constraint {fields['constraint']}, "
             f"preset {run.recipe['preset']}."
         ]
+    start = run.coefficients.initial_merge if run.coefficients else None
+    if start is not None:
+        words = one_line(start.in_words, longest=1000)
+        facts.append(f"Task vectors are added to the merge by {words}, in place of the base.")
     if run.rows:
         facts.append(outcome_in_words(run.outcome, run.rows[-1].metric, name=one_line))
     return facts

@@ -132,6 +132,7 @@ def test_learning_starts_from_a_merge(merged, tmp_path):
     assert learned.initial_merge.name == method and learned.initial == 0
     assert any(values.any() for values in learned.values.values())
     assert method in (run / "checkpoint" / "README.md").read_text()
+    assert f"added to the merge by {method}, in place of" in (run / "report.html").read_text()
 
 
 def test_zero_after_task_arithmetic_is_its_coefficient_after_the_base(image_recipe, tmp_path):

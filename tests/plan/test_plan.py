@@ -235,6 +235,8 @@ def test_a_merge_that_learning_starts_from_is_in_the_plan(text_recipe, tmp_path)
     assert after - before == size
     fitting = start.phases[0]
     assert fitting.name == "fitting the first merge" and fitting.host > 3 * size
+    making = memory({"constraint": "free", "initial_merge": {"name": "regmean"}}).phases[0]
+    assert making.name == "making the first merge" and making.device > 4 * size
 
 
 def test_task_vectors_elsewhere_and_batches_in_parts(text_recipe, tmp_path):
