@@ -75,7 +75,7 @@ class Candidates:
     def parameters(self, point: Point) -> dict[str, Array]:
         """Returns the parameters of the merged model by name; compiled once for all points."""
         scales = self._granularity.scales(self._values(point))
-        return materialize_compiled(mix(self.inputs.base, self.inputs.deltas, scales))
+        return materialize_compiled(mix(self.inputs.theta_start, self.inputs.deltas, scales))
 
     def _values(self, point: Point) -> Values:
         values = {
