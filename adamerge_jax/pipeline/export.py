@@ -42,9 +42,11 @@ from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import write_whole
+from adamerge_jax.methods import make_method
+from adamerge_jax.pipeline.initial_merge import merged_names
 from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.read import load_backbone, load_head, read_parameter
-from adamerge_jax.recipes.build import GranularityChoice
+from adamerge_jax.recipes.build import GranularityChoice, Method
 from adamerge_jax.recipes.schema import ExportRecipe
 from adamerge_jax.stopping import require_going_on
 
@@ -109,6 +111,15 @@ class MergeFacts(NamedTuple):
             coefficients.initial_merge is not None,
             stored_bytes(coefficients.shapes.values()) if is_stored else 0,
         )
+
+    @classmethod
+    def of_method(cls, method: Method, models: Models) -> MergeFacts:
+        """Returns the facts of the merge that a method of learning will make of models."""
+        chosen, stored = method.initial_merge, 0
+        if chosen is not None and make_method(chosen.name, chosen.options).needs_data:
+            stored = stored_bytes(models.base.shape(name) for name in merged_names(models))
+        granularity = method.result.granularity
+        return cls(granularity, method.interference, chosen is not None, stored)
 
 
 class Exporter(NamedTuple):

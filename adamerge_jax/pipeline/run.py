@@ -32,7 +32,6 @@ from adamerge_jax.pipeline.export import (
     export_bytes,
     export_mergekit,
     require_exportable,
-    stored_bytes,
     write_card,
 )
 from adamerge_jax.pipeline.fold import fold
@@ -50,7 +49,7 @@ from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.workspace import open_workspace
-from adamerge_jax.recipes.build import Method, build
+from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.schema import ExportRecipe, Recipe
 from adamerge_jax.report.coefficients import range_warning
 from adamerge_jax.report.maps import draw_coefficients
@@ -141,7 +140,7 @@ def _learn(
         workspace = open_workspace(recipe, root, devices)
         models = workspace.models
         method = build(recipe, models)
-        require_exportable(models, recipe.export, _facts_before_learning(method, models), out)
+        require_exportable(models, recipe.export, MergeFacts.of_method(method, models), out)
     with (
         console.status("reading task vectors, asking the experts") as status,
         record.phase("task vectors and the experts' answers"),
@@ -533,14 +532,6 @@ def export_job(
         coefficients=coefficients,
         tokenizer=tokenizer,
     )
-
-
-def _facts_before_learning(method: Method, models: Models) -> MergeFacts:
-    """Returns the properties that the merge of a method will have."""
-    chosen, stored = method.initial_merge, 0
-    if chosen is not None and make_method(chosen.name, chosen.options).needs_data:
-        stored = stored_bytes(models.base.shape(name) for name in merged_names(models))
-    return MergeFacts(method.result.granularity, method.interference, chosen is not None, stored)
 
 
 def _describe_inputs(inputs: LearningInputs, base: str) -> str:

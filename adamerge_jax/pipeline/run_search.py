@@ -113,7 +113,7 @@ def _search(
     with console.status("reading task vectors"), record.phase("task vectors"):
         inputs = prepare(method._replace(objective_in_words=f"{BY_SCORE}{score.words}"), workspace)
         candidates = Candidates(inputs, recipe.search.layer_groups)
-        facts = MergeFacts(candidates.granularity, inputs.interference)
+        facts = MergeFacts.of_method(method, models)._replace(granularity=candidates.granularity)
         require_exportable(models, recipe.export, facts, out)
     _require_same_score(record, score.words)
     scored = Scored(candidates, score, log)

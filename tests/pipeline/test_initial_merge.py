@@ -19,6 +19,8 @@ from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.errors import InputError
 from adamerge_jax.methods import METHODS, MergeMethod
 from adamerge_jax.methods.by_tensor import by_tensor
+from adamerge_jax.parameter_names import is_stacked
+from adamerge_jax.pipeline.candidates import Candidates
 from adamerge_jax.pipeline.export import export_mergekit
 from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.initial_merge import (
@@ -34,6 +36,7 @@ from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import Recipe
 from tests.adapter_references import save_experts
+from tests.references import learning_inputs
 
 LEARNING = {"steps": 3, "batch_size": 4, "optimizer": {"learning_rate": 0.05}}
 MEDIAN = "tests.pipeline.test_initial_merge:median"
@@ -299,3 +302,17 @@ def test_the_file_is_shown_in_words(of_ties, stored, models, capsys):
     main(["compare", str(of_ties), str(stored[0])])
     words = " ".join(capsys.readouterr().out.split())
     assert "added to │ merge by ties (density 0.5) │ merge by from_data (rank 2)" in words
+
+
+def test_a_search_scores_what_is_added_to_the_merge(image_recipe):
+    chosen = {"constraint": "free", "initial_merge": TIES}
+    inputs = learning_inputs(parse_recipe(image_recipe | {"coefficients": chosen}), Path("/"))
+    candidates = Candidates(inputs, 2)
+    for value in (0.0, 0.2):
+        point = candidates.all_at(value)
+        scored = candidates.parameters(point)
+        folded = dict(fold(inputs.workspace.models, candidates.coefficients(point, 1)))
+        for name in inputs.deltas:
+            tensors = [folded[tensor] for tensor in inputs.workspace.models.tensors(name)]
+            expected = np.stack(tensors) if is_stacked(name) else tensors[0]
+            np.testing.assert_allclose(scored[name], expected, rtol=0, atol=1e-6)
