@@ -170,6 +170,10 @@ class CheckpointWriter:
         """Writes a text file, such as a model card, beside the weights."""
         (self._partial / name).write_text(text, encoding="utf-8")
 
+    def write_further_tensors(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a safetensors file of tensors that are no parameters of the model."""
+        write_tensors(self._partial / name, dict(arrays))
+
     def add_task_model(
         self,
         task: str,

@@ -86,6 +86,9 @@ class Coefficients:
         initial_merge: The merge to which the task vectors are added in place of the base, if any.
         initial_tensors: The tensors of an initial merge that cannot be computed again, `[*shape]`,
             float32, by the names of `shapes`; empty for all others.
+        heads: How the tasks' heads were made: kept, scaled, refitted or learned.
+        head_tensors: The parameters of heads that are not the experts', by expert and name,
+            float32; empty where heads are kept.
 
     Examples:
         >>> import tempfile
@@ -131,6 +134,8 @@ class Coefficients:
     initial: float | None = None
     initial_merge: InitialMerge | None = None
     initial_tensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    heads: str = "kept"
+    head_tensors: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -232,6 +237,7 @@ class Coefficients:
             values={group: array[chosen] for group, array in self.values.items()},
             experts=tuple(self.experts[position] for position in chosen),
             scaled={name: self.scaled[name] for name in names if name in self.scaled},
+            head_tensors={name: h for name, h in self.head_tensors.items() if name in names},
         )
 
     @property
@@ -254,15 +260,24 @@ class Coefficients:
 
     def save(self, path: Path | str) -> None:
         """Writes a safetensors file: one `[K, ...]` tensor per group, the rest as metadata."""
-        fields = dataclasses.asdict(dataclasses.replace(self, values={}, initial_tensors={}))
-        del fields["values"], fields["initial_tensors"]
+        emptied: dict[str, Any] = {field: {} for field in _TENSOR_FIELDS}
+        fields = dataclasses.asdict(dataclasses.replace(self, **emptied))
+        for field in _TENSOR_FIELDS:
+            del fields[field]
+        # Without these the file is that of older versions.
         if self.initial_merge is None:
-            del fields["initial_merge"]  # the file is that of older versions
+            del fields["initial_merge"]
+        if not self.head_tensors:
+            del fields["heads"]
         metadata = {name: json.dumps(field) for name, field in fields.items()}
         metadata |= {"format": _FORMAT, "version": version("adamerge_jax")}
         arrays = {group: np.ascontiguousarray(array) for group, array in self.values.items()}
         for name, tensor in self.initial_tensors.items():
             arrays[_INITIAL + name] = np.ascontiguousarray(tensor, np.float32)
+        for expert, head in self.head_tensors.items():
+            for name, tensor in head.items():
+                key = f"{_HEADS}{self.names.index(expert)}/{name}"
+                arrays[key] = np.ascontiguousarray(tensor, np.float32)
         write_whole(path, _as_file(arrays, metadata))
 
     @classmethod
@@ -303,7 +318,8 @@ class Coefficients:
             if (initial := fields.get("initial_merge")) and initial.stored:
                 names = [name for name in values if name.startswith(_INITIAL)]
                 tensors = {name.removeprefix(_INITIAL): values.pop(name) for name in names}
-            coefficients = cls(values=values, initial_tensors=tensors, **fields)
+            heads = _pop_heads(values, fields) if "heads" in fields else {}
+            coefficients = cls(values=values, initial_tensors=tensors, head_tensors=heads, **fields)
             coefficients._require_sound()
         except InputError as error:
             raise InputError(
@@ -324,6 +340,7 @@ class Coefficients:
             raise InputError(f"it is of {experts} experts and {len(self.shapes)} merged tensors")
         self._require_sound_facts()
         self._require_sound_initial_tensors()
+        self._require_sound_heads()
         for group, array in self.values.items():
             if array.shape[:1] != (experts,):
                 raise InputError(
@@ -411,6 +428,35 @@ class Coefficients:
             if not _are_finite(tensor):
                 raise InputError(f"{name} of its merge by {method} is not finite")
 
+    def _require_sound_heads(self) -> None:
+        """Refuses heads that no run can have fitted or learned."""
+        if self.heads not in ("kept", "scaled", "refitted", "learned"):
+            raise InputError(f"its heads are {shorten(repr(self.heads))}")
+        for expert, head in self.head_tensors.items():
+            for name, tensor in head.items():
+                where = f"{shorten(name)} of the head of {shorten(repr(expert))}"
+                if tensor.dtype != np.float32 or not 1 <= tensor.ndim <= 2:
+                    raise InputError(
+                        f"{where} is {tensor.dtype} of shape {tensor.shape}, expected a float32 "
+                        "vector or matrix"
+                    )
+                if not _are_finite(tensor):
+                    raise InputError(f"{where} is not finite")
+
+
+def _pop_heads(
+    arrays: dict[str, np.ndarray], fields: Mapping[str, Any]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Takes the parameters of heads out of the arrays of a file, by expert and name."""
+    heads: dict[str, dict[str, np.ndarray]] = {}
+    names = [expert.name for expert in fields["experts"]]
+    for key in [key for key in arrays if key.startswith(_HEADS)]:
+        position, _, name = key.removeprefix(_HEADS).partition("/")
+        if position not in map(str, range(len(names))) or not name:
+            raise InputError(f"it has {shorten(repr(key))}, which is of no expert's head")
+        heads.setdefault(names[int(position)], {})[name] = arrays.pop(key)
+    return heads
+
 
 def _are_finite(values: np.ndarray) -> bool:
     """Returns True for coefficients that are finite as float32, which they become when used."""
@@ -436,6 +482,10 @@ _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 _FORMAT = "adamerge_jax coefficients 3"
 
 _INITIAL = "initial_merge/"
+_HEADS = "heads/"
+
+_TENSOR_FIELDS = ("values", "initial_tensors", "head_tensors")
+"""The fields that are tensors of the file; the others are its metadata."""
 """The beginning of the names of an initial merge's tensors in a file."""
 
 _MOST_AXES = 16
@@ -471,7 +521,7 @@ def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     parsed = {}
     for field in dataclasses.fields(Coefficients):
         name = field.name
-        if name in ("values", "initial_tensors"):
+        if name in _TENSOR_FIELDS:
             continue
         if name not in metadata:
             if field.default is field.default_factory is dataclasses.MISSING:

@@ -17,6 +17,7 @@ from adamerge_jax.coefficients.constraints import Constraint
 from adamerge_jax.coefficients.granularities import Granularity, Values
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.devices import ONE_DEVICE, Devices
+from adamerge_jax.heads.learned import HeadLearning, Heads, replaced_heads
 from adamerge_jax.learning.microbatches import sum_over_parts
 from adamerge_jax.mixing import mix
 from adamerge_jax.models.family import Network, complete_head
@@ -66,11 +67,16 @@ class State(NamedTuple):
             turns into coefficients.
         optimizer: The optimizer's own state.
         start: The coefficients that learning started from, for regularizers.
+        heads: The parameters of each task's head that are learned, by name; empty where heads are
+            kept.
+        head_optimizer: The state of the optimizer of heads; empty where they are kept.
     """
 
     raw: Raw
     optimizer: optax.OptState
     start: Values
+    heads: Heads = ()
+    head_optimizer: optax.OptState = ()
 
 
 class Evaluation(NamedTuple):
@@ -90,7 +96,7 @@ class Learner(NamedTuple):
     """The pure functions that learn coefficients.
 
     Attributes:
-        init: `coefficients -> State`.
+        init: `(coefficients, experts' heads = ()) -> State`; the heads where they are learned.
         step: `(state, frozen, batch) -> (State, objective of each task [tasks])`, compiled; the
             objective is that of the state before the step.
         evaluate: `(state, frozen, batch) -> Evaluation`, compiled.
@@ -112,7 +118,7 @@ class Learner(NamedTuple):
         [[0.25, 0.5]]
     """
 
-    init: Callable[[Values], State]
+    init: Callable[..., State]
     step: Callable[[State, Frozen, Batch], tuple[State, Float[Array, " tasks"]]]
     evaluate: Callable[[State, Frozen, Batch], Evaluation]
     coefficients: Callable[[State], Values]
@@ -127,6 +133,7 @@ def make_learner(
     regularizers: Sequence[tuple[float, Regularizer]] = (),
     microbatches: int = 1,
     devices: Devices = ONE_DEVICE,
+    head_learning: HeadLearning | None = None,
 ) -> Learner:
     """Makes the functions that learn coefficients from the choices of a recipe.
 
@@ -145,6 +152,7 @@ def make_learner(
         microbatches: The number of parts of its batch that a step runs one after the other.
         devices: The devices that it runs on; each has all coefficients and the whole state of the
             optimizer.
+        head_learning: The learning of heads beside the coefficients; None where they are kept.
 
     Returns:
         Pure functions; `learn` is the loop around them.
@@ -182,12 +190,13 @@ def make_learner(
     def coefficients(raw: Raw) -> Values:
         return {group: constraint.apply(array) for group, array in raw.items()}
 
-    def run(raw: Raw, frozen: Frozen, batch: Batch) -> Evaluation:
+    def run(raw: Raw, learned_heads: Heads, frozen: Frozen, batch: Batch) -> Evaluation:
         scales = granularity.scales(coefficients(raw))
         mixed = mix(frozen.base, frozen.deltas, scales)
-        outputs = forward(mixed, frozen.heads, batch.inputs)
+        heads = replaced_heads(frozen.heads, learned_heads)
+        outputs = forward(mixed, heads, batch.inputs)
         if batch.augmented_inputs is not None:
-            augmented = forward(mixed, frozen.heads, batch.augmented_inputs)
+            augmented = forward(mixed, heads, batch.augmented_inputs)
             pairs = zip(outputs, augmented, strict=True)
             outputs = [plain._replace(augmented_logits=other.logits) for plain, other in pairs]
         objectives = [objective] * len(outputs) if isinstance(objective, Objective) else objective
@@ -200,37 +209,51 @@ def make_learner(
         per_task, predicted = zip(*tasks, strict=True)
         return Evaluation(jnp.stack(per_task), jnp.stack(predicted))
 
-    def init(values: Values) -> State:
+    def init(values: Values, heads: Heads = ()) -> State:
         raw = {
             group: constraint.invert(jnp.asarray(array, jnp.float32))
             for group, array in values.items()
         }
         # Not the given values, which may differ from these by rounding.
-        return State(raw, optimizer.init(raw), coefficients(raw))
+        state = State(raw, optimizer.init(raw), coefficients(raw))
+        if head_learning is None:
+            return state
+        learned_heads, head_optimizer = head_learning.init(heads)
+        return state._replace(heads=learned_heads, head_optimizer=head_optimizer)
 
     compiled = functools.partial(jax.jit, out_shardings=devices.replicated)
 
     @compiled
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
-        def total(raw: Raw, part: Batch) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
-            per_task = run(raw, frozen, part).objective
+        learned = state.raw, state.heads
+
+        def total(
+            learned: tuple[Raw, Heads], part: Batch
+        ) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
+            per_task = run(*learned, frozen, part).objective
             return per_task.sum(), per_task
 
         def regularization(raw: Raw) -> Float[Array, ""]:
             terms = (w * term(coefficients(raw), state.start) for w, term in regularizers)
             return sum(terms, jnp.zeros(()))
 
-        gradient_of = functools.partial(jax.grad(total, has_aux=True), state.raw)
-        gradient, per_task = sum_over_parts(gradient_of, batch, microbatches)
+        gradient_of = functools.partial(jax.grad(total, has_aux=True), learned)
+        (gradient, head_gradient), per_task = sum_over_parts(gradient_of, batch, microbatches)
         gradient = jax.tree.map(jnp.add, gradient, jax.grad(regularization)(state.raw))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.raw)
         moved = optax.apply_updates(state.raw, updates)
-        raw = {group: constraint.project(learned) for group, learned in moved.items()}
-        return State(raw, optimizer_state, state.start), per_task
+        raw = {group: constraint.project(array) for group, array in moved.items()}
+        state = state._replace(raw=raw, optimizer=optimizer_state)
+        if head_learning is not None:
+            heads, head_optimizer = head_learning.update(
+                state.heads, head_gradient, state.head_optimizer, frozen.heads
+            )
+            state = state._replace(heads=heads, head_optimizer=head_optimizer)
+        return state, per_task
 
     @compiled
     def evaluate(state: State, frozen: Frozen, batch: Batch) -> Evaluation:
-        return run(state.raw, frozen, batch)
+        return run(state.raw, state.heads, frozen, batch)
 
     return Learner(init, step, evaluate, lambda state: coefficients(state.raw))
 

@@ -14,6 +14,7 @@ from adamerge_jax.coefficients.granularities import Values
 from adamerge_jax.data.batches import Calibration
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import NonFiniteObjectiveError
+from adamerge_jax.heads.learned import Heads
 from adamerge_jax.learning.held_out import Control, HeldOutMetrics, evaluate_held_out, judge
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.stopping import stop_asked, stopped
@@ -48,6 +49,7 @@ class Learned(NamedTuple):
         values: Coefficients by group, `[G, K, ...]`.
         step: The number of steps after which they were reached; 0 is the starting point.
         held_out: Their held-out metrics.
+        heads: The learned parameters of each task's head, by name; empty where heads are kept.
 
     Examples:
         >>> import numpy as np
@@ -63,6 +65,7 @@ class Learned(NamedTuple):
     values: Values
     step: int
     held_out: HeldOutMetrics
+    heads: Heads = ()
 
 
 class Snapshot(NamedTuple):
@@ -83,10 +86,11 @@ class Snapshot(NamedTuple):
     ended: bool
 
     @classmethod
-    def like(cls, learner: Learner, initial: Values) -> "Snapshot":
+    def like(cls, learner: Learner, initial: Values, heads: Heads = ()) -> "Snapshot":
         """Returns one of the same structure as those of a learner, its leaves without meaning."""
         metrics = HeldOutMetrics(*np.zeros((4, 1)))
-        return cls(learner.init(initial), 0, metrics, Learned(initial, 0, metrics), False)
+        state = learner.init(initial, heads)
+        return cls(state, 0, metrics, Learned(initial, 0, metrics, state.heads), False)
 
 
 def learn(
@@ -198,7 +202,8 @@ def learn(
         )
         on_step, on_snapshot = report or on_step, save or on_snapshot
     tasks = list(calibration.examples)
-    state = devices.replicate(learner.init(initial) if resume is None else resume.state)
+    first_state = learner.init(initial, frozen.heads) if resume is None else resume.state
+    state = devices.replicate(first_state)
     best = None if resume is None else resume.best
 
     def require_finite(per_task: np.ndarray, step: int, where: str) -> None:
@@ -217,7 +222,8 @@ def learn(
 
     def keep(step: int, metrics: HeldOutMetrics) -> None:
         nonlocal best
-        best = Learned(jax.device_get(learner.coefficients(state)), step, metrics)
+        values, heads = jax.device_get((learner.coefficients(state), state.heads))
+        best = Learned(values, step, metrics, heads)
         on_best(best)
 
     def stop_if_asked(snapshot: Snapshot, *, is_kept: bool) -> None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from adamerge_jax.models.clip_text import Encoder
-from adamerge_jax.models.family import Family, attention_heads
+from adamerge_jax.models.family import Family, LastLayer, attention_heads
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import (
     Config,
@@ -97,6 +97,7 @@ FAMILY = Family(
         part="vision_config",
     ),
     auto_class=None,
+    last_layer=LastLayer("text_embeddings", "bias", scaled_only=True),
     base_only=("visual_projection.*",),
     ignored_in_experts=("text_model.*", "text_projection.*", "logit_scale"),
 )

@@ -447,6 +447,7 @@ def decoder_family(
         auto_class="AutoModelForCausalLM",
         ignored=_ignored_tensors,
         language=True,
+        last_layer=None,
         cached_features=lambda config: config.num_key_value_heads * head_features(config),
     )
 

@@ -7,7 +7,7 @@ Hugging Face checkpoint (`*` where layers are stacked).
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -55,6 +55,23 @@ def complete_head(
     }
 
 
+class LastLayer(NamedTuple):
+    """The last layer of a head: `logits = features @ weight.T + bias`.
+
+    Attributes:
+        weight: The name of its weight, `[C, H]`.
+        bias: The name of its bias, `[C]`.
+        scaled_only: True if its rows are given by the names of classes, and are not to be turned.
+    """
+
+    weight: str
+    bias: str
+    scaled_only: bool = False
+
+
+CLASSIFIER = LastLayer("classifier.weight", "classifier.bias")
+"""The last layer of heads of one linear layer."""
+
 HeadAxes = Mapping[str, tuple[int, int]]
 """Axis and number of attention heads by name pattern of the parameters that they lie in.
 
@@ -74,6 +91,8 @@ class Family:
         max_tokens: The length, in tokens, of the longest text that a model of a config can read;
             None for images.
         heads: The axis and number of attention heads in the parameters of a model of a config.
+        last_layer: The last layer of a head, which can be fitted to the merged features; None for a
+            language model, whose output layer is merged.
         auto_class: The `transformers` class that loads a task's model, or None where a head is
             no part of a checkpoint.
         base_only: Name patterns of backbone parameters that an expert may lack, and which then stay
@@ -98,6 +117,7 @@ class Family:
     max_tokens: Callable[[Config], int | None]
     heads: Callable[[Config], HeadAxes]
     auto_class: str | None
+    last_layer: LastLayer | None = CLASSIFIER
     base_only: tuple[str, ...] = ()
     ignored: Callable[[Config], tuple[str, ...]] = lambda config: ("*.position_ids",)
     ignored_in_experts: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder
-from adamerge_jax.models.family import Family
+from adamerge_jax.models.family import Family, LastLayer
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Config,
@@ -94,6 +94,7 @@ FAMILY = Family(
     max_tokens=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
     heads=BERT_HEADS,
     auto_class="AutoModelForSequenceClassification",
+    last_layer=LastLayer("classifier.out_proj.weight", "classifier.out_proj.bias"),
     # Older versions of `transformers` made and saved it with classifiers that do not read it.
     ignored_in_experts=("roberta.pooler.*",),
 )

@@ -381,4 +381,5 @@ FAMILY = Family(
     ignored=ignored_tensors,
     second_names_of_tables={_TABLE: _TABLE_TOO},
     language=True,
+    last_layer=None,
 )

@@ -32,19 +32,21 @@ PLACEHOLDER = "{}"
 class ZeroShotHead(nnx.Module):
     """Scaled cosine similarity of an image to each class name.
 
-    `logits = exp(logit_scale) * normalise(pooled) @ text_embeddings.T`
+    `logits = exp(logit_scale) * normalise(pooled) @ text_embeddings.T + bias`
 
-    `text_embeddings`, `[C, D]`, have length 1. No checkpoint holds them: `zero_shot_head` makes
-    them, and C is `config.num_labels` only in the shapes that are declared here.
+    `text_embeddings`, `[C, D]`, have length 1, and `bias`, `[C]`, is 0 unless heads were scaled.
+    No checkpoint holds them: `zero_shot_head` makes them, and C is `config.num_labels` only in the
+    shapes that are declared here.
     """
 
     def __init__(self, config: Config):
         self.text_embeddings = parameter(config.num_labels, config.projection_dim)
         self.logit_scale = parameter()
+        self.bias = parameter(config.num_labels)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
         similarity = normalise(outputs.pooled) @ value(self.text_embeddings).T
-        return jnp.exp(value(self.logit_scale)) * similarity
+        return jnp.exp(value(self.logit_scale)) * similarity + value(self.bias)
 
 
 def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -81,7 +83,8 @@ def zero_shot_head(
         templates: Sentences with a `{}` for the name, such as `a photo of a {}.`
 
     Returns:
-        `text_embeddings`, `[C, D]` of length 1 in float32, and `logit_scale`, `[]`.
+        `text_embeddings`, `[C, D]` of length 1 in float32, `logit_scale`, `[]`, and `bias`, `[C]`
+        zeros.
 
     Raises:
         InputError: There is no class name or no template, a template has no `{}`, or a sentence
@@ -105,7 +108,11 @@ def zero_shot_head(
     tokens = _tokenize(sentences, tokenizer, config.text_config.max_position_embeddings)
     embeddings = normalise(_embed(network, needed, tokens))
     means = embeddings.reshape(len(class_names), len(templates), -1).mean(axis=1)
-    return {"text_embeddings": normalise(means), "logit_scale": needed["logit_scale"]}
+    return {
+        "text_embeddings": normalise(means),
+        "logit_scale": needed["logit_scale"],
+        "bias": jnp.zeros(len(means)),
+    }
 
 
 def _tokenize(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from jaxtyping import Array
 from rich.console import Console
 
 from adamerge_jax.interference import FittedStep
@@ -12,6 +13,7 @@ from adamerge_jax.methods import (
     make_method,
     task_arithmetic,
 )
+from adamerge_jax.pipeline.heads import fit_heads
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult
 from adamerge_jax.pipeline.merge import method_parameters
 from adamerge_jax.pipeline.read import load_task_vectors
@@ -40,7 +42,8 @@ def baseline_rows(
         The rows of the base, the experts, their average, task arithmetic with the coefficient that
         is best on the validation data (`PLAIN_TASK_ARITHMETIC` without such data, and then its name
         does not say that it was chosen), the merge that learning starts from, if by a method, and
-        the further methods.
+        the further methods. Where the merge's heads are not the experts', each single model has a
+        second row, with heads fitted to it.
     """
     workspace = inputs.workspace
     evaluator, test = workspace.evaluator, workspace.data.test
@@ -54,28 +57,43 @@ def baseline_rows(
         task: evaluator.measures(workspace.expert(task, inputs.base), task, examples)
         for task, examples in test.items()
     }
-    return [
-        evaluator.row("base", inputs.base, test),
+    rows = [
+        *_rows(inputs, "base", inputs.base),
         Row.of_measures("experts (one model each)", expert_measures, "experts"),
-        evaluator.row(f"average{after}", _merged(inputs, average()), test),
-        evaluator.row(
+        *_rows(inputs, f"average{after}", _merged(inputs, average())),
+        *_rows(
+            inputs,
             f"task arithmetic ({coefficient:g}{origin}){after}",
             _merged(inputs, task_arithmetic(coefficient)),
-            test,
         ),
         *_initial_merge_rows(inputs, settings.methods),
-        *(_method_row(inputs, chosen, console) for chosen in settings.methods),
     ]
+    for chosen in settings.methods:
+        rows += _method_rows(inputs, chosen, console)
+    return rows
 
 
 def learned_row(inputs: LearningInputs, result: MergeResult) -> Row:
     """Evaluates the learned merge on the test data."""
-    return inputs.workspace.evaluator.row(
-        f"learned ({result.coefficients.granularity})",
+    coefficients = result.coefficients
+    heads = "" if coefficients.heads == "kept" else f", heads {coefficients.heads}"
+    return inputs.workspace.evaluator.with_heads(result.heads).row(
+        f"learned ({coefficients.granularity}{heads})",
         result.parameters(inputs.theta_start),
         inputs.workspace.data.test,
         "learned",
     )
+
+
+def _rows(inputs: LearningInputs, name: str, parameters: Mapping[str, Array]) -> list[Row]:
+    """Evaluates a model with the experts' heads, then with heads fitted to its features."""
+    workspace, fit = inputs.workspace, inputs.method.heads.fit
+    rows = [workspace.evaluator.row(name, parameters, workspace.data.test)]
+    if fit is not None:
+        heads = fit_heads(workspace, parameters, inputs.calibration, fit, inputs.method.seed)
+        evaluator = workspace.evaluator.with_heads(heads)
+        rows.append(evaluator.row(f"{name}, heads {fit}", parameters, workspace.data.test, "heads"))
+    return rows
 
 
 def _initial_merge_rows(inputs: LearningInputs, methods: Sequence[MethodRecipe]) -> list[Row]:
@@ -84,11 +102,12 @@ def _initial_merge_rows(inputs: LearningInputs, methods: Sequence[MethodRecipe])
     rows_of_methods = {choice_in_words(method.name, method.options) for method in methods}
     if initial is None or initial.in_words in rows_of_methods:
         return []
-    workspace = inputs.workspace
-    return [workspace.evaluator.row(initial.in_words, inputs.theta_start, workspace.data.test)]
+    return _rows(inputs, initial.in_words, inputs.theta_start)
 
 
-def _method_row(inputs: LearningInputs, chosen: MethodRecipe, console: Console | None) -> Row:
+def _method_rows(
+    inputs: LearningInputs, chosen: MethodRecipe, console: Console | None
+) -> list[Row]:
     """Evaluates a merge method with its own interference steps, in place of the recipe's."""
     method = make_method(chosen.name, chosen.options)
     in_words = choice_in_words(chosen.name, chosen.options)
@@ -100,7 +119,7 @@ def _method_row(inputs: LearningInputs, chosen: MethodRecipe, console: Console |
         with console.status(in_words) as status:
             merged = merge(lambda line: status.update(f"{in_words}: {line}"))
     del deltas  # perhaps a second set of task vectors
-    return inputs.workspace.evaluator.row(in_words, merged, inputs.workspace.data.test)
+    return _rows(inputs, in_words, merged)
 
 
 def _deltas_after(inputs: LearningInputs, steps: Sequence[FittedStep]) -> Mapping[str, Delta]:

@@ -1,5 +1,6 @@
 """The evaluation: accuracy of each task with its head, or a language model's loss per task."""
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -52,6 +53,19 @@ class Evaluator:
         self._head_parameters = head_parameters
         self.batch_size = batch_size
         self._answering = answering
+
+    def with_heads(self, heads: Mapping[str, Parameters]) -> "Evaluator":
+        """Returns an evaluator with other parameters of heads; it shares what is compiled.
+
+        Args:
+            heads: Parameters by task and name; those that are not named stay.
+        """
+        evaluator = copy.copy(self)
+        evaluator._head_parameters = {
+            task: {**parameters, **heads.get(task, {})}
+            for task, parameters in self._head_parameters.items()
+        }
+        return evaluator
 
     def run(
         self,

@@ -53,6 +53,7 @@ from adamerge_jax.stopping import require_going_on
 CHECKPOINT_FOLDER = "checkpoint"
 ADAPTER_FOLDER = "adapter"
 CARD_FILE = "README.md"
+ZERO_SHOT_FILE = "zero_shot_heads.safetensors"
 
 _TASK_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -256,10 +257,37 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
             writer.add_task_model(
                 task,
                 config=_task_config(models, expert),
-                head={n: cast(array, n, expert) for n, array in load_head(models, task).items()},
+                head={n: cast(array, n, expert) for n, array in _head_of(job, task).items()},
                 assets=expert.checkpoint if is_whole else models.base.checkpoint,
                 otherwise=checkpoints,
             )
+        if models.family.auto_class is None and job.coefficients.head_tensors:
+            writer.write_further_tensors(ZERO_SHOT_FILE, _zero_shot_heads(job.coefficients))
+
+
+def _head_of(job: ExportJob, task: str) -> dict[str, np.ndarray]:
+    """Returns a task's head: its expert's, with what was fitted or learned in the same dtype."""
+    head = load_head(job.models, task)
+    expert = job.models.experts[task]
+    for name, array in job.coefficients.head_tensors.get(task, {}).items():
+        head[name] = narrowed(
+            array,
+            head[name].dtype,
+            tensor=name,
+            checkpoint=expert.checkpoint,
+            role=expert.role,
+            field="export.dtype",
+        )
+    return head
+
+
+def _zero_shot_heads(coefficients: Coefficients) -> dict[str, np.ndarray]:
+    """Returns the heads of zero-shot models, which no checkpoint holds, by `task.parameter`."""
+    return {
+        f"{task}.{name}": array
+        for task, head in coefficients.head_tensors.items()
+        for name, array in head.items()
+    }
 
 
 def _guard_checkpoint(models: Models, facts: MergeFacts, out: Path) -> None:

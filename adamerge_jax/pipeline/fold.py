@@ -1,7 +1,7 @@
 """Folds the merged backbone tensor by tensor, straight from the checkpoints."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +11,7 @@ from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.granularities import Granularity
 from adamerge_jax.devices import ONE_DEVICE
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, shorten
 from adamerge_jax.interference import make_step
 from adamerge_jax.methods import MergeMethod
 from adamerge_jax.mixing import Mixture, materialize_compiled
@@ -83,6 +83,8 @@ def require_fitting(models: Models, coefficients: Coefficients) -> None:
     for step in coefficients.interference:
         make_step(step.name, step.options)
     source = models.base.checkpoint.source
+    for task, head in coefficients.head_tensors.items():
+        _require_fitting_head(models, task, head)
     for name, shape in coefficients.shapes.items():
         if name not in models.base.names:
             raise InputError(
@@ -94,6 +96,24 @@ def require_fitting(models: Models, coefficients: Coefficients) -> None:
                 f"the coefficients are for {name} of shape {shape}, the base's ({source}) has "
                 f"{models.base.shape(name)}; to another size they carry only as a starting point "
                 "(coefficients.start)"
+            )
+
+
+def _require_fitting_head(models: Models, task: str, head: Mapping[str, np.ndarray]) -> None:
+    """Refuses a head that is not of the classes and features of the task's expert."""
+    expert, last = models.experts.get(task), models.family.last_layer
+    if expert is None:
+        return  # left out of the merge, with its head
+    names = [] if last is None else [last.weight, last.bias]
+    for name, array in head.items():
+        fits = name in names
+        if fits and models.family.auto_class is not None:
+            fits = name in expert.names and expert.read(name).shape == array.shape
+        if not fits:
+            raise InputError(
+                f"the coefficients have {shorten(name)} of shape {array.shape} for the head of "
+                f"{task!r}, which its expert ({expert.checkpoint.source}) does not have; fold them "
+                "with the experts that they were learned with"
             )
 
 

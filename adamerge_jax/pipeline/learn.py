@@ -1,9 +1,11 @@
 """Prepares task vectors and expert targets, then learns coefficients stage by stage."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -29,12 +31,13 @@ from adamerge_jax.devices import Devices, fetch, is_first_process
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning.learner import Frozen, Learner, forward_with_heads, make_learner
-from adamerge_jax.learning.loop import Progress, Snapshot, learn
+from adamerge_jax.learning.loop import Learned, Progress, Snapshot, learn
 from adamerge_jax.learning.snapshots import load_snapshot, save_snapshot
 from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
+from adamerge_jax.pipeline.heads import HeadParameters, fit_heads
 from adamerge_jax.pipeline.initial_merge import (
     fit_initial_merge,
     load_initial_merge,
@@ -107,12 +110,14 @@ class MergeResult(NamedTuple):
         granularity: The granularity of the coefficients.
         values: The coefficients by group, `[G, K, ...]`.
         deltas: The task vectors as the granularity prepared them.
+        heads: The parameters of heads by task and name that are not the experts'.
     """
 
     coefficients: Coefficients
     granularity: Granularity
     values: Values
     deltas: Mapping[str, Delta]
+    heads: HeadParameters = MappingProxyType({})
 
     @property
     def scales(self) -> dict[str, Array]:
@@ -265,7 +270,14 @@ def learn_coefficients(
             stage = _resolve_granularity(inputs, stage, start)
         result = _learn_stage(inputs, stage, start, show_stage, on_result, state)
     assert result is not None
-    return result
+    kind = inputs.method.heads.kind
+    if kind not in ("scaled", "refitted"):
+        return result
+    parameters = result.parameters(inputs.theta_start)
+    heads = fit_heads(inputs.workspace, parameters, inputs.calibration, kind, inputs.method.seed)
+    coefficients = dataclasses.replace(result.coefficients, heads=kind, head_tensors=heads)
+    on_result(coefficients)
+    return result._replace(coefficients=coefficients, heads=heads)
 
 
 def learner_of(
@@ -302,6 +314,7 @@ def learner_of(
         method.regularizers,
         method.microbatches,
         models.devices,
+        method.heads.learning if stage.name == method.result.name else None,
     )
 
 
@@ -372,7 +385,8 @@ def _learn_stage(
     else:
         initial = granularity.init(start)
     folder = None if state is None else state / stage.name
-    resume = folder and load_snapshot(folder, Snapshot.like(learner, initial))
+    expert_heads = list(workspace.heads.values())
+    resume = folder and load_snapshot(folder, Snapshot.like(learner, initial, expert_heads))
 
     def on_snapshot(snapshot: Snapshot) -> None:
         if folder is not None and is_first_process():
@@ -383,7 +397,7 @@ def _learn_stage(
         with show_stage(summary, stage.steps) as on_step:
             learned = learn(
                 learner,
-                Frozen(inputs.theta_start, deltas, list(workspace.heads.values())),
+                Frozen(inputs.theta_start, deltas, expert_heads),
                 initial,
                 inputs.calibration,
                 steps=stage.steps,
@@ -396,12 +410,21 @@ def _learn_stage(
             )
     except NonFiniteObjectiveError as error:
         if error.learned is not None:
-            values, step = error.learned.values, error.learned.step
-            on_result(make_coefficients(inputs, stage.granularity, values, step))
+            on_result(_coefficients_of(inputs, stage, error.learned))
         raise
-    coefficients = make_coefficients(inputs, stage.granularity, learned.values, learned.step)
+    coefficients = _coefficients_of(inputs, stage, learned)
     on_result(coefficients)
-    return MergeResult(coefficients, granularity, learned.values, deltas)
+    heads = coefficients.head_tensors
+    return MergeResult(coefficients, granularity, learned.values, deltas, heads)
+
+
+def _coefficients_of(inputs: LearningInputs, stage: Stage, learned: Learned) -> Coefficients:
+    """Returns what a stage has learned, with all facts that a later merge needs."""
+    coefficients = make_coefficients(inputs, stage.granularity, learned.values, learned.step)
+    if not learned.heads:
+        return coefficients
+    heads = dict(zip(inputs.workspace.heads, learned.heads, strict=True))
+    return dataclasses.replace(coefficients, heads="learned", head_tensors=heads)
 
 
 def make_coefficients(

@@ -35,6 +35,7 @@ from adamerge_jax.pipeline.export import (
     write_card,
 )
 from adamerge_jax.pipeline.fold import fold
+from adamerge_jax.pipeline.heads import read_heads
 from adamerge_jax.pipeline.initial_merge import (
     coefficients_of_method,
     fit_initial_merge,
@@ -465,7 +466,7 @@ def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console
 
 
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:
-    """Evaluates a checkpoint on the recipe's test data, with the heads of its experts.
+    """Evaluates a checkpoint on the recipe's test data, with its own heads or those of experts.
 
     Args:
         recipe: The recipe with the experts and the test data.
@@ -489,7 +490,8 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     if ends := ends_in_words(workspace.data.test, workspace.asked_ends):
         console.print(ends, highlight=False, soft_wrap=True)
     parameters = load_backbone(workspace.models, matched, workspace.dtype)
-    row = workspace.evaluator.row(checkpoint, parameters, workspace.data.test)
+    evaluator = workspace.evaluator.with_heads(read_heads(workspace, opened))
+    row = evaluator.row(checkpoint, parameters, workspace.data.test)
     console.print(*results_tables(Results.of_rows([row])), sep="\n\n")
     return row
 

@@ -231,8 +231,9 @@ class Outline:
         )
         start = partial(constant, self.shapes, self.experts, self.recipe.initial_coefficient)
         values = jax.eval_shape(lambda: granularity.init(start()))
-        state = jax.eval_shape(lambda: learner.init(granularity.init(start())))
-        frozen = Frozen(self.base, deltas, list(self.head_parameters.values()))
+        heads = list(self.head_parameters.values())
+        state = jax.eval_shape(lambda heads: learner.init(granularity.init(start()), heads), heads)
+        frozen = Frozen(self.base, deltas, heads)
         return AbstractLearning(granularity, learner, state, frozen, values)
 
 

@@ -14,6 +14,8 @@ from adamerge_jax.checkpoints.dtypes import DELTA_DTYPES
 from adamerge_jax.coefficients.granularities import Granularity, Shapes, make_granularity
 from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.errors import InputError
+from adamerge_jax.heads.fitted import Kind as FitKind
+from adamerge_jax.heads.learned import HeadLearning
 from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.learning.held_out import Control
 from adamerge_jax.learning.optimizer import build_optimizer, require_gradient_alone
@@ -23,6 +25,7 @@ from adamerge_jax.objectives import Objective, TargetSpec, make_objective, weigh
 from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
+    HeadKind,
     InterferenceRecipe,
     LearningRecipe,
     MethodRecipe,
@@ -101,6 +104,25 @@ class Stage(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
+class HeadChoice(NamedTuple):
+    """The heads of a merge.
+
+    Attributes:
+        kind: kept, scaled, refitted or learned; see `HeadsRecipe`.
+        learning: The learning of heads beside the coefficients; None unless they are learned.
+    """
+
+    kind: HeadKind
+    learning: HeadLearning | None = None
+
+    @property
+    def fit(self) -> FitKind | None:
+        """The fit to the merged features, to compare with where heads are learned."""
+        if self.kind == "kept":
+            return None
+        return "scaled" if self.kind == "scaled" else "refitted"
+
+
 class Method(NamedTuple):
     """The method of learning coefficients, as functions and numbers.
 
@@ -123,6 +145,7 @@ class Method(NamedTuple):
         seed: The seed of all randomness.
         delta_dtype: The dtype of task vectors; None for the checkpoint's.
         memory: The place of task vectors.
+        heads: The heads of the merge.
     """
 
     stages: tuple[Stage, ...]
@@ -143,6 +166,7 @@ class Method(NamedTuple):
     seed: int
     delta_dtype: np.dtype | None
     memory: Place
+    heads: HeadChoice = HeadChoice("kept")
 
     @property
     def result(self) -> Stage:
@@ -179,6 +203,9 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
     if learning.control is not None and not language:
         # Control without labels needs the agreement with the experts.
         specs = {task: spec._replace(expert_logits=True) for task, spec in specs.items()}
+    heads = _build_heads(recipe, models)
+    if heads.fit:
+        specs = {task: spec._replace(expert_logits=True) for task, spec in specs.items()}
     delta_dtype = recipe.task_vectors.dtype or recipe.dtype
     return Method(
         stages=_build_stages(coefficients, learning, recipe.seed, models),
@@ -199,7 +226,39 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         seed=recipe.seed,
         delta_dtype=DELTA_DTYPES[delta_dtype] if delta_dtype else None,
         memory=recipe.task_vectors.memory,
+        heads=heads,
     )
+
+
+def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
+    """Builds the choice of heads; that of a preset is left out where it does not fit.
+
+    Raises:
+        InputError: The recipe itself chooses heads that these models do not have.
+    """
+    choice, last = recipe.heads, models.family.last_layer
+    if choice.kind == "kept":
+        return HeadChoice("kept")
+    is_own = choice != recipe.heads_of_preset
+    if last is None or recipe.forgotten:
+        if is_own:
+            reason = (
+                "a task is to be forgotten" if last else "language models have none of their own"
+            )
+            raise InputError(f"heads: are to be {choice.kind}, but {reason}; leave heads out")
+        return HeadChoice("kept")
+    if last.scaled_only and choice.kind != "scaled":
+        if is_own:
+            raise InputError(
+                f"heads: are to be {choice.kind}, but those of zero-shot models are given by the "
+                "names of classes; choose scaled or kept"
+            )
+        return HeadChoice("scaled")
+    if choice.kind != "learned":
+        return HeadChoice(choice.kind)
+    schedule = optax.cosine_decay_schedule(choice.learning_rate, recipe.learning.steps)
+    names = (last.weight, last.bias)
+    return HeadChoice("learned", HeadLearning(names, optax.adam(schedule), choice.ridge))
 
 
 def build_objectives(

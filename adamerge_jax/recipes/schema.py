@@ -218,6 +218,29 @@ class CoefficientsRecipe(Section):
     from them."""
 
 
+HeadKind = Literal["kept", "scaled", "refitted", "learned"]
+"""A way of making the heads of a merge."""
+
+
+class HeadsRecipe(Section):
+    """The heads of classifiers, which each task has for itself."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    kind: HeadKind = "kept"
+    """kept: the experts' own. scaled: a scale and a bias for each class, fitted to the expert's
+    logits on the calibration data after learning. refitted: the last layer, fitted so. learned: the
+    last layer, learned together with the coefficients, then fitted."""
+    learning_rate: Number = Field(default=0.05, gt=0)
+    """Step size of learned heads, by Adam, as a part of the head's size; it decays to 0 by a
+    cosine."""
+    ridge: Number = Field(default=0.0, ge=0, le=1e6)
+    """Weight of the distance of learned heads from the experts' own, relative to their size."""
+
+
 class InterferenceRecipe(Section):
     """A step that changes task vectors before mixing."""
 
@@ -437,6 +460,8 @@ class Recipe(Section):
     """Steps that change task vectors before mixing, in their order."""
     task_vectors: TaskVectorsRecipe = TaskVectorsRecipe()
     coefficients: CoefficientsRecipe = CoefficientsRecipe()
+    heads: HeadsRecipe = HeadsRecipe()
+    """Heads of classifiers: kept, scaled, refitted or learned, or these with options."""
     objectives: list[ObjectiveRecipe] = Field(min_length=1)
     """Terms of the function that is minimised."""
     regularizers: list[RegularizerRecipe] = []
@@ -494,6 +519,11 @@ class Recipe(Section):
     def own_keep_from_base(self) -> list[str]:
         """The patterns that must fit a parameter: all but the preset's, which is for any model."""
         return [pattern for pattern in self.keep_from_base if pattern not in self._kept_by_preset]
+
+    @property
+    def heads_of_preset(self) -> HeadsRecipe:
+        """The heads that the preset chooses, where the models have some."""
+        return HeadsRecipe.model_validate(PRESETS[self.preset].get("heads", {}))
 
     @property
     def to_fold(self) -> "Recipe":

@@ -63,6 +63,19 @@ def outcome_in_words(
     """
     if outcome is None:
         return "The merge has no finite score."
+    sentences = _outcome_of_learning(outcome, metric, name)
+    if outcome.with_heads is None or outcome.with_heads_score is None:
+        return sentences
+    unit = "%" if metric in SHARES else " nats per token"
+    score = in_words(outcome.with_heads_score, metric)
+    return (
+        f"{sentences} Of merges without learning whose heads alone were fitted, "
+        f"{name(outcome.with_heads)} is the best, with {score}{unit}."
+    )
+
+
+def _outcome_of_learning(outcome: Outcome, metric: Metric, name: Callable[[str], str]) -> str:
+    """Returns the sentences on the merge, the experts and the best row without learning."""
     average = outcome.average
     unit = "%" if metric in SHARES else " nats per token"
     sentence = f"The merge reaches {in_words(average.score.value, metric)}{unit} on average"

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from adamerge_jax.runs.rows import SHARES, ExampleScores, Row, best_without_learning
+from adamerge_jax.runs.rows import (
+    SHARES,
+    ExampleScores,
+    Row,
+    best_with_heads,
+    best_without_learning,
+)
 
 CONFIDENCE = 0.95
 """The part of other test data of the same size for which a number would lie in its interval."""
@@ -67,12 +73,16 @@ class Outcome:
         average: Its standing on average over the tasks.
         reference: Name of the best row on average that nothing was learned for; None without one.
         examples: Number of test examples by task; None where it is not known.
+        with_heads: Name of the best row on average whose heads alone were fitted; None without one.
+        with_heads_score: Its average.
     """
 
     tasks: dict[str, Standing]
     average: Standing
     reference: str | None = None
     examples: dict[str, int] | None = None
+    with_heads: str | None = None
+    with_heads_score: float | None = None
 
 
 def measure_outcome(rows: Sequence[Row]) -> Outcome | None:
@@ -94,7 +104,7 @@ def measure_outcome(rows: Sequence[Row]) -> Outcome | None:
         return None
     merged = rows[-1]
     experts = next((row for row in rows if row.kind == "experts"), None)
-    reference = best_without_learning(rows[:-1])
+    reference, with_heads = best_without_learning(rows[:-1]), best_with_heads(rows[:-1])
     compared = [merged, experts, reference]
     present = [position for position, row in enumerate(compared) if row is not None]
     has_examples = all(compared[position].examples is not None for position in present)
@@ -123,6 +133,8 @@ def measure_outcome(rows: Sequence[Row]) -> Outcome | None:
         standings[-1],
         None if reference is None else reference.method,
         sizes,
+        None if with_heads is None else with_heads.method,
+        None if with_heads is None else with_heads.average,
     )
 
 

@@ -16,9 +16,9 @@ token that is no end."""
 SHARES = ("accuracy", "exact_match", "token_accuracy")
 """The metrics that are shares, from 0 to 1, of which more is better."""
 
-Kind = Literal["baseline", "experts", "learned"]
-"""The part that a row plays: one model that nothing was learned for, one model for each task, or
-the learned merge."""
+Kind = Literal["baseline", "heads", "experts", "learned"]
+"""The part that a row plays: one model that nothing was learned for, the same with heads fitted to
+it, one model for each task, or the learned merge."""
 
 
 class ExampleScores(NamedTuple):
@@ -156,6 +156,12 @@ def further_tables(rows: Sequence[Row]) -> list[list[Row]]:
 def best_without_learning(rows: Sequence[Row]) -> Row | None:
     """Returns the row with the best average among those that nothing was learned for."""
     candidates = [row for row in rows if row.kind == "baseline" and math.isfinite(row.average)]
+    return max(candidates, key=lambda row: row.score, default=None)
+
+
+def best_with_heads(rows: Sequence[Row]) -> Row | None:
+    """Returns the row with the best average among those whose heads alone were fitted."""
+    candidates = [row for row in rows if row.kind == "heads" and math.isfinite(row.average)]
     return max(candidates, key=lambda row: row.score, default=None)
 
 

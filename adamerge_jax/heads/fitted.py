@@ -1,0 +1,184 @@
+"""Heads fitted to an expert's logits on the features of the merged model, after learning.
+
+The fit is convex: the mean KL divergence of the expert's classes from the head's, plus the squared
+distance to the expert's own head, whose strength cross-validation chooses. SyMerge (Jung et al.,
+2025) and Kong et al. ("Fine-tuning Aligned Classifiers for Merging Outputs", 2024) find that most
+of what a merge loses is between its features and the experts' heads.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
+
+STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+"""The strengths of the distance among which cross-validation chooses, from strong to weak."""
+
+FOLDS = 5
+"""The number of parts of the examples, each of which judges a fit to the others."""
+
+PATIENCE = 3
+"""The number of weaker strengths in a row that must do worse before the search ends."""
+
+MOST_ITERATIONS = 300
+"""The largest number of iterations of one fit."""
+
+Kind = Literal["scaled", "refitted"]
+"""scaled: a scale and a bias for each class; refitted: the whole linear layer."""
+
+
+class HeadFit(NamedTuple):
+    """A linear head that was fitted.
+
+    Attributes:
+        weight: `[C, H]`.
+        bias: `[C]`.
+        strength: The strength of the distance to the expert's head; infinite where the expert's
+            own head did best, which then is the result.
+        kl: The mean KL divergence on examples that the head was not fitted to, in nats.
+        kl_before: That of the expert's own head.
+    """
+
+    weight: Float[np.ndarray, "C H"]
+    bias: Float[np.ndarray, " C"]
+    strength: float
+    kl: float
+    kl_before: float
+
+
+class _Layer(NamedTuple):
+    """An affine layer: `inputs @ factor.T + bias`, or `inputs * factor + bias` for a vector."""
+
+    factor: Float[np.ndarray, "C ..."]
+    bias: Float[np.ndarray, " C"]
+
+    def logits(self, inputs: Float[np.ndarray, "N n"]) -> Float[np.ndarray, "N C"]:
+        product = inputs @ self.factor.T if self.factor.ndim == 2 else inputs * self.factor
+        return product + self.bias
+
+
+def fit_head(
+    features: Float[np.ndarray, "N H"],
+    expert_logits: Float[np.ndarray, "N C"],
+    weight: Float[np.ndarray, "C H"],
+    bias: Float[np.ndarray, " C"],
+    *,
+    kind: Kind,
+    seed: int,
+) -> HeadFit:
+    """Fits a head to an expert's logits.
+
+    Minimises, in float64,
+
+        mean_n KL(softmax(t_n) || softmax(W x_n + b)) + strength / 2 (s |W - W_0|^2 + |b - b_0|^2)
+
+    where `x_n` are the features, `t_n` the expert's logits, `W_0` and `b_0` its head, and `s` the
+    mean square of a feature, so that the strength does not depend on the size of features. `scaled`
+    fits `diag(a) (W_0 x_n + b_0) + c` instead, with the distance of `a` to 1 and of `c` to 0.
+
+    Args:
+        features: The inputs of the head in the merged model.
+        expert_logits: The expert's logits on the same examples.
+        weight: The weight of the expert's head.
+        bias: Its bias.
+        kind: What is fitted.
+        seed: The seed that parts the examples for cross-validation.
+
+    Returns:
+        The head with the strength that does best in cross-validation; the expert's own where none
+        does better than that, or where there are too few examples to judge.
+    """
+    features, targets, weight, bias = (
+        np.asarray(array, np.float64) for array in (features, expert_logits, weight, bias)
+    )
+    expert = _Layer(weight, bias)
+    if kind == "scaled":
+        inputs, start = expert.logits(features), _Layer(np.ones(len(bias)), np.zeros(len(bias)))
+    else:
+        inputs, start = features, expert
+    kl_before = _kl(targets, start.logits(inputs))
+    folds = min(FOLDS, len(inputs) // 2)
+    if folds < 2:
+        return HeadFit(weight, bias, float("inf"), kl_before, kl_before)
+    parts = np.array_split(np.random.default_rng([seed, 5]).permutation(len(inputs)), folds)
+    strength, kl = _best_strength(inputs, targets, start, parts)
+    if not kl < kl_before:
+        return HeadFit(weight, bias, float("inf"), kl_before, kl_before)
+    fitted = _fit(inputs, targets, start, start, strength)
+    if kind == "scaled":
+        scale, shift = fitted
+        fitted = _Layer(scale[:, None] * weight, scale * bias + shift)
+    return HeadFit(fitted.factor, fitted.bias, strength, kl, kl_before)
+
+
+def _best_strength(
+    inputs: Float[np.ndarray, "N n"],
+    targets: Float[np.ndarray, "N C"],
+    start: _Layer,
+    parts: Sequence[np.ndarray],
+) -> tuple[float, float]:
+    """Returns the strength that does best on the parts left out, and its mean KL divergence."""
+    best, worse = (float("inf"), float("inf")), 0
+    remaining = [np.setdiff1d(np.arange(len(inputs)), part) for part in parts]
+    layers = [start] * len(parts)
+    for strength in STRENGTHS:
+        total = 0.0
+        for position, (part, others) in enumerate(zip(parts, remaining, strict=True)):
+            # A weaker strength begins where the last one ended.
+            layer = _fit(inputs[others], targets[others], start, layers[position], strength)
+            layers[position] = layer
+            total += _kl(targets[part], layer.logits(inputs[part])) * len(part)
+        kl = total / len(inputs)
+        if kl < best[1]:
+            best, worse = (strength, kl), 0
+        else:
+            worse += 1
+        if worse == PATIENCE:
+            break
+    return best
+
+
+def _fit(
+    inputs: Float[np.ndarray, "N n"],
+    targets: Float[np.ndarray, "N C"],
+    anchor: _Layer,
+    first: _Layer,
+    strength: float,
+) -> _Layer:
+    """Minimises the objective of `fit_head` for one strength, from a first guess."""
+    wanted = softmax(targets, axis=-1)
+    size = max(float(np.square(inputs).mean()), np.finfo(float).tiny)
+    cut = anchor.factor.size
+
+    def layer_of(flat: np.ndarray) -> _Layer:
+        return _Layer(flat[:cut].reshape(anchor.factor.shape), flat[cut:])
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        layer = layer_of(flat)
+        log_probabilities = log_softmax(layer.logits(inputs), axis=-1)
+        residual = (np.exp(log_probabilities) - wanted) / len(inputs)
+        moved, shifted = layer.factor - anchor.factor, layer.bias - anchor.bias
+        distance = size * np.square(moved).sum() + np.square(shifted).sum()
+        cross_entropy = -(wanted * log_probabilities).sum() / len(inputs)
+        product = residual.T @ inputs if moved.ndim == 2 else (residual * inputs).sum(0)
+        gradient = np.concatenate(
+            [
+                (product + strength * size * moved).ravel(),
+                residual.sum(0) + strength * shifted,
+            ]
+        )
+        return cross_entropy + strength / 2 * distance, gradient
+
+    flat = np.concatenate([first.factor.ravel(), first.bias])
+    options = {"maxiter": MOST_ITERATIONS}
+    return layer_of(minimize(objective, flat, jac=True, method="L-BFGS-B", options=options).x)
+
+
+def _kl(targets: Float[np.ndarray, "N C"], logits: Float[np.ndarray, "N C"]) -> float:
+    """Returns the mean KL divergence of the targets' classes from those of the logits, in nats."""
+    log_targets = log_softmax(targets, axis=-1)
+    difference = log_targets - log_softmax(logits, axis=-1)
+    return float((np.exp(log_targets) * difference).sum(-1).mean())

@@ -1,0 +1,139 @@
+"""Heads of a merge: fitted or learned, exported, kept in the coefficients file, folded again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from adamerge_jax import Coefficients
+from adamerge_jax.cli.main import main
+from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.run import evaluate
+from adamerge_jax.recipes.loading import load_recipe
+from adamerge_jax.runs.results import read_results
+
+
+def written(recipe: dict, folder: Path, **fields) -> Path:
+    file = folder / "recipe.yaml"
+    learning = {"steps": 3, "batch_size": 4, "evaluate_every": 1}
+    file.write_text(yaml.safe_dump(recipe | {"learning": learning} | fields))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["scaled", "refitted", "learned"])
+def test_heads_are_exported_and_folded_to_the_same_bytes(kind, image_recipe, tmp_path):
+    recipe = written(image_recipe, tmp_path, heads=kind)
+    main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    coefficients = Coefficients.load(tmp_path / "run" / "coefficients.safetensors")
+    assert coefficients.heads == kind
+    changed = 0
+    for task, fields in image_recipe["tasks"].items():
+        folder = tmp_path / "run" / "checkpoint" / "tasks" / task
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        expert = AutoModelForImageClassification.from_pretrained(fields["expert"])
+        for name, array in coefficients.head_tensors[task].items():
+            np.testing.assert_array_equal(model.state_dict()[name].numpy(), array)
+            changed += not np.array_equal(array, expert.state_dict()[name].numpy())
+    assert changed
+    file = tmp_path / "run" / "coefficients.safetensors"
+    main(["fold", str(recipe), str(file), "--out", str(tmp_path / "folded")])
+    weights = sorted((tmp_path / "run" / "checkpoint").rglob("*.safetensors"))
+    assert weights
+    for path in weights:
+        again = tmp_path / "folded" / path.relative_to(tmp_path / "run")
+        assert path.read_bytes() == again.read_bytes()
+
+
+def test_the_table_has_baselines_with_fitted_heads(image_recipe, tmp_path):
+    recipe = written(image_recipe, tmp_path, heads="refitted")
+    main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    results = read_results(tmp_path / "run" / "results.json")
+    kinds = [row.kind for row in results.rows]
+    assert kinds == ["baseline", "heads", "experts", *["baseline", "heads"] * 2, "learned"]
+    assert results.rows[1].method == "base, heads refitted"
+    assert results.outcome.reference in {r.method for r in results.rows if r.kind == "baseline"}
+    assert results.outcome.with_heads in {r.method for r in results.rows if r.kind == "heads"}
+    checkpoint = str(tmp_path / "run" / "checkpoint")
+    row = evaluate(load_recipe(recipe), checkpoint, root=tmp_path, console=Console(quiet=True))
+    assert row.tasks == results.rows[-1].tasks
+
+
+def test_a_refitted_head_is_nearer_to_its_expert(text_recipe, tmp_path):
+    distances = {}
+    for kind in ("kept", "refitted"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        recipe = written(text_recipe, folder, heads=kind)
+        main(["learn", str(recipe), "--out", str(folder / "run")])
+        distances[kind] = 0.0
+        for task, fields in text_recipe["tasks"].items():
+            merged = AutoModelForSequenceClassification.from_pretrained(
+                folder / "run" / "checkpoint" / "tasks" / task
+            )
+            expert = AutoModelForSequenceClassification.from_pretrained(fields["expert"])
+            tokens = torch.randint(5, 20, (64, 6), generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                log_merged = merged(tokens).logits.log_softmax(-1)
+                wanted = expert(tokens).logits.softmax(-1)
+            divergence = torch.nn.functional.kl_div(log_merged, wanted, reduction="batchmean")
+            distances[kind] += float(divergence)
+    assert distances["refitted"] < distances["kept"]
+
+
+def test_resumed_learning_has_the_same_heads(image_recipe, tmp_path):
+    recipe = written(image_recipe, tmp_path, heads="learned")
+    main(["learn", str(recipe), "--out", str(tmp_path / "whole")])
+    main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    (tmp_path / "run" / "results.json").unlink()
+    main(["learn", str(recipe), "--out", str(tmp_path / "run"), "--resume"])
+    files = [tmp_path / name / "coefficients.safetensors" for name in ("whole", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_zero_shot_heads_are_scaled(clip_recipe, tmp_path):
+    recipe = written(clip_recipe, tmp_path, heads="scaled")
+    main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    coefficients = Coefficients.load(tmp_path / "run" / "coefficients.safetensors")
+    stored = load_file(tmp_path / "run" / "checkpoint" / "zero_shot_heads.safetensors")
+    for task, head in coefficients.head_tensors.items():
+        for name, array in head.items():
+            np.testing.assert_array_equal(stored[f"{task}.{name}"], array)
+
+
+@pytest.mark.parametrize("kind", ["refitted", "learned"])
+def test_zero_shot_heads_are_not_turned(kind, clip_recipe, tmp_path, capsys):
+    recipe = written(clip_recipe, tmp_path, heads=kind)
+    with pytest.raises(SystemExit) as exit:
+        main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    assert exit.value.code == 2
+    assert "choose scaled or kept" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_heads_of_another_expert_are_refused(image_recipe, tmp_path):
+    recipe = written(image_recipe, tmp_path, heads="refitted")
+    main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    file = tmp_path / "run" / "coefficients.safetensors"
+    arrays = load_file(file)
+    coefficients = Coefficients.load(file)
+    (key, *_) = [name for name in arrays if name.startswith("heads/")]
+    for replacement, message in (
+        (np.zeros((1, 1), np.float32), "does not have"),
+        (np.full_like(arrays[key], np.nan), "not finite"),
+        (arrays[key].astype(np.float16), "expected a float32"),
+    ):
+        import safetensors
+
+        with safetensors.safe_open(file, "np") as opened:
+            metadata = opened.metadata()
+        damaged = tmp_path / "damaged.safetensors"
+        save_file({**arrays, key: replacement}, damaged, metadata)
+        with pytest.raises((InputError, SystemExit)):
+            main(["fold", str(recipe), str(damaged), "--out", str(tmp_path / "folded")])
+        assert not (tmp_path / "folded").exists(), message
+    assert coefficients.heads == "refitted"
