@@ -165,7 +165,8 @@ class Coefficients:
     @property
     def of_method_alone(self) -> str | None:
         """The method with its options, if the merge is that of its method and nothing is added."""
-        if self.initial_merge is None or any(array.any() for array in self.values.values()):
+        is_added_to = any(array.any() for array in self.values.values())
+        if self.initial_merge is None or is_added_to or self.heads != "kept":
             return None
         return self.initial_merge.in_words
 
@@ -482,11 +483,13 @@ _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 _FORMAT = "adamerge_jax coefficients 3"
 
 _INITIAL = "initial_merge/"
+"""The beginning of the names of an initial merge's tensors in a file."""
+
 _HEADS = "heads/"
+"""The beginning of the names of heads' parameters in a file; the expert's position follows."""
 
 _TENSOR_FIELDS = ("values", "initial_tensors", "head_tensors")
 """The fields that are tensors of the file; the others are its metadata."""
-"""The beginning of the names of an initial merge's tensors in a file."""
 
 _MOST_AXES = 16
 """The largest number of axes of a tensor."""

@@ -1,4 +1,4 @@
-"""Sums of task vectors with one weight for each expert, for methods from calibration data."""
+"""Sums of task vectors with one weight for each expert."""
 
 import functools
 import operator

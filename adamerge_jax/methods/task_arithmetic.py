@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from jaxtyping import Array
 
-from adamerge_jax.coefficients.granularities import constant, shapes_of, task
+from adamerge_jax.methods.experts import weighted
 from adamerge_jax.methods.method import MergeMethod
-from adamerge_jax.mixing import Mixture, mix
+from adamerge_jax.mixing import Mixture
 from adamerge_jax.task_vectors import Delta
 
 
@@ -25,9 +25,7 @@ def task_arithmetic(coefficient: float = 0.3) -> MergeMethod:
     def merge(
         base: Mapping[str, Array], deltas: Mapping[str, Delta], experts: int
     ) -> dict[str, Array | Mixture]:
-        shapes = shapes_of(base, deltas)
-        granularity = task(shapes)
-        scales = granularity.scales(granularity.init(constant(shapes, experts, coefficient)))
-        return mix({name: base[name] for name in deltas}, deltas, scales)
+        changed = {name: base[name] for name in deltas}
+        return weighted(changed, deltas, [coefficient] * experts)
 
     return MergeMethod(merge)

@@ -103,6 +103,16 @@ def test_the_file_of_every_method_repeats_its_merge(name, models_of_method, tmp_
     assert changed > 5
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().needs_data])
+def test_the_file_of_a_method_from_data_repeats_its_merge(name, image_recipe, tmp_path):
+    recipe, folder = written(image_recipe, tmp_path), tmp_path / "merged"
+    main(["merge", str(recipe), "--method", name, "--out", str(folder)])
+    main(["fold", str(recipe), str(folder / FILE), "--out", str(tmp_path / "fold")])
+    require_same_files(folder / "checkpoint", tmp_path / "fold" / "checkpoint")
+    stored = Coefficients.load(folder / FILE)
+    assert stored.of_method_alone == name and len(stored.initial_tensors) > 10
+
+
 @pytest.fixture(scope="module", params=["average", "task_arithmetic", "ties", MEDIAN])
 def merged(request, image_fields, tmp_path_factory) -> tuple[str, Path, Path]:
     """A method, a recipe that learns from it, and the folder of its merge."""
