@@ -12,12 +12,14 @@ from adamerge_jax.methods.average import average
 from adamerge_jax.methods.breadcrumbs import breadcrumbs
 from adamerge_jax.methods.consensus import consensus
 from adamerge_jax.methods.dare import dare
+from adamerge_jax.methods.fisher import fisher
 from adamerge_jax.methods.iso_c import iso_c
 from adamerge_jax.methods.iso_cts import iso_cts
 from adamerge_jax.methods.knots import knots
 from adamerge_jax.methods.lines import lines
 from adamerge_jax.methods.lora_lego import lora_lego
 from adamerge_jax.methods.method import MergeMethod, merged_parameters
+from adamerge_jax.methods.metrics_weighted import metrics_weighted
 from adamerge_jax.methods.opcm import opcm
 from adamerge_jax.methods.pcb import pcb
 from adamerge_jax.methods.regmean import regmean
@@ -37,6 +39,7 @@ __all__ = [
     "breadcrumbs",
     "consensus",
     "dare",
+    "fisher",
     "iso_c",
     "iso_cts",
     "knots",
@@ -44,6 +47,7 @@ __all__ = [
     "lora_lego",
     "make_method",
     "merged_parameters",
+    "metrics_weighted",
     "opcm",
     "pcb",
     "regmean",
@@ -57,6 +61,8 @@ __all__ = [
 
 METHODS: dict[str, Callable[..., MergeMethod]] = {
     "average": average,
+    "fisher": fisher,
+    "metrics_weighted": metrics_weighted,
     "regmean": regmean,
     "regmean_plus_plus": regmean_plus_plus,
     "task_arithmetic": task_arithmetic,

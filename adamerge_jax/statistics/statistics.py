@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, PyTree
 
 from adamerge_jax.mixing import Mixture
+from adamerge_jax.statistics.fisher import Logits, fisher_diagonal, mean_loss
 from adamerge_jax.statistics.grams import CalibrationBatch, Places, gram_matrices
 from adamerge_jax.statistics.linear import Linear, Run, find_linear
 
@@ -25,7 +26,7 @@ class TaskData(NamedTuple):
 
     batches: Callable[[], Iterator[CalibrationBatch]]
     count: int
-    logits: Callable[[Parameters, PyTree, Mapping[str, Array]], Float[Array, "B ... C"]]
+    logits: Logits
     head: PyTree[Array]
 
 
@@ -56,6 +57,8 @@ class Statistics:
         self._passes, self._done = 1, 0
         self._linear: Linear | None = None
         self._grams: Callable[..., dict[str, Array]] | None = None
+        self._fisher: dict[int, Callable[..., dict[str, Array]]] = {}
+        self._loss: dict[int, Callable[..., float]] = {}
 
     def announce(self, passes: int) -> None:
         """Says how many passes over a task's data a method is going to ask for."""
@@ -90,6 +93,49 @@ class Statistics:
         if self._grams is None:
             self._grams = gram_matrices(self._run, self.linear(parameters).masks)
         return self._grams(parameters, self._batches(task), places)
+
+    def fisher(
+        self,
+        task: int,
+        parameters: Parameters,
+        names: Sequence[str],
+        *,
+        samples: int = 0,
+        seed: int = 0,
+    ) -> dict[str, Float[Array, "..."]]:
+        """Computes the diagonal Fisher information of a model on a task's data; see `fisher.py`.
+
+        It is one pass.
+
+        Args:
+            task: The position of the task whose data and head are used.
+            parameters: The model's parameters, arrays.
+            names: The parameters asked for.
+            samples: The number of labels drawn for an example; 0 for all classes of a classifier.
+            seed: Decides on the draws.
+
+        Returns:
+            By name the mean over the examples, `[*shape]`, float32, on the device.
+        """
+        data = self._tasks[task]
+        if task not in self._fisher:
+            self._fisher[task] = fisher_diagonal(data.logits)
+        compute, batches = self._fisher[task], self._batches(task)
+        return compute(parameters, data.head, batches, names, samples, seed)
+
+    def loss(self, task: int, parameters: Parameters) -> float:
+        """Computes a model's mean loss on a task's data, in nats; it is one pass.
+
+        It is the entropy of a classifier's prediction, or the cross-entropy of a text's tokens.
+
+        Args:
+            task: The position of the task whose data and head are used.
+            parameters: The model's parameters.
+        """
+        data = self._tasks[task]
+        if task not in self._loss:
+            self._loss[task] = mean_loss(data.logits)
+        return self._loss[task](parameters, data.head, self._batches(task))
 
     def _batches(self, task: int) -> Iterator[CalibrationBatch]:
         """Yields the batches of one pass, and tells how much is done after each."""

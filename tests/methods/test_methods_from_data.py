@@ -1,5 +1,6 @@
 """Merge methods from calibration data: their formulas in float64, and the ways they are used."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 from adamerge_jax.cli.main import main
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.files.json_object import read_object
-from adamerge_jax.methods import METHODS, make_method, merged_parameters, regmean
+from adamerge_jax.methods import METHODS, fisher, make_method, merged_parameters, regmean
 from adamerge_jax.pipeline.run import evaluate
 from adamerge_jax.recipes.loading import load_recipe
 from tests.methods.data_formulas import DATA_CASES
@@ -61,6 +62,18 @@ def test_regmean_is_the_same_in_small_chunks(problem: Problem, monkeypatch: pyte
         np.testing.assert_allclose(values, whole[parameter], atol=1e-6)
 
 
+def test_fisher_is_the_same_in_small_chunks(problem: Problem, monkeypatch: pytest.MonkeyPatch):
+    def merged() -> dict[str, Any]:
+        return merged_parameters(
+            fisher(samples=3), problem.base_arrays, problem.deltas, EXPERTS, problem.statistics()
+        )
+
+    whole = merged()
+    monkeypatch.setattr(sys.modules["adamerge_jax.methods.fisher"], "FISHER_BYTES", 4 * 20)
+    for parameter, values in merged().items():
+        np.testing.assert_allclose(values, whole[parameter], atol=1e-6)
+
+
 def test_inputs_that_are_always_zero_leave_the_average(problem: Problem):
     changed = Problem()
     changed.base["scale"][2] = 0
@@ -81,7 +94,13 @@ def test_without_data_it_is_refused(problem: Problem):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"), [("regmean", {"off_diagonal": 1.5}, "expected from 0 to 1")]
+    ("name", "options", "message"),
+    [
+        ("regmean", {"off_diagonal": 1.5}, "expected from 0 to 1"),
+        ("regmean_plus_plus", {"off_diagonal": -0.1}, "expected from 0 to 1"),
+        ("fisher", {"samples": -1}, "expected 0 or more"),
+        ("metrics_weighted", {"penalty": -1}, "expected from 0 to 100"),
+    ],
 )
 def test_options_are_checked(name: str, options: dict[str, Any], message: str):
     with pytest.raises(Exception, match=message):
