@@ -37,6 +37,10 @@ class Lazy(abc.ABC):
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "..."]:
         """Returns `materialize()[index]`."""
 
+    def times(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        """Returns `x * materialize()`, for the weight `[H]` of a normalisation."""
+        return x * self.materialize()
+
 
 def is_lazy(leaf: object) -> bool:
     """Returns True for a leaf that is not an array yet."""

@@ -12,6 +12,7 @@ from adamerge_jax.methods.average import average
 from adamerge_jax.methods.breadcrumbs import breadcrumbs
 from adamerge_jax.methods.consensus import consensus
 from adamerge_jax.methods.dare import dare
+from adamerge_jax.methods.featcal import featcal
 from adamerge_jax.methods.fisher import fisher
 from adamerge_jax.methods.iso_c import iso_c
 from adamerge_jax.methods.iso_cts import iso_cts
@@ -39,6 +40,7 @@ __all__ = [
     "breadcrumbs",
     "consensus",
     "dare",
+    "featcal",
     "fisher",
     "iso_c",
     "iso_cts",
@@ -61,6 +63,7 @@ __all__ = [
 
 METHODS: dict[str, Callable[..., MergeMethod]] = {
     "average": average,
+    "featcal": featcal,
     "fisher": fisher,
     "metrics_weighted": metrics_weighted,
     "regmean": regmean,

@@ -31,8 +31,9 @@ def linear_layers(
     layers = []
     for layer in statistics.linear(base).layers:
         names = tuple(name for name in layer.names if name in deltas)
+        norms = tuple(name for name in layer.norms if name in deltas)
         if names:
-            layers.append(layer._replace(names=names))
+            layers.append(layer._replace(names=names, norms=norms))
     return layers
 
 

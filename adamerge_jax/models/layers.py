@@ -178,7 +178,9 @@ class LayerNorm(nnx.Module):
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         normalised = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normalised * value(self.weight) + value(self.bias)).astype(x.dtype)
+        weight = self.weight.get_value()
+        scaled = weight.times(normalised) if is_lazy(weight) else normalised * weight
+        return (scaled + value(self.bias)).astype(x.dtype)
 
 
 def unit_mean_square(x: Float[Array, "... H"], epsilon: float) -> Float[Array, "... H"]:

@@ -29,11 +29,13 @@ class Layer(NamedTuple):
         names: The names of their weights, in the order in which they are used.
         stack: The stack that they belong to, such as `encoder.layer.*`, or None.
         number: The layer of the stack, or None.
+        norms: The names of the weights of normalisations in this layer of the stack.
     """
 
     names: tuple[str, ...]
     stack: str | None = None
     number: int | None = None
+    norms: tuple[str, ...] = ()
 
 
 class Linear(NamedTuple):
@@ -42,6 +44,7 @@ class Linear(NamedTuple):
     Attributes:
         masks: For each weight the input that has 1 where a row of its layer's inputs is no
             padding, or None where every example has the same number of rows, in the order of use.
+            Weights of normalisations are among them.
         layers: The layers of the model in the order in which they run.
     """
 
@@ -57,7 +60,8 @@ def find_linear(
     """Finds the linear layers of a model.
 
     A weight is one of a linear layer if it is applied to inputs (`Lazy.apply`) and no row of it is
-    looked up: an embedding table that is the output layer too is none.
+    looked up: an embedding table that is the output layer too is none. A vector that normalised
+    inputs are multiplied with (`Lazy.times`) is the weight of a normalisation.
 
     Args:
         run: The model; it is traced only.
@@ -74,8 +78,8 @@ def find_linear(
             rows[name] = len(x)
 
     def traced(parameters: Mapping[str, Array | Mixture], inputs: Mapping[str, Array]) -> None:
-        matrices = [name for name, leaf in parameters.items() if _axes(name, leaf) == 2]
-        run(tap(parameters, matrices, observe), inputs)
+        names = [name for name, leaf in parameters.items() if _axes(name, leaf) in (1, 2)]
+        run(tap(parameters, names, observe), inputs)
 
     jax.eval_shape(traced, parameters, _small_batch(inputs))
     masks = {
@@ -133,9 +137,13 @@ def _layers_of(names: Sequence[str], parameters: Mapping[str, Array | Mixture]) 
         by_stack.setdefault(stack_of(name) if is_stacked(name) else name, []).append(name)
     layers = []
     for stack, members in by_stack.items():
-        if stack in names:
-            layers.append(Layer((stack,)))
+        linear = tuple(name for name in members if _axes(name, parameters[name]) == 2)
+        if not linear:
             continue
+        if stack in names:
+            layers.append(Layer(linear))
+            continue
+        norms = tuple(name for name in members if name not in linear)
         depth = len(jax.tree.leaves(parameters[members[0]])[0])
-        layers += [Layer(tuple(members), stack, number) for number in range(depth)]
+        layers += [Layer(linear, stack, number, norms) for number in range(depth)]
     return layers

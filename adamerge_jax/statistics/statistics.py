@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, PyTree
 
 from adamerge_jax.mixing import Mixture
+from adamerge_jax.statistics.features import Moments, NormMoments, feature_moments
 from adamerge_jax.statistics.fisher import Logits, fisher_diagonal, mean_loss
 from adamerge_jax.statistics.grams import CalibrationBatch, Places, gram_matrices
-from adamerge_jax.statistics.linear import Linear, Run, find_linear
+from adamerge_jax.statistics.linear import Layer, Linear, Run, find_linear
 
 Parameters = Mapping[str, Array | Mixture]
 
@@ -57,6 +58,7 @@ class Statistics:
         self._passes, self._done = 1, 0
         self._linear: Linear | None = None
         self._grams: Callable[..., dict[str, Array]] | None = None
+        self._features: Callable[..., dict[str, Moments | NormMoments]] | None = None
         self._fisher: dict[int, Callable[..., dict[str, Array]]] = {}
         self._loss: dict[int, Callable[..., float]] = {}
 
@@ -93,6 +95,26 @@ class Statistics:
         if self._grams is None:
             self._grams = gram_matrices(self._run, self.linear(parameters).masks)
         return self._grams(parameters, self._batches(task), places)
+
+    def features(
+        self, task: int, parameters: Parameters, other: Parameters, layer: Layer
+    ) -> dict[str, Moments | NormMoments]:
+        """Computes moments of two models' features in one layer; see `features.py`.
+
+        It is one pass.
+
+        Args:
+            task: The position of the task whose data is read.
+            parameters: The parameters of the one model.
+            other: The parameters of the other model.
+            layer: The layer, with the weights whose inputs are asked for.
+
+        Returns:
+            The moments by the name of the weight.
+        """
+        if self._features is None:
+            self._features = feature_moments(self._run, self.linear(parameters).masks)
+        return self._features(parameters, other, self._batches(task), layer)
 
     def fisher(
         self,

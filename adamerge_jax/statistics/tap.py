@@ -16,8 +16,8 @@ from adamerge_jax.parameter_names import is_stacked
 
 Observe = Callable[[str, Int[Array, ""] | None, Float[Array, "N n"] | None], None]
 """The function `(name, layer, x)` that is called, while a model is traced, where a layer computes
-`x @ weight.T`. The layer is its number in the stack, or None; x is None where rows of the weight
-are looked up. It may write to a `jax.Ref`, also within a scan."""
+`x @ weight.T`, or a normalisation `x * weight`. The layer is its number in the stack, or None; x is
+None where rows of the weight are looked up. It may write to a `jax.Ref`, also within a scan."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,13 +26,14 @@ class Tap(Lazy):
     """A weight whose use is observed.
 
     Attributes:
-        weight: The weight `[m, n]`, or a `Mixture`; `[L, m, n]` where stacked.
+        weight: The weight, `[m, n]` of a linear layer or `[n]` of a normalisation, or a `Mixture`;
+            with a leading axis of length L where stacked.
         layer: The number of the layer, `[L]` where stacked; None for a parameter of no stack.
         name: The name of the parameter.
         observe: The function that is called with the inputs.
     """
 
-    weight: Float[Array, "m n"] | Mixture
+    weight: Float[Array, "..."] | Mixture
     layer: Int[Array, "..."] | None
     name: str = dataclasses.field(metadata={"static": True})
     observe: Observe = dataclasses.field(metadata={"static": True})
@@ -50,6 +51,11 @@ class Tap(Lazy):
         """Returns `weight[index]`."""
         self.observe(self.name, self.layer, None)
         return self.weight.rows(index) if is_lazy(self.weight) else self.weight[index]
+
+    def times(self, x: Float[Array, "... n"]) -> Float[Array, "... n"]:
+        """Returns `x * weight`."""
+        self.observe(self.name, self.layer, x.reshape(-1, x.shape[-1]))
+        return x * self.materialize()
 
 
 def tap(

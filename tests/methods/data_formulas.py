@@ -10,12 +10,16 @@ from tests.methods.tiny_network import (
     BIAS,
     DOWN,
     LAYERS,
+    NORM,
+    NORM_BIAS,
     OUT,
     SHAPES,
     UP,
+    WIDTH,
     Problem,
     gram,
     layer_inputs,
+    normalise,
 )
 
 LINEAR = [*((name, number) for number in range(LAYERS) for name in (UP, DOWN)), (OUT, None)]
@@ -64,7 +68,8 @@ def regmean_plus_plus_of(problem: Problem, off_diagonal: float) -> dict[str, np.
 def torch_logits(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     hidden = x * parameters["scale"]
     for number in range(LAYERS):
-        inner = torch.tanh(hidden @ parameters[UP][number].T + parameters[BIAS][number])
+        scaled = normalise(hidden) * parameters[NORM][number] + parameters[NORM_BIAS][number]
+        inner = torch.tanh(scaled @ parameters[UP][number].T + parameters[BIAS][number])
         hidden = hidden + inner @ parameters[DOWN][number].T
     return hidden.mean(0) @ parameters[OUT].T
 
@@ -106,9 +111,63 @@ def metrics_weighted_of(problem: Problem, penalty: float) -> dict[str, np.ndarra
     }
 
 
+def featcal_of(
+    problem: Problem, coefficient: float, ridge: float, anchor: float, interpolation: float
+) -> dict[str, np.ndarray]:
+    """Gu et al., section 4 and appendix G: each normal equation solved as one of all unknowns."""
+    base, experts = problem.base, problem.experts
+    start = {n: base[n] + coefficient * sum(e[n] - base[n] for e in experts) for n in SHAPES}
+    pull = {name: anchor * start[name] + (1 - anchor) * base[name] for name in SHAPES}
+    merged = {name: array.copy() for name, array in start.items()}
+    for number in [*range(LAYERS), None]:
+        own, others = [], []
+        for expert, data in zip(experts, problem.data, strict=True):
+            own.append(layer_inputs(lambda n: merged, merged, data)[0])
+            others.append(layer_inputs(lambda n, expert=expert: expert, expert, data)[0])
+        fitted_layer = {}
+        for name in (UP, DOWN) if number is not None else (OUT,):
+            rows = [x[name, number].reshape(-1, x[name, number].shape[-1]) for x in own]
+            targets = [x[name, number].reshape(-1, x[name, number].shape[-1]) for x in others]
+            matrix, product = ridge * np.eye(rows[0].shape[1]), ridge * tensor(pull, name, number)
+            for expert, x, y in zip(experts, rows, targets, strict=True):
+                between = interpolation * y + (1 - interpolation) * x
+                scale = 1 / np.linalg.norm(x.T @ x / len(x))
+                matrix = matrix + scale * x.T @ x / len(x)
+                product = product + scale * tensor(expert, name, number) @ between.T @ x / len(x)
+            fit = fitted_layer[name] = np.linalg.solve(matrix, product.T).T
+            if name == UP:
+                total, share = ridge * tensor(pull, BIAS, number), ridge
+                for expert, x, y in zip(experts, rows, targets, strict=True):
+                    between = interpolation * y + (1 - interpolation) * x
+                    scale = 1 / np.linalg.norm(x.T @ x / len(x))
+                    output = between @ tensor(expert, UP, number).T + tensor(expert, BIAS, number)
+                    total = total + scale * (output - x @ fit.T).mean(0)
+                    share += scale
+                fitted_layer[BIAS] = total / share
+        if number is not None:
+            weight, bias = np.zeros(WIDTH), np.zeros(WIDTH)
+            for feature in range(WIDTH):
+                matrix = ridge * np.eye(2)
+                product = ridge * np.array([pull[n][number, feature] for n in (NORM, NORM_BIAS)])
+                for expert, x in zip(experts, own, strict=True):
+                    z = x[NORM, number].reshape(-1, WIDTH)[:, feature]
+                    rows = np.stack([z, np.ones_like(z)], axis=1)
+                    pair = [expert[n][number, feature] for n in (NORM, NORM_BIAS)]
+                    matrix = matrix + rows.T @ rows / len(z)
+                    product = product + rows.T @ (rows @ pair) / len(z)
+                weight[feature], bias[feature] = np.linalg.solve(matrix, product)
+            fitted_layer |= {NORM: weight, NORM_BIAS: bias}
+        for name, fit in fitted_layer.items():
+            tensor(merged, name, number)[...] = fit
+    return merged
+
+
+FEATCAL = {"coefficient": 0.4, "ridge": 0.2, "anchor": 1.5, "interpolation": 0.25}
+
 DATA_CASES: list[tuple[str, dict[str, Any], Callable]] = [
     ("regmean", {"off_diagonal": 0.9}, regmean_of),
     ("regmean", {"off_diagonal": 0.3}, regmean_of),
+    ("featcal", FEATCAL, featcal_of),
     ("fisher", {}, fisher_of),
     ("metrics_weighted", {"penalty": 2.0}, metrics_weighted_of),
     ("regmean_plus_plus", {"off_diagonal": 0.9}, regmean_plus_plus_of),

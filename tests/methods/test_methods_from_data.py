@@ -98,6 +98,8 @@ def test_without_data_it_is_refused(problem: Problem):
     [
         ("regmean", {"off_diagonal": 1.5}, "expected from 0 to 1"),
         ("regmean_plus_plus", {"off_diagonal": -0.1}, "expected from 0 to 1"),
+        ("featcal", {"ridge": -1.0}, "ridge is -1.0, expected from 0"),
+        ("featcal", {"interpolation": 1.2}, "expected from 0 to 1"),
         ("fisher", {"samples": -1}, "expected 0 or more"),
         ("metrics_weighted", {"penalty": -1}, "expected from 0 to 100"),
     ],

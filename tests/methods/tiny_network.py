@@ -14,11 +14,14 @@ from adamerge_jax.task_vectors import DenseDelta
 EXPERTS, LAYERS, WIDTH, INNER, CLASSES = 3, 2, 5, 4, 3
 
 UP, BIAS, DOWN, OUT = "layers.*.up.weight", "layers.*.up.bias", "layers.*.down.weight", "out.weight"
+NORM, NORM_BIAS = "layers.*.norm.weight", "layers.*.norm.bias"
 SHAPES = {
     "scale": (WIDTH,),
     UP: (LAYERS, INNER, WIDTH),
     BIAS: (LAYERS, INNER),
     DOWN: (LAYERS, WIDTH, INNER),
+    NORM: (LAYERS, WIDTH),
+    NORM_BIAS: (LAYERS, WIDTH),
     OUT: (CLASSES, WIDTH),
 }
 
@@ -32,20 +35,35 @@ def apply(weight: Any, x: Any) -> Any:
     return y.reshape(*x.shape[:-1], -1)
 
 
+def value(parameter: Any) -> Any:
+    """A parameter as an array."""
+    return parameter.materialize() if is_lazy(parameter) else parameter
+
+
+def normalise(x: Any) -> Any:
+    """Rows of mean 0 and mean square 1."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / (centred**2).mean(-1, keepdims=True) ** 0.5
+
+
 def run(parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
     """The logits `[B, C]` of inputs `[B, T, n]`."""
-    stacked = {name: parameters[name] for name in (UP, BIAS, DOWN)}
+    stacked = {name: parameters[name] for name in SHAPES if "*" in name}
 
     def layer(hidden: Any, weights: Mapping[str, Any]) -> tuple[Any, None]:
-        inner = jnp.tanh(apply(weights[UP], hidden) + weights[BIAS])
+        normalised, scale = normalise(hidden), weights[NORM]
+        scaled = scale.times(normalised) if is_lazy(scale) else normalised * scale
+        inner = jnp.tanh(
+            apply(weights[UP], scaled + value(weights[NORM_BIAS])) + value(weights[BIAS])
+        )
         return hidden + apply(weights[DOWN], inner), None
 
-    hidden, _ = jax.lax.scan(layer, inputs["x"] * parameters["scale"], stacked)
+    hidden, _ = jax.lax.scan(layer, inputs["x"] * value(parameters["scale"]), stacked)
     return apply(parameters[OUT], hidden.mean(1))
 
 
 def layer_inputs(of_layer: Callable[[int], Parameters], last: Parameters, x: np.ndarray) -> Any:
-    """The inputs of every linear layer by name and layer, and the logits, in float64.
+    """The inputs of linear layers and normalisations by name and layer, and the logits, float64.
 
     Args:
         of_layer: The parameters of the network that runs a layer.
@@ -55,8 +73,10 @@ def layer_inputs(of_layer: Callable[[int], Parameters], last: Parameters, x: np.
     inputs, hidden = {}, x * last["scale"]
     for number in range(LAYERS):
         weights = of_layer(number)
-        inputs[UP, number] = hidden
-        inner = np.tanh(hidden @ weights[UP][number].T + weights[BIAS][number])
+        inputs[NORM, number] = normalise(hidden)
+        scaled = inputs[NORM, number] * weights[NORM][number] + weights[NORM_BIAS][number]
+        inputs[UP, number] = scaled
+        inner = np.tanh(scaled @ weights[UP][number].T + weights[BIAS][number])
         inputs[DOWN, number] = inner
         hidden = hidden + inner @ weights[DOWN][number].T
     inputs[OUT, None] = hidden.mean(1)

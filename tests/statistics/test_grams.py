@@ -121,9 +121,8 @@ def test_grams_are_those_of_what_layers_see(name: str, tmp_path: Path):
     statistics, parameters, (model, family, batch) = statistics_of(name, tmp_path)
     expected = inputs_of_layers(model, batch)
     linear = statistics.linear(parameters)
-    places = {
-        key: list(range(len(parameters[key]))) if is_stacked(key) else [0] for key in linear.masks
-    }
+    names = {key for layer in linear.layers for key in layer.names}
+    places = {key: list(range(len(parameters[key]))) if is_stacked(key) else [0] for key in names}
     grams = statistics.grams(0, parameters, places)
     compared = set()
     for key, matrices in grams.items():
