@@ -128,7 +128,7 @@ def _timed(report: Report) -> Callable[[float], None]:
 
     def on_batch(done: float) -> None:
         left = (time.monotonic() - start) * (1 - done) / done
-        report(f"{100 * done:.0f}% of the calibration data, {_in_words(left)} left")
+        report(f"{100 * done:.0f}%, {_in_words(left)} left")
 
     return on_batch
 
