@@ -219,7 +219,7 @@ def test_experts_without_factors_of_a_tensor_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(6,), (1, 6), (6, 1), (2, 9), (4, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 9), (4, 3, 2, 2)], ids=str)
 def test_any_shape_and_any_task_vectors_are_merged(name, shape):
     generator = np.random.default_rng(2)
     random = generator.normal(size=(EXPERTS, *shape))
