@@ -69,6 +69,22 @@ class Calibration(NamedTuple):
     augmented: bool = False
     cross_task: Mapping[str, CrossTaskLogits] = {}
 
+    def with_fewer_held_out(self, task: str) -> "Calibration":
+        """Returns the same with no more held-out examples of a task than of the others.
+
+        A task with more would add batches in which the others have nothing. Its other held-out
+        examples are learned from.
+        """
+        held_out, learning = dict(self.held_out), dict(self.learning)
+        index = held_out.pop(task)
+        most = max(map(len, held_out.values()))
+        if most >= len(index):
+            return self
+        # They are in the order of their lengths.
+        chosen = np.linspace(0, len(index) - 1, most).round().astype(int)
+        learning[task] = np.sort(np.concatenate([learning[task], np.delete(index, chosen)]))
+        return self._replace(held_out={**self.held_out, task: index[chosen]}, learning=learning)
+
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """Yields batches for learning without end.
 

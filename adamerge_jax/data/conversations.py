@@ -13,7 +13,7 @@ from adamerge_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"
+PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"
 """A response whose end is the template's alone."""
 
 
@@ -92,7 +92,7 @@ def _conversation(
     for asked, answered, probed in parts:
         # What asks for an answer may go on where the answer itself does not, e.g. with `<think>`.
         first, last = _count_shared(asked, whole), len(answered)
-        behind = probed.rpartition(_PROBE)[2]
+        behind = probed.rpartition(PROBE)[2]
         # What ends otherwise, as calls of tools may, ends by tokens of its own.
         response = last - len(behind) if answered.endswith(behind) else last
         responses.append((first, response))
@@ -115,7 +115,7 @@ def _conversation(
 def _chats_of(messages: Messages, turn: int) -> tuple[Chat, Chat, Chat]:
     """Returns a conversation up to a response, with it, and with another response in its place."""
     in_parts = isinstance(messages[turn].get("content"), list)
-    content = [{"type": "text", "text": _PROBE}] if in_parts else _PROBE
+    content = [{"type": "text", "text": PROBE}] if in_parts else PROBE
     probe = {"role": messages[turn]["role"], "content": content}
     return (
         Chat(messages[:turn], asked=True),

@@ -44,6 +44,7 @@ class Examples(ABC):
             nothing.
         cut: The examples that are cut, or None where that cannot be.
         end_of_text: The end of a language model's examples; None for other models.
+        are_conversations: True for conversations in a chat template.
         answers: The responses that a language model's own can be compared with; None where there
             are none.
     """
@@ -53,6 +54,7 @@ class Examples(ABC):
     names_have_order: bool = True
     cut: Cut | None = None
     end_of_text: EndOfText | None = None
+    are_conversations: bool = False
     answers: Answers | None = None
 
     @abstractmethod
@@ -135,6 +137,7 @@ class Subset(Examples):
         self.names_have_order = examples.names_have_order
         self.labels = None if examples.labels is None else examples.labels[index]
         self.end_of_text = examples.end_of_text
+        self.are_conversations = examples.are_conversations
         self.answers = examples.answers and examples.answers.subset(index)
         if examples.cut is not None:
             self.cut = Cut(examples.cut.examples[index], examples.cut.max_length)

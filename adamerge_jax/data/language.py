@@ -226,6 +226,7 @@ def make_language_examples(
     chosen = [sequences[row] for row in useful]
     examples = make(useful, chosen)
     examples.end_of_text = end
+    examples.are_conversations = is_chat
     if decoder_start is None and not source.packed:
         has_end = is_chat or end == "append"
         examples.answers = find_answers(chosen, tokenizer, max_length, has_end=has_end)

@@ -14,6 +14,7 @@ from adamerge_jax.data.examples import Examples, Subset, drawn
 from adamerge_jax.data.images import ImageExamples, ImageProcessor
 from adamerge_jax.data.language import make_language_examples
 from adamerge_jax.data.locations import Arrays, locate_data
+from adamerge_jax.data.prompts import Prompts, read_prompts
 from adamerge_jax.data.tables import Draw, Table, class_indices, read_table
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.data.token_limits import TokenLimits
@@ -95,6 +96,44 @@ def load_examples(
             examples = _image_examples(table, preprocessor)
         return _labelled(examples, table)
     return examples if source.limit is None else Subset.draw(examples, source.limit, seed)
+
+
+def load_prompts(
+    source: DataSource,
+    *,
+    root: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    is_chat: bool,
+    max_length: int,
+    name: str,
+    limits: TokenLimits | None = None,
+) -> Prompts | None:
+    """Reads the prompts of a data source whose rows have no answers.
+
+    Args:
+        source: The data source in the recipe.
+        root: Folder that relative paths start from.
+        tokenizer: The base's tokenizer.
+        is_chat: True to write a prompt as a user's message in the chat template.
+        max_length: Longest prompt with its answer, in tokens.
+        name: Name of the data in error messages.
+        limits: The limits of token ids.
+
+    Returns:
+        The prompts; None if the source holds something else.
+
+    Raises:
+        InputError: The data cannot be found or read, or a prompt cannot be written as tokens.
+    """
+    try:
+        location = locate_data(source, root)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    if isinstance(location, Arrays):
+        return None
+    table = read_table(location, source, name, [source.messages, source.prompt, source.response])
+    table.require_rows(tokenizer, "tokenizer")
+    return read_prompts(table, tokenizer, is_chat=is_chat, max_length=max_length, limits=limits)
 
 
 def _draw(limit: int | None, seed: int) -> Draw | None:

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from adamerge_jax.devices import fetch
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
 from adamerge_jax.pipeline.answering import Answering
+from adamerge_jax.pipeline.general import GENERAL_TEXT, RETAINED, General, Retention
 from adamerge_jax.runs.rows import ExampleScores, Kind, Measures, Metric, Row
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,11 @@ class Evaluator:
     """Runs models of one architecture on the examples of their tasks.
 
     The backbone is compiled once per input shape and shared by all models and tasks.
+
+    Attributes:
+        metric: The metric of `score`.
+        batch_size: Examples per batch.
+        retention: The comparison with the base on general text; None where there is none.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Evaluator:
         self._head_parameters = head_parameters
         self.batch_size = batch_size
         self._answering = answering
+        self.retention: Retention | None = None
 
     def with_heads(self, heads: Mapping[str, Parameters]) -> "Evaluator":
         """Returns an evaluator with other parameters of heads; it shares what is compiled.
@@ -208,7 +216,27 @@ class Evaluator:
     ) -> Row:
         """Returns a row of the table: a model's scores on labelled examples of each task."""
         measures = {task: self.measures(parameters, task, data[task]) for task in data}
-        return Row.of_measures(method, measures, kind)
+        row = Row.of_measures(method, measures, kind)
+        return row._replace(further=(*row.further, *self._general_rows(method, parameters, kind)))
+
+    def watch(self, general: General, base: Parameters) -> None:
+        """Has all rows to come say how far a model is from the base on general text.
+
+        Args:
+            general: The general text.
+            base: The parameters of the base.
+        """
+        asked = partial(self.run, base, RETAINED)
+        self.retention = Retention(general, asked, self.batch_size)
+
+    def _general_rows(self, method: str, parameters: Parameters, kind: Kind) -> list[Row]:
+        if self.retention is None:
+            return []
+        measures = self.retention.measures(lambda inputs: self.run(parameters, RETAINED, inputs)[0])
+        return [
+            Row.of_examples(method, {GENERAL_TEXT: scores}, metric, kind)
+            for metric, scores in measures.items()
+        ]
 
 
 @jax.jit

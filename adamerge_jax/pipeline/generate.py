@@ -40,14 +40,17 @@ class Writer:
         prompts: Sequence[list[int]],
         stops: Sequence[int],
         new_tokens: int,
+        *,
+        with_stop: bool = False,
     ) -> list[list[int]]:
-        """Returns the likeliest tokens behind each prompt, without one that stops.
+        """Returns the likeliest tokens behind each prompt.
 
         Args:
             parameters: The model's parameters by name.
             prompts: The tokens of N prompts.
             stops: The tokens that end a continuation.
             new_tokens: The largest number of tokens.
+            with_stop: True to end a continuation with the token that stopped it.
         """
         written: list[list[int]] = [[]] * len(prompts)
         order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
@@ -63,5 +66,5 @@ class Writer:
             )
             tokens, lengths = fetch(tokens), fetch(lengths)
             for row, i in enumerate(index):
-                written[i] = tokens[row, : lengths[row]].tolist()
+                written[i] = tokens[row, : lengths[row] + with_stop].tolist()
         return written

@@ -26,6 +26,7 @@ from adamerge_jax.coefficients.granularities import (
 from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.data.batches import Calibration, calibrate
+from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.expert_targets import StoredTargets, ask_cross_task, ask_expert
 from adamerge_jax.devices import Devices, fetch, is_first_process
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
@@ -37,6 +38,7 @@ from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
+from adamerge_jax.pipeline.general import RETAINED
 from adamerge_jax.pipeline.heads import HeadParameters, fit_heads
 from adamerge_jax.pipeline.initial_merge import (
     fit_initial_merge,
@@ -150,12 +152,19 @@ def prepare(
     """
     models = workspace.models
     start = open_warm_start(method, models, workspace.root)
+    examples = workspace.data.calibration
+    if workspace.general is not None and workspace.general.learning is not None:
+        assert method.retained is not None  # both say so by the weight in the recipe
+        examples = {**examples, RETAINED: workspace.general.learning}
+        method = method.with_task(RETAINED, method.retained)
     calibration = calibrate(
-        workspace.data.calibration,
+        examples,
         batch_size=method.batch_size,
         held_out=method.held_out,
         seed=method.seed,
     )
+    if RETAINED in examples:
+        calibration = calibration.with_fewer_held_out(RETAINED)
     _require_layers(method.target_specs, models)
     initial_merge = None
     if method.initial_merge is not None:
@@ -190,8 +199,8 @@ def prepare(
     for task, spec in method.target_specs.items():
         if not spec.expert:
             continue
-        expert = workspace.expert(task, base)
-        targets[task] = _compute_targets(workspace, expert, task, spec)
+        expert = base if task == RETAINED else workspace.expert(task, base)
+        targets[task] = _compute_targets(workspace, expert, task, spec, examples[task])
         if spec.cross_task:
             cross_task[task] = ask_cross_task(
                 partial(workspace.evaluator.logits, expert, task),
@@ -468,14 +477,17 @@ def make_coefficients(
 
 
 def _compute_targets(
-    workspace: Workspace, parameters: Mapping[str, Array], task: str, spec: TargetSpec
+    workspace: Workspace,
+    parameters: Mapping[str, Array],
+    task: str,
+    spec: TargetSpec,
+    examples: Examples,
 ) -> StoredTargets:
     """Computes the targets of a task's expert for its calibration examples."""
 
     def ask(inputs: dict[str, np.ndarray]) -> tuple[Array, dict[int, Array]]:
         return workspace.evaluator.run(parameters, task, inputs, hidden_states=spec.hidden_states)
 
-    examples = workspace.data.calibration[task]
     return ask_expert(ask, examples, spec, batch_size=workspace.evaluator.batch_size)
 
 

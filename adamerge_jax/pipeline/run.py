@@ -35,6 +35,7 @@ from adamerge_jax.pipeline.export import (
     write_card,
 )
 from adamerge_jax.pipeline.fold import fold
+from adamerge_jax.pipeline.general import RETAINED
 from adamerge_jax.pipeline.heads import read_heads
 from adamerge_jax.pipeline.initial_merge import (
     coefficients_of_method,
@@ -88,6 +89,10 @@ from adamerge_jax.stopping import between_steps, require_going_on
 from adamerge_jax.task_vectors.offload.memory import make_memory
 
 log = logging.getLogger(__name__)
+
+
+UNWATCHED = "general ability is not watched: there is no general text (see retain)"
+"""The note of a language model's run without general text."""
 
 
 class Run(NamedTuple):
@@ -148,6 +153,8 @@ def _learn(
     ):
         inputs = prepare(method, workspace, status.update)
     console.print(f"{recipe.name} ({recipe.preset}): {_describe_inputs(inputs, recipe.base.path)}")
+    if models.family.language and workspace.general is None:
+        _print_notes([UNWATCHED], console)
     if inputs.start is not None:
         _print_notes(inputs.start.notes, console)
 
@@ -203,7 +210,9 @@ def _learn_and_export(
         stage, _, _ = summary.partition(":")
         with (
             track(recipe.tracking, out, stage, resolved) as send,
-            show_progress(list(recipe.tasks), steps, out / METRICS_FILE, console, send) as show,
+            show_progress(
+                list(inputs.calibration.examples), steps, out / METRICS_FILE, console, send
+            ) as show,
         ):
             yield show
 
@@ -542,12 +551,14 @@ def _describe_inputs(inputs: LearningInputs, base: str) -> str:
     unchanged = len(models.base.names) - len(inputs.mixed)
     examples = sum(map(len, calibration.learning.values()))
     held_out = sum(map(len, calibration.held_out.values()))
+    general = len(calibration.examples.get(RETAINED, ()))
     ends = ends_in_words(calibration.examples, inputs.workspace.asked_ends)
     return (
         f"{inputs.experts} experts of {base}, "
         f"{merged / 1e6:.1f} M parameters in {len(inputs.mixed)} tensors merged"
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
-        f"{examples} examples to learn from, {held_out} held out; "
+        f"{examples} examples to learn from, {held_out} held out"
+        f"{f', {general} of these general text' if general else ''}; "
         f"{f'{ends}; ' if ends else ''}on {inputs.devices}"
     )
 

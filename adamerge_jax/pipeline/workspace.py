@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,20 @@ from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, tell_cut
 from adamerge_jax.data.image_processors import PROCESSOR_FILE, load_image_processor
 from adamerge_jax.data.images import ImageProcessor
-from adamerge_jax.data.sources import load_examples
+from adamerge_jax.data.prompts import Prompts
+from adamerge_jax.data.sources import load_examples, load_prompts
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.mixing import Mixture
-from adamerge_jax.models.family import Network
+from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.end_of_text import ExpertsEnds
 from adamerge_jax.pipeline.evaluate import Evaluator
+from adamerge_jax.pipeline.general import RETAINED, General, load_general
 from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head, load_zero_shot_head
@@ -37,11 +40,6 @@ from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-LoadExamples = Callable[..., Examples]
-"""The function `(source, name in messages, predicts_end) -> examples`; without `predicts_end`, the
-end of text of a source that says `auto` is to be predicted."""
 
 
 class Data(NamedTuple):
@@ -60,10 +58,12 @@ class Workspace(NamedTuple):
         data: The examples by task.
         dtype: The dtype of weights and activations; None for the checkpoint's.
         backbone: The merged part of the model, as a function of its parameters.
-        heads: The parameters of each task's head.
-        head_networks: Each task's head as a function of its parameters.
+        heads: The parameters of the head of each task that is learned, and of the base where
+            general text is among these.
+        head_networks: Each of these heads as a function of its parameters.
         evaluator: The evaluator, which runs models of this architecture on examples.
         root: Folder that relative paths of the recipe start from.
+        general: General text, on which the merge is to stay as the base is; None for none.
         asked_ends: The experts' median probability of the end of text by task, where they were
             asked.
     """
@@ -77,6 +77,7 @@ class Workspace(NamedTuple):
     evaluator: Evaluator
     root: Path
     asked_ends: Mapping[str, float] = {}
+    general: General | None = None
 
     def base(self) -> dict[str, Array]:
         """Reads the parameters of the base."""
@@ -118,6 +119,8 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
         task: models.family.build_head(expert.checkpoint.config)
         for task, expert in models.experts.items()
     }
+    if models.family.language:
+        networks[RETAINED] = models.family.build_head(models.config)
     ends = ExpertsEnds(models, spread, networks, dtype, recipe.learning.batch_size)
     data = _load_data(recipe.tasks, load, ends.predicts_end, models.family.language)
     _align_labels(recipe.tasks, models, data)
@@ -137,9 +140,25 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     if models.family.cached_features is not None:
         writer = Writer(models.family, models.config, settings.batch_size)
         answering = Answering(writer, settings.exact_match, settings.max_new_tokens)
+    if models.family.language:
+        heads[RETAINED] = {}  # all of it is the backbone's
     evaluator = Evaluator(spread, networks, heads, settings.batch_size, metric, answering)
+    read_base = functools.cache(partial(load_backbone, models, models.base, dtype))
+    general = load_general(
+        recipe.retain,
+        recipe.learning,
+        load,
+        answering and answering.writer,
+        read_base,
+        is_chat=any(examples.are_conversations for examples in data.calibration.values()),
+        seed=recipe.seed,
+    )
+    if general is not None and data.test:
+        evaluator.watch(general, read_base())
+    if general is None or general.learning is None:
+        networks, heads = ({t: by[t] for t in recipe.tasks} for by in (networks, heads))
     return Workspace(
-        models, data, dtype, spread, heads, networks, evaluator, root, ends.probabilities
+        models, data, dtype, spread, heads, networks, evaluator, root, ends.probabilities, general
     )
 
 
@@ -153,10 +172,67 @@ def require_classifiers(workspace: Workspace) -> None:
         raise InputError("accuracies are compared, and a language model has none")
 
 
+@dataclasses.dataclass(frozen=True)
+class ExampleLoader:
+    """Loads the inputs of models: `(source, name in messages, predicts_end) -> examples`.
+
+    Without `predicts_end`, the end of text of a source that says `auto` is to be predicted.
+
+    Attributes:
+        family: The architecture of the models.
+        root: Folder that relative paths start from.
+        preprocessor: The tokenizer or image processor; None if no model brings one.
+        max_length: Longest text in tokens.
+        limits: The limits of token ids; None for images.
+        decoder_start: The token that an encoder-decoder's responses start with.
+        seed: The seed that draws the examples of a source with a limit.
+    """
+
+    family: Family
+    root: Path
+    preprocessor: PreTrainedTokenizerBase | ImageProcessor | None
+    max_length: int
+    limits: TokenLimits | None
+    decoder_start: int | None
+    seed: int
+
+    def __call__(
+        self, source: DataSource, name: str, predicts_end: PredictsEnd = lambda examples: True
+    ) -> Examples:
+        """Loads the examples of a source."""
+        with in_hand(source.path):
+            return load_examples(
+                source,
+                root=self.root,
+                inputs=self.family.inputs,
+                preprocessor=self.preprocessor,
+                max_length=self.max_length,
+                seed=self.seed,
+                name=name,
+                limits=self.limits,
+                language=self.family.language,
+                decoder_start=self.decoder_start,
+                predicts_end=predicts_end,
+            )
+
+    def prompts(self, source: DataSource, name: str, *, is_chat: bool) -> Prompts | None:
+        """Loads the prompts of a source without answers; None if it holds something else."""
+        with in_hand(source.path):
+            return load_prompts(
+                source,
+                root=self.root,
+                tokenizer=self.preprocessor,
+                is_chat=is_chat,
+                max_length=self.max_length,
+                name=name,
+                limits=self.limits,
+            )
+
+
 def example_loader(
     models: Models, root: Path, *, tokenizer: str | None, max_length: int, seed: int
-) -> LoadExamples:
-    """Returns the function that loads model inputs.
+) -> ExampleLoader:
+    """Returns the loader of model inputs.
 
     Args:
         models: The base and its experts, with a tokenizer or an image processor.
@@ -177,31 +253,12 @@ def example_loader(
         lengths = [max_length, longest, preprocessor and longest_text(preprocessor)]
         shortest = min(length for length in lengths if length is not None)
     decoder_start = _read_decoder_start(models) if models.config.is_encoder_decoder else None
-
-    def load(
-        source: DataSource, name: str, predicts_end: PredictsEnd = lambda examples: True
-    ) -> Examples:
-        with in_hand(source.path):
-            return load_examples(
-                source,
-                root=root,
-                inputs=models.family.inputs,
-                preprocessor=preprocessor,
-                max_length=shortest,
-                seed=seed,
-                name=name,
-                limits=limits,
-                language=models.family.language,
-                decoder_start=decoder_start,
-                predicts_end=predicts_end,
-            )
-
-    return load
+    return ExampleLoader(models.family, root, preprocessor, shortest, limits, decoder_start, seed)
 
 
 def _load_data(
     tasks: Mapping[str, TaskRecipe],
-    load_source: LoadExamples,
+    load_source: ExampleLoader,
     predicts_end: Callable[[str, Examples], bool],
     language: bool,
 ) -> Data:

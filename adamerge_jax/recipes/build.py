@@ -4,6 +4,8 @@
 the recipe.
 """
 
+import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -21,7 +23,13 @@ from adamerge_jax.learning.held_out import Control
 from adamerge_jax.learning.optimizer import build_optimizer, require_gradient_alone
 from adamerge_jax.methods import make_method
 from adamerge_jax.models.family import Family
-from adamerge_jax.objectives import Objective, TargetSpec, make_objective, weighted_sum
+from adamerge_jax.objectives import (
+    Objective,
+    TargetSpec,
+    logit_alignment,
+    make_objective,
+    weighted_sum,
+)
 from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
@@ -32,12 +40,17 @@ from adamerge_jax.recipes.schema import (
     ObjectiveRecipe,
     Recipe,
     RegularizerRecipe,
+    RetainRecipe,
     TaskRecipe,
 )
 from adamerge_jax.task_vectors.offload.memory import Place
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+RETAINED_TOKENS = 64
+"""The base's likeliest tokens that are learned from where objectives look at none, or at all."""
 
 
 class OpenedModels(Protocol):
@@ -146,6 +159,7 @@ class Method(NamedTuple):
         delta_dtype: The dtype of task vectors; None for the checkpoint's.
         memory: The place of task vectors.
         heads: The heads of the merge.
+        retained: The objective on general text, where there is some; None for classifiers.
     """
 
     stages: tuple[Stage, ...]
@@ -167,6 +181,12 @@ class Method(NamedTuple):
     delta_dtype: np.dtype | None
     memory: Place
     heads: HeadChoice = HeadChoice("kept")
+    retained: Objective | None = None
+
+    def with_task(self, task: str, objective: Objective) -> "Method":
+        """Returns the method with the objective of one more task."""
+        specs = {**self.target_specs, task: objective.target_spec}
+        return self._replace(objectives={**self.objectives, task: objective}, target_specs=specs)
 
     @property
     def result(self) -> Stage:
@@ -227,6 +247,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         delta_dtype=DELTA_DTYPES[delta_dtype] if delta_dtype else None,
         memory=recipe.task_vectors.memory,
         heads=heads,
+        retained=_build_retained(recipe.retain, specs.values()) if language else None,
     )
 
 
@@ -280,6 +301,15 @@ def build_objectives(
         )
         for task in tasks
     }
+
+
+def _build_retained(source: RetainRecipe | None, specs: Iterable[TargetSpec]) -> Objective | None:
+    """Builds the divergence from the base, over as many likely tokens as objectives look at."""
+    if source is None or not source.weight:
+        return None
+    asked = functools.reduce(operator.or_, specs, TargetSpec())
+    top_tokens = asked.top_tokens or RETAINED_TOKENS
+    return weighted_sum([(source.weight, logit_alignment(form="kl", top_tokens=top_tokens))])
 
 
 def build_regularizers(terms: Sequence[RegularizerRecipe]) -> list[tuple[float, Regularizer]]:

@@ -170,6 +170,25 @@ class TaskRecipe(Section):
         }
 
 
+def _nothing(value: Any) -> Any:
+    """Returns None for the word `none`."""
+    return None if value == "none" else value
+
+
+class RetainRecipe(DataSource):
+    """General text on which the merge is to stay as the base is."""
+
+    path: PathText | None = None
+    """As for the data of tasks, without labels: conversations or prompts for chat models, whose
+    answers the base writes where there are none, else texts. By default a chat model (one with
+    conversations among its calibration data) uses 300 general prompts that come with the package;
+    other models use nothing."""
+    weight: Number = Field(default=1.0, ge=0, le=1e6)
+    """Factor of the divergence from the base in the sum over tasks; with 0 it is only measured."""
+    new_tokens: Count = 24
+    """Largest number of tokens that the base writes behind a prompt without an answer."""
+
+
 class CoarseRecipe(Section):
     """A coarser set of coefficients that is learned first."""
 
@@ -456,6 +475,8 @@ class Recipe(Section):
     task. By default the first model that has a tokenizer; then all must have its special tokens."""
     keep_from_base: list[str] = []
     """Name patterns of parameters that stay the base's and are not merged."""
+    retain: Annotated[RetainRecipe | None, BeforeValidator(_nothing)] = RetainRecipe()
+    """General text on which the base is the teacher; none to learn without."""
     interference: list[InterferenceRecipe] = []
     """Steps that change task vectors before mixing, in their order."""
     task_vectors: TaskVectorsRecipe = TaskVectorsRecipe()

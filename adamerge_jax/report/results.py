@@ -15,6 +15,9 @@ TITLES = {
     "loss": "Loss (nats per token)",
     "exact_match": "Exact match: the model's own answer is the response (%)",
     "token_accuracy": "Token accuracy: the likeliest token is the response's (%)",
+    "base_answers": "General ability: the first sentence of the answer is the base's (%)",
+    "base_agreement": "General ability: the likeliest token is the base's (%)",
+    "base_divergence": "General ability: divergence from the base (nats per token)",
     "answer_loss": "Loss without the ends of texts (nats per token)",
 }
 """The title of a table of results, by its metric."""

@@ -8,12 +8,23 @@ import numpy as np
 from jaxtyping import Float, Int
 from pydantic import TypeAdapter
 
-Metric = Literal["accuracy", "loss", "exact_match", "token_accuracy", "answer_loss"]
-"""The meaning of a score: the share of right classes; nats per token; or of a language model
-the share of answers that are the response, the share of tokens that are the likeliest, and nats per
-token that is no end."""
+Metric = Literal[
+    "accuracy",
+    "loss",
+    "exact_match",
+    "token_accuracy",
+    "answer_loss",
+    "base_answers",
+    "base_agreement",
+    "base_divergence",
+]
+"""The meaning of a score: the share of right classes; nats per token; of a language model the share
+of answers that are the response, the share of tokens that are the likeliest, and nats per token
+that is no end; and on general text the share of answers whose first sentence is the base's, the
+share of tokens whose likeliest is the base's, and the divergence from the base in nats per token.
+"""
 
-SHARES = ("accuracy", "exact_match", "token_accuracy")
+SHARES = ("accuracy", "exact_match", "token_accuracy", "base_answers", "base_agreement")
 """The metrics that are shares, from 0 to 1, of which more is better."""
 
 Kind = Literal["baseline", "heads", "experts", "learned"]

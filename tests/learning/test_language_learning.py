@@ -467,6 +467,7 @@ def test_the_losses_in_the_table(kind, loader, examples, request):
     for title in ("Token accuracy", "Loss without the ends of texts"):
         assert title in run.screen and title in card
     assert ("Exact match" in card) == (kind == "qwen_run")
+    assert "note: general ability is not watched" in run.screen
     # It is said which tokens these are.
     assert f"end of text: append ({', '.join(TASKS)})" in " ".join(run.screen.split())
     record = json.loads((run.folder / "run.json").read_text())

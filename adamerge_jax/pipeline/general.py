@@ -1,0 +1,228 @@
+"""General text, on which a merge is to stay as the base is: the base is its own teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from adamerge_jax.data.examples import Examples, Subset, sorted_batches
+from adamerge_jax.data.expert_targets import AskExpert, ask_expert
+from adamerge_jax.data.prompts import FEWEST_TOKENS, GENERAL
+from adamerge_jax.devices import fetch
+from adamerge_jax.errors import InputError
+from adamerge_jax.objectives import NOT_PREDICTED, TargetSpec, TopTokens
+from adamerge_jax.objectives.distributions import with_rest
+from adamerge_jax.runs.rows import ExampleScores, Measures, Metric
+
+if TYPE_CHECKING:
+    from adamerge_jax.pipeline.generate import Writer
+    from adamerge_jax.pipeline.workspace import ExampleLoader
+    from adamerge_jax.recipes.schema import LearningRecipe, RetainRecipe
+
+NAME = "general text (retain)"
+"""Its name in messages."""
+
+FEWEST = 2
+"""Examples, at least, to learn from and to test with."""
+
+RETAINED = "base"
+"""The name of general text among the tasks that are learned from; no task can be called so."""
+
+GENERAL_TEXT = "general text"
+"""Its name in tables."""
+
+MOST_TESTED = 100
+"""Examples of general text, at most, that only the table of results uses."""
+
+TESTED = 1 / 3
+"""The part of general text that is kept for that."""
+
+ENOUGH_PROMPTS = 150
+"""The package's prompts that must fit: the short ones alone are no general text."""
+
+OPENING = 16
+"""The largest number of tokens of an answer's first sentence."""
+
+TOP_TOKENS = 64
+"""The base's likeliest tokens that are kept at each position, for the table of results."""
+
+
+class General(NamedTuple):
+    """General text with the base's own answers.
+
+    Attributes:
+        learning: The examples to learn from; None where nothing is learned from general text.
+        test: Other ones, for the table of results.
+        openings: The tokens of each test example's first sentence, where the base has written it;
+            None where it has not.
+    """
+
+    learning: Examples | None
+    test: Examples
+    openings: Int[np.ndarray, " N"] | None
+
+
+def load_general(
+    source: RetainRecipe | None,
+    settings: LearningRecipe,
+    load: ExampleLoader,
+    writer: Writer | None,
+    read_base: Callable[[], Mapping[str, Array]],
+    *,
+    is_chat: bool,
+    seed: int,
+) -> General | None:
+    """Loads general text, and has the base write the answers that it lacks.
+
+    Args:
+        source: The general text; None for none, without a path for the package's own.
+        settings: The numbers of steps and examples; no more prompts are answered than are used.
+        load: The loader of examples.
+        writer: The writer of answers; None if models of this architecture write none.
+        read_base: The function that reads the parameters of the base.
+        is_chat: True for a chat model.
+        seed: Decides which examples are learned from.
+
+    Returns:
+        The examples; None where no path is given and it is no chat model, or the package's prompts
+        do not fit.
+
+    Raises:
+        InputError: The text cannot be used: the models are classifiers, or cannot write the answers
+            that are missing, or too few of them fit.
+    """
+    if source is None:
+        return None
+    is_own = source.path is not None
+    if not is_own:
+        if not is_chat or writer is None:
+            return None
+        source = source.model_copy(update={"path": str(GENERAL)})
+    if not load.family.language:
+        raise InputError(
+            "retain: is for language models, and these are classifiers, whose base has no head for "
+            "general data; leave it out"
+        )
+    prompts = load.prompts(source, NAME, is_chat=is_chat)
+    if not is_own and len(prompts) < ENOUGH_PROMPTS:
+        return None
+    if prompts is None:
+        examples = load(source, NAME)
+        learned, tested = _split(len(examples), source, settings, seed)
+    elif writer is None:
+        raise InputError(
+            f"{NAME}: {source.path} has no answers, and this kind of model writes none"
+        )
+    else:
+        learned, tested = _split(len(prompts), source, settings, seed)
+    if min(len(learned), len(tested)) < FEWEST or (
+        source.weight and len(learned) < settings.batch_size + 1
+    ):
+        if not is_own:
+            return None
+        fitting = "" if prompts is None else f" that leave {FEWEST_TOKENS} tokens for an answer"
+        raise InputError(
+            f"{NAME}: {source.path} has too few examples{fitting} within max_length="
+            f"{load.max_length}: {len(learned)} to learn from and {len(tested)} for the table of "
+            f"results; give more, raise max_length, or lower learning.batch_size"
+        )
+    openings = None
+    if prompts is not None:
+        used = np.concatenate([tested, learned]) if source.weight else tested
+        asked = [prompts.tokens[prompt] for prompt in used]
+        answers = writer.continuations(
+            read_base(), asked, prompts.stops, source.new_tokens, with_stop=True
+        )
+        examples = prompts.answered(used, answers)
+        tested, learned = np.split(np.arange(len(used)), [len(tested)])
+        openings = np.array([prompts.opening(answers[row], OPENING) for row in tested])
+    learning = Subset(examples, learned) if source.weight else None
+    return General(learning, Subset(examples, tested), openings)
+
+
+def _split(
+    count: int, source: RetainRecipe, settings: LearningRecipe, seed: int
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
+    """Returns the examples to learn from, no more than are drawn, and those to test with."""
+    order = np.random.default_rng([seed, 7]).permutation(count)[: source.limit]
+    tested, learned = np.split(order, [min(MOST_TESTED, int(TESTED * len(order)))])
+    most = settings.batch_size * (settings.steps + 2)
+    return learned[: min(most, settings.examples or most)], tested
+
+
+class Retention:
+    """The comparison of models with the base on general text."""
+
+    def __init__(self, general: General, ask_base: AskExpert, batch_size: int):
+        """Asks the base.
+
+        Args:
+            general: General text, of which N examples are for tests.
+            ask_base: The base, from inputs to its logits.
+            batch_size: Examples per call.
+        """
+        self._examples = examples = general.test
+        self._openings = general.openings
+        self._batch_size = batch_size
+        spec = TargetSpec(expert_logits=True, top_tokens=TOP_TOKENS)
+        self._targets = ask_expert(ask_base, examples, spec, batch_size=batch_size)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def measures(self, run: Callable[[dict[str, np.ndarray]], Float[Array, "B T V"]]) -> Measures:
+        """Compares a model with the base.
+
+        Args:
+            run: The model, from inputs to its logits.
+
+        Returns:
+            By example: 1 if the model writes the first sentence of the base's answer, else 0,
+            where the base has written answers; the tokens whose likeliest is the base's; and the
+            divergence from the base, both with the number of tokens.
+        """
+        count = len(self._examples)
+        answers, agreed, divergence = (np.zeros(count, np.float32) for _ in range(3))
+        tokens = np.zeros(count, np.int32)
+        for index, inputs in sorted_batches(self._examples, self._batch_size):
+            logits = run(inputs)
+            length = logits.shape[1]
+            # The last batch repeats examples, which do not count.
+            full = np.resize(index, len(logits))
+            targets = self._targets.take(full, length)
+            is_counted = targets.labels != NOT_PREDICTED
+            agrees, divergences = _compare(logits, targets.expert_top)
+            agrees, divergences = fetch(agrees), fetch(divergences)
+            for row, example in enumerate(index):
+                places = np.flatnonzero(is_counted[row])
+                tokens[example] = len(places)
+                agreed[example] = agrees[row, places].sum()
+                divergence[example] = divergences[row, places].sum()
+                if self._openings is not None:
+                    # A model writes the base's tokens as long as each is its likeliest.
+                    opening = places[: self._openings[example]]
+                    answers[example] = agrees[row, opening].all()
+        measures: dict[Metric, ExampleScores] = {
+            "base_answers": ExampleScores(answers, np.ones(count, np.int32)),
+            "base_agreement": ExampleScores(agreed, tokens),
+            "base_divergence": ExampleScores(divergence, tokens),
+        }
+        if self._openings is None:
+            del measures["base_answers"]
+        return measures
+
+
+@jax.jit
+def _compare(
+    logits: Float[Array, "B T V"], base: TopTokens
+) -> tuple[Bool[Array, "B T"], Float[Array, "B T"]]:
+    """Returns where the likeliest token is the base's, and the divergence from the base."""
+    model, expected = with_rest(logits, base)
+    divergence = (jnp.exp(expected) * (expected - model)).sum(-1)
+    is_number = ~jnp.isnan(logits).any(-1)
+    return (logits.argmax(-1) == base.tokens[..., 0]) & is_number, divergence
