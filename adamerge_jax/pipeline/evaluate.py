@@ -164,9 +164,26 @@ class Evaluator:
         measures = self._token_scores(parameters, task, examples)
         if (measures["answer_loss"].counts == measures["loss"].counts).all():
             del measures["answer_loss"]
-        if self._answering is not None and self._answering.is_asked(examples):
-            measures["exact_match"] = self._answering.scores(parameters, examples.answers)
+        if self.is_asked(examples):
+            measures["exact_match"] = self.answer_scores(parameters, examples)
         return measures
+
+    def is_asked(self, examples: Examples) -> bool:
+        """Returns True if models are to answer the prompts of a task's examples."""
+        return self._answering is not None and self._answering.is_asked(examples)
+
+    def answer_scores(self, parameters: Parameters, examples: Examples) -> ExampleScores:
+        """Compares a model's own answers with the responses.
+
+        Args:
+            parameters: The parameters of the backbone by name.
+            examples: N examples of which `is_asked` is true.
+
+        Returns:
+            1 for each answer that is the response, and 0 for others, `[N]`.
+        """
+        assert self._answering is not None and examples.answers is not None  # is_asked
+        return self._answering.scores(parameters, examples.answers)
 
     def _token_scores(
         self, parameters: Parameters, task: str, examples: Examples

@@ -98,7 +98,10 @@ def _front(
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         workspace = open_workspace(recipe, root, devices)
         of_task = task_score(settings.score, workspace, "front")
-        score = on_validation_data(of_task, workspace)
+        tasks = list(workspace.models.experts)
+        score = on_validation_data(
+            of_task, workspace, of_task.tasks(workspace, "front.score", tasks)
+        )
         method = method_without_objective(recipe, workspace.models)
     with console.status("reading task vectors"), record.phase("task vectors"):
         words = f"{BY_SCORE}{score.words}"

@@ -108,7 +108,7 @@ def _search(
         score = (
             _command_score(words, command.timeout, recipe, workspace, out)
             if command
-            else on_validation_data(task_score(recipe.search.score, workspace, "search"), workspace)
+            else _validation_score(recipe, workspace)
         )
     with console.status("reading task vectors"), record.phase("task vectors"):
         inputs = prepare(method._replace(objective_in_words=f"{BY_SCORE}{score.words}"), workspace)
@@ -189,6 +189,14 @@ def _command_score(
         ),
         out,
     )
+
+
+def _validation_score(recipe: Recipe, workspace: Workspace) -> Score:
+    """Returns the score of the recipe."""
+    settings = recipe.search
+    of_task = task_score(settings.score, workspace, "search")
+    field = "search.score" if settings.tasks is None else "search.tasks"
+    return on_validation_data(of_task, workspace, of_task.tasks(workspace, field, settings.tasks))
 
 
 def _require_same_score(record: RunRecord, words: str) -> None:

@@ -1,6 +1,6 @@
 """The scores by which a search chooses: of the recipe's validation data, or of a command."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,18 +44,54 @@ class Score(NamedTuple):
         return score if self.maximise else -score
 
 
+def _always(workspace: Workspace, task: str) -> bool:
+    return True
+
+
 class TaskScore(NamedTuple):
-    """A score of one model on one task's examples.
+    """A score of one model on one task's validation data.
 
     Attributes:
         words: Its name in messages and figures.
         maximise: True where more is better.
         of: The function `(workspace, parameters of the backbone, task) -> score`.
+        has: The function `(workspace, task) -> True` where the task has such a score.
     """
 
     words: str
     maximise: bool
     of: Callable[[Workspace, Parameters, str], float]
+    has: Callable[[Workspace, str], bool] = _always
+
+    def tasks(
+        self, workspace: Workspace, field: str, wanted: Sequence[str] | None = None
+    ) -> list[str]:
+        """Returns the tasks whose scores count.
+
+        Args:
+            workspace: The models and the data.
+            field: The field of the recipe that asks for the score, for messages.
+            wanted: Some tasks; None for all that have the score.
+
+        Raises:
+            InputError: A task that is wanted is none, or does not have the score; or none has.
+        """
+        tasks = list(workspace.models.experts)
+        having = [task for task in tasks if self.has(workspace, task)]
+        for task in wanted or ():
+            if task not in tasks:
+                raise InputError(f"{field}: {task!r} is no task; the tasks are {', '.join(tasks)}")
+            if task not in having:
+                raise InputError(
+                    f"{field}: {task} has no {self.words}; of exact match it needs prompts with "
+                    "responses of at most 16 tokens, or evaluation.exact_match"
+                )
+        if not having:
+            raise InputError(
+                f"{field}: no task has {self.words}; it needs prompts with responses of at most 16 "
+                "tokens, or evaluation.exact_match, and a model that writes"
+            )
+        return having if wanted is None else [task for task in tasks if task in wanted]
 
 
 def _accuracy(workspace: Workspace, parameters: Parameters, task: str) -> float:
@@ -70,19 +106,28 @@ def _loss(workspace: Workspace, parameters: Parameters, task: str) -> float:
     return -float(log_softmax(logits, axis=-1)[np.arange(len(logits)), examples.labels].mean())
 
 
+def _exact_match(workspace: Workspace, parameters: Parameters, task: str) -> float:
+    return workspace.evaluator.answer_scores(parameters, workspace.data.validation[task]).mean
+
+
+def _is_asked(workspace: Workspace, task: str) -> bool:
+    return workspace.evaluator.is_asked(workspace.data.validation[task])
+
+
 _TASK_SCORES = {
     "accuracy": TaskScore("accuracy", True, _accuracy),
     "loss": TaskScore("loss", False, _loss),
+    "exact_match": TaskScore("exact match", True, _exact_match, _is_asked),
 }
 
 
-def task_score(name: str | None, workspace: Workspace, field: str) -> TaskScore:
+def task_score(name: str | None, workspace: Workspace, section: str) -> TaskScore:
     """Returns a score on the validation data of each task.
 
     Args:
-        name: `accuracy`, `loss`, or None for the one that these models have.
+        name: A key of the scores, or None for the one that these models have.
         workspace: The models and the data.
-        field: The recipe's section, for messages.
+        section: The recipe's section, for messages.
 
     Raises:
         InputError: There is no validation data, or the models have no such score.
@@ -93,23 +138,32 @@ def task_score(name: str | None, workspace: Workspace, field: str) -> TaskScore:
         raise InputError(
             f"tasks.{task}.validation: is missing; merges are scored on validation data, never on "
             "test data: give it for every task"
-            + (", or a --score-command" if field == "search" else "")
+            + (", or a --score-command" if section == "search" else "")
         )
     if name == "accuracy" and language:
         raise InputError(
-            f"{field}.score: accuracy is of classes, and a language model has none; take loss"
+            f"{section}.score: accuracy is of classes, and a language model has none; take loss or "
+            "exact_match"
+        )
+    if name == "exact_match" and not language:
+        raise InputError(
+            f"{section}.score: exact_match is of answers, and these models give classes; take "
+            "accuracy or loss"
         )
     return _TASK_SCORES[name or ("loss" if language else "accuracy")]
 
 
-def on_validation_data(of_task: TaskScore, workspace: Workspace) -> Score:
-    """Returns the score of a merge on the validation data, by task."""
+def on_validation_data(of_task: TaskScore, workspace: Workspace, tasks: Sequence[str]) -> Score:
+    """Returns the score of a merge on the validation data of some tasks."""
 
     def measure(candidates: Candidates, point: Point) -> dict[str, float]:
         parameters = candidates.parameters(point)
-        return {task: of_task.of(workspace, parameters, task) for task in workspace.models.experts}
+        return {task: of_task.of(workspace, parameters, task) for task in tasks}
 
-    return Score(f"{of_task.words} on the validation data", of_task.maximise, measure)
+    words = f"{of_task.words} on the validation data"
+    if len(tasks) < len(workspace.models.experts):
+        words += f" of {', '.join(tasks)}"
+    return Score(words, of_task.maximise, measure)
 
 
 def of_command(

@@ -39,8 +39,13 @@ def method_without_objective(recipe: Recipe, models: Models) -> Method:
         recipe: The recipe, of which the models, the data and the interference steps count.
         models: The base and its experts.
     """
-    method = build(recipe, models)
-    return method._replace(target_specs={}, start=None, initial_merge=None, constraint="free")
+    return build(recipe, models)._replace(
+        target_specs={},
+        start=None,
+        initial_merge=None,
+        constraint="free",
+        batch_size=1,  # however few calibration examples there are, they are not looked at
+    )
 
 
 def singles(recipe: Recipe, bounds: tuple[float, float], field: str) -> list[float]:

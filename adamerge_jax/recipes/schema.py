@@ -373,6 +373,9 @@ class EvaluationRecipe(Section):
     wrong."""
 
 
+ScoreName = Literal["accuracy", "loss", "exact_match"]
+"""A score on validation data."""
+
 Bounds = tuple[Number, Number]
 """The smallest and the largest coefficient."""
 
@@ -380,9 +383,12 @@ Bounds = tuple[Number, Number]
 class SearchRecipe(Section):
     """The search for coefficients by a score, without gradients: `adamerge search`."""
 
-    score: Literal["accuracy", "loss"] | None = None
-    """Score of a merge on the validation data, the mean over tasks: accuracy, or loss (nats). By
-    default accuracy, and of language models loss."""
+    score: ScoreName | None = None
+    """Score of a merge on the validation data, the mean over tasks: accuracy, loss (nats), or of
+    language models exact_match, whose prompts and responses are those of the table. By default
+    accuracy, and of language models loss."""
+    tasks: list[str] | None = Field(default=None, min_length=1)
+    """Tasks whose scores count; by default all that have the score."""
     maximise: bool = True
     """True where more is better of the number that --score-command prints."""
     evaluations: Count = 200
@@ -402,9 +408,9 @@ class SearchRecipe(Section):
 class FrontRecipe(Section):
     """The front of what one task costs another: `adamerge front`."""
 
-    score: Literal["accuracy", "loss"] | None = None
-    """Score of each task on its validation data: accuracy, or loss (nats). By default accuracy, and
-    of language models loss."""
+    score: ScoreName | None = None
+    """Score of each task on its validation data: accuracy, loss (nats), or of language models
+    exact_match. By default accuracy, and of language models loss."""
     samples: Count | None = None
     """Number of merges that the surfaces are fitted to; by default four times as many as a
     quadratic surface of the experts' coefficients has numbers."""

@@ -175,7 +175,9 @@ def test_a_killed_run_goes_on_bit_for_bit(
 def test_nothing_is_compiled_for_a_further_candidate(fields: Fields):
     inputs = inputs_of(fields)
     candidates = Candidates(inputs, 2)
-    score = on_validation_data(task_score("loss", inputs.workspace, "search"), inputs.workspace)
+    workspace = inputs.workspace
+    loss = task_score("loss", workspace, "search")
+    score = on_validation_data(loss, workspace, list(workspace.models.experts))
     scored = Scored(candidates, score, [])
     scored(candidates.all_at(0.3), "single")
     compiled = []

@@ -1,6 +1,7 @@
 """A run folder as a run would have left it, written by hand."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import yaml
 
 from adamerge_jax.coefficients.file import Coefficients, Source
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.runs.evaluations import Evaluation, append_evaluation
+from adamerge_jax.runs.front import Front, FrontPoint, SurfaceError
 
 TASKS = ("cat", "dog")
 TENSORS = (
@@ -66,6 +69,30 @@ RECORD = {
 }
 
 
+EVALUATIONS = [
+    Evaluation(1, "single", {"all": [0.3, 0.3]}, 0.55, {"cat": 0.5, "dog": 0.6}, 0.5),
+    Evaluation(2, "single", {"all": [0.5, 0.5]}, 0.65, {"cat": 0.6, "dog": 0.7}, 0.5),
+    Evaluation(3, "search", {"all": [0.6, 0.4]}, math.nan, {"cat": math.nan, "dog": 0.7}, 0.5),
+    Evaluation(4, "search", {"all": [0.7, 0.4]}, 0.8, {"cat": 0.85, "dog": 0.75}, 0.5),
+]
+
+
+def front_point(number: int, cat: float, dog: float) -> FrontPoint:
+    scores = {"cat": cat, "dog": dog}
+    return FrontPoint(f"{number:02}.safetensors", {"cat": cat, "dog": 0.4}, scores, scores, scores)
+
+
+FRONT = Front(
+    score="accuracy",
+    maximise=True,
+    points=[front_point(1, 0.9, 0.5), front_point(2, 0.85, 0.75), front_point(3, 0.4, 0.8)],
+    experts={"cat": 0.95, "dog": 0.9},
+    singles=[(0.3, {"cat": 0.5, "dog": 0.6}), (0.5, {"cat": 0.6, "dog": 0.7})],
+    others=[{"cat": 0.3, "dog": 0.3}, {"cat": 0.2, "dog": 0.7}],
+    fits={task: SurfaceError(0.012, 0.034, 0.2) for task in TASKS},
+)
+
+
 def step(number: int, look: tuple[float, float] | None = None) -> dict[str, Any]:
     """A line of metrics.jsonl; `look` is the held-out objective and agreement of each task."""
     return {
@@ -81,7 +108,8 @@ STEPS = [step(0, (2.0, 0.25)), step(1), step(2, (1.0, 0.75)), step(3), step(4, (
 
 
 def write_run(folder: Path, *parts: str, **fields: Any) -> Path:
-    """Writes the named parts of a run: `coefficients`, `metrics`, `results`, `record`."""
+    """Writes the named parts of a run: `coefficients`, `metrics`, `results`, `record`,
+    `evaluations`, `front`."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks = {
         task: {"expert": f"experts/{task}", "calibration": f"data/{task}.npz"} for task in TASKS
@@ -102,6 +130,10 @@ def write_run(folder: Path, *parts: str, **fields: Any) -> Path:
             for method, own in RESULTS.items()
         ]
         (folder / "results.json").write_text(json.dumps({"rows": rows}))
+    for evaluation in EVALUATIONS if "evaluations" in parts else ():
+        append_evaluation(folder / "evaluations.jsonl", evaluation)
+    if "front" in parts:
+        FRONT.write(folder / "front.json")
     if "record" in parts:
         (folder / "run.json").write_text(json.dumps(RECORD))
     return folder
