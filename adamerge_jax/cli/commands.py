@@ -5,7 +5,7 @@ A command imports what it needs when it runs, so that help and small commands ar
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -317,6 +317,10 @@ class CompareMethods(RecipeCommand):
     0.4]}}', validation data choose one."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of methods with any randomness."""
+    with_heads: tuple[Literal["kept", "scaled", "refitted", "learned"], ...] = ()
+    """Heads that each method is measured with: kept, scaled, refitted, and learned where
+    coefficients are. By default learning has those of its recipe or preset, and merges without
+    learning the experts' own and, if the recipe's are others, fitted ones too."""
     out: Path | None = None
     """Folder of the rows and tables; by default runs/<recipe name>-methods."""
 
@@ -329,6 +333,7 @@ class CompareMethods(RecipeCommand):
             call.recipe,
             self.methods,
             self.seeds,
+            self.with_heads,
             root=call.root,
             out=out,
             console=call.console,

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from adamerge_jax.comparison.contenders import DEFAULT_ENTRIES, make_contenders
+from adamerge_jax.comparison.contenders import (
+    DEFAULT_ENTRIES,
+    Contender,
+    make_contenders,
+    reference_contender,
+)
 from adamerge_jax.comparison.measure import Measured
 from adamerge_jax.comparison.picture import draw_comparison
 from adamerge_jax.comparison.progress import Progress
@@ -18,7 +23,7 @@ from adamerge_jax.comparison.tables import as_markdown, score_table, standing_ta
 from adamerge_jax.comparison.worker import Job, JobFailed, RunJob, run_in_process
 from adamerge_jax.errors import InputError, readable
 from adamerge_jax.files.writing import remove_partial, write_whole
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.schema import HeadKind, Recipe
 from adamerge_jax.report.pictures import write_png
 from adamerge_jax.runs.files import LOCK_FILE
 from adamerge_jax.runs.lock import hold
@@ -40,6 +45,7 @@ def compare_methods(
     recipe: Recipe,
     entries: Iterable[str] = DEFAULT_ENTRIES,
     seeds: Sequence[int] = (0, 1, 2),
+    heads: Sequence[HeadKind] = (),
     *,
     root: Path,
     out: Path,
@@ -53,6 +59,7 @@ def compare_methods(
         recipe: The recipe, with test data.
         entries: The methods; see `make_contenders`.
         seeds: The seeds of methods with any randomness.
+        heads: The heads that each method is measured with; see `make_contenders`.
         root: Folder that relative paths of the recipe start from.
         out: The folder of the comparison, new or of an earlier one. Rows that are there, and whose
             recipe, models and data are still the same, are not measured again.
@@ -67,7 +74,9 @@ def compare_methods(
         InputError: The recipe, a model or data cannot be used, or the folder holds something else.
         Stopped: A signal came; the same call goes on.
     """
-    contenders = make_contenders(recipe, entries, seeds, may_run_code=allow_code)
+    # What is wrong with them is said before hours of measuring.
+    entries = list(entries)
+    make_contenders(recipe, entries, seeds, heads, may_run_code=allow_code)
     out = out.expanduser()
     if out.is_dir() and (others := {path.name for path in out.iterdir()} - _NAMES):
         raise InputError(
@@ -76,20 +85,20 @@ def compare_methods(
     with hold(out):
         (out / ROWS_FOLDER).mkdir(exist_ok=True)
         remove_partial(out)
-        jobs = [
-            Job(
-                contender,
-                recipe.seed,
-                root,
-                file := row_file(out / ROWS_FOLDER, contender, recipe.seed, root),
-                out / STATE_FOLDER / file.stem,
-                allow_code,
-            )
-            for contender in contenders
-        ]
+
+        def job_of(contender: Contender) -> Job:
+            file = row_file(out / ROWS_FOLDER, contender, recipe.seed, root)
+            state = out / STATE_FOLDER / file.stem
+            return Job(contender, recipe.seed, root, file, state, allow_code)
+
+        references = _measure_references(job_of(reference_contender(recipe)), console, out, run_job)
+        contenders = make_contenders(
+            recipe, entries, seeds, heads, fits=references.fits, may_run_code=allow_code
+        )
+        jobs = list(map(job_of, contenders))
         loaded = {job.file: measured for job in jobs if (measured := load(job.file)) is not None}
         failed = _measure_missing(jobs, loaded, console, out, run_job)
-        comparison = _summarised(jobs, loaded, failed)
+        comparison = summarise(references, _by_method(jobs, loaded), failed)
         write_whole(
             out / JSON_FILE, json.dumps(comparison.as_json(), indent=2, ensure_ascii=False) + "\n"
         )
@@ -101,6 +110,26 @@ def compare_methods(
         console.print(score_table(table))
         console.print(standing_table(table))
     return comparison
+
+
+def _measure_references(job: Job, console: Console, out: Path, run_job: RunJob) -> Measured:
+    """Returns the scores of the base and the experts, measured unless they are there.
+
+    Raises:
+        InputError: They cannot be measured, so that nothing else can.
+    """
+    measured = load(job.file)
+    if measured is None:
+        progress = Progress(console, out / LOG_FILE, [job.contender], 0)
+        try:
+            with progress.measuring(job.contender) as report:
+                run_job(job, report)
+        except JobFailed as failure:
+            raise InputError(str(failure)) from failure
+        measured = load(job.file)
+        assert measured is not None
+        progress.done(job.contender, measured)
+    return measured
 
 
 def _measure_missing(
@@ -125,9 +154,6 @@ def _measure_missing(
             with progress.measuring(contender) as report:
                 run_job(job, report)
         except JobFailed as failure:
-            if contender.kind == "references":
-                # Nothing has a place without them, and nothing else would work either.
-                raise InputError(str(failure)) from failure
             if failure.is_refused:
                 refused.add(contender.name)  # with any seed
             failed[contender.name] = readable(str(failure))
@@ -139,11 +165,10 @@ def _measure_missing(
     return failed
 
 
-def _summarised(jobs: Sequence[Job], loaded: Loaded, failed: dict[str, str]) -> Comparison:
-    """Returns the table of the rows that are there."""
+def _by_method(jobs: Sequence[Job], loaded: Loaded) -> dict[str, dict[int, Measured]]:
+    """Returns the rows that are there, by method and seed."""
     by_method: dict[str, dict[int, Measured]] = defaultdict(dict)
-    references, *others = jobs
-    for job in others:
+    for job in jobs:
         if job.file in loaded:
             by_method[job.contender.name][job.contender.seed] = loaded[job.file]
-    return summarise(loaded[references.file], by_method, failed)
+    return by_method

@@ -12,7 +12,7 @@ from adamerge_jax.files.strict_yaml import read_yaml
 from adamerge_jax.methods import METHODS, make_method
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.presets import PRESETS, drop_options_of_replaced
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.schema import HeadKind, Recipe
 from adamerge_jax.registry import allow_code, find_registered, is_own_code
 
 RECIPE = "recipe"
@@ -28,6 +28,7 @@ HOW_TO_LEARN = (
     "keep_from_base",
     "interference",
     "coefficients",
+    "heads",
     "objectives",
     "regularizers",
     "learning",
@@ -46,6 +47,7 @@ class Contender(NamedTuple):
         seed: The seed of all randomness but that of the test data.
         method: The name of the merge method.
         options: Its options; a list of numbers is a choice that validation data makes.
+        heads: The heads of a merge without learning; those of learning are in its recipe.
     """
 
     name: str
@@ -54,36 +56,75 @@ class Contender(NamedTuple):
     seed: int
     method: str = ""
     options: Mapping[str, Any] = {}
+    heads: HeadKind = "kept"
+
+
+FITS: tuple[HeadKind, ...] = ("scaled", "refitted")
+"""The heads that can be fitted to any merge; `HeadsRecipe` tells what they are."""
+
+BASE = "base"
+"""The method of a contender that is the base itself, with heads fitted to it."""
+
+
+def reference_contender(recipe: Recipe) -> Contender:
+    """Returns the contender that stands for the base and the experts.
+
+    Raises:
+        InputError: Test data is missing.
+    """
+    _require_data(recipe)
+    fields = recipe.model_dump(mode="json") | {"heads": {"kind": "kept"}}
+    return Contender("base and experts", "references", fields, recipe.seed)
 
 
 def make_contenders(
-    recipe: Recipe, entries: Iterable[str], seeds: Sequence[int], *, may_run_code: bool = False
+    recipe: Recipe,
+    entries: Iterable[str],
+    seeds: Sequence[int],
+    heads: Sequence[HeadKind] = (),
+    *,
+    fits: Sequence[str] = FITS,
+    may_run_code: bool = False,
 ) -> list[Contender]:
-    """Returns what is to be measured, the base and the experts first.
+    """Returns what is to be measured beside the base and the experts.
 
     Args:
         recipe: The recipe with models and data.
         entries: Names of merge methods and presets, `recipe`, `methods` or `presets`; or a YAML
             mapping of one of them to its options, of a preset to fields of the recipe.
         seeds: The seeds; a method without randomness is measured with the first one.
+        heads: The heads that every contender is measured with. By default learning has those of
+            its recipe, and merges without learning have the experts' own and, if the recipe fits
+            heads, fitted ones too.
+        fits: The heads that can be fitted to these models.
         may_run_code: True if functions of the user's own may be imported.
 
     Raises:
-        InputError: An entry is none of these or refuses an option, or data is missing.
+        InputError: An entry is none of these or refuses an option, or data is missing, or these
+            models' heads cannot be so.
     """
     _require_data(recipe)
+    for kind in heads:
+        if kind != "kept" and ("refitted" if kind == "learned" else kind) not in fits:
+            raise InputError(
+                f"--with-heads: {kind} is not for these models, whose heads can be "
+                f"{' or '.join(('kept', *fits))}"
+            )
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds: found {list(seeds)}, expected one seed or several unlike ones")
-    fields = recipe.model_dump(mode="json")
-    contenders = [Contender("base and experts", "references", fields, recipe.seed)]
+    merge_heads = [kind for kind in heads if kind != "learned"] or _merge_heads(recipe, fits)
+    contenders = []
+    for kind in merge_heads:
+        if kind != "kept":
+            contenders += [_merge_contender(recipe, BASE, BASE, {}, kind, seed) for seed in seeds]
     names: set[str] = set()
     for name, options in _expanded(entries, recipe):
         if may_run_code:
             allow_code([name])
         if is_own_code(name) or name in METHODS:
-            added = _merge_contenders(recipe, name, options, seeds)
+            added = _merge_contenders(recipe, name, options, merge_heads, seeds)
         elif name in (RECIPE, *PRESETS):
-            added = _learning_contenders(recipe, name, options, seeds, may_run_code)
+            added = _learning_contenders(recipe, name, options, heads, seeds, may_run_code)
         else:
             choices = (*METHODS, *PRESETS, RECIPE, *GROUPS)
             nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)
@@ -148,8 +189,22 @@ def _parse_entry(entry: str) -> tuple[str, dict[str, Any]]:
     )
 
 
+def _merge_heads(recipe: Recipe, fits: Sequence[str]) -> list[HeadKind]:
+    """Returns the heads of merges without learning: what is given to learning is given to them."""
+    if recipe.heads.kind == "kept" or not fits:
+        return ["kept"]
+    return [
+        "kept",
+        "scaled" if recipe.heads.kind == "scaled" or fits == ("scaled",) else "refitted",
+    ]
+
+
 def _merge_contenders(
-    recipe: Recipe, method: str, options: dict[str, Any], seeds: Sequence[int]
+    recipe: Recipe,
+    method: str,
+    options: dict[str, Any],
+    heads: Sequence[HeadKind],
+    seeds: Sequence[int],
 ) -> list[Contender]:
     choices = choices_of(options)
     for choice in choices:
@@ -167,17 +222,30 @@ def _merge_contenders(
         f"{option} {_range_in_words(value) if _is_choice(value) else value}"
         for option, value in options.items()
     )
-    return [
-        Contender(
-            method + (f" ({words})" if words else ""),
-            "merge",
-            recipe.model_dump(mode="json") | {"seed": seed},
-            seed,
-            method,
-            options | ({"seed": seed} if takes_seed else {}),
-        )
-        for seed in (seeds if varies else seeds[:1])
-    ]
+    name = method + (f" ({words})" if words else "")
+    contenders = []
+    for kind in heads:
+        # The parts of cross-validation are drawn.
+        for seed in seeds if varies or kind != "kept" else seeds[:1]:
+            seeded = options | ({"seed": seed} if takes_seed else {})
+            contenders.append(_merge_contender(recipe, name, method, seeded, kind, seed))
+    return contenders
+
+
+def _merge_contender(
+    recipe: Recipe,
+    name: str,
+    method: str,
+    options: Mapping[str, Any],
+    heads: HeadKind,
+    seed: int,
+) -> Contender:
+    fields = recipe.model_dump(mode="json") | {"seed": seed, "heads": {"kind": heads}}
+    return Contender(_with_heads(name, heads), "merge", fields, seed, method, options, heads)
+
+
+def _with_heads(name: str, heads: HeadKind) -> str:
+    return name if heads == "kept" else f"{name}, heads {heads}"
 
 
 def _range_in_words(values: Sequence[float]) -> str:
@@ -188,6 +256,7 @@ def _learning_contenders(
     recipe: Recipe,
     name: str,
     overrides: dict[str, Any],
+    heads: Sequence[HeadKind],
     seeds: Sequence[int],
     may_run_code: bool,
 ) -> list[Contender]:
@@ -199,17 +268,16 @@ def _learning_contenders(
     label = name
     if changed:
         label += f" ({', '.join(f'{path} {value}' for path, value in changed.items())})"
-    return [
-        Contender(
-            label,
-            "learning",
-            parse_recipe(
-                fields | {"seed": seed}, f"--methods {name}", allow_code=may_run_code
-            ).model_dump(mode="json"),
-            seed,
-        )
-        for seed in seeds
-    ]
+    contenders = []
+    for kind in heads or (None,):
+        chosen = fields if kind is None else _merged(fields, {"heads": {"kind": kind}})
+        for seed in seeds:
+            seeded = parse_recipe(
+                chosen | {"seed": seed}, f"--methods {name}", allow_code=may_run_code
+            ).model_dump(mode="json")
+            named = _with_heads(label, kind or "kept")
+            contenders.append(Contender(named, "learning", seeded, seed))
+    return contenders
 
 
 def _with_preset(recipe: Recipe, preset: str, may_run_code: bool) -> Recipe:
@@ -217,6 +285,8 @@ def _with_preset(recipe: Recipe, preset: str, may_run_code: bool) -> Recipe:
     dumped = recipe.model_dump(mode="json")
     fields = {name: value for name, value in dumped.items() if name not in HOW_TO_LEARN}
     fields["preset"] = preset
+    if recipe.heads != recipe.heads_of_preset:
+        fields["heads"] = dumped["heads"]
     if recipe.own_keep_from_base:
         fields["keep_from_base"] = recipe.keep_from_base
     learning = PRESETS[preset].get("learning", {})

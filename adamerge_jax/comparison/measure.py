@@ -3,26 +3,35 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Array
 
 from adamerge_jax.checkpoints.dtypes import DELTA_DTYPES
-from adamerge_jax.comparison.contenders import Contender, choices_of
+from adamerge_jax.comparison.contenders import BASE, FITS, Contender, choices_of
+from adamerge_jax.data.batches import calibrate
+from adamerge_jax.data.expert_targets import ask_expert
 from adamerge_jax.devices import open_devices
+from adamerge_jax.heads.fitted import Kind as FitKind
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning.loop import Progress
 from adamerge_jax.methods import make_method
+from adamerge_jax.objectives import TargetSpec
+from adamerge_jax.pipeline.heads import HeadParameters, fit_heads
 from adamerge_jax.pipeline.learn import learn_coefficients, prepare, require_any_merged
 from adamerge_jax.pipeline.merge import method_parameters
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.schema import HeadKind, Recipe
 from adamerge_jax.runs.record import peak_memory_of_arrays
-from adamerge_jax.runs.rows import Row
+from adamerge_jax.runs.rows import Kind, Row
 from adamerge_jax.task_vectors import Delta
 from adamerge_jax.task_vectors.offload.memory import make_memory
 
@@ -59,11 +68,13 @@ class Measured(NamedTuple):
             experts' for the references.
         cost: Its cost.
         chosen: The options that validation data chose.
+        fits: For the references: the heads that can be fitted to these models.
     """
 
     rows: list[Row]
     cost: Cost
     chosen: Mapping[str, Any] = {}
+    fits: tuple[HeadKind, ...] = ()
 
 
 class _Merge(NamedTuple):
@@ -73,6 +84,7 @@ class _Merge(NamedTuple):
     steps: int = 0
     coefficients: int = 0
     chosen: Mapping[str, Any] = {}
+    heads: HeadParameters = MappingProxyType({})
 
 
 def measure(
@@ -113,16 +125,23 @@ def measure(
             # No name for an expert: it is gone before the next one is read.
             scores[task] = evaluator.measures(workspace.expert(task, base), task, examples)
         rows.append(Row.of_measures("experts (one model each)", scores, "experts"))
-        return Measured(rows, _cost(0.0, time.perf_counter() - start))
+        last = workspace.models.family.last_layer
+        fits = () if last is None else FITS[:1] if last.scaled_only else FITS
+        return Measured(rows, _cost(0.0, time.perf_counter() - start), fits=fits)
     if contender.kind == "merge":
         merge = _merge(contender, recipe, workspace, report)
+        if contender.heads in FITS:
+            report("asking the experts, fitting heads")
+            merge = merge._replace(heads=_fitted_heads(contender.heads, merge, recipe, workspace))
     else:
         merge = _learn(recipe, workspace, state, report)
     seconds, memory = time.perf_counter() - start, peak_memory_of_arrays()
     report("evaluating")
     start = time.perf_counter()
-    kind = "baseline" if contender.kind == "merge" else "learned"
-    row = evaluator.row(contender.name, merge.parameters, test, kind)
+    kind: Kind = "learned"
+    if contender.kind == "merge":
+        kind = "baseline" if contender.heads == "kept" else "heads"
+    row = evaluator.with_heads(merge.heads).row(contender.name, merge.parameters, test, kind)
     cost = _cost(seconds, time.perf_counter() - start)._replace(
         peak_memory_bytes=memory, steps=merge.steps, coefficients=merge.coefficients
     )
@@ -149,6 +168,8 @@ def _merge(contender: Contender, recipe: Recipe, workspace: Workspace, report: R
     The task vectors are read again only for other interference steps.
     """
     base = workspace.base()
+    if contender.method == BASE:
+        return _Merge(base)
     dtype_name = recipe.task_vectors.dtype or recipe.dtype
     dtype = DELTA_DTYPES[dtype_name] if dtype_name else None
     best, best_score = None, None
@@ -181,6 +202,36 @@ def _merge(contender: Contender, recipe: Recipe, workspace: Workspace, report: R
     return best
 
 
+def _fitted_heads(
+    kind: FitKind, merge: _Merge, recipe: Recipe, workspace: Workspace
+) -> HeadParameters:
+    """Fits each task's head to its expert's logits on the features of a merge."""
+    base, evaluator = workspace.base(), workspace.evaluator
+    targets = {}
+    for task, examples in workspace.data.calibration.items():
+
+        def ask(
+            inputs: Mapping[str, np.ndarray], expert: Any, task: str = task
+        ) -> tuple[Array, dict[int, Array]]:
+            return evaluator.run(expert, task, inputs)
+
+        targets[task] = ask_expert(
+            # No name for an expert: it is gone before the next one is read.
+            partial(ask, expert=workspace.expert(task, base)),
+            examples,
+            TargetSpec(expert_logits=True),
+            batch_size=evaluator.batch_size,
+        )
+    calibration = calibrate(
+        workspace.data.calibration,
+        batch_size=1,
+        held_out=recipe.learning.held_out,
+        seed=recipe.seed,
+        targets=targets,
+    )
+    return fit_heads(workspace, merge.parameters, calibration, kind, recipe.seed)
+
+
 def _learn(recipe: Recipe, workspace: Workspace, state: Path | None, report: Report) -> _Merge:
     """Learns coefficients as a recipe says."""
 
@@ -202,6 +253,7 @@ def _learn(recipe: Recipe, workspace: Workspace, state: Path | None, report: Rep
         result.parameters(inputs.theta_start),
         sum(stage.steps for stage in inputs.method.stages),
         sum(array.size for array in result.coefficients.values.values()),
+        heads=result.heads,
     )
 
 

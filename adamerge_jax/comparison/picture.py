@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"learned": CATEGORIES[0], "baseline": CATEGORIES[1]}
-_LABELS = {"learned": "learned", "baseline": "without learning"}
+_COLOURS = dict(zip(("learned", "baseline", "heads"), CATEGORIES, strict=False))
+_LABELS = {
+    "learned": "learned",
+    "baseline": "without learning",
+    "heads": "heads alone fitted",
+}
 
 
 def draw_comparison(comparison: Comparison) -> "Figure":
@@ -53,7 +57,7 @@ def draw_comparison(comparison: Comparison) -> "Figure":
     axes.tick_params(labelsize=8)
     axes.grid(axis="x", color="#dddddd", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return figure
 
 

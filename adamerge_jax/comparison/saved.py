@@ -17,6 +17,7 @@ from adamerge_jax.comparison.measure import Cost, Measured
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object
 from adamerge_jax.files.writing import write_whole
+from adamerge_jax.recipes.schema import HeadKind
 from adamerge_jax.runs.rows import ExampleScores, Row
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class _SavedResults(BaseModel):
     rows: list[_SavedRow]
     cost: Cost
     chosen: dict[str, Any]
+    fits: tuple[HeadKind, ...]
 
 
 def row_file(folder: Path, contender: Contender, data_seed: int, root: Path) -> Path:
@@ -113,7 +115,7 @@ def row_file(folder: Path, contender: Contender, data_seed: int, root: Path) -> 
         relevant["seed"] = contender.seed
     facts = {
         "recipe": relevant,
-        "method": [contender.kind, contender.method, dict(contender.options)],
+        "method": [contender.kind, contender.method, dict(contender.options), contender.heads],
         "data_seed": data_seed,
         "evaluation": {n: v for n, v in fields["evaluation"].items() if n not in _CONTENDERS},
         "files": _stamps(fields, root),
@@ -131,6 +133,7 @@ def save(measured: Measured, file: Path) -> None:
         rows=[_SavedRow.of(row) for row in measured.rows],
         cost=measured.cost,
         chosen=dict(measured.chosen),
+        fits=measured.fits,
     )
     write_whole(file, json.dumps(saved.model_dump(), ensure_ascii=False) + "\n")
 
@@ -145,7 +148,7 @@ def load(file: Path) -> Measured | None:
     except (InputError, ValidationError, KeyError, ValueError) as error:
         log.warning("%s cannot be read and is measured again: %s", file, error)
         return None
-    return Measured(rows, saved.cost, saved.chosen)
+    return Measured(rows, saved.cost, saved.chosen, saved.fits)
 
 
 def _stamps(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:

@@ -8,8 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adamerge_jax.comparison.measure import Measured
-from adamerge_jax.runs.outcome import Standing, measure_outcome
-from adamerge_jax.runs.rows import ExampleScores, Kind, Metric, Row, best_without_learning
+from adamerge_jax.runs.outcome import Estimate, Standing, measure_outcome
+from adamerge_jax.runs.rows import (
+    ExampleScores,
+    Kind,
+    Metric,
+    Row,
+    best_with_heads,
+    best_without_learning,
+)
 
 
 class Spread(NamedTuple):
@@ -49,6 +56,8 @@ class MethodSummary:
         average: The average over tasks.
         standing: The place of the mean over seeds between the best merge without learning and the
             experts; None where a score is not finite.
+        beyond_heads: For what is learned: the part that it closes of the gap from the best merge
+            without learning whose heads were fitted; None without one.
         seconds: The time of the merge, without its evaluation.
         peak_memory_bytes: The largest memory of all seeds.
         steps: The number of optimizer steps.
@@ -62,6 +71,7 @@ class MethodSummary:
     tasks: dict[str, Spread]
     average: Spread
     standing: Standing | None = None
+    beyond_heads: Estimate | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     steps: int = 0
@@ -77,6 +87,7 @@ class Comparison:
         metric: The meaning of the scores.
         methods: The base and the experts, then the methods from the best to the worst.
         reference: The name of the best merge without learning.
+        reference_with_heads: The name of the best of them whose heads were fitted.
         examples: The number of test examples by task.
         devices: The kinds of devices that it was measured on.
         failed: The reason by method that has no row.
@@ -86,6 +97,7 @@ class Comparison:
     metric: Metric
     methods: tuple[MethodSummary, ...]
     reference: str | None
+    reference_with_heads: str | None
     examples: dict[str, int]
     devices: tuple[str, ...]
     failed: dict[str, str]
@@ -116,11 +128,10 @@ def summarise(
         failed: The reason by method that has no row.
     """
     means = {name: _mean_row([m.rows[0] for m in s.values()]) for name, s in measured.items()}
-    baselines = [row for row in means.values() if row.kind == "baseline"]
-    reference = best_without_learning([*references.rows, *baselines])
+    rows = [*references.rows, *(row for row in means.values() if row.kind != "learned")]
+    reference, with_heads = best_without_learning(rows), best_with_heads(rows)
     summaries = [
-        _summary(name, by_seed, _standing(means[name], references.rows, baselines))
-        for name, by_seed in measured.items()
+        _summary(name, by_seed, means[name], rows, with_heads) for name, by_seed in measured.items()
     ]
     summaries.sort(key=lambda summary: means[summary.name].score, reverse=True)
     ends = [_summary_of_reference(row, references) for row in references.rows]
@@ -141,6 +152,7 @@ def summarise(
         first.metric,
         (*ends, *summaries),
         None if reference is None else reference.method,
+        None if with_heads is None else with_heads.method,
         {task: len(scores.values) for task, scores in (first.examples or {}).items()},
         tuple(sorted(devices | {references.cost.device})),
         dict(failed),
@@ -168,20 +180,38 @@ def _mean_row(rows: Sequence[Row]) -> Row:
     return first._replace(tasks=tasks, examples=examples)
 
 
-def _standing(mean: Row, references: Sequence[Row], baselines: Sequence[Row]) -> Standing | None:
-    """Returns the place of a method on average over the tasks."""
-    outcome = measure_outcome([*references, *baselines, mean])
+def _standing(rows: Sequence[Row]) -> Standing | None:
+    """Returns the place of the last row on average over the tasks."""
+    outcome = measure_outcome(rows)
     return None if outcome is None else outcome.average
 
 
 def _summary(
-    name: str, by_seed: Mapping[int, Measured], standing: Standing | None
+    name: str,
+    by_seed: Mapping[int, Measured],
+    mean: Row,
+    others: Sequence[Row],
+    with_heads: Row | None,
 ) -> MethodSummary:
+    """Returns the line of one method.
+
+    Args:
+        name: Its name.
+        by_seed: Its results by seed.
+        mean: The row of its means over seeds.
+        others: The base, the experts and all merges without learning.
+        with_heads: The best of the latter whose heads were fitted.
+    """
     rows = [measured.rows[0] for measured in by_seed.values()]
     costs = [measured.cost for measured in by_seed.values()]
-    if standing is not None and rows[0].kind != "learned":
-        # What nothing was learned for is where the gap begins.
+    standing, beyond = _standing([*others, mean]), None
+    if standing is not None and mean.kind == "baseline":
+        # What nothing was fitted for is where the gap begins.
         standing = dataclasses.replace(standing, gap=None, closed=None)
+    if with_heads is not None and mean.kind == "learned":
+        experts = [row for row in others if row.kind == "experts"]
+        place = _standing([*experts, with_heads._replace(kind="baseline"), mean])
+        beyond = None if place is None else place.closed
     return MethodSummary(
         name,
         rows[0].kind,
@@ -189,6 +219,7 @@ def _summary(
         {task: Spread.of([row.tasks[task] for row in rows]) for task in rows[0].tasks},
         Spread.of([row.average for row in rows]),
         standing,
+        beyond,
         float(np.mean([cost.seconds for cost in costs])),
         max(cost.peak_memory_bytes for cost in costs),
         costs[0].steps,

@@ -84,9 +84,12 @@ def _standing_columns(comparison: Comparison) -> list[_Column]:
         return percentage(summary.standing and summary.standing.share, 1) or ""
 
     def closed(summary: MethodSummary) -> str:
-        estimate = summary.standing and summary.standing.closed
-        interval = _interval(estimate, "accuracy", digits=0)
-        return (percentage(estimate, 0) or "") + (f" ({interval})" if interval else "")
+        return _closed_in_words(summary.standing and summary.standing.closed)
+
+    def beyond_heads(summary: MethodSummary) -> str:
+        return _closed_in_words(summary.beyond_heads)
+
+    has_heads = comparison.reference_with_heads is not None
 
     def memory(summary: MethodSummary) -> str:
         peak = summary.peak_memory_bytes
@@ -97,6 +100,7 @@ def _standing_columns(comparison: Comparison) -> list[_Column]:
         _Column("95% interval", score_interval),
         _Column("of experts", share),
         _Column("gap closed", closed),
+        *([_Column("beyond heads", beyond_heads)] if has_heads else []),
         _Column(
             "coefficients",
             lambda summary: f"{summary.coefficients:,}" if summary.coefficients else "",
@@ -113,7 +117,7 @@ def _as_table(comparison: Comparison, columns: Sequence[_Column], title: str) ->
     table.add_column("method", overflow="fold")
     for column in columns:
         table.add_column(Text(one_line(column.heading)), justify="right", no_wrap=True)
-    styles = {"learned": "bold green", "experts": "dim", "baseline": None}
+    styles = {"learned": "bold green", "heads": "green", "experts": "dim", "baseline": None}
     for summary in comparison.methods:
         cells = [Text(one_line(column.cell(summary))) for column in columns]
         style = styles[summary.kind] if summary.seeds else "dim"
@@ -132,6 +136,11 @@ def _legend(comparison: Comparison, name: Callable[[str], str]) -> str:
             f"The gap is that from {name(comparison.reference)}, the best without learning, to the "
             "experts."
         )
+    if comparison.reference_with_heads is not None:
+        sentences.append(
+            f"Beyond heads: that from {name(comparison.reference_with_heads)}, the best without "
+            "learning but for its heads."
+        )
     for summary in comparison.methods:
         if summary.chosen:
             words = ", ".join(f"{option} {value}" for option, value in summary.chosen.items())
@@ -145,6 +154,11 @@ def _spread_in_words(spread: Spread, metric: Metric) -> str:
     if spread.deviation is None:
         return words
     return f"{words} ± {in_words(spread.deviation, metric)}"
+
+
+def _closed_in_words(estimate: Estimate | None) -> str:
+    interval = _interval(estimate, "accuracy", digits=0)
+    return (percentage(estimate, 0) or "") + (f" ({interval})" if interval else "")
 
 
 def _interval(estimate: Estimate | None, metric: Metric, digits: int | None = None) -> str:

@@ -12,13 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adamerge_jax.cli import main as cli
 from adamerge_jax.comparison.compare import compare_methods
-from adamerge_jax.comparison.contenders import make_contenders
+from adamerge_jax.comparison.contenders import make_contenders, reference_contender
 from adamerge_jax.comparison.saved import load, row_file
 from adamerge_jax.comparison.worker import Job, JobFailed, run_here, run_in_process
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object
 from adamerge_jax.pipeline.run import evaluate
 from adamerge_jax.recipes.loading import load_recipe
+from adamerge_jax.runs.results import read_results
 from tests.language_references import (
     TASKS,
     byte_tokenizer,
@@ -118,7 +119,7 @@ def test_all_files_are_there(compared):
         "progress.log",
     }
     log = (out / "progress.log").read_text()
-    assert "7 rows to measure" in log
+    assert "6 rows to measure" in log
     assert "recipe, seed 1: " in log
     assert "; 1 row left, about 0:0" in log
     assert "learning, step 3 of 3: held-out loss" in log
@@ -142,7 +143,7 @@ def test_a_row_is_of_its_recipe_models_and_data(compared):
     loaded = load_recipe(recipe)
 
     def files(recipe, seeds=(0,)):
-        contenders = make_contenders(recipe, ENTRIES, seeds)
+        contenders = [reference_contender(recipe), *make_contenders(recipe, ENTRIES, seeds)]
         return {c.name: row_file(root, c, recipe.seed, root) for c in contenders}
 
     before = files(loaded)
@@ -220,6 +221,30 @@ def test_nothing_is_compared_without_base_and_experts(image_recipe, tmp_path):
         )
 
 
+def test_heads_are_those_that_learning_gives_its_baselines(image_recipe, tmp_path):
+    learning = {"steps": 1, "batch_size": 4}
+    recipe = write_recipe(tmp_path, image_recipe | {"heads": "refitted", "learning": learning})
+    comparison = compare_methods(
+        load_recipe(recipe),
+        ["average", "recipe"],
+        [0],
+        root=tmp_path,
+        out=tmp_path / "out",
+        console=QUIET,
+        run_job=run_here,
+    )
+    cli.main(["learn", str(recipe), "--out", str(tmp_path / "run")])
+    rows = {row.method: row for row in read_results(tmp_path / "run" / "results.json").rows}
+    rows["recipe"] = rows.pop("learned (tensor, heads refitted)")
+    methods = {method.name: method for method in comparison.methods}
+    assert methods.keys() < rows.keys()
+    assert {"base, heads refitted", "average, heads refitted"} < methods.keys()
+    for name, method in methods.items():
+        scores = {task: spread.mean for task, spread in method.tasks.items()}
+        assert scores == pytest.approx(rows[name].tasks), name
+        assert method.kind == rows[name].kind
+
+
 def test_a_folder_of_something_else_is_left_alone(image_recipe, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").touch()
@@ -234,7 +259,7 @@ def test_test_examples_are_the_same_for_all_seeds(image_recipe, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path, image_recipe))
     rows = []
     for seed in (0, 1):
-        contender = make_contenders(recipe, ["average"], [seed])[1]
+        contender = make_contenders(recipe, ["average"], [seed])[0]
         job = Job(contender, 0, tmp_path, tmp_path / f"{seed}.json", tmp_path / "state")
         run_here(job, lambda line: None)
         rows.append(load(job.file).rows[0].examples)
@@ -267,7 +292,7 @@ def test_the_end_of_a_process(compared, tmp_path, monkeypatch, ending, message, 
     program.write_text(f"#!/bin/sh\nread order\necho working\n{ending}\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    contender = make_contenders(load_recipe(recipe), ["average"], [0])[1]
+    contender = make_contenders(load_recipe(recipe), ["average"], [0])[0]
     job = Job(contender, 0, tmp_path, tmp_path / "row.json", tmp_path / "state")
     lines: list[str] = []
     with pytest.raises(JobFailed, match=message) as failure:
@@ -291,7 +316,7 @@ def test_language_models_are_compared_by_all_their_metrics(language_recipe, tmp_
     metrics = [comparison.metric, *(table.metric for table in comparison.further)]
     assert metrics[0] == "loss"
     assert {"token_accuracy", "answer_loss"} & set(metrics)
-    contender = make_contenders(recipe, ["average"], [0])[1]
+    contender = make_contenders(recipe, ["average"], [0])[0]
     saved = load(row_file(tmp_path / "out" / "rows", contender, 0, tmp_path))
     row = saved.rows[0]
     for table in (comparison, *comparison.further):

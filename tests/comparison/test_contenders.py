@@ -27,15 +27,14 @@ def test_methods_without_randomness_are_measured_once():
     contenders = make_contenders(recipe_of(seed=7), ["ties", "dare", "recipe"], [3, 4])
     measured = [(c.name, c.kind, c.seed) for c in contenders]
     assert measured == [
-        ("base and experts", "references", 7),
         ("ties", "merge", 3),
         ("dare", "merge", 3),
         ("dare", "merge", 4),
         ("recipe", "learning", 3),
         ("recipe", "learning", 4),
     ]
-    assert [c.fields["seed"] for c in contenders] == [7, 3, 3, 4, 3, 4]
-    assert [c.options for c in contenders[2:4]] == [{"seed": 3}, {"seed": 4}]
+    assert [c.fields["seed"] for c in contenders] == [3, 3, 4, 3, 4]
+    assert [c.options for c in contenders[1:3]] == [{"seed": 3}, {"seed": 4}]
 
 
 def test_a_method_that_needs_data_is_measured_again_where_its_examples_are_drawn():
@@ -45,7 +44,7 @@ def test_a_method_that_needs_data_is_measured_again_where_its_examples_are_drawn
         (recipe_of(learning={"examples": 5, "batch_size": 2}), [3, 4]),
         (recipe_of(limited), [3, 4]),
     ):
-        contenders = make_contenders(recipe, ["regmean"], [3, 4])[1:]
+        contenders = make_contenders(recipe, ["regmean"], [3, 4])
         assert [c.seed for c in contenders] == seeds
 
 
@@ -59,7 +58,7 @@ def test_groups_stand_for_all_of_a_kind():
         else name
         for name in METHODS
     ]
-    assert names == ["base and experts", *expected, "ties (density 0.3)", *PRESETS]
+    assert names == [*expected, "ties (density 0.3)", *PRESETS]
 
 
 def test_task_arithmetic_is_not_chosen_without_labels():
@@ -75,7 +74,7 @@ def test_options_change_a_method_or_a_recipe():
         "{recipe: {coefficients: {granularity: tensor}, learning: {steps: 5}}}",
         "{adamerging: {learning: {steps: 6}}}",
     ]
-    ties, learned, preset = make_contenders(recipe, entries, [0])[1:]
+    ties, learned, preset = make_contenders(recipe, entries, [0])
     assert (ties.name, ties.options) == ("ties (density 0.3)", {"density": 0.3})
     assert learned.name == "recipe (coefficients.granularity tensor, learning.steps 5)"
     assert learned.fields["coefficients"]["granularity"] == "tensor"
@@ -93,7 +92,7 @@ def test_a_preset_learns_as_it_is():
         objectives=[{"name": "entropy", "weight": 2.0}],
         learning={"examples": 10, "steps": 3, "batch_size": 2},
     )
-    fields = make_contenders(recipe, ["adamerging"], [0])[1].fields
+    fields = make_contenders(recipe, ["adamerging"], [0])[0].fields
     assert fields["interference"] == []
     assert fields["objectives"] == [{"name": "entropy", "weight": 1.0, "options": {}}]
     assert fields["learning"]["steps"] == PRESETS["adamerging"]["learning"]["steps"]
@@ -103,7 +102,7 @@ def test_a_preset_learns_as_it_is():
 
 def test_labels_come_from_the_validation_data():
     task = TASK | {"validation": LABELLED | {"limit": 5}}
-    fields = make_contenders(recipe_of(task), ["atlas"], [0])[1].fields
+    fields = make_contenders(recipe_of(task), ["atlas"], [0])[0].fields
     assert fields["tasks"]["law"]["calibration"]["limit"] == 5
 
 
@@ -140,3 +139,58 @@ def test_lists_are_choices():
 def test_what_is_refused(task, entries, seeds, message):
     with pytest.raises(InputError, match=message):
         make_contenders(recipe_of(task), entries, seeds)
+
+
+def named(recipe: Recipe, entries: list[str], *arguments: Any, **options: Any) -> list[str]:
+    return [c.name for c in make_contenders(recipe, entries, [0], *arguments, **options)]
+
+
+def test_merges_without_learning_get_the_heads_that_learning_gets():
+    recipe = recipe_of(preset="adamerging", heads="learned")
+    with_fits = ["base, heads refitted", "ties", "ties, heads refitted", "recipe"]
+    assert named(recipe, ["ties", "recipe"]) == with_fits
+    scaled = ["base, heads scaled", "ties", "ties, heads scaled", "recipe"]
+    assert named(recipe, ["ties", "recipe"], fits=("scaled",)) == scaled
+    assert named(recipe_of(preset="adamerging", heads="scaled"), ["ties", "recipe"]) == scaled
+    assert named(recipe, ["ties", "recipe"], fits=()) == ["ties", "recipe"]
+    assert named(recipe_of(preset="adamerging"), ["ties", "recipe"]) == ["ties", "recipe"]
+
+
+def test_heads_are_a_dimension():
+    recipe = recipe_of(preset="adamerging", heads={"kind": "learned", "ridge": 0.5})
+    contenders = make_contenders(recipe, ["ties", "recipe"], [3, 4], ["kept", "learned"])
+    assert [(c.name, c.seed) for c in contenders] == [
+        ("ties", 3),
+        ("recipe", 3),
+        ("recipe", 4),
+        ("recipe, heads learned", 3),
+        ("recipe, heads learned", 4),
+    ]
+    assert contenders[1].fields["heads"]["kind"] == "kept"
+    assert contenders[3].fields["heads"]["ridge"] == 0.5
+    fitted = make_contenders(recipe, ["ties"], [3, 4], ["refitted"])
+    assert [(c.name, c.seed) for c in fitted] == [
+        ("base, heads refitted", 3),
+        ("base, heads refitted", 4),
+        ("ties, heads refitted", 3),
+        ("ties, heads refitted", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits", "message"),
+    [
+        ("learned", ("scaled",), "learned is not for these models.* kept or scaled$"),
+        ("refitted", (), "refitted is not for these models.* can be kept$"),
+    ],
+)
+def test_heads_that_models_do_not_have(kind, fits, message):
+    with pytest.raises(InputError, match=message):
+        make_contenders(recipe_of(), ["ties"], [0], [kind], fits=fits)
+
+
+def test_a_preset_has_its_own_heads_unless_the_recipe_chooses():
+    (contender,) = make_contenders(recipe_of(preset="adamerging"), ["adamerging"], [0])
+    assert contender.fields["heads"]["kind"] == "kept"
+    chosen = make_contenders(recipe_of(heads="refitted"), ["adamerging"], [0])
+    assert chosen[-1].fields["heads"]["kind"] == "refitted"

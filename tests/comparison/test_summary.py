@@ -70,6 +70,29 @@ def test_means_and_standing(metric):
         assert low < 0.75 < high
 
 
+def test_what_learning_gains_beyond_heads():
+    comparison = summarise(
+        measured(row("base", 0.3), row("experts", 0.9, "experts")),
+        {
+            "ties": {0: measured(row("ties", 0.5))},
+            "base, heads refitted": {0: measured(row("base, heads refitted", 0.6, "heads"))},
+            "recipe": {0: measured(row("recipe", 0.75, "learned"))},
+        },
+        {},
+    )
+    methods = {method.name: method for method in comparison.methods}
+    assert comparison.reference == "ties"
+    assert comparison.reference_with_heads == "base, heads refitted"
+    assert methods["recipe"].standing.closed.value == pytest.approx(0.25 / 0.4)
+    assert methods["recipe"].beyond_heads.value == pytest.approx(0.15 / 0.3)
+    heads = methods["base, heads refitted"]
+    assert heads.standing.closed.value == pytest.approx(0.1 / 0.4)
+    assert heads.beyond_heads is None
+    page = as_markdown(comparison, "title")
+    assert "| gap closed | beyond heads |" in page
+    assert "Beyond heads: that from base, heads refitted" in page
+
+
 def test_tables_say_it_all():
     comparison = comparison_of()
     console = Console(width=160, record=True, file=io.StringIO())
