@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.candidates import Candidates, Point
+from adamerge_jax.pipeline.candidates import Candidates
 from adamerge_jax.pipeline.scored import Scored
 from adamerge_jax.pipeline.search import SINGLE
 from adamerge_jax.recipes.schema import FrontRecipe
@@ -30,11 +30,13 @@ class FoundFront(NamedTuple):
         evaluations: The points of the front, from the best to the worst in the first task.
         fits: The surface of each task, fitted to all merges that were measured.
         predicted: The score of each point and task on surfaces that were fitted without it.
+        measured: All merges with finite scores.
     """
 
     evaluations: list[Evaluation]
     fits: dict[str, Fit]
     predicted: list[dict[str, float]]
+    measured: list[Evaluation]
 
 
 def count_samples(settings: FrontRecipe, experts: int) -> int:
@@ -81,36 +83,67 @@ def find_front(
         scored(candidates.all_at(value), SINGLE)
     for point in _draw(candidates.size, samples, settings.bounds, seed):
         scored(point, SAMPLE)
-    tasks = list(scored.evaluations[0].tasks)
     for number in range(ROUNDS):
-        points, scores = _measured(candidates, scored)
-        surfaces = [fit_quadratic(points, of_task).surface for of_task in scores.T]
-        weights = weight_sets(len(tasks), settings.points, seed + number)
+        measured = _Measured.of(candidates, scored)
+        surfaces = [fit.surface for fit in measured.fits()]
+        weights = weight_sets(len(surfaces), settings.points, seed + number)
+        points = measured.points
         for point in sweep(surfaces, weights, settings.bounds, seed + number):
             if np.abs(points - point).max(1).min() > 1e-6:
                 scored(point, FRONT)
                 points = np.vstack([points, point])
-    points, scores = _measured(candidates, scored)
-    chosen = _choose(scores, settings.points)
-    sign = scored.sign
+    measured = _Measured.of(candidates, scored)
+    tasks = list(measured.evaluations[0].tasks)
     predicted = []
+    chosen = _choose(measured.scores, settings.points)
     for position in chosen:
-        others = np.arange(len(points)) != position
-        predicted.append(
-            {
-                task: sign * float(fit_quadratic(points[others], of_task[others]).surface(point))
-                for task, of_task in zip(tasks, scores.T, strict=True)
-                for point in [points[position]]
-            }
-        )
+        fits = measured.without(position).fits()
+        values = [scored.sign * float(fit.surface(measured.points[position])) for fit in fits]
+        predicted.append(dict(zip(tasks, values, strict=True)))
     return FoundFront(
-        [scored.evaluations[position] for position in chosen],
-        {
-            task: fit_quadratic(points, of_task)
-            for task, of_task in zip(tasks, scores.T, strict=True)
-        },
+        [measured.evaluations[position] for position in chosen],
+        dict(zip(tasks, measured.fits(), strict=True)),
         predicted,
+        measured.evaluations,
     )
+
+
+class _Measured(NamedTuple):
+    """The merges that have finite scores: N points and T scores, of which more is better."""
+
+    evaluations: list[Evaluation]
+    points: Float[np.ndarray, "N K"]
+    scores: Float[np.ndarray, "N T"]
+
+    @classmethod
+    def of(cls, candidates: Candidates, scored: Scored) -> "_Measured":
+        """Returns all merges that were measured.
+
+        Raises:
+            InputError: Too few have finite scores.
+        """
+        finite = [e for e in scored.evaluations if np.isfinite(list(e.tasks.values())).all()]
+        needed = count_unknowns(candidates.size) + 1
+        if len(finite) < needed or all(e.phase != SINGLE for e in finite):
+            raise InputError(
+                f"front: {len(finite)} of {len(scored.evaluations)} merges have finite scores, and "
+                f"{needed} are needed, single coefficients among them; take narrower front.bounds"
+            )
+        return cls(
+            finite,
+            np.stack([candidates.point(e.coefficients) for e in finite]),
+            scored.sign * np.array([list(e.tasks.values()) for e in finite]),
+        )
+
+    def fits(self) -> list[Fit]:
+        """Returns the surface of each score."""
+        return [fit_quadratic(self.points, of_task) for of_task in self.scores.T]
+
+    def without(self, position: int) -> "_Measured":
+        """Returns all but one of them."""
+        others = np.delete(np.arange(len(self.points)), position)
+        evaluations = [self.evaluations[other] for other in others]
+        return _Measured(evaluations, self.points[others], self.scores[others])
 
 
 def _draw(
@@ -122,20 +155,6 @@ def _draw(
     power = int(np.ceil(np.log2(count)))
     low, high = bounds
     return low + (high - low) * qmc.Sobol(dimensions, seed=seed).random_base2(power)[:count]
-
-
-def _measured(
-    candidates: Candidates, scored: Scored
-) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, "N T"]]:
-    """Returns all points that were measured, and their scores such that more is better."""
-    points: list[Point] = []
-    scores = []
-    for evaluation in scored.evaluations:
-        of_tasks = np.array(list(evaluation.tasks.values()))
-        if np.isfinite(of_tasks).all():
-            points.append(candidates.point(evaluation.coefficients))
-            scores.append(scored.sign * of_tasks)
-    return np.stack(points), np.stack(scores)
 
 
 def _choose(scores: Float[np.ndarray, "N T"], count: int) -> list[int]:

@@ -136,7 +136,7 @@ def _front(
             found = find_front(candidates, scored, settings, grid, samples, recipe.seed)
         with console.status("evaluating"), record.phase("evaluating"):
             rows, tests = _rows(recipe, inputs, candidates, scored, found)
-            result = _describe_front(of_task, inputs, candidates, scored, found, tests)
+            result = _describe_front(of_task, inputs, candidates, found, tests)
         if is_first_process():
             _write(out, candidates, result, found, rows)
     if rows:
@@ -184,7 +184,6 @@ def _describe_front(
     of_task: TaskScore,
     inputs: LearningInputs,
     candidates: Candidates,
-    scored: Scored,
     found: FoundFront,
     tests: list[dict[str, float]],
 ) -> Front:
@@ -210,13 +209,11 @@ def _describe_front(
         },
         singles=[
             (float(candidates.point(e.coefficients)[0]), dict(e.tasks))
-            for e in scored.evaluations
+            for e in found.measured
             if e.phase == SINGLE
         ],
         others=[
-            dict(e.tasks)
-            for e in scored.evaluations
-            if e.phase != SINGLE and e.number not in on_front
+            dict(e.tasks) for e in found.measured if e.phase != SINGLE and e.number not in on_front
         ],
         fits={
             task: SurfaceError(fit.error, fit.left_out_error, fit.spread)
