@@ -14,6 +14,9 @@ from adamerge_jax.task_vectors import Delta
 Chunk = dict[str, list[int | None]]
 """Weights and their layers; `[None]` for a weight of no stack."""
 
+DETERMINED = 1e-6
+"""The part of the inputs' variance from which a direction counts as theirs, not as rounding."""
+
 GRAM_BYTES = 2**30
 """The size up to which Gram matrices of several layers are held together."""
 
@@ -104,19 +107,26 @@ def grams_of(
 def solve_symmetric(
     matrix: Float[np.ndarray, "n n"], product: Float[np.ndarray, "m n"]
 ) -> Float[np.ndarray, "m n"]:
-    """Returns the shortest `x` with `x @ matrix = product`, for a matrix without negative values.
+    """Returns `x` with `x @ matrix = product`, for a matrix without negative values.
 
-    Columns of inputs that are always 0 have no part in it.
+    Where there are several, `x` is the shortest one if every input is scaled to mean square 1.
+    Columns of inputs that are always 0 are 0 in it.
     """
     solution = np.zeros_like(product)
     used = np.flatnonzero(np.diag(matrix))
-    part = matrix[np.ix_(used, used)]
+    scale = 1 / np.sqrt(np.diag(matrix)[used])
+    part = matrix[np.ix_(used, used)] * scale[:, None] * scale
+    scaled_product = product[:, used] * scale
     try:
-        factor = scipy.linalg.cho_factor(part)
-        solution[:, used] = scipy.linalg.cho_solve(factor, product[:, used].T).T
-    except np.linalg.LinAlgError:  # fewer inputs than features
-        inverse = scipy.linalg.pinvh(part, rtol=1e-6)
-        solution[:, used] = product[:, used] @ inverse
+        factor = np.linalg.cholesky(part)
+        determined = np.diag(factor).min(initial=1) ** 2 > DETERMINED
+    except np.linalg.LinAlgError:
+        determined = False
+    if determined:
+        scaled_solution = scipy.linalg.cho_solve((factor, True), scaled_product.T).T
+    else:  # fewer inputs than features
+        scaled_solution = scaled_product @ scipy.linalg.pinvh(part, rtol=DETERMINED)
+    solution[:, used] = scaled_solution * scale
     return solution
 
 

@@ -30,7 +30,7 @@ def regmean(off_diagonal: float = 0.9) -> MergeMethod:
     `W = (sum_k W_k G_k) (sum_k G_k)^-1`, where `G_k` is the Gram matrix of the inputs that the
     layer of expert k has on its own calibration data, divided by their number, its entries off the
     diagonal multiplied by `off_diagonal`. All other parameters are averaged. Where inputs leave
-    `W` undetermined, it is the solution nearest to the average.
+    `W` undetermined, it is the solution nearest to the average, in the scale of the inputs.
 
     On the device are one expert's parameters, and the Gram matrices of as many layers as fit into
     1 GiB; on the host are their sums, and the products with the weights.

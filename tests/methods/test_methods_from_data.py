@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 import yaml
 from rich.console import Console
 from safetensors.numpy import load_file
@@ -15,10 +16,11 @@ from adamerge_jax.cli.main import main
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.files.json_object import read_object
 from adamerge_jax.methods import METHODS, fisher, make_method, merged_parameters, regmean
+from adamerge_jax.methods.least_squares import solve_symmetric
 from adamerge_jax.pipeline.run import evaluate
 from adamerge_jax.recipes.loading import load_recipe
 from tests.methods.data_formulas import DATA_CASES
-from tests.methods.tiny_network import EXPERTS, SHAPES, Problem
+from tests.methods.tiny_network import EXPERTS, NORM, NORM_BIAS, SHAPES, UP, Problem
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +76,26 @@ def test_fisher_is_the_same_in_small_chunks(problem: Problem, monkeypatch: pytes
         np.testing.assert_allclose(values, whole[parameter], atol=1e-6)
 
 
-def test_inputs_that_are_always_zero_leave_the_average(problem: Problem):
+def test_inputs_that_are_always_zero_leave_the_average():
     changed = Problem()
-    changed.base["scale"][2] = 0
-    for expert in changed.experts:
-        expert["scale"][2] = 0
+    for parameters in (changed.base, *changed.experts):
+        parameters[NORM][:, 2] = parameters[NORM_BIAS][:, 2] = 0
     merged = merged_parameters(
         regmean(1.0), changed.base_arrays, changed.deltas, EXPERTS, changed.statistics()
     )
-    up = merged["layers.*.up.weight"]
-    assert np.isfinite(up).all()
-    first = changed.average["layers.*.up.weight"][0, :, 2]
-    np.testing.assert_allclose(up[0, :, 2], first, atol=1e-5)
+    assert np.isfinite(merged[UP]).all()
+    np.testing.assert_allclose(merged[UP][..., 2], changed.average[UP][..., 2], atol=1e-5)
+
+
+def test_fewer_inputs_than_features_leave_the_rest_at_the_average():
+    generator = np.random.default_rng(0)
+    x, product = generator.normal(size=(3, 6)), generator.normal(size=(4, 6))
+    gram = x.T @ x
+    solution = solve_symmetric(gram, product @ gram)
+    np.testing.assert_allclose(solution @ gram, product @ gram, atol=1e-8)
+    scaled = solution * np.sqrt(np.diag(gram))
+    beside = scipy.linalg.null_space(x / np.sqrt(np.diag(gram)))
+    np.testing.assert_allclose(scaled @ beside, 0, atol=1e-8)
 
 
 def test_without_data_it_is_refused(problem: Problem):
