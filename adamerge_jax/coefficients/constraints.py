@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from adamerge_jax.coefficients.binary import from_mask, to_mask
+from adamerge_jax.coefficients.concrete import from_soft_mask, to_soft_mask
 from adamerge_jax.coefficients.positions import (
     from_positions,
     keep_scale_positive,
@@ -99,6 +100,12 @@ CONSTRAINTS: dict[str, Constraint] = {
         lambda values: True,
         "for each expert and tensor one number or 0",
     ),
+    "concrete": Constraint(
+        from_soft_mask,
+        to_soft_mask,
+        lambda values: True,
+        "for each expert and tensor one number, times a mask that experts share",
+    ),
 }
 """Constraints by their names in a recipe: the values that coefficients `[G, K, ...]` may take.
 
@@ -108,13 +115,15 @@ and 1 (Expert Merging, Zhang et al., 2025). `softmax`: positive, the K experts o
 `simplex_with_base`: at least 0 with a sum of at most 1, so that the merge is an average of base and
 experts. `positions`: a softmax over base and experts, times a scale that is learned too (Self
 Positioning, Li et al., 2024). `binary`: one number for each expert and tensor, times a mask of 0
-and 1 over the parts of the tensor (AdaRank, Lee et al., ICLR 2026).
+and 1 over the parts of the tensor (AdaRank, Lee et al., ICLR 2026). `concrete`: the same with a
+soft mask that all experts share (Tang et al., 2023).
 
 Examples:
     >>> import jax.numpy as jnp
     >>> from adamerge_jax import CONSTRAINTS
     >>> list(CONSTRAINTS)
-    ['free', 'clip', 'sigmoid', 'softmax', 'simplex', 'simplex_with_base', 'positions', 'binary']
+    ['free', 'clip', 'sigmoid', 'softmax', 'simplex', 'simplex_with_base', 'positions', 'binary',
+    'concrete']
     >>> CONSTRAINTS["clip"].apply(jnp.array([[-0.5, 0.25, 2.0]])).tolist()
     [[0.0, 0.25, 1.0]]
 """

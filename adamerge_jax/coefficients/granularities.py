@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from adamerge_jax.coefficients.axes import column, head, row
+from adamerge_jax.coefficients.entry import entry
 from adamerge_jax.coefficients.granularity import (
     Granularity,
     PerTensor,
@@ -59,6 +60,7 @@ __all__ = [
     "column",
     "constant",
     "count_units",
+    "entry",
     "groups",
     "head",
     "layer",
@@ -86,6 +88,7 @@ GRANULARITIES: dict[str, Callable[..., Granularity]] = {
     "chunk": chunk,
     "partition": partition,
     "singular": singular,
+    "entry": entry,
 }
 """Granularities by their names in a recipe."""
 

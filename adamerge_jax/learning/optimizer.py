@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from adamerge_jax.errors import InputError, shorten
-from adamerge_jax.learning import frank_wolfe, schedules
+from adamerge_jax.learning import concrete, frank_wolfe, schedules
 
 if TYPE_CHECKING:
     from adamerge_jax.recipes.schema import OptimizerRecipe
@@ -55,7 +55,9 @@ def _build(settings: "OptimizerRecipe", steps: int) -> optax.GradientTransformat
         )
     options = settings.options | {"learning_rate": rate}
     field = "learning.optimizer.name"
-    optimizer = _call_optax(field, settings.name, [frank_wolfe, optax, optax.contrib], options)
+    optimizer = _call_optax(
+        field, settings.name, [concrete, frank_wolfe, optax, optax.contrib], options
+    )
     if not isinstance(optimizer, optax.GradientTransformation):
         raise InputError(f"{field}: optax.{settings.name} is no optimizer; use e.g. adam")
     if settings.clip_norm is None:

@@ -347,13 +347,16 @@ def _build_stages(
     if coefficients.coarse is not None:
         choice = GranularityChoice(coefficients.coarse.granularity, {})
         lengths.insert(0, ("coarse", choice, coefficients.coarse.steps))
+    optimizer = learning.optimizer
+    if optimizer.name == "concrete":
+        optimizer = optimizer.model_copy(update={"options": {"seed": seed} | optimizer.options})
     stages = tuple(
         Stage(
             name,
             choice,
             steps,
             learning.evaluate_every or max(1, steps // 10),
-            build_optimizer(learning.optimizer, steps),
+            build_optimizer(optimizer, steps),
         )
         for name, choice, steps in lengths
     )

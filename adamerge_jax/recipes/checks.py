@@ -60,7 +60,7 @@ def check(recipe: Recipe) -> None:
     _check_coefficients(recipe.coefficients, recipe.task_vectors)
     _check_bounds(recipe.search, recipe.front)
     build_optimizer(recipe.learning.optimizer, recipe.learning.steps)
-    _check_frank_wolfe(recipe.learning.optimizer, recipe.coefficients.constraint)
+    _check_own_optimizer(recipe.learning.optimizer, recipe.coefficients.constraint)
     build_regularizers(_of_package(recipe.regularizers))
     initial_merge = recipe.coefficients.initial_merge
     methods = [*recipe.evaluation.methods, *([initial_merge] if initial_merge else [])]
@@ -156,8 +156,13 @@ def _check_bounds(search: SearchRecipe, front: FrontRecipe) -> None:
             )
 
 
-def _check_frank_wolfe(optimizer: OptimizerRecipe, constraint: str) -> None:
-    """Refuses steps towards models where coefficients are no weights of an average of them."""
+def _check_own_optimizer(optimizer: OptimizerRecipe, constraint: str) -> None:
+    """Refuses an optimizer of this package with coefficients that it is not for."""
+    if optimizer.name == "concrete" and constraint != "concrete":
+        raise InputError(
+            f"coefficients.constraint: found {constraint!r}; the optimizer concrete learns the "
+            "mask of the constraint concrete: take that"
+        )
     if optimizer.name != "frank_wolfe":
         return
     base = optimizer.options.get("base", True)

@@ -212,11 +212,19 @@ class CoefficientsRecipe(Section):
 
     granularity: str = "tensor"
     """Parameters that share a coefficient: task, layer, tensor, groups, row, column, head, chunk,
-    importance_chunk, partition, singular, or package.module:function."""
+    importance_chunk, partition, singular, entry, or package.module:function."""
     granularity_options: dict[str, Any] = {}
     """Arguments of the granularity, e.g. pieces of chunk."""
     constraint: Literal[
-        "free", "clip", "sigmoid", "softmax", "simplex", "simplex_with_base", "positions", "binary"
+        "free",
+        "clip",
+        "sigmoid",
+        "softmax",
+        "simplex",
+        "simplex_with_base",
+        "positions",
+        "binary",
+        "concrete",
     ] = "clip"
     """Values that coefficients may take."""
     initial: Weight | None = None
@@ -315,7 +323,7 @@ class OptimizerRecipe(Section):
 
     name: str = "adam"
     """An optax optimizer, e.g. adam, adamw, sgd; or frank_wolfe, for the constraints simplex and
-    simplex_with_base."""
+    simplex_with_base, or concrete, for the constraint concrete."""
     learning_rate: Number = Field(default=1e-3, gt=0)
     """Step size; with a schedule, that of the first step."""
     schedule: str | None = None
@@ -471,7 +479,7 @@ class Recipe(Section):
     preset: str = DEFAULT_PRESET
     """Preset that fills in the fields that the recipe leaves out: recommended, adamerging-task,
     adamerging, adamerging++, atlas, atlas-k, expert-merging, expert-merging++,
-    self-positioning, adarank or fw-merging."""
+    self-positioning, adarank, fw-merging or concrete."""
     base: ModelSource
     """The model that all experts were fine-tuned from."""
     tasks: dict[str, TaskRecipe] = Field(min_length=1)

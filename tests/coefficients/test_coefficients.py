@@ -102,6 +102,7 @@ RANGES = {
     "simplex_with_base": np.array([[0.0, 0.5, 0.25]]),
     "positions": np.array([[0.1, 2.0, 0.25]]),
     "binary": np.array([[-3.0, 0.5, 20.0]]),
+    "concrete": np.array([[-3.0, 0.5, 20.0]]),
 }
 
 

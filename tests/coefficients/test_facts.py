@@ -8,7 +8,15 @@ from adamerge_jax.coefficients.granularities import Granularity, row
 from adamerge_jax.parameter_names import is_stacked
 from tests.coefficients.test_granularities import CASES, SHAPES, made
 
-OF_PIECES = ("chunk", "chunk and tables", "uneven chunk", "partition", "singular", "all singular")
+OF_PIECES = (
+    "chunk",
+    "chunk and tables",
+    "uneven chunk",
+    "partition",
+    "singular",
+    "all singular",
+    "entry",
+)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,6 +3,7 @@
 Three experts of one matrix `[4, 6]`; each task has five examples, and its head is the identity.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +13,7 @@ import torch
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.data.batches import Batch
+from adamerge_jax.learning.concrete import concrete
 from adamerge_jax.learning.frank_wolfe import frank_wolfe
 from adamerge_jax.learning.learner import Frozen, make_learner
 from adamerge_jax.learning.schedules import harmonic
@@ -146,3 +148,52 @@ def test_a_pool_of_30_experts_takes_the_memory_of_two():
         return compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
 
     assert taken(30) <= taken(2) + 4096 < 6 * 64 * 256 * 4
+
+
+def test_concrete():
+    """Three iterations for the mask, then two steps of AdaMerging under the last one."""
+    optimizer = concrete(
+        0.01, mask_learning_rate=0.1, inner_learning_rate=0.5, mask_steps=6, seed=7
+    )
+    learner, frozen, batch, state = set_up("entry", "concrete", "entropy", optimizer, 0.3)
+    base, delta = (torch.from_numpy(a).double() for a in (BASE, DELTA))
+
+    def loss(scale, logits):
+        mask = (logits / 0.5).sigmoid()
+        merged = base + torch.einsum("k,kmn,mn->mn", scale, delta, mask / mask.mean())
+        return loss_of(merged, "entropy")
+
+    first = torch.full((EXPERTS,), 0.3).double()
+    logits = torch.zeros(4, 6).double().requires_grad_()
+    of_mask = torch.optim.Adam([logits], lr=0.1)
+    noise = torch.zeros(4, 6).double()
+    for iteration in range(3):
+        scale = first.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(scale, (logits + noise).detach()), scale)
+        adapted = first - 0.5 * gradient
+        of_mask.zero_grad()
+        loss(adapted, logits + noise).backward()
+        of_mask.step()
+        # Logistic noise as the package draws it: the second step of an iteration, its one mask.
+        key = jax.random.fold_in(jax.random.key(7), 2 * iteration + 1)
+        drawn = jax.random.logistic(jax.random.fold_in(key, 0), (1, 24))
+        noise = torch.from_numpy(np.array(drawn, np.float64).reshape(4, 6))
+        for _ in range(2):
+            state, _ = learner.step(state, frozen, batch)
+        own = state.raw[NAME]
+        expected = (logits + noise).detach().reshape(-1)
+        np.testing.assert_allclose(own["logits"][0], expected, atol=1e-5)
+        np.testing.assert_allclose(own["scale"][0], first, atol=1e-6)
+    scale = first.clone().requires_grad_()
+    of_coefficients = torch.optim.Adam([scale], lr=0.01)
+    mask = (logits + noise).detach()
+    for _ in range(2):
+        of_coefficients.zero_grad()
+        loss(scale, mask).backward()
+        of_coefficients.step()
+        state, _ = learner.step(state, frozen, batch)
+        np.testing.assert_allclose(state.raw[NAME]["scale"][0], scale.detach(), atol=1e-5)
+        np.testing.assert_allclose(state.raw[NAME]["logits"][0], mask.reshape(-1), atol=1e-5)
+    soft = (mask / 0.5).sigmoid().reshape(-1)
+    expected = torch.outer(scale.detach(), soft / soft.mean())
+    np.testing.assert_allclose(learner.coefficients(state)[NAME][0], expected, atol=1e-5)

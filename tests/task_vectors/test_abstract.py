@@ -27,6 +27,7 @@ GRANULARITIES: dict[str, dict[str, Any]] = {
     "chunk": {"pieces": 4},
     "partition": {"groups": 4, "seed": 1},
     "singular": {"rank": 2},
+    "entry": {},
 }
 
 
