@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
+from adamerge_jax.cli.main import main
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import fit_steps
 from adamerge_jax.methods import make_method, merged_parameters
@@ -345,6 +347,18 @@ def test_lora_lego_refuses_experts_without_factors():
         InputError, match=r"changed weight without low-rank factors.*keep_from_base"
     ):
         merge("lora_lego", {}, dense(deltas), (HEIGHT, WIDTH))
+
+
+def test_whole_models_are_refused_by_lora_lego_before_anything_is_left(
+    image_recipe, tmp_path, capsys
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(image_recipe))
+    with pytest.raises(SystemExit) as exit_:
+        main(["merge", str(recipe), "--method", "lora_lego", "--out", str(tmp_path / "merged")])
+    assert exit_.value.code == 2
+    assert "merge whole models by another method" in capsys.readouterr().err
+    assert not (tmp_path / "merged" / "checkpoint").exists()
 
 
 @pytest.mark.parametrize(
