@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -137,6 +138,31 @@ def load_initial_merge(
                 values = merged_tensor(one_device, method, tensor, values)
             row[...] = rounded(tensor, values, array.dtype)
         parameters[name] = models.devices.parameter(name, array)
+    return parameters
+
+
+def only_mixed(
+    models: Models,
+    merged: Mapping[str, Array],
+    base: Mapping[str, Array],
+    mixed: Collection[str],
+) -> dict[str, Array]:
+    """Returns merged parameters where tensors are mixed, and the base's in all other tensors.
+
+    Args:
+        models: The base and its experts.
+        merged: The merge's parameters by name, `[L, *shape]` where stacked.
+        base: The base's parameters.
+        mixed: The names without `*` of the tensors that are mixed.
+    """
+    names, parameters = set(mixed), dict(base)
+    for name in base:
+        is_mixed = np.array([tensor in names for tensor in models.tensors(name)])
+        if is_mixed.all():
+            parameters[name] = merged[name]
+        elif is_mixed.any():
+            layers = is_mixed.reshape(-1, *(1 for _ in base[name].shape[1:]))
+            parameters[name] = jnp.where(layers, merged[name], base[name])
     return parameters
 
 

@@ -43,6 +43,7 @@ from adamerge_jax.pipeline.heads import HeadParameters, fit_heads
 from adamerge_jax.pipeline.initial_merge import (
     fit_initial_merge,
     load_initial_merge,
+    only_mixed,
     stored_tensors,
 )
 from adamerge_jax.pipeline.merge import Report, merge_from_data
@@ -172,9 +173,9 @@ def prepare(
         chosen = method.initial_merge
         initial_merge = fit_initial_merge(models, chosen.name, chosen.options)
     memory = make_memory(method.memory, models.devices)
-    theta_start = None
+    merge_of_data = None
     if initial_merge is not None and initial_merge.stored:
-        theta_start = merge_from_data(workspace, initial_merge, memory, report)
+        merge_of_data = merge_from_data(workspace, initial_merge, memory, report)
     deltas, mixed, interference = load_task_vectors(
         models,
         method.delta_dtype,
@@ -191,10 +192,12 @@ def prepare(
         choice.make({name: models.shapes[name] for name in deltas})
         _require_used_patterns(choice, mixed)
     base = workspace.base()
-    if initial_merge is None:
-        theta_start = base
-    elif theta_start is None:
+    theta_start = base
+    if merge_of_data is not None:
+        theta_start = only_mixed(models, merge_of_data, base, mixed)
+    elif initial_merge is not None:
         theta_start = load_initial_merge(models, initial_merge, base, mixed)
+    del merge_of_data
     targets, cross_task = dict(calibration.targets), {}
     for task, spec in method.target_specs.items():
         if not spec.expert:

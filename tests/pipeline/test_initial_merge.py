@@ -27,6 +27,7 @@ from adamerge_jax.pipeline.initial_merge import (
     coefficients_of_method,
     fit_initial_merge,
     merged_names,
+    only_mixed,
     stored_tensors,
 )
 from adamerge_jax.pipeline.match import prepare_fold
@@ -192,6 +193,22 @@ def test_a_merge_that_depends_on_data_is_stored(stored, models):
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def test_tensors_that_are_not_mixed_stay_the_base(models):
+    """A method from data may change what no expert changed, and what is kept from the base."""
+    base, merged = (
+        {name: jnp.full(shape, value, jnp.float32) for name, shape in models.shapes.items()}
+        for value in (1.0, 2.0)
+    )
+    mixed = [name for name in models.base.names if name != QUERY and "embeddings" not in name]
+    parameters = only_mixed(models, merged, base, mixed)
+    assert parameters.keys() == base.keys()
+    for name in models.shapes:
+        tensors = models.tensors(name)
+        rows = parameters[name] if is_stacked(name) else parameters[name][None]
+        for tensor, row in zip(tensors, rows, strict=True):
+            assert (row == (2.0 if tensor in mixed else 1.0)).all(), tensor
 
 
 @pytest.mark.parametrize(
