@@ -73,7 +73,7 @@ def reference_contender(recipe: Recipe) -> Contender:
         InputError: Test data is missing.
     """
     _require_data(recipe)
-    fields = recipe.model_dump(mode="json") | {"heads": {"kind": "kept"}}
+    fields = _without_learning(recipe) | {"heads": {"kind": "kept"}}
     return Contender("base and experts", "references", fields, recipe.seed)
 
 
@@ -240,8 +240,16 @@ def _merge_contender(
     heads: HeadKind,
     seed: int,
 ) -> Contender:
-    fields = recipe.model_dump(mode="json") | {"seed": seed, "heads": {"kind": heads}}
+    fields = _without_learning(recipe) | {"seed": seed, "heads": {"kind": heads}}
     return Contender(_with_heads(name, heads), "merge", fields, seed, method, options, heads)
+
+
+def _without_learning(recipe: Recipe) -> dict[str, Any]:
+    """Returns the recipe with general text that is measured alone, of which there is less then."""
+    fields = recipe.model_dump(mode="json")
+    if fields["retain"] is not None:
+        fields["retain"] |= {"weight": 0.0}
+    return fields
 
 
 def _with_heads(name: str, heads: HeadKind) -> str:

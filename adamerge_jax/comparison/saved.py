@@ -22,7 +22,7 @@ from adamerge_jax.runs.rows import ExampleScores, Row
 
 log = logging.getLogger(__name__)
 
-_DATA = ("base", "tasks", "tokenizer", "max_length", "dtype")
+_DATA = ("base", "tasks", "tokenizer", "max_length", "dtype", "retain")
 """The fields that decide on the base's and the experts' scores."""
 
 _MERGE = (*_DATA, "keep_from_base", "task_vectors")
@@ -156,6 +156,7 @@ def _stamps(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
     paths = [fields["base"]["path"], fields["coefficients"]["start"]]
     for task in fields["tasks"].values():
         paths += [source["path"] for source in task.values() if isinstance(source, dict)]
+    paths.append((fields["retain"] or {}).get("path"))
     return {path: _stamp(root / Path(path).expanduser()) for path in paths if path is not None}
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adamerge_jax.comparison.measure import Measured
+from adamerge_jax.pipeline.general import GENERAL_TEXT
 from adamerge_jax.runs.outcome import Estimate, Standing, measure_outcome
 from adamerge_jax.runs.rows import (
     ExampleScores,
@@ -88,7 +89,7 @@ class Comparison:
         methods: The base and the experts, then the methods from the best to the worst.
         reference: The name of the best merge without learning.
         reference_with_heads: The name of the best of them whose heads were fitted.
-        examples: The number of test examples by task.
+        examples: The number of test examples by task; empty where they differ from seed to seed.
         devices: The kinds of devices that it was measured on.
         failed: The reason by method that has no row.
         further: The same methods by other metrics, on all tasks or on some.
@@ -137,17 +138,7 @@ def summarise(
     ends = [_summary_of_reference(row, references) for row in references.rows]
     devices = {m.cost.device for s in measured.values() for m in s.values()}
     first = references.rows[0]
-    further = [
-        summarise(
-            _by_metric(references, other.metric),
-            {
-                name: {seed: _by_metric(m, other.metric) for seed, m in by_seed.items()}
-                for name, by_seed in measured.items()
-            },
-            {},
-        )
-        for other in first.further
-    ]
+    further = [_by_metric_summarised(references, measured, other.metric) for other in first.further]
     return Comparison(
         first.metric,
         (*ends, *summaries),
@@ -160,16 +151,41 @@ def summarise(
     )
 
 
-def _by_metric(measured: Measured, metric: Metric) -> Measured:
-    """Returns the results of a contender by another metric."""
-    rows = [next(other for other in row.further if other.metric == metric) for row in measured.rows]
-    return measured._replace(rows=rows)
+def _by_metric_summarised(
+    references: Measured, measured: Mapping[str, Mapping[int, Measured]], metric: Metric
+) -> Comparison:
+    """Returns the table by another metric, of the rows that have it."""
+    by_metric: dict[str, dict[int, Measured]] = {}
+    for name, by_seed in measured.items():
+        for seed, results in by_seed.items():
+            if (chosen := _by_metric(results, metric)) is not None:
+                by_metric.setdefault(name, {})[seed] = chosen
+    chosen_references = _by_metric(references, metric)
+    assert chosen_references is not None  # it is one of theirs
+    return summarise(chosen_references, by_metric, {})
+
+
+def _by_metric(measured: Measured, metric: Metric) -> Measured | None:
+    """Returns the results of a contender by another metric; None where it has none.
+
+    General text for tests is drawn with each seed, apart from what is learned from: what is paired
+    with the same examples elsewhere is not there.
+    """
+    rows = [
+        other._replace(examples=None) if GENERAL_TEXT in other.tasks else other
+        for row in measured.rows
+        for other in row.further
+        if other.metric == metric
+    ]
+    return measured._replace(rows=rows) if rows else None
 
 
 def _mean_row(rows: Sequence[Row]) -> Row:
     """Returns the row of the means over seeds, of each task and of each example."""
     first = rows[0]
     tasks = {task: float(np.mean([row.tasks[task] for row in rows])) for task in first.tasks}
+    if first.examples is None:
+        return first._replace(tasks=tasks)
     examples = {
         task: ExampleScores(
             np.mean([row.examples[task].values for row in rows], axis=0, dtype=np.float64),

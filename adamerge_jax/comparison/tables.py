@@ -69,7 +69,7 @@ def _score_columns(comparison: Comparison) -> list[_Column]:
         return _Column(task, lambda summary: in_words(summary.tasks[task].mean, metric))
 
     return [
-        *map(of_task, comparison.examples),
+        *map(of_task, comparison.methods[0].tasks),
         _Column("average", lambda summary: _spread_in_words(summary.average, metric)),
     ]
 

@@ -22,12 +22,13 @@ from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.runs.results import read_results
 from tests.language_references import (
     TASKS,
+    TEXTS,
     byte_tokenizer,
     give_data,
     save_models,
     split_sentences,
 )
-from tests.references import write_recipe
+from tests.references import write_json_lines, write_recipe
 
 QUIET = Console(quiet=True)
 ENTRIES = ["average", "{ties: {density: [0.3, 0.5]}}", "dare", "recipe"]
@@ -80,7 +81,9 @@ def language_recipe(tmp_path) -> dict[str, Any]:
         for seed, task in enumerate(TASKS)
     }
     fields = give_data(save_models(tmp_path, model, byte_tokenizer()), tmp_path, rows)
-    return fields | {"evaluation": {"exact_match": False}}
+    general = [{"text": text} for text in TEXTS[:12]]
+    retain = {"path": str(write_json_lines(tmp_path / "general.jsonl", general))}
+    return fields | {"evaluation": {"exact_match": False}, "retain": retain}
 
 
 def methods_of(out: Path) -> dict[str, dict[str, Any]]:
@@ -326,3 +329,8 @@ def test_language_models_are_compared_by_all_their_metrics(language_recipe, tmp_
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert "## Loss (nats per token)" in page
     assert "## Token accuracy" in page
+    (general,) = [table for table in comparison.further if table.metric == "base_divergence"]
+    base, merged = general.methods
+    assert base.tasks["general text"].mean == pytest.approx(0, abs=1e-5)
+    assert merged.tasks["general text"].mean > 1e-4
+    assert merged.standing.score.interval is None
