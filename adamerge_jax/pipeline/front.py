@@ -77,7 +77,8 @@ def find_front(
         seed: The seed of all draws.
 
     Source: Li et al., MAP: Low-compute Model Merging with Amortized Pareto Fronts via Quadratic
-    Approximation, 2024, algorithm 1; points are swept by weights in place of NSGA-III.
+    Approximation, 2024. Its points on the surfaces come from an evolutionary algorithm, here from
+    a sweep of weights, and are measured.
     """
     for value in grid:
         scored(candidates.all_at(value), SINGLE)

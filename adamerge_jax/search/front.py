@@ -64,8 +64,8 @@ def sweep(
     """Returns the best point for each set of weights, on surfaces in place of scores.
 
     Best is the smallest of the largest weighted distances to the best value of each surface
-    (augmented Chebyshev scalarization: Miettinen, Nonlinear Multiobjective Optimization, 1998,
-    section 3.4.5), which reaches every part of a front, also those that are not convex.
+    (augmented Chebyshev scalarization: Miettinen, Nonlinear Multiobjective Optimization, 1998),
+    which reaches every part of a front, also those that are not convex.
 
     Args:
         surfaces: The surface of each of T scores, functions of K numbers; more is better.

@@ -54,7 +54,8 @@ def fit_quadratic(points: Float[np.ndarray, "N K"], values: Float[np.ndarray, " 
     """Fits a quadratic surface by least squares, of the smallest norm where several fit alike.
 
     Source: Li et al., MAP: Low-compute Model Merging with Amortized Pareto Fronts via Quadratic
-    Approximation, 2024, section 4. The errors without a value are those of Allen's PRESS.
+    Approximation, 2024. The errors without a value are those of Allen's PRESS (Technometrics,
+    1974).
 
     Args:
         points: N points.
