@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 from rich.console import Console
 
@@ -194,6 +195,16 @@ def _describe_front(
         dict(zip(tasks, candidates.point(evaluation.coefficients).tolist(), strict=True))
         for evaluation in found.evaluations
     ]
+    # No name for an expert: it is gone before the next one is read.
+    experts = {
+        task: of_task.of(workspace, workspace.expert(task, inputs.base), task) for task in tasks
+    }
+    for task, score in experts.items():
+        if not np.isfinite(score):
+            raise InputError(
+                f"expert {task!r}: its {of_task.words} on the validation data is not finite; look "
+                "at the expert and its data"
+            )
     return Front(
         score=of_task.words,
         maximise=of_task.maximise,
@@ -203,10 +214,7 @@ def _describe_front(
                 zip(found.evaluations, coefficients, found.predicted, tests, strict=True), 1
             )
         ],
-        # No name for an expert: it is gone before the next one is read.
-        experts={
-            task: of_task.of(workspace, workspace.expert(task, inputs.base), task) for task in tasks
-        },
+        experts=experts,
         singles=[
             (float(candidates.point(e.coefficients)[0]), dict(e.tasks))
             for e in found.measured

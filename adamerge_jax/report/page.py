@@ -33,7 +33,7 @@ from adamerge_jax.report.results import (
     scores,
     scores_in_words,
 )
-from adamerge_jax.report.score_curve import draw_scores
+from adamerge_jax.report.score_curve import LARGEST_DRAWN, draw_scores
 from adamerge_jax.runs.files import FRONT_FOLDER, FRONT_PICTURE_FILE, PAGE_FILE, RECIPE_FILE
 from adamerge_jax.runs.folder import SavedRun, Stage
 from adamerge_jax.runs.outcome import Outcome
@@ -306,7 +306,7 @@ def _search(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
     if not run.evaluations or run.front is not None:
         return None
     words, maximise = _score(run)
-    finite = [e for e in run.evaluations if np.isfinite(e.score)]
+    finite = [e for e in run.evaluations if abs(e.score) <= LARGEST_DRAWN]
     single = [e for e in finite if e.phase == "single"]
     if not single:
         return None
@@ -316,7 +316,7 @@ def _search(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
         f"The score of each of {len(run.evaluations)} merges: {words}. The best single coefficient "
         f"has {start.score:.4g}, the best merge, of evaluation {best.number}, {best.score:.4g}."
     )
-    figure = draw_scores(run.evaluations, label_text(words), maximise)
+    figure = draw_scores(finite, label_text(words), maximise)
     return {
         "curve": save_picture(figure, pictures / "scores.png", "Score", alternative),
         "words": words,

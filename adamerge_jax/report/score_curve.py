@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LARGEST_DRAWN = 1e30
+"""The largest size of a score in a picture, which has a finite extent."""
+
+
 def draw_scores(evaluations: Sequence[Evaluation], words: str, maximise: bool) -> "Figure":
     """Draws the score of each merge in its order, and the best score so far as a line of steps.
 
     Args:
-        evaluations: The evaluations; those that have no finite score are left out.
+        evaluations: The evaluations, whose scores are at most `LARGEST_DRAWN` in size.
         words: The name of the score.
         maximise: True where more is better.
     """
@@ -24,16 +28,16 @@ def draw_scores(evaluations: Sequence[Evaluation], words: str, maximise: bool) -
 
     figure = Figure(figsize=(5.4, 3.0), layout="constrained")
     axes = figure.subplots()
-    finite = [e for e in evaluations if np.isfinite(e.score)]
     for phase, label, marker, colour in (
         ("single", "one coefficient for all", "s", "#888888"),
         ("search", "searched", "o", TRAINING),
     ):
-        of_phase = [(e.number, e.score) for e in finite if e.phase == phase]
+        of_phase = [(e.number, e.score) for e in evaluations if e.phase == phase]
         if of_phase:
             axes.plot(*zip(*of_phase, strict=True), marker, color=colour, markersize=3, label=label)
-    if finite:
-        numbers, values = np.array([e.number for e in finite]), [e.score for e in finite]
+    if evaluations:
+        numbers = np.array([e.number for e in evaluations])
+        values = [e.score for e in evaluations]
         best = (np.maximum if maximise else np.minimum).accumulate(values)
         at = int(np.flatnonzero(best == best[-1])[0])
         axes.step(numbers, best, where="post", color=HELD_OUT, linewidth=1.4, label="best so far")

@@ -14,6 +14,9 @@ from adamerge_jax.files.writing import write_whole
 
 ByTask = dict[str, float]
 
+_LARGEST = 1e30
+"""The largest size of a score or a coefficient: what is drawn has a finite extent."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FrontPoint:
@@ -113,6 +116,15 @@ class Front:
             *front.others,
             front.fits,
         ]
+        numbers = [
+            number for scores in by_task if scores is not front.fits for number in scores.values()
+        ]
+        numbers += [value for value, _ in front.singles] + list(front.experts.values())
+        if any(not abs(number) <= _LARGEST for number in numbers):
+            raise InputError(
+                f"{file}: a number is not finite, or over {_LARGEST:g}; the file was changed: take "
+                "it from the run again, or run again"
+            )
         if not (front.experts and front.points and front.singles) or any(
             scores.keys() != front.experts.keys() for scores in by_task
         ):

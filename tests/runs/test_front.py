@@ -32,6 +32,8 @@ def test_the_best_points_are_by_the_mean():
         {"experts": {}},
         {"experts": {"cat": 0.9}},
         {"others": [{"cat": 0.1, "bird": 0.1}]},
+        {"others": [{"cat": float("nan"), "dog": 0.1}]},
+        {"singles": [[1e300, {"cat": 0.1, "dog": 0.1}]]},
         {"score": 5},
         {"fits": {"cat": {"error": "x"}}},
         {"points": [{"file": "01.safetensors"}]},
