@@ -19,7 +19,7 @@ from adamerge_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GENERAL = Path(__file__).parent / "prompts" / "general.jsonl"
+GENERAL = Path(__file__).with_name("general_prompts.jsonl")
 """General prompts for chat models: facts, explanations, writing, arithmetic, code, translation,
 advice, lists, words, history and opinions."""
 

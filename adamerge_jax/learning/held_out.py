@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from adamerge_jax.data.batches import Calibration
+from adamerge_jax.data.batches import Batch, Calibration
 from adamerge_jax.devices import Devices
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.objectives import NOT_PREDICTED
@@ -112,6 +112,20 @@ def judge(
     to_beat = best if metrics.examples.sum() >= FEWEST_TO_CHOOSE else start
     better = metrics.objective.sum() < to_beat.objective.sum()
     return Verdict(bool(allowed and not collapsed.any() and better), collapsed, allowed)
+
+
+def held_out_floor(
+    learner: Learner, calibration: Calibration, devices: Devices
+) -> np.ndarray | float:
+    """Returns the objective of each task on the held-out data that is perfect, `[tasks]`."""
+    if learner.floor is None:
+        return 0.0
+    return np.sum([floor_of(learner, b.spread(devices)) for b in calibration.held_out_batches()], 0)
+
+
+def floor_of(learner: Learner, batch: Batch) -> np.ndarray | float:
+    """Returns the objective of each task on a batch that is perfect, `[tasks]`."""
+    return 0.0 if learner.floor is None else np.asarray(learner.floor(batch.weights, batch.targets))
 
 
 def evaluate_held_out(

@@ -101,6 +101,8 @@ class Learner(NamedTuple):
             objective is that of the state before the step.
         evaluate: `(state, frozen, batch) -> Evaluation`, compiled.
         coefficients: `state -> coefficients` by group, `[G, K, ...]`.
+        floor: `(weights, targets) -> the objective of each task that is perfect [tasks]`, compiled;
+            None where that is 0. The step does not know it.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -122,6 +124,7 @@ class Learner(NamedTuple):
     step: Callable[[State, Frozen, Batch], tuple[State, Float[Array, " tasks"]]]
     evaluate: Callable[[State, Frozen, Batch], Evaluation]
     coefficients: Callable[[State], Values]
+    floor: Callable[..., Float[Array, " tasks"]] | None = None
 
 
 def make_learner(
@@ -190,6 +193,9 @@ def make_learner(
     def coefficients(raw: Raw) -> Values:
         return {group: constraint.apply(array) for group, array in raw.items()}
 
+    def objectives_of(tasks: int) -> Sequence[Objective]:
+        return [objective] * tasks if isinstance(objective, Objective) else objective
+
     def run(raw: Raw, learned_heads: Heads, frozen: Frozen, batch: Batch) -> Evaluation:
         scales = granularity.scales(coefficients(raw))
         mixed = mix(frozen.base, frozen.deltas, scales)
@@ -199,7 +205,7 @@ def make_learner(
             augmented = forward(mixed, heads, batch.augmented_inputs)
             pairs = zip(outputs, augmented, strict=True)
             outputs = [plain._replace(augmented_logits=other.logits) for plain, other in pairs]
-        objectives = [objective] * len(outputs) if isinstance(objective, Objective) else objective
+        objectives = objectives_of(len(outputs))
         tasks = [
             _evaluate_task(task_objective, task_outputs, targets, weights)
             for task_objective, weights, task_outputs, targets in zip(
@@ -255,7 +261,26 @@ def make_learner(
     def evaluate(state: State, frozen: Frozen, batch: Batch) -> Evaluation:
         return run(state.raw, state.heads, frozen, batch)
 
-    return Learner(init, step, evaluate, lambda state: coefficients(state.raw))
+    @compiled
+    def floor(
+        weights: Float[Array, "tasks B"], targets: Sequence[Targets]
+    ) -> Float[Array, " tasks"]:
+        floors = [
+            jnp.zeros(()) if of_task.floor is None else (w * of_task.floor(task_targets)).sum()
+            for of_task, w, task_targets in zip(
+                objectives_of(len(targets)), weights, targets, strict=True
+            )
+        ]
+        return jnp.stack(floors)
+
+    has_floor = any(of_task.floor is not None for of_task in objectives_of(1))
+    return Learner(
+        init,
+        step,
+        evaluate,
+        lambda state: coefficients(state.raw),
+        floor if has_floor else None,
+    )
 
 
 def _evaluate_task(

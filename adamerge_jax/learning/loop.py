@@ -15,7 +15,14 @@ from adamerge_jax.data.batches import Calibration
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import NonFiniteObjectiveError
 from adamerge_jax.heads.learned import Heads
-from adamerge_jax.learning.held_out import Control, HeldOutMetrics, evaluate_held_out, judge
+from adamerge_jax.learning.held_out import (
+    Control,
+    HeldOutMetrics,
+    evaluate_held_out,
+    floor_of,
+    held_out_floor,
+    judge,
+)
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.stopping import stop_asked, stopped
 
@@ -26,9 +33,10 @@ class Progress:
 
     Attributes:
         step: Number of optimizer steps taken.
-        per_task: The objective of each task on the step's batch, before the step, `[tasks]`;
-            None at step 0.
-        held_out: The held-out metrics after the step, or None if they were not evaluated.
+        per_task: The objective of each task on the step's batch, before the step, `[tasks]`, less
+            its floor; None at step 0.
+        held_out: The held-out metrics after the step, the objective less its floor; None if they
+            were not evaluated.
         seconds: Wall-clock time of the step, compilation included where there was one.
         collapsed: Tasks whose predictions have fallen onto one class.
         best: The coefficients after this step, if they are the best so far.
@@ -232,11 +240,16 @@ def learn(
                 on_snapshot(snapshot)
             raise stopped()
 
+    floor = held_out_floor(learner, calibration, devices)
+
+    def shown(metrics: HeldOutMetrics) -> HeldOutMetrics:
+        return dataclasses.replace(metrics, objective=metrics.objective - floor)
+
     if resume is None:
         began = time.perf_counter()
         start, taken = evaluate(0), 0
         keep(0, start)
-        on_step(Progress(0, None, start, time.perf_counter() - began, best=best))
+        on_step(Progress(0, None, shown(start), time.perf_counter() - began, best=best))
         on_snapshot(first := Snapshot(state, 0, start, best, ended=False))
         stop_if_asked(first, is_kept=True)
     else:
@@ -246,10 +259,12 @@ def learn(
     batches = calibration.batches(taken)
     for step, batch in zip(range(taken + 1, steps + 1), batches, strict=False):
         began = time.perf_counter()
-        state, per_task = learner.step(state, frozen, batch.spread(devices))
+        batch = batch.spread(devices)
+        state, per_task = learner.step(state, frozen, batch)
         per_task = np.asarray(per_task)
         seconds = time.perf_counter() - began
         require_finite(per_task, step, "the step's batch")
+        per_task = per_task - floor_of(learner, batch)
         if step % evaluate_every and step != steps:
             on_step(Progress(step, per_task, None, seconds))
             stop_if_asked(Snapshot(state, step, start, best, ended=False), is_kept=False)
@@ -259,7 +274,8 @@ def learn(
         if is_best:
             keep(step, metrics)
         collapsed = tuple(itertools.compress(tasks, fallen))
-        on_step(Progress(step, per_task, metrics, seconds, collapsed, best if is_best else None))
+        better = best if is_best else None
+        on_step(Progress(step, per_task, shown(metrics), seconds, collapsed, better))
         ended = step == steps or not may_continue
         on_snapshot(snapshot := Snapshot(state, step, start, best, ended))
         stop_if_asked(snapshot, is_kept=True)

@@ -49,14 +49,18 @@ def with_rest(
     """
     merged = log_softmax(logits)
     likely = jnp.take_along_axis(merged, expert.tokens, axis=-1)
-    smallest = jnp.finfo(jnp.float32).tiny
-    expert_rest = 1 - jnp.exp(expert.log_probabilities).sum(-1, keepdims=True)
+    nothing = jnp.log(jnp.finfo(jnp.float32).tiny)
     return (
-        jnp.concatenate([likely, _rest(merged, expert.tokens, jnp.log(smallest))], -1),
-        jnp.concatenate(
-            [expert.log_probabilities, jnp.log(jnp.maximum(expert_rest, smallest))], -1
-        ),
+        jnp.concatenate([likely, _rest(merged, expert.tokens, nothing)], -1),
+        top_with_rest(expert),
     )
+
+
+def top_with_rest(expert: TopTokens) -> Float[Array, "B T k+1"]:
+    """Computes log-probabilities of the expert's likely tokens, then of all others as one token."""
+    smallest = jnp.finfo(jnp.float32).tiny
+    rest = 1 - jnp.exp(expert.log_probabilities).sum(-1, keepdims=True)
+    return jnp.concatenate([expert.log_probabilities, jnp.log(jnp.maximum(rest, smallest))], -1)
 
 
 def _rest(

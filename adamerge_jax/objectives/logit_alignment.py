@@ -11,6 +11,7 @@ from adamerge_jax.objectives.distributions import (
     pick,
     shannon_entropy,
     token_losses,
+    top_with_rest,
     with_rest,
 )
 from adamerge_jax.objectives.objective import Objective
@@ -31,8 +32,9 @@ def logit_alignment(
 
     With z the merged model's logits, e the expert's and T the temperature:
 
-    - `soft`: `-T^2 sum_c softmax(e / T)_c log softmax(z / T)_c` (Hinton et al., 2015).
-    - `kl`: the same less the expert's own entropy, so that 0 is perfect; the same gradient.
+    - `soft`: `-T^2 sum_c softmax(e / T)_c log softmax(z / T)_c` (Hinton et al., 2015). It is shown
+      less its floor, the expert's own entropy, so that 0 is perfect.
+    - `kl`: the same, and computed so; the same gradient.
     - `hard`: cross-entropy to the class that the expert predicts (SyMerge, Jung et al., 2026).
 
     Args:
@@ -107,14 +109,33 @@ def logit_alignment(
         if not cross_task or targets.cross_task is None:
             return losses
         expert_logits, weights = targets.cross_task
-        classes = max(2, expert_logits.shape[-1])
-        unsureness = shannon_entropy(log_softmax(expert_logits)) / jnp.log(classes)
-        others = unsureness * divergence(outputs.cross_task_logits, expert_logits)
+        others = _unsureness(expert_logits) * divergence(outputs.cross_task_logits, expert_logits)
         return losses + cross_task * (weights * others).mean()
+
+    def floor(targets: Targets) -> Float[Array, " B"]:
+        """Returns the expert's own entropy, which no model goes below."""
+
+        def own_entropy(expert_logits: Float[Array, "B ... C"]) -> Float[Array, "B ..."]:
+            return temperature**2 * shannon_entropy(log_softmax(expert_logits / temperature))
+
+        top = targets.expert_top
+        expert_logits = targets.expert_logits if top is None else top_with_rest(top)
+        entropies = mean_per_example(own_entropy(expert_logits), targets)
+        if not cross_task or targets.cross_task is None:
+            return entropies
+        expert_logits, weights = targets.cross_task
+        others = _unsureness(expert_logits) * own_entropy(expert_logits)
+        return entropies + cross_task * (weights * others).mean()
 
     spec = TargetSpec(
         expert_logits=True,
         cross_task=cross_task_examples if cross_task else 0,
         top_tokens=top_tokens,
     )
-    return Objective(value, spec)
+    return Objective(value, spec, floor if form == "soft" else None)
+
+
+def _unsureness(expert_logits: Float[Array, "... C"]) -> Float[Array, "..."]:
+    """Returns the entropy of each distribution as a part of the largest, from 0 to 1."""
+    classes = max(2, expert_logits.shape[-1])
+    return shannon_entropy(log_softmax(expert_logits)) / jnp.log(classes)

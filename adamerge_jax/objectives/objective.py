@@ -17,6 +17,7 @@ _LOGITS_ALONE = TargetSpec()
 class _Fields(NamedTuple):
     value: Callable[[TaskOutputs, Targets], Float[Array, " B"]]
     target_spec: TargetSpec
+    floor: Callable[[Targets], Float[Array, " B"]] | None = None
 
 
 class Objective(_Fields):
@@ -25,6 +26,8 @@ class Objective(_Fields):
     Attributes:
         value: `(outputs, targets) -> one value per example [B]`.
         target_spec: The outputs and targets that it asks for.
+        floor: `targets -> the value of a model that gives just these, per example [B]`, which is
+            subtracted where values are shown; None for 0.
     """
 
     __slots__ = ()
@@ -33,13 +36,14 @@ class Objective(_Fields):
         cls,
         value: Callable[[TaskOutputs, Targets], Float[Array, " B"]],
         target_spec: TargetSpec = _LOGITS_ALONE,
+        floor: Callable[[Targets], Float[Array, " B"]] | None = None,
         *,
         needs: TargetSpec | None = None,
     ) -> "Objective":
         """Makes an objective; `needs` is the old name of `target_spec`."""
         if needs is not None:
             _warn_of_needs()
-        return super().__new__(cls, value, target_spec if needs is None else needs)
+        return super().__new__(cls, value, target_spec if needs is None else needs, floor)
 
     @property
     def needs(self) -> TargetSpec:
@@ -64,8 +68,14 @@ def weighted_sum(terms: Sequence[tuple[float, Objective]]) -> Objective:
         zero = jnp.zeros(outputs.logits.shape[0])
         return sum((w * objective.value(outputs, targets) for w, objective in terms), zero)
 
+    floors = [(w, objective.floor) for w, objective in terms if objective.floor is not None]
+
+    def floor(targets: Targets) -> Float[Array, " B"]:
+        return sum(w * of_term(targets) for w, of_term in floors)
+
     specs = (objective.target_spec for _, objective in terms)
-    return Objective(value, functools.reduce(operator.or_, specs, _LOGITS_ALONE))
+    spec = functools.reduce(operator.or_, specs, _LOGITS_ALONE)
+    return Objective(value, spec, floor if floors else None)
 
 
 def _warn_of_needs() -> None:
