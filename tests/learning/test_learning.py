@@ -290,7 +290,7 @@ class Scripted:
         self.objectives, self.wrong = objectives, wrong
         self.learner = Learner(self.init, self.step, self.evaluate, lambda state: state.raw)
 
-    def init(self, values: Values) -> State:
+    def init(self, values: Values, heads: Any = ()) -> State:
         return State({"all": jnp.zeros((1, 2))}, (), values)
 
     def step(self, state: State, frozen: Frozen, batch: Any):
