@@ -63,6 +63,6 @@ def _share(rank: int, experts: int, common: float) -> int:
 @jax.jit
 def _beyond(shared: Float[Array, "p c"], matrix: Float[Array, "p q"]) -> Directions:
     """Returns the directions of one expert's matrix apart from the shared left ones."""
-    largest = decompose(matrix).sizes[0]
     inside = jnp.dot(shared.T, matrix, precision=EXACT)
-    return decompose(matrix - jnp.dot(shared, inside, precision=EXACT), largest)
+    remainder = matrix - jnp.dot(shared, inside, precision=EXACT)
+    return decompose(remainder, jnp.linalg.norm(matrix))

@@ -38,16 +38,16 @@ class Directions(NamedTuple):
 
 
 @jax.jit
-def decompose(matrix: Float[Array, "p q"], largest: Float[Array, ""] | float = 0.0) -> Directions:
+def decompose(matrix: Float[Array, "p q"], origin: Float[Array, ""] | float = 0.0) -> Directions:
     """Returns the singular directions of a matrix.
 
     Args:
         matrix: The matrix.
-        largest: The largest singular value of what the matrix was computed from, which its rounding
-            is measured by where it is over the matrix's own.
+        origin: The size of what the matrix was computed from, by which its rounding is measured
+            where it is over the matrix's largest singular value.
     """
     left, sizes, right = jnp.linalg.svd(matrix, full_matrices=False)
-    stays = sizes > ROUNDING * jnp.maximum(sizes[0], largest)
+    stays = sizes > ROUNDING * jnp.maximum(sizes[0], origin)
     return Directions(left * stays, sizes * stays, right * stays[:, None])
 
 
