@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from adamerge_jax.interference import FittedStep
 from adamerge_jax.methods.method import MergeMethod
 from adamerge_jax.parameter_names import is_stacked, unstack
 from adamerge_jax.task_vectors import Delta, DenseDelta, JoinedDelta, LowRankDelta
-from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
+from adamerge_jax.task_vectors.offload.streamed import of_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +71,8 @@ def by_tensor(
                 merged[name] = merge_one(name, base[name], delta, experts)
                 continue
             layers = [
-                merge_one(tensor, layer_base, layer_delta, experts)
-                for tensor, layer_base, layer_delta in zip(
-                    unstack(name, len(base[name])),
-                    base[name],
-                    _layers(delta, len(base[name])),
-                    strict=True,
-                )
+                merge_one(tensor, base[name][layer], of_layer(delta, layer), experts)
+                for layer, tensor in enumerate(unstack(name, len(base[name])))
             ]
             merged[name] = jnp.stack(layers)
         return merged
@@ -117,10 +111,3 @@ def _factors(delta: Delta, experts: int) -> LowRankDelta | None:
         left = left.at[positions, :, :size].set(factors.left)
         right = right.at[positions, :size].set(factors.right)
     return LowRankDelta(left, right)
-
-
-def _layers(delta: Delta, count: int) -> Iterator[Delta]:
-    """Yields the delta of each layer of a stacked parameter."""
-    stacked, sources = apart_from_layers(delta)
-    for layer in range(count):
-        yield with_sources(jax.tree.map(operator.itemgetter(layer), stacked), sources)

@@ -1,7 +1,6 @@
 """Sums of task vectors with one weight for each expert."""
 
 import functools
-import operator
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float
 from adamerge_jax.coefficients.granularities import constant, shapes_of, task
 from adamerge_jax.mixing import Mixture, materialize_compiled, mix
 from adamerge_jax.task_vectors import Delta
-from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
+from adamerge_jax.task_vectors.offload.streamed import of_layer
 
 
 def weighted(
@@ -111,8 +110,7 @@ def tensor_sum(
         layer: The layer of a stacked parameter.
     """
     if layer is not None:
-        stacked, sources = apart_from_layers(delta)
-        delta = with_sources(jax.tree.map(operator.itemgetter(layer), stacked), sources)
+        delta = of_layer(delta, layer)
     return _weighted_sum(delta, jnp.asarray(weights, jnp.float32), axes)
 
 

@@ -5,6 +5,7 @@ factors are never kept so: they are small, and their product asks for those of a
 """
 
 import dataclasses
+import operator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -253,6 +254,12 @@ def with_sources(tree: PyTree, sources: list[Source | None]) -> PyTree:
             for leaf, source in pairs
         ],
     )
+
+
+def of_layer(delta: Delta, layer: int) -> Delta:
+    """Returns the delta of one layer of a stacked parameter, outside of compiled functions."""
+    stacked, sources = apart_from_layers(delta)
+    return with_sources(jax.tree.map(operator.itemgetter(layer), stacked), sources)
 
 
 def _on_host() -> AbstractContextManager[None]:
