@@ -14,16 +14,16 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
-"""The strengths of the distance among which cross-validation chooses, from strong to weak."""
+from adamerge_jax.walk import lowest_nearby
+
+STRENGTHS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""The strengths of the distance among which cross-validation chooses; it begins in the middle and
+walks to better neighbours."""
 
 FOLDS = 5
 """The number of parts of the examples, each of which judges a fit to the others."""
 
-PATIENCE = 3
-"""The number of weaker strengths in a row that must do worse before the search ends."""
-
-MOST_ITERATIONS = 300
+MOST_ITERATIONS = 100
 """The largest number of iterations of one fit."""
 
 Kind = Literal["scaled", "refitted"]
@@ -121,24 +121,19 @@ def _best_strength(
     parts: Sequence[np.ndarray],
 ) -> tuple[float, float]:
     """Returns the strength that does best on the parts left out, and its mean KL divergence."""
-    best, worse = (float("inf"), float("inf")), 0
     remaining = [np.setdiff1d(np.arange(len(inputs)), part) for part in parts]
     layers = [start] * len(parts)
-    for strength in STRENGTHS:
+
+    def divergence(strength: float) -> float:
         total = 0.0
         for position, (part, others) in enumerate(zip(parts, remaining, strict=True)):
-            # A weaker strength begins where the last one ended.
+            # A neighbour begins where the last strength ended.
             layer = _fit(inputs[others], targets[others], start, layers[position], strength)
             layers[position] = layer
             total += _kl(targets[part], layer.logits(inputs[part])) * len(part)
-        kl = total / len(inputs)
-        if kl < best[1]:
-            best, worse = (strength, kl), 0
-        else:
-            worse += 1
-        if worse == PATIENCE:
-            break
-    return best
+        return total / len(inputs)
+
+    return lowest_nearby(divergence, STRENGTHS, first=STRENGTHS[len(STRENGTHS) // 2])
 
 
 def _fit(

@@ -26,13 +26,16 @@ from adamerge_jax.coefficients.granularities import (
 from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.data.batches import Calibration, calibrate
+from adamerge_jax.data.copies import WithCopies, with_copies
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.expert_targets import StoredTargets, ask_cross_task, ask_expert
 from adamerge_jax.devices import Devices, fetch, is_first_process
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.interference import FittedStep
+from adamerge_jax.learning.held_out import evaluate_held_out
 from adamerge_jax.learning.learner import Frozen, Learner, forward_with_heads, make_learner
 from adamerge_jax.learning.loop import Learned, Progress, Snapshot, learn
+from adamerge_jax.learning.single_coefficient import best_single_coefficient
 from adamerge_jax.learning.snapshots import load_snapshot, save_snapshot
 from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.models.family import Network
@@ -166,6 +169,8 @@ def prepare(
     )
     if RETAINED in examples:
         calibration = calibration.with_fewer_held_out(RETAINED)
+    if method.image_copies:
+        calibration = _with_copies(calibration, method.image_copies)
     _require_layers(method.target_specs, models)
     initial_merge = None
     if method.initial_merge is not None:
@@ -203,11 +208,11 @@ def prepare(
         if not spec.expert:
             continue
         expert = base if task == RETAINED else workspace.expert(task, base)
-        targets[task] = _compute_targets(workspace, expert, task, spec, examples[task])
+        targets[task] = _compute_targets(workspace, expert, task, spec, calibration.examples[task])
         if spec.cross_task:
             cross_task[task] = ask_cross_task(
                 partial(workspace.evaluator.logits, expert, task),
-                workspace.data.calibration,
+                calibration.examples,
                 task,
                 calibration.learning,
                 limit=spec.cross_task,
@@ -232,6 +237,20 @@ def prepare(
         initial_merge,
         start,
     )
+
+
+def _with_copies(calibration: Calibration, copies: int) -> Calibration:
+    """Adds changed copies of the images that are learned from."""
+    examples = {
+        task: WithCopies(images, copies, calibration.seed)
+        for task, images in calibration.examples.items()
+    }
+    learning = {
+        task: with_copies(index, len(calibration.examples[task]), copies)
+        for task, index in calibration.learning.items()
+    }
+    targets = {task: StoredTargets(images) for task, images in examples.items()}
+    return calibration._replace(learning=learning, examples=examples, targets=targets)
 
 
 def require_any_merged(deltas: Mapping[str, object]) -> None:
@@ -273,7 +292,7 @@ def learn_coefficients(
         NonFiniteObjectiveError: Learning diverged.
     """
     start: WarmStart | PerTensor | None = inputs.start
-    if start is None:
+    if start is None and not inputs.method.chooses_initial:
         start = constant(inputs.shapes, inputs.experts, inputs.method.initial)
     result = None
     for stage in inputs.method.stages:
@@ -281,13 +300,15 @@ def learn_coefficients(
             start = per_tensor(result.granularity, result.values, inputs.shapes, inputs.experts)
             stage = _resolve_granularity(inputs, stage, start)
         result = _learn_stage(inputs, stage, start, show_stage, on_result, state)
+        initial = result.coefficients.initial
+        inputs = inputs._replace(method=inputs.method._replace(initial=initial))
     assert result is not None
-    kind = inputs.method.heads.kind
-    if kind not in ("scaled", "refitted"):
+    choice, seed = inputs.method.heads, inputs.method.seed
+    if choice.fit is None:
         return result
     parameters = result.parameters(inputs.theta_start)
-    heads = fit_heads(inputs.workspace, parameters, inputs.calibration, kind, inputs.method.seed)
-    coefficients = dataclasses.replace(result.coefficients, heads=kind, head_tensors=heads)
+    heads = fit_heads(inputs.workspace, parameters, inputs.calibration, choice.fit, seed)
+    coefficients = dataclasses.replace(result.coefficients, heads=choice.kind, head_tensors=heads)
     on_result(coefficients)
     return result._replace(coefficients=coefficients, heads=heads)
 
@@ -366,12 +387,12 @@ def _require_used_patterns(choice: GranularityChoice, mixed: list[str]) -> None:
 def _learn_stage(
     inputs: LearningInputs,
     stage: Stage,
-    start: WarmStart | PerTensor,
+    start: WarmStart | PerTensor | None,
     show_stage: ShowStage,
     on_result: Callable[[Coefficients], None],
     state: Path | None,
 ) -> MergeResult:
-    method, workspace = inputs.method, inputs.workspace
+    method, workspace, devices = inputs.method, inputs.workspace, inputs.devices
     granularity = stage.granularity.make(inputs.shapes)
     deltas = {
         name: inputs.devices.delta(name, granularity.prepare(name, delta))
@@ -385,6 +406,20 @@ def _learn_stage(
         workspace.head_networks,
         granularity,
     )
+    expert_heads = list(workspace.heads.values())
+    frozen = Frozen(inputs.theta_start, deltas, expert_heads)
+    if start is None:
+
+        def objective(coefficient: float) -> float:
+            """Returns the objective of one coefficient on the held-out data, over all tasks."""
+            values = granularity.init(constant(inputs.shapes, inputs.experts, coefficient))
+            first = devices.replicate(learner.init(values, expert_heads))
+            metrics = evaluate_held_out(learner, first, frozen, inputs.calibration, devices)
+            return float(metrics.objective.sum())
+
+        best = best_single_coefficient(objective)
+        inputs = inputs._replace(method=method._replace(initial=best))
+        start = constant(inputs.shapes, inputs.experts, best)
     if isinstance(start, WarmStart):
         initial = initial_values(
             start,
@@ -397,7 +432,6 @@ def _learn_stage(
     else:
         initial = granularity.init(start)
     folder = None if state is None else state / stage.name
-    expert_heads = list(workspace.heads.values())
     resume = folder and load_snapshot(folder, Snapshot.like(learner, initial, expert_heads))
 
     def on_snapshot(snapshot: Snapshot) -> None:
@@ -405,11 +439,13 @@ def _learn_stage(
             save_snapshot(folder, snapshot.step, snapshot)
 
     summary = f"{stage.name}: {count_units(granularity, initial, inputs.shapes)}"
+    if method.chooses_initial and isinstance(start, Mapping) and stage is method.stages[0]:
+        summary += f", all from {inputs.method.initial:g}, which has the lowest objective"
     try:
         with show_stage(summary, stage.steps) as on_step:
             learned = learn(
                 learner,
-                Frozen(inputs.theta_start, deltas, expert_heads),
+                frozen,
                 initial,
                 inputs.calibration,
                 steps=stage.steps,
@@ -418,7 +454,7 @@ def _learn_stage(
                 on_step=on_step,
                 on_snapshot=on_snapshot,
                 resume=resume,
-                devices=inputs.devices,
+                devices=devices,
             )
     except NonFiniteObjectiveError as error:
         if error.learned is not None:

@@ -143,6 +143,7 @@ class Method(NamedTuple):
         stages: The runs of the learning loop, in their order: coarse coefficients first, if any.
         constraint: The name of the constraint on coefficients.
         initial: The value at which every coefficient starts.
+        chooses_initial: True if that value is to be replaced by the one with the lowest objective.
         initial_merge: The merge without learning to which task vectors are added, if any.
         start: The file whose coefficients learning starts from, if any.
         other_base: True if that file may have been learned for another base.
@@ -154,6 +155,7 @@ class Method(NamedTuple):
         control: The tasks that must not suffer if another is to be forgotten, else None.
         batch_size: The number of examples of every task per step.
         microbatches: The number of parts in which a step runs its batch.
+        image_copies: The number of changed copies of each calibration image.
         held_out: The part of each task's calibration examples that is held out.
         seed: The seed of all randomness.
         delta_dtype: The dtype of task vectors; None for the checkpoint's.
@@ -165,6 +167,7 @@ class Method(NamedTuple):
     stages: tuple[Stage, ...]
     constraint: str
     initial: float
+    chooses_initial: bool
     initial_merge: MethodRecipe | None
     start: str | None
     other_base: bool
@@ -176,6 +179,7 @@ class Method(NamedTuple):
     control: Control | None
     batch_size: int
     microbatches: int
+    image_copies: int
     held_out: float
     seed: int
     delta_dtype: np.dtype | None
@@ -231,6 +235,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         stages=_build_stages(coefficients, learning, recipe.seed, models),
         constraint=coefficients.constraint,
         initial=recipe.initial_coefficient,
+        chooses_initial=recipe.chooses_initial,
         initial_merge=coefficients.initial_merge,
         start=coefficients.start,
         other_base=coefficients.other_base,
@@ -242,6 +247,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         control=_build_control(list(recipe.tasks), recipe.forgotten, learning.control),
         batch_size=learning.batch_size,
         microbatches=learning.microbatches,
+        image_copies=0 if models.family.inputs[0] != "pixel_values" else learning.image_copies,
         held_out=learning.held_out,
         seed=recipe.seed,
         delta_dtype=DELTA_DTYPES[delta_dtype] if delta_dtype else None,

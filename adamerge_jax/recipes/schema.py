@@ -227,8 +227,10 @@ class CoefficientsRecipe(Section):
         "concrete",
     ] = "clip"
     """Values that coefficients may take."""
-    initial: Weight | None = None
-    """Value at which every coefficient starts; by default 0.3, for K experts 1/K under softmax and
+    initial: Weight | Literal["auto"] | None = None
+    """Value at which every coefficient starts. auto: the one from 0.05 to 1 whose merge has the
+    lowest objective on the held-out calibration data; where a value follows from the constraint or
+    the initial merge, that. By default 0.3, for K experts 1/K under softmax and
     simplex, and 1/(K+1) under simplex_with_base and positions; 0 with initial_merge."""
     initial_merge: MethodRecipe | None = None
     """Merge without learning to which the task vectors are added in place of the base, so that
@@ -349,6 +351,9 @@ class LearningRecipe(Section):
     the same coefficients."""
     examples: Whole | None = Field(default=None, ge=2, le=10**9)
     """Largest number of calibration examples of each task, drawn with the recipe's seed."""
+    image_copies: Whole = Field(default=0, ge=0, le=1000)
+    """Copies of each calibration image, slightly turned, scaled and shifted, that are learned from
+    beside it, with the expert's logits on them. Texts have none."""
     held_out: Number = Field(default=0.2, gt=0, lt=1)
     """Part of the calibration data that is held out to choose the best coefficients."""
     evaluate_every: Count | None = None
@@ -536,8 +541,8 @@ class Recipe(Section):
 
     @property
     def initial_coefficient(self) -> float:
-        """The value at which every coefficient starts."""
-        if self.coefficients.initial is not None:
+        """The value at which every coefficient starts; where it is chosen, the first candidate."""
+        if isinstance(self.coefficients.initial, float):
             return self.coefficients.initial
         if self.coefficients.initial_merge is not None:
             return 0.0
@@ -549,6 +554,17 @@ class Recipe(Section):
         }
         averaged = models.get(self.coefficients.constraint)
         return 0.3 if averaged is None else 1 / averaged
+
+    @property
+    def chooses_initial(self) -> bool:
+        """True if the initial value is the one whose merge has the lowest objective."""
+        coefficients = self.coefficients
+        return (
+            coefficients.initial == "auto"
+            and coefficients.constraint in ("free", "clip")
+            and coefficients.initial_merge is None
+            and not self.forgotten
+        )
 
     @property
     def own_keep_from_base(self) -> list[str]:

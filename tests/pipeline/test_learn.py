@@ -9,6 +9,7 @@ import pytest
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.held_out import HeldOutMetrics
+from adamerge_jax.learning.single_coefficient import CANDIDATES
 from adamerge_jax.pipeline.baselines import baseline_rows
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult, learn_coefficients
 from adamerge_jax.pipeline.workspace import Workspace
@@ -162,3 +163,41 @@ def test_two_experts_are_never_in_memory(image_recipe, tmp_path, monkeypatch):
     baseline_rows(inputs, EvaluationRecipe())
     assert len(read) == 2 * asked > 0
     assert all(array() is None for array in read)
+
+
+def test_the_initial_value_is_the_one_with_the_lowest_objective(image_recipe, tmp_path):
+    def merge(initial: Any, seen: Seen) -> MergeResult:
+        changes = {
+            "coefficients": {"constraint": "free", "initial": initial},
+            "learning": image_recipe["learning"] | {"steps": 1},
+        }
+        return learned(image_recipe, tmp_path, seen, **changes)
+
+    def objective(initial: float) -> float:
+        seen = Seen()
+        merge(initial, seen)
+        return float(seen[0][2][0].held_out.objective.sum())
+
+    chosen = merge("auto", Seen()).coefficients.initial
+    position = CANDIDATES.index(chosen)
+    around = CANDIDATES[max(position - 1, 0) : position + 2]
+    assert min(around, key=objective) == chosen
+
+
+def test_copies_of_images_are_learned_from_and_not_judged_by(image_recipe, tmp_path):
+    plain = inputs_of(image_recipe, tmp_path).calibration
+    learning = image_recipe["learning"] | {"image_copies": 2}
+    copied = inputs_of(image_recipe, tmp_path, learning=learning).calibration
+    for task, index in plain.learning.items():
+        assert len(copied.learning[task]) == 3 * len(index)
+        assert copied.held_out[task].tolist() == plain.held_out[task].tolist()
+        assert set(copied.learning[task] % len(plain.examples[task])) == set(index)
+
+
+def test_texts_have_no_copies(text_recipe, tmp_path):
+    plain = inputs_of(text_recipe, tmp_path).calibration
+    learning = text_recipe["learning"] | {"image_copies": 2}
+    copied = inputs_of(text_recipe, tmp_path, learning=learning).calibration
+    assert {task: len(index) for task, index in copied.learning.items()} == {
+        task: len(index) for task, index in plain.learning.items()
+    }

@@ -1,0 +1,49 @@
+"""Changed copies of images."""
+
+import numpy as np
+
+from adamerge_jax.data.arrays import ArrayExamples
+from adamerge_jax.data.copies import WithCopies, with_copies
+
+IMAGES, COPIES = 3, 2
+
+
+def examples(seed: int = 0) -> tuple[np.ndarray, WithCopies]:
+    pixels = np.random.default_rng(0).normal(size=(IMAGES, 3, 16, 16)).astype(np.float32)
+    pixels[2] = 0.7
+    images = ArrayExamples({"pixel_values": pixels}, labels=np.arange(IMAGES))
+    return pixels, WithCopies(images, COPIES, seed)
+
+
+def test_images_stay_and_copies_follow():
+    pixels, copied = examples()
+    assert len(copied) == IMAGES * (1 + COPIES) == len(copied.padded_lengths())
+    assert copied.labels.tolist() == [0, 1, 2] * 3
+    index = np.arange(len(copied))
+    taken = copied.take(index, 0)["pixel_values"]
+    np.testing.assert_array_equal(taken[:IMAGES], pixels)
+    for copy in (1, 2):
+        part = taken[copy * IMAGES : (copy + 1) * IMAGES]
+        assert not np.allclose(part[:2], pixels[:2])
+        np.testing.assert_allclose(part[2], 0.7, atol=1e-6)  # nothing comes in from outside
+
+
+def test_a_copy_is_the_same_whenever_it_is_taken():
+    _, copied = examples()
+    together = copied.take(np.array([7, 3]), 0)["pixel_values"]
+    np.testing.assert_array_equal(copied.take(np.array([3]), 0)["pixel_values"][0], together[1])
+    _, other = examples(seed=1)
+    assert not np.allclose(other.take(np.array([3]), 0)["pixel_values"][0], together[1])
+
+
+def test_a_copy_is_little_changed():
+    smooth = np.outer(np.linspace(0, 1, 32), np.linspace(0, 1, 32)).astype(np.float32)
+    images = ArrayExamples({"pixel_values": np.stack([smooth] * 3)[None]})
+    copies = WithCopies(images, 20, 0).take(np.arange(1, 21), 0)["pixel_values"]
+    differences = np.abs(copies[:, 0] - smooth).mean((1, 2))
+    assert differences.max() < 0.15
+    assert differences.min() > 0
+
+
+def test_the_indices_of_copies():
+    assert with_copies(np.array([0, 2]), IMAGES, COPIES).tolist() == [0, 2, 3, 5, 6, 8]
