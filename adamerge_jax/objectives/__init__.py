@@ -21,6 +21,7 @@ from typing import Any
 from adamerge_jax.objectives.cross_entropy import cross_entropy
 from adamerge_jax.objectives.distributions import token_losses
 from adamerge_jax.objectives.entropy import entropy
+from adamerge_jax.objectives.expert_labels import expert_labels
 from adamerge_jax.objectives.hidden_state_alignment import hidden_state_alignment
 from adamerge_jax.objectives.logit_alignment import logit_alignment
 from adamerge_jax.objectives.objective import Objective, weighted_sum
@@ -41,6 +42,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "hidden_state_alignment": hidden_state_alignment,
     "cross_entropy": cross_entropy,
     "pseudo_labels": pseudo_labels,
+    "expert_labels": expert_labels,
 }
 """Objectives by their names in a recipe."""
 
@@ -55,6 +57,7 @@ __all__ = [
     "TopTokens",
     "cross_entropy",
     "entropy",
+    "expert_labels",
     "hidden_state_alignment",
     "logit_alignment",
     "make_objective",

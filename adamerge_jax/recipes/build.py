@@ -214,7 +214,9 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
     objectives = build_objectives(recipe.objectives, recipe.tasks)
     specs = {task: objective.target_spec for task, objective in objectives.items()}
     _require_fitting(specs, recipe.tasks, language)
-    if not language:
+    if language:
+        _require_no_classes(recipe.objectives)
+    else:
         _require_no_tokens(recipe.objectives)
     for method in recipe.evaluation.methods:
         make_method(method.name, method.options)  # refused here rather than after learning
@@ -393,6 +395,16 @@ def _require_fitting(
             raise InputError(
                 f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
                 "name the column of the class index, or choose an objective that needs none"
+            )
+
+
+def _require_no_classes(terms: Sequence[ObjectiveRecipe]) -> None:
+    """Refuses objectives that only classifiers have."""
+    for position, term in enumerate(terms):
+        if term.name == "expert_labels":
+            raise InputError(
+                f"objectives.{position}: expert_labels is for classes, and these models predict "
+                "tokens; take logit_alignment"
             )
 
 

@@ -297,7 +297,7 @@ class ObjectiveRecipe(Section):
 
     name: str
     """Name of the objective: entropy, logit_alignment, hidden_state_alignment, cross_entropy,
-    pseudo_labels, or package.module:function."""
+    pseudo_labels, expert_labels, or package.module:function."""
     weight: Weight | dict[str, Weight] = 1.0
     """Factor of the objective in the sum, for all tasks or by task; a task that is not named has
     none. With a factor below 0 the objective is maximised: the task is to be forgotten."""
@@ -484,7 +484,8 @@ class Recipe(Section):
     preset: str = DEFAULT_PRESET
     """Preset that fills in the fields that the recipe leaves out: recommended, adamerging-task,
     adamerging, adamerging++, atlas, atlas-k, expert-merging, expert-merging++,
-    self-positioning, adarank, fw-merging or concrete."""
+    self-positioning, adarank, fw-merging, concrete or
+    symerge."""
     base: ModelSource
     """The model that all experts were fine-tuned from."""
     tasks: dict[str, TaskRecipe] = Field(min_length=1)

@@ -12,7 +12,11 @@ from adamerge_jax.devices import fetch
 from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.joined import JoinedDelta
 from adamerge_jax.task_vectors.low_rank import LowRankDelta
-from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
+from adamerge_jax.task_vectors.offload.streamed import (
+    StreamedDelta,
+    apart_from_layers,
+    with_sources,
+)
 
 _contract = functools.partial(
     jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -26,7 +30,8 @@ def inner_products(
 
     Two deltas with factors take `sum((left_j^T left_k) * (right_j right_k^T))`, one with factors
     and one without `sum((left_j^T tau_k) * right_j)`: no product of factors exists. Any other
-    delta is asked for its entries with one-hot scales, one layer at a time.
+    delta is asked for its entries with one-hot scales, one layer at a time; one that lies outside
+    the device for those of a few experts at a time.
 
     Args:
         delta: The deltas of all K experts for a parameter, as they come from checkpoints.
@@ -54,6 +59,8 @@ def _inner_products(
 
 def gram(delta: Delta, shape: tuple[int, ...], experts: int) -> Float[Array, "K K"]:
     """Returns `inner_products` of a parameter that is not stacked, for compiled functions."""
+    if isinstance(delta, StreamedDelta):
+        return _streamed_gram(delta, shape, experts)
     parts = list(_parts(delta, tuple(range(experts)), shape))
     if len(parts) == 1 and len(parts[0][1]) == experts:
         return _block(parts[0][0], parts[0][0])
@@ -65,6 +72,30 @@ def gram(delta: Delta, shape: tuple[int, ...], experts: int) -> Float[Array, "K 
             if other is not one:
                 products = products.at[np.ix_(columns, rows)].add(block.T)
     return products
+
+
+_BLOCK = 4
+"""The number of experts whose entries are brought to the device together."""
+
+
+def _streamed_gram(
+    delta: StreamedDelta, shape: tuple[int, ...], experts: int
+) -> Float[Array, "K K"]:
+    """Returns the inner products of deltas outside the device, block by block of experts."""
+    blocks = -(-experts // _BLOCK)
+    rows, columns = np.triu_indices(blocks)
+    whole = jnp.ones((1, *(1 for _ in shape)))
+
+    def entries(block: Array) -> Float[Array, "B ..."]:
+        # The last block repeats the last expert, and what comes of it is cut off.
+        chosen = jnp.minimum(block * _BLOCK + jnp.arange(_BLOCK), experts - 1)
+        return jax.lax.map(lambda k: delta.expert(k).weighted_sum(whole), chosen)
+
+    pairs = (jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32))
+    products = jax.lax.map(lambda pair: _block(entries(pair[0]), entries(pair[1])), pairs)
+    table = jnp.zeros((blocks, blocks, _BLOCK, _BLOCK)).at[rows, columns].set(products)
+    table = table.at[columns, rows].set(products.swapaxes(1, 2))
+    return table.swapaxes(1, 2).reshape(blocks * _BLOCK, -1)[:experts, :experts]
 
 
 def _parts(

@@ -693,3 +693,5 @@ def test_an_expert_with_another_tokenizer(llama, tmp_path):
 def test_pseudo_labels_are_for_classes(llama, tmp_path):
     with pytest.raises(InputError, match="pseudo_labels is for classes"):
         inputs_of(llama, tmp_path, objectives=[{"name": "pseudo_labels"}])
+    with pytest.raises(InputError, match="expert_labels is for classes"):
+        inputs_of(llama, tmp_path, objectives=[{"name": "expert_labels"}])

@@ -392,6 +392,7 @@ def test_most_top_tokens_that_a_term_asks_for():
         ("hidden_state_alignment", {"layers": [1]}),
         ("cross_entropy", {}),
         ("pseudo_labels", {}),
+        ("expert_labels", {}),
     ],
 )
 def test_half_precision_is_computed_in_float32(name, options):
@@ -406,6 +407,26 @@ def test_half_precision_is_computed_in_float32(name, options):
     values = value(jnp.bfloat16)
     assert values.dtype == jnp.float32
     np.testing.assert_allclose(values, value(jnp.float32), rtol=1e-6)
+
+
+def test_expert_labels():
+    """The authors' choice of examples and their mean, written in PyTorch."""
+    merged, expert = draw(0, 2.0, (12, 4)), draw(1, 2.0, (12, 4))
+    own, teacher = torch.tensor(merged, requires_grad=True), torch.tensor(expert)
+    sure, label = teacher.softmax(-1).max(-1)
+    own_sure, own_label = own.softmax(-1).max(-1)
+    chosen = (label == own_label) | (sure >= own_sure)
+    assert 0 < chosen.sum() < 12 and (label != own_label)[chosen].any()
+    expected = torch_cross_entropy(own[chosen], label[chosen])
+    expected.backward()
+    targets = Targets(expert_logits=jnp.asarray(expert))
+
+    def mean(logits):
+        return make_objective("expert_labels", {}).value(TaskOutputs(logits), targets).mean()
+
+    found, gradient = jax.value_and_grad(mean)(jnp.asarray(merged))
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, own.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_weighted_sum():

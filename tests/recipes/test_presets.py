@@ -35,6 +35,7 @@ LONG_STEPS = (
     "expert-merging++",
     "recommended",
     "self-positioning",
+    "symerge",
 )
 """Presets that are compared at a tenth of their learning rate. Adam takes whole steps however small
 a gradient is, so that at these presets' own rates ten steps turn float32's rounding into up to 2e-4
@@ -183,6 +184,11 @@ def loss_of(
         assert not isinstance(term.weight, dict)
         if term.name == "entropy":
             loss = torch.distributions.Categorical(logits=model.logits).entropy().mean()
+        elif term.name == "expert_labels":
+            sure, label = expert.logits.softmax(-1).max(-1)
+            own_sure, own_label = model.logits.softmax(-1).max(-1)
+            counts = (label == own_label) | (sure >= own_sure)
+            loss = torch.nn.functional.cross_entropy(model.logits[counts], label[counts])
         elif term.name == "cross_entropy":
             loss = torch.nn.functional.cross_entropy(model.logits, labels.long())
         elif term.name == "logit_alignment":
@@ -402,6 +408,8 @@ def test_a_preset_is_its_papers_update(preset, text_recipe):
         learning = {"optimizer": {"learning_rate": rate / 10}}
     if preset == "recommended":
         learning["optimizer"]["options"] = {"eps": 1e-3}
+    if preset == "symerge":
+        text_recipe["heads"] = "kept"  # tests/heads has those that learn
     for task in text_recipe["tasks"].values():
         if preset.startswith("atlas"):
             task["calibration"] = {"path": task["test"]["path"], "label": "label"}
@@ -520,6 +528,16 @@ def test_what_adarank_says(text_recipe):
     optimizer = recipe.learning.optimizer
     assert (optimizer.name, optimizer.learning_rate) == ("adam", 1e-3)
     assert not recipe.regularizers and not recipe.keep_from_base and not recipe.interference
+
+
+def test_what_symerge_says(text_recipe):
+    recipe = chosen("symerge", text_recipe)
+    own = recipe.coefficients
+    assert (own.granularity, own.constraint, own.initial) == ("tensor", "clip", 0.3)
+    assert recipe.heads.kind == "learned"
+    assert [term.name for term in recipe.objectives] == ["expert_labels"]
+    optimizer = recipe.learning.optimizer
+    assert (optimizer.name, optimizer.learning_rate) == ("adam", 0.01)
 
 
 def test_what_concrete_says(text_recipe):

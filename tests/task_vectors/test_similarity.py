@@ -67,6 +67,15 @@ def test_inner_products(kind, layout):
     np.testing.assert_allclose(found, flat @ flat.swapaxes(-1, -2), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("experts", [5, 8, 9])
+def test_experts_outside_the_device_are_compared_in_blocks(experts):
+    entries = numbers(4, 2, experts, 6, 5)
+    delta = make_memory("disk").keep("layer.*.weight", DenseDelta(entries))
+    flat = entries.astype(np.float64).reshape(2, experts, -1)
+    found = inner_products(delta, (2, 6, 5), experts, stacked=True)
+    np.testing.assert_allclose(found, flat @ flat.swapaxes(-1, -2), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(7,), ()])
 def test_parameters_that_are_no_matrix(shape):
     values = numbers(3, EXPERTS, *shape)
