@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from adamerge_jax.data.examples import Examples, Subset, sorted_batches
+from adamerge_jax.data.examples import Examples, Subset, bucket_length, sorted_batches
 from adamerge_jax.data.expert_targets import AskExpert, ask_expert
-from adamerge_jax.data.prompts import FEWEST_TOKENS, GENERAL
+from adamerge_jax.data.prompts import FEWEST_TOKENS, GENERAL, Prompts
 from adamerge_jax.devices import fetch
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import NOT_PREDICTED, TargetSpec, TopTokens
@@ -67,80 +67,114 @@ class General(NamedTuple):
     openings: Int[np.ndarray, " N"] | None
 
 
-def load_general(
+class FoundText(NamedTuple):
+    """General text before the base has written answers.
+
+    Attributes:
+        text: Prompts without answers, or examples.
+        learned: The positions of those to learn from.
+        tested: The positions of those for the table of results.
+        source: The general text in the recipe, with its path.
+    """
+
+    text: Prompts | Examples
+    learned: Int[np.ndarray, " N"]
+    tested: Int[np.ndarray, " M"]
+    source: RetainRecipe
+
+    def padded_lengths(self) -> Int[np.ndarray, " N"]:
+        """Returns the tokens to which each example to learn from is padded, with a whole answer."""
+        if isinstance(self.text, Examples):
+            return self.text.padded_lengths()[self.learned]
+        lengths = [len(self.text.tokens[i]) + self.source.new_tokens for i in self.learned]
+        return np.minimum(np.array([*map(bucket_length, lengths)]), self.text.max_length)
+
+
+def find_general(
     source: RetainRecipe | None,
     settings: LearningRecipe,
     load: ExampleLoader,
-    writer: Writer | None,
-    read_base: Callable[[], Mapping[str, Array]],
     *,
     is_chat: bool,
     seed: int,
-) -> General | None:
-    """Loads general text, and has the base write the answers that it lacks.
+) -> FoundText | None:
+    """Finds general text and divides it.
 
     Args:
         source: The general text; None for none, without a path for the package's own.
-        settings: The numbers of steps and examples; no more prompts are answered than are used.
+        settings: The numbers of steps and examples: no more are learned from than are drawn.
         load: The loader of examples.
-        writer: The writer of answers; None if models of this architecture write none.
-        read_base: The function that reads the parameters of the base.
         is_chat: True for a chat model.
         seed: Decides which examples are learned from.
 
     Returns:
-        The examples; None where no path is given and it is no chat model, or the package's prompts
-        do not fit.
+        The text; None where no path is given and it is no chat model, or the package's prompts do
+        not fit.
 
     Raises:
         InputError: The text cannot be used: the models are classifiers, or cannot write the answers
             that are missing, or too few of them fit.
     """
-    if source is None:
+    can_write = load.family.cached_features is not None
+    if source is None or (source.path is None and not (is_chat and can_write)):
         return None
-    is_own = source.path is not None
-    if not is_own:
-        if not is_chat or writer is None:
-            return None
-        source = source.model_copy(update={"path": str(GENERAL)})
     if not load.family.language:
         raise InputError(
             "retain: is for language models, and these are classifiers, whose base has no head for "
             "general data; leave it out"
         )
-    prompts = load.prompts(source, NAME, is_chat=is_chat)
-    if not is_own and len(prompts) < ENOUGH_PROMPTS:
+    is_own = source.path is not None
+    if not is_own:
+        source = source.model_copy(update={"path": str(GENERAL)})
+    text: Prompts | Examples | None = load.prompts(source, NAME, is_chat=is_chat)
+    if not is_own and len(text) < ENOUGH_PROMPTS:
         return None
-    if prompts is None:
-        examples = load(source, NAME)
-        learned, tested = _split(len(examples), source, settings, seed)
-    elif writer is None:
+    if text is not None and not can_write:
         raise InputError(
-            f"{NAME}: {source.path} has no answers, and this kind of model writes none"
+            f"{NAME}: {source.path} has no answers, and this kind of model writes none; give them"
         )
-    else:
-        learned, tested = _split(len(prompts), source, settings, seed)
-    if min(len(learned), len(tested)) < FEWEST or (
-        source.weight and len(learned) < settings.batch_size + 1
-    ):
+    fitting = "" if text is None else f" that leave {FEWEST_TOKENS} tokens for an answer"
+    if text is None:
+        text = load(source, NAME)
+    learned, tested = _split(len(text), source, settings, seed)
+    needed = FEWEST
+    if source.weight:
+        needed = settings.batch_size + max(1, round(settings.held_out * len(learned)))
+    if len(learned) < needed or len(tested) < FEWEST:
         if not is_own:
             return None
-        fitting = "" if prompts is None else f" that leave {FEWEST_TOKENS} tokens for an answer"
         raise InputError(
             f"{NAME}: {source.path} has too few examples{fitting} within max_length="
             f"{load.max_length}: {len(learned)} to learn from and {len(tested)} for the table of "
-            f"results; give more, raise max_length, or lower learning.batch_size"
+            f"results, where {needed} and {FEWEST} are needed; give more, raise max_length, or "
+            "lower learning.batch_size"
         )
-    openings = None
-    if prompts is not None:
-        used = np.concatenate([tested, learned]) if source.weight else tested
-        asked = [prompts.tokens[prompt] for prompt in used]
-        answers = writer.continuations(
-            read_base(), asked, prompts.stops, source.new_tokens, with_stop=True
-        )
-        examples = prompts.answered(used, answers)
-        tested, learned = np.split(np.arange(len(used)), [len(tested)])
-        openings = np.array([prompts.opening(answers[row], OPENING) for row in tested])
+    return FoundText(text, learned, tested, source)
+
+
+def load_general(
+    found: FoundText, writer: Writer | None, read_base: Callable[[], Mapping[str, Array]]
+) -> General:
+    """Makes examples of general text; the base writes the answers that it lacks.
+
+    Args:
+        found: The text.
+        writer: The writer of answers; None if none are lacking.
+        read_base: The function that reads the parameters of the base.
+    """
+    text, learned, tested, source = found
+    if isinstance(text, Examples):
+        learning = Subset(text, learned) if source.weight else None
+        return General(learning, Subset(text, tested), None)
+    assert writer is not None  # `find_general` has seen to it
+    used = np.concatenate([tested, learned]) if source.weight else tested
+    asked = [text.tokens[prompt] for prompt in used]
+    answers = writer.continuations(
+        read_base(), asked, text.stops, source.new_tokens, with_stop=True
+    )
+    examples = text.answered(used, answers)
+    tested, learned = np.split(np.arange(len(used)), [len(tested)])
+    openings = np.array([text.opening(answers[row], OPENING) for row in tested])
     learning = Subset(examples, learned) if source.weight else None
     return General(learning, Subset(examples, tested), openings)
 

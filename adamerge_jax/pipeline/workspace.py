@@ -32,7 +32,7 @@ from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.end_of_text import ExpertsEnds
 from adamerge_jax.pipeline.evaluate import Evaluator
-from adamerge_jax.pipeline.general import RETAINED, General, load_general
+from adamerge_jax.pipeline.general import RETAINED, General, find_general, load_general
 from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head, load_zero_shot_head
@@ -144,15 +144,14 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
         heads[RETAINED] = {}  # all of it is the backbone's
     evaluator = Evaluator(spread, networks, heads, settings.batch_size, metric, answering)
     read_base = functools.cache(partial(load_backbone, models, models.base, dtype))
-    general = load_general(
+    found = find_general(
         recipe.retain,
         recipe.learning,
         load,
-        answering and answering.writer,
-        read_base,
         is_chat=any(examples.are_conversations for examples in data.calibration.values()),
         seed=recipe.seed,
     )
+    general = found and load_general(found, answering and answering.writer, read_base)
     if general is not None and data.test:
         evaluator.watch(general, read_base())
     if general is None or general.learning is None:

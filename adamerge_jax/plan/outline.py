@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +21,17 @@ from adamerge_jax.coefficients.importance import expected_granularity
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.expert_targets import expert_targets
+from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
+from adamerge_jax.pipeline.general import RETAINED, find_general
 from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_expert, load_task_vectors
-from adamerge_jax.pipeline.workspace import example_loader
+from adamerge_jax.pipeline.workspace import ExampleLoader, example_loader
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build
@@ -85,7 +87,10 @@ class Outline:
     @functools.cached_property
     def method(self) -> Method:
         """The method that the recipe describes."""
-        return build(self.recipe, self.models)
+        method = build(self.recipe, self.models)
+        if RETAINED in self.data["calibration"] and method.retained is not None:
+            method = method.with_task(RETAINED, method.retained)
+        return method
 
     @functools.cached_property
     def backbone(self) -> Network:
@@ -97,7 +102,10 @@ class Outline:
     def heads(self) -> Mapping[str, Network]:
         """Each task's head as a function of its parameters."""
         build_head = self.models.family.build_head
-        return {t: build_head(e.checkpoint.config) for t, e in self.models.experts.items()}
+        heads = {t: build_head(e.checkpoint.config) for t, e in self.models.experts.items()}
+        if RETAINED in self.data["calibration"]:
+            heads[RETAINED] = build_head(self.models.config)
+        return heads
 
     @functools.cached_property
     def head_parameters(self) -> Mapping[str, Mapping[str, Abstract]]:
@@ -105,6 +113,8 @@ class Outline:
         names = {task: fields.class_names for task, fields in self.recipe.tasks.items()}
         return {
             task: _head_parameters(self.models, head, task, names[task], self.dtype)
+            if task in names
+            else {}  # general text's is all of the backbone
             for task, head in self.heads.items()
         }
 
@@ -203,7 +213,7 @@ class Outline:
 
     def batch(self, length: int) -> Batch:
         """Returns the batch of one step, of examples of `length` tokens."""
-        tasks, size = list(self.recipe.tasks), self.recipe.learning.batch_size
+        tasks, size = list(self.data["calibration"]), self.recipe.learning.batch_size
         inputs = self.inputs(len(tasks) * size, length)
         return Batch(
             inputs,
@@ -277,7 +287,7 @@ def outline(recipe: Recipe, root: Path) -> Outline:
 
     # NumPy files and data on the Hub need no tokenizer.
     @functools.cache
-    def loader() -> Callable[[DataSource, str], Examples]:
+    def loader() -> ExampleLoader:
         return example_loader(
             models,
             root,
@@ -286,8 +296,12 @@ def outline(recipe: Recipe, root: Path) -> Outline:
             seed=recipe.seed,
         )
 
+    chats = []
+
     def load(source: DataSource, name: str) -> Examples:
-        return loader()(source, name)
+        examples = loader()(source, name)
+        chats.append(examples.are_conversations)
+        return examples
 
     data = {}
     for part in ("calibration", "validation", "test"):
@@ -297,6 +311,16 @@ def outline(recipe: Recipe, root: Path) -> Outline:
     data["calibration"] = {
         task: size.limited(recipe.learning.examples) for task, size in data["calibration"].items()
     }
+    retain = recipe.retain
+    # Classifiers need no loader, which looks for a tokenizer.
+    if models.family.language and retain is not None and retain.weight:
+        if retain.path is not None and is_on_hub(retain, root):
+            sizes = data_sizes({RETAINED: retain}, "general", models, root, recipe.max_length, load)
+            data["calibration"] |= sizes
+        elif found := find_general(
+            retain, recipe.learning, loader(), is_chat=any(chats), seed=recipe.seed
+        ):
+            data["calibration"][RETAINED] = DataSize(found.padded_lengths())
     opened = Outline(recipe, models, data)
     require_any_merged(opened.deltas)
     return opened

@@ -18,6 +18,7 @@ from adamerge_jax.pipeline import general
 from adamerge_jax.pipeline.general import GENERAL_TEXT, RETAINED, Retention
 from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.plan.outline import outline
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.language_references import TASKS, byte_tokenizer, give_data, save_models
 from tests.learning.test_language_learning import SIZES, chats
@@ -171,6 +172,22 @@ def test_measures_against_numpy():
     assert not agrees[1, :2].all() and measures["base_answers"].values[1] == 0
 
 
+def test_the_plan_counts_it(chat, tmp_path):
+    merge, recipe = outline(parse_recipe(chat), tmp_path), parse_recipe(chat)
+    workspace = open_workspace(recipe, tmp_path)
+    assert list(merge.heads) == list(workspace.heads) == [*TASKS, RETAINED]
+    planned = merge.data["calibration"][RETAINED]
+    assert len(planned) == len(workspace.general.learning)
+    # Answers may be shorter than they may be long.
+    assert (planned.lengths >= workspace.general.learning.padded_lengths()).all()
+    learning = merge.learning()
+    batch = merge.batch(merge.longest)
+    _, objectives = jax.eval_shape(learning.learner.step, learning.state, learning.frozen, batch)
+    assert objectives.shape == (4,)
+    without = outline(parse_recipe(chat | {"retain": None}), tmp_path)
+    assert list(without.heads) == list(without.data["calibration"]) == list(TASKS)
+
+
 def test_only_measured_with_weight_0(chat, tmp_path):
     inputs = learning_inputs(
         parse_recipe(chat | {"retain": chat["retain"] | {"weight": 0}}), tmp_path
@@ -208,7 +225,7 @@ def test_general_text_with_answers(chat, tmp_path):
 
 def test_too_few(chat, tmp_path):
     few = write_json_lines(tmp_path / "few.jsonl", PROMPTS[:6])
-    with pytest.raises(InputError, match=r"few\.jsonl has too few .*: 4 to learn from and 2 for"):
+    with pytest.raises(InputError, match=r"few\.jsonl has too few .*: 4 to learn .* where 5 and 2"):
         open_workspace(parse_recipe(chat | {"retain": {"path": str(few)}}), tmp_path)
 
 
