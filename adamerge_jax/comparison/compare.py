@@ -144,19 +144,21 @@ def _measure_missing(
         len(jobs) - len(missing),
     )
     failed: dict[str, str] = {}
-    refused: set[str] = set()
+    refused: dict[str, str] = {}
     for job in missing:
         contender = job.contender
-        if contender.name in refused:
+        merge = contender.name.removesuffix(f", heads {contender.heads}")
+        if merge in refused:
+            failed[contender.name] = refused[merge]
             progress.skip(contender)
             continue
         try:
             with progress.measuring(contender) as report:
                 run_job(job, report)
         except JobFailed as failure:
-            if failure.is_refused:
-                refused.add(contender.name)  # with any seed
             failed[contender.name] = readable(str(failure))
+            if failure.is_refused:
+                refused[merge] = failed[contender.name]  # with any seed and any heads
             progress.failed(contender, failed[contender.name])
             continue
         if (measured := load(job.file)) is not None:

@@ -194,8 +194,22 @@ def test_a_stopped_comparison_goes_on(image_recipe, tmp_path):
     assert "task_arithmetic has no row: no adapters" in page
 
 
-def test_what_is_refused_with_one_seed_is_not_tried_with_another(compared):
+def test_what_is_refused_with_one_seed_is_not_tried_with_others_or_other_heads(compared):
     recipe, out = compared
+    refusal = JobFailed("no adapters", is_refused=True)
+    jobs = Recorder({"knots": refusal, "base, heads refitted": refusal})
+    comparison = compare_methods(
+        load_recipe(recipe),
+        ["knots", "average"],
+        [0, 1],
+        ["kept", "refitted"],
+        root=recipe.parent,
+        out=out,
+        console=QUIET,
+        run_job=jobs,
+    )
+    assert jobs.names.count("knots") == 1
+    assert comparison.failed["knots, heads refitted"] == "no adapters"
     for is_refused, tries in ((True, 1), (False, 2)):
         jobs = Recorder({"adamerging": JobFailed("no memory", is_refused=is_refused)})
         compare_methods(
