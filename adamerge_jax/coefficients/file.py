@@ -271,7 +271,9 @@ class Coefficients:
         if not self.head_tensors:
             del fields["heads"]
         metadata = {name: json.dumps(field) for name, field in fields.items()}
-        metadata |= {"format": _FORMAT, "version": version("adamerge_jax")}
+        is_plain = self.initial_merge is None and not self.head_tensors
+        written_as = _PLAIN_FORMAT if is_plain else _FORMAT
+        metadata |= {"format": written_as, "version": version("adamerge_jax")}
         arrays = {group: np.ascontiguousarray(array) for group, array in self.values.items()}
         for name, tensor in self.initial_tensors.items():
             arrays[_INITIAL + name] = np.ascontiguousarray(tensor, np.float32)
@@ -304,7 +306,7 @@ class Coefficients:
                 f"{path}: not a readable safetensors file ({in_one_line(error)})"
             ) from error
         version_of_file = metadata.pop("format", None)
-        if version_of_file != _FORMAT:
+        if version_of_file not in (_FORMAT, _PLAIN_FORMAT):
             if (version_of_file or "").startswith(_FORMAT.rstrip("0123456789")):
                 raise InputError(
                     f"{path}: not a coefficients file of this version, which reads {_FORMAT!r}; "
@@ -480,7 +482,11 @@ def _as_file(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> b
 _LARGEST = float(np.sqrt(np.finfo(np.float32).max))
 """The largest coefficient: its square is finite in float32, as are its products with weights."""
 
-_FORMAT = "adamerge_jax coefficients 3"
+_FORMAT = "adamerge_jax coefficients 4"
+
+_PLAIN_FORMAT = "adamerge_jax coefficients 3"
+"""The format of files without an initial merge and heads, which older versions read too; they would
+fold the others to another merge."""
 
 _INITIAL = "initial_merge/"
 """The beginning of the names of an initial merge's tensors in a file."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
@@ -41,6 +42,8 @@ def test_heads_are_exported_and_folded_to_the_same_bytes(kind, image_recipe, tmp
             changed += not np.array_equal(array, expert.state_dict()[name].numpy())
     assert changed
     file = tmp_path / "run" / "coefficients.safetensors"
+    with safe_open(file, "np") as opened:  # older versions would fold it with other heads
+        assert opened.metadata()["format"] == "adamerge_jax coefficients 4"
     main(["fold", str(recipe), str(file), "--out", str(tmp_path / "folded")])
     weights = sorted((tmp_path / "run" / "checkpoint").rglob("*.safetensors"))
     assert weights
@@ -127,9 +130,7 @@ def test_heads_of_another_expert_are_refused(image_recipe, tmp_path):
         (np.full_like(arrays[key], np.nan), "not finite"),
         (arrays[key].astype(np.float16), "expected a float32"),
     ):
-        import safetensors
-
-        with safetensors.safe_open(file, "np") as opened:
+        with safe_open(file, "np") as opened:
             metadata = opened.metadata()
         damaged = tmp_path / "damaged.safetensors"
         save_file({**arrays, key: replacement}, damaged, metadata)
