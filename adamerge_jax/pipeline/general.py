@@ -48,6 +48,10 @@ ENOUGH_PROMPTS = 150
 OPENING = 16
 """The largest number of tokens of an answer's first sentence."""
 
+BATCH_SIZE = 16
+"""Examples, at most, that are compared at a time: logits and all that is computed of them are the
+largest arrays of an evaluation."""
+
 TOP_TOKENS = 64
 """The base's likeliest tokens that are kept at each position, for the table of results."""
 
@@ -202,7 +206,7 @@ class Retention:
         """
         self._examples = examples = general.test
         self._openings = general.openings
-        self._batch_size = batch_size
+        self._batch_size = batch_size = min(batch_size, BATCH_SIZE)
         spec = TargetSpec(expert_logits=True, top_tokens=TOP_TOKENS)
         self._targets = ask_expert(ask_base, examples, spec, batch_size=batch_size)
 

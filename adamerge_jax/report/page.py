@@ -276,7 +276,7 @@ def _curves(run: SavedRun, pictures: Path) -> list[tuple[str, list[Picture]]]:
                 task,
                 _curve_in_words(stage, task, run),
             )
-            for position, task in enumerate(run.tasks)
+            for position, task in enumerate(run.learned_from)
         ]
         drawn.append((title, curves))
     return drawn
@@ -454,7 +454,7 @@ def _disagreement(run: SavedRun) -> dict[str, Any] | None:
     compared: dict[str, list[str]] = {}
     examples = run.record.get("examples", {})
     lines = []
-    for task in run.tasks:
+    for task in run.learned_from:
         first, last = before[task], after.agreement[task]
         if first is None or last is None:
             continue

@@ -134,6 +134,13 @@ class SavedRun:
         return list(self.recipe["tasks"])
 
     @property
+    def learned_from(self) -> list[str]:
+        """Names of what was learned from: the tasks, and `base` where there was general text."""
+        steps = [record for stage in self.stages for record in stage]
+        shown = dict.fromkeys(name for record in steps for name in record.held_out or ())
+        return [*self.tasks, *(name for name in shown if name not in self.tasks)]
+
+    @property
     def best(self) -> StepRecord | None:
         """The step whose coefficients were kept, if the last stage got so far."""
         if self.coefficients is None or not self.stages:

@@ -125,6 +125,7 @@ def test_the_table_says_what_is_kept(run):
     assert rows["base_divergence"]["base"] == pytest.approx(0, abs=1e-5)
     assert all(value > 1e-3 for value in list(rows["base_divergence"].values())[1:])
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(list((run / "report").glob("curves*.png"))) == len(TASKS) + 1
     assert list(steps[1]["objective"]) == list(steps[0]["held_out"]) == [*TASKS, RETAINED]
 
 
