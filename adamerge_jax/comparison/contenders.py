@@ -12,7 +12,7 @@ from adamerge_jax.files.strict_yaml import read_yaml
 from adamerge_jax.methods import METHODS, make_method
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.presets import PRESETS, drop_options_of_replaced
-from adamerge_jax.recipes.schema import HeadKind, Recipe
+from adamerge_jax.recipes.schema import HeadKind, LearningRecipe, Recipe
 from adamerge_jax.registry import allow_code, find_registered, is_own_code
 
 RECIPE = "recipe"
@@ -302,7 +302,7 @@ def _with_preset(recipe: Recipe, preset: str, may_run_code: bool) -> Recipe:
     of_its_preset = PRESETS[recipe.preset].get("learning", {}).get("examples")
     if examples is not None and examples != of_its_preset:
         # One example of each task at least is held out.
-        held_out = max(1, round(examples * learning.get("held_out", recipe.learning.held_out)))
+        held_out = max(1, round(examples * learning.get("held_out", LearningRecipe().held_out)))
         batch_size = min(examples - held_out, learning.get("batch_size", examples))
         fields["learning"] = {"examples": examples, "batch_size": max(1, batch_size)}
     if any(term["name"] == "cross_entropy" for term in PRESETS[preset]["objectives"]):

@@ -16,7 +16,8 @@ TASK = {"expert": "law", "calibration": "law.jsonl", "test": LABELLED, "validati
 
 
 def recipe_of(task: dict[str, Any] = TASK, **fields: Any) -> Recipe:
-    return parse_recipe({"base": "base", "tasks": {"law": task}} | fields)
+    kept_heads = {"preset": "adamerging"}
+    return parse_recipe({"base": "base", "tasks": {"law": task}} | kept_heads | fields)
 
 
 def without(part: str) -> dict[str, Any]:
@@ -96,8 +97,13 @@ def test_a_preset_learns_as_it_is():
     assert fields["interference"] == []
     assert fields["objectives"] == [{"name": "entropy", "weight": 1.0, "options": {}}]
     assert fields["learning"]["steps"] == PRESETS["adamerging"]["learning"]["steps"]
-    assert (fields["learning"]["examples"], fields["learning"]["batch_size"]) == (10, 9)
+    assert (fields["learning"]["examples"], fields["learning"]["batch_size"]) == (10, 8)
     assert fields["keep_from_base"] == ["*.bias"]
+    for other in (recipe, recipe_of(preset="recommended", learning={"examples": 10})):
+        for preset in ("adamerging", "recommended"):
+            learning = make_contenders(other, [preset], [0])[-1].fields["learning"]
+            # A batch of examples of each task is left beside those that are held out.
+            assert learning["batch_size"] + round(learning["held_out"] * 10) <= 10
 
 
 def test_labels_come_from_the_validation_data():
@@ -146,18 +152,18 @@ def named(recipe: Recipe, entries: list[str], *arguments: Any, **options: Any) -
 
 
 def test_merges_without_learning_get_the_heads_that_learning_gets():
-    recipe = recipe_of(preset="adamerging", heads="learned")
+    recipe = recipe_of(heads="learned")
     with_fits = ["base, heads refitted", "ties", "ties, heads refitted", "recipe"]
     assert named(recipe, ["ties", "recipe"]) == with_fits
     scaled = ["base, heads scaled", "ties", "ties, heads scaled", "recipe"]
     assert named(recipe, ["ties", "recipe"], fits=("scaled",)) == scaled
-    assert named(recipe_of(preset="adamerging", heads="scaled"), ["ties", "recipe"]) == scaled
+    assert named(recipe_of(heads="scaled"), ["ties", "recipe"]) == scaled
     assert named(recipe, ["ties", "recipe"], fits=()) == ["ties", "recipe"]
-    assert named(recipe_of(preset="adamerging"), ["ties", "recipe"]) == ["ties", "recipe"]
+    assert named(recipe_of(), ["ties", "recipe"]) == ["ties", "recipe"]
 
 
 def test_heads_are_a_dimension():
-    recipe = recipe_of(preset="adamerging", heads={"kind": "learned", "ridge": 0.5})
+    recipe = recipe_of(heads={"kind": "learned", "ridge": 0.5})
     contenders = make_contenders(recipe, ["ties", "recipe"], [3, 4], ["kept", "learned"])
     assert [(c.name, c.seed) for c in contenders] == [
         ("ties", 3),
@@ -190,7 +196,7 @@ def test_heads_that_models_do_not_have(kind, fits, message):
 
 
 def test_a_preset_has_its_own_heads_unless_the_recipe_chooses():
-    (contender,) = make_contenders(recipe_of(preset="adamerging"), ["adamerging"], [0])
+    (contender,) = make_contenders(recipe_of(), ["adamerging"], [0])
     assert contender.fields["heads"]["kind"] == "kept"
     chosen = make_contenders(recipe_of(heads="refitted"), ["adamerging"], [0])
     assert chosen[-1].fields["heads"]["kind"] == "refitted"
