@@ -19,7 +19,12 @@ from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.run_search import describe_search, with_start
 from adamerge_jax.pipeline.scored import Scored
 from adamerge_jax.pipeline.scores import TaskScore, on_validation_data, task_score
-from adamerge_jax.pipeline.search import SINGLE, method_without_objective, singles
+from adamerge_jax.pipeline.search import (
+    SINGLE,
+    method_without_objective,
+    singles,
+    without_learning,
+)
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.page import write_page
@@ -97,7 +102,7 @@ def _front(
     record = RunRecord(out)
     log = read_evaluations(out / EVALUATIONS_FILE) if resume else []
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
-        workspace = open_workspace(recipe, root, devices)
+        workspace = open_workspace(without_learning(recipe), root, devices)
         of_task = task_score(settings.score, workspace, "front")
         tasks = list(workspace.models.experts)
         score = on_validation_data(

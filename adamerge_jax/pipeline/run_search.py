@@ -27,6 +27,7 @@ from adamerge_jax.pipeline.search import (
     method_without_objective,
     search_coefficients,
     singles_of_search,
+    without_learning,
 )
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe, Recipe
@@ -102,7 +103,7 @@ def _search(
     record = RunRecord(out)
     log = read_evaluations(out / EVALUATIONS_FILE) if resume else []
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
-        workspace = open_workspace(recipe, root, devices)
+        workspace = open_workspace(without_learning(recipe), root, devices)
         models = workspace.models
         method = method_without_objective(recipe, models)
         score = (

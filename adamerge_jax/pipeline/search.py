@@ -9,7 +9,7 @@ from adamerge_jax.pipeline.candidates import Candidates, Point
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.scored import Scored
 from adamerge_jax.pipeline.scores import Score
-from adamerge_jax.recipes.build import Method, build
+from adamerge_jax.recipes.build import HeadChoice, Method, build
 from adamerge_jax.recipes.schema import Recipe, SearchRecipe
 from adamerge_jax.runs.evaluations import Evaluation
 from adamerge_jax.search.evolution import Best, evolve
@@ -32,6 +32,19 @@ class Searched(NamedTuple):
     single: float
 
 
+def without_learning(recipe: Recipe) -> Recipe:
+    """Returns the recipe with general text for the table of results alone, as nothing is learned.
+
+    Args:
+        recipe: The recipe.
+    """
+    retain = recipe.retain
+    if retain is not None:
+        tested = any(task.test is not None for task in recipe.tasks.values())
+        retain = retain.model_copy(update={"weight": 0.0}) if tested else None
+    return recipe.model_copy(update={"retain": retain})
+
+
 def method_without_objective(recipe: Recipe, models: Models) -> Method:
     """Returns the recipe's method without its objectives: no expert is asked, nothing is learned.
 
@@ -44,6 +57,7 @@ def method_without_objective(recipe: Recipe, models: Models) -> Method:
         start=None,
         initial_merge=None,
         constraint="free",
+        heads=HeadChoice("kept"),
         batch_size=1,  # however few calibration examples there are, they are not looked at
     )
 

@@ -43,6 +43,7 @@ def fields(image_fields: Fields) -> Fields:
     fields["search"] = {"evaluations": 24, "layer_groups": 2, "score": "loss"}
     fields["front"] = {"points": 4, "samples": 12, "score": "loss"}
     fields["export"] = {"orbax": False}
+    fields["heads"] = "refitted"  # which is for learning: here they are the experts'
     return fields
 
 
