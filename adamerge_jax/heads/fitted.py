@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
+from threadpoolctl import threadpool_limits
 
 from adamerge_jax.walk import lowest_nearby
 
@@ -25,6 +26,9 @@ FOLDS = 5
 
 MOST_ITERATIONS = 100
 """The largest number of iterations of one fit."""
+
+FEWEST_TO_SHARE = 10**8
+"""The multiplications of one product from which several threads compute it."""
 
 Kind = Literal["scaled", "refitted"]
 """scaled: a scale and a bias for each class; refitted: the whole linear layer."""
@@ -104,10 +108,13 @@ def fit_head(
     if folds < 2:
         return HeadFit(weight, bias, float("inf"), kl_before, kl_before)
     parts = np.array_split(np.random.default_rng([seed, 5]).permutation(len(inputs)), folds)
-    strength, kl = _best_strength(inputs, targets, start, parts)
-    if not kl < kl_before:
-        return HeadFit(weight, bias, float("inf"), kl_before, kl_before)
-    fitted = _fit(inputs, targets, start, start, strength)
+    # The products of most heads are too small to share among threads, which wait for each other.
+    threads = 1 if inputs.size * len(bias) < FEWEST_TO_SHARE else None
+    with threadpool_limits(threads, "blas"):
+        strength, kl = _best_strength(inputs, targets, start, parts)
+        if not kl < kl_before:
+            return HeadFit(weight, bias, float("inf"), kl_before, kl_before)
+        fitted = _fit(inputs, targets, start, start, strength)
     if kind == "scaled":
         scale, shift = fitted
         fitted = _Layer(scale[:, None] * weight, scale * bias + shift)
