@@ -333,7 +333,7 @@ def test_language_models_are_compared_by_all_their_metrics(language_recipe, tmp_
     metrics = [comparison.metric, *(table.metric for table in comparison.further)]
     assert metrics[0] == "loss"
     assert {"token_accuracy", "answer_loss"} & set(metrics)
-    contender = make_contenders(recipe, ["average"], [0])[0]
+    contender = make_contenders(recipe, ["average"], [0], fits=())[0]
     saved = load(row_file(tmp_path / "out" / "rows", contender, 0, tmp_path))
     row = saved.rows[0]
     for table in (comparison, *comparison.further):
