@@ -54,9 +54,11 @@ class Writer:
         """
         written: list[list[int]] = [[]] * len(prompts)
         order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-        for start in range(0, len(order), self._batch_size):
-            index = order[start : start + self._batch_size]
-            chosen = [prompts[i] for i in np.resize(index, self._batch_size)]
+        size = max(1, min(self._batch_size, len(prompts)))
+        for start in range(0, len(order), size):
+            index = order[start : start + size]
+            # The last call repeats prompts up to the size that is compiled.
+            chosen = [prompts[i] for i in np.resize(index, size)]
             length = bucket_length(max(map(len, chosen)))
             tokens, lengths = self._generate(
                 parameters,

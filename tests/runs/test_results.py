@@ -97,7 +97,7 @@ def whole() -> dict:
         (lambda fields: fields["rows"][0].pop("tasks"), "KeyError.'tasks'"),
         (lambda fields: fields["rows"][0].update(method=3), "valid string"),
         (lambda fields: fields["rows"][0].update(metric="f1"), "'accuracy', 'loss', 'exact_match'"),
-        (lambda fields: fields["rows"][0].update(kind="best"), "'baseline', 'experts'"),
+        (lambda fields: fields["rows"][0].update(kind="best"), "'baseline', 'heads', 'experts'"),
         (lambda fields: fields["rows"][0]["tasks"].update(a="much"), "valid number"),
         (lambda fields: fields["rows"][0]["tasks"].pop("a"), "'experts' has other tasks"),
         (
