@@ -26,6 +26,7 @@ from tests.references import learning_inputs, sentences, write_json_lines, write
 
 LEARNING = dict(
     steps=4,
+    image_copies=0,
     batch_size=4,
     # Rounding decides on the sign of a gradient that is almost 0, and Adam would make whole steps
     # of it; a large eps leaves it as small as it is.
@@ -86,10 +87,14 @@ for devices in (ONE_DEVICE, *(open_devices(model=model) for model in (4, 8))):
     inputs = inputs._replace(base=base, theta_start=base, deltas=in_float64(inputs.deltas))
     merge = learn_coefficients(inputs, show_stage=lambda *what: nullcontext(lambda progress: None))
     values = np.concatenate([np.ravel(array) for array in merge.values.values()])
-    assert values.dtype == np.float64 and np.abs(values - 0.3).max() > 0.01
+    assert values.dtype == np.float64 and np.abs(values - 0.3).max() > 0.005
     one = values if one is None else one
     np.testing.assert_allclose(values, one, rtol=0, atol=1e-12, err_msg=str(devices))
 """
+
+
+RECOMMENDED = {"preset": "recommended", "coefficients": {"initial": 0.3}}
+"""From the start that is chosen for these experts so few steps gain nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,7 @@ def encoder(image_fields) -> dict[str, Any]:
         for name, task in image_fields["tasks"].items()
     }
     learning = LEARNING | {"batch_size": 3}
-    return image_fields | {"preset": "recommended", "tasks": tasks, "learning": learning}
+    return image_fields | RECOMMENDED | {"tasks": tasks, "learning": learning}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +117,7 @@ def adapters(tmp_path_factory) -> dict[str, Any]:
     for seed, (task, own) in enumerate(fields["tasks"].items()):
         rows = [{"text": text} for text in sentences(20, seed)]
         own["calibration"] = str(write_json_lines(root / f"{task}.jsonl", rows))
-    return fields | {"preset": "recommended", "learning": LEARNING | {"batch_size": 8}}
+    return fields | RECOMMENDED | {"learning": LEARNING | {"batch_size": 8}}
 
 
 def learn(fields: Mapping[str, Any]) -> Coefficients:
@@ -130,7 +135,7 @@ def require_close(found: Coefficients, expected: Coefficients) -> None:
     for group, values in expected.values.items():
         np.testing.assert_allclose(found.values[group], values, rtol=0, atol=1e-5, err_msg=group)
     # Far more than the tolerance.
-    assert max(np.abs(values - 0.3).max() for values in expected.values.values()) > 0.01
+    assert max(np.abs(values - 0.3).max() for values in expected.values.values()) > 0.005
 
 
 def on_virtual_devices(count: int) -> dict[str, str]:
@@ -172,7 +177,7 @@ def test_only_the_order_of_sums_differs_between_devices(encoder, tmp_path):
 
 def test_two_processes(image_fields, tmp_path):
     """Whole runs by the command: one merge, written once, each process with a part of it."""
-    fields = image_fields | {"preset": "recommended", "learning": LEARNING}
+    fields = image_fields | RECOMMENDED | {"learning": LEARNING}
     recipe = write_recipe(tmp_path, fields)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

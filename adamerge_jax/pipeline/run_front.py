@@ -28,7 +28,7 @@ from adamerge_jax.pipeline.search import (
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.page import write_page
-from adamerge_jax.report.results import results_table
+from adamerge_jax.report.results import results_tables
 from adamerge_jax.runs.evaluation_progress import show_evaluations
 from adamerge_jax.runs.evaluations import Evaluation, discard_half_line, read_evaluations
 from adamerge_jax.runs.files import (
@@ -41,7 +41,6 @@ from adamerge_jax.runs.files import (
 )
 from adamerge_jax.runs.front import Front, FrontPoint, SurfaceError
 from adamerge_jax.runs.lock import hold
-from adamerge_jax.runs.outcome import measure_outcome
 from adamerge_jax.runs.record import RunRecord
 from adamerge_jax.runs.results import Results, write_results
 from adamerge_jax.runs.resuming import require_startable, unfinished
@@ -146,7 +145,7 @@ def _front(
         if is_first_process():
             _write(out, candidates, result, found, rows)
     if rows:
-        console.print(results_table(rows, measure_outcome(rows)))
+        console.print(*results_tables(Results.of_rows(rows)), sep="\n\n")
     wait_for_all("written")
     return FrontRun(out, result)
 
@@ -247,6 +246,6 @@ def _write(
         )
         coefficients.save(folder / point.file)
     if rows:
-        write_results(Results(rows, measure_outcome(rows)), out / RESULTS_FILE)
+        write_results(Results.of_rows(rows), out / RESULTS_FILE)
     result.write(out / FRONT_FILE)
     write_page(out)

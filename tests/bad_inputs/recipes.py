@@ -349,7 +349,7 @@ def _choices(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _paths(schema: dict[str, Any], section: dict[str, Any], prefix: str) -> Iterator[str]:
     """Yields the paths of all fields of a JSON schema; the task is `alpha`."""
     for name, field in section.get("properties", {}).items():
-        if name == "tasks":
+        if name == "tasks" and not prefix:
             task = schema["$defs"][field["additionalProperties"]["$ref"].rpartition("/")[2]]
             yield from _paths(schema, task, "tasks.alpha.")
             continue

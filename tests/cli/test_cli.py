@@ -72,7 +72,7 @@ def parsed(recipe, *options):
                 "chunk",
                 "--coefficients.granularity-options={pieces: 4}",
             ],
-            {"coefficients.granularity_options": {"pieces": 4}, "coefficients.initial": 0.3},
+            {"coefficients.granularity_options": {"pieces": 4}, "coefficients.initial": "auto"},
         ),
         (
             ["--preset", "atlas-k", "--coefficients.granularity", "layer"],

@@ -30,7 +30,7 @@ def test_runs_from_training_to_the_merged_checkpoint(
     quickstart.main()
     run = tmp_path / "made" / "run"
     rows = json.loads((run / "results.json").read_text())["rows"]
-    assert [set(row["tasks"]) for row in rows] == [set(quickstart.TASKS)] * 5
+    assert [set(row["tasks"]) for row in rows] == [set(quickstart.TASKS)] * 8
     for task in quickstart.TASKS:
         assert (run / "checkpoint" / "tasks" / task / "config.json").is_file()
     said = capsys.readouterr().out

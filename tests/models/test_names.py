@@ -113,6 +113,7 @@ def test_zero_shot_head_shapes() -> None:
     assert shapes_in_file(family_of(CLIP).build_head(CLIP)) == {
         "text_embeddings": (2, 6),
         "logit_scale": (),
+        "bias": (2,),
     }
 
 

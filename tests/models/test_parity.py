@@ -170,6 +170,7 @@ def test_clip_vision(activation: str, tmp_path: Path) -> None:
     complete_head = {
         "text_embeddings": expected.text_embeds.numpy(),
         "logit_scale": model.logit_scale.detach().numpy(),
+        "bias": np.zeros(len(expected.text_embeds), np.float32),
     }
     parameters = parameters_of(backbone, saved_parameters(model, tmp_path))
     outputs, logits = run(parameters, complete_head, batch)

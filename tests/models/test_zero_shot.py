@@ -56,11 +56,12 @@ def test_zero_shot_head(
             features = model.get_text_features(**tokens).pooler_output
         mean = torch.nn.functional.normalize(features, dim=-1).mean(0)
         expected.append(torch.nn.functional.normalize(mean, dim=-1).numpy())
-    assert head.keys() == {"text_embeddings", "logit_scale"}
+    assert head.keys() == {"text_embeddings", "logit_scale", "bias"}
     # Vectors of length 1, computed in float32 on both sides.
     np.testing.assert_allclose(head["text_embeddings"], np.stack(expected), atol=1e-5)
     assert head["text_embeddings"].shape == (3, 10)
     assert float(head["logit_scale"]) == model.logit_scale.item()
+    assert head["bias"].tolist() == [0, 0, 0]
 
 
 def test_one_template_is_clip_itself(

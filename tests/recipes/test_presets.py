@@ -408,8 +408,10 @@ def test_a_preset_is_its_papers_update(preset, text_recipe):
         learning = {"optimizer": {"learning_rate": rate / 10}}
     if preset == "recommended":
         learning["optimizer"]["options"] = {"eps": 1e-3}
-    if preset == "symerge":
+    if preset in ("recommended", "symerge"):
         text_recipe["heads"] = "kept"  # tests/heads has those that learn
+    if preset == "recommended":
+        text_recipe["coefficients"] = {"initial": 0.3}  # tests/pipeline has the one that is chosen
     for task in text_recipe["tasks"].values():
         if preset.startswith("atlas"):
             task["calibration"] = {"path": task["test"]["path"], "label": "label"}
