@@ -130,7 +130,7 @@ class HeadChoice(NamedTuple):
 
     @property
     def fit(self) -> FitKind | None:
-        """The fit to the merged features, to compare with where heads are learned."""
+        """The fit of heads after learning, and of baselines; None where heads are kept."""
         if self.kind == "kept":
             return None
         return "scaled" if self.kind == "scaled" else "refitted"

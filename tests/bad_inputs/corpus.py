@@ -12,7 +12,7 @@ from tests.bad_inputs.suites import copy_suite
 
 SEED = 0
 
-DRAWN = 50
+DRAWN = 25
 """The number of each kind that every run of the tests tries; `BAD_INPUTS=all` tries all."""
 
 
