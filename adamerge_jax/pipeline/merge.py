@@ -11,7 +11,7 @@ from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.methods import MergeMethod, merged_parameters
 from adamerge_jax.models.family import Network, complete_head
-from adamerge_jax.pipeline.initial_merge import method_of
+from adamerge_jax.pipeline.initial_merge import merged_names, method_of, only_mixed
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.workspace import Workspace
 from adamerge_jax.statistics import CalibrationBatch, Statistics, TaskData
@@ -42,8 +42,13 @@ def method_parameters(
     Returns:
         The merged model's parameters by name, in the dtype of the base.
     """
-    statistics = open_statistics(workspace, report) if method.needs_data else None
-    return merged_parameters(method, base, deltas, len(workspace.models.experts), statistics)
+    models = workspace.models
+    if not method.needs_data:
+        return merged_parameters(method, base, deltas, len(models.experts))
+    statistics = open_statistics(workspace, report)
+    merged = merged_parameters(method, base, deltas, len(models.experts), statistics)
+    # Fits of a stack's layers reach those that `keep_from_base` keeps, whose task vectors are 0.
+    return only_mixed(models, merged, base, merged_names(models))
 
 
 def merge_from_data(

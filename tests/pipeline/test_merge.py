@@ -1,13 +1,15 @@
 """Merges from calibration data: what methods are given of language models."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adamerge_jax.methods import average, fisher, merged_parameters, regmean
+from adamerge_jax.methods import average, featcal, fisher, merged_parameters, regmean
 from adamerge_jax.methods.experts import expert_parameters
+from adamerge_jax.parameter_names import is_stacked
 from adamerge_jax.pipeline.merge import method_parameters, open_statistics
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
@@ -56,6 +58,17 @@ def test_the_output_layer_is_one_of_the_linear_layers(workspace: Workspace):
     linear = {name for name in base if name.endswith("_proj.weight")}
     assert differing == linear | {"lm_head.weight"}
     assert lines[-1].startswith("100%, 0:00 left")
+
+
+def test_a_kept_layer_of_a_stack_stays_as_in_the_base(workspace: Workspace):
+    kept = {name for name in workspace.models.base.names if ".layers.0." in name}
+    models = dataclasses.replace(workspace.models, kept_from_base=frozenset(kept))
+    base, deltas = workspace.base(), load_task_vectors(models, None)[0]
+    merged = method_parameters(workspace._replace(models=models), featcal(), base, deltas)
+    for name in (name for name in deltas if is_stacked(name)):
+        np.testing.assert_array_equal(merged[name][0], base[name][0])
+    name = "model.layers.*.mlp.up_proj.weight"
+    assert np.abs(merged[name][1] - base[name][1]).max() > 1e-4
 
 
 def test_fisher_merging_weighs_all_parameters(workspace: Workspace):
