@@ -1,5 +1,6 @@
 """Fits the tasks' heads to the features of a merged model."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 
@@ -8,10 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.safetensors_file import read_header
 from adamerge_jax.data.batches import Calibration
 from adamerge_jax.errors import InputError
 from adamerge_jax.heads.fitted import Kind, fit_head
 from adamerge_jax.models.family import LastLayer
+from adamerge_jax.pipeline.export import ZERO_SHOT_FILE
 from adamerge_jax.pipeline.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -68,7 +71,7 @@ def read_heads(workspace: Workspace, checkpoint: Checkpoint) -> dict[str, dict[s
 
     Args:
         workspace: The tasks and their experts' heads.
-        checkpoint: The merge. For a task without a model of its own in it nothing is read.
+        checkpoint: The merge. For a task without a head of its own in it nothing is read.
 
     Returns:
         The parameters of the last layers by task and name.
@@ -76,22 +79,41 @@ def read_heads(workspace: Workspace, checkpoint: Checkpoint) -> dict[str, dict[s
     Raises:
         InputError: A task's model has another head than its expert.
     """
-    last = workspace.models.family.last_layer
+    family = workspace.models.family
+    last, is_zero_shot = family.last_layer, family.auto_class is None
     heads: dict[str, dict[str, Array]] = {}
+    if last is None:
+        return heads
     for task, head in workspace.heads.items():
-        folder = checkpoint.folder / "tasks" / task
-        if last is None or workspace.models.family.auto_class is None or not folder.is_dir():
+        prefix = f"{task}." if is_zero_shot else ""
+        model = _model_with_head(checkpoint, task, is_zero_shot=is_zero_shot)
+        if model is None:
             continue
-        model = Checkpoint.in_folder(f"{checkpoint.source}/tasks/{task}", folder)
         heads[task] = {}
         for name in (last.weight, last.bias):
-            if name not in model.tensors or model.tensors[name].shape != head[name].shape:
+            tensor = model.tensors.get(prefix + name)
+            if tensor is None or tensor.shape != head[name].shape:
                 raise InputError(
-                    f"{model.source}: {name} is not the head of expert {task!r}, whose shape is "
-                    f"{head[name].shape}; evaluate it with the recipe that it was merged with"
+                    f"{model.source}: {prefix}{name} is not the head of expert {task!r}, whose "
+                    f"shape is {head[name].shape}; evaluate it with the recipe that it was merged "
+                    "with"
                 )
-            heads[task][name] = jnp.asarray(model.read(name))
+            heads[task][name] = jnp.asarray(model.read(prefix + name))
     return heads
+
+
+def _model_with_head(checkpoint: Checkpoint, task: str, *, is_zero_shot: bool) -> Checkpoint | None:
+    """Opens the part of an exported merge that has a task's head; None where there is none."""
+    if is_zero_shot:
+        file = checkpoint.folder / ZERO_SHOT_FILE
+        if not file.is_file():
+            return None
+        source = f"{checkpoint.source}/{ZERO_SHOT_FILE}"
+        return dataclasses.replace(checkpoint, source=source, tensors=read_header(file))
+    folder = checkpoint.folder / "tasks" / task
+    if not folder.is_dir():
+        return None
+    return Checkpoint.in_folder(f"{checkpoint.source}/tasks/{task}", folder)
 
 
 def _identity(head: Mapping[str, Array], last: LastLayer) -> dict[str, Array]:

@@ -15,6 +15,7 @@ from adamerge_jax import Coefficients
 from adamerge_jax.cli.main import main
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.run import evaluate
+from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.runs.results import read_results
 
@@ -106,6 +107,15 @@ def test_zero_shot_heads_are_scaled(clip_recipe, tmp_path):
     for task, head in coefficients.head_tensors.items():
         for name, array in head.items():
             np.testing.assert_array_equal(stored[f"{task}.{name}"], array)
+    for name in stored:
+        if name.endswith(".bias"):
+            stored[name][:] = np.where(np.arange(len(stored[name])) == 0, 1000, 0)
+    checkpoint = tmp_path / "run" / "checkpoint"
+    save_file(stored, checkpoint / "zero_shot_heads.safetensors")
+    fields = load_recipe(recipe)
+    row = evaluate(fields, str(checkpoint), root=tmp_path, console=Console(quiet=True))
+    labels = {t: data.labels for t, data in open_workspace(fields, tmp_path).data.test.items()}
+    assert row.tasks == pytest.approx({t: (of == 0).mean() for t, of in labels.items()})
 
 
 @pytest.mark.parametrize("kind", ["refitted", "learned"])
