@@ -1,12 +1,13 @@
 """Fisher merging (Matena and Raffel, NeurIPS 2022): averages weighted by the Fisher information."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from adamerge_jax.methods.experts import average_of, expert_parameters
 from adamerge_jax.methods.method import MergeMethod
+from adamerge_jax.methods.parts import in_parts
 from adamerge_jax.statistics import Statistics
 from adamerge_jax.task_vectors import Delta
 
@@ -49,7 +50,7 @@ def fisher(samples: int = 0, seed: int = 0) -> MergeMethod:
     ) -> dict[str, Array]:
         average = average_of(base, deltas, experts)
         merged = {}
-        chunks = list(_chunks(base, deltas))
+        chunks = list(in_parts(deltas, lambda name: 4 * base[name].size, FISHER_BYTES))
         statistics.announce(len(chunks) * experts)
         for names in chunks:
             total = {name: jnp.zeros(base[name].shape, jnp.float32) for name in names}
@@ -71,17 +72,3 @@ def fisher(samples: int = 0, seed: int = 0) -> MergeMethod:
         return merged
 
     return MergeMethod(merge, needs_data=True)
-
-
-def _chunks(base: Mapping[str, Array], deltas: Mapping[str, Delta]) -> Iterator[list[str]]:
-    """Yields the names of parameters whose Fisher information is held together."""
-    names: list[str] = []
-    size = 0
-    for name in deltas:
-        if names and size + 4 * base[name].size > FISHER_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += 4 * base[name].size
-    if names:
-        yield names

@@ -8,6 +8,7 @@ import scipy.linalg
 from jaxtyping import Array, Float
 
 from adamerge_jax.methods.experts import mean, one_hot, tensor_sum
+from adamerge_jax.methods.parts import in_parts
 from adamerge_jax.statistics import Layer, Statistics
 from adamerge_jax.task_vectors import Delta
 
@@ -137,15 +138,13 @@ def chunks(layers: Sequence[Layer], base: Mapping[str, Array]) -> Iterator[Chunk
         layers: The layers of a model.
         base: The parameters of the base by name.
     """
-    chunk: Chunk = {}
-    size = 0
-    for layer in layers:
-        of_layer = sum(4 * base[name].shape[-1] ** 2 for name in layer.names)
-        if chunk and size + of_layer > GRAM_BYTES:
-            yield chunk
-            chunk, size = {}, 0
-        for name in layer.names:
-            chunk.setdefault(name, []).append(layer.number)
-        size += of_layer
-    if chunk:
+
+    def bytes_of(layer: Layer) -> int:
+        return sum(4 * base[name].shape[-1] ** 2 for name in layer.names)
+
+    for part in in_parts(layers, bytes_of, GRAM_BYTES):
+        chunk: Chunk = {}
+        for layer in part:
+            for name in layer.names:
+                chunk.setdefault(name, []).append(layer.number)
         yield chunk
