@@ -36,12 +36,17 @@ def ace(
     `W + sum_k tau_k (C_k - mean_j R_j)` are added, all with the mean of their singular values.
     Tensors that are no matrices get the mean of the task vectors.
 
+    The merged matrix is about as long as the sum of the task vectors, not as their mean. Where task
+    vectors are long, as those of LoRA adapters are, it goes too far at a coefficient of 1: six
+    merged adapters of a sentence encoder had 54.9% of the answers right at 1, 66.1% at 0.6 and
+    69.8% at 0.4 (their plain sum: 59.7% at 1, 68.3% at 0.6). Choose it with validation data there.
+
     ACE-Merging, Xu et al., CVPR 2026, section 4, equations 5 to 19; the arguments' defaults and the
     variance's divisor K - 1 are those of the authors' code. Experts that do not change a matrix are
     left out there: their logarithm is infinite.
 
     Args:
-        coefficient: The factor of the merged task vectors; the paper's is 1.
+        coefficient: The factor of the merged task vectors; the paper's is 1, for full fine-tunes.
         regularization: The paper's epsilon, over 0.
         heterogeneity: The spread of sizes from which experts are scaled and `W` is refined, the
             paper's tau, at least 0.

@@ -30,7 +30,9 @@ def lora_lego(rank: int | None = None, seed: int = 0) -> MergeMethod:
     `sqrt(r / rank)`, where r is the adapters' rank (output reweighting). Vectors get the mean of
     the task vectors.
 
-    Merging LoRAs like Playing LEGO, Zhao et al., ICLR 2025, section 4.
+    Merging LoRAs like Playing LEGO, Zhao et al., ICLR 2025. No code of its authors was found: the
+    directions that are clustered and the two reweightings follow a re-implementation by others. The
+    start of the clustering is ours (drawn far apart, the best of five).
 
     Args:
         rank: The rank of the merged adapter; by default that of the adapters, the largest one. It
