@@ -26,7 +26,7 @@ from tests.references import learning_inputs, sentences, write_json_lines, write
 
 LEARNING = dict(
     steps=4,
-    image_copies=0,
+    copies=0,
     batch_size=4,
     # Rounding decides on the sign of a gradient that is almost 0, and Adam would make whole steps
     # of it; a large eps leaves it as small as it is.

@@ -36,13 +36,21 @@ def augment(
         pixels = np.stack([_crop_and_mirror(image, generator) for image in inputs["pixel_values"]])
         return dict(inputs) | {"pixel_values": pixels}
     whole = completed(inputs, ["attention_mask"])
-    return whole | {"attention_mask": _hide_tokens(whole["attention_mask"], generator)}
+    mask = hide_tokens(whole["attention_mask"], TOKENS_HIDDEN, generator)
+    return whole | {"attention_mask": mask}
 
 
-def _hide_tokens(
-    mask: Int[np.ndarray, "B T"], generator: np.random.Generator
+def hide_tokens(
+    mask: Int[np.ndarray, "B T"], part: float, generator: np.random.Generator
 ) -> Int[np.ndarray, "B T"]:
-    hidden = generator.random(mask.shape) < TOKENS_HIDDEN
+    """Returns a mask that hides random tokens, never a text's first nor its last.
+
+    Args:
+        mask: 1 for each token, 0 for padding.
+        part: The part of tokens that are hidden.
+        generator: The source of the random choices.
+    """
+    hidden = generator.random(mask.shape) < part
     shown = np.cumsum(mask, axis=1)
     ends = (shown == 1) | (shown == shown[:, -1:])
     return np.where(hidden & ~ends, 0, mask).astype(mask.dtype)

@@ -1,10 +1,14 @@
-"""Slightly changed copies of images, so that few of them teach more."""
+"""Slightly changed copies of examples, so that few of them teach more."""
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.ndimage import affine_transform
 
-from adamerge_jax.data.examples import Examples
+from adamerge_jax.data.augmentations import hide_tokens
+from adamerge_jax.data.examples import Examples, completed
+
+MOST_HIDDEN = 0.3
+"""The largest part of a text's tokens that a copy hides."""
 
 LARGEST_TURN = 0.15
 """The largest angle by which a copy is turned, in radians."""
@@ -17,57 +21,74 @@ LARGEST_SHIFT = 0.07
 
 
 class WithCopies(Examples):
-    """Images and changed copies of them.
+    """Examples and changed copies of them.
 
-    The first N examples are the images themselves; example `c * N + i` is copy c of image i. A copy
-    is made when it is taken, and depends on the seed and its number alone.
+    The first N examples are unchanged; example `c * N + i` is copy c of example i. An image's copy
+    is turned, scaled and shifted a little; a text's hides some of its tokens from attention, never
+    the first nor the last. A copy is made when it is taken, and depends on the seed and its number
+    alone.
     """
 
-    def __init__(self, images: Examples, copies: int, seed: int):
-        """Wraps N images.
+    def __init__(self, examples: Examples, copies: int, seed: int):
+        """Wraps N examples.
 
         Args:
-            images: Examples with `pixel_values`.
+            examples: Images or texts of a classifier.
             copies: The number of copies of each.
             seed: The seed of the changes.
         """
-        self._images, self._copies, self._seed = images, copies, seed
-        self.class_names = images.class_names
-        self.names_have_order = images.names_have_order
-        if images.labels is not None:
-            self.labels = np.tile(images.labels, 1 + copies)
+        self._examples, self._copies, self._seed = examples, copies, seed
+        self.class_names = examples.class_names
+        self.names_have_order = examples.names_have_order
+        if examples.labels is not None:
+            self.labels = np.tile(examples.labels, 1 + copies)
 
     def __len__(self) -> int:
-        return len(self._images) * (1 + self._copies)
+        return len(self._examples) * (1 + self._copies)
+
+    def padded_length(self, index: Int[np.ndarray, " B"]) -> int:
+        """Returns the tokens that chosen examples are padded to, copies as what they are of."""
+        return self._examples.padded_length(index % len(self._examples))
 
     def padded_lengths(self) -> Int[np.ndarray, " N"]:
-        """Returns zeros, as images are not padded."""
-        return np.zeros(len(self), int)
+        """Returns the tokens that each example alone is padded to."""
+        return np.tile(self._examples.padded_lengths(), 1 + self._copies)
 
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
-        """Returns the chosen images, copies changed."""
-        inputs = self._images.take(index % len(self._images), length)
-        pixels = np.array(inputs["pixel_values"])
-        for row, number in zip(pixels, index, strict=True):
-            if number >= len(self._images):
-                row[...] = _changed(row, np.random.default_rng([self._seed, 6, number]))
-        return {**inputs, "pixel_values": pixels}
+        """Returns the chosen examples, copies changed."""
+        inputs = self._examples.take(index % len(self._examples), length)
+        name, change = "pixel_values", _changed_image
+        if name not in inputs:
+            name, change = "attention_mask", _hidden_tokens
+            inputs = completed(inputs, [name])
+        rows = np.array(inputs[name])
+        for row, number in zip(rows, index, strict=True):
+            if number >= len(self._examples):
+                row[...] = change(row, np.random.default_rng([self._seed, 6, number]))
+        return {**inputs, name: rows}
 
 
 def with_copies(
-    learning: Int[np.ndarray, " M"], images: int, copies: int
+    learning: Int[np.ndarray, " M"], examples: int, copies: int
 ) -> Int[np.ndarray, " M*(1+copies)"]:
-    """Returns the indices of images to learn from, followed by those of their copies.
+    """Returns the indices of examples to learn from, followed by those of their copies.
 
     Args:
-        learning: The indices of M among N images.
-        images: N.
+        learning: The indices of M among N examples.
+        examples: N.
         copies: The number of copies of each.
     """
-    return np.concatenate([learning + copy * images for copy in range(1 + copies)])
+    return np.concatenate([learning + copy * examples for copy in range(1 + copies)])
 
 
-def _changed(
+def _hidden_tokens(
+    mask: Int[np.ndarray, " length"], generator: np.random.Generator
+) -> Int[np.ndarray, " length"]:
+    """Hides up to `MOST_HIDDEN` of a text's tokens."""
+    return hide_tokens(mask[None], generator.uniform(0, MOST_HIDDEN), generator)[0]
+
+
+def _changed_image(
     image: Float[np.ndarray, "channels height width"], generator: np.random.Generator
 ) -> Float[np.ndarray, "channels height width"]:
     """Turns, scales and shifts an image a little; its edge goes on where nothing is."""

@@ -169,8 +169,8 @@ def prepare(
     )
     if RETAINED in examples:
         calibration = calibration.with_fewer_held_out(RETAINED)
-    if method.image_copies:
-        calibration = _with_copies(calibration, method.image_copies)
+    if method.copies:
+        calibration = _with_copies(calibration, method.copies)
     _require_layers(method.target_specs, models)
     initial_merge = None
     if method.initial_merge is not None:
@@ -240,16 +240,16 @@ def prepare(
 
 
 def _with_copies(calibration: Calibration, copies: int) -> Calibration:
-    """Adds changed copies of the images that are learned from."""
+    """Adds changed copies of the examples that are learned from."""
     examples = {
-        task: WithCopies(images, copies, calibration.seed)
-        for task, images in calibration.examples.items()
+        task: WithCopies(plain, copies, calibration.seed)
+        for task, plain in calibration.examples.items()
     }
     learning = {
         task: with_copies(index, len(calibration.examples[task]), copies)
         for task, index in calibration.learning.items()
     }
-    targets = {task: StoredTargets(images) for task, images in examples.items()}
+    targets = {task: StoredTargets(with_all) for task, with_all in examples.items()}
     return calibration._replace(learning=learning, examples=examples, targets=targets)
 
 

@@ -155,7 +155,7 @@ class Method(NamedTuple):
         control: The tasks that must not suffer if another is to be forgotten, else None.
         batch_size: The number of examples of every task per step.
         microbatches: The number of parts in which a step runs its batch.
-        image_copies: The number of changed copies of each calibration image.
+        copies: The number of changed copies of each calibration example.
         held_out: The part of each task's calibration examples that is held out.
         seed: The seed of all randomness.
         delta_dtype: The dtype of task vectors; None for the checkpoint's.
@@ -179,7 +179,7 @@ class Method(NamedTuple):
     control: Control | None
     batch_size: int
     microbatches: int
-    image_copies: int
+    copies: int
     held_out: float
     seed: int
     delta_dtype: np.dtype | None
@@ -249,7 +249,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         control=_build_control(list(recipe.tasks), recipe.forgotten, learning.control),
         batch_size=learning.batch_size,
         microbatches=learning.microbatches,
-        image_copies=0 if models.family.inputs[0] != "pixel_values" else learning.image_copies,
+        copies=0 if language else learning.copies,
         held_out=learning.held_out,
         seed=recipe.seed,
         delta_dtype=DELTA_DTYPES[delta_dtype] if delta_dtype else None,

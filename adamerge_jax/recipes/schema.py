@@ -351,9 +351,10 @@ class LearningRecipe(Section):
     the same coefficients."""
     examples: Whole | None = Field(default=None, ge=2, le=10**9)
     """Largest number of calibration examples of each task, drawn with the recipe's seed."""
-    image_copies: Whole = Field(default=0, ge=0, le=1000)
-    """Copies of each calibration image, slightly turned, scaled and shifted, that are learned from
-    beside it, with the expert's logits on them. Texts have none."""
+    copies: Whole = Field(default=0, ge=0, le=1000)
+    """Changed copies of each calibration example that are learned from beside it, with the expert's
+    logits on them: images slightly turned, scaled and shifted, texts with up to 30% of their tokens
+    hidden. Language models have none."""
     held_out: Number = Field(default=0.2, gt=0, lt=1)
     """Part of the calibration data that is held out to choose the best coefficients."""
     evaluate_every: Count | None = None

@@ -1,9 +1,9 @@
-"""Changed copies of images."""
+"""Changed copies of examples."""
 
 import numpy as np
 
 from adamerge_jax.data.arrays import ArrayExamples
-from adamerge_jax.data.copies import WithCopies, with_copies
+from adamerge_jax.data.copies import MOST_HIDDEN, WithCopies, with_copies
 
 IMAGES, COPIES = 3, 2
 
@@ -47,3 +47,31 @@ def test_a_copy_is_little_changed():
 
 def test_the_indices_of_copies():
     assert with_copies(np.array([0, 2]), IMAGES, COPIES).tolist() == [0, 2, 3, 5, 6, 8]
+
+
+def test_a_copy_of_a_text_hides_some_of_its_tokens():
+    length, texts = 200, 2
+    mask = np.ones((texts, length), np.int32)
+    mask[1, 150:] = 0
+    ids = np.arange(texts * length).reshape(texts, length)
+    copies = 40
+    plain = ArrayExamples({"input_ids": ids, "attention_mask": mask})
+    copied = WithCopies(plain, copies, 0)
+    index = np.arange(len(copied))
+    taken = copied.take(index, copied.padded_length(index))
+    np.testing.assert_array_equal(taken["input_ids"], np.tile(ids, (1 + copies, 1)))
+    shown = taken["attention_mask"].reshape(1 + copies, texts, length)
+    np.testing.assert_array_equal(shown[0], mask)
+    assert (shown <= mask).all()
+    assert shown[:, 0, [0, -1]].all()
+    assert shown[:, 1, [0, 149]].all()
+    hidden = 1 - shown[1:].sum(2) / mask.sum(1)
+    assert hidden.max() < MOST_HIDDEN + 0.15
+    np.testing.assert_allclose(hidden.mean(), MOST_HIDDEN / 2, atol=0.03)
+
+
+def test_a_text_without_a_mask_gets_one():
+    copied = WithCopies(ArrayExamples({"input_ids": np.ones((1, 50), int)}), 1, 0)
+    shown = copied.take(np.arange(2), 50)["attention_mask"]
+    assert shown[0].all()
+    assert not shown[1].all()

@@ -24,7 +24,7 @@ def test_runs_from_training_to_the_merged_checkpoint(
         return {part: (images[:90], labels[:90]) for part, (images, labels) in parts}
 
     monkeypatch.setattr(quickstart, "split", fewer)
-    shorter = {"learning": {"steps": 10, "evaluate_every": 5, "image_copies": 1}}
+    shorter = {"learning": {"steps": 10, "evaluate_every": 5, "copies": 1}}
     monkeypatch.setattr(quickstart, "recipe", lambda seed: recipe(seed) | shorter)
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out", str(tmp_path / "made")])
     quickstart.main()

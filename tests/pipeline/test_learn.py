@@ -184,20 +184,13 @@ def test_the_initial_value_is_the_one_with_the_lowest_objective(image_recipe, tm
     assert min(around, key=objective) == chosen
 
 
-def test_copies_of_images_are_learned_from_and_not_judged_by(image_recipe, tmp_path):
-    plain = inputs_of(image_recipe, tmp_path).calibration
-    learning = image_recipe["learning"] | {"image_copies": 2}
-    copied = inputs_of(image_recipe, tmp_path, learning=learning).calibration
+@pytest.mark.parametrize("kind", ["image_recipe", "text_recipe"])
+def test_copies_are_learned_from_and_not_judged_by(kind, request, tmp_path):
+    recipe = request.getfixturevalue(kind)
+    plain = inputs_of(recipe, tmp_path).calibration
+    learning = recipe["learning"] | {"copies": 2}
+    copied = inputs_of(recipe, tmp_path, learning=learning).calibration
     for task, index in plain.learning.items():
         assert len(copied.learning[task]) == 3 * len(index)
         assert copied.held_out[task].tolist() == plain.held_out[task].tolist()
         assert set(copied.learning[task] % len(plain.examples[task])) == set(index)
-
-
-def test_texts_have_no_copies(text_recipe, tmp_path):
-    plain = inputs_of(text_recipe, tmp_path).calibration
-    learning = text_recipe["learning"] | {"image_copies": 2}
-    copied = inputs_of(text_recipe, tmp_path, learning=learning).calibration
-    assert {task: len(index) for task, index in copied.learning.items()} == {
-        task: len(index) for task, index in plain.learning.items()
-    }
