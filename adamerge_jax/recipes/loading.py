@@ -103,7 +103,7 @@ def parse_recipe(
         ...     "tasks": {"law": {"expert": "experts/law", "calibration": "data/law.jsonl"}},
         ... }
         >>> parse_recipe(fields).learning.steps
-        100
+        200
         >>> try:
         ...     parse_recipe(fields | {"lerning": {"steps": 10}})
         ... except InputError as error:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from adamerge_jax.cli import main as cli
+from adamerge_jax.data.copies import WithCopies
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.pipeline import general
@@ -228,6 +229,14 @@ def test_too_few(chat, tmp_path):
     few = write_json_lines(tmp_path / "few.jsonl", PROMPTS[:6])
     with pytest.raises(InputError, match=r"few\.jsonl has too few .*: 4 to learn .* where 5 and 2"):
         open_workspace(parse_recipe(chat | {"retain": {"path": str(few)}}), tmp_path)
+
+
+def test_language_models_have_no_copies_of_examples(chat, tmp_path):
+    recipe = parse_recipe(chat | {"learning": chat["learning"] | {"copies": 2}})
+    calibration = learning_inputs(recipe, tmp_path).calibration
+    for task, index in calibration.learning.items():
+        assert index.max() < len(calibration.examples[task])
+        assert not isinstance(calibration.examples[task], WithCopies)
 
 
 def test_classifiers_have_no_general_text(text_recipe, tmp_path):
