@@ -7,7 +7,7 @@ and mappings of any names, are written on the command line as in the file: in YA
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
@@ -24,9 +24,12 @@ from adamerge_jax.recipes.loading import (
     read_recipe,
 )
 from adamerge_jax.recipes.presets import drop_options_of_replaced
-from adamerge_jax.recipes.schema import Recipe, Section
+from adamerge_jax.recipes.schema import SWITCHED_OFF, Recipe, Section
 
 C = TypeVar("C", bound=RecipeCommand)
+
+_OFF = ("none", "null")
+"""The words that switch a section off, as in YAML."""
 
 _EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration": "DATA"}}}
 """The recipe whose fields `--help` shows where none is given."""
@@ -93,6 +96,9 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
         recipe = parse_recipe(_EXAMPLE)
     else:
         raise InputError(f"adamerge {name}: give a recipe, a .yaml file, and options after it")
+    options, switched_off = _take_switched_off(options, recipe)
+    for path in switched_off:
+        recipe = _without(recipe, path.split("."))
     parsed = _parse(name, command, options, recipe)
     named = {o.removeprefix("--").partition("=")[0].replace("-", "_") for o in options}
     fields = drop_options_of_replaced(
@@ -102,6 +108,77 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     allowed = parsed.command.allow_code
     parsed.recipe = parse_recipe(fields, "command line", allow_code=allowed)
     return parsed
+
+
+def _take_switched_off(options: Sequence[str], recipe: Recipe) -> tuple[list[str], dict[str, None]]:
+    """Takes `--section none` out of options, for sections that can be switched off.
+
+    Returns:
+        The other options, and the dotted paths of the sections in their order.
+
+    Raises:
+        InputError: A section is switched off, and a field of it is given.
+    """
+    sections = {f"--{path.replace('_', '-')}": path for path in _optional_sections(recipe)}
+    others: list[str] = []
+    switched_off: dict[str, None] = {}
+    remaining = list(options)
+    while remaining:
+        option = remaining.pop(0)
+        flag, equals, value = option.partition("=")
+        section = sections.get(flag.replace("_", "-"))
+        if section is not None and not equals and remaining:
+            value = remaining[0]
+        if section is None or value not in _OFF:
+            others.append(option)
+            continue
+        if not equals:
+            remaining.pop(0)
+        switched_off[section] = None
+    for section in switched_off:
+        prefix = f"--{section.replace('_', '-')}."
+        for option in others:
+            if option.replace("_", "-").startswith(prefix):
+                raise InputError(
+                    f"command line: --{section} none and {option.partition('=')[0]} cannot both "
+                    "be; leave one of them out"
+                )
+    return others, switched_off
+
+
+def _optional_sections(section: Section | Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yields the dotted paths of the sections within that can be switched off."""
+    if isinstance(section, Section):
+        for name, field in type(section).model_fields.items():
+            if SWITCHED_OFF in field.metadata:
+                yield f"{path}{name}"
+            elif isinstance(value := getattr(section, name), Section | Mapping):
+                yield from _optional_sections(value, f"{path}{name}.")
+        return
+    for name, value in section.items():
+        if isinstance(value, Section):
+            yield from _optional_sections(value, f"{path}{name}.")
+
+
+def _sections_to_switch_off(recipe: Recipe) -> str:
+    """Returns the sentence of the help about `--section none`."""
+    paths = {".".join(_with_any_task(path.split("."))) for path in _optional_sections(recipe)}
+    options = ", ".join(f"--{path.replace('_', '-')} none" for path in sorted(paths))
+    return f"Sections are switched off by {options}."
+
+
+def _with_any_task(path: Sequence[str]) -> list[str]:
+    """Returns the path of a section with `TASK` in place of a task's name."""
+    return ["tasks", "TASK", path[-1]] if path[0] == "tasks" else list(path)
+
+
+def _without(section: Any, path: Sequence[str]) -> Any:
+    """Returns a section with the one at a path within it switched off."""
+    name, *rest = path
+    if isinstance(section, Mapping):
+        return {**section, name: _without(section[name], rest)}
+    value = _without(getattr(section, name), rest) if rest else None
+    return section.model_copy(update={name: value})
 
 
 def _find_recipe(name: str, command: type[C], options: Sequence[str]) -> Path | None:
@@ -133,7 +210,7 @@ def _parse(
         default=WithRecipe(command(**dict.fromkeys(required, tyro.MISSING)), recipe),
         args=options,
         prog=f"adamerge {name}",
-        description=command.__doc__,
+        description=f"{command.__doc__}\n\n{_sections_to_switch_off(recipe)}",
         config=(tyro.conf.AvoidSubcommands,),
         registry=_CONSTRUCTORS,
         **parsing,

@@ -46,6 +46,15 @@ PathText = Annotated[str, AfterValidator(require_possible_path)]
 """A path, or an id on the Hub."""
 
 
+def _nothing(value: Any) -> Any:
+    """Returns None for the word `none`."""
+    return None if value == "none" else value
+
+
+SWITCHED_OFF = BeforeValidator(_nothing)
+"""The word `none` for no section, beside YAML's null; the command line knows it by this mark."""
+
+
 class Section(BaseModel):
     """A part of a recipe; unknown fields are refused, and numbers that float32 does not have."""
 
@@ -138,9 +147,9 @@ class TaskRecipe(Section):
     """The model fine-tuned on the task."""
     calibration: DataSource
     """Examples to learn coefficients from; labels are read only for objectives that need them."""
-    validation: DataSource | None = None
+    validation: Annotated[DataSource | None, SWITCHED_OFF] = None
     """Labelled examples that choose task arithmetic's single coefficient."""
-    test: DataSource | None = None
+    test: Annotated[DataSource | None, SWITCHED_OFF] = None
     """Labelled examples for the table of results."""
     class_names: list[str] | None = None
     """Names of the classes in the order of the model's outputs, to which the data's names are
@@ -168,11 +177,6 @@ class TaskRecipe(Section):
             for part, source in parts.items()
             if source is not None and source.end_of_text != "auto"
         }
-
-
-def _nothing(value: Any) -> Any:
-    """Returns None for the word `none`."""
-    return None if value == "none" else value
 
 
 class RetainRecipe(DataSource):
@@ -232,7 +236,7 @@ class CoefficientsRecipe(Section):
     lowest objective on the held-out calibration data; where a value follows from the constraint or
     the initial merge, that. By default 0.3, for K experts 1/K under softmax and
     simplex, and 1/(K+1) under simplex_with_base and positions; 0 with initial_merge."""
-    initial_merge: MethodRecipe | None = None
+    initial_merge: Annotated[MethodRecipe | None, SWITCHED_OFF] = None
     """Merge without learning to which the task vectors are added in place of the base, so that
     learning starts from it: the method's name and options."""
     start: PathText | None = None
@@ -242,7 +246,7 @@ class CoefficientsRecipe(Section):
     other_base: bool = False
     """Allow a start that was learned for another base: another version, or another size of the
     same family, whose layers are then matched by relative depth."""
-    coarse: CoarseRecipe | None = None
+    coarse: Annotated[CoarseRecipe | None, SWITCHED_OFF] = None
     """Coarser coefficients that are learned first, from start if it is given; learning then starts
     from them."""
 
@@ -496,7 +500,7 @@ class Recipe(Section):
     task. By default the first model that has a tokenizer; then all must have its special tokens."""
     keep_from_base: list[str] = []
     """Name patterns of parameters that stay the base's and are not merged."""
-    retain: Annotated[RetainRecipe | None, BeforeValidator(_nothing)] = RetainRecipe()
+    retain: Annotated[RetainRecipe | None, SWITCHED_OFF] = RetainRecipe()
     """General text on which the base is the teacher; none to learn without."""
     interference: list[InterferenceRecipe] = []
     """Steps that change task vectors before mixing, in their order."""

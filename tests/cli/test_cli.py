@@ -98,6 +98,42 @@ def test_choices_on_the_command_line(tmp_path, options, expected):
         assert found == value, path
 
 
+@pytest.mark.parametrize(
+    ("options", "section"),
+    [
+        (["--retain", "none"], "retain"),
+        (["--retain=null"], "retain"),
+        (["--coefficients.coarse", "none"], "coefficients.coarse"),
+        (["--coefficients.initial-merge=none"], "coefficients.initial_merge"),
+        (["--coefficients.initial_merge", "none"], "coefficients.initial_merge"),
+        (["--tasks.law.test", "none", "--tasks.topic.test", "none"], "tasks.law.test"),
+    ],
+)
+def test_a_section_is_switched_off(options, section, tmp_path):
+    tasks = {task: fields | {"test": "test.jsonl"} for task, fields in MINIMAL["tasks"].items()}
+    further = {"coarse": {"steps": 3}, "initial_merge": {"name": "ties"}, "initial": 0.0}
+    recipe = write_recipe(tmp_path, MINIMAL | {"tasks": tasks, "coefficients": further})
+    for options_given, is_there in (([], True), (options, False)):
+        value = parsed(recipe, *options_given)
+        for name in section.split("."):
+            value = value[name] if isinstance(value, dict) else getattr(value, name)
+        assert (value is not None) == is_there
+
+
+def test_a_section_is_not_both_off_and_changed(tmp_path):
+    recipe = write_recipe(tmp_path, MINIMAL)
+    with pytest.raises(InputError, match=r"--retain none and --retain\.weight cannot both be"):
+        parsed(recipe, "--retain", "none", "--retain.weight", "2")
+
+
+@pytest.mark.parametrize("section", ["retain", "tasks.TASK.test", "coefficients.initial-merge"])
+def test_help_says_which_sections_are_switched_off(section, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        cli.main(["learn", "--help"])
+    assert f"--{section} none" in capsys.readouterr().out
+
+
 def test_a_choice_takes_the_place_of_the_file_s(tmp_path):
     chosen = {"granularity": "chunk", "granularity_options": {"pieces": 4}}
     recipe = write_recipe(tmp_path, MINIMAL | {"coefficients": chosen})
