@@ -261,6 +261,7 @@ def _compare(
 ) -> tuple[Bool[Array, "B T"], Float[Array, "B T"]]:
     """Returns where the likeliest token is the base's, and the divergence from the base."""
     model, expected = with_rest(logits, base)
-    divergence = (jnp.exp(expected) * (expected - model)).sum(-1)
+    # Rounding leaves a little less than 0 where the model is the base.
+    divergence = jnp.maximum((jnp.exp(expected) * (expected - model)).sum(-1), 0)
     is_number = ~jnp.isnan(logits).any(-1)
     return (logits.argmax(-1) == base.tokens[..., 0]) & is_number, divergence

@@ -123,7 +123,7 @@ def test_the_table_says_what_is_kept(run):
     methods = ["base", "average", "task arithmetic (0.3)", "learned (tensor)"]
     assert all(list(by_method) == methods for by_method in rows.values())
     assert (rows["base_answers"]["base"], rows["base_agreement"]["base"]) == (1, 1)
-    assert rows["base_divergence"]["base"] == pytest.approx(0, abs=1e-5)
+    assert 0 <= rows["base_divergence"]["base"] < 1e-5
     assert all(value > 1e-3 for value in list(rows["base_divergence"].values())[1:])
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(list((run / "report").glob("curves*.png"))) == len(TASKS) + 1
