@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adamerge_jax-tests-")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["HF_HOME"], "datasets")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["HF_HOME"], "cache")
 # Many tests run the same tiny models: each is compiled once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["HF_HOME"], "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -30,6 +30,7 @@ from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import HeadKind, Recipe
+from adamerge_jax.runs.counting import CountLines
 from adamerge_jax.runs.record import peak_memory_of_arrays
 from adamerge_jax.runs.rows import Kind, Row
 from adamerge_jax.task_vectors import Delta
@@ -112,7 +113,7 @@ def measure(
     """
     recipe = parse_recipe(contender.fields, allow_code=allow_code)
     report("opening models and data")
-    workspace = _open(recipe, data_seed, root)
+    workspace = _open(recipe, data_seed, root, report)
     evaluator, test = workspace.evaluator, workspace.data.test
     start = time.perf_counter()
     if contender.kind == "references":
@@ -148,16 +149,18 @@ def measure(
     return Measured([row], cost, merge.chosen)
 
 
-def _open(recipe: Recipe, data_seed: int, root: Path) -> Workspace:
+def _open(recipe: Recipe, data_seed: int, root: Path, report: Report) -> Workspace:
     """Opens models and data, the latter's test examples as the seed of all contenders draws them.
 
     Other seeds are to differ in what they learn from, not in what they are tested with.
     """
     devices = open_devices(**recipe.devices.model_dump())
-    workspace = open_workspace(recipe, root, devices)
+    show_count = CountLines(report)
+    workspace = open_workspace(recipe, root, devices, show_count)
     is_drawn = any(task.test is not None and task.test.limit for task in recipe.tasks.values())
     if is_drawn and recipe.seed != data_seed:
-        same = open_workspace(recipe.model_copy(update={"seed": data_seed}), root, devices)
+        same_data = recipe.model_copy(update={"seed": data_seed})
+        same = open_workspace(same_data, root, devices, show_count)
         workspace = workspace._replace(data=workspace.data._replace(test=same.data.test))
     return workspace
 

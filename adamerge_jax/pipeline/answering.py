@@ -9,6 +9,7 @@ from jaxtyping import Array
 from adamerge_jax.data.answers import Answers
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.pipeline.generate import Writer
+from adamerge_jax.runs.counting import ShowCount, count_silently
 from adamerge_jax.runs.rows import ExampleScores
 
 SHORT = 16
@@ -27,11 +28,13 @@ class Answering(NamedTuple):
         exact_match: True for all tasks that have responses, False for none, None for those with
             short ones.
         max_new_tokens: The largest number of tokens of an answer.
+        show: Shows how many answers are written.
     """
 
     writer: Writer
     exact_match: bool | None
     max_new_tokens: int
+    show: ShowCount = count_silently
 
     def is_asked(self, examples: Examples) -> bool:
         """Returns True if models are to answer the prompts of a task's examples."""
@@ -39,16 +42,24 @@ class Answering(NamedTuple):
             return False
         return self.exact_match is True or examples.answers.median_length <= SHORT
 
-    def scores(self, parameters: Mapping[str, Array], answers: Answers) -> ExampleScores:
+    def scores(
+        self, parameters: Mapping[str, Array], answers: Answers, words: str = "answers"
+    ) -> ExampleScores:
         """Returns 1 for each answer that is the response, and 0 for others.
 
         Args:
             parameters: The model's parameters by name.
             answers: The prompts and responses.
+            words: Words for the answers, to show with their number.
         """
         longest = max(map(len, answers.responses)) + SLACK
-        written = self.writer.continuations(
-            parameters, answers.prompts, answers.stops, min(self.max_new_tokens, longest)
-        )
+        with self.show(words, len(answers.prompts)) as on_count:
+            written = self.writer.continuations(
+                parameters,
+                answers.prompts,
+                answers.stops,
+                min(self.max_new_tokens, longest),
+                on_count=on_count,
+            )
         right = [answers.are_given(at, tokens) for at, tokens in enumerate(written)]
         return ExampleScores(np.array(right, np.float32), np.ones(len(right), np.int32))

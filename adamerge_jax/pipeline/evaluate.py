@@ -146,13 +146,16 @@ class Evaluator:
             return ExampleScores(is_right.astype(np.float32), np.ones(len(logits), np.int32))
         return self._token_scores(parameters, task, examples)["loss"]
 
-    def measures(self, parameters: Parameters, task: str, examples: Examples) -> Measures:
+    def measures(
+        self, parameters: Parameters, task: str, examples: Examples, model: str = "expert"
+    ) -> Measures:
         """Computes a model's scores on labelled examples by all metrics of its kind.
 
         Args:
             parameters: The parameters of the backbone by name.
             task: The task whose head is used.
             examples: N labelled examples.
+            model: The model's name, to show while it answers.
 
         Returns:
             `example_scores` by the evaluator's metric, and for a language model further: the
@@ -165,25 +168,30 @@ class Evaluator:
         if (measures["answer_loss"].counts == measures["loss"].counts).all():
             del measures["answer_loss"]
         if self.is_asked(examples):
-            measures["exact_match"] = self.answer_scores(parameters, examples)
+            measures["exact_match"] = self.answer_scores(
+                parameters, examples, f"answers of {model} on {task}"
+            )
         return measures
 
     def is_asked(self, examples: Examples) -> bool:
         """Returns True if models are to answer the prompts of a task's examples."""
         return self._answering is not None and self._answering.is_asked(examples)
 
-    def answer_scores(self, parameters: Parameters, examples: Examples) -> ExampleScores:
+    def answer_scores(
+        self, parameters: Parameters, examples: Examples, words: str = "answers"
+    ) -> ExampleScores:
         """Compares a model's own answers with the responses.
 
         Args:
             parameters: The parameters of the backbone by name.
             examples: N examples of which `is_asked` is true.
+            words: Words for the answers, to show with their number.
 
         Returns:
             1 for each answer that is the response, and 0 for others, `[N]`.
         """
         assert self._answering is not None and examples.answers is not None  # is_asked
-        return self._answering.scores(parameters, examples.answers)
+        return self._answering.scores(parameters, examples.answers, words)
 
     def _token_scores(
         self, parameters: Parameters, task: str, examples: Examples
@@ -232,7 +240,7 @@ class Evaluator:
         kind: Kind = "baseline",
     ) -> Row:
         """Returns a row of the table: a model's scores on labelled examples of each task."""
-        measures = {task: self.measures(parameters, task, data[task]) for task in data}
+        measures = {task: self.measures(parameters, task, data[task], method) for task in data}
         row = Row.of_measures(method, measures, kind)
         return row._replace(further=(*row.further, *self._general_rows(method, parameters, kind)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from adamerge_jax.objectives.distributions import with_rest
 from adamerge_jax.runs.rows import ExampleScores, Measures, Metric
 
 if TYPE_CHECKING:
-    from adamerge_jax.pipeline.generate import Writer
+    from adamerge_jax.pipeline.base_answers import BaseWriter
     from adamerge_jax.pipeline.workspace import ExampleLoader
     from adamerge_jax.recipes.schema import LearningRecipe, RetainRecipe
 
@@ -156,15 +156,12 @@ def find_general(
     return FoundText(text, learned, tested, source)
 
 
-def load_general(
-    found: FoundText, writer: Writer | None, read_base: Callable[[], Mapping[str, Array]]
-) -> General:
+def load_general(found: FoundText, writer: BaseWriter | None) -> General:
     """Makes examples of general text; the base writes the answers that it lacks.
 
     Args:
         found: The text.
-        writer: The writer of answers; None if none are lacking.
-        read_base: The function that reads the parameters of the base.
+        writer: The writer of the base's answers; None if none are lacking.
     """
     text, learned, tested, source = found
     if isinstance(text, Examples):
@@ -173,9 +170,7 @@ def load_general(
     assert writer is not None  # `find_general` has seen to it
     used = np.concatenate([tested, learned]) if source.weight else tested
     asked = [text.tokens[prompt] for prompt in used]
-    answers = writer.continuations(
-        read_base(), asked, text.stops, source.new_tokens, with_stop=True
-    )
+    answers = writer.answers(asked, text.stops, source.new_tokens)
     examples = text.answered(used, answers)
     tested, learned = np.split(np.arange(len(used)), [len(tested)])
     openings = np.array([text.opening(answers[row], OPENING) for row in tested])

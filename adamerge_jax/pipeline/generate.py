@@ -10,6 +10,7 @@ from adamerge_jax.data.examples import bucket_length, padded
 from adamerge_jax.devices import fetch
 from adamerge_jax.models.family import Family
 from adamerge_jax.models.generation import make_greedy
+from adamerge_jax.runs.counting import OnCount
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,7 +20,11 @@ PADDING = 0
 
 
 class Writer:
-    """Continues prompts with models of one architecture; compiled once for each shape."""
+    """Continues prompts with models of one architecture; compiled once for each shape.
+
+    Attributes:
+        batch_size: Prompts per call.
+    """
 
     def __init__(self, family: Family, config: "PretrainedConfig", batch_size: int):
         """Builds the network; it is compiled when it first runs.
@@ -31,8 +36,7 @@ class Writer:
         """
         backbone = family.build_backbone(config)
         self._generate = make_greedy(family, config, backbone, family.build_head(config))
-        self._batch_size = batch_size
-        self.longest = family.max_tokens(config)
+        self.batch_size = batch_size
 
     def continuations(
         self,
@@ -42,6 +46,7 @@ class Writer:
         new_tokens: int,
         *,
         with_stop: bool = False,
+        on_count: OnCount = lambda done: None,
     ) -> list[list[int]]:
         """Returns the likeliest tokens behind each prompt.
 
@@ -51,10 +56,11 @@ class Writer:
             stops: The tokens that end a continuation.
             new_tokens: The largest number of tokens.
             with_stop: True to end a continuation with the token that stopped it.
+            on_count: Called with the number of continuations that are written.
         """
         written: list[list[int]] = [[]] * len(prompts)
         order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-        size = max(1, min(self._batch_size, len(prompts)))
+        size = max(1, min(self.batch_size, len(prompts)))
         for start in range(0, len(order), size):
             index = order[start : start + size]
             # The last call repeats prompts up to the size that is compiled.
@@ -69,4 +75,5 @@ class Writer:
             tokens, lengths = fetch(tokens), fetch(lengths)
             for row, i in enumerate(index):
                 written[i] = tokens[row, : lengths[row] + with_stop].tolist()
+            on_count(start + len(index))
         return written

@@ -58,6 +58,7 @@ from adamerge_jax.report.maps import draw_coefficients
 from adamerge_jax.report.model_card import model_card
 from adamerge_jax.report.page import write_page
 from adamerge_jax.report.results import results_tables
+from adamerge_jax.runs.counting import count_on
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
     HEAT_MAP_FILE,
@@ -143,7 +144,7 @@ def _learn(
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
-        workspace = open_workspace(recipe, root, devices)
+        workspace = open_workspace(recipe, root, devices, count_on(console))
         models = workspace.models
         method = build(recipe, models)
         require_exportable(models, recipe.export, MergeFacts.of_method(method, models), out)
@@ -429,7 +430,7 @@ def _merge(
     needs_data = make_method(method, options).needs_data
     if needs_data:
         with console.status("opening checkpoints and data"):
-            workspace = open_workspace(recipe, root, devices)
+            workspace = open_workspace(recipe, root, devices, count_on(console))
         models = workspace.models
     else:
         models = dataclasses.replace(open_models(recipe, root), devices=devices)
@@ -489,8 +490,9 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     Raises:
         InputError: A model or data cannot be used, or a task has no test data.
     """
-    workspace = open_workspace(recipe, root, open_devices(**recipe.devices.model_dump()))
+    devices = open_devices(**recipe.devices.model_dump())
     console = silence_others(console)
+    workspace = open_workspace(recipe, root, devices, count_on(console))
     opened = Checkpoint.open(checkpoint)
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
     matched = match_backbone(workspace.models, opened, "checkpoint")

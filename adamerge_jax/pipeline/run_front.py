@@ -29,6 +29,7 @@ from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.page import write_page
 from adamerge_jax.report.results import results_tables
+from adamerge_jax.runs.counting import count_on
 from adamerge_jax.runs.evaluation_progress import show_evaluations
 from adamerge_jax.runs.evaluations import Evaluation, discard_half_line, read_evaluations
 from adamerge_jax.runs.files import (
@@ -101,7 +102,7 @@ def _front(
     record = RunRecord(out)
     log = read_evaluations(out / EVALUATIONS_FILE) if resume else []
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
-        workspace = open_workspace(without_learning(recipe), root, devices)
+        workspace = open_workspace(without_learning(recipe), root, devices, count_on(console))
         of_task = task_score(settings.score, workspace, "front")
         tasks = list(workspace.models.experts)
         score = on_validation_data(

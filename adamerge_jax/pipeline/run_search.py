@@ -31,6 +31,7 @@ from adamerge_jax.pipeline.search import (
 )
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe, Recipe
+from adamerge_jax.runs.counting import count_on
 from adamerge_jax.runs.evaluation_progress import show_evaluations
 from adamerge_jax.runs.evaluations import Evaluation, discard_half_line, read_evaluations
 from adamerge_jax.runs.files import COEFFICIENTS_FILE, EVALUATIONS_FILE, RECIPE_FILE
@@ -103,7 +104,7 @@ def _search(
     record = RunRecord(out)
     log = read_evaluations(out / EVALUATIONS_FILE) if resume else []
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
-        workspace = open_workspace(without_learning(recipe), root, devices)
+        workspace = open_workspace(without_learning(recipe), root, devices, count_on(console))
         models = workspace.models
         method = method_without_objective(recipe, models)
         score = (

@@ -107,7 +107,8 @@ def _loss(workspace: Workspace, parameters: Parameters, task: str) -> float:
 
 
 def _exact_match(workspace: Workspace, parameters: Parameters, task: str) -> float:
-    return workspace.evaluator.answer_scores(parameters, workspace.data.validation[task]).mean
+    examples = workspace.data.validation[task]
+    return workspace.evaluator.answer_scores(parameters, examples, f"answers on {task}").mean
 
 
 def _is_asked(workspace: Workspace, task: str) -> bool:

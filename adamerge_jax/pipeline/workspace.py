@@ -30,6 +30,7 @@ from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.pipeline.answering import Answering
+from adamerge_jax.pipeline.base_answers import BaseWriter
 from adamerge_jax.pipeline.end_of_text import ExpertsEnds
 from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.general import RETAINED, General, find_general, load_general
@@ -37,6 +38,7 @@ from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head, load_zero_shot_head
 from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
+from adamerge_jax.runs.counting import ShowCount, count_silently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,13 +95,19 @@ class Workspace(NamedTuple):
         return load_expert(self.models, task, base, self.dtype)
 
 
-def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) -> Workspace:
+def open_workspace(
+    recipe: Recipe,
+    root: Path,
+    devices: Devices = ONE_DEVICE,
+    show_count: ShowCount = count_silently,
+) -> Workspace:
     """Opens and checks all that a recipe names.
 
     Args:
         recipe: The recipe that names models and data.
         root: Folder that relative paths start from.
         devices: The devices that hold the weights and run the models.
+        show_count: Shows how many answers a language model has written, now and in evaluations.
 
     Raises:
         InputError: Something cannot be read, or models and data do not belong together.
@@ -139,7 +147,7 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
     settings, answering = recipe.evaluation, None
     if models.family.cached_features is not None:
         writer = Writer(models.family, models.config, settings.batch_size)
-        answering = Answering(writer, settings.exact_match, settings.max_new_tokens)
+        answering = Answering(writer, settings.exact_match, settings.max_new_tokens, show_count)
     if models.family.language:
         heads[RETAINED] = {}  # all of it is the backbone's
     evaluator = Evaluator(spread, networks, heads, settings.batch_size, metric, answering)
@@ -151,7 +159,10 @@ def open_workspace(recipe: Recipe, root: Path, devices: Devices = ONE_DEVICE) ->
         is_chat=any(examples.are_conversations for examples in data.calibration.values()),
         seed=recipe.seed,
     )
-    general = found and load_general(found, answering and answering.writer, read_base)
+    base_writer = None
+    if answering is not None:
+        base_writer = BaseWriter(answering.writer, models, dtype, read_base, show_count)
+    general = found and load_general(found, base_writer)
     if general is not None and data.test:
         evaluator.watch(general, read_base())
     if general is None or general.learning is None:
