@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 find_old_names()
 
+__version__: str
+
 _HOMES = {
     "CONSTRAINTS": "coefficients.constraints",
     "ArrayExamples": "data.arrays",
@@ -108,6 +110,10 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker is to refuse other names
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("adamerge_jax")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if _HOMES[name]:

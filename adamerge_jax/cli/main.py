@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -15,7 +16,10 @@ from adamerge_jax.cli.last_catch import explain
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError, readable
 from adamerge_jax.stopping import Stopped, stop_on_signals
 
-_DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
+_DESCRIPTION = (
+    "Merge fine-tuned experts of one base model into one checkpoint. "
+    "`adamerge --version` prints the version."
+)
 
 
 class Invocable(Protocol):
@@ -40,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     foresaw is explained in one line, too; its traceback is in a file.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
+        print(f"adamerge_jax {version('adamerge_jax')}")
+        return
     command = None
     try:
         with stop_on_signals():

@@ -1,10 +1,14 @@
+import importlib.metadata
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
+import adamerge_jax
 from adamerge_jax.cli import main as cli
 from adamerge_jax.cli.compilation import keep_compiled_programs
 from adamerge_jax.errors import InputError
@@ -240,3 +244,16 @@ def test_a_recipe_as_an_option_still_works(old_order, capsys):
         "adamerge fold: --recipe is deprecated; give the recipe first: "
         f"adamerge fold {old_order[3]} ..."
     )
+
+
+def test_the_version_is_that_of_the_installation(capsys):
+    installed = importlib.metadata.version("adamerge_jax")
+    assert adamerge_jax.__version__ == installed
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"adamerge_jax {installed}\n"
+
+
+def test_python_runs_the_package_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["adamerge_jax", "--version"])
+    runpy.run_module("adamerge_jax", run_name="__main__")
+    assert capsys.readouterr().out.startswith("adamerge_jax ")
