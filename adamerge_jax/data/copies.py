@@ -1,5 +1,9 @@
 """Slightly changed copies of examples, so that few of them teach more."""
 
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.ndimage import affine_transform
@@ -18,6 +22,9 @@ LARGEST_SCALING = 0.12
 
 LARGEST_SHIFT = 0.07
 """The largest shift of a copy, as a part of the image's size."""
+
+_LARGE = 30_000
+"""The values of an image from which its copy takes longer than handing it to another thread."""
 
 
 class WithCopies(Examples):
@@ -62,9 +69,12 @@ class WithCopies(Examples):
             name, change = "attention_mask", _hidden_tokens
             inputs = completed(inputs, [name])
         rows = np.array(inputs[name])
-        for row, number in zip(rows, index, strict=True):
-            if number >= len(self._examples):
-                row[...] = change(row, np.random.default_rng([self._seed, 6, number]))
+
+        def make_copy(position: int) -> None:
+            generator = np.random.default_rng([self._seed, 6, index[position]])
+            rows[position] = change(rows[position], generator)
+
+        _for_all(make_copy, np.flatnonzero(index >= len(self._examples)), rows[0].size >= _LARGE)
         return {**inputs, name: rows}
 
 
@@ -79,6 +89,17 @@ def with_copies(
         copies: The number of copies of each.
     """
     return np.concatenate([learning + copy * examples for copy in range(1 + copies)])
+
+
+def _for_all(make: Callable[[int], None], positions: Sequence[int], in_threads: bool) -> None:
+    """Calls a function with each position, in threads where what it calls lets go of the lock."""
+    if not in_threads or len(positions) < 2:
+        for position in positions:
+            make(position)
+        return
+    with ThreadPoolExecutor(min(len(positions), os.cpu_count() or 1)) as threads:
+        for _ in threads.map(make, positions):  # raises what a thread raised
+            pass
 
 
 def _hidden_tokens(

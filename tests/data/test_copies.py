@@ -1,6 +1,7 @@
 """Changed copies of examples."""
 
 import numpy as np
+import pytest
 
 from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.data.copies import MOST_HIDDEN, WithCopies, with_copies
@@ -8,8 +9,8 @@ from adamerge_jax.data.copies import MOST_HIDDEN, WithCopies, with_copies
 IMAGES, COPIES = 3, 2
 
 
-def examples(seed: int = 0) -> tuple[np.ndarray, WithCopies]:
-    pixels = np.random.default_rng(0).normal(size=(IMAGES, 3, 16, 16)).astype(np.float32)
+def examples(seed: int = 0, size: int = 16) -> tuple[np.ndarray, WithCopies]:
+    pixels = np.random.default_rng(0).normal(size=(IMAGES, 3, size, size)).astype(np.float32)
     pixels[2] = 0.7
     images = ArrayExamples({"pixel_values": pixels}, labels=np.arange(IMAGES))
     return pixels, WithCopies(images, COPIES, seed)
@@ -28,11 +29,12 @@ def test_images_stay_and_copies_follow():
         np.testing.assert_allclose(part[2], 0.7, atol=1e-6)  # nothing comes in from outside
 
 
-def test_a_copy_is_the_same_whenever_it_is_taken():
-    _, copied = examples()
+@pytest.mark.parametrize("size", [16, 112])  # the copies of large images are made in threads
+def test_a_copy_is_the_same_whenever_it_is_taken(size):
+    _, copied = examples(size=size)
     together = copied.take(np.array([7, 3]), 0)["pixel_values"]
     np.testing.assert_array_equal(copied.take(np.array([3]), 0)["pixel_values"][0], together[1])
-    _, other = examples(seed=1)
+    _, other = examples(1, size)
     assert not np.allclose(other.take(np.array([3]), 0)["pixel_values"][0], together[1])
 
 
