@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +12,13 @@ from adamerge_jax.report.plain_text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_DOTS = 150
+"""Pixels per inch of a PNG."""
+
+_MOST_PIXELS = 6_000_000
+"""Pixels of the largest PNG, which has fewer per inch: a picture of many experts is drawn whole in
+memory, in several bytes a pixel."""
 
 
 class Picture(NamedTuple):
@@ -48,9 +56,11 @@ def picture_name(kind: str, name: str, position: int) -> str:
 
 
 def write_png(figure: "Figure", file: Path) -> None:
-    """Writes a matplotlib figure as a PNG file."""
+    """Writes a matplotlib figure as a PNG file of no more than `_MOST_PIXELS`."""
+    width, height = figure.get_size_inches()
+    dots = min(_DOTS, math.sqrt(_MOST_PIXELS / (width * height)))
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
+    figure.savefig(stream, format="png", dpi=dots)
     write_whole(file, stream.getvalue())
 
 
