@@ -9,12 +9,10 @@ from jaxtyping import Float
 
 from adamerge_jax.interference.step import Step
 from adamerge_jax.parameter_names import matches
+from adamerge_jax.task_vectors import rounding
 
 EMBEDDINGS = ("*embed*", "*wte*", "*wpe*", "shared.*")
 """Matrices that are no linear layers, by their usual names."""
-
-ROUNDING = 1e-5
-"""Part of the largest singular value beneath which one is the rounding of float32 entries."""
 
 
 def project_apart(threshold: float = 0.5) -> Step:
@@ -84,7 +82,7 @@ def _inside(
 ) -> Float[np.ndarray, "m n"]:
     """Returns the part of a task vector along the directions of the sum of those before it."""
     left, sizes, right = np.linalg.svd(total, full_matrices=False)
-    rank = np.count_nonzero(sizes > ROUNDING * sizes[0])
+    rank = np.count_nonzero(sizes > rounding.SINGULAR_VALUE * sizes[0])
     left, sizes, right = left[:, :rank], sizes[:rank], right[:rank]
     if not rank:
         return np.zeros_like(delta)

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from adamerge_jax.methods.core_space import EXACT
-
-ROUNDING = 1e-5
-"""Part of the largest singular value beneath which one is the rounding of float32 entries."""
+from adamerge_jax.task_vectors import rounding
 
 
 class Directions(NamedTuple):
@@ -47,7 +45,7 @@ def decompose(matrix: Float[Array, "p q"], origin: Float[Array, ""] | float = 0.
             where it is over the matrix's largest singular value.
     """
     left, sizes, right = jnp.linalg.svd(matrix, full_matrices=False)
-    stays = sizes > ROUNDING * jnp.maximum(sizes[0], origin)
+    stays = sizes > rounding.SINGULAR_VALUE * jnp.maximum(sizes[0], origin)
     return Directions(left * stays, sizes * stays, right * stays[:, None])
 
 
