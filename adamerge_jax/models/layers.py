@@ -29,11 +29,12 @@ Not the class itself, which takes seconds to import.
 LINEAR_OUTPUT = "linear_output"
 """The name of outputs of linear layers and of attention in a rematerialisation policy."""
 
-_POLICIES = {
+POLICIES = {
     "weights": jax.checkpoint_policies.save_anything_except_these_names(MERGED_WEIGHT),
     "elementwise": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
+"""The values of a layer that are kept for the backward pass, by what is computed again."""
 
 Activation = Callable[[Array], Array]
 """A function of each value by itself."""
@@ -89,18 +90,21 @@ class Outputs(NamedTuple):
             if they were not asked for. As in `transformers`, a decoder's last entry is the
             last hidden state.
         cache: The keys and values of a decoder's tokens, where it was given those of earlier ones.
+        inputs: The batch, where a head reads it too: to find the last token that is not padding.
     """
 
     pooled: Float[Array, "B H"] | None
     last_hidden_state: Float[Array, "B T H"]
     hidden_states: Float[Array, "L+1 B T H"] | None
     cache: KeyValues | None = None
+    inputs: Mapping[str, Shaped[Array, "B ..."]] | None = None
 
     def examples(self, chosen: slice) -> "Outputs":
         """Returns the outputs of some of the examples."""
         states = None if self.hidden_states is None else self.hidden_states[:, chosen]
         pooled = None if self.pooled is None else self.pooled[chosen]
-        return Outputs(pooled, self.last_hidden_state[chosen], states)
+        inputs = self.inputs and {name: array[chosen] for name, array in self.inputs.items()}
+        return Outputs(pooled, self.last_hidden_state[chosen], states, inputs=inputs)
 
 
 def value(parameter: nnx.Param) -> Float[Array, "..."]:
@@ -252,7 +256,7 @@ class Stack(nnx.Module):
             # A scan's body is not subject to the common-subexpression elimination that
             # `prevent_cse` guards against, and the guard costs time.
             run_layer = jax.checkpoint(
-                run_layer, policy=_POLICIES[self.rematerialize], prevent_cse=False
+                run_layer, policy=POLICIES[self.rematerialize], prevent_cse=False
             )
 
         def body(hidden: Array, layer: tuple[nnx.State, PyTree]) -> tuple[Array, Array | None]:

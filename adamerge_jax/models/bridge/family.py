@@ -1,0 +1,178 @@
+"""The family of a model that has no family of its own here."""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.models.bridge.empty_model import empty_model
+from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
+from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
+from adamerge_jax.models.family import Family, LastLayer
+from adamerge_jax.models.layers import Config
+from adamerge_jax.models.rematerialization import Rematerialize
+
+
+class Kind(NamedTuple):
+    """A kind of model.
+
+    Attributes:
+        auto_class: The `transformers` class that loads such models.
+        classes: The table of `transformers` from model types to the classes of such models.
+        language: True for a model that predicts tokens.
+        inputs: The names of arrays that it may read, the first one required.
+    """
+
+    auto_class: str
+    classes: str
+    language: bool
+    inputs: tuple[str, ...]
+
+
+_TEXT = ("input_ids", "attention_mask", "token_type_ids")
+
+KINDS = (
+    Kind(
+        "AutoModelForSequenceClassification",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        False,
+        _TEXT,
+    ),
+    Kind(
+        "AutoModelForImageClassification",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        False,
+        ("pixel_values",),
+    ),
+    Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", True, _TEXT[:2]),
+)
+"""The kinds of models whose coefficients are learned through their PyTorch forward."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BridgedFamily(Family):
+    """A family whose networks run a model's own PyTorch forward."""
+
+    def build_backbone(
+        self, config: Config, rematerialize: Rematerialize = "elementwise"
+    ) -> TorchBackbone:
+        """Returns the backbone, `(parameters, inputs, hidden_states=False) -> Outputs`."""
+        return self.backbone(config, rematerialize)
+
+    def build_head(self, config: Config) -> TorchHead:
+        """Returns the head, `(parameters, outputs) -> logits`."""
+        return self.head(config)
+
+
+def bridged_family(config: Config, architecture: str) -> Family:
+    """Returns the family of a model that `transformers` has.
+
+    Args:
+        config: The config of the base model.
+        architecture: The class of the experts' models, such as `DistilBertForSequenceClassification`.
+
+    Raises:
+        InputError: PyTorch or torchax is missing, models of this class are of no kind that is
+            learned, or an operation of theirs cannot run in JAX.
+    """
+    torch_in_jax()
+    kind = _kind_of(config, architecture)
+    model = empty_model(kind.auto_class, config)
+    reads = TorchBackbone(model, "nothing", language=kind.language).inputs
+    family = BridgedFamily(
+        backbone=lambda config, rematerialize: TorchBackbone(
+            empty_model(kind.auto_class, config), rematerialize, language=kind.language
+        ),
+        head=lambda config: TorchHead(empty_model(kind.auto_class, config)),
+        prefixes=(f"{model.base_model_prefix}.",),
+        inputs=tuple(name for name in kind.inputs if name in reads),
+        max_tokens=lambda config: None if kind.inputs is not _TEXT else _longest(model),
+        heads=lambda config: {},
+        auto_class=kind.auto_class,
+        last_layer=None if kind.language else _last_layer(model),
+        language=kind.language,
+    )
+    _require_runnable(family, config)
+    return family
+
+
+def _kind_of(config: Config, architecture: str) -> Kind:
+    for kind in KINDS:
+        classes = getattr(modeling_auto, kind.classes).get(config.model_type, ())
+        if architecture in ((classes,) if isinstance(classes, str) else classes):
+            return kind
+    raise InputError(
+        f"config.json: coefficients cannot be learned for a {architecture} of model_type "
+        f"{config.model_type!r}; {_STILL_FOLDS}"
+    )
+
+
+_STILL_FOLDS = (
+    "merges without learning still work: adamerge merge, and adamerge fold with coefficients of "
+    "your own"
+)
+
+
+def _longest(model: PreTrainedModel) -> int | None:
+    """Returns the number of tokens that the model has positions for; None for any number."""
+    sizes = [getattr(model.config, "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and "position" in name.rpartition(".")[2]:
+            offset = getattr(module, "offset", 0)
+            if module.padding_idx is not None:
+                offset = module.padding_idx + 1
+            sizes.append(module.num_embeddings - offset)
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+
+def _last_layer(model: PreTrainedModel) -> LastLayer | None:
+    """Returns the last linear layer with an output for each class; None without a bias."""
+    body = {id(module) for module in model.base_model.modules()}
+    last = None
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, torch.nn.Linear)
+            and id(module) not in body
+            and module.out_features == model.config.num_labels
+            and module.bias is not None
+        ):
+            last = LastLayer(f"{name}.weight", f"{name}.bias")
+    return last
+
+
+def _require_runnable(family: Family, config: Config) -> None:
+    """Refuses a model with an operation that JAX does not have; nothing is computed."""
+    backbone, head = family.build_backbone(config, "nothing"), family.build_head(config)
+    if family.inputs[0] == "input_ids":
+        inputs = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in family.inputs}
+    else:
+        size = getattr(config, "image_size", 32)
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (2, getattr(config, "num_channels", 3), *sides)
+        inputs = {"pixel_values": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+    def run(parameters: Any, head_parameters: Any, inputs: Any) -> Any:
+        return head({**parameters, **head_parameters}, backbone(parameters, inputs))
+
+    try:
+        jax.eval_shape(run, backbone.shapes, head.shapes, inputs)
+    # PyTorch's code for a model may raise anything.
+    except Exception as error:
+        raise InputError(
+            f"config.json: model_type {config.model_type!r} has no family here, and its PyTorch "
+            f"forward cannot run in JAX: {_operation_of(error)}; {_STILL_FOLDS}"
+        ) from error
+
+
+def _operation_of(error: Exception) -> str:
+    """Returns the operation that an error names."""
+    operation = re.search(r"Operator with name (\S+) has no lowering", str(error))
+    if operation:
+        return f"operation {operation[1]} has no counterpart"
+    return in_one_line(error)[:200]
