@@ -31,12 +31,20 @@ A module is imported when a model of its type is opened.
 """
 
 
-def family_of(config: "PretrainedConfig") -> "Family":
+def family_of(config: "PretrainedConfig", architecture: str | None = None) -> "Family":
     """Returns the family of a base model's config.
 
+    A model without a family here runs by its own PyTorch forward.
+
+    Args:
+        config: The config of the base.
+        architecture: The class of the experts' models, such as `DistilBertForSequenceClassification`;
+            None where only families here are asked for.
+
     Raises:
-        InputError: No family here has that `model_type`, or it is that of one tower of a CLIP,
-            which is no base: a base brings the projection and the text tower too.
+        InputError: No family here has that `model_type` and its PyTorch forward cannot run, or it
+            is that of one tower of a CLIP, which is no base: a base brings the projection and the
+            text tower too.
     """
     if config.model_type in ("clip_vision_model", "clip_text_model"):
         raise InputError(
@@ -44,6 +52,9 @@ def family_of(config: "PretrainedConfig") -> "Family":
             "be a whole CLIP (model_type 'clip'), only experts may be vision towers"
         )
     if config.model_type not in ARCHITECTURES:
+        if architecture is not None:
+            bridge = importlib.import_module("adamerge_jax.models.bridge.family")
+            return bridge.bridged_family(config, architecture)
         raise InputError(
             f"config.json: model_type {config.model_type!r} is not supported; "
             f"supported are {', '.join(sorted(ARCHITECTURES))}"

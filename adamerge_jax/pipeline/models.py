@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adamerge_jax.checkpoints.architecture import require_same_architecture
+from adamerge_jax.checkpoints.config_file import read_config_file
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import (
@@ -104,7 +105,7 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     try:
         with in_hand(recipe.base.path):
-            family = family_of(base.config)
+            family = family_of(base.config, _architecture(recipe, base, root))
             network = family.build_backbone(base.config)
     except InputError as error:
         raise InputError(f"base ({base.source}): {error}") from error
@@ -189,6 +190,21 @@ def resolve(path: str, root: Path) -> str:
             "start; give its absolute path, or another root"
         )
     return path
+
+
+def _architecture(recipe: Recipe, base: Checkpoint, root: Path) -> str | None:
+    """Returns the class of the experts' models, by which a model without a family here is run.
+
+    An adapter's model is of the base's class.
+    """
+    task, expert = next((task, t.expert) for task, t in recipe.tasks.items())
+    with in_hand(expert.path), _explain_errors(f"expert {task!r}", root):
+        folder = locate(resolve(expert.path, root), revision=expert.revision)
+        fields = base.config_fields if is_adapter(folder) else read_config_file(folder)
+    classes = fields.get("architectures")
+    if isinstance(classes, list) and classes and isinstance(classes[0], str):
+        return classes[0]
+    return None
 
 
 def _match_backbone(
