@@ -38,8 +38,8 @@ def family_of(config: "PretrainedConfig", architecture: str | None = None) -> "F
 
     Args:
         config: The config of the base.
-        architecture: The class of the experts' models, such as `DistilBertForSequenceClassification`;
-            None where only families here are asked for.
+        architecture: The class of the experts' models, `DistilBertForSequenceClassification`; None
+            where only families here are asked for.
 
     Raises:
         InputError: No family here has that `model_type` and its PyTorch forward cannot run, or it

@@ -108,6 +108,7 @@ class Family:
             other parameters; False for a classifier, whose head each task keeps.
         cached_features: The features of a token's keys in one layer, all heads together, of a model
             of a config that generates text with a cache of keys and values; None where none does.
+        bridged: True for a model that runs by its own PyTorch forward.
     """
 
     backbone: Callable[[Config, Rematerialize], nnx.Module]
@@ -125,6 +126,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     language: bool = False
     cached_features: Callable[[Config], int] | None = None
+    bridged: bool = False
 
     def build_backbone(
         self, config: Config, rematerialize: Rematerialize = "elementwise"

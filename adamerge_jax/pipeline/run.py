@@ -557,6 +557,7 @@ def _describe_inputs(inputs: LearningInputs, base: str) -> str:
     ends = ends_in_words(calibration.examples, inputs.workspace.asked_ends)
     return (
         f"{inputs.experts} experts of {base}, "
+        f"{'run by their own PyTorch forward, ' if models.family.bridged else ''}"
         f"{merged / 1e6:.1f} M parameters in {len(inputs.mixed)} tensors merged"
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
         f"{examples} examples to learn from, {held_out} held out"

@@ -42,9 +42,7 @@ def _no_values() -> Iterator[None]:
     ) -> None:
         register(module, name, parameter)
         if parameter is not None and parameter.device.type != "meta":
-            module._parameters[name] = torch.nn.Parameter(
-                parameter.to("meta"), requires_grad=False
-            )
+            module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     torch.nn.Module.register_parameter = register_empty
     try:

@@ -75,7 +75,7 @@ def bridged_family(config: Config, architecture: str) -> Family:
 
     Args:
         config: The config of the base model.
-        architecture: The class of the experts' models, such as `DistilBertForSequenceClassification`.
+        architecture: The class of the experts' models, `DistilBertForSequenceClassification`.
 
     Raises:
         InputError: PyTorch or torchax is missing, models of this class are of no kind that is
@@ -97,6 +97,7 @@ def bridged_family(config: Config, architecture: str) -> Family:
         auto_class=kind.auto_class,
         last_layer=None if kind.language else _last_layer(model),
         language=kind.language,
+        bridged=True,
     )
     _require_runnable(family, config)
     return family

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
 from jaxtyping import Array
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
@@ -14,11 +13,12 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from adamerge_jax.mixing import Lazy
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.bridge.torch_model import TorchModel
+from adamerge_jax.models.family import Network
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.models.rematerialization import Rematerialize
 
 
-class TorchBackbone:
+class TorchBackbone(Network):
     """The part of a model that is merged: `(parameters, inputs, hidden_states=False) -> Outputs`.
 
     Attributes:
@@ -55,7 +55,9 @@ class TorchBackbone:
             arguments["output_hidden_states"] = True
         result = self._torch.call(parameters, self._body.forward, arguments)
         pooled = getattr(result, "pooler_output", None)
-        states = jnp.stack([state.jax() for state in result.hidden_states]) if hidden_states else None
+        states = (
+            jnp.stack([state.jax() for state in result.hidden_states]) if hidden_states else None
+        )
         return Outputs(
             None if pooled is None else pooled.jax(),
             result[0].jax(),
@@ -64,7 +66,7 @@ class TorchBackbone:
         )
 
 
-class TorchHead:
+class TorchHead(Network):
     """The part of a model behind its backbone: `(parameters, outputs) -> logits`.
 
     Attributes:
@@ -106,7 +108,7 @@ def _names_of_head(model: PreTrainedModel, network: TorchModel) -> list[str]:
     """Returns the checkpoint's tensors that are read outside of the base model."""
     body = {id(module) for module in model.base_model.modules()}
     tied = model.all_tied_weights_keys
-    names = []
+    names: list[str] = []
     for path, module in model.named_modules():
         if id(module) in body:
             continue

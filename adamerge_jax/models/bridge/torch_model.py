@@ -1,7 +1,6 @@
-"""A PyTorch model as a function of its parameters, whose layers are computed again in the backward
-pass.
-"""
+"""A PyTorch model as a function of its parameters; its layers are computed again backwards."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -97,7 +96,7 @@ class TorchModel:
         }
         self._tensors = tensors
         try:
-            with environment, torch.no_grad():
+            with _without_notes_of_wide_integers(), environment, torch.no_grad():
                 filling = self.weights.parameters(tensors, list(outside))
                 constants = [
                     (slot, environment.j2t_iso(environment.t2j_copy(tensor)))
@@ -135,13 +134,14 @@ class TorchModel:
                     [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in results],
                     result_structure,
                 ]
-                return [leaf.jax() for leaf in results if isinstance(leaf, torch.Tensor)]
+                tensors_of_result = [r for r in results if isinstance(r, torch.Tensor)]
+                return environment.t2j_iso(tensors_of_result)
 
-            arrays = [leaf.jax() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            tensors = {name: self._tensors[name] for name in sorted(sources)}
-            results = iter(
-                environment.j2t_iso(jax.checkpoint(run, policy=policy)(tensors, arrays))
+            arrays = environment.t2j_iso(
+                [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             )
+            tensors = {name: self._tensors[name] for name in sorted(sources)}
+            results = iter(environment.j2t_iso(jax.checkpoint(run, policy=policy)(tensors, arrays)))
             others, result_structure = shape_of_result
             return _pytree.tree_unflatten(
                 [next(results) if other is None else other[0] for other in others],
@@ -149,6 +149,14 @@ class TorchModel:
             )
 
         return run_layer
+
+
+@contextmanager
+def _without_notes_of_wide_integers() -> Iterator[None]:
+    """Silences JAX about PyTorch's 64-bit integers, which are indices here and fit into 32 bits."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Explicitly requested dtype (u?int|float)64")
+        yield
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:

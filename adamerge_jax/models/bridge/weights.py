@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import torch
 from jaxtyping import Array
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion

@@ -1,0 +1,162 @@
+"""Learning of an architecture without a family here, from a recipe to a checkpoint."""
+
+import io
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch.func import functional_call
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+)
+
+from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.errors import InputError
+from adamerge_jax.models import family_of
+from adamerge_jax.models.bridge import torch_in_jax
+from adamerge_jax.pipeline.learn import learn_coefficients
+from adamerge_jax.pipeline.run import learn
+from adamerge_jax.recipes.loading import parse_recipe
+from tests.models.bridge.tiny import TEXT_CONFIGS
+from tests.references import (
+    bert_tokenizer,
+    fine_tune,
+    learning_inputs,
+    predictions,
+    randomise,
+    sentences,
+    write_json_lines,
+)
+
+STEPS = 5
+CLASSES = {"mood": 2, "topic": 3}
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The fields of a recipe for a DistilBERT and an expert for each of `CLASSES`."""
+    root = tmp_path_factory.mktemp("distilbert")
+    tokenizer = bert_tokenizer(root)
+    make = TEXT_CONFIGS["distilbert"]
+    base = randomise(DistilBertModel(make(vocab_size=len(tokenizer))))
+    base.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    tasks = {}
+    for seed, (task, classes) in enumerate(CLASSES.items(), start=1):
+        config = make(vocab_size=len(tokenizer), num_labels=classes)
+        expert = fine_tune(DistilBertForSequenceClassification(config), base, seed)
+        expert.save_pretrained(root / task)
+        texts = sentences(16, seed)
+        encoded = tokenizer(texts, padding=True, return_tensors="pt")
+        encoded.pop("token_type_ids", None)
+        labels = predictions(expert, encoded)
+        rows = [{"text": t, "label": int(c)} for t, c in zip(texts, labels, strict=True)]
+        file = write_json_lines(root / f"{task}.jsonl", rows)
+        tasks[task] = {
+            "expert": str(root / task),
+            "calibration": str(file),
+            "test": {"path": str(file), "label": "label"},
+        }
+    return {
+        "preset": "adamerging",
+        "base": str(root / "base"),
+        "tasks": tasks,
+        "heads": "refitted",
+        "learning": {
+            "steps": STEPS,
+            "batch_size": 4,
+            "evaluate_every": STEPS,
+            "optimizer": {"learning_rate": 0.02},
+        },
+    }
+
+
+def test_five_steps_are_those_of_a_pytorch_loop(fields):
+    recipe = parse_recipe(fields | {"heads": "kept"})
+    inputs = learning_inputs(recipe, Path("/"))
+    assert inputs.workspace.models.family.bridged
+    results: list[Coefficients] = []
+    learn_coefficients(inputs, on_result=results.append)
+    assert results[-1].step == STEPS
+
+    base = {
+        f"distilbert.{name}": value.double()
+        for name, value in DistilBertModel.from_pretrained(fields["base"]).state_dict().items()
+    }
+    experts = [
+        AutoModelForSequenceClassification.from_pretrained(task["expert"]).eval().double()
+        for task in fields["tasks"].values()
+    ]
+    coefficients = torch.full((len(base), 2), 0.3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([coefficients], lr=0.02)
+    for batch in islice(inputs.calibration.batches(), STEPS):
+        clipped = coefficients.clamp(0, 1)
+        merged = {}
+        for row, (name, value) in zip(clipped, base.items(), strict=True):
+            changes = torch.stack([expert.state_dict()[name] - value for expert in experts])
+            merged[name] = value + torch.tensordot(row, changes, 1)
+        loss = 0.0
+        for position, expert in enumerate(experts):
+            examples = slice(position * 4, position * 4 + 4)
+            given = {n: torch.from_numpy(a[examples]).long() for n, a in batch.inputs.items()}
+            heads = {n: p for n, p in expert.named_parameters() if n not in merged}
+            logits = functional_call(expert, {**heads, **merged}, kwargs=given).logits
+            loss = loss + torch.distributions.Categorical(logits=logits).entropy().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learned = results[-1].values
+    moved = 0
+    for name, row in zip(base, coefficients.detach().numpy(), strict=True):
+        if name.endswith("k_lin.bias"):
+            continue  # it cancels in attention: its gradient is rounding
+        np.testing.assert_allclose(np.ravel(learned[name]), row, atol=1e-4, err_msg=name)
+        moved += np.abs(row - 0.3).max() > 0.01
+    assert moved > 20
+
+
+def test_a_run_exports_what_transformers_loads(fields, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    tasks = {t: {k: v for k, v in of.items() if k != "test"} for t, of in fields["tasks"].items()}
+    recipe = parse_recipe(fields | {"tasks": tasks})
+    run = learn(recipe, root=Path("/"), out=tmp_path / "run", console=console)
+    assert "PyTorch forward" in console.file.getvalue()
+    for task, classes in CLASSES.items():
+        folder = run.folder / "checkpoint" / "tasks" / task
+        model, report = DistilBertForSequenceClassification.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert model.config.num_labels == classes
+
+
+def test_an_operation_without_a_counterpart_is_named(monkeypatch, fields):
+    environment = torch_in_jax.torch_in_jax()
+    for operation in list(environment._ops):
+        if "gelu" in str(operation):
+            monkeypatch.delitem(environment._ops, operation)
+    for operation in list(environment._decomps):
+        if "gelu" in str(operation):
+            monkeypatch.delitem(environment._decomps, operation)
+    config = TEXT_CONFIGS["distilbert"](vocab_size=20)
+    with pytest.raises(InputError, match=r"gelu.*merges without learning still work"):
+        family_of(config, "DistilBertForSequenceClassification")
+
+
+def test_a_class_that_is_not_learned_is_refused():
+    config = TEXT_CONFIGS["distilbert"](vocab_size=20)
+    with pytest.raises(InputError, match="DistilBertForQuestionAnswering"):
+        family_of(config, "DistilBertForQuestionAnswering")
+
+
+def test_torchax_that_is_missing_is_named(monkeypatch):
+    torch_in_jax.torch_in_jax.cache_clear()
+    monkeypatch.setattr(torch_in_jax.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'adamerge_jax\[torch\]'"):
+        torch_in_jax.torch_in_jax()

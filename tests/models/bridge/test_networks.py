@@ -1,0 +1,60 @@
+"""Networks that run a model's PyTorch forward, against PyTorch itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from adamerge_jax.mixing import mix
+from adamerge_jax.models.bridge.family import bridged_family
+from adamerge_jax.task_vectors import DenseDelta
+from tests.models.bridge.tiny import gradient, tiny
+
+ARCHITECTURES = ("bert", "deberta-v2", "modernbert", "resnet")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_states_and_gradient_are_pytorchs(name):
+    case = tiny(name)
+    config = case.model.config
+    family = bridged_family(config, type(case.model).__name__)
+    backbone, head = family.build_backbone(config), family.build_head(config)
+    everything = {n: v.float().numpy() for n, v in case.model.state_dict().items()}
+    base = {n: jnp.asarray(everything[n]) for n in backbone.shapes}
+    heads = {n: jnp.asarray(everything[n]) for n in head.shapes}
+    assert not base.keys() & heads.keys()
+    deltas = {n: DenseDelta(jnp.asarray(d.float().numpy())) for n, d in case.deltas.items()}
+    coefficients = {n: jnp.array([0.3, 0.6], jnp.float32) for n in deltas}
+    weights = np.linspace(-1, 1, 9, dtype=np.float32).reshape(3, 3)
+    has_states = name != "resnet"
+
+    @jax.jit
+    def run(coefficients, base, deltas, heads, inputs):
+        def total(coefficients):
+            scales = {n: c.reshape(2, *(1 for _ in base[n].shape)) for n, c in coefficients.items()}
+            outputs = backbone(mix(base, deltas, scales), inputs, hidden_states=has_states)
+            logits = head(heads, outputs)
+            return (logits * weights).sum(), (logits, outputs.hidden_states)
+
+        return jax.grad(total, has_aux=True)(coefficients)
+
+    gradients, (logits, states) = run(coefficients, base, deltas, heads, case.inputs)
+
+    scales = {n: torch.tensor([0.3, 0.6], dtype=torch.float64) for n in deltas}
+    with torch.no_grad():
+        expected = case.run(case.merged(scales), output_hidden_states=True)
+    np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-5, rtol=1e-5)
+    if has_states:
+        for state, expected_state in zip(states, expected.hidden_states, strict=True):
+            np.testing.assert_allclose(state, expected_state.numpy(), atol=1e-4)
+    expected_gradients = gradient(
+        lambda leaves: (case.run(case.merged(leaves)).logits * torch.from_numpy(weights)).sum(),
+        scales,
+    )
+    largest = max(np.abs(g).max() for g in expected_gradients.values())
+    assert largest > 1e-3
+    for parameter, of_parameter in expected_gradients.items():
+        np.testing.assert_allclose(
+            gradients[parameter], of_parameter, atol=1e-5 * largest, err_msg=parameter
+        )

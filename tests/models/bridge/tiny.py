@@ -1,0 +1,115 @@
+"""Tiny models of `transformers` without a family here, and PyTorch's own answers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.func import functional_call
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ModernBertConfig,
+    PreTrainedModel,
+    ResNetConfig,
+)
+
+from tests.references import randomise
+
+WIDTH = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+TEXT_CONFIGS = {
+    "bert": lambda **k: BertConfig(**WIDTH, max_position_embeddings=24, **k),
+    "distilbert": lambda **k: DistilBertConfig(
+        dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=24, **k
+    ),
+    "modernbert": lambda **k: ModernBertConfig(
+        **WIDTH,
+        max_position_embeddings=64,
+        local_attention=4,
+        global_attn_every_n_layers=2,
+        **dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"], 0),
+        **dict.fromkeys(["cls_token_id", "sep_token_id"], 0),
+        **k,
+    ),
+    "deberta-v2": lambda **k: DebertaV2Config(
+        **WIDTH,
+        max_position_embeddings=24,
+        relative_attention=True,
+        position_buckets=4,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        type_vocab_size=0,
+        **k,
+    ),
+}
+"""Functions from further fields, such as the number of labels, to a config."""
+
+
+class Tiny(NamedTuple):
+    """A model with random weights, changes to them, and a batch."""
+
+    model: PreTrainedModel
+    parameters: dict[str, torch.Tensor]
+    deltas: dict[str, torch.Tensor]
+    inputs: dict[str, np.ndarray]
+
+    def merged(self, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: value
+            if name not in scales
+            else value + torch.tensordot(scales[name], self.deltas[name], 1)
+            for name, value in self.parameters.items()
+        }
+
+    def run(self, parameters: Mapping[str, torch.Tensor], **options: Any) -> Any:
+        inputs = {
+            name: torch.from_numpy(array).double()
+            if array.dtype == np.float32
+            else torch.from_numpy(array).long()
+            for name, array in self.inputs.items()
+        }
+        return functional_call(self.model, parameters, kwargs={**inputs, **options})
+
+
+def tiny(name: str) -> Tiny:
+    """Makes a classifier of three classes and two experts of it, in float64."""
+    generator = np.random.default_rng(0)
+    if name == "resnet":
+        config = ResNetConfig(
+            embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+        )
+        model = AutoModelForImageClassification.from_config(config)
+        inputs = {"pixel_values": generator.normal(size=(3, 3, 32, 32)).astype(np.float32)}
+    else:
+        config = TEXT_CONFIGS[name](vocab_size=40, num_labels=3)
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+        mask = np.ones((3, 9), np.int32)
+        mask[1, 7:] = 0
+        inputs = {
+            "input_ids": generator.integers(5, 40, (3, 9), dtype=np.int32),
+            "attention_mask": mask,
+        }
+    model = randomise(model).double()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    body = f"{model.base_model_prefix}."
+    deltas = {
+        n: torch.from_numpy(0.1 * generator.normal(size=(2, *p.shape)).astype(np.float32)).double()
+        for n, p in parameters.items()
+        if n.startswith(body)
+    }
+    return Tiny(model, parameters, deltas, inputs)
+
+
+def gradient(
+    function: Callable[[dict[str, torch.Tensor]], torch.Tensor], scales: dict[str, torch.Tensor]
+) -> dict[str, np.ndarray]:
+    """Returns the gradient of a PyTorch function with respect to each entry."""
+    leaves = {name: scale.clone().requires_grad_() for name, scale in scales.items()}
+    function(leaves).backward()
+    return {name: leaf.grad.numpy() for name, leaf in leaves.items()}
