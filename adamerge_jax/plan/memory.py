@@ -238,15 +238,16 @@ def _tensors(outline: Outline) -> list[Any]:
 
 def targets_bytes(outline: Outline) -> int:
     """Returns the bytes of the expert targets of all calibration examples, in memory."""
-    total = 0
+    total, copies = 0, outline.method.copies
     for task, size in outline.data["calibration"].items():
         spec = outline.target_specs[task]
         if not spec.expert:
             continue
         targets = outline.targets(task, 1, max(1, outline.longest))._replace(labels=None)
-        rows = len(size)
+        rows = (1 + copies) * len(size)
         if spec.cross_task:
-            rows = max(rows, sum(map(len, outline.data["calibration"].values())))
+            everything = sum(map(len, outline.data["calibration"].values()))
+            rows = max(rows, (1 + copies) * everything)
         by_position, positions = 0, 1
         for leaf in jax.tree.leaves(targets._replace(cross_task=None)):
             if leaf.ndim < 3:
@@ -254,7 +255,7 @@ def targets_bytes(outline: Outline) -> int:
             else:
                 positions = leaf.shape[1]
                 by_position += bytes_of(leaf) // positions
-        lengths = int(size.lengths.sum()) or len(size) * positions
+        lengths = (1 + copies) * (int(size.lengths.sum()) or len(size) * positions)
         total += min(MEMORY_BYTES, by_position * lengths)
     return total
 

@@ -1,6 +1,6 @@
 """The cost of a recipe: sizes, memory, time, disk, and changes that make it fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from adamerge_jax.coefficients.granularities import count_units
 from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.export import export_bytes
+from adamerge_jax.pipeline.general import RETAINED
 from adamerge_jax.plan.hardware import (
     DEVICES,
     Device,
@@ -49,18 +50,22 @@ class Seconds(NamedTuple):
         step: The time of one step on a batch of the average length.
         expert_targets: The time of all experts on their calibration examples.
         steps: The time of all steps.
-        held_out_evaluations: The time of all evaluations of the held-out data.
+        held_out_evaluations: The time of all evaluations of the held-out data, with those that
+            choose the initial coefficient.
+        head_fits: The time of the merged model on all examples that heads are fitted to and, where
+            the device is the CPU, of the fits.
     """
 
     step: float
     expert_targets: float
     steps: float
     held_out_evaluations: float
+    head_fits: float
 
     @property
     def total(self) -> float:
-        """The sum of these, without compiling, reading, evaluating on test data and writing."""
-        return self.expert_targets + self.steps + self.held_out_evaluations
+        """The sum of these; `Plan.notes` name what is not in it."""
+        return self.expert_targets + self.steps + self.held_out_evaluations + self.head_fits
 
 
 class Plan(NamedTuple):
@@ -103,6 +108,14 @@ class Plan(NamedTuple):
     def fits(self) -> bool:
         """True if the peak is within the device's memory."""
         return self.peak <= self.device.memory
+
+
+_TRIED_INITIAL = 4
+"""The values among which `initial: auto` chooses, as a rule."""
+
+_HEAD_FIT_EVALUATIONS = 400
+"""The evaluations of the objective of a head's fit with those of its cross-validation: 250 to 480
+for three unlike heads."""
 
 
 class _Spread(NamedTuple):
@@ -158,20 +171,29 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
                 for task, size in sizes.items()
                 if size.assumed
             ),
-            *_initial_merge_notes(recipe),
+            _not_counted(merge, chosen),
         ],
     )
 
 
-def _initial_merge_notes(recipe: Recipe) -> list[str]:
-    """Returns the note that the time of an initial merge is not predicted, if there is one."""
-    chosen = recipe.coefficients.initial_merge
-    if chosen is None:
-        return []
-    return [
-        f"coefficients.initial_merge: the merge by {choice_in_words(chosen.name, chosen.options)} "
-        "is made once before learning; its time is not in the total"
-    ]
+def _not_counted(merge: Outline, device: Device) -> str:
+    """Returns the note that names what is not in the total time."""
+    parts = ["opening, reading and writing files", "compiling"]
+    if (chosen := merge.recipe.coefficients.initial_merge) is not None:
+        in_words = choice_in_words(chosen.name, chosen.options)
+        parts.append(f"the merge by {in_words} that learning starts from (initial_merge)")
+    if merge.recipe.interference:
+        parts.append("interference steps")
+    if merge.method.copies:
+        parts.append("changing copies of examples")
+    if merge.method.heads.fit is not None and not device.is_cpu:
+        parts.append("fitting heads on the host, beside the features that they are fitted to")
+    general = merge.data["calibration"].get(RETAINED)
+    if general is not None:
+        parts.append("the base's writing of answers to general text that has none")
+    if merge.data["test"]:
+        parts.append("the table of results")
+    return f"not in the total time: {'; '.join(parts)}"
 
 
 def _peak(memory: Memory, device: Device) -> int:
@@ -189,11 +211,12 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
         return max(work.flops / rate, work.moved_bytes / bandwidth)
 
     share = _average_length(merge) / merge.longest if merge.longest else 1.0
-    calibration = merge.data["calibration"]
+    calibration, method = merge.data["calibration"], merge.method
+    with_copies = {task: (1 + method.copies) * len(size) for task, size in calibration.items()}
     expert_examples = sum(
-        len(size) if task == other else min(merge.target_specs[task].cross_task, len(size))
+        count if task == other else min(merge.target_specs[task].cross_task, count)
         for task in calibration
-        for other, size in calibration.items()
+        for other, count in with_copies.items()
         if merge.target_specs[task].expert
     )
     coarse = recipe.coefficients.coarse
@@ -202,14 +225,34 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
         1 + ceil(steps / (recipe.learning.evaluate_every or max(1, steps // 10)))
         for steps in stages
     )
+    evaluations += _TRIED_INITIAL * method.chooses_initial
     held_out = max(max(1, round(recipe.learning.held_out * len(s))) for s in calibration.values())
     step = share * seconds(programs.step)
     batches = ceil(held_out / recipe.learning.batch_size)
+    example = share * seconds(programs.expert) / recipe.evaluation.batch_size
+    head_fits = 0.0
+    if method.heads.fit is not None:
+        head_fits = example * sum(with_copies.values())
+        if device.is_cpu:
+            # In float64.
+            head_fits += 2 * _head_fit_flops(merge, with_copies) / device.flops["float32"]
     return Seconds(
         step,
-        share * seconds(programs.expert) * expert_examples / recipe.evaluation.batch_size,
+        example * expert_examples,
         step * sum(stages),
         share * seconds(programs.evaluate) * batches * evaluations,
+        head_fits,
+    )
+
+
+def _head_fit_flops(merge: Outline, examples: Mapping[str, int]) -> float:
+    """Returns the operations of fitting heads: products of features and weights, both ways."""
+    last = merge.models.family.last_layer
+    if last is None or merge.method.heads.fit == "scaled":
+        return 0.0
+    return sum(
+        _HEAD_FIT_EVALUATIONS * 4.0 * examples[task] * int(np.prod(parameters[last.weight].shape))
+        for task, parameters in merge.head_parameters.items()
     )
 
 

@@ -56,11 +56,11 @@ def _time(plan: Plan) -> Table:
     table.add_row("floating-point operations per step", f"{step.flops / 1e12:.3g} TFLOP")
     table.add_row("memory moved per step", readable_size(int(step.moved_bytes)))
     table.add_row("one step", _duration(plan.seconds.step))
-    for name in ("expert_targets", "steps", "held_out_evaluations", "total"):
+    for name in ("expert_targets", "steps", "held_out_evaluations", "head_fits", "total"):
         title = name.replace("_", " ").replace("held out", "held-out")
         table.add_row(title, _duration(getattr(plan.seconds, name)))
     if plan.device.attainable < 1:
-        table.caption = f"at {plan.device.attainable:.0%} of the maker's figures, without compiling"
+        table.caption = f"at {plan.device.attainable:.0%} of the maker's figures"
     return table
 
 

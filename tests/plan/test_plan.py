@@ -324,6 +324,31 @@ def test_coarse_coefficients_take_time_too(text_recipe, tmp_path, every, ratio):
     assert after.steps == pytest.approx(5 * alone.steps)
 
 
+def test_copies_are_asked_about_and_heads_fitted_to_them(text_recipe, tmp_path):
+    """The initial coefficient is chosen by evaluations of the held-out data."""
+
+    def plan(copies: int = 0, **changes: Any) -> Any:
+        learning = text_recipe["learning"] | {"steps": 10, "copies": copies}
+        fields = text_recipe | {"objectives": ALIGNMENT, "learning": learning} | changes
+        return make_plan(parse_recipe(fields), tmp_path, "h100")
+
+    plain, copied = plan(), plan(copies=3)
+    assert copied.seconds.expert_targets == pytest.approx(4 * plain.seconds.expert_targets)
+    assert copied.seconds.steps == plain.seconds.steps
+    by_plan = [p.memory.parts["expert targets (host)"] for p in (plain, copied)]
+    assert by_plan[1] == 4 * by_plan[0]
+    assert plain.seconds.head_fits == copied.seconds.head_fits == 0
+    fitted, both = plan(heads="refitted"), plan(copies=3, heads="refitted")
+    assert fitted.seconds.head_fits > 0
+    assert both.seconds.head_fits == pytest.approx(4 * fitted.seconds.head_fits)
+    assert "changing copies" in both.notes[-1] and "fitting heads" in both.notes[-1]
+    assert "copies" not in plain.notes[-1] and "heads" not in plain.notes[-1]
+    free = {"constraint": "free"}
+    fixed = plan(coefficients=free | {"initial": 0.3}).seconds.held_out_evaluations
+    chosen = plan(coefficients=free | {"initial": "auto"}).seconds.held_out_evaluations
+    assert chosen == pytest.approx((11 + 4) / 11 * fixed)
+
+
 def test_lengths_are_those_of_the_texts(text_recipe, tmp_path):
     rows = [{"text": "a " * count} for count in (3, 20, 27)] * 4
     text_recipe["tasks"]["tone"]["calibration"] = str(write_json_lines(tmp_path / "t.jsonl", rows))
