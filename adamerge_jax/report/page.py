@@ -21,7 +21,13 @@ from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
 from adamerge_jax.report.curves import draw_curves
 from adamerge_jax.report.front import draw_front
 from adamerge_jax.report.maps import cosine_range, draw_expert, draw_similarity
-from adamerge_jax.report.pictures import Picture, label_text, picture_name, save_picture
+from adamerge_jax.report.pictures import (
+    Picture,
+    label_text,
+    picture_name,
+    save_picture,
+    write_png,
+)
 from adamerge_jax.report.plain_text import one_line
 from adamerge_jax.report.rendering import render
 from adamerge_jax.report.results import (
@@ -388,7 +394,7 @@ def _similarity(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
     if not similarity or len(similarity["experts"]) < 2:
         return None
     experts = similarity["experts"]
-    save_picture(draw_similarity(similarity), pictures / "similarity.png", "", "")
+    write_png(draw_similarity(similarity), pictures / "similarity.png")
     matrices = [
         similarity["cosines"],
         *(numbers["cosines"] for numbers in similarity["layers"].values()),
