@@ -5,8 +5,11 @@ are gathered where they are used (fully-sharded data parallelism). Examples are 
 devices. JAX's compiler inserts the communication.
 """
 
+import ctypes
 import dataclasses
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -216,3 +219,14 @@ def wait_for_all(where: str) -> None:
     """Waits until all processes have reached the named point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+def return_freed_memory() -> None:
+    """Gives the system what glibc keeps of freed memory; does nothing with another C library.
+
+    Arrays of many sizes come and go while checkpoints are read and experts are asked, and what is
+    free lies between what is in use: with 30 experts of 43 MB that was 75 MB.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

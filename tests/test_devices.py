@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 from jax.sharding import PartitionSpec
 
 from adamerge_jax.checkpoints.orbax import load_parameters
 from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients
-from adamerge_jax.devices import ONE_DEVICE, Devices, open_devices
+from adamerge_jax.devices import ONE_DEVICE, Devices, open_devices, return_freed_memory
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.recipes.loading import parse_recipe
@@ -259,3 +261,15 @@ def test_what_is_refused():
     fields = {"base": "b", "tasks": {"t": {"expert": "e", "calibration": "c"}}}
     with pytest.raises(InputError, match=r"devices.processes: is for several processes"):
         parse_recipe(fields | {"devices": {"processes": 2}})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what is freed")
+def test_freed_memory_goes_back_to_the_system():
+    process = psutil.Process()
+    blocks = [b"x" * 100_000 for _ in range(600)]
+    last = blocks[-1]  # what lies before it in memory is kept
+    del blocks
+    before = process.memory_info().rss
+    return_freed_memory()
+    assert process.memory_info().rss < before - 40e6
+    assert len(last) == 100_000

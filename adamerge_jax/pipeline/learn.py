@@ -29,7 +29,7 @@ from adamerge_jax.data.batches import Calibration, calibrate
 from adamerge_jax.data.copies import WithCopies, with_copies
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.expert_targets import StoredTargets, ask_cross_task, ask_expert
-from adamerge_jax.devices import Devices, fetch, is_first_process
+from adamerge_jax.devices import Devices, fetch, is_first_process, return_freed_memory
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning.held_out import evaluate_held_out
@@ -187,6 +187,7 @@ def prepare(
         method.interference,
         memory,
     )
+    return_freed_memory()
     require_any_merged(deltas)
     # A granularity that does not fit is refused before anything is learned or written.
     choice = method.result.granularity
@@ -220,6 +221,7 @@ def prepare(
             )
         # Deleted before the next one is read, so that two experts are never in memory.
         del expert
+        return_freed_memory()
     calibration = calibration._replace(
         targets=targets,
         augmented=any(spec.augmented for spec in method.target_specs.values()),
