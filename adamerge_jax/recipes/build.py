@@ -271,9 +271,11 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
     is_own = choice != recipe.heads_of_preset
     if last is None or recipe.forgotten:
         if is_own:
-            reason = (
-                "a task is to be forgotten" if last else "language models have none of their own"
-            )
+            reason = "a task is to be forgotten"
+            if last is None:
+                reason = "the last layer of this model's heads has no bias"
+            if models.family.language:
+                reason = "language models have none of their own"
             raise InputError(f"heads: are to be {choice.kind}, but {reason}; leave heads out")
         return HeadChoice("kept")
     if last.scaled_only and choice.kind != "scaled":

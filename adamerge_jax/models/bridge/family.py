@@ -69,6 +69,13 @@ class BridgedFamily(Family):
         """Returns the head, `(parameters, outputs) -> logits`."""
         return self.head(config)
 
+    def tied(self, config: Config) -> tuple[str, ...]:
+        """Returns the names of the embedding tables that are the output layer too."""
+        if not self.language:
+            return ()
+        head = self.build_head(config)
+        return tuple(name for name in head.shapes if name in head.of_body)
+
 
 def bridged_family(config: Config, architecture: str) -> Family:
     """Returns the family of a model that `transformers` has.
@@ -95,6 +102,7 @@ def bridged_family(config: Config, architecture: str) -> Family:
         max_tokens=lambda config: None if kind.inputs is not _TEXT else _longest(model),
         heads=lambda config: {},
         auto_class=kind.auto_class,
+        ignored=lambda config: _not_merged(model),
         last_layer=None if kind.language else _last_layer(model),
         language=kind.language,
         bridged=True,
@@ -130,6 +138,14 @@ def _longest(model: PreTrainedModel) -> int | None:
                 offset = module.padding_idx + 1
             sizes.append(module.num_embeddings - offset)
     return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+
+def _not_merged(model: PreTrainedModel) -> tuple[str, ...]:
+    """Returns name patterns of tensors that are no parameters: counters, masks, positions."""
+    counters = (
+        name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()
+    )
+    return ("*.position_ids", "*.inv_freq", "*.attn.bias", "*.attn.masked_bias", *counters)
 
 
 def _last_layer(model: PreTrainedModel) -> LastLayer | None:

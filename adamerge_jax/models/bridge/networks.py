@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adamerge_jax.mixing import Lazy
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
@@ -71,6 +71,7 @@ class TorchHead(Network):
 
     Attributes:
         shapes: Shape and dtype of every parameter by its name in a checkpoint.
+        of_body: The names of the parameters that the base model has.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -83,17 +84,15 @@ class TorchHead(Network):
         self._body = model.base_model
         names = _names_of_head(model, self._torch)
         self.shapes = {name: self._torch.weights.shapes[name] for name in names}
+        self.of_body = _names_of_body(model, self._torch)
         self._reads = inspect.signature(type(model).forward).parameters
 
     def __call__(self, parameters: Mapping[str, Array | Lazy], outputs: Outputs) -> Array:
         """Runs the head on the outputs of the backbone."""
         environment = torch_in_jax()
-        body = environment.j2t_iso(
-            BaseModelOutput(last_hidden_state=outputs.last_hidden_state)
-            if outputs.pooled is None
-            else BaseModelOutputWithPooling(
-                last_hidden_state=outputs.last_hidden_state, pooler_output=outputs.pooled
-            )
+        body = _BodyOutput(
+            last_hidden_state=environment.j2t_iso(outputs.last_hidden_state),
+            pooler_output=environment.j2t_iso(outputs.pooled),
         )
         self._body.forward = lambda *arguments, **options: body
         try:
@@ -102,6 +101,15 @@ class TorchHead(Network):
         finally:
             del self._body.forward
         return result.logits.jax().astype(jnp.float32)
+
+
+class _BodyOutput(BaseModelOutputWithPooling):
+    """The output of a base model of any kind: what it does not have is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 def _names_of_head(model: PreTrainedModel, network: TorchModel) -> list[str]:
@@ -116,6 +124,17 @@ def _names_of_head(model: PreTrainedModel, network: TorchModel) -> list[str]:
             name = f"{path}.{key}" if path else key
             names.extend(network.weights.sources.get(tied.get(name, name), ()))
     return list(dict.fromkeys(names))
+
+
+def _names_of_body(model: PreTrainedModel, network: TorchModel) -> frozenset[str]:
+    """Returns the checkpoint's tensors that the base model is made of."""
+    path = next(name for name, module in model.named_modules() if module is model.base_model)
+    return frozenset(
+        tensor
+        for parameter, tensors in network.weights.sources.items()
+        if parameter.startswith(f"{path}.")
+        for tensor in tensors
+    )
 
 
 def _as_dtype_of(parameters: Mapping[str, Any], array: Array) -> Array:

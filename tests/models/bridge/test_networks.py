@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 
 from adamerge_jax.mixing import mix
 from adamerge_jax.models.bridge.family import bridged_family
+from adamerge_jax.models.family import complete_head
 from adamerge_jax.task_vectors import DenseDelta
-from tests.models.bridge.tiny import gradient, tiny
+from tests.models.bridge.tiny import gradient, tiny, tiny_language_model
 
 ARCHITECTURES = ("bert", "deberta-v2", "modernbert", "resnet")
 
@@ -58,3 +60,26 @@ def test_logits_states_and_gradient_are_pytorchs(name):
         np.testing.assert_allclose(
             gradients[parameter], of_parameter, atol=1e-5 * largest, err_msg=parameter
         )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-moe"])
+def test_a_language_models_logits_are_transformers(name):
+    model, inputs = tiny_language_model(name)
+    family = bridged_family(model.config, type(model).__name__)
+    backbone, head = family.build_backbone(model.config), family.build_head(model.config)
+    tied = () if name == "qwen3-moe" else ("transformer.wte.weight",)
+    assert family.language and family.tied(model.config) == tied
+    saved = revert_weight_conversion(model, dict(model.state_dict()))
+    parameters = {n: saved[n].numpy() for n in backbone.shapes}
+    if name == "qwen3-moe":  # each expert by its own name, as in a checkpoint
+        assert "model.layers.1.mlp.experts.3.gate_proj.weight" in parameters
+
+    @jax.jit
+    def run(parameters, inputs):
+        return head(complete_head(head, {}, parameters), backbone(parameters, inputs))
+
+    with torch.no_grad():
+        expected = model(**{n: torch.from_numpy(a).long() for n, a in inputs.items()}).logits
+    tokens = inputs["attention_mask"] == 1
+    logits = np.asarray(run(parameters, inputs))
+    np.testing.assert_allclose(logits[tokens], expected.numpy()[tokens], atol=1e-4)

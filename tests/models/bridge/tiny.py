@@ -7,13 +7,16 @@ import numpy as np
 import torch
 from torch.func import functional_call
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
+    GPT2Config,
     ModernBertConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
     ResNetConfig,
 )
 
@@ -104,6 +107,28 @@ def tiny(name: str) -> Tiny:
         if n.startswith(body)
     }
     return Tiny(model, parameters, deltas, inputs)
+
+
+def tiny_language_model(name: str) -> tuple[PreTrainedModel, dict[str, np.ndarray]]:
+    """Makes a language model and a batch."""
+    generator = np.random.default_rng(0)
+    if name == "gpt2":
+        config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=24)
+    else:
+        config = Qwen3MoeConfig(
+            vocab_size=40,
+            **WIDTH,
+            num_key_value_heads=1,
+            head_dim=8,
+            moe_intermediate_size=16,
+            num_experts=8,
+            num_experts_per_tok=2,
+        )
+    model = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    mask = np.ones((2, 9), np.int32)
+    mask[1, 7:] = 0
+    token_ids = generator.integers(0, 40, (2, 9), dtype=np.int32)
+    return model, {"input_ids": token_ids, "attention_mask": mask}
 
 
 def gradient(
