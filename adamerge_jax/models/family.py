@@ -44,6 +44,15 @@ class Network:
             module[attribute] = leaf
         return nnx.merge(self._graph, nnx.State(nested))(*arguments, **options)
 
+    def is_same(self, other: object) -> bool:
+        """Returns True if the other is of the same modules: the same function of parameters."""
+        if self is other:
+            return True
+        # Subclasses may be of something else than modules.
+        if type(self) is not Network or type(other) is not Network:
+            return False
+        return self.shapes == other.shapes and self._graph == other._graph
+
 
 def complete_head(
     head: Network, task_parameters: Mapping[str, Array], backbone: Mapping[str, Array]

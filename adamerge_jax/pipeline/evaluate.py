@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -55,7 +55,7 @@ class Evaluator:
         """
         self.metric = metric
         self._backbone = jax.jit(backbone, static_argnames="hidden_states")
-        self._heads = {task: jax.jit(head) for task, head in heads.items()}
+        self._heads = _compiled_heads(heads)
         self._networks = heads
         self._head_parameters = head_parameters
         self.batch_size = batch_size
@@ -262,6 +262,17 @@ class Evaluator:
             Row.of_examples(method, {GENERAL_TEXT: scores}, metric, kind)
             for metric, scores in measures.items()
         ]
+
+
+def _compiled_heads(heads: Mapping[str, Network]) -> dict[str, Callable[..., Array]]:
+    """Compiles heads; the same head of several tasks once, as each takes memory and time."""
+    distinct: list[tuple[Network, Callable[..., Array]]] = []
+    compiled = {}
+    for task, head in heads.items():
+        same = (function for other, function in distinct if other.is_same(head))
+        compiled[task] = next(same, None) or jax.jit(head)
+        distinct.append((head, compiled[task]))
+    return compiled
 
 
 @jax.jit
