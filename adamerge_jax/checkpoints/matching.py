@@ -36,7 +36,7 @@ _COMPARED_VALUES = 2**22
 # The number of values at the beginning of a tensor that tell most fine-tunes from their base.
 _FIRST_VALUES = 1024
 
-_TOKEN_EMBEDDINGS = (
+TOKEN_EMBEDDINGS = (
     "*word_embeddings.weight",
     "*token_embedding.weight",
     "*embed_tokens.weight",
@@ -44,6 +44,7 @@ _TOKEN_EMBEDDINGS = (
     "shared.weight",
     "lm_head.weight",
 )
+"""Patterns of the names of embedding tables of tokens, and of the output layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +260,7 @@ def find_names(
         expected: The shape of every parameter, by name.
         prefixes: Prefixes of expected names that the file may lack.
     """
-    by_current_name = {_current(name): name for name in in_file}
+    by_current_name = {current_name(name): name for name in in_file}
     return {
         name: by_current_name[candidate]
         for name in expected
@@ -338,7 +339,8 @@ def _differences(
         yield not np.array_equal(*parts, equal_nan=True)
 
 
-def _current(name: str) -> str:
+def current_name(name: str) -> str:
+    """Returns the name that a parameter with a legacy name has today."""
     for legacy, current in _LEGACY_ENDINGS.items():
         if name.endswith(legacy):
             return name.removesuffix(legacy) + current
@@ -363,7 +365,7 @@ def _wrong_shape(
     for name in wrong:
         shape = matched.shape(name)
         if (
-            matches(name, _TOKEN_EMBEDDINGS)
+            matches(name, TOKEN_EMBEDDINGS)
             and len(shape) == len(expected[name]) == 2
             and shape[1] == expected[name][1]
         ):

@@ -31,6 +31,11 @@ A module is imported when a model of its type is opened.
 """
 
 
+def is_known(config: "PretrainedConfig") -> bool:
+    """Returns True if a family here has the `model_type` of a config."""
+    return config.model_type in ARCHITECTURES
+
+
 def family_of(config: "PretrainedConfig", architecture: str | None = None) -> "Family":
     """Returns the family of a base model's config.
 
@@ -51,12 +56,13 @@ def family_of(config: "PretrainedConfig", architecture: str | None = None) -> "F
             f"config.json: model_type {config.model_type!r} is one tower of a CLIP; the base must "
             "be a whole CLIP (model_type 'clip'), only experts may be vision towers"
         )
-    if config.model_type not in ARCHITECTURES:
+    if not is_known(config):
         if architecture is not None:
             bridge = importlib.import_module("adamerge_jax.models.bridge.family")
             return bridge.bridged_family(config, architecture)
         raise InputError(
             f"config.json: model_type {config.model_type!r} is not supported; "
-            f"supported are {', '.join(sorted(ARCHITECTURES))}"
+            f"supported are {', '.join(sorted(ARCHITECTURES))}; others can be merged without "
+            "learning (adamerge merge, adamerge fold)"
         )
     return importlib.import_module(ARCHITECTURES[config.model_type]).FAMILY

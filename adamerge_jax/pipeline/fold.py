@@ -104,7 +104,7 @@ def _require_fitting_head(models: Models, task: str, head: Mapping[str, np.ndarr
     expert, last = models.experts.get(task), models.family.last_layer
     if expert is None:
         return  # left out of the merge, with its head
-    names = [] if last is None else [last.weight, last.bias]
+    names = models.head_names(task) if last is None else [last.weight, last.bias]
     for name, array in head.items():
         fits = name in names
         if fits and models.family.auto_class is not None:

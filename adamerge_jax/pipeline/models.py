@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adamerge_jax.checkpoints.any_model import AnyModel, any_model, head_shapes
 from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.config_file import read_config_file
 from adamerge_jax.checkpoints.hub import locate
@@ -25,7 +26,7 @@ from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand, in_one_line
-from adamerge_jax.models import family_of
+from adamerge_jax.models import family_of, is_known
 from adamerge_jax.models.family import OUTPUT_LAYER, Family
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.recipes.schema import ModelSource, Recipe
@@ -88,7 +89,9 @@ class Models:
         return [name for name in self.experts[task].names if name not in self.base.names]
 
 
-def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Models:
+def open_models(
+    recipe: Recipe, root: Path, *, read_weights: bool = True, to_run: bool = True
+) -> Models:
     """Opens and checks the base and all experts of a recipe.
 
     Args:
@@ -96,6 +99,8 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
         root: Folder that relative paths start from.
         read_weights: If True, weights are read for their fingerprints and for the check that tied
             embeddings are equal; otherwise only configs and headers are.
+        to_run: If False, models of an architecture without a family here are opened too, which can
+            be merged and folded.
 
     Raises:
         InputError: A checkpoint is missing, damaged, of another architecture or no classifier, or
@@ -105,7 +110,10 @@ def open_models(recipe: Recipe, root: Path, *, read_weights: bool = True) -> Mod
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     try:
         with in_hand(recipe.base.path):
-            family = family_of(base.config, _architecture(recipe, base, root))
+            if to_run or is_known(base.config):
+                family = family_of(base.config, _architecture(recipe, base, root))
+            else:
+                family = any_model(base, _whole_experts(recipe, root))
             network = family.build_backbone(base.config)
     except InputError as error:
         raise InputError(f"base ({base.source}): {error}") from error
@@ -207,6 +215,19 @@ def _architecture(recipe: Recipe, base: Checkpoint, root: Path) -> str | None:
     return None
 
 
+def _whole_experts(recipe: Recipe, root: Path) -> list[Checkpoint]:
+    """Opens the experts of a recipe that are whole models."""
+    experts = []
+    for task, task_recipe in recipe.tasks.items():
+        source = task_recipe.expert
+        with in_hand(source.path), _explain_errors(f"expert {task!r}", root):
+            path = resolve(source.path, root)
+            folder = locate(path, revision=source.revision)
+            if not is_adapter(folder):
+                experts.append(Checkpoint.in_folder(path, folder))
+    return experts
+
+
 def _match_backbone(
     family: Family, backbone: Shapes, checkpoint: Checkpoint, role: str
 ) -> MatchedCheckpoint:
@@ -278,7 +299,8 @@ def _open_expert(
     read_weights: bool,
 ) -> Expert:
     """Opens a whole fine-tuned model or a LoRA adapter."""
-    has_classes = family.auto_class is not None and not family.language
+    is_any = isinstance(family, AnyModel)
+    has_classes = family.auto_class is not None and not family.language and not is_any
 
     def head(config: PretrainedConfig) -> Shapes:
         if not has_classes:
@@ -318,7 +340,7 @@ def _open_expert(
         _require_classes(expert, role)
     return match(
         expert,
-        backbone | head(expert.config),
+        backbone | (head_shapes(expert) if is_any else head(expert.config)),
         role=role,
         prefixes=family.prefixes,
         optional=family.base_only,

@@ -21,6 +21,7 @@ from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_f
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.files.writing import remove_folder, remove_partial, write_whole
 from adamerge_jax.methods import make_method
+from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.baselines import baseline_rows, learned_row
 from adamerge_jax.pipeline.end_of_text import ends_in_words
 from adamerge_jax.pipeline.export import (
@@ -359,13 +360,15 @@ def _fold_file(
     require_new_export(out, EXPORT_FOLDERS)
     coefficients, models, notes = prepare_fold(
         file,
-        dataclasses.replace(open_models(recipe.to_fold, root), devices=devices),
+        dataclasses.replace(open_models(recipe.to_fold, root, to_run=False), devices=devices),
         scale=scale,
         allow_other_models=allow_other_models,
     )
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
     _print_notes(notes, console)
+    lines = account(models, [n for n in coefficients.parameters if n not in models.kept_from_base])
+    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
     wait_for_all("checked")
     job = export_job(
         models,
@@ -433,12 +436,14 @@ def _merge(
             workspace = open_workspace(recipe, root, devices, count_on(console))
         models = workspace.models
     else:
-        models = dataclasses.replace(open_models(recipe, root), devices=devices)
+        models = dataclasses.replace(open_models(recipe, root, to_run=False), devices=devices)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
     initial = fit_initial_merge(models, method, options)
     coefficients = coefficients_of_method(models, initial)
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
+    lines = account(models, merged_names(models))
+    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
     if needs_data:
         memory, in_words = make_memory(recipe.task_vectors.memory, devices), initial.in_words
         with console.status(in_words) as status:
@@ -470,7 +475,9 @@ def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console
         InputError: The file cannot be read, was learned for other models, or is of a merge that
             mergekit cannot make.
     """
-    coefficients, models, notes = prepare_fold(file, open_models(recipe.to_fold, root))
+    coefficients, models, notes = prepare_fold(
+        file, open_models(recipe.to_fold, root, to_run=False)
+    )
     export_mergekit(models, coefficients, out.expanduser(), recipe.export.dtype)
     _print_notes(notes, console)
 
@@ -540,6 +547,7 @@ def export_job(
             method=coefficients.of_method_alone or "",
             origins=model_origins(models, root),
             datasets=datasets,
+            account=account(models, [*coefficients.parameters]),
             auto_class=models.family.auto_class,
         ),
         coefficients=coefficients,

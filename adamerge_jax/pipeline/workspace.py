@@ -112,6 +112,7 @@ def open_workspace(
     Raises:
         InputError: Something cannot be read, or models and data do not belong together.
     """
+    recipe.require_calibration()
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
     load = example_loader(
         models,

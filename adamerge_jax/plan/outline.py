@@ -202,7 +202,8 @@ class Outline:
         hidden_states = self.outputs(examples, length).hidden_states
         targets = jax.eval_shape(compute_targets, logits, hidden_states)
         positions = logits.shape[:-1]
-        if len(positions) == 2 or self.recipe.tasks[task].calibration.label is not None:
+        source = self.recipe.tasks[task].calibration
+        if len(positions) == 2 or (source is not None and source.label is not None):
             targets = targets._replace(labels=Abstract(positions, np.int32))
         if spec.cross_task:
             others = (examples, len(self.recipe.tasks) - 1)
@@ -283,6 +284,7 @@ def outline(recipe: Recipe, root: Path) -> Outline:
         InputError: A checkpoint or a file is missing, damaged or of another architecture, or
             nothing is merged.
     """
+    recipe.require_calibration()
     models = open_models(recipe, root, read_weights=False)
 
     # NumPy files and data on the Hub need no tokenizer.

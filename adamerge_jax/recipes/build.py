@@ -393,7 +393,7 @@ def _require_fitting(
                 raise InputError(
                     "objectives: pseudo_labels is for classes; a language model has none"
                 )
-        elif spec.labels and tasks[task].calibration.label is None:
+        elif spec.labels and ((source := tasks[task].calibration) is None or source.label is None):
             raise InputError(
                 f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
                 "name the column of the class index, or choose an objective that needs none"

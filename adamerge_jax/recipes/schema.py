@@ -17,6 +17,7 @@ from pydantic import (
 
 from adamerge_jax.checkpoints.finite import LARGEST
 from adamerge_jax.checkpoints.folders import require_possible_path
+from adamerge_jax.errors import InputError
 from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS
 from adamerge_jax.registry import is_own_code
 
@@ -145,8 +146,9 @@ class TaskRecipe(Section):
 
     expert: ModelSource
     """The model fine-tuned on the task."""
-    calibration: DataSource
-    """Examples to learn coefficients from; labels are read only for objectives that need them."""
+    calibration: DataSource | None = None
+    """Examples to learn coefficients from; labels are read only for objectives that need them. A
+    merge without learning needs none."""
     validation: Annotated[DataSource | None, SWITCHED_OFF] = None
     """Labelled examples that choose task arithmetic's single coefficient."""
     test: Annotated[DataSource | None, SWITCHED_OFF] = None
@@ -600,7 +602,19 @@ class Recipe(Section):
     @property
     def calibration_sources(self) -> list[DataSource]:
         """The calibration data of all tasks."""
-        return [fields.calibration for fields in self.tasks.values()]
+        sources = (fields.calibration for fields in self.tasks.values())
+        return [source for source in sources if source is not None]
+
+    def require_calibration(self) -> None:
+        """Refuses a recipe that lacks data to learn from.
+
+        Raises:
+            InputError: Names the tasks that lack it.
+        """
+        lacking = [task for task, fields in self.tasks.items() if fields.calibration is None]
+        if lacking:
+            fields = "; ".join(f"field tasks.{task}.calibration is missing" for task in lacking)
+            raise InputError(f"{fields}; only merges without learning need no data")
 
     @property
     def forgotten(self) -> list[str]:

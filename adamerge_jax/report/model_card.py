@@ -25,6 +25,7 @@ _PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModel": None,  # of any architecture
     None: "zero-shot-image-classification",
 }
 """A model's purpose in the Hub's words, by the class of `transformers` that loads its tasks."""
@@ -68,6 +69,7 @@ def model_card(
     auto_class: str | None,
     datasets: Sequence[str] = (),
     method: str = "",
+    account: Sequence[str] = (),
 ) -> str:
     """Returns a README.md for the merged checkpoint: metadata for the Hub, then text for readers.
 
@@ -83,6 +85,7 @@ def model_card(
         datasets: Hub ids of the calibration data.
         auto_class: Name of the class that loads the model of a task; None for zero-shot CLIP.
         method: The merge method with its options, where there are no coefficients.
+        account: Lines that say what became of the base's tensors.
     """
     if coefficients is not None and coefficients.is_searched:
         datasets = ()  # its calibration data was not looked at
@@ -105,6 +108,7 @@ def model_card(
         "model_card.md.jinja",
         coefficients=coefficients,
         method=method,
+        account=account,
         **_coefficients_in_words(coefficients),
         base=origins[0],
         experts=origins[1:],

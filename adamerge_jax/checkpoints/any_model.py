@@ -1,0 +1,198 @@
+"""Models of any architecture, known by the names and shapes of their tensors alone.
+
+They can be merged and folded, which takes no forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+
+from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.matching import PARAMETER_DTYPES, TOKEN_EMBEDDINGS, current_name
+from adamerge_jax.checkpoints.safetensors_file import TensorInfo
+from adamerge_jax.errors import InputError
+from adamerge_jax.models.family import OUTPUT_LAYER, Family
+from adamerge_jax.models.layers import Config, Rematerialize
+from adamerge_jax.parameter_names import matches, place_in_stack
+
+_WITH_OWN_HEAD = re.compile(r"For\w*(Classification|Answering|MultipleChoice|Prediction)$")
+"""Classes of models whose head belongs to their task."""
+
+_WRITING = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
+"""Classes of models that write text."""
+
+
+class WithoutForward:
+    """A network that cannot be run.
+
+    Attributes:
+        shapes: Shape and dtype of every parameter by name, `[L, *shape]` where stacked.
+    """
+
+    def __init__(self, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+        """Takes the parameters."""
+        self.shapes = dict(shapes)
+
+    def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refuses to run.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError("this model can be merged and folded, but not run")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnyModel(Family):
+    """The architecture of models that are merged by the names of their tensors.
+
+    Attributes:
+        shapes: Shape and dtype of every merged parameter, `[L, *shape]` where stacked.
+        table: The embedding table that is the output layer too; None where there is none.
+    """
+
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    table: str | None
+
+    def build_backbone(
+        self, config: Config, rematerialize: Rematerialize = "elementwise"
+    ) -> WithoutForward:
+        """Returns the parameters, which cannot be run."""
+        return WithoutForward(self.shapes)
+
+    def build_head(self, config: Config) -> WithoutForward:
+        """Returns no parameters: those of a head are told by an expert, see `head_of`."""
+        return WithoutForward({})
+
+    def tied(self, config: Config) -> tuple[str, ...]:
+        """Returns the name of the embedding table that is the output layer too."""
+        return () if self.table is None else (self.table,)
+
+
+def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
+    """Returns the architecture of a base and its experts, of which only headers are read.
+
+    All floating tensors of the base are parameters, but for heads. A name's first number is that of
+    its layer; layers are stacked where all of them have the tensor in one shape.
+
+    Args:
+        base: The base.
+        experts: The experts that are whole models, not adapters.
+    """
+    prefix = _prefix(base.tensors, experts[0].tensors) if experts else ""
+    heads = {name for expert in experts for name in head_shapes(expert)}
+    infos = {}
+    for in_file, info in base.tensors.items():
+        name = prefix + current_name(in_file)
+        if info.dtype in PARAMETER_DTYPES and name not in heads:
+            infos[name] = info
+    table = _tied_table(base.config, infos)
+    if table is not None:
+        infos.pop(OUTPUT_LAYER, None)
+    lacking = _prefix(experts[0].tensors, base.tensors) if experts else ""
+    integers = {
+        name
+        for expert in experts
+        for name, info in expert.tensors.items()
+        if info.dtype not in PARAMETER_DTYPES
+    }
+    is_writer = any(map(_WRITING.search, _classes(experts[0] if experts else base)))
+    return AnyModel(
+        backbone=_not_made,
+        head=_not_made,
+        prefixes=tuple(filter(None, (prefix, lacking))),
+        inputs=(),
+        max_tokens=lambda config: None,
+        heads=lambda config: {},
+        auto_class="AutoModel",
+        last_layer=None,
+        base_only=("*",),
+        ignored=lambda config: () if table is None else (OUTPUT_LAYER,),
+        ignored_in_experts=tuple(map(_literal, sorted(integers))),
+        language=is_writer,
+        shapes=_stacked(infos),
+        table=table,
+    )
+
+
+def head_shapes(expert: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that an expert keeps for its task.
+
+    They are those outside of the module with most tensors, in a class of models whose head belongs
+    to its task.
+    """
+    if not any(map(_WITH_OWN_HEAD.search, _classes(expert))):
+        return {}
+    modules = Counter(name.partition(".")[0] for name in expert.tensors)
+    backbone = modules.most_common(1)[0][0]
+    return {
+        name: info.shape
+        for name, info in expert.tensors.items()
+        if name.partition(".")[0] != backbone and info.dtype in PARAMETER_DTYPES
+    }
+
+
+def _not_made(*arguments: Any) -> NoReturn:
+    raise NotImplementedError("a model of any architecture has no module")
+
+
+def _classes(checkpoint: Checkpoint) -> list[str]:
+    """Returns the names of the model's classes in its config.json."""
+    classes = checkpoint.config_fields.get("architectures")
+    return [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+
+
+def _prefix(without: Collection[str], names: Collection[str]) -> str:
+    """Returns the prefix with which most names of one checkpoint are in another; '' for none."""
+    missing = [name for name in without if name not in names]
+    if 2 * len(missing) < len(without):
+        return ""
+    prefixes = Counter(
+        name.removesuffix(short)
+        for short in missing[:50]
+        for name in names
+        if name.endswith("." + short)
+    )
+    return prefixes.most_common(1)[0][0] if prefixes else ""
+
+
+def _tied_table(config: Config, names: Iterable[str]) -> str | None:
+    """Returns the one embedding table that the config says is the output layer too."""
+    tables = [name for name in names if matches(name, TOKEN_EMBEDDINGS) and name != OUTPUT_LAYER]
+    is_tied = getattr(config, "tie_word_embeddings", False)
+    return tables[0] if is_tied and len(tables) == 1 else None
+
+
+def _stacked(infos: Mapping[str, TensorInfo]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the parameters that tensors make up: stacked by the first number of their names."""
+    layers: dict[str, dict[int, str]] = {}
+    for name in infos:
+        if place := place_in_stack(name):
+            layers.setdefault(place[0], {})[place[1]] = name
+    parameters = {}
+    for name, info in infos.items():
+        place = place_in_stack(name)
+        stack = layers[place[0]] if place else {}
+        is_whole = bool(stack) and sorted(stack) == [*range(len(stack))]
+        shapes = {(infos[other].shape, infos[other].dtype) for other in stack.values()}
+        if place and is_whole and len(shapes) == 1 and _is_plain(place, name):
+            parameters[place[0]] = jax.ShapeDtypeStruct((len(stack), *info.shape), info.dtype)
+        else:
+            parameters[name] = jax.ShapeDtypeStruct(info.shape, info.dtype)
+    return parameters
+
+
+def _is_plain(place: tuple[str, int], name: str) -> bool:
+    """Returns True if a layer's number is written without zeros before it."""
+    return place[0].replace("*", str(place[1]), 1) == name
+
+
+def _literal(name: str) -> str:
+    """Returns the pattern that fits one name alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
