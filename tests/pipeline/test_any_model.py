@@ -1,0 +1,162 @@
+"""Merging and folding of models whose architecture has no family here."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from adamerge_jax.cli import main as cli
+from tests.references import write_recipe
+
+LAMBDA = 0.4
+
+
+def mixture() -> PreTrainedModel:
+    """Returns a mixture of experts, its layers' experts numbered like the layers."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=32)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    experts = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts))
+
+
+def convolutions() -> PreTrainedModel:
+    """Returns a ResNet, whose normalisations count batches in whole numbers."""
+    sizes = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3))
+
+
+def save(model: PreTrainedModel, folder: Path, seed: int | None = None) -> dict[str, Any]:
+    """Saves a model, changed by a seed, and returns the tensors of its file."""
+    model = copy.deepcopy(model)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def merge(folder: Path, *options: str) -> dict[str, torch.Tensor]:
+    """Merges `base` with `cat` and `dog` by task arithmetic and returns the merged tensors."""
+    tasks = {task: {"expert": str(folder / task)} for task in ("cat", "dog")}
+    recipe = {"base": str(folder / "base"), "tasks": tasks, "export": {"orbax": False}}
+    file, out = write_recipe(folder, recipe), folder / "out"
+    method = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
+    cli.main(["merge", str(file), *method, "--out", str(out), *options])
+    merged = load_file(out / "checkpoint" / "model.safetensors")
+    again = folder / "again"
+    cli.main(["fold", str(file), str(out / "coefficients.safetensors"), "--out", str(again)])
+    for name, tensor in load_file(again / "checkpoint" / "model.safetensors").items():
+        assert torch.equal(tensor, merged[name])
+    return merged
+
+
+def require_sum(merged: torch.Tensor, base: torch.Tensor, *experts: torch.Tensor) -> None:
+    expected = base.double() + LAMBDA * sum(e.double() - base.double() for e in experts)
+    np.testing.assert_allclose(merged.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [mixture, convolutions])
+def test_every_tensor_is_merged_or_as_in_the_base(make, tmp_path, capsys):
+    model = make()
+    base = save(model, tmp_path / "base")
+    cat, dog = (save(model, tmp_path / task, seed) for seed, task in enumerate(("cat", "dog")))
+    merged = merge(tmp_path)
+    heads = {name for name in base if make is convolutions and name.startswith("classifier")}
+    assert merged.keys() == base.keys() - heads
+    floating = [name for name in merged if merged[name].is_floating_point()]
+    for name in merged:
+        if name in floating:
+            require_sum(merged[name], base[name], cat[name], dog[name])
+        else:
+            assert torch.equal(merged[name], base[name])
+    assert f"{len(floating)} of {len(base)} tensors merged" in capsys.readouterr().out
+    loaded = type(model).from_pretrained(tmp_path / "out" / "checkpoint").state_dict()
+    for name in floating:
+        if name in loaded:
+            assert torch.equal(loaded[name], merged[name])
+
+
+def test_each_task_keeps_its_head(tmp_path, capsys):
+    sizes = dict(dim=16, hidden_dim=24, n_layers=2, n_heads=2, vocab_size=32)
+    backbone = DistilBertModel(DistilBertConfig(**sizes))
+    base = save(backbone, tmp_path / "base")
+    experts = []
+    for classes, task in ((2, "cat"), (3, "dog")):
+        config = DistilBertConfig(**sizes, num_labels=classes)
+        model = DistilBertForSequenceClassification(config)
+        model.distilbert.load_state_dict(backbone.state_dict())
+        experts.append(save(model, tmp_path / task, classes))
+    merged = merge(tmp_path)
+    assert merged.keys() == {f"distilbert.{name}" for name in base}
+    for name, tensor in merged.items():
+        require_sum(tensor, base[name.removeprefix("distilbert.")], *(e[name] for e in experts))
+    for expert, task in zip(experts, ("cat", "dog"), strict=True):
+        folder = tmp_path / "out" / "checkpoint" / "tasks" / task
+        loaded = DistilBertForSequenceClassification.from_pretrained(folder).state_dict()
+        for name in ("pre_classifier.weight", "classifier.weight", "classifier.bias"):
+            assert torch.equal(loaded[name], expert[name])
+        assert torch.equal(
+            loaded["distilbert.embeddings.word_embeddings.weight"],
+            merged["distilbert.embeddings.word_embeddings.weight"],
+        )
+
+
+def test_what_an_expert_lacks_is_as_in_the_base_and_said(tmp_path, capsys):
+    model = mixture()
+    base = save(model, tmp_path / "base")
+    for seed, task in enumerate(("cat", "dog")):
+        save(model, tmp_path / task, seed)
+    file = tmp_path / "cat" / "model.safetensors"
+    tensors = load_file(file)
+    lacking = "model.layers.1.mlp.gate.weight"
+    del tensors[lacking]
+    save_file(tensors, file, metadata={"format": "pt"})
+    merged = merge(tmp_path)
+    assert torch.equal(merged[lacking], base[lacking])
+    line = f"as in the base, expert 'cat' lacks them: 1 ({lacking})"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "out" / "checkpoint" / "README.md").read_text()
+
+
+def test_a_tensor_that_the_base_lacks_is_refused(tmp_path, capsys):
+    model = mixture()
+    save(model, tmp_path / "base")
+    for seed, task in enumerate(("cat", "dog")):
+        save(model, tmp_path / task, seed)
+    file = tmp_path / "dog" / "model.safetensors"
+    more = load_file(file) | {"model.layers.0.adapter.weight": torch.ones(2, 2)}
+    save_file(more, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as caught:
+        merge(tmp_path)
+    assert caught.value.code == 2
+    assert "expert 'dog'" in (error := capsys.readouterr().err)
+    assert "has model.layers.0.adapter.weight" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_learning_without_data_is_refused(tmp_path, capsys):
+    model = mixture()
+    for task in ("base", "cat", "dog"):
+        save(model, tmp_path / task, None if task == "base" else len(task))
+    tasks = {task: {"expert": str(tmp_path / task)} for task in ("cat", "dog")}
+    file = write_recipe(tmp_path, {"base": str(tmp_path / "base"), "tasks": tasks})
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["learn", str(file), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert "field tasks.cat.calibration is missing" in capsys.readouterr().err
