@@ -17,7 +17,7 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import PARAMETER_DTYPES, TOKEN_EMBEDDINGS, current_name
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.family import OUTPUT_LAYER, Family
+from adamerge_jax.models.family import OUTPUT_LAYER, Family, Network
 from adamerge_jax.models.layers import Config, Rematerialize
 from adamerge_jax.parameter_names import matches, place_in_stack
 
@@ -28,7 +28,7 @@ _WRITING = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
 """Classes of models that write text."""
 
 
-class WithoutForward:
+class WithoutForward(Network):
     """A network that cannot be run.
 
     Attributes:
