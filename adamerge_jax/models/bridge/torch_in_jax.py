@@ -25,7 +25,11 @@ def torch_in_jax() -> Any:
     with _overloads_of_named_tensors():
         import torchax
 
-        return torchax.default_env()
+        environment = torchax.default_env()
+    from adamerge_jax.models.bridge.operations import replace_operations
+
+    replace_operations(environment)
+    return environment
 
 
 @contextmanager
