@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from adamerge_jax.checkpoints.dtypes import DTYPES
+from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.data.class_names import align_labels, names_of_outputs
 from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, tell_cut
@@ -25,7 +26,7 @@ from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand
-from adamerge_jax.files.json_object import read_object_if_there
+from adamerge_jax.files.json_object import read_object, read_object_if_there
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
@@ -306,14 +307,37 @@ def _load_preprocessor(
         return find_tokenizer(models.by_name, chosen)
     for model in (models.base, *models.experts.values()):
         if (model.checkpoint.folder / PROCESSOR_FILE).is_file():
-            vision = getattr(model.checkpoint.config, "vision_config", model.checkpoint.config)
-            image = ImageGeometry.of(vision)
             return load_image_processor(
                 model.checkpoint.folder,
                 f"{model.role} ({model.checkpoint.source})",
-                (image.channels, image.height, image.width),
+                _image_shape(models.family, model.checkpoint),
             )
     return None
+
+
+def _image_shape(family: Family, checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Returns channels, height and width of the images that a model reads.
+
+    A model without an image_size, such as a ResNet, reads images as its processor makes them.
+    """
+    config = checkpoint.config
+    if not family.bridged:
+        image = ImageGeometry.of(getattr(config, "vision_config", config))
+        return image.channels, image.height, image.width
+    size = getattr(config, "image_size", None)
+    if size is None:
+        fields = read_object(checkpoint.folder / PROCESSOR_FILE)
+        size = (fields.get("do_center_crop") and fields.get("crop_size")) or fields.get("size")
+    if isinstance(size, Mapping):
+        side = size.get("shortest_edge")
+        size = (size.get("height", side), size.get("width", side))
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if not (isinstance(height, int) and isinstance(width, int)):
+        raise InputError(
+            f"{checkpoint.source}: neither image_size in its config.json nor size in its "
+            f"{PROCESSOR_FILE} is the height and width of its images; add image_size"
+        )
+    return getattr(config, "num_channels", 3), height, width
 
 
 def _read_decoder_start(models: Models) -> int:

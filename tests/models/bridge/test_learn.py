@@ -14,14 +14,19 @@ from transformers import (
     AutoModelForSequenceClassification,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessorPil,
 )
 
+from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
 from adamerge_jax.models.bridge import torch_in_jax
 from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.pipeline.run import learn
+from adamerge_jax.pipeline.workspace import _image_shape
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.models.bridge.tiny import TEXT_CONFIGS
 from tests.references import (
@@ -160,3 +165,12 @@ def test_torchax_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(torch_in_jax.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'adamerge_jax\[torch\]'"):
         torch_in_jax.torch_in_jax()
+
+
+def test_images_of_a_model_without_a_size_are_its_processors(tmp_path):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    family = family_of(checkpoint.config, "ResNetForImageClassification")
+    assert _image_shape(family, checkpoint) == (3, 16, 24)
