@@ -5,19 +5,18 @@ rotation of positions, the norms. All layers of a model run in one scan, so a di
 them is an array with an entry per layer.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.cache import KeyValues, LayerCache
-from adamerge_jax.models.family import Family, attention_heads
+from adamerge_jax.models.family import Family, HeadAxes, attention_heads
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Config,
@@ -32,12 +31,21 @@ from adamerge_jax.models.layers import (
     unit_mean_square,
     value,
 )
+from adamerge_jax.models.rotary import Rotary, head_features
 
 MakeLayer = Callable[[Config], nnx.Module]
 """Makes one of a model's layers from its config."""
 
-MakeNorm = Callable[[int, float], nnx.Module]
+MakeNorm = Callable[..., nnx.Module]
 """Makes a normalisation from a number of features and the epsilon under its root."""
+
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+"""Names of the epsilon of norms in configs; an architecture has one of them."""
+
+
+def norm_epsilon(config: Config) -> float:
+    """Returns the epsilon under the root of a model's norms."""
+    return next(getattr(config, name) for name in EPSILONS if hasattr(config, name))
 
 
 class RMSNorm(nnx.Module):
@@ -53,91 +61,54 @@ class RMSNorm(nnx.Module):
         return (normalised * value(self.weight)).astype(x.dtype)
 
 
-def head_features(config: Config) -> int:
-    """Returns the features of one head, which need not be the hidden size divided by the heads."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+class CentredNorm(nnx.Module):
+    """Layer normalisation over the last axis in float32, without a bias.
 
-
-@dataclasses.dataclass(frozen=True)
-class Rotary:
-    """Rotary position embeddings (Su et al., 2021): the angular speed of each pair of features.
-
-    Attributes:
-        features: Features of an attention head.
-        theta: The base of the geometric series of wavelengths.
-        factor: The factor by which wavelengths are longer than those that `theta` gives.
-        band: The limits of the factor (Llama 3.1), or None if all wavelengths are stretched: those
-            that fit less than `band[0]` times into the context of pretraining are, those that fit
-            more than `band[1]` times are not, and in between the frequency is interpolated.
-        context: The context of pretraining, in tokens; read only with a `band`.
+    Args:
+        features: The features, or the heads and the features of each.
+        epsilon: The number under the root.
     """
 
-    features: int
-    theta: float
-    factor: float = 1.0
-    band: tuple[float, float] | None = None
-    context: int | None = None
+    def __init__(self, features: int | tuple[int, int], epsilon: float):
+        self.weight = parameter(*(features if isinstance(features, tuple) else (features,)))
+        self.epsilon = epsilon
 
-    @classmethod
-    def of(cls, config: Config, layer_type: str | None = None) -> "Rotary":
-        """Reads a config's rotary positions, those of one type of layer where types differ.
-
-        Raises:
-            InputError: The config asks for another kind of scaling than `linear` and `llama3`.
-        """
-        settings = config.rope_parameters
-        settings = settings[layer_type] if layer_type else settings
-        kind = settings["rope_type"]
-        supported = ("default", "linear", "llama3")
-        if kind not in supported:
-            raise InputError(
-                f"config.json: rope_type {kind!r} is not supported; "
-                f"supported are {', '.join(supported)}"
-            )
-        if settings.get("partial_rotary_factor", 1.0) != 1.0:
-            raise InputError(
-                "config.json: partial_rotary_factor is "
-                f"{settings['partial_rotary_factor']!r}; only heads that rotate whole are supported"
-            )
-        rotary = cls(head_features(config), settings["rope_theta"])
-        if kind == "default":
-            return rotary
-        rotary = dataclasses.replace(rotary, factor=settings["factor"])
-        if kind == "linear":
-            return rotary
-        return dataclasses.replace(
-            rotary,
-            band=(settings["low_freq_factor"], settings["high_freq_factor"]),
-            context=settings["original_max_position_embeddings"],
-        )
-
-    def frequencies(self) -> Float[np.ndarray, " features/2"]:
-        """Returns radians per position, computed in float32 as PyTorch does."""
-        exponents = np.arange(0, self.features, 2, dtype=np.float32) / np.float32(self.features)
-        fast = 1 / np.float32(self.theta) ** exponents
-        slow = fast / np.float32(self.factor)
-        if self.band is None:
-            return slow
-        low, high = self.band
-        turns = self.context * fast / (2 * np.pi)
-        share = np.clip((turns - low) / (high - low), 0, 1)
-        return ((1 - share) * slow + share * fast).astype(np.float32)
-
-    def table(self, length: int) -> Float[Array, "2 T features/2"]:
-        """Returns cosines and sines of the angles at positions 0 to `length - 1`."""
-        positions = jnp.arange(length, dtype=jnp.float32)
-        angles = positions[:, None] * self.frequencies()
-        return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        weight = value(self.weight).astype(jnp.float32)
+        return (unit_mean_square(centred, self.epsilon) * weight).astype(x.dtype)
 
 
 def rotate(
-    x: Float[Array, "B T heads features"], table: Float[Array, "2 T features/2"]
+    x: Float[Array, "B T heads features"],
+    table: Float[Array, "2 T turning/2"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "B T heads features"]:
-    """Turns each feature of the first half together with its partner in the second half."""
-    cosine, sine = table.astype(x.dtype)[:, :, None]
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = first * cosine - second * sine, second * cosine + first * sine
-    return jnp.concatenate(turned, axis=-1)
+    """Turns pairs of features; those behind the ones that the table is for stay.
+
+    Args:
+        x: Queries or keys.
+        table: Cosines and sines of each pair.
+        interleaved: The pairs are neighbours, and are turned in float32; else a feature of the
+            first half is a pair with its partner in the second half.
+    """
+    turning = 2 * table.shape[-1]
+    if interleaved:
+        cosine, sine = table[:, :, None]
+        pairs = x[..., :turning].astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+        turned = [first * cosine - second * sine, second * cosine + first * sine]
+        rotated = jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], turning).astype(x.dtype)
+    else:
+        cosine, sine = table.astype(x.dtype)[:, :, None]
+        first, second = jnp.split(x[..., :turning], 2, axis=-1)
+        turned = [first * cosine - second * sine, second * cosine + first * sine]
+        rotated = jnp.concatenate(turned, axis=-1)
+    if turning == x.shape[-1]:
+        return rotated
+    return jnp.concatenate([rotated, x[..., turning:]], axis=-1)
 
 
 class Attention(nnx.Module):
@@ -147,7 +118,10 @@ class Attention(nnx.Module):
         config: The model's config: numbers of heads, and features of each.
         bias: Adds a bias to queries, keys and values.
         output_bias: Adds a bias to the output.
-        norm: Normalises queries and keys head by head, or None.
+        norm: Normalises queries and keys, or None.
+        norm_of: The features that are normalised together: those of a `head`, those of all heads
+            (`projection`), or those of a head by weights of its own (`each_head`).
+        interleaved: As in `rotate`.
         scale: As in `layers.attention`.
         soft_cap: As in `layers.attention`.
     """
@@ -159,19 +133,46 @@ class Attention(nnx.Module):
         bias: bool = False,
         output_bias: bool = False,
         norm: MakeNorm | None = None,
+        norm_of: Literal["head", "projection", "each_head"] = "head",
+        interleaved: bool = False,
         scale: float | None = None,
         soft_cap: float | None = None,
     ):
-        width, features = config.hidden_size, head_features(config)
-        self.heads, shared = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = Linear(width, self.heads * features, bias=bias)
-        self.k_proj = Linear(width, shared * features, bias=bias)
-        self.v_proj = Linear(width, shared * features, bias=bias)
-        self.o_proj = Linear(self.heads * features, width, bias=output_bias)
-        self.features, self.scale, self.soft_cap = features, scale, soft_cap
+        self.heads, self.features = config.num_attention_heads, head_features(config)
+        self.shared = getattr(config, "num_key_value_heads", None) or self.heads
+        self.scale, self.soft_cap, self.interleaved = scale, soft_cap, interleaved
+        self.make_projections(config.hidden_size, bias, output_bias)
+        self.norm_of = norm_of
         if norm is not None:
-            self.q_norm = norm(features, config.rms_norm_eps)
-            self.k_norm = norm(features, config.rms_norm_eps)
+            epsilon = norm_epsilon(config)
+
+            def features_of(heads: int) -> int | tuple[int, int]:
+                by_name = {
+                    "head": self.features,
+                    "projection": heads * self.features,
+                    "each_head": (heads, self.features),
+                }
+                return by_name[norm_of]
+
+            self.q_norm = norm(features_of(self.heads), epsilon)
+            self.k_norm = norm(features_of(self.shared), epsilon)
+
+    def make_projections(self, width: int, bias: bool, output_bias: bool) -> None:
+        """Makes the projections, by the names that a checkpoint has for them."""
+        self.q_proj = Linear(width, self.heads * self.features, bias=bias)
+        self.k_proj = Linear(width, self.shared * self.features, bias=bias)
+        self.v_proj = Linear(width, self.shared * self.features, bias=bias)
+        self.o_proj = Linear(self.heads * self.features, width, bias=output_bias)
+
+    def project(
+        self, x: Float[Array, "B T H"]
+    ) -> tuple[Float[Array, "B T H"], Float[Array, "B T shared"], Float[Array, "B T shared"]]:
+        """Returns queries, keys and values."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def project_back(self, mixed: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        """Returns the output of the mixed values."""
+        return self.o_proj(mixed)
 
     def __call__(
         self,
@@ -193,11 +194,15 @@ class Attention(nnx.Module):
             cache: The keys and values of earlier tokens, to which those of `x` are added; None
                 where `x` has all tokens.
         """
-        query, key = self._by_head(self.q_proj(x)), self._by_head(self.k_proj(x))
-        if hasattr(self, "q_norm"):
+        query, key, values = self.project(x)
+        if hasattr(self, "q_norm") and self.norm_of == "projection":
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, tables[rotary]), rotate(key, tables[rotary])
-        key, values, positions = key.reshape(*x.shape[:2], -1), self.v_proj(x), None
+        query, key = self._by_head(query), self._by_head(key)
+        if hasattr(self, "q_norm") and self.norm_of != "projection":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, tables[rotary], interleaved=self.interleaved)
+        key = rotate(key, tables[rotary], interleaved=self.interleaved)
+        key, positions = key.reshape(*x.shape[:2], -1), None
         if cache is not None:
             positions = cache.positions(x.shape[1])
             key, values = cache.add(key, values)
@@ -210,7 +215,7 @@ class Attention(nnx.Module):
             scale=self.scale,
             soft_cap=self.soft_cap,
         )
-        return self.o_proj(mixed)
+        return self.project_back(mixed)
 
     def _by_head(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads features"]:
         return x.reshape(*x.shape[:2], -1, self.features)
@@ -250,19 +255,96 @@ class GatedMLP(nnx.Module):
         return self.down_proj(gate * self.up_proj(x))
 
 
-class PreNormLayer(nnx.Module):
-    """The usual layer: attention and MLP, each normalised before and added to its input."""
+class FusedAttention(Attention):
+    """Attention whose queries, keys and values are one projection (Phi-3).
 
-    def __init__(self, config: Config, attention: Attention, *, mlp_bias: bool = False):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    All heads of queries come first, then those of keys and those of values.
+    """
+
+    def make_projections(self, width: int, bias: bool, output_bias: bool) -> None:
+        heads = self.heads + 2 * self.shared
+        self.qkv_proj = Linear(width, heads * self.features, bias=bias)
+        self.o_proj = Linear(self.heads * self.features, width, bias=output_bias)
+
+    def project(
+        self, x: Float[Array, "B T H"]
+    ) -> tuple[Float[Array, "B T H"], Float[Array, "B T shared"], Float[Array, "B T shared"]]:
+        queries, keys = self.heads * self.features, self.shared * self.features
+        query, key, values = jnp.split(self.qkv_proj(x), [queries, queries + keys], axis=-1)
+        return query, key, values
+
+
+class FusedGatedMLP(nnx.Module):
+    """A `GatedMLP` whose gate and `up` are one projection, the gate first."""
+
+    def __init__(self, config: Config):
+        width, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear(width, 2 * intermediate, bias=False)
+        self.down_proj = Linear(intermediate, width, bias=False)
+        self.activation = activation_of(config.hidden_act)
+
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(self.activation(gate) * up)
+
+
+class PreNormLayer(nnx.Module):
+    """The usual layer: attention and MLP, each normalised before and added to its input.
+
+    Args:
+        config: The model's config.
+        attention: The layer's attention.
+        mlp: What comes behind it; a `GatedMLP` if None.
+        mlp_bias: Adds biases to that one.
+        norm: Makes the normalisations.
+        parallel: The MLP reads the layer's input as attention does: `separate` through a norm of
+            its own, `shared` through that of attention. None where it reads attention's output.
+        residual: The factor of what attention and MLP add.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        attention: nnx.Module,
+        *,
+        mlp: nnx.Module | None = None,
+        mlp_bias: bool = False,
+        norm: MakeNorm = RMSNorm,
+        parallel: Literal["separate", "shared"] | None = None,
+        residual: float = 1.0,
+    ):
+        self.input_layernorm = norm(config.hidden_size, norm_epsilon(config))
         self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config, config.hidden_act, bias=mlp_bias)
+        if parallel != "shared":
+            self.post_attention_layernorm = norm(config.hidden_size, norm_epsilon(config))
+        self.mlp = mlp or GatedMLP(config, config.hidden_act, bias=mlp_bias)
+        self.parallel, self.residual = parallel, residual
 
     def __call__(self, x: Float[Array, "B T H"], *positions: Array) -> Float[Array, "B T H"]:
         """Runs the layer; `positions` are the further arguments of `Attention`."""
-        x = x + self.self_attn(self.input_layernorm(x), *positions)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normalised = self.input_layernorm(x)
+        attended = x + self._scaled(self.self_attn(normalised, *positions))
+        if self.parallel == "shared":
+            return attended + self._scaled(self.mlp(normalised))
+        read = x if self.parallel else attended
+        return attended + self._scaled(self.mlp(self.post_attention_layernorm(read)))
+
+    def _scaled(self, added: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        return added if self.residual == 1.0 else added * jnp.asarray(self.residual, added.dtype)
+
+
+class PostNormLayer(nnx.Module):
+    """Attention and MLP, the output of each normalised and then added to its input (OLMo 2)."""
+
+    def __init__(self, config: Config, attention: Attention):
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, norm_epsilon(config))
+        self.mlp = GatedMLP(config, config.hidden_act)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, norm_epsilon(config))
+
+    def __call__(self, x: Float[Array, "B T H"], *positions: Array) -> Float[Array, "B T H"]:
+        x = x + self.post_attention_layernorm(self.self_attn(x, *positions))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
 class Decoder(nnx.Module):
@@ -280,7 +362,7 @@ class Decoder(nnx.Module):
     ):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = Stack(lambda: layer(config), config.num_hidden_layers, rematerialize)
-        self.norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm(config.hidden_size, norm_epsilon(config))
         self.windows, self.rotaries = tuple(windows), tuple(rotaries)
         self.embedding_scale = embedding_scale
         self.longest = config.max_position_embeddings
@@ -381,6 +463,20 @@ class CausalHead(nnx.Module):
         return output(outputs.last_hidden_state).astype(jnp.float32)
 
 
+def scaled_head(factor: Callable[[Config], float]) -> Callable[[Config], CausalHead]:
+    """Returns the class of heads whose logits have a factor, from the config."""
+
+    class ScaledHead(CausalHead):
+        def __init__(self, config: Config):
+            super().__init__(config)
+            self.factor = factor(config)
+
+        def __call__(self, outputs: Outputs) -> Float[Array, "B T V"]:
+            return super().__call__(outputs) * self.factor
+
+    return ScaledHead
+
+
 def windows_by_type(config: Config) -> list[int | None]:
     """Returns the number of tokens that each layer sees: `sliding_window`, or None for all.
 
@@ -401,6 +497,24 @@ def windows_by_type(config: Config) -> list[int | None]:
     return [windows[kind] for kind in config.layer_types]
 
 
+HEADS = attention_heads(
+    "*.self_attn.q_proj.*",
+    "*.self_attn.k_proj.*",
+    "*.self_attn.v_proj.*",
+    "*.self_attn.o_proj.weight",
+)
+"""The heads of `Attention`."""
+
+
+def fused_heads(config: Config) -> HeadAxes:
+    """Returns the heads of `FusedAttention`, of which each is one of queries, keys or values."""
+    heads = config.num_attention_heads
+    return {
+        "*.self_attn.qkv_proj.*": (0, heads + 2 * config.num_key_value_heads),
+        "*.self_attn.o_proj.weight": (1, heads),
+    }
+
+
 def decoder_family(
     layer: MakeLayer,
     *,
@@ -413,6 +527,7 @@ def decoder_family(
     norm: MakeNorm = RMSNorm,
     embedding_scale: Callable[[Config], float] = lambda config: 1.0,
     head: Callable[[Config], nnx.Module] = CausalHead,
+    heads: Callable[[Config], HeadAxes] = HEADS,
 ) -> Family:
     """Returns the family of a decoder language model.
 
@@ -423,6 +538,7 @@ def decoder_family(
         norm: Makes the last normalisation.
         embedding_scale: The factor of the embeddings.
         head: Makes the output layer.
+        heads: As in `Family`.
     """
     backbone = partial(
         DecoderBackbone,
@@ -438,12 +554,7 @@ def decoder_family(
         prefixes=("model.",),
         inputs=("input_ids", "attention_mask"),
         max_tokens=lambda config: config.max_position_embeddings,
-        heads=attention_heads(
-            "*.self_attn.q_proj.*",
-            "*.self_attn.k_proj.*",
-            "*.self_attn.v_proj.*",
-            "*.self_attn.o_proj.weight",
-        ),
+        heads=heads,
         auto_class="AutoModelForCausalLM",
         ignored=_ignored_tensors,
         language=True,

@@ -4,9 +4,10 @@ Layers that see a window of the text rotate positions faster than those that see
 is no soft cap on attention.
 """
 
-from adamerge_jax.models.decoder_layers import Attention, Rotary, decoder_family, windows_by_type
+from adamerge_jax.models.decoder_layers import Attention, decoder_family, windows_by_type
 from adamerge_jax.models.gemma2 import GemmaHead, GemmaLayer, GemmaNorm
 from adamerge_jax.models.layers import Config
+from adamerge_jax.models.rotary import Rotary
 
 
 class Gemma3Layer(GemmaLayer):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adamerge_jax.models.cache import KeyValues
 from adamerge_jax.models.family import Family, Network, complete_head
 from adamerge_jax.models.layers import Config
+from adamerge_jax.models.rotary import require_one_rotation
 
 
 class Continuations(NamedTuple):
@@ -80,6 +81,7 @@ def make_greedy(family: Family, config: Config, backbone: Network, head: Network
     ) -> Continuations:
         output_layer = complete_head(head, {}, parameters)
         examples, length = token_ids.shape
+        require_one_rotation(config, length, length + new_tokens)
         token_ids, mask = _to_the_right(token_ids, mask)
         inputs = {"input_ids": token_ids, "attention_mask": mask}
         dtype = jax.eval_shape(backbone, parameters, inputs).last_hidden_state.dtype

@@ -19,9 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import family_of
-from adamerge_jax.models.decoder_layers import Rotary
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.models.layers import attention
+from adamerge_jax.models.rotary import Rotary
 from adamerge_jax.parameter_names import is_stacked
 from adamerge_jax.task_vectors import task_vectors
 from tests.references import parameters_of, randomise, saved_parameters
@@ -54,6 +54,20 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=128,
 )
 LLAMA3 = dict(rope_parameters=LLAMA3_ROPE, max_position_embeddings=256)
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=500.0,
+    short_factor=[1.0, 1.5, 2.0],
+    long_factor=[1.5, 3.0, 5.0],
+    partial_rotary_factor=0.75,
+)
+YARN = dict(
+    rope_type="yarn",
+    rope_theta=500.0,
+    factor=4.0,
+    beta_fast=4.0,
+    original_max_position_embeddings=16,
+)
 LINEAR_ROPE = dict(rope_type="linear", rope_theta=500.0, factor=3.0)
 GEMMA = dict(SIZES, num_hidden_layers=4, head_dim=12, sliding_window=5, query_pre_attn_scalar=10)
 
@@ -135,6 +149,70 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             final_logit_softcapping=4.0,
             tie_word_embeddings=False,
         ),
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", dict(SIZES, no_rope_layers=[1, 0, 1])),
+    "smollm3 slides, biases, untied": (
+        "SmolLM3ForCausalLM",
+        dict(
+            SIZES,
+            no_rope_layers=[0, 1, 0],
+            use_sliding_window=True,
+            sliding_window=4,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "olmo2": ("Olmo2ForCausalLM", dict(SIZES, attention_bias=True)),
+    "phi3": ("Phi3ForCausalLM", dict(SIZES, sliding_window=4)),
+    "phi3 turns in part, short texts": (
+        "Phi3ForCausalLM",
+        dict(SIZES, rope_parameters=LONGROPE | dict(original_max_position_embeddings=40)),
+    ),
+    "phi3 turns in part, long texts": (
+        "Phi3ForCausalLM",
+        dict(
+            SIZES,
+            rope_parameters=LONGROPE | dict(original_max_position_embeddings=8),
+            tie_word_embeddings=True,
+        ),
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        dict(
+            SIZES,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.7,
+            attention_multiplier=0.2,
+            logits_scaling=2.5,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+    ),
+    "cohere": ("CohereForCausalLM", dict(SIZES, logit_scale=0.3, use_qk_norm=True)),
+    "cohere biases, untied": (
+        "CohereForCausalLM",
+        dict(SIZES, attention_bias=True, tie_word_embeddings=False),
+    ),
+    "cohere2": (
+        "Cohere2ForCausalLM",
+        dict(
+            SIZES,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "stablelm": ("StableLmForCausalLM", dict(SIZES, use_qkv_bias=True)),
+    "stablelm parallel": ("StableLmForCausalLM", dict(SIZES, use_parallel_residual=True)),
+    "starcoder2": ("Starcoder2ForCausalLM", dict(SIZES, sliding_window=4)),
+    "starcoder2 no biases, untied": (
+        "Starcoder2ForCausalLM",
+        dict(SIZES, use_bias=False, sliding_window=None, tie_word_embeddings=False),
+    ),
+    "llama yarn": ("LlamaForCausalLM", dict(SIZES, rope_parameters=YARN)),
+    "llama dynamic": (
+        "LlamaForCausalLM",
+        dict(SIZES, rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=3.0)),
     ),
 }
 ONE_OF_EACH_FAMILY = [
@@ -347,6 +425,23 @@ def test_heads_that_share_keys_are_as_if_keys_were_repeated() -> None:
             high_freq_factor=4.0,
             original_max_position_embeddings=8192,
         ),
+        dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0),
+        dict(
+            rope_type="yarn",
+            rope_theta=1000000.0,
+            factor=4.0,
+            original_max_position_embeddings=32768,
+        ),
+        dict(
+            rope_type="yarn",
+            rope_theta=10000.0,
+            factor=40.0,
+            mscale=1.0,
+            mscale_all_dim=0.8,
+            truncate=False,
+            original_max_position_embeddings=4096,
+        ),
+        dict(rope_type="proportional", rope_theta=1000000.0, partial_rotary_factor=0.25),
     ],
 )
 def test_rotary_angles_of_the_size_of_real_models(rope: dict | None) -> None:
@@ -355,20 +450,19 @@ def test_rotary_angles_of_the_size_of_real_models(rope: dict | None) -> None:
         num_hidden_layers=1, head_dim=128, max_position_embeddings=131072, rope_parameters=rope
     )
     rotary = LlamaRotaryEmbedding(config)
-    np.testing.assert_allclose(
-        Rotary.of(config).frequencies(), rotary.inv_freq.numpy(), rtol=1e-6, atol=0
-    )
+    partial = rope is not None and "partial_rotary_factor" in rope
+    ours = Rotary.of(config, partial=partial)
+    np.testing.assert_allclose(ours.speeds, rotary.inv_freq.numpy(), rtol=1e-6, atol=1e-12)
     cosine, sine = rotary(torch.zeros(1), torch.arange(2000)[None])
     expected = torch.stack([cosine[0, :, :64], sine[0, :, :64]])
-    np.testing.assert_allclose(Rotary.of(config).table(2000), expected.numpy(), atol=2e-3)
+    np.testing.assert_allclose(ours.table(2000), expected.numpy(), atol=2e-3)
 
 
 @pytest.mark.parametrize(
     "rope",
     [
-        dict(rope_type="yarn", rope_theta=1e4, factor=2.0),
-        dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
-        dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4),
+        dict(rope_type="spiral", rope_theta=1e4, factor=2.0),
+        dict(rope_type="mrope", rope_theta=1e4, factor=2.0),
     ],
 )
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
@@ -391,6 +485,13 @@ def test_other_kinds_of_rope_are_refused(family: str, rope: dict) -> None:
             "attention is bidirectional",
         ),
         (transformers.Qwen2Config(**SIZES, is_causal=False), "attention is bidirectional"),
+        (
+            transformers.LlamaConfig(
+                **SIZES, rope_parameters=dict(LONGROPE, partial_rotary_factor=0.5)
+            ),
+            "partial_rotary_factor is 0.5; the heads of a llama rotate whole",
+        ),
+        (transformers.StableLmConfig(**SIZES, qk_layernorm=True), "qk_layernorm is true"),
         (
             transformers.Qwen3Config(
                 **SIZES, layer_types=["full_attention"] * 2 + ["chunked_attention"]

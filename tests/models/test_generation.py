@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import materialize, mix
 from adamerge_jax.models import family_of
 from adamerge_jax.models.generation import Generate, make_greedy
@@ -26,6 +27,8 @@ CASES = (
     # Random models with tied embeddings repeat themselves.
     "gemma2 no caps, biases, untied",
     "gemma3 global rope scaled, cap, untied",
+    "phi3 turns in part, long texts",
+    "cohere biases, untied",
 )
 
 
@@ -56,6 +59,13 @@ def test_continuations(case: str, tmp_path: Path) -> None:
         written = generate(parameters, *batch.values(), nothing, new_tokens=NEW_TOKENS)
         np.testing.assert_array_equal(written.tokens, expected)
         assert written.lengths.tolist() == [NEW_TOKENS] * 3
+
+
+def test_texts_that_outgrow_the_short_rotation_are_refused(tmp_path: Path) -> None:
+    generate, parameters = greedy_of(make("phi3 turns in part, short texts"), tmp_path)
+    batch = padded_batch("left")
+    with pytest.raises(InputError, match="a prompt of 14 tokens is to grow to 41"):
+        generate(parameters, *batch.values(), np.zeros(0, np.int32), new_tokens=27)
 
 
 def test_tokens_that_stop(tmp_path: Path) -> None:

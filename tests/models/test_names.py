@@ -63,6 +63,14 @@ def test_classifiers_have_the_names_of_their_files(
         ("Qwen3ForCausalLM", dict(head_dim=6)),
         ("Gemma2ForCausalLM", dict(head_dim=6)),
         ("Gemma3ForCausalLM", dict(head_dim=6, attention_bias=True)),
+        ("SmolLM3ForCausalLM", {}),
+        ("Olmo2ForCausalLM", {}),
+        ("Phi3ForCausalLM", {}),
+        ("GraniteForCausalLM", {}),
+        ("CohereForCausalLM", dict(use_qk_norm=True)),
+        ("Cohere2ForCausalLM", {}),
+        ("StableLmForCausalLM", dict(use_parallel_residual=True)),
+        ("Starcoder2ForCausalLM", {}),
     ],
 )
 def test_decoders_have_the_names_of_their_files(
