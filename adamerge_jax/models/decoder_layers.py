@@ -243,8 +243,15 @@ def window_bias(
 class GatedMLP(nnx.Module):
     """`down(activation(gate(x)) * up(x))` (Shazeer, 2020)."""
 
-    def __init__(self, config: Config, activation: str, *, bias: bool = False):
-        width, intermediate = config.hidden_size, config.intermediate_size
+    def __init__(
+        self,
+        config: Config,
+        activation: str,
+        *,
+        bias: bool = False,
+        intermediate: int | None = None,
+    ):
+        width, intermediate = config.hidden_size, intermediate or config.intermediate_size
         self.gate_proj = Linear(width, intermediate, bias=bias)
         self.up_proj = Linear(width, intermediate, bias=bias)
         self.down_proj = Linear(intermediate, width, bias=bias)

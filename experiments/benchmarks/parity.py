@@ -34,6 +34,7 @@ IMAGES = dict(image_size=32, patch_size=8, num_labels=5, **SIZES)
 
 DECODER = dict(TEXT, num_key_value_heads=2, pad_token_id=1)
 WINDOW = dict(sliding_window=16)
+EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
 LLAMA3_ROPE = dict(
     rope_type="llama3",
     rope_theta=10000.0,
@@ -202,6 +203,13 @@ def main() -> None:
             DECODER | WINDOW | dict(head_dim=24, sliding_window_pattern=2),
             *decoder,
         ),
+        (transformers.Qwen3MoeForCausalLM, DECODER | EXPERTS, *decoder),
+        (
+            transformers.Qwen2MoeForCausalLM,
+            DECODER | EXPERTS | dict(shared_expert_intermediate_size=96),
+            *decoder,
+        ),
+        (transformers.OlmoeForCausalLM, DECODER | EXPERTS, *decoder),
         (transformers.SmolLM3ForCausalLM, DECODER, *decoder),
         (transformers.Olmo2ForCausalLM, DECODER, *decoder),
         (transformers.Phi3ForCausalLM, DECODER | WINDOW, *decoder),

@@ -61,6 +61,7 @@ LONGROPE = dict(
     long_factor=[1.5, 3.0, 5.0],
     partial_rotary_factor=0.75,
 )
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
 YARN = dict(
     rope_type="yarn",
     rope_theta=500.0,
@@ -167,13 +168,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", dict(SIZES, sliding_window=4)),
     "phi3 turns in part, short texts": (
         "Phi3ForCausalLM",
-        dict(SIZES, rope_parameters=LONGROPE | dict(original_max_position_embeddings=40)),
+        dict(SIZES, rope_parameters=LONGROPE, original_max_position_embeddings=40),
     ),
     "phi3 turns in part, long texts": (
         "Phi3ForCausalLM",
         dict(
             SIZES,
-            rope_parameters=LONGROPE | dict(original_max_position_embeddings=8),
+            rope_parameters=LONGROPE,
+            original_max_position_embeddings=8,
             tie_word_embeddings=True,
         ),
     ),
@@ -209,6 +211,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Starcoder2ForCausalLM",
         dict(SIZES, use_bias=False, sliding_window=None, tie_word_embeddings=False),
     ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", dict(SIZES, **EXPERTS, norm_topk_prob=True, head_dim=10)),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        dict(SIZES, **EXPERTS, shared_expert_intermediate_size=28),
+    ),
+    "olmoe": ("OlmoeForCausalLM", dict(SIZES, **EXPERTS, norm_topk_prob=True)),
     "llama yarn": ("LlamaForCausalLM", dict(SIZES, rope_parameters=YARN)),
     "llama dynamic": (
         "LlamaForCausalLM",
