@@ -110,7 +110,9 @@ def open_models(
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     try:
         with in_hand(recipe.base.path):
-            if to_run or is_known(base.config):
+            if is_known(base.config):
+                family = family_of(base.config)
+            elif to_run:
                 family = family_of(base.config, _architecture(recipe, base, root))
             else:
                 family = any_model(base, _whole_experts(recipe, root))
