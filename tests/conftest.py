@@ -37,6 +37,15 @@ hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("tests")
 
 
+# Modules that start processes, most of a minute each.
+_LONG = {"test_devices", "test_imports"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts with the longest modules: at the end one worker would wait for the other's."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
