@@ -12,9 +12,9 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -27,10 +27,9 @@ LAMBDA = 0.4
 
 def mixture() -> PreTrainedModel:
     """Returns a mixture of experts, its layers' experts numbered like the layers."""
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=32)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
-    experts = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts))
+    sizes = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=2, vocab_size=32)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    return PhimoeForCausalLM(PhimoeConfig(**sizes, **heads, num_local_experts=2))
 
 
 def convolutions() -> PreTrainedModel:
@@ -124,7 +123,7 @@ def test_what_an_expert_lacks_is_as_in_the_base_and_said(tmp_path, capsys):
         save(model, tmp_path / task, seed)
     file = tmp_path / "cat" / "model.safetensors"
     tensors = load_file(file)
-    lacking = "model.layers.1.mlp.gate.weight"
+    lacking = "model.layers.1.block_sparse_moe.gate.weight"
     del tensors[lacking]
     save_file(tensors, file, metadata={"format": "pt"})
     merged = merge(tmp_path)
