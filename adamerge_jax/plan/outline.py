@@ -202,8 +202,9 @@ class Outline:
         hidden_states = self.outputs(examples, length).hidden_states
         targets = jax.eval_shape(compute_targets, logits, hidden_states)
         positions = logits.shape[:-1]
-        source = self.recipe.tasks[task].calibration
-        if len(positions) == 2 or (source is not None and source.label is not None):
+        if len(positions) == 2 or (
+            (source := self.recipe.tasks[task].calibration) is not None and source.label is not None
+        ):
             targets = targets._replace(labels=Abstract(positions, np.int32))
         if spec.cross_task:
             others = (examples, len(self.recipe.tasks) - 1)

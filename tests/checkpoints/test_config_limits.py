@@ -161,7 +161,7 @@ def test_fields_that_contradict_each_other(tmp_path, kind, changes, match):
         ("roberta", "pad_token_id", -1, "pad_token_id is -1"),
         ("roberta", "pad_token_id", 511, "pad_token_id is 511"),
         ("bert", "is_decoder", True, "is_decoder is true"),
-        ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn'"),
+        ("llama", "rope_scaling", {"rope_type": "spiral", "factor": 4.0}, "rope_type 'spiral'"),
         ("llama", "rope_scaling", {"rope_type": "linear"}, "factor"),
         ("llama", "partial_rotary_factor", 0.5, "partial_rotary_factor"),
         ("qwen2", "layer_types", ["full_attention", "chunked_attention"], "chunked_attention"),
