@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.numpy import load_file
 from torch.func import functional_call
 from transformers import (
     AutoModelForSequenceClassification,
@@ -25,9 +26,10 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
 from adamerge_jax.models.bridge import torch_in_jax
 from adamerge_jax.pipeline.learn import learn_coefficients
-from adamerge_jax.pipeline.run import learn
+from adamerge_jax.pipeline.run import fold_file, learn
 from adamerge_jax.pipeline.workspace import _image_shape
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.runs.files import COEFFICIENTS_FILE
 from tests.models.bridge.tiny import TEXT_CONFIGS
 from tests.references import (
     bert_tokenizer,
@@ -139,6 +141,16 @@ def test_a_run_exports_what_transformers_loads(fields, tmp_path):
         )
         assert not report["missing_keys"] and not report["unexpected_keys"]
         assert model.config.num_labels == classes
+    # Folding takes no forward: it knows the model by the names of its tensors alone.
+    file, again = run.folder / COEFFICIENTS_FILE, tmp_path / "again"
+    fold_file(file, recipe, root=Path("/"), out=again, console=console)
+    written = sorted((run.folder / "checkpoint").rglob("*.safetensors"))
+    assert len(written) > len(CLASSES)
+    for weights in written:
+        learned = load_file(weights)
+        folded = load_file(again / "checkpoint" / weights.relative_to(run.folder / "checkpoint"))
+        assert learned.keys() == folded.keys()  # in the order of the base's file
+        assert all(np.array_equal(learned[name], folded[name]) for name in learned)
 
 
 def test_an_operation_without_a_counterpart_is_named(monkeypatch, fields):
