@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -93,8 +93,6 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         if info.dtype in PARAMETER_DTYPES and name not in heads:
             infos[name] = info
     table = _tied_table(base.config, infos)
-    if table is not None:
-        infos.pop(OUTPUT_LAYER, None)
     lacking = _prefix(experts[0].tensors, base.tensors) if experts else ""
     integers = {
         name
@@ -102,7 +100,7 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         for name, info in expert.tensors.items()
         if info.dtype not in PARAMETER_DTYPES
     }
-    is_writer = any(map(_WRITING.search, _classes(experts[0] if experts else base)))
+    is_writer = any(map(_WRITING.search, classes_of(experts[0] if experts else base)))
     return AnyModel(
         backbone=_not_made,
         head=_not_made,
@@ -127,7 +125,7 @@ def head_shapes(expert: Checkpoint) -> dict[str, tuple[int, ...]]:
     They are those outside of the module with most tensors, in a class of models whose head belongs
     to its task.
     """
-    if not any(map(_WITH_OWN_HEAD.search, _classes(expert))):
+    if not any(map(_WITH_OWN_HEAD.search, classes_of(expert))):
         return {}
     modules = Counter(name.partition(".")[0] for name in expert.tensors)
     backbone = modules.most_common(1)[0][0]
@@ -142,7 +140,7 @@ def _not_made(*arguments: Any) -> NoReturn:
     raise NotImplementedError("a model of any architecture has no module")
 
 
-def _classes(checkpoint: Checkpoint) -> list[str]:
+def classes_of(checkpoint: Checkpoint) -> list[str]:
     """Returns the names of the model's classes in its config.json."""
     classes = checkpoint.config_fields.get("architectures")
     return [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
@@ -162,10 +160,13 @@ def _prefix(without: Collection[str], names: Collection[str]) -> str:
     return prefixes.most_common(1)[0][0] if prefixes else ""
 
 
-def _tied_table(config: Config, names: Iterable[str]) -> str | None:
-    """Returns the one embedding table that the config says is the output layer too."""
+def _tied_table(config: Config, names: Collection[str]) -> str | None:
+    """Returns the one embedding table that is the output layer too.
+
+    That is so where the config says it and the base's file has no output layer.
+    """
     tables = [name for name in names if matches(name, TOKEN_EMBEDDINGS) and name != OUTPUT_LAYER]
-    is_tied = getattr(config, "tie_word_embeddings", False)
+    is_tied = getattr(config, "tie_word_embeddings", False) and OUTPUT_LAYER not in names
     return tables[0] if is_tied and len(tables) == 1 else None
 
 

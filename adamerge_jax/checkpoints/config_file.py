@@ -16,6 +16,7 @@ from adamerge_jax.checkpoints.config_limits import (
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.files.json_object import read_object
+from adamerge_jax.models import ARCHITECTURES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,7 +62,9 @@ def config_of(folder: Path, fields: Fields, tensors: Mapping[str, TensorInfo]) -
             f"{file} must name its model_type, and no configuration_files; save the config again "
             "with config.save_pretrained(folder)"
         )
-    require_possible(fields, str(file), tensors)
+    # Of others the fields may mean something else: heads a stage, no types of tokens.
+    has_family = fields["model_type"] in ARCHITECTURES
+    require_possible(fields, str(file), tensors, usual=has_family)
     from transformers import AutoConfig, PretrainedConfig
 
     require_plain(fields, str(file), PretrainedConfig)
@@ -72,7 +75,8 @@ def config_of(folder: Path, fields: Fields, tensors: Mapping[str, TensorInfo]) -
         raise InputError(
             f"{file} is not a configuration that transformers knows: {in_one_line(error)}"
         ) from error
-    require_consistent(config, str(file))
+    if has_family:
+        require_consistent(config, str(file))
     if any(name.startswith("AutoModel") for name in fields.get("auto_map") or ()):
         log.warning(
             "%s names code of its own (auto_map), which is never run: it is read as a %r of "

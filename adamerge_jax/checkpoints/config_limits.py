@@ -84,7 +84,11 @@ _USUAL_LAYERS, _USUAL_CLASSES = 2**10, 2**16
 
 
 def require_possible(
-    fields: Mapping[str, Any], where: str, tensors: Mapping[str, TensorInfo]
+    fields: Mapping[str, Any],
+    where: str,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    usual: bool = True,
 ) -> None:
     """Refuses fields of a config that no model can have.
 
@@ -93,6 +97,8 @@ def require_possible(
         where: The file, for messages.
         tensors: The tensors of the checkpoint: many layers need as many tensors, and many classes
             a tensor with as many rows.
+        usual: If False, the model is of an architecture without a family here, in which a count may
+            be 0, or a list with one for each stage.
 
     Raises:
         InputError: With the first such field, its value, and the values that are possible.
@@ -102,6 +108,8 @@ def require_possible(
         if value is None:
             continue  # a default, or nothing of the kind
         field = name.rpartition(".")[2]
+        if not usual and _is_unusual(field, value):
+            continue
         if expected := _expected(field, value):
             raise InputError(f"{where}: {name} is {_shown(value)}; expected {expected}")
         excess = None
@@ -222,6 +230,16 @@ def _expected(field: str, value: Any) -> str | None:
         are_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
         return None if are_names else "a list of texts"
     return None
+
+
+def _is_unusual(field: str, value: Any) -> bool:
+    """Returns True for the values of fields that only other architectures have."""
+    counts = value if isinstance(value, list) else [value]
+    if field in _SWITCHES and isinstance(value, list):
+        return all(isinstance(switch, bool) for switch in value)
+    if field in (*_COUNTS, *_SIDES) and value != [] and (isinstance(value, list) or value == 0):
+        return all(count == 0 or _is_count(count) for count in counts if count is not None)
+    return False
 
 
 def _is_count(value: Any) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adamerge_jax.checkpoints.any_model import AnyModel, any_model, head_shapes
+from adamerge_jax.checkpoints.any_model import AnyModel, any_model, classes_of, head_shapes
 from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.config_file import read_config_file
 from adamerge_jax.checkpoints.hub import locate
@@ -110,12 +110,12 @@ def open_models(
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     try:
         with in_hand(recipe.base.path):
-            if is_known(base.config):
+            if not to_run:
+                family = _family_to_fold(base, _whole_experts(recipe, root))
+            elif is_known(base.config):
                 family = family_of(base.config)
-            elif to_run:
-                family = family_of(base.config, _architecture(recipe, base, root))
             else:
-                family = any_model(base, _whole_experts(recipe, root))
+                family = family_of(base.config, _architecture(recipe, base, root))
             network = family.build_backbone(base.config)
     except InputError as error:
         raise InputError(f"base ({base.source}): {error}") from error
@@ -215,6 +215,30 @@ def _architecture(recipe: Recipe, base: Checkpoint, root: Path) -> str | None:
     if isinstance(classes, list) and classes and isinstance(classes[0], str):
         return classes[0]
     return None
+
+
+def _family_to_fold(base: Checkpoint, experts: Sequence[Checkpoint]) -> Family:
+    """Returns the family of models that are not run: that of any model where none here fits."""
+    if is_known(base.config):
+        family = family_of(base.config)
+        if all(_is_class_of(family, classes_of(expert)) for expert in experts):
+            try:
+                family.build_backbone(base.config)
+            except InputError as error:  # a feature that only running needs
+                log.debug(f"{base.source} is merged by the names of its tensors: {error}")
+            else:
+                return family
+    return any_model(base, experts)
+
+
+def _is_class_of(family: Family, classes: Sequence[str]) -> bool:
+    """Returns True if one of a model's classes has the head that a family knows."""
+    if family.auto_class is None or not classes:
+        return True
+    head = family.auto_class.removeprefix("AutoModel")
+    if head == "ForSeq2SeqLM":
+        head = "ForConditionalGeneration"
+    return any(name.endswith(head) for name in classes)
 
 
 def _whole_experts(recipe: Recipe, root: Path) -> list[Checkpoint]:

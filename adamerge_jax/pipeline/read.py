@@ -294,7 +294,8 @@ def read_entries(
     shape = models.base.shape(tensors[0])
     dtype = dtype or models.base.dtype(tensors[0])
     values = _allocate((*layers, len(experts)), shape, dtype, memory)
-    rows = values if layers else [values]
+    # Not by iterating, which makes numbers of a stack of single values.
+    rows = [values[layer, ...] for layer in range(len(tensors))] if layers else [values]
     fill = _may_differ if isinstance(memory, AbstractMemory) else _fill_entries
     changed = [
         tensor
@@ -342,7 +343,8 @@ def _fill_entries(
     is_kept = tensor in models.kept_from_base
     base = None if is_kept else models.base.read(tensor).astype(np.float32)
     changed = False
-    for row, expert in zip(out, experts, strict=True):
+    for position, expert in enumerate(experts):
+        row = out[position, ...]
         skipped = expert.has_factors(tensor) and not with_factors
         if is_kept or skipped or not expert.changes(tensor):
             row[...] = 0

@@ -262,3 +262,16 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path, caplog):
     Checkpoint.open(folder)
     assert not (tmp_path / "ran").exists()
     assert "names code of its own (auto_map), which is never run" in caplog.text
+
+
+def test_counts_of_other_architectures_may_be_lists_or_zero():
+    fields = {"num_heads": [1, 3, 6], "type_vocab_size": 0, "qkv_bias": [True, False]}
+    require_possible(fields, "config.json", {}, usual=False)
+    for wrong in (
+        {"num_heads": [1, "x"]},
+        {"num_heads": []},
+        {"qkv_bias": [1]},
+        {"vocab_size": -1},
+    ):
+        with pytest.raises(InputError, match="expected"):
+            require_possible(wrong, "config.json", {}, usual=False)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
@@ -26,10 +28,18 @@ LAMBDA = 0.4
 
 
 def mixture() -> PreTrainedModel:
-    """Returns a mixture of experts, its layers' experts numbered like the layers."""
+    """Returns a mixture of experts, numbered like the layers, with a parameter of one value."""
     sizes = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=2, vocab_size=32)
     heads = dict(num_attention_heads=2, num_key_value_heads=1)
-    return PhimoeForCausalLM(PhimoeConfig(**sizes, **heads, num_local_experts=2))
+    model = PhimoeForCausalLM(PhimoeConfig(**sizes, **heads, num_local_experts=2))
+    model.model.temperature = torch.nn.Parameter(torch.tensor(1.5))
+    return model
+
+
+def masked_language_model() -> PreTrainedModel:
+    """Returns a model whose type has a family here that does not know its head."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=32)
+    return BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2))
 
 
 def convolutions() -> PreTrainedModel:
@@ -70,7 +80,7 @@ def require_sum(merged: torch.Tensor, base: torch.Tensor, *experts: torch.Tensor
     np.testing.assert_allclose(merged.double(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [mixture, convolutions])
+@pytest.mark.parametrize("make", [mixture, masked_language_model, convolutions])
 def test_every_tensor_is_merged_or_as_in_the_base(make, tmp_path, capsys):
     model = make()
     base = save(model, tmp_path / "base")
