@@ -78,7 +78,7 @@ class AnyModel(Family):
 def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
     """Returns the architecture of a base and its experts, of which only headers are read.
 
-    All floating tensors of the base are parameters, but for heads. A name's first number is that of
+    All floating tensors of the base that have values are parameters, but for heads. A name's first number is that of
     its layer; layers are stacked where all of them have the tensor in one shape.
 
     Args:
@@ -90,15 +90,15 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
     infos = {}
     for in_file, info in base.tensors.items():
         name = prefix + current_name(in_file)
-        if info.dtype in PARAMETER_DTYPES and name not in heads:
+        if _has_values(info) and name not in heads:
             infos[name] = info
     table = _tied_table(base.config, infos)
     lacking = _prefix(experts[0].tensors, base.tensors) if experts else ""
-    integers = {
+    others = {
         name
         for expert in experts
         for name, info in expert.tensors.items()
-        if info.dtype not in PARAMETER_DTYPES
+        if info.dtype not in PARAMETER_DTYPES or _is_empty(base.tensors.get(name))
     }
     is_writer = any(map(_WRITING.search, classes_of(experts[0] if experts else base)))
     return AnyModel(
@@ -112,7 +112,7 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         last_layer=None,
         base_only=("*",),
         ignored=lambda config: () if table is None else (OUTPUT_LAYER,),
-        ignored_in_experts=tuple(map(_literal, sorted(integers))),
+        ignored_in_experts=tuple(map(_literal, sorted(others))),
         language=is_writer,
         shapes=_stacked(infos),
         table=table,
@@ -134,6 +134,16 @@ def head_shapes(expert: Checkpoint) -> dict[str, tuple[int, ...]]:
         for name, info in expert.tensors.items()
         if name.partition(".")[0] != backbone and info.dtype in PARAMETER_DTYPES
     }
+
+
+def _has_values(info: TensorInfo) -> bool:
+    """Returns True for a tensor of numbers that can be merged."""
+    return info.dtype in PARAMETER_DTYPES and not _is_empty(info)
+
+
+def _is_empty(info: TensorInfo | None) -> bool:
+    """Returns True for a tensor without values, such as that of no register tokens."""
+    return info is not None and 0 in info.shape
 
 
 def _not_made(*arguments: Any) -> NoReturn:

@@ -112,4 +112,4 @@ def _without_legacy_type(value: Any) -> Any:
 def _parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
     """Returns the config and those of its parts (text, vision, ...), by their model type."""
     parts = [getattr(config, name) for name in config.sub_configs]
-    return {part.model_type: part for part in [config, *parts]}
+    return {part.model_type: part for part in [config, *parts] if part is not None}
