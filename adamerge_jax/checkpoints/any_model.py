@@ -78,8 +78,8 @@ class AnyModel(Family):
 def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
     """Returns the architecture of a base and its experts, of which only headers are read.
 
-    All floating tensors of the base that have values are parameters, but for heads. A name's first number is that of
-    its layer; layers are stacked where all of them have the tensor in one shape.
+    All floating tensors of the base that have values are parameters, but for heads. A name's first
+    number is that of its layer; layers are stacked where all of them have the tensor in one shape.
 
     Args:
         base: The base.
