@@ -4,7 +4,7 @@ The peak of host memory is the result plus one tensor of one expert: no expert i
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -294,8 +294,7 @@ def read_entries(
     shape = models.base.shape(tensors[0])
     dtype = dtype or models.base.dtype(tensors[0])
     values = _allocate((*layers, len(experts)), shape, dtype, memory)
-    # Not by iterating, which makes numbers of a stack of single values.
-    rows = [values[layer, ...] for layer in range(len(tensors))] if layers else [values]
+    rows = _rows(values) if layers else [values]
     fill = _may_differ if isinstance(memory, AbstractMemory) else _fill_entries
     changed = [
         tensor
@@ -303,6 +302,16 @@ def read_entries(
         if fill(models, tensor, experts, row, factors)
     ]
     return values, changed
+
+
+def _rows(entries: Entries) -> Iterable[Entries]:
+    """Returns the parts along the first axis, each of which can be written to.
+
+    Iterating over a NumPy array of single values makes numbers, not parts of it.
+    """
+    if isinstance(entries, np.ndarray):
+        return [entries[row, ...] for row in range(len(entries))]
+    return entries
 
 
 def _allocate(
@@ -343,8 +352,7 @@ def _fill_entries(
     is_kept = tensor in models.kept_from_base
     base = None if is_kept else models.base.read(tensor).astype(np.float32)
     changed = False
-    for position, expert in enumerate(experts):
-        row = out[position, ...]
+    for row, expert in zip(_rows(out), experts, strict=True):
         skipped = expert.has_factors(tensor) and not with_factors
         if is_kept or skipped or not expert.changes(tensor):
             row[...] = 0
