@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from adamerge_jax.checkpoints.config_file import classes_of
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import PARAMETER_DTYPES, TOKEN_EMBEDDINGS, current_name
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
@@ -100,7 +101,8 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         for name, info in expert.tensors.items()
         if info.dtype not in PARAMETER_DTYPES or _is_empty(base.tensors.get(name))
     }
-    is_writer = any(map(_WRITING.search, classes_of(experts[0] if experts else base)))
+    first = experts[0] if experts else base
+    is_writer = any(map(_WRITING.search, classes_of(first.config_fields)))
     return AnyModel(
         backbone=_not_made,
         head=_not_made,
@@ -125,7 +127,7 @@ def head_shapes(expert: Checkpoint) -> dict[str, tuple[int, ...]]:
     They are those outside of the module with most tensors, in a class of models whose head belongs
     to its task.
     """
-    if not any(map(_WITH_OWN_HEAD.search, classes_of(expert))):
+    if not any(map(_WITH_OWN_HEAD.search, classes_of(expert.config_fields))):
         return {}
     modules = Counter(name.partition(".")[0] for name in expert.tensors)
     backbone = modules.most_common(1)[0][0]
@@ -148,12 +150,6 @@ def _is_empty(info: TensorInfo | None) -> bool:
 
 def _not_made(*arguments: Any) -> NoReturn:
     raise NotImplementedError("a model of any architecture has no module")
-
-
-def classes_of(checkpoint: Checkpoint) -> list[str]:
-    """Returns the names of the model's classes in its config.json."""
-    classes = checkpoint.config_fields.get("architectures")
-    return [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
 
 
 def _prefix(without: Collection[str], names: Collection[str]) -> str:

@@ -43,6 +43,12 @@ def read_config_file(folder: Path) -> Fields:
     return read_object(file)
 
 
+def classes_of(fields: Fields) -> list[str]:
+    """Returns the names of the model's classes, such as `BertForMaskedLM`; none where none are."""
+    classes = fields.get("architectures")
+    return [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+
+
 def config_of(folder: Path, fields: Fields, tensors: Mapping[str, TensorInfo]) -> PretrainedConfig:
     """Returns the config of a checkpoint, whose fields are checked before anything is made by them.
 

@@ -32,6 +32,13 @@ class Invocation(NamedTuple):
     root: Path
     console: Console
 
+    def print_places(self, lines: str) -> None:
+        """Prints where results are; the first of several processes alone does."""
+        from adamerge_jax.devices import is_first_process
+
+        if is_first_process():
+            self.console.print(lines, highlight=False, soft_wrap=True)
+
 
 @dataclasses.dataclass(kw_only=True)
 class Command:
@@ -96,7 +103,6 @@ class Learn(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Learns, exports, and says where the results are."""
-        from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.run import learn
         from adamerge_jax.runs.files import COEFFICIENTS_FILE, HEAT_MAP_FILE, PAGE_FILE
@@ -105,16 +111,12 @@ class Learn(RecipeCommand):
         result = learn(
             call.recipe, root=call.root, out=out, console=call.console, resume=self.resume
         )
-        if not is_first_process():
-            return
-        call.console.print(
+        call.print_places(
             f"merged checkpoint {out / CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / COEFFICIENTS_FILE} (after "
             f"{result.coefficients.step} steps, chosen by the held-out objective alone)\n"
             f"heat map          {out / HEAT_MAP_FILE}\n"
-            f"report            {out / PAGE_FILE}{_adapter_line(call, out)}",
-            highlight=False,
-            soft_wrap=True,
+            f"report            {out / PAGE_FILE}{_adapter_line(call, out)}"
         )
 
 
@@ -138,7 +140,6 @@ class Search(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Searches, exports, and says where the results are."""
-        from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.run_search import ScoreCommand, search
         from adamerge_jax.runs.files import COEFFICIENTS_FILE, EVALUATIONS_FILE, PAGE_FILE
@@ -158,16 +159,12 @@ class Search(RecipeCommand):
             command=command,
             resume=self.resume,
         )
-        if not is_first_process():
-            return
-        call.console.print(
+        call.print_places(
             f"merged checkpoint {out / CHECKPOINT_FOLDER}\n"
             f"coefficients      {out / COEFFICIENTS_FILE} (of evaluation "
             f"{result.coefficients.step}, chosen by its score)\n"
             f"evaluations       {out / EVALUATIONS_FILE}\n"
-            f"report            {out / PAGE_FILE}{_adapter_line(call, out)}",
-            highlight=False,
-            soft_wrap=True,
+            f"report            {out / PAGE_FILE}{_adapter_line(call, out)}"
         )
 
 
@@ -186,7 +183,6 @@ class Front(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Finds the front, and says where it is and how to fold a point."""
-        from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.run_front import front
         from adamerge_jax.runs.files import FRONT_FILE, FRONT_FOLDER, FRONT_PICTURE_FILE, PAGE_FILE
 
@@ -194,18 +190,14 @@ class Front(RecipeCommand):
         found = front(
             call.recipe, root=call.root, out=out, console=call.console, resume=self.resume
         ).front
-        if not is_first_process():
-            return
         best = out / FRONT_FOLDER / found.points[found.best].file
-        call.console.print(
+        call.print_places(
             f"front             {out / FRONT_FILE}, {len(found.points)} points\n"
             f"picture           {out / FRONT_PICTURE_FILE}\n"
             f"coefficients      {out / FRONT_FOLDER}/01.safetensors and so on; best on average "
             f"{best.name}\n"
             f"report            {out / PAGE_FILE}\n"
-            f"fold a point with: adamerge fold {self.recipe_file} {best} --out MERGED",
-            highlight=False,
-            soft_wrap=True,
+            f"fold a point with: adamerge fold {self.recipe_file} {best} --out MERGED"
         )
 
 
@@ -275,7 +267,6 @@ class Merge(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Exports the merge, and says where it is."""
-        from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.run import merge
         from adamerge_jax.registry import allow_code
@@ -291,13 +282,10 @@ class Merge(RecipeCommand):
             out=self.out,
             console=call.console,
         )
-        if is_first_process():
-            call.console.print(
-                f"merged checkpoint {self.out / CHECKPOINT_FOLDER}\n"
-                f"coefficients      {self.out / COEFFICIENTS_FILE} (to fold it again)",
-                highlight=False,
-                soft_wrap=True,
-            )
+        call.print_places(
+            f"merged checkpoint {self.out / CHECKPOINT_FOLDER}\n"
+            f"coefficients      {self.out / COEFFICIENTS_FILE} (to fold it again)"
+        )
 
 
 @dataclasses.dataclass(kw_only=True)

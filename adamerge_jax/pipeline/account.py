@@ -1,6 +1,6 @@
 """The account of a merge: what becomes of every tensor of the base."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -10,13 +10,15 @@ NAMED = 3
 """Tensors, at most, that a line names."""
 
 
-def account(models: Models, merged: Collection[str]) -> list[str]:
+def account(models: Models, mixed: Iterable[str]) -> list[str]:
     """Returns lines that together speak of all tensors of the base's files.
 
     Args:
         models: The base and its experts.
-        merged: The names without `*` of the merged tensors.
+        mixed: The names without `*` of the tensors that coefficients mix; those that
+            `keep_from_base` keeps may be among them.
     """
+    merged = set(mixed) - models.kept_from_base
     base, in_files = models.base, models.base.checkpoint.tensors
     size = sum(int(np.prod(base.shape(name))) for name in merged)
     lines = [f"{len(merged)} of {len(in_files)} tensors merged ({size / 1e6:.1f} M parameters)"]

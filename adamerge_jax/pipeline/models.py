@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adamerge_jax.checkpoints.any_model import AnyModel, any_model, classes_of, head_shapes
+from adamerge_jax.checkpoints.any_model import AnyModel, any_model, head_shapes
 from adamerge_jax.checkpoints.architecture import require_same_architecture
-from adamerge_jax.checkpoints.config_file import read_config_file
+from adamerge_jax.checkpoints.config_file import classes_of, read_config_file
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import (
@@ -108,10 +108,12 @@ def open_models(
     """
     with in_hand(recipe.base.path), _explain_errors("base", root):
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
+    whole_experts: dict[str, Checkpoint] = {}
     try:
         with in_hand(recipe.base.path):
             if not to_run:
-                family = _family_to_fold(base, _whole_experts(recipe, root))
+                whole_experts = _whole_experts(recipe, root)
+                family = _family_to_fold(base, list(whole_experts.values()))
             elif is_known(base.config):
                 family = family_of(base.config)
             else:
@@ -137,6 +139,7 @@ def open_models(
                 base_match,
                 task_recipe.expert,
                 root,
+                opened=whole_experts.get(task),
                 base_source=recipe.base,
                 role=f"expert {task!r}",
                 read_weights=read_weights,
@@ -211,17 +214,14 @@ def _architecture(recipe: Recipe, base: Checkpoint, root: Path) -> str | None:
     with in_hand(expert.path), _explain_errors(f"expert {task!r}", root):
         folder = locate(resolve(expert.path, root), revision=expert.revision)
         fields = base.config_fields if is_adapter(folder) else read_config_file(folder)
-    classes = fields.get("architectures")
-    if isinstance(classes, list) and classes and isinstance(classes[0], str):
-        return classes[0]
-    return None
+    return next(iter(classes_of(fields)), None)
 
 
 def _family_to_fold(base: Checkpoint, experts: Sequence[Checkpoint]) -> Family:
     """Returns the family of models that are not run: that of any model where none here fits."""
     if is_known(base.config):
         family = family_of(base.config)
-        if all(_is_class_of(family, classes_of(expert)) for expert in experts):
+        if all(_is_class_of(family, classes_of(expert.config_fields)) for expert in experts):
             try:
                 family.build_backbone(base.config)
             except InputError as error:  # a feature that only running needs
@@ -241,16 +241,16 @@ def _is_class_of(family: Family, classes: Sequence[str]) -> bool:
     return any(name.endswith(head) for name in classes)
 
 
-def _whole_experts(recipe: Recipe, root: Path) -> list[Checkpoint]:
-    """Opens the experts of a recipe that are whole models."""
-    experts = []
+def _whole_experts(recipe: Recipe, root: Path) -> dict[str, Checkpoint]:
+    """Opens the experts of a recipe that are whole models, by task."""
+    experts = {}
     for task, task_recipe in recipe.tasks.items():
         source = task_recipe.expert
         with in_hand(source.path), _explain_errors(f"expert {task!r}", root):
             path = resolve(source.path, root)
             folder = locate(path, revision=source.revision)
             if not is_adapter(folder):
-                experts.append(Checkpoint.in_folder(path, folder))
+                experts[task] = Checkpoint.in_folder(path, folder)
     return experts
 
 
@@ -320,11 +320,12 @@ def _open_expert(
     source: ModelSource,
     root: Path,
     *,
+    opened: Checkpoint | None,
     base_source: ModelSource,
     role: str,
     read_weights: bool,
 ) -> Expert:
-    """Opens a whole fine-tuned model or a LoRA adapter."""
+    """Opens a whole fine-tuned model, unless it is opened already, or a LoRA adapter."""
     is_any = isinstance(family, AnyModel)
     has_classes = family.auto_class is not None and not family.language and not is_any
 
@@ -360,7 +361,7 @@ def _open_expert(
             raise _no_classes_error(role, source.path, "a head with 1 output")
         return adapter
     with _explain_errors(role, root):
-        expert = Checkpoint.in_folder(path, folder)
+        expert = opened or Checkpoint.in_folder(path, folder)
     require_same_architecture(base.checkpoint, expert, role=role)
     if has_classes:
         _require_classes(expert, role)

@@ -367,8 +367,7 @@ def _fold_file(
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
     _print_notes(notes, console)
-    lines = account(models, [n for n in coefficients.parameters if n not in models.kept_from_base])
-    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+    _print_account(models, coefficients, console)
     wait_for_all("checked")
     job = export_job(
         models,
@@ -442,8 +441,7 @@ def _merge(
     initial = fit_initial_merge(models, method, options)
     coefficients = coefficients_of_method(models, initial)
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
-    lines = account(models, merged_names(models))
-    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+    _print_account(models, coefficients, console)
     if needs_data:
         memory, in_words = make_memory(recipe.task_vectors.memory, devices), initial.in_words
         with console.status(in_words) as status:
@@ -547,7 +545,7 @@ def export_job(
             method=coefficients.of_method_alone or "",
             origins=model_origins(models, root),
             datasets=datasets,
-            account=account(models, [*coefficients.parameters]),
+            account=account(models, coefficients.parameters),
             auto_class=models.family.auto_class,
         ),
         coefficients=coefficients,
@@ -572,6 +570,11 @@ def _describe_inputs(inputs: LearningInputs, base: str) -> str:
         f"{f', {general} of these general text' if general else ''}; "
         f"{f'{ends}; ' if ends else ''}on {inputs.devices}"
     )
+
+
+def _print_account(models: Models, coefficients: Coefficients, console: Console) -> None:
+    lines = account(models, coefficients.parameters)
+    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
 
 
 def _print_notes(notes: Sequence[str], console: Console) -> None:

@@ -4,19 +4,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 from rich.console import Console
 
 from adamerge_jax.coefficients.file import BY_SCORE, Coefficients
 from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError
-from adamerge_jax.files.writing import remove_partial, write_whole
+from adamerge_jax.files.writing import remove_partial
 from adamerge_jax.pipeline.baselines import baseline_rows
 from adamerge_jax.pipeline.candidates import Candidates
 from adamerge_jax.pipeline.front import ROUNDS, FoundFront, count_samples, find_front
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
-from adamerge_jax.pipeline.run_search import describe_search, with_start
+from adamerge_jax.pipeline.run_search import begin_folder, describe_search, with_start
 from adamerge_jax.pipeline.scored import Scored
 from adamerge_jax.pipeline.scores import TaskScore, on_validation_data, task_score
 from adamerge_jax.pipeline.search import (
@@ -31,12 +30,11 @@ from adamerge_jax.report.page import write_page
 from adamerge_jax.report.results import results_tables
 from adamerge_jax.runs.counting import count_on
 from adamerge_jax.runs.evaluation_progress import show_evaluations
-from adamerge_jax.runs.evaluations import Evaluation, discard_half_line, read_evaluations
+from adamerge_jax.runs.evaluations import Evaluation, read_evaluations
 from adamerge_jax.runs.files import (
     EVALUATIONS_FILE,
     FRONT_FILE,
     FRONT_FOLDER,
-    RECIPE_FILE,
     RESULTS_FILE,
     STATE_FOLDER,
 )
@@ -126,10 +124,7 @@ def _front(
     # No process writes before all have checked.
     wait_for_all("checked")
     with by_first_process(unfinished(out, anew=not resume)):
-        if is_first_process():
-            discard_half_line(out / EVALUATIONS_FILE)
-            write_whole(out / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
-        wait_for_all("run folder made")
+        begin_folder(out, resolved)
         describe_search(record, inputs, score)
 
         def describe(evaluation: Evaluation) -> str:

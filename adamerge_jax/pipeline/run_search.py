@@ -1,8 +1,9 @@
 """The command `search`: from a recipe to the run folder of coefficients found by their score."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import yaml
@@ -133,10 +134,7 @@ def _search(
     # No process writes before all have checked.
     wait_for_all("checked")
     with by_first_process(unfinished(out, anew=not resume)):
-        if is_first_process():
-            discard_half_line(out / EVALUATIONS_FILE)
-            write_whole(out / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
-        wait_for_all("run folder made")
+        begin_folder(out, resolved)
         if log:
             console.print(f"going on after {len(log)} evaluations")
         describe_search(record, inputs, score)
@@ -209,6 +207,19 @@ def _require_same_score(record: RunRecord, words: str) -> None:
             f"the run folder has scores of another kind: {before}, and now it would be {words}; "
             "give the same --score-command, or choose another folder"
         )
+
+
+def begin_folder(out: Path, resolved: Mapping[str, Any]) -> None:
+    """Writes the recipe to a folder of scored merges, whose log may end in half a line.
+
+    Args:
+        out: The run folder.
+        resolved: The recipe's fields.
+    """
+    if is_first_process():
+        discard_half_line(out / EVALUATIONS_FILE)
+        write_whole(out / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
+    wait_for_all("run folder made")
 
 
 def describe_search(record: RunRecord, inputs: LearningInputs, score: Score) -> None:
