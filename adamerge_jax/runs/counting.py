@@ -7,14 +7,9 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
+
+from adamerge_jax.runs.bar import make_bar
 
 OnCount = Callable[[int], Any]
 """The function that is told how many are done."""
@@ -39,16 +34,8 @@ def count_on(console: Console) -> ShowCount:
 
     @contextmanager
     def show(words: str, total: int) -> Iterator[OnCount]:
-        bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
+        column = TextColumn("{task.description}", markup=False)
+        bar = make_bar(column, console=console, transient=True)
         line = bar.add_task(words, total=total)
         with bar:
             yield lambda done: bar.update(line, completed=done)

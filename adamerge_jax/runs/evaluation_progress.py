@@ -6,15 +6,9 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
 
+from adamerge_jax.runs.bar import make_bar
 from adamerge_jax.runs.evaluations import Evaluation
 
 _LINES = 10
@@ -37,15 +31,8 @@ def show_evaluations(
     Yields:
         `on_evaluation`, to be called with every evaluation that was made in this process.
     """
-    bar = Progress(
-        TextColumn("scoring merges"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[words]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
+    bar = make_bar(
+        TextColumn("scoring merges"), TextColumn("{task.fields[words]}"), console=console
     )
     line = bar.add_task("", total=total, words="")
     started, first = time.perf_counter(), 0
@@ -59,8 +46,8 @@ def show_evaluations(
             bar.update(line, completed=number, words=words)
             if console.is_terminal or (number % max(1, total // _LINES) and number != total):
                 return
-            each = (time.perf_counter() - started) / (number - first + 1)
-            left = timedelta(seconds=round(each * (total - number)))
+            seconds_each = (time.perf_counter() - started) / (number - first + 1)
+            left = timedelta(seconds=round(seconds_each * (total - number)))
             console.print(
                 f"evaluation {number}/{total}: {words}, {left} left",
                 highlight=False,

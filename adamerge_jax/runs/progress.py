@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bar
+from rich.progress import TextColumn
 from rich.text import Text
 
+from adamerge_jax.runs.bar import make_bar
 from adamerge_jax.runs.folder import ByTask, StepRecord
 
 if TYPE_CHECKING:
@@ -48,15 +42,7 @@ def show_progress(
     Yields:
         `on_step`, to be called with every step's progress.
     """
-    bar = Bar(
-        TextColumn("learning"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    bar = make_bar(TextColumn("learning"), TextColumn("{task.fields[numbers]}"))
     line = bar.add_task("learning", total=steps, numbers="compiling")
     live = Live(bar, console=console)
 
