@@ -24,6 +24,7 @@ _ARCHITECTURE_FIELDS = (
     *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     *("hidden_activation", "tie_word_embeddings", "scale_decoder_outputs", "feed_forward_proj"),
     *("relative_attention_max_distance", "num_decoder_layers", "is_decoder", "add_cross_attention"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"),
 )
 
 # The value of a field that a config lacks, where all versions of `transformers` agree on it.

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 _LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 
+_EXPERTS = ("num_experts", "num_local_experts")
+
 _COUNTS = (
     *_LAYERS,
+    *_EXPERTS,
     *("vocab_size", "type_vocab_size", "max_position_embeddings", "num_channels"),
     *("hidden_size", "intermediate_size", "projection_dim", "d_model", "d_kv", "d_ff"),
     *("num_attention_heads", "num_key_value_heads", "num_heads", "head_dim", "sliding_window"),
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
     *("original_max_position_embeddings", "sliding_window_pattern"),
+    *("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
 )
 """Fields that hold a whole number of at least 1."""
 
@@ -96,7 +100,7 @@ def require_possible(
         fields: The fields of a config.json.
         where: The file, for messages.
         tensors: The tensors of the checkpoint: many layers need as many tensors, and many classes
-            a tensor with as many rows.
+            or experts of a mixture a tensor with as many rows.
         usual: If False, the model is of an architecture without a family here, in which a count may
             be 0, or a list with one for each stage.
 
@@ -115,6 +119,8 @@ def require_possible(
         excess = None
         if field in _LAYERS and value > max(len(tensors), _USUAL_LAYERS):
             excess = f"have {len(tensors)} tensors"
+        if field in _EXPERTS and value > max(rows, _USUAL_LAYERS):
+            excess = f"have no more than {rows} rows"
         if field == _CLASSES and value > max(rows, _USUAL_CLASSES):
             excess = f"have no more than {rows} rows"
         if excess:
@@ -193,6 +199,11 @@ def require_consistent(config: PretrainedConfig, where: str) -> None:
             )
         if image and patch and np.less(image, patch).any():
             raise _contradiction(where, sizes, "image_size", "patch_size", "at least one times")
+        chosen = getattr(part, "num_experts_per_tok", None)
+        for count in _EXPERTS:
+            if chosen and getattr(part, count, None) and chosen > getattr(part, count):
+                numbers = {"num_experts_per_tok": chosen, count: getattr(part, count)}
+                raise _contradiction(where, numbers, "num_experts_per_tok", count, "at most that")
 
 
 def _all_fields(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 
 from adamerge_jax.checkpoints.config_file import Fields, config_of, read_config_file
 from adamerge_jax.checkpoints.fingerprint import fingerprint
+from adamerge_jax.checkpoints.fused_experts import with_experts_apart
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.safetensors_file import (
     TensorInfo,
@@ -45,6 +46,7 @@ class Checkpoint:
         config: The model's configuration.
         config_fields: The fields of its config.json, as they stand there.
         tensors: Shape, dtype and file of every tensor, by its name in the file.
+        notes: Sentences on tensors that are not read as they lie in the files.
     """
 
     source: str
@@ -52,6 +54,7 @@ class Checkpoint:
     config: PretrainedConfig = field(repr=False)
     config_fields: Fields = field(repr=False)
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -78,8 +81,11 @@ class Checkpoint:
             InputError: It is incomplete, corrupt or pickled.
         """
         fields = read_config_file(folder)
-        tensors = _read_headers(folder)
-        return cls(source, folder, config_of(folder, fields, tensors), fields, tensors)
+        in_files = _read_headers(folder)
+        config = config_of(folder, fields, in_files)
+        tensors, stacks = with_experts_apart(config.model_type, in_files)
+        notes = (f"experts of its mixtures are read one by one from {stacks} stacks",)
+        return cls(source, folder, config, fields, tensors, notes if stacks else ())
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, in the dtype that it is stored in.

@@ -43,6 +43,8 @@ def account(models: Models, mixed: Iterable[str]) -> list[str]:
     spoken_of = {*base.names.values(), *base.extra}
     if dropped := [name for name in in_files if name not in spoken_of]:
         lines.append(f"left out, second copies or computed: {_named(dropped)}")
+    for model in (base, *models.experts.values()):
+        lines += [f"{model.role}: {note}" for note in model.checkpoint.notes]
     return lines
 
 

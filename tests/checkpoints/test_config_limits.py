@@ -18,6 +18,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     Qwen2Config,
+    Qwen3MoeConfig,
     RobertaConfig,
     T5Config,
     ViTConfig,
@@ -41,6 +42,7 @@ TINY = {
     "t5": fields_of(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2)),
     "llama": fields_of(LlamaConfig(**DECODER)),
     "qwen2": fields_of(Qwen2Config(**DECODER)),
+    "qwen3_moe": fields_of(Qwen3MoeConfig(**DECODER, num_experts=4, num_experts_per_tok=2)),
     "gemma3": fields_of(Gemma3TextConfig(**DECODER, head_dim=8)),
 }
 
@@ -82,6 +84,8 @@ IMPOSSIBLE = [
     *(("t5", "num_decoder_layers", value) for value in (10**9, -1)),
     *(("gemma3", "num_hidden_layers", value) for value in (10**9, 2_000_000_000)),
     ("clip", "text_config.num_hidden_layers", 10**9),
+    *(("qwen3_moe", "num_experts", value) for value in (10**9, 0, "8")),
+    *(("qwen3_moe", "num_experts_per_tok", value) for value in (0, -1, 2.5)),
     *(("bert", "num_labels", value) for value in (10**7, 10**9, -1, 2.5, "3")),
     ("clip", "vision_config.num_labels", 10**9),
     *(("bert", field, -16) for field in ("hidden_size", "intermediate_size", "vocab_size")),
@@ -136,6 +140,7 @@ def test_a_value_that_no_model_has(tmp_path, kind, field, value):
         ),
         ("llama", {"num_key_value_heads": 4}, "num_attention_heads is 2, num_key_value_heads is 4"),
         ("llama", {"head_dim": 3}, "heads have 3 features"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, num_experts is 4"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
         ("t5", {"head_dim": None}, "d_kv is null"),
         ("bert", {"pad_token_id": 40}, "pad_token_id is 40, vocab_size is 40"),

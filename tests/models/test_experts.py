@@ -1,5 +1,6 @@
 """Mixtures of experts from files to files: learned, merged, and opened by `transformers`."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,23 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return save_recipe(tmp_path_factory.mktemp("mixture"))
 
 
+def fused(folder: str, copy: Path) -> str:
+    """Saves a model as `transformers` keeps it, the experts of each layer in two stacks."""
+    model = Qwen3MoeForCausalLM.from_pretrained(folder)
+    model.save_pretrained(copy, save_original_format=False)
+    shape = (EXPERTS, 2 * SIZES["moe_intermediate_size"], SIZES["hidden_size"])
+    assert weights(copy)["model.layers.1.mlp.experts.gate_up_proj"].shape == shape
+    byte_tokenizer().save_pretrained(copy)
+    return str(copy)
+
+
 @pytest.fixture(scope="module")
 def learned(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of `adamerge learn`."""
+    """The folder of a run of `adamerge learn`, with a fine-tune whose experts are stacked."""
     folder = tmp_path_factory.mktemp("learned")
+    recipe = copy.deepcopy(recipe)
+    task = recipe["tasks"][TASKS[1]]
+    task["expert"] = fused(task["expert"], folder / "fused")
     learning = {"steps": 2, "batch_size": 4, "optimizer": {"learning_rate": 0.02}}
     fields = recipe | {
         "preset": "adamerging",
@@ -119,9 +133,13 @@ def test_transformers_computes_and_writes_what_we_do(learned):
     assert written.shape == (2, 7)
 
 
-def test_a_method_without_data(recipe, tmp_path):
-    file, out = write_recipe(tmp_path, recipe), tmp_path / "out"
+def test_a_method_without_data_of_a_base_whose_experts_are_stacked(recipe, tmp_path, capsys):
+    fields = recipe | {"base": fused(recipe["base"], tmp_path / "fused")}
+    file, out = write_recipe(tmp_path, fields), tmp_path / "out"
     method = ["--method", "task_arithmetic", "--options", "{coefficient: 0.4}"]
     cli.main(["merge", str(file), *method, "--out", str(out)])
     scales = dict.fromkeys(weights(recipe["base"]), np.full(2, 0.4))
     require_sum(out / "checkpoint", recipe, scales)
+    read = f"base: experts of its mixtures are read one by one from {2 * 2} stacks"
+    assert read in " ".join(capsys.readouterr().out.split())
+    assert read in (out / "checkpoint" / "README.md").read_text()
