@@ -44,6 +44,7 @@ from adamerge_jax.coefficients.granularity import (
     shapes_of,
     unprepared,
 )
+from adamerge_jax.coefficients.mixtures import mixture_expert
 from adamerge_jax.coefficients.pieces import chunk, partition
 from adamerge_jax.coefficients.singular import singular
 from adamerge_jax.coefficients.whole import groups, layer, task, tensor
@@ -65,6 +66,7 @@ __all__ = [
     "head",
     "layer",
     "make_granularity",
+    "mixture_expert",
     "partition",
     "per_tensor",
     "require_whole",
@@ -82,6 +84,7 @@ GRANULARITIES: dict[str, Callable[..., Granularity]] = {
     "layer": layer,
     "tensor": tensor,
     "groups": groups,
+    "mixture_expert": mixture_expert,
     "row": row,
     "column": column,
     "head": head,
