@@ -11,9 +11,9 @@ _DOWNLOADED = (
     "README.md",  # has the licence
 )
 
-# Subfolders hold other formats of the same weights (onnx/, openvino/, ...), except for one:
-# additional_chat_templates/.
-_IGNORED = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*")
+# Subfolders hold other formats of the same weights (onnx/, openvino/, ...), except for
+# additional_chat_templates/ and the modules of a sentence embedder (1_Pooling/).
+_IGNORED = ("[!a0-9]*/*", "[0-9][!_]*/*", "a[!d]*/*", "ad[!d]*/*")
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 

@@ -37,8 +37,10 @@ from adamerge_jax.checkpoints.config_file import CONFIG_FILE, Fields, fields_of
 from adamerge_jax.checkpoints.folders import new_folder, readable_size, require_task_name
 from adamerge_jax.checkpoints.huggingface import INDEX_FILE, Checkpoint
 from adamerge_jax.checkpoints.safetensors_file import WeightFile, write_tensors
+from adamerge_jax.checkpoints.sentence_modules import write_embedding_form
 from adamerge_jax.checkpoints.shards import ShardWriter, shard_name
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 
 if TYPE_CHECKING:
@@ -169,6 +171,15 @@ class CheckpointWriter:
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, such as a model card, beside the weights."""
         (self._partial / name).write_text(text, encoding="utf-8")
+
+    def write_embedding_form(self, form: EmbeddingForm, features: int) -> None:
+        """Writes the module files of a sentence embedder beside the weights.
+
+        Args:
+            form: The pooling, and all else around the model.
+            features: H, the features of the model's tokens.
+        """
+        write_embedding_form(self._partial, form, features)
 
     def write_further_tensors(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes a safetensors file of tensors that are no parameters of the model."""

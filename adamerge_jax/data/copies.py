@@ -47,6 +47,7 @@ class WithCopies(Examples):
         self._examples, self._copies, self._seed = examples, copies, seed
         self.class_names = examples.class_names
         self.names_have_order = examples.names_have_order
+        self.texts = examples.texts
         if examples.labels is not None:
             self.labels = np.tile(examples.labels, 1 + copies)
 
@@ -103,10 +104,11 @@ def _for_all(make: Callable[[int], None], positions: Sequence[int], in_threads: 
 
 
 def _hidden_tokens(
-    mask: Int[np.ndarray, " length"], generator: np.random.Generator
-) -> Int[np.ndarray, " length"]:
-    """Hides up to `MOST_HIDDEN` of a text's tokens."""
-    return hide_tokens(mask[None], generator.uniform(0, MOST_HIDDEN), generator)[0]
+    mask: Int[np.ndarray, "*texts length"], generator: np.random.Generator
+) -> Int[np.ndarray, "*texts length"]:
+    """Hides up to `MOST_HIDDEN` of the tokens of a text, or of both of a pair."""
+    texts = mask.reshape(-1, mask.shape[-1])
+    return hide_tokens(texts, generator.uniform(0, MOST_HIDDEN), generator).reshape(mask.shape)
 
 
 def _changed_image(

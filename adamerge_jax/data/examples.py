@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from adamerge_jax.errors import InputError
 
@@ -47,6 +47,8 @@ class Examples(ABC):
         are_conversations: True for conversations in a chat template.
         answers: The responses that a language model's own can be compared with; None where there
             are none.
+        texts: The number of texts that a sentence embedder's example has: 1, or 2 of pairs.
+        scores: The score of each pair, `[N]`, more for texts that are more alike, or None.
     """
 
     labels: Int[np.ndarray, " N"] | None = None
@@ -56,6 +58,8 @@ class Examples(ABC):
     end_of_text: EndOfText | None = None
     are_conversations: bool = False
     answers: Answers | None = None
+    texts: int = 1
+    scores: Float[np.ndarray, " N"] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -139,6 +143,8 @@ class Subset(Examples):
         self.end_of_text = examples.end_of_text
         self.are_conversations = examples.are_conversations
         self.answers = examples.answers and examples.answers.subset(index)
+        self.texts = examples.texts
+        self.scores = None if examples.scores is None else examples.scores[index]
         if examples.cut is not None:
             self.cut = Cut(examples.cut.examples[index], examples.cut.max_length)
 

@@ -32,12 +32,12 @@ def expert_targets(
 
     Args:
         spec: The targets asked for.
-        logits: The expert's logits, `[B, C]` or `[B, T, V]`.
+        logits: The expert's logits, `[B, C]` or `[B, T, V]`, or its embeddings, `[B, texts, H]`.
         hidden_states: Its hidden states by layer.
 
     Returns:
         Arrays with a leading axis over the examples; those with three axes or more have one row
-        for each position, `[B, T, ...]`.
+        for each position, `[B, T, ...]`, but for embeddings.
     """
     expert_logits, expert_top = logits if spec.expert_logits else None, None
     if spec.expert_logits and spec.top_tokens is not None and logits.ndim == 3:
@@ -46,7 +46,19 @@ def expert_targets(
             likely_tokens(logits, min(spec.top_tokens, logits.shape[-1])),
         )
     chosen_states = {layer: hidden_states[layer] for layer in spec.hidden_states}
-    return Targets(expert_logits, chosen_states, expert_top=expert_top)
+    embeddings = logits if spec.expert_embeddings else None
+    return Targets(
+        expert_logits,
+        chosen_states,
+        expert_top=expert_top,
+        expert_embeddings=embeddings,
+    )
+
+
+def has_positions(targets: Targets) -> list[bool]:
+    """Returns for each leaf of targets, None among them, True if it has one row a position."""
+    whole = targets._replace(expert_embeddings=None)
+    return [leaf is not None and leaf.ndim > 2 for leaf in _flatten(whole)[0]]
 
 
 class StoredTargets:
@@ -130,9 +142,9 @@ def ask_expert(
         leaves, structure = _flatten(batch)
         whole = whole or [
             None
-            if leaf is None or leaf.ndim > 2
+            if leaf is None or by_row
             else np.empty((len(examples), *leaf.shape[1:]), leaf.dtype)
-            for leaf in leaves
+            for leaf, by_row in zip(leaves, has_positions(batch), strict=True)
         ]
         rows = {}
         for number, leaf in enumerate(leaves):

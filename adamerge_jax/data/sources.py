@@ -14,11 +14,13 @@ from adamerge_jax.data.examples import Examples, Subset, drawn
 from adamerge_jax.data.images import ImageExamples, ImageProcessor
 from adamerge_jax.data.language import make_language_examples
 from adamerge_jax.data.locations import Arrays, locate_data
+from adamerge_jax.data.pairs import TextPairs, pair_scores
 from adamerge_jax.data.prompts import Prompts, read_prompts
 from adamerge_jax.data.tables import Draw, Table, class_indices, read_table
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.embedding_form import EmbeddingForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +41,7 @@ def load_examples(
     language: bool = False,
     decoder_start: int | None = None,
     predicts_end: PredictsEnd = lambda examples: True,
+    embeds: EmbeddingForm | None = None,
 ) -> Examples:
     """Reads the examples of a data source.
 
@@ -55,6 +58,7 @@ def load_examples(
         decoder_start: The token that the responses of an encoder-decoder start with.
         predicts_end: The language model that is asked about the end of text; by default it is to
             be predicted.
+        embeds: The way from texts to embeddings of a sentence embedder; None for other models.
 
     Raises:
         InputError: The data cannot be found or read, lacks a column, or is empty.
@@ -68,6 +72,11 @@ def load_examples(
             raise InputError(
                 f"{name}: {source.path}: a language model's data are texts, not NumPy arrays; give "
                 "a table (.jsonl, .csv, .parquet) with messages, prompts and responses, or texts"
+            )
+        if embeds is not None:
+            raise InputError(
+                f"{name}: {source.path}: a sentence embedder's data are texts, not NumPy arrays; "
+                "give a table (.jsonl, .csv, .parquet) with a column of texts, or two of pairs"
             )
         examples = read_arrays(location.file, source, inputs, limits, name)
     elif language:
@@ -90,6 +99,8 @@ def load_examples(
         kind = "tokenizer" if is_text else "image processor (preprocessor_config.json)"
         table.require_rows(preprocessor, kind)
         _require_columns(table, columns)
+        if embeds is not None:
+            return _embedded_examples(table, preprocessor, max_length, limits, embeds)
         if is_text:
             examples = _text_examples(table, preprocessor, max_length, limits)
         else:
@@ -154,6 +165,29 @@ def _text_examples(
     texts = [table.texts(column) for column in _columns(table.source.text)]
     pairs = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
     return TextExamples(pairs, tokenizer, max_length, table.name, limits)
+
+
+def _embedded_examples(
+    table: Table,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    limits: TokenLimits | None,
+    embeds: EmbeddingForm,
+) -> Examples:
+    """Returns the texts of a sentence embedder, or pairs of texts with their scores."""
+    sides = []
+    for column in _columns(table.source.text):
+        texts = [embeds.as_read(text) for text in table.texts(column)]
+        sides.append(TextExamples(texts, tokenizer, max_length, table.name, limits))
+    if len(sides) == 1:
+        return sides[0]
+    examples = TextPairs(*sides)
+    label = table.source.label
+    if label is not None:
+        examples.scores = pair_scores(
+            list(table.rows[label]), table.rows.numbers, label, table.name
+        )
+    return examples
 
 
 def _image_examples(table: Table, processor: ImageProcessor) -> Examples:

@@ -1,4 +1,4 @@
-"""Objects of JSON files, whoever wrote them."""
+"""Objects and lists of JSON files, whoever wrote them."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,7 @@ def read_object(file: Path) -> dict[str, Any]:
         InputError: It cannot be read, is no JSON or no UTF-8, is nested too deep, or holds
             something else than an object.
     """
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file} is not JSON: {in_one_line(error)}; copy or download it again"
-        ) from error
+    fields = _read(file)
     if not isinstance(fields, dict):
         raise InputError(
             f"{file} holds no fields (but {type(fields).__name__}); copy or download it again"
@@ -30,3 +25,27 @@ def read_object(file: Path) -> dict[str, Any]:
 def read_object_if_there(file: Path) -> dict[str, Any]:
     """Reads a JSON file as `read_object` does; returns an empty object where there is no file."""
     return read_object(file) if file.is_file() else {}
+
+
+def read_list(file: Path) -> list[Any]:
+    """Reads a JSON file that holds a list.
+
+    Raises:
+        InputError: It cannot be read, is no JSON or no UTF-8, is nested too deep, or holds
+            something else than a list.
+    """
+    items = _read(file)
+    if not isinstance(items, list):
+        raise InputError(
+            f"{file} holds no list (but {type(items).__name__}); copy or download it again"
+        )
+    return items
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file} is not JSON: {in_one_line(error)}; copy or download it again"
+        ) from error

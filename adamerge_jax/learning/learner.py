@@ -305,6 +305,7 @@ def forward_with_heads(
     hidden_states: Sequence[int] = (),
     cross_task: bool = False,
     logits_again: bool = False,
+    embeds: bool = False,
 ) -> Forward:
     """Returns a forward function that runs one backbone on all examples, then each task's head.
 
@@ -315,6 +316,7 @@ def forward_with_heads(
         cross_task: Whether they are to hold each head's logits on the other tasks' examples.
         logits_again: Whether a task's logits are computed again in the backward pass rather than
             kept: those of a language model are the largest arrays of a step.
+        embeds: Whether the heads give a sentence embedder's embeddings in place of logits.
     """
 
     def forward(parameters: PyTree, head_parameters: PyTree, inputs: PyTree) -> list[TaskOutputs]:
@@ -335,12 +337,13 @@ def forward_with_heads(
                 logits = all_logits[chosen]
             by_task.append(
                 TaskOutputs(
-                    logits,
+                    jnp.zeros((len(logits), 1)) if embeds else logits,
                     {layer: task_outputs.hidden_states[layer] for layer in hidden_states},
                     None if mask is None else mask[chosen],
                     cross_task_logits=None
                     if all_logits is None
                     else _of_other_tasks(all_logits, chosen, size),
+                    embeddings=logits if embeds else None,
                 )
             )
         return by_task

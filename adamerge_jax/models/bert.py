@@ -119,10 +119,10 @@ class Pooler(nnx.Module):
 class Bert(nnx.Module):
     """Embeddings, encoder and pooler; the parameters under `bert.` in a checkpoint."""
 
-    def __init__(self, config: Config, rematerialize: Rematerialize):
+    def __init__(self, config: Config, rematerialize: Rematerialize, pooler: bool = True):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, rematerialize)
-        self.pooler = Pooler(config)
+        self.pooler = Pooler(config) if pooler else None
         self.longest = config.max_position_embeddings
 
     def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
@@ -130,7 +130,7 @@ class Bert(nnx.Module):
         embedded = self.embeddings(token_ids, token_types, jnp.arange(token_ids.shape[1]))
         bias = padding_bias(mask)
         last, states = self.encoder.layer(embedded, bias, hidden_states=hidden_states)
-        return Outputs(self.pooler(last), last, states)
+        return Outputs(self.pooler(last) if self.pooler else None, last, states)
 
 
 def _require_encoder(config: Config) -> None:
@@ -168,4 +168,5 @@ FAMILY = Family(
     max_tokens=lambda config: config.max_position_embeddings,
     heads=BERT_HEADS,
     auto_class="AutoModelForSequenceClassification",
+    embedding_backbone=partial(Prefixed, "bert", partial(Bert, pooler=False)),
 )

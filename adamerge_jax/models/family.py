@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.layers import Config, Rematerialize
 
 OUTPUT_LAYER = "lm_head.weight"
@@ -118,6 +119,9 @@ class Family:
         cached_features: The features of a token's keys in one layer, all heads together, of a model
             of a config that generates text with a cache of keys and values; None where none does.
         bridged: True for a model that runs by its own PyTorch forward.
+        embeds: The way from texts to embeddings of sentence embedders; None for other models. Their
+            head gives embeddings in place of logits.
+        embedding_backbone: Makes the backbone of sentence embedders, where that lacks a part.
     """
 
     backbone: Callable[[Config, Rematerialize], nnx.Module]
@@ -136,6 +140,8 @@ class Family:
     language: bool = False
     cached_features: Callable[[Config], int] | None = None
     bridged: bool = False
+    embeds: EmbeddingForm | None = None
+    embedding_backbone: Callable[[Config, Rematerialize], nnx.Module] | None = None
 
     def build_backbone(
         self, config: Config, rematerialize: Rematerialize = "elementwise"

@@ -18,8 +18,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from adamerge_jax.objectives.contrastive import contrastive
 from adamerge_jax.objectives.cross_entropy import cross_entropy
 from adamerge_jax.objectives.distributions import token_losses
+from adamerge_jax.objectives.embedding_alignment import embedding_alignment
 from adamerge_jax.objectives.entropy import entropy
 from adamerge_jax.objectives.expert_labels import expert_labels
 from adamerge_jax.objectives.hidden_state_alignment import hidden_state_alignment
@@ -43,6 +45,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "cross_entropy": cross_entropy,
     "pseudo_labels": pseudo_labels,
     "expert_labels": expert_labels,
+    "embedding_alignment": embedding_alignment,
+    "contrastive": contrastive,
 }
 """Objectives by their names in a recipe."""
 
@@ -55,7 +59,9 @@ __all__ = [
     "Targets",
     "TaskOutputs",
     "TopTokens",
+    "contrastive",
     "cross_entropy",
+    "embedding_alignment",
     "entropy",
     "expert_labels",
     "hidden_state_alignment",

@@ -24,6 +24,8 @@ class TaskOutputs(NamedTuple):
             asks for them.
         cross_task_logits: The logits `[B, tasks - 1, C]` of the task's head on the examples of all
             other tasks, or None where no objective asks for them.
+        embeddings: A sentence embedder's embeddings of the one text or the two of each example,
+            `[B, texts, H]`; its logits are zeros, `[B, 1]`. None for other models.
     """
 
     logits: Float[Array, "B ... C"]
@@ -31,6 +33,7 @@ class TaskOutputs(NamedTuple):
     mask: Int[Array, "B T"] | None = None
     augmented_logits: Float[Array, "B C"] | None = None
     cross_task_logits: Float[Array, "B others C"] | None = None
+    embeddings: Float[Array, "B texts H"] | None = None
 
     @property
     def strong(self) -> Float[Array, "B C"] | None:
@@ -82,6 +85,7 @@ class Targets(NamedTuple):
             or `NOT_PREDICTED`, for a language model.
         expert_top: The likely tokens, in place of `expert_logits`, or None.
         cross_task: The expert on the examples of all other tasks, or None.
+        expert_embeddings: `[B, texts, H]`, the expert's embeddings of each example, or None.
     """
 
     expert_logits: Float[Array, "B ... C"] | None = None
@@ -89,6 +93,7 @@ class Targets(NamedTuple):
     labels: Int[Array, "B ..."] | None = None
     expert_top: TopTokens | None = None
     cross_task: CrossTaskTargets | None = None
+    expert_embeddings: Float[Array, "B texts H"] | None = None
 
 
 class TargetSpec(NamedTuple):
@@ -109,6 +114,9 @@ class TargetSpec(NamedTuple):
             all.
         whole_batch: Whether the value of an example depends on the others in its batch, other than
             by a mean over them that is added to it.
+        embeddings: Whether the outputs must hold embeddings.
+        expert_embeddings: Whether the targets must hold the expert's embeddings.
+        pairs: Whether each example must have two texts.
 
     Examples:
         >>> from adamerge_jax.objectives import TargetSpec
@@ -124,11 +132,14 @@ class TargetSpec(NamedTuple):
     cross_task: int = 0
     top_tokens: int | None = None
     whole_batch: bool = False
+    embeddings: bool = False
+    expert_embeddings: bool = False
+    pairs: bool = False
 
     @property
     def expert(self) -> bool:
         """True if some of the targets come from the task's expert."""
-        return self.expert_logits or bool(self.hidden_states)
+        return self.expert_logits or self.expert_embeddings or bool(self.hidden_states)
 
     def __or__(self, other: "TargetSpec") -> "TargetSpec":
         numbers = [spec.top_tokens for spec in (self, other) if spec.expert_logits]
@@ -141,6 +152,9 @@ class TargetSpec(NamedTuple):
             # All logits, if one of the two wants all.
             None if None in numbers else max(numbers, default=None),
             self.whole_batch or other.whole_batch,
+            self.embeddings or other.embeddings,
+            self.expert_embeddings or other.expert_embeddings,
+            self.pairs or other.pairs,
         )
 
     def require_given(self, outputs: TaskOutputs, targets: Targets) -> None:
@@ -162,6 +176,13 @@ class TargetSpec(NamedTuple):
             <= targets.expert_hidden_states.keys(),
             "hidden states in the outputs; the forward function returns them": not layers
             <= outputs.hidden_states.keys(),
+            "embeddings in the outputs; sentence embedders have them": self.embeddings
+            and outputs.embeddings is None,
+            "the expert's embeddings in the targets; ask_expert makes them": self.expert_embeddings
+            and targets.expert_embeddings is None,
+            "two texts of each example; pairs have them": self.pairs
+            and outputs.embeddings is not None
+            and outputs.embeddings.shape[1] != 2,
         }
         for part, is_missing in missing.items():
             if is_missing:

@@ -12,9 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.devices import fetch
+from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
 from adamerge_jax.pipeline.answering import Answering
+from adamerge_jax.pipeline.embedding_scores import embedding_measures, embedding_metric
 from adamerge_jax.pipeline.general import GENERAL_TEXT, RETAINED, General, Retention
 from adamerge_jax.runs.rows import ExampleScores, Kind, Measures, Metric, Row
 
@@ -42,6 +44,7 @@ class Evaluator:
         batch_size: int,
         metric: Metric = "accuracy",
         answering: Answering | None = None,
+        embeds: EmbeddingForm | None = None,
     ):
         """Keeps the networks; they are compiled when they first run.
 
@@ -52,6 +55,7 @@ class Evaluator:
             batch_size: Examples per batch.
             metric: The metric of `score`.
             answering: The way in which language models answer prompts; None if they do not.
+            embeds: The way from texts to embeddings of sentence embedders; None for other models.
         """
         self.metric = metric
         self._backbone = jax.jit(backbone, static_argnames="hidden_states")
@@ -60,6 +64,7 @@ class Evaluator:
         self._head_parameters = head_parameters
         self.batch_size = batch_size
         self._answering = answering
+        self._embeds = embeds
         self.retention: Retention | None = None
 
     def with_heads(self, heads: Mapping[str, Parameters]) -> "Evaluator":
@@ -91,7 +96,8 @@ class Evaluator:
             hidden_states: Layers, 0 for the embeddings.
 
         Returns:
-            The logits, `[B, C]` or a language model's `[B, T, V]`, and the hidden states by layer.
+            The logits, `[B, C]` or a language model's `[B, T, V]`, or a sentence embedder's
+            embeddings, `[B, texts, H]`; and the hidden states by layer.
         """
         outputs = self._backbone(parameters, inputs, hidden_states=bool(hidden_states))
         head_parameters = complete_head(
@@ -111,7 +117,7 @@ class Evaluator:
             examples: N examples.
 
         Returns:
-            The logits in the order of the examples, `[N, C]`.
+            The logits in the order of the examples, `[N, C]`, or the embeddings, `[N, texts, H]`.
         """
         order, rows = [], []
         for index, inputs in sorted_batches(examples, self.batch_size):
@@ -131,8 +137,11 @@ class Evaluator:
 
         Returns:
             In the order of the examples, `[N]`: 1 for the right class and 0 for a wrong one; or for
-            a language model the loss in nats, summed over the predicted tokens, and their number.
+            a language model the loss in nats, summed over the predicted tokens, and their number;
+            or for a sentence embedder those of `embedding_scores.py`.
         """
+        if self._embeds is not None:
+            return self.measures(parameters, task, examples)[embedding_metric(examples)]
         if self.metric == "accuracy":
             logits = self.logits(parameters, task, examples)
             # The likeliest class of NaN is class 0 to NumPy, and would sometimes be right.
@@ -162,6 +171,9 @@ class Evaluator:
             predicted tokens that are the likeliest, by their number; the loss on those that are no
             end, where some are; 1 or 0 for the model's own answer, where it is asked for one.
         """
+        if self._embeds is not None:
+            embeddings = self.logits(parameters, task, examples)
+            return embedding_measures(embeddings, examples, self._embeds.similarity)
         if self.metric == "accuracy":
             return {self.metric: self.example_scores(parameters, task, examples)}
         measures = self._token_scores(parameters, task, examples)
@@ -227,8 +239,9 @@ class Evaluator:
             examples: Labelled examples.
 
         Returns:
-            The fraction of examples with the right class, from 0 to 1; or for a language model
-            the mean loss over all predicted tokens, in nats per token.
+            The fraction of examples with the right class, from 0 to 1; for a language model
+            the mean loss over all predicted tokens, in nats per token; or for a sentence embedder
+            Spearman's correlation or the recall.
         """
         return self.example_scores(parameters, task, examples).mean
 

@@ -234,16 +234,18 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
     token_ids = _special_tokens(models, owner)
     tasks = _tasks_with_heads(job)
+    # A model without a head has none of the prefix that sets its names apart from a head's.
+    unused = models.prefix if models.family.embeds is not None else ""
     with write_checkpoint(
         folder,
         max_shard_bytes=job.settings.shard_megabytes * 10**6,
         expected_bytes=checkpoint_bytes(models, job.settings),
     ) as writer:
         for name, array in job.merged(dtype):
-            writer.add(name, cast(array, name, models.base))
+            writer.add(name.removeprefix(unused), cast(array, name, models.base))
         for name in carried:
             array = cast(models.base.checkpoint.read(name), name, models.base)
-            writer.add(models.prefix + name, array)
+            writer.add(models.prefix.removeprefix(unused) + name, array)
         writer.write_config(_merged_config(models, owner, token_ids, loses_head=loses_head))
         # In the order in which a run searches them.
         checkpoints = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
@@ -251,6 +253,8 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         if token_ids:
             writer.copy_generation_settings(checkpoints[:2], token_ids)
         writer.write_text(CARD_FILE, job.card(tasks))
+        if models.family.embeds is not None:
+            writer.write_embedding_form(models.family.embeds, models.config.hidden_size)
         for task in tasks:
             expert = models.experts[task]
             is_whole = isinstance(expert, MatchedCheckpoint)

@@ -341,6 +341,7 @@ def learner_of(
             sorted({layer for spec in specs for layer in spec.hidden_states}),
             cross_task=any(spec.cross_task for spec in specs),
             logits_again=models.family.language,
+            embeds=models.family.embeds is not None,
         ),
         granularity,
         CONSTRAINTS[method.constraint],

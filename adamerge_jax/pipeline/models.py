@@ -22,13 +22,17 @@ from adamerge_jax.checkpoints.matching import (
 )
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.checkpoints.peft_config import model_name
+from adamerge_jax.checkpoints.sentence_modules import is_embedder, read_embedding_form
 from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand, in_one_line
 from adamerge_jax.models import family_of, is_known
+from adamerge_jax.models.embedder import embedder_family
+from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import OUTPUT_LAYER, Family
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
+from adamerge_jax.pipeline.embedders import shared_form
 from adamerge_jax.recipes.schema import ModelSource, Recipe
 
 if TYPE_CHECKING:
@@ -109,15 +113,19 @@ def open_models(
     with in_hand(recipe.base.path), _explain_errors("base", root):
         base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
     whole_experts: dict[str, Checkpoint] = {}
+    embeds = _read_form(recipe, base, root)
     try:
         with in_hand(recipe.base.path):
             if not to_run:
                 whole_experts = _whole_experts(recipe, root)
-                family = _family_to_fold(base, list(whole_experts.values()))
-            elif is_known(base.config):
-                family = family_of(base.config)
+                family = _family_to_fold(base, list(whole_experts.values()), embeds)
             else:
-                family = family_of(base.config, _architecture(recipe, base, root))
+                is_own = is_known(base.config)
+                family = family_of(
+                    base.config, None if is_own else _architecture(recipe, base, root)
+                )
+                if embeds is not None:
+                    family = embedder_family(family, embeds)
             network = family.build_backbone(base.config)
     except InputError as error:
         raise InputError(f"base ({base.source}): {error}") from error
@@ -217,18 +225,35 @@ def _architecture(recipe: Recipe, base: Checkpoint, root: Path) -> str | None:
     return next(iter(classes_of(fields)), None)
 
 
-def _family_to_fold(base: Checkpoint, experts: Sequence[Checkpoint]) -> Family:
+def _read_form(recipe: Recipe, base: Checkpoint, root: Path) -> EmbeddingForm | None:
+    """Reads the module files of the experts; None if these are no sentence embedders."""
+    features = getattr(base.config, "hidden_size", None)
+    forms: dict[str, EmbeddingForm | None] = {}
+    for task, task_recipe in recipe.tasks.items():
+        source = task_recipe.expert
+        with in_hand(source.path), _explain_errors(f"expert {task!r}", root):
+            folder = locate(resolve(source.path, root), revision=source.revision)
+            forms[task] = read_embedding_form(folder, features) if is_embedder(folder) else None
+    return shared_form(forms)
+
+
+def _family_to_fold(
+    base: Checkpoint, experts: Sequence[Checkpoint], embeds: EmbeddingForm | None
+) -> Family:
     """Returns the family of models that are not run: that of any model where none here fits."""
     if is_known(base.config):
         family = family_of(base.config)
-        if all(_is_class_of(family, classes_of(expert.config_fields)) for expert in experts):
+        if embeds is not None:
+            family = embedder_family(family, embeds)
+        classes = (classes_of(expert.config_fields) for expert in experts)
+        if embeds is not None or all(_is_class_of(family, names) for names in classes):
             try:
                 family.build_backbone(base.config)
             except InputError as error:  # a feature that only running needs
                 log.debug(f"{base.source} is merged by the names of its tensors: {error}")
             else:
                 return family
-    return any_model(base, experts)
+    return dataclasses.replace(any_model(base, experts), embeds=embeds)
 
 
 def _is_class_of(family: Family, classes: Sequence[str]) -> bool:
@@ -327,7 +352,12 @@ def _open_expert(
 ) -> Expert:
     """Opens a whole fine-tuned model, unless it is opened already, or a LoRA adapter."""
     is_any = isinstance(family, AnyModel)
-    has_classes = family.auto_class is not None and not family.language and not is_any
+    has_classes = (
+        family.auto_class is not None
+        and not family.language
+        and not is_any
+        and family.embeds is None
+    )
 
     def head(config: PretrainedConfig) -> Shapes:
         if not has_classes:

@@ -547,6 +547,7 @@ def export_job(
             datasets=datasets,
             account=account(models, coefficients.parameters),
             auto_class=models.family.auto_class,
+            embeds=models.family.embeds is not None,
         ),
         coefficients=coefficients,
         tokenizer=tokenizer,

@@ -32,6 +32,7 @@ from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.base_answers import BaseWriter
+from adamerge_jax.pipeline.embedding_scores import embedding_metric, require_pairs
 from adamerge_jax.pipeline.end_of_text import ExpertsEnds
 from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.general import RETAINED, General, find_general, load_general
@@ -40,6 +41,7 @@ from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head, load_zero_shot_head
 from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
 from adamerge_jax.runs.counting import ShowCount, count_silently
+from adamerge_jax.runs.rows import Metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,8 +134,10 @@ def open_workspace(
     if models.family.language:
         networks[RETAINED] = models.family.build_head(models.config)
     ends = ExpertsEnds(models, spread, networks, dtype, recipe.learning.batch_size)
-    data = _load_data(recipe.tasks, load, ends.predicts_end, models.family.language)
-    _align_labels(recipe.tasks, models, data)
+    data = _load_data(recipe.tasks, load, ends.predicts_end, models.family)
+    embeds = models.family.embeds
+    if embeds is None:
+        _align_labels(recipe.tasks, models, data)
     if recipe.learning.examples is not None:
         calibration = {
             task: Subset.draw(examples, recipe.learning.examples, recipe.seed)
@@ -145,14 +149,17 @@ def open_workspace(
             tell_cut(examples, f"{part} data of task {task!r}")
     heads = _load_heads(recipe.tasks, models, data, dtype)
     _require_labels_in_range(models, heads, data)
-    metric = "loss" if models.family.language else "accuracy"
+    metric: Metric = "loss" if models.family.language else "accuracy"
+    if embeds is not None:
+        scored = data.test or data.validation or data.calibration
+        metric = embedding_metric(next(iter(scored.values())))
     settings, answering = recipe.evaluation, None
     if models.family.cached_features is not None:
         writer = Writer(models.family, models.config, settings.batch_size)
         answering = Answering(writer, settings.exact_match, settings.max_new_tokens, show_count)
     if models.family.language:
         heads[RETAINED] = {}  # all of it is the backbone's
-    evaluator = Evaluator(spread, networks, heads, settings.batch_size, metric, answering)
+    evaluator = Evaluator(spread, networks, heads, settings.batch_size, metric, answering, embeds)
     read_base = functools.cache(partial(load_backbone, models, models.base, dtype))
     found = find_general(
         recipe.retain,
@@ -225,6 +232,7 @@ class ExampleLoader:
                 language=self.family.language,
                 decoder_start=self.decoder_start,
                 predicts_end=predicts_end,
+                embeds=self.family.embeds,
             )
 
     def prompts(self, source: DataSource, name: str, *, is_chat: bool) -> Prompts | None:
@@ -263,6 +271,8 @@ def example_loader(
         types = getattr(models.config, "type_vocab_size", None)
         limits = TokenLimits(models.config.vocab_size, longest, types)
         lengths = [max_length, longest, preprocessor and longest_text(preprocessor)]
+        if models.family.embeds is not None:
+            lengths.append(models.family.embeds.max_tokens)
         shortest = min(length for length in lengths if length is not None)
     decoder_start = _read_decoder_start(models) if models.config.is_encoder_decoder else None
     return ExampleLoader(models.family, root, preprocessor, shortest, limits, decoder_start, seed)
@@ -272,7 +282,7 @@ def _load_data(
     tasks: Mapping[str, TaskRecipe],
     load_source: ExampleLoader,
     predicts_end: Callable[[str, Examples], bool],
-    language: bool,
+    family: Family,
 ) -> Data:
     def load(part: str) -> dict[str, Examples]:
         sources = {task: task_recipe.source(part) for task, task_recipe in tasks.items()}
@@ -291,8 +301,11 @@ def _load_data(
 
     data = Data(*map(load, Data._fields))
     for part in ("validation", "test"):
+        if family.embeds is not None:
+            require_pairs(getattr(data, part), part)
+            continue
         for task, examples in getattr(data, part).items():
-            if examples.labels is None and not language:
+            if examples.labels is None and not family.language:
                 raise InputError(
                     f"tasks.{task}.{part}.label: is missing; name the column of the class index"
                 )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
-from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets
+from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets, has_positions
 from adamerge_jax.methods import make_method
 from adamerge_jax.methods.least_squares import GRAM_BYTES
 from adamerge_jax.models.family import complete_head
@@ -249,8 +249,12 @@ def targets_bytes(outline: Outline) -> int:
             everything = sum(map(len, outline.data["calibration"].values()))
             rows = max(rows, (1 + copies) * everything)
         by_position, positions = 0, 1
-        for leaf in jax.tree.leaves(targets._replace(cross_task=None)):
-            if leaf.ndim < 3:
+        targets = targets._replace(cross_task=None)
+        leaves = jax.tree.leaves(targets, is_leaf=lambda leaf: leaf is None)
+        for leaf, by_row in zip(leaves, has_positions(targets), strict=True):
+            if leaf is None:
+                continue
+            if not by_row:
                 total += rows * bytes_of(leaf)
             else:
                 positions = leaf.shape[1]

@@ -31,6 +31,7 @@ from adamerge_jax.objectives import (
     weighted_sum,
 )
 from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
+from adamerge_jax.recipes.embedders import OF_EMBEDDINGS, objectives_of_embedder
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
     HeadKind,
@@ -209,15 +210,20 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         InputError: An objective does not go with this kind of model, labels are missing, or the
             optimizer needs more than a gradient.
     """
-    language = models.family.language
+    language, embeds = models.family.language, models.family.embeds is not None
     learning, coefficients = recipe.learning, recipe.coefficients
-    objectives = build_objectives(recipe.objectives, recipe.tasks)
+    terms = objectives_of_embedder(recipe) if embeds else recipe.objectives
+    objectives = build_objectives(terms, recipe.tasks)
     specs = {task: objective.target_spec for task, objective in objectives.items()}
     _require_fitting(specs, recipe.tasks, language)
-    if language:
-        _require_no_classes(recipe.objectives)
+    if embeds:
+        _require_texts(specs, recipe)
     else:
-        _require_no_tokens(recipe.objectives)
+        _require_no_embeddings(terms)
+    if language:
+        _require_no_classes(terms)
+    elif not embeds:
+        _require_no_tokens(terms)
     for method in recipe.evaluation.methods:
         make_method(method.name, method.options)  # refused here rather than after learning
     if coefficients.initial_merge is not None:
@@ -242,7 +248,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         start=coefficients.start,
         other_base=coefficients.other_base,
         objectives=objectives,
-        objective_in_words=" + ".join(map(_in_words, recipe.objectives)),
+        objective_in_words=" + ".join(map(_in_words, terms)),
         target_specs=specs,
         regularizers=build_regularizers(recipe.regularizers),
         interference=build_interference(recipe.interference, recipe.seed),
@@ -276,6 +282,8 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
                 reason = "the last layer of this model's heads has no bias"
             if models.family.language:
                 reason = "language models have none of their own"
+            if models.family.embeds is not None:
+                reason = "sentence embedders have none"
             raise InputError(f"heads: are to be {choice.kind}, but {reason}; leave heads out")
         return HeadChoice("kept")
     if last.scaled_only and choice.kind != "scaled":
@@ -397,6 +405,41 @@ def _require_fitting(
             raise InputError(
                 f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
                 "name the column of the class index, or choose an objective that needs none"
+            )
+
+
+def _require_texts(specs: Mapping[str, TargetSpec], recipe: Recipe) -> None:
+    """Refuses single texts where pairs are needed, pairs where single texts are, and control."""
+    for task, spec in specs.items():
+        source = recipe.tasks[task].calibration
+        if source is None:
+            continue
+        are_pairs = not isinstance(source.text, str)
+        if spec.pairs and not are_pairs:
+            raise InputError(
+                f"tasks.{task}.calibration.text: is one column, and contrastive learns from pairs "
+                "of texts that belong together; give the columns of both, or take "
+                "embedding_alignment"
+            )
+        if spec.hidden_states and are_pairs:
+            raise InputError(
+                f"tasks.{task}.calibration.text: is two columns, and hidden_state_alignment reads "
+                "one text an example; give one column, or take embedding_alignment"
+            )
+    if recipe.learning.control is not None:
+        raise InputError(
+            "learning.control: is of classes, and sentence embedders have none; leave it out"
+        )
+
+
+def _require_no_embeddings(terms: Sequence[ObjectiveRecipe]) -> None:
+    """Refuses objectives that only sentence embedders have."""
+    for position, term in enumerate(terms):
+        if term.name in OF_EMBEDDINGS:
+            raise InputError(
+                f"objectives.{position}: {term.name} is for sentence embedders, whose folders have "
+                "a modules.json of sentence-transformers; these experts have none: take "
+                "logit_alignment"
             )
 
 

@@ -70,8 +70,9 @@ def check(recipe: Recipe) -> None:
     objectives = build_objectives(_of_package(recipe.objectives), recipe.tasks).values()
     if recipe.learning.microbatches > 1 and any(o.target_spec.whole_batch for o in objectives):
         raise InputError(
-            "learning.microbatches: pseudo_labels, expert_labels, and hidden_state_alignment with "
-            "relative, look at the whole batch; set it to 1, or choose another objective"
+            "learning.microbatches: pseudo_labels, expert_labels, contrastive, and "
+            "hidden_state_alignment with relative, look at the whole batch; set it to 1, "
+            "or choose another objective"
         )
 
 

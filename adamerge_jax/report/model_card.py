@@ -70,6 +70,7 @@ def model_card(
     datasets: Sequence[str] = (),
     method: str = "",
     account: Sequence[str] = (),
+    embeds: bool = False,
 ) -> str:
     """Returns a README.md for the merged checkpoint: metadata for the Hub, then text for readers.
 
@@ -86,6 +87,7 @@ def model_card(
         auto_class: Name of the class that loads the model of a task; None for zero-shot CLIP.
         method: The merge method with its options, where there are no coefficients.
         account: Lines that say what became of the base's tensors.
+        embeds: True for a sentence embedder.
     """
     if coefficients is not None and coefficients.is_searched:
         datasets = ()  # its calibration data was not looked at
@@ -93,11 +95,11 @@ def model_card(
     fields: dict[str, Any] = {
         "base_model": on_hub or None,
         "base_model_relation": "merge" if on_hub else None,
-        "library_name": "transformers",
+        "library_name": "sentence-transformers" if embeds else "transformers",
         "license": shared_license(origins),
-        "tags": ["merge", "adamerge_jax"],
+        "tags": ["merge", "adamerge_jax", *(["sentence-transformers"] if embeds else [])],
         "datasets": [dataset for dataset in datasets if _is_hub_id(dataset)] or None,
-        "pipeline_tag": _PIPELINES[auto_class],
+        "pipeline_tag": "sentence-similarity" if embeds else _PIPELINES[auto_class],
     }
     if fields["license"] == "other":
         fields["license_name"] = _license_name(origins)
@@ -117,6 +119,7 @@ def model_card(
         datasets=datasets,
         auto_class=auto_class or "AutoModel",
         has_tokenizer=auto_class in _WITH_TOKENIZER,
+        embeds=embeds,
         task_folders=task_folders,
         tables=[_table_in_words(table) for table in (results, *results.further)] if rows else [],
     )

@@ -19,6 +19,9 @@ TITLES = {
     "base_agreement": "General ability: the likeliest token is the base's (%)",
     "base_divergence": "General ability: divergence from the base (nats per token)",
     "answer_loss": "Loss without the ends of texts (nats per token)",
+    "spearman": "Spearman's correlation of similarities with the scores of pairs (x 100)",
+    "recall_at_1": "Recall at 1: the nearest text is the partner (%)",
+    "recall_at_10": "Recall at 10: the partner is among the ten nearest texts (%)",
 }
 """The title of a table of results, by its metric."""
 
@@ -69,7 +72,7 @@ def outcome_in_words(
     sentences = _outcome_of_learning(outcome, metric, name)
     if outcome.with_heads is None or outcome.with_heads_score is None:
         return sentences
-    unit = "%" if metric in SHARES else " nats per token"
+    unit = _unit(metric)
     score = in_words(outcome.with_heads_score, metric)
     return (
         f"{sentences} Of merges without learning whose heads alone were fitted, "
@@ -80,7 +83,7 @@ def outcome_in_words(
 def _outcome_of_learning(outcome: Outcome, metric: Metric, name: Callable[[str], str]) -> str:
     """Returns the sentences on the merge, the experts and the best row without learning."""
     average = outcome.average
-    unit = "%" if metric in SHARES else " nats per token"
+    unit = _unit(metric)
     sentence = f"The merge reaches {in_words(average.score.value, metric)}{unit} on average"
     if average.share is not None:
         share = _with_interval(average.share, 100, 1, "%")
@@ -106,6 +109,13 @@ def _outcome_of_learning(outcome: Outcome, metric: Metric, name: Callable[[str],
         else _with_interval(average.gap, 1, 3, " nats")
     )
     return f"{sentence}. There is no gap to close: the experts' lead over {start}, is {gap}."
+
+
+def _unit(metric: Metric) -> str:
+    """Returns the unit of a score as tables show it, for a text."""
+    if metric == "spearman":
+        return ""
+    return "%" if metric in SHARES else " nats per token"
 
 
 def in_words(score: float, metric: str) -> str:

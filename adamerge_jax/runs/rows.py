@@ -17,15 +17,23 @@ Metric = Literal[
     "base_answers",
     "base_agreement",
     "base_divergence",
+    "spearman",
+    "recall_at_1",
+    "recall_at_10",
 ]
 """The meaning of a score: the share of right classes; nats per token; of a language model the share
 of answers that are the response, the share of tokens that are the likeliest, and nats per token
 that is no end; and on general text the share of answers whose first sentence is the base's, the
 share of tokens whose likeliest is the base's, and the divergence from the base in nats per token.
+Of a sentence embedder: the rank correlation of similarities with the scores of pairs; or the share
+of texts whose partner is the nearest, or among the ten nearest.
 """
 
-SHARES = ("accuracy", "exact_match", "token_accuracy", "base_answers", "base_agreement")
-"""The metrics that are shares, from 0 to 1, of which more is better."""
+SHARES = (
+    *("accuracy", "exact_match", "token_accuracy", "base_answers", "base_agreement"),
+    *("spearman", "recall_at_1", "recall_at_10"),
+)
+"""The metrics that are shares, at most 1, of which more is better, and a correlation."""
 
 Kind = Literal["baseline", "heads", "experts", "learned"]
 """The part that a row plays: one model that nothing was learned for, the same with heads fitted to

@@ -25,6 +25,7 @@ class TargetsWithMean(NamedTuple):
     labels: Any = None
     expert_top: Any = None
     cross_task: Any = None
+    expert_embeddings: Any = None
     expert_state_mean: Any = None
 
 
