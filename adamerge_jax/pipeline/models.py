@@ -243,11 +243,11 @@ def _family_to_fold(
     """Returns the family of models that are not run: that of any model where none here fits."""
     if is_known(base.config):
         family = family_of(base.config)
-        if embeds is not None:
-            family = embedder_family(family, embeds)
         classes = (classes_of(expert.config_fields) for expert in experts)
         if embeds is not None or all(_is_class_of(family, names) for names in classes):
             try:
+                if embeds is not None:
+                    family = embedder_family(family, embeds)
                 family.build_backbone(base.config)
             except InputError as error:  # a feature that only running needs
                 log.debug(f"{base.source} is merged by the names of its tensors: {error}")
