@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import jax
 
 from adamerge_jax.checkpoints.config_file import classes_of
+from adamerge_jax.checkpoints.diffusion import LOADED_BY, Pipeline
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import PARAMETER_DTYPES, TOKEN_EMBEDDINGS, current_name
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
@@ -118,6 +119,23 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         language=is_writer,
         shapes=_stacked(infos),
         table=table,
+    )
+
+
+def pipeline_family(base: Pipeline, experts: Sequence[Checkpoint]) -> AnyModel:
+    """Returns the architecture of a diffusion pipeline; what experts alone have is left out.
+
+    Args:
+        base: The base.
+        experts: The experts, of which some may be no pipelines, to be refused later.
+    """
+    family = any_model(base, experts)
+    components = {name for e in experts if isinstance(e, Pipeline) for name in e.components}
+    of_experts = [f"{name}.*" for name in sorted(components - base.components.keys())]
+    return dataclasses.replace(
+        family,
+        auto_class=LOADED_BY,
+        ignored_in_experts=(*family.ignored_in_experts, *of_experts),
     )
 
 

@@ -54,7 +54,7 @@ def copy_assets(checkpoint: Checkpoint, others: Sequence[Checkpoint], folder: Pa
         (checkpoint, _generation_files(checkpoint)),
     ):
         for file in files:
-            _copy(file, source.folder, folder)
+            copy_file(file, source.folder, folder)
 
 
 def copy_generation_settings(
@@ -88,7 +88,7 @@ def require_copyable(checkpoint: Checkpoint) -> None:
         *_processor_files(checkpoint),
         *_generation_files(checkpoint),
     ):
-        _require_of_folder(file, checkpoint.folder)
+        require_of_folder(file, checkpoint.folder)
         if file.name in _SETTINGS:
             read_object(file)
 
@@ -103,9 +103,13 @@ def _generation_files(checkpoint: Checkpoint) -> list[Path]:
     return [file] if file.is_file() else []
 
 
-def _copy(file: Path, source: Path, folder: Path) -> None:
-    """Copies a file below the folder `source` to the same place below `folder`."""
-    _require_of_folder(file, source)
+def copy_file(file: Path, source: Path, folder: Path) -> None:
+    """Copies a file below the folder `source` to the same place below `folder`.
+
+    Raises:
+        InputError: It is a link out of its folder, or holds no fields where it must.
+    """
+    require_of_folder(file, source)
     target = folder / file.relative_to(source)
     target.parent.mkdir(exist_ok=True)
     settings, differ = _read_settings(file) if file.name in _SETTINGS else ({}, False)
@@ -115,11 +119,14 @@ def _copy(file: Path, source: Path, folder: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _require_of_folder(file: Path, source: Path) -> None:
+def require_of_folder(file: Path, source: Path) -> None:
     """Refuses a link to a file elsewhere, which would be published with the merge.
 
     A link to a file of the same name is one that its owner made to share it, and in the Hub's
     cache every file of a snapshot is a link to a blob beside the snapshots.
+
+    Raises:
+        InputError: With the link and its target.
     """
     target, root = file.resolve(), source.resolve()
     is_inside = target.is_relative_to(root)

@@ -1,15 +1,20 @@
 """Finding a checkpoint: a folder of this machine, or a download from the Hugging Face Hub."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from adamerge_jax.checkpoints.nested import require_not_nested
+from adamerge_jax.checkpoints.pipeline_index import COPIED, component_names, is_pipeline
 from adamerge_jax.errors import InputError, in_one_line
 
-_DOWNLOADED = (
-    *("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.codes", "*.spm"),
+_SETTINGS = (
+    *("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.codes", "*.spm"),
     "README.md",  # has the licence
 )
+
+_VARIANTS = "*.*.safetensors"
+"""Weights of a pipeline's component in another dtype than its usual files have."""
 
 # Subfolders hold other formats of the same weights (onnx/, openvino/, ...), except for
 # additional_chat_templates/ and the modules of a sentence embedder (1_Pooling/).
@@ -63,13 +68,26 @@ def _download(name: str, revision: str | None) -> Path:
     )
 
     at_revision = f" at revision {revision!r}" if revision else ""
-    try:
+
+    def download(wanted: Iterable[str], ignored: Iterable[str]) -> Path:
         folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=list(_DOWNLOADED),
-            ignore_patterns=list(_IGNORED),
+            name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(ignored)
         )
+        return Path(folder)
+
+    try:
+        folder = download(_SETTINGS, _IGNORED)
+        if not is_pipeline(folder):
+            return download(["*.safetensors"], _IGNORED)
+        components = component_names(folder)
+        files = [f"{part}/*{ending}" for part in components for ending in (*COPIED, ".safetensors")]
+        download(files, [_VARIANTS])
+        without_weights = [part for part in components if _lacks_weights(folder / part)]
+        if without_weights:
+            download([f"{part}/{_VARIANTS}" for part in without_weights], ())
+        return folder
+    except InputError:
+        raise
     except GatedRepoError as error:
         raise InputError(
             f"{name} is gated on the Hugging Face Hub: accept its terms at "
@@ -96,4 +114,8 @@ def _download(name: str, revision: str | None) -> Path:
         raise InputError(
             f"cannot download {name}{at_revision} from the Hugging Face Hub: {in_one_line(error)}"
         ) from error
-    return Path(folder)
+
+
+def _lacks_weights(component: Path) -> bool:
+    """Returns True for a folder of a model without weights."""
+    return (component / "config.json").is_file() and not any(component.glob("*.safetensors"))

@@ -130,7 +130,20 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     if (folder / WEIGHTS_FILE).is_file():
         return read_header(folder / WEIGHTS_FILE)
     if (folder / INDEX_FILE).is_file():
-        return _read_indexed_headers(folder / INDEX_FILE)
+        return read_indexed_headers(folder / INDEX_FILE)
+    refuse_pickled(folder)
+    raise InputError(
+        f"{folder} has no safetensors weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a "
+        "folder that `save_pretrained` wrote"
+    )
+
+
+def refuse_pickled(folder: Path) -> None:
+    """Refuses a folder with pickled weights.
+
+    Raises:
+        InputError: With the first such file.
+    """
     for pattern in _PICKLED:
         for file in sorted(folder.glob(pattern)):
             if file.name not in _TRAINER_FILES:
@@ -139,13 +152,14 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
                     "because unpickling can run any code; load it with transformers once and "
                     "write it as safetensors with model.save_pretrained(folder)"
                 )
-    raise InputError(
-        f"{folder} has no safetensors weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a "
-        "folder that `save_pretrained` wrote"
-    )
 
 
-def _read_indexed_headers(index_file: Path) -> dict[str, TensorInfo]:
+def read_indexed_headers(index_file: Path) -> dict[str, TensorInfo]:
+    """Returns the tensors of all shards that an index names, by name.
+
+    Raises:
+        InputError: The index or a shard is missing or damaged, or names a file elsewhere.
+    """
     weight_map = _read_weight_map(index_file)
     shards: dict[str, dict[str, TensorInfo]] = {}
     for shard in sorted(set(weight_map.values())):

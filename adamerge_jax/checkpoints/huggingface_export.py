@@ -220,9 +220,9 @@ class CheckpointWriter:
         """Writes the last shard, the index, the config and the models of tasks."""
         files = self._shards.finish()
         if len(files) > 1:
-            _write_index(self._partial, files)
+            write_index(self._partial / INDEX_FILE, files)
         if self._config is not None:
-            _write_config(self._partial, self._config, files)
+            write_config(self._partial, self._config, files)
         for task, model in self._task_models.items():
             self._write_task_model(task, model, files)
 
@@ -254,8 +254,8 @@ class CheckpointWriter:
             )
         if model.head:
             files.append(write_tensors(folder / shard_name(count, count), dict(model.head)))
-        _write_index(folder, files)
-        _write_config(folder, model.config, files)
+        write_index(folder / INDEX_FILE, files)
+        write_config(folder, model.config, files)
         copy_assets(model.assets, model.other_assets, folder)
 
 
@@ -285,15 +285,28 @@ def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
     return class_names[auto_class][config.model_type]
 
 
-def _write_index(folder: Path, files: Sequence[WeightFile]) -> None:
+def write_index(index_file: Path, files: Sequence[WeightFile]) -> None:
+    """Writes the index that names the file of each tensor.
+
+    Args:
+        index_file: The file to make.
+        files: The files beside it.
+    """
     index = {
         "metadata": {"total_size": sum(file.bytes for file in files)},
         "weight_map": {name: file.file.name for file in files for name in sorted(file.names)},
     }
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(folder: Path, fields: Mapping[str, Any], files: Sequence[WeightFile]) -> None:
+def write_config(folder: Path, fields: Mapping[str, Any], files: Sequence[WeightFile]) -> None:
+    """Writes fields as config.json, with the dtype of the weights.
+
+    Args:
+        folder: The folder of the config.
+        fields: The fields.
+        files: The weight files.
+    """
     values_of: Counter[np.dtype] = Counter()
     for file in files:
         values_of.update(file.values_of)

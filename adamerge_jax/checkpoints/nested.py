@@ -5,7 +5,10 @@ from pathlib import Path
 
 from adamerge_jax.errors import InputError, and_more
 
-_MODEL_FILES = ("adapter_config.json", "model.safetensors", "model.safetensors.index.json")
+_MODEL_FILES = (
+    *("adapter_config.json", "model.safetensors", "model.safetensors.index.json"),
+    "model_index.json",  # of a diffusion pipeline
+)
 """Files of which a folder with a model or an adapter has one."""
 
 _SHOWN = 3

@@ -7,8 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from adamerge_jax.checkpoints.huggingface import WEIGHTS_FILE
 from adamerge_jax.checkpoints.safetensors_file import WeightFile, write_tensors
+
+MODEL_STEM = "model"
+"""The beginning of the names of a model's weight files."""
 
 
 class ShardWriter:
@@ -18,14 +20,18 @@ class ShardWriter:
     thread where they would take more.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, thread: Executor) -> None:
+    def __init__(
+        self, folder: Path, max_bytes: int, thread: Executor, stem: str = MODEL_STEM
+    ) -> None:
         """Prepares to write; nothing is made until a shard is full.
 
         Args:
             folder: The folder of the files.
             max_bytes: The size of a file, exceeded only by one with a single tensor.
             thread: An executor with one worker; it must be shut down before the folder is moved.
+            stem: The beginning of the names of the files.
         """
+        self._stem = stem
         self.names: set[str] = set()
         self._folder = folder
         self._max_bytes = max_bytes
@@ -62,7 +68,10 @@ class ShardWriter:
         count = len(written)
         files = []
         for number, shard in enumerate(written, start=1):
-            name = WEIGHTS_FILE if count == 1 else shard_name(number, count)
+            is_whole = count == 1
+            name = (
+                f"{self._stem}.safetensors" if is_whole else shard_name(number, count, self._stem)
+            )
             file = shard.file.rename(self._folder / name)
             files.append(WeightFile(file, shard.names, shard.values_of))
         return files
@@ -106,6 +115,6 @@ class ShardWriter:
             release(unwritten_bytes)
 
 
-def shard_name(number: int, count: int) -> str:
+def shard_name(number: int, count: int, stem: str = MODEL_STEM) -> str:
     """Returns the name of a shard, counted from 1."""
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
+    return f"{stem}-{number:05d}-of-{count:05d}.safetensors"

@@ -1,9 +1,12 @@
 """The account of a merge: what becomes of every tensor of the base."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
+from adamerge_jax.checkpoints.diffusion import Pipeline, component_of
+from adamerge_jax.checkpoints.matching import MatchedCheckpoint, differs
 from adamerge_jax.pipeline.models import Models
 
 NAMED = 3
@@ -19,6 +22,56 @@ def account(models: Models, mixed: Iterable[str]) -> list[str]:
             `keep_from_base` keeps may be among them.
     """
     merged = set(mixed) - models.kept_from_base
+    pipeline = models.base.checkpoint
+    if not isinstance(pipeline, Pipeline):
+        return _account_of(models, merged)
+    lines = []
+    for component in pipeline.components:
+        part = _part(models, component)
+        of_part = _account_of(part, {name for name in merged if name in part.base.names})
+        lines += [f"{component}: {line}" for line in of_part + _unchanged(part, component)]
+    if pipeline.copied:
+        lines.append(f"copied from the base: {', '.join(pipeline.copied)}")
+    for task, expert in models.experts.items():
+        components = {component_of(name) for name in expert.checkpoint.tensors}
+        if further := components - pipeline.components.keys():
+            names = ", ".join(sorted(further))
+            lines.append(f"left out, expert {task!r} alone has them: {names}")
+    return lines
+
+
+def _part(models: Models, component: str) -> Models:
+    """Returns the models with one component of their pipelines alone."""
+
+    def part_of(model: MatchedCheckpoint) -> MatchedCheckpoint:
+        tensors = model.checkpoint.tensors
+        return dataclasses.replace(
+            model,
+            checkpoint=dataclasses.replace(
+                model.checkpoint,
+                tensors={n: info for n, info in tensors.items() if component_of(n) == component},
+            ),
+            names={n: f for n, f in model.names.items() if component_of(n) == component},
+            extra=tuple(name for name in model.extra if component_of(name) == component),
+        )
+
+    experts = {task: part_of(expert) for task, expert in models.experts.items()}
+    return dataclasses.replace(models, base=part_of(models.base), experts=experts)
+
+
+def _unchanged(part: Models, component: str) -> list[str]:
+    """Returns a line about the experts whose component has the base's weights."""
+    tasks = [
+        task
+        for task, expert in part.experts.items()
+        if expert.names and not differs(expert, part.base, sorted(expert.names))
+    ]
+    names = ", ".join(map(repr, tasks))
+    return [f"the base's weights in {names}"] if tasks else []
+
+
+def _account_of(models: Models, merged: Collection[str]) -> list[str]:
+    """Returns the account of one model, or of one component of a pipeline."""
     base, in_files = models.base, models.base.checkpoint.tensors
     size = sum(int(np.prod(base.shape(name))) for name in merged)
     lines = [f"{len(merged)} of {len(in_files)} tensors merged ({size / 1e6:.1f} M parameters)"]

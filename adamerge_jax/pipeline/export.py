@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +27,15 @@ from adamerge_jax.checkpoints.config_export import (
     without_old_weights,
 )
 from adamerge_jax.checkpoints.config_file import Fields
+from adamerge_jax.checkpoints.diffusion import Pipeline, component_of
+from adamerge_jax.checkpoints.diffusion_export import copied_files, write_pipeline
 from adamerge_jax.checkpoints.dtypes import DTYPES
 from adamerge_jax.checkpoints.finite import narrowed
 from adamerge_jax.checkpoints.folders import require_space
-from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.huggingface_export import model_class, write_checkpoint
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.mergekit_export import inexpressible, write_merge
+from adamerge_jax.checkpoints.opening import open_checkpoint
 from adamerge_jax.checkpoints.orbax import UnreadArray, require_plain_path, save_parameters
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter
 from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
@@ -220,13 +223,10 @@ def checkpoint_bytes(models: Models, settings: ExportRecipe) -> int:
 def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     """Writes the merged model and every task's model, in the layout of `save_pretrained`."""
     models, dtype = job.models, _dtype(job.settings)
-
-    def cast(array: np.ndarray, name: str, model: Expert) -> np.ndarray:
-        if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
-            return array
-        origin = {"checkpoint": model.checkpoint, "role": model.role, "field": "export.dtype"}
-        return narrowed(array, dtype, tensor=name, **origin)
-
+    if isinstance(models.base.checkpoint, Pipeline):
+        _write_pipeline(job, models.base.checkpoint, folder)
+        return
+    cast = partial(_cast, dtype=dtype)
     # A head of the base would stand beside each task's head under the same name.
     replaced = {name for task in models.experts for name in models.head_names(task)}
     carried = [name for name in models.base.extra if name not in replaced]
@@ -269,6 +269,42 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
             writer.write_further_tensors(ZERO_SHOT_FILE, _zero_shot_heads(job.coefficients))
 
 
+def _cast(array: np.ndarray, name: str, model: Expert, dtype: np.dtype | None) -> np.ndarray:
+    """Returns a tensor in the dtype of the merge; None and whole numbers leave it as it is."""
+    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    origin = {"checkpoint": model.checkpoint, "role": model.role, "field": "export.dtype"}
+    return narrowed(array, dtype, tensor=name, **origin)
+
+
+def _write_pipeline(job: ExportJob, pipeline: Pipeline, folder: Path) -> None:
+    """Writes the merged components of a diffusion pipeline, and copies the rest of it."""
+    base, dtype = job.models.base, _dtype(job.settings)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        """Yields merged and carried tensors, those of a component one after the other."""
+        carried: dict[str, list[str]] = {name: [] for name in pipeline.components}
+        for name in base.extra:
+            carried[component_of(name)].append(name)
+        for component, merged in groupby(job.merged(dtype), lambda item: component_of(item[0])):
+            for name, array in merged:
+                yield name, _cast(array, name, base, dtype)
+            for name in carried.pop(component):
+                yield name, _cast(base.checkpoint.read(name), name, base, dtype)
+        for names in carried.values():
+            for name in names:
+                yield name, _cast(base.checkpoint.read(name), name, base, dtype)
+
+    write_pipeline(
+        folder,
+        pipeline,
+        tensors(),
+        max_shard_bytes=job.settings.shard_megabytes * 10**6,
+        expected_bytes=checkpoint_bytes(job.models, job.settings),
+        texts={CARD_FILE: job.card(())},
+    )
+
+
 def _head_of(job: ExportJob, task: str) -> dict[str, np.ndarray]:
     """Returns a task's head: its expert's, with what was fitted or learned in the same dtype."""
     head = load_head(job.models, task)
@@ -295,6 +331,8 @@ def _zero_shot_heads(coefficients: Coefficients) -> dict[str, np.ndarray]:
 
 
 def _guard_checkpoint(models: Models, facts: MergeFacts, out: Path) -> None:
+    if isinstance(models.base.checkpoint, Pipeline):
+        list(copied_files(models.base.checkpoint))  # refuses what cannot be copied
     for model in (models.base, *models.experts.values()):
         require_copyable(model.checkpoint)
 
@@ -306,7 +344,7 @@ def _tasks_with_heads(job: ExportJob) -> list[str]:
 
 def _write_orbax(job: ExportJob, folder: Path) -> None:
     """Writes the merged backbone for JAX, from the checkpoint that was written before it."""
-    checkpoint = Checkpoint.open(folder.parent / CHECKPOINT_FOLDER)
+    checkpoint = open_checkpoint(str(folder.parent / CHECKPOINT_FOLDER))
     matched = match_backbone(job.models, checkpoint, "merged checkpoint")
     save_parameters(folder, _orbax_parameters(job.models, matched, _dtype(job.settings)))
 
@@ -440,6 +478,8 @@ def export_mergekit(
     Raises:
         InputError: mergekit cannot make the merge, or the file cannot be written.
     """
+    if isinstance(models.base.checkpoint, Pipeline):
+        raise inexpressible("it is a merge of diffusion pipelines")
     if coefficients.initial_merge is not None:
         raise inexpressible(
             f"it is a merge by {coefficients.initial_merge.in_words}, or adds task vectors to one"

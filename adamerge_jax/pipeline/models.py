@@ -9,9 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adamerge_jax.checkpoints.any_model import AnyModel, any_model, head_shapes
+from adamerge_jax.checkpoints.any_model import (
+    AnyModel,
+    any_model,
+    head_shapes,
+    pipeline_family,
+)
 from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.config_file import classes_of, read_config_file
+from adamerge_jax.checkpoints.diffusion import (
+    Pipeline,
+    require_all_components,
+    require_same_pipeline,
+)
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import (
@@ -20,6 +30,7 @@ from adamerge_jax.checkpoints.matching import (
     match,
     require_tied,
 )
+from adamerge_jax.checkpoints.opening import open_checkpoint, open_in_folder
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.checkpoints.peft_config import model_name
 from adamerge_jax.checkpoints.sentence_modules import is_embedder, read_embedding_form
@@ -111,7 +122,9 @@ def open_models(
             a pattern in `keep_from_base` fits no parameter.
     """
     with in_hand(recipe.base.path), _explain_errors("base", root):
-        base = Checkpoint.open(resolve(recipe.base.path, root), revision=recipe.base.revision)
+        base = open_checkpoint(resolve(recipe.base.path, root), revision=recipe.base.revision)
+        if isinstance(base, Pipeline):
+            require_all_components(base)
     whole_experts: dict[str, Checkpoint] = {}
     embeds = _read_form(recipe, base, root)
     try:
@@ -119,6 +132,11 @@ def open_models(
             if not to_run:
                 whole_experts = _whole_experts(recipe, root)
                 family = _family_to_fold(base, list(whole_experts.values()), embeds)
+            elif isinstance(base, Pipeline):
+                raise InputError(
+                    "a diffusion pipeline is merged without learning (adamerge merge, adamerge "
+                    "fold); there is nothing to learn its coefficients from"
+                )
             else:
                 is_own = is_known(base.config)
                 family = family_of(
@@ -253,6 +271,8 @@ def _family_to_fold(
                 log.debug(f"{base.source} is merged by the names of its tensors: {error}")
             else:
                 return family
+    if isinstance(base, Pipeline):
+        return pipeline_family(base, experts)
     return dataclasses.replace(any_model(base, experts), embeds=embeds)
 
 
@@ -275,7 +295,7 @@ def _whole_experts(recipe: Recipe, root: Path) -> dict[str, Checkpoint]:
             path = resolve(source.path, root)
             folder = locate(path, revision=source.revision)
             if not is_adapter(folder):
-                experts[task] = Checkpoint.in_folder(path, folder)
+                experts[task] = open_in_folder(path, folder)
     return experts
 
 
@@ -368,6 +388,11 @@ def _open_expert(
         path = resolve(source.path, root)
         folder = locate(path, revision=source.revision)
     if is_adapter(folder):
+        if isinstance(base.checkpoint, Pipeline):
+            raise InputError(
+                f"{role} ({source.path}) is a PEFT adapter, which is not read for a diffusion "
+                "pipeline; merge it into its model, and give the pipeline that was saved then"
+            )
         adapter = open_adapter(
             source.path,
             folder,
@@ -391,8 +416,11 @@ def _open_expert(
             raise _no_classes_error(role, source.path, "a head with 1 output")
         return adapter
     with _explain_errors(role, root):
-        expert = opened or Checkpoint.in_folder(path, folder)
-    require_same_architecture(base.checkpoint, expert, role=role)
+        expert = opened or open_in_folder(path, folder)
+    if isinstance(base.checkpoint, Pipeline) or isinstance(expert, Pipeline):
+        require_same_pipeline(base.checkpoint, expert, role=role)
+    else:
+        require_same_architecture(base.checkpoint, expert, role=role)
     if has_classes:
         _require_classes(expert, role)
     return match(

@@ -26,6 +26,7 @@ _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModel": None,  # of any architecture
+    "DiffusionPipeline": None,  # of images or films, from texts or images
     None: "zero-shot-image-classification",
 }
 """A model's purpose in the Hub's words, by the class of `transformers` that loads its tasks."""
@@ -91,11 +92,14 @@ def model_card(
     """
     if coefficients is not None and coefficients.is_searched:
         datasets = ()  # its calibration data was not looked at
+    library = "sentence-transformers" if embeds else "transformers"
+    if auto_class == "DiffusionPipeline":
+        library = "diffusers"
     on_hub = list(dict.fromkeys(origin.hub_id for origin in origins if origin.hub_id))
     fields: dict[str, Any] = {
         "base_model": on_hub or None,
         "base_model_relation": "merge" if on_hub else None,
-        "library_name": "sentence-transformers" if embeds else "transformers",
+        "library_name": library,
         "license": shared_license(origins),
         "tags": ["merge", "adamerge_jax", *(["sentence-transformers"] if embeds else [])],
         "datasets": [dataset for dataset in datasets if _is_hub_id(dataset)] or None,
@@ -118,6 +122,7 @@ def model_card(
         license=fields["license"],
         datasets=datasets,
         auto_class=auto_class or "AutoModel",
+        library=library,
         has_tokenizer=auto_class in _WITH_TOKENIZER,
         embeds=embeds,
         task_folders=task_folders,

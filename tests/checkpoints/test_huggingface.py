@@ -374,15 +374,51 @@ def test_the_files_that_are_downloaded(tmp_path, monkeypatch):
         "additional_chat_templates/run.py": False,
     }
 
+    chosen = files_downloaded(of_repository, tmp_path, monkeypatch)
+    assert chosen == {name for name, wanted in of_repository.items() if wanted}
+
+
+def test_the_files_of_a_pipeline_that_are_downloaded(tmp_path, monkeypatch):
+    """Weights of components once, in the usual dtype where there is one, and none of the root."""
+    of_repository = {
+        "model_index.json": True,
+        "sd_xl_base_1.0.safetensors": False,
+        "unet/config.json": True,
+        "unet/diffusion_pytorch_model.safetensors": True,
+        "unet/diffusion_pytorch_model.fp16.safetensors": False,
+        "unet/diffusion_pytorch_model.bin": False,
+        "vae/config.json": True,
+        "vae/diffusion_pytorch_model.fp16.safetensors": True,
+        "tokenizer/vocab.json": True,
+        "tokenizer/run.py": False,
+        "extra/config.json": False,
+    }
+    index = {"unet": ["d", "U"], "vae": ["d", "V"], "tokenizer": ["t", "T"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    chosen = files_downloaded(of_repository, tmp_path, monkeypatch)
+    assert chosen == {name for name, wanted in of_repository.items() if wanted}
+
+
+def files_downloaded(of_repository, folder, monkeypatch) -> set[str]:
+    """Downloads a repository of the given files and returns those that were."""
+    downloaded = set()
+
     def download(*_, allow_patterns, ignore_patterns, **__):
-        chosen = filter_repo_objects(
-            of_repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        chosen = set(
+            filter_repo_objects(
+                of_repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
         )
-        assert set(chosen) == {name for name, wanted in of_repository.items() if wanted}
-        return tmp_path
+        assert not downloaded & {name for name in chosen if name.endswith(".safetensors")}
+        downloaded.update(chosen)
+        for name in chosen - {"model_index.json"}:
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).touch()
+        return folder
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert locate("org/name") == tmp_path
+    assert locate("org/name") == folder
+    return downloaded
 
 
 # Values

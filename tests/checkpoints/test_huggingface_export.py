@@ -420,7 +420,7 @@ def test_interrupt_while_finishing_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(huggingface_export, "_write_index", interrupt)
+    monkeypatch.setattr(huggingface_export, "write_index", interrupt)
     with (
         pytest.raises(KeyboardInterrupt),
         write_checkpoint(tmp_path / "out", max_shard_bytes=500) as writer,

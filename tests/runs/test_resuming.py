@@ -233,7 +233,7 @@ def fold(folder: Path, undisturbed: Path) -> Path:
 @pytest.mark.parametrize(
     "place",
     [
-        "adamerge_jax.checkpoints.huggingface_export._write_index",
+        "adamerge_jax.checkpoints.huggingface_export.write_index",
         "adamerge_jax.pipeline.export.save_parameters",
         "adamerge_jax.runs.resuming.remove_folder",
     ],

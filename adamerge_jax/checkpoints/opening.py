@@ -1,0 +1,37 @@
+"""Opening a checkpoint of any kind."""
+
+from pathlib import Path
+
+from adamerge_jax.checkpoints.diffusion import open_pipeline, refuse_pipeline_adapter
+from adamerge_jax.checkpoints.hub import locate
+from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.pipeline_index import is_pipeline
+
+
+def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
+    """Opens a model or a diffusion pipeline: a folder, or a checkpoint of the Hub.
+
+    Args:
+        source: A folder or a Hub name, as for `locate`.
+        revision: A branch, tag or commit of a Hub checkpoint.
+
+    Raises:
+        InputError: There is no such checkpoint, or it is incomplete, corrupt or pickled.
+    """
+    return open_in_folder(source, locate(source, revision=revision))
+
+
+def open_in_folder(source: str, folder: Path) -> Checkpoint:
+    """Opens a model or a diffusion pipeline in a folder that `locate` returned.
+
+    Args:
+        source: The folder or Hub name, as the user wrote it.
+        folder: The folder of its files.
+
+    Raises:
+        InputError: It is incomplete, corrupt or pickled.
+    """
+    if is_pipeline(folder):
+        return open_pipeline(source, folder)
+    refuse_pipeline_adapter(folder)
+    return Checkpoint.in_folder(source, folder)

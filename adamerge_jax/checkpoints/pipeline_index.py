@@ -1,0 +1,40 @@
+"""The index of a diffusion pipeline, `model_index.json`: the names of its components."""
+
+import re
+from pathlib import Path
+
+from adamerge_jax.errors import InputError, shorten
+from adamerge_jax.files.json_object import read_object
+
+PIPELINE_FILE = "model_index.json"
+
+COPIED = (".json", ".txt", ".model", ".jinja", ".spm")
+"""Endings of the files of tokenizers, schedulers and processors."""
+
+_NAME = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
+"""Names of components, which are names of folders too."""
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Returns True for the folder of a diffusion pipeline."""
+    return (folder / PIPELINE_FILE).is_file()
+
+
+def component_names(folder: Path) -> list[str]:
+    """Returns the names of a pipeline's components, in the order of its index.
+
+    Raises:
+        InputError: The index cannot be read, or a name cannot be that of a folder.
+    """
+    names = []
+    for name, value in read_object(folder / PIPELINE_FILE).items():
+        # Other fields are settings of the pipeline, and [null, null] is an empty place.
+        if name.startswith("_") or not isinstance(value, list) or not any(value):
+            continue
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"{folder / PIPELINE_FILE} has a component called {shorten(repr(name))}, which "
+                "cannot be the name of its folder; do not use it unless you know why"
+            )
+        names.append(name)
+    return names
