@@ -13,6 +13,8 @@ from adamerge_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from adamerge_jax.recipes.schema import DataSource
+
 PROBE = "\N{OBJECT REPLACEMENT CHARACTER}"
 """A response whose end is the template's alone."""
 
@@ -31,6 +33,37 @@ class Tokens(NamedTuple):
     ends: Sequence[int] = ()
 
 
+class Marked(NamedTuple):
+    """A conversation as the chat template writes it.
+
+    Attributes:
+        text: The text.
+        predicted: The beginnings and ends, in characters, of what is to be predicted; None for all.
+        responses: Those of the assistant's responses alone.
+    """
+
+    text: str
+    predicted: list[tuple[int, int]] | None
+    responses: list[tuple[int, int]]
+
+    def tokens(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Tokens:
+        """Marks the tokens of the text.
+
+        Args:
+            ids: The tokens.
+            offsets: The beginning and the end of each, in characters of the text.
+        """
+        if self.predicted is None:
+            return Tokens(ids, [True] * len(ids))
+        predicted, content = (
+            [any(first < end and start < last for first, last in parts) for start, end in offsets]
+            for parts in (self.predicted, self.responses)
+        )
+        pairs = enumerate(zip(predicted, content, strict=True))
+        ends = [at for at, (counts, is_content) in pairs if counts and not is_content]
+        return Tokens(ids, predicted, ends)
+
+
 def conversations(
     table: Table, tokenizer: PreTrainedTokenizerBase, *, with_end: bool
 ) -> list[Tokens]:
@@ -45,23 +78,53 @@ def conversations(
         InputError: The tokenizer cannot tell the tokens of responses, a row is no conversation, or
             the template does not write it.
     """
+    require_offsets(tokenizer, table.name)
+    sequences = []
+    for row, messages in enumerate(table.rows[table.source.messages]):
+        where = f"{table.name}: {table.source.path}, row {row}"
+        marked = mark_responses(messages, where, table.source, tokenizer, with_end=with_end)
+        encoded = encode(
+            tokenizer, [marked.text], where, add_special_tokens=False, return_offsets_mapping=True
+        )
+        sequences.append(marked.tokens(encoded["input_ids"][0], encoded["offset_mapping"][0]))
+    return sequences
+
+
+def require_offsets(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a tokenizer that does not say which characters a token stands for.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: Name of the examples in the error message.
+    """
     if not tokenizer.is_fast:
         raise InputError(
-            f"{table.name}: the tokenizer ({type(tokenizer).__name__}) does not say which "
+            f"{name}: the tokenizer ({type(tokenizer).__name__}) does not say which "
             "characters a token stands for, so conversations cannot be used; give prompts and "
             "responses"
         )
-    return [
-        _conversation(messages, row, table, tokenizer, with_end)
-        for row, messages in enumerate(table.rows[table.source.messages])
-    ]
 
 
-def _conversation(
-    messages: Any, row: int, table: Table, tokenizer: PreTrainedTokenizerBase, with_end: bool
-) -> Tokens:
-    source = table.source
-    where = f"{table.name}: {source.path}, row {row}"
+def mark_responses(
+    messages: Any,
+    where: str,
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    with_end: bool,
+) -> Marked:
+    """Writes one conversation in the chat template, and finds the responses in it.
+
+    Args:
+        messages: The conversation.
+        where: Its place in error messages.
+        source: The data source, which says what is to be predicted.
+        tokenizer: The tokenizer with the template.
+        with_end: True to predict what the template puts behind a response, too.
+
+    Raises:
+        InputError: It is no conversation, or the template does not write it.
+    """
     roles = [
         message.get("role") if isinstance(message, dict) else None
         for message in (messages if isinstance(messages, list) else [messages])
@@ -88,6 +151,8 @@ def _conversation(
             f"{where}: the chat template rewrites earlier turns, so the assistant's tokens cannot "
             "be told; give one turn per example, or set predict: all"
         )
+    if source.predict == "all":
+        return Marked(whole, None, [])
     spans, responses = [], []
     for asked, answered, probed in parts:
         # What asks for an answer may go on where the answer itself does not, e.g. with `<think>`.
@@ -97,19 +162,7 @@ def _conversation(
         response = last - len(behind) if answered.endswith(behind) else last
         responses.append((first, response))
         spans.append((first, last if with_end else response))
-    encoded = encode(
-        tokenizer, [whole], where, add_special_tokens=False, return_offsets_mapping=True
-    )
-    offsets = encoded["offset_mapping"][0]
-    if source.predict == "all":
-        return Tokens(encoded["input_ids"][0], [True] * len(offsets))
-    predicted, content = (
-        [any(first < end and start < last for first, last in parts) for start, end in offsets]
-        for parts in (spans, responses)
-    )
-    pairs = enumerate(zip(predicted, content, strict=True))
-    ends = [at for at, (counts, is_content) in pairs if counts and not is_content]
-    return Tokens(encoded["input_ids"][0], predicted, ends)
+    return Marked(whole, spans, responses)
 
 
 def _chats_of(messages: Messages, turn: int) -> tuple[Chat, Chat, Chat]:

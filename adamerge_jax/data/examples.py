@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.images_in_text import COUNT, PIXELS
 
 if TYPE_CHECKING:
     from adamerge_jax.data.answers import Answers
@@ -210,8 +211,27 @@ def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         parts: Inputs `[B, ...]` by name, of the same shapes but for B.
     """
     names = dict.fromkeys(name for part in parts for name in part)
-    whole = [completed(part, names) for part in parts]
+    whole = [completed(part, names) for part in with_as_many_images(parts)]
     return {name: np.concatenate([part[name] for part in whole]) for name in names}
+
+
+def with_as_many_images(parts: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Returns model inputs in which all conversations have places for as many images.
+
+    Args:
+        parts: Inputs `[B, ...]` by name; those of other models stay as they are.
+    """
+    pixels = [part[PIXELS] for part in parts if COUNT in part and PIXELS in part]
+    most = max((array.shape[1] for array in pixels), default=0)
+    filled = []
+    for part in parts:
+        inputs = dict(part)
+        if COUNT in part and most:
+            given = part.get(PIXELS, np.zeros((len(part[COUNT]), 0, *pixels[0].shape[2:])))
+            missing = [(0, 0), (0, most - given.shape[1]), *[(0, 0)] * (given.ndim - 2)]
+            inputs[PIXELS] = np.pad(given.astype(np.float32, copy=False), missing)
+        filled.append(inputs)
+    return filled
 
 
 def completed(inputs: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -236,7 +256,8 @@ def require_joinable(examples: Mapping[str, Examples]) -> None:
     length = max(data.padded_length(first) for data in examples.values())
     taken = {task: data.take(first, length) for task, data in examples.items()}
     names = dict.fromkeys(name for part in taken.values() for name in part)
-    whole = {task: completed(part, names) for task, part in taken.items()}
+    filled = with_as_many_images(list(taken.values()))
+    whole = {task: completed(part, names) for task, part in zip(taken, filled, strict=True)}
     for name in names:
         shapes = {task: part[name].shape[1:] for task, part in whole.items() if name in part}
         task, shape = next(iter(shapes.items()))

@@ -19,6 +19,9 @@ PROCESSOR_FILE = "preprocessor_config.json"
 _LARGEST_SIDE = 2**14
 """Pixels of the largest side: a batch of such images fills any memory."""
 
+_LARGEST_AREA = 2**25
+"""Pixels of the largest image."""
+
 _TRIED = ((48, 64), (64, 48))
 """Height and width of the images that a processor is tried on."""
 
@@ -40,7 +43,7 @@ def load_image_processor(folder: Path, where: str, shape: tuple[int, int, int]) 
 
     try:
         fields = read_object(folder / PROCESSOR_FILE)
-        _require_fields(fields, shape[0])
+        require_fields(fields, shape[0])
         processor = ImageProcessor(
             AutoImageProcessor.from_pretrained(folder, trust_remote_code=False), shape
         )
@@ -82,8 +85,18 @@ def load_image_processor(folder: Path, where: str, shape: tuple[int, int, int]) 
     return processor
 
 
-def _require_fields(fields: Any, channels: int) -> None:
-    """Refuses impossible values, by the name of their field."""
+def require_fields(fields: Any, channels: int, *, by_area: bool = False) -> None:
+    """Refuses impossible values, by the name of their field.
+
+    Args:
+        fields: The fields of an image processor.
+        channels: The model's channels.
+        by_area: True for a processor whose sizes are numbers of pixels, not of those of a side.
+
+    Raises:
+        InputError: A value is impossible.
+    """
+    largest = _LARGEST_SIDE if not by_area else _LARGEST_AREA
     if not isinstance(fields, Mapping):
         raise InputError("holds no object")
     for name in ("image_mean", "image_std"):
@@ -104,10 +117,10 @@ def _require_fields(fields: Any, channels: int) -> None:
         values = fields.get(name)
         sides = values if isinstance(values, Mapping) else {"": values}
         for side, pixels in sides.items():
-            if pixels is not None and not _is_whole(pixels, 1, _LARGEST_SIDE):
+            if pixels is not None and not _is_whole(pixels, 1, largest):
                 raise InputError(
                     f"{'.'.join(filter(None, (name, side)))} is {pixels!r:.80}; expected pixels, a "
-                    f"whole number from 1 to {_LARGEST_SIDE}"
+                    f"whole number from 1 to {largest}"
                 )
     factor = fields.get("rescale_factor")
     if factor is not None and not (_is_finite(factor) and factor > 0):

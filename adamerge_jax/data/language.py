@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from adamerge_jax.data.end_of_text import (
     without_end,
 )
 from adamerge_jax.data.examples import Cut, EndOfText, Examples, bucket_length, padded
+from adamerge_jax.data.image_conversations import ConversationImages
 from adamerge_jax.data.tables import Table
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import encode, padding_of
@@ -142,6 +144,8 @@ def make_language_examples(
     decoder_start: int | None,
     predicts_end: PredictsEnd,
     limits: TokenLimits | None = None,
+    images: ConversationImages | None = None,
+    folder: Path | None = None,
 ) -> Examples:
     """Makes examples of a table with conversations, prompts and responses, or texts.
 
@@ -154,6 +158,8 @@ def make_language_examples(
         predicts_end: The task's expert, which is asked about the end of text where the source says
             `auto` and holds no conversations.
         limits: The limits of the model's tokens; None for any.
+        images: The reader of images in conversations, of a model that reads some.
+        folder: The folder in which these images are; None where there is none.
 
     Raises:
         InputError: The table has none of these columns, a row holds something else, nothing is
@@ -166,7 +172,8 @@ def make_language_examples(
 
     def make(rows: Sequence[int], sequences: Sequence[Tokens]) -> Examples:
         if decoder_start is None:
-            return DecoderExamples(sequences, padding, max_length)
+            decoder = DecoderExamples(sequences, padding, max_length)
+            return decoder if images is None else images.beside(decoder, rows)
         responses = [sequence.ids for sequence in sequences]
         asked = [prompts[row] for row in rows]
         ends = [sequence.ends for sequence in sequences]
@@ -174,7 +181,11 @@ def make_language_examples(
 
     is_chat = decoder_start is None and source.messages in columns
     end: EndOfText = end_of_chats(table) if is_chat else "leave"
-    if is_chat:
+    if is_chat and images is not None:
+        sequences = images.read(table, folder, with_end=end == "append")
+        if source.packed and any(images.counts):
+            raise InputError(f"{table.name}: packed is for texts without images; leave it out")
+    elif is_chat:
         sequences = conversations(table, tokenizer, with_end=end == "append")
     elif decoder_start is not None:
         if not {source.prompt, source.response} <= columns:
@@ -220,7 +231,10 @@ def make_language_examples(
     if source.packed:
         sequences = _packed(sequences, max_length)
     useful = [
-        row for row, sequence in enumerate(sequences) if any(sequence.predicted[first:max_length])
+        row
+        for row, sequence in enumerate(sequences)
+        if any(sequence.predicted[first:max_length])
+        and (images is None or images.is_whole(row, max_length))
     ]
     _tell_left_out(table, len(useful), len(sequences), max_length)
     chosen = [sequences[row] for row in useful]

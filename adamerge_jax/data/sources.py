@@ -11,10 +11,12 @@ import numpy as np
 from adamerge_jax.data.arrays import read_arrays
 from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, drawn
+from adamerge_jax.data.image_conversations import ConversationImages
 from adamerge_jax.data.images import ImageExamples, ImageProcessor
 from adamerge_jax.data.language import make_language_examples
-from adamerge_jax.data.locations import Arrays, locate_data
+from adamerge_jax.data.locations import Arrays, Location, TableFiles, locate_data
 from adamerge_jax.data.pairs import TextPairs, pair_scores
+from adamerge_jax.data.processors import Processor
 from adamerge_jax.data.prompts import Prompts, read_prompts
 from adamerge_jax.data.tables import Draw, Table, class_indices, read_table
 from adamerge_jax.data.texts import TextExamples
@@ -42,6 +44,7 @@ def load_examples(
     decoder_start: int | None = None,
     predicts_end: PredictsEnd = lambda examples: True,
     embeds: EmbeddingForm | None = None,
+    processor: Processor | None = None,
 ) -> Examples:
     """Reads the examples of a data source.
 
@@ -59,6 +62,7 @@ def load_examples(
         predicts_end: The language model that is asked about the end of text; by default it is to
             be predicted.
         embeds: The way from texts to embeddings of a sentence embedder; None for other models.
+        processor: The processor of a language model that reads images.
 
     Raises:
         InputError: The data cannot be found or read, lacks a column, or is empty.
@@ -90,6 +94,8 @@ def load_examples(
             decoder_start=decoder_start,
             predicts_end=predicts_end,
             limits=limits,
+            images=processor and ConversationImages(processor),
+            folder=_folder_of(location),
         )
     else:
         is_text = inputs[0] == "input_ids"
@@ -145,6 +151,11 @@ def load_prompts(
     table = read_table(location, source, name, [source.messages, source.prompt, source.response])
     table.require_rows(tokenizer, "tokenizer")
     return read_prompts(table, tokenizer, is_chat=is_chat, max_length=max_length, limits=limits)
+
+
+def _folder_of(location: Location) -> Path | None:
+    """Returns the folder from which a table's names of files start; None for one without."""
+    return location.files[0].parent if isinstance(location, TableFiles) else None
 
 
 def _draw(limit: int | None, seed: int) -> Draw | None:

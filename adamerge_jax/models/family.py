@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from adamerge_jax.models.embedding_form import EmbeddingForm
+from adamerge_jax.models.images_in_text import ImagesInText
 from adamerge_jax.models.layers import Config, Rematerialize
 
 OUTPUT_LAYER = "lm_head.weight"
@@ -122,6 +123,7 @@ class Family:
         embeds: The way from texts to embeddings of sentence embedders; None for other models. Their
             head gives embeddings in place of logits.
         embedding_backbone: Makes the backbone of sentence embedders, where that lacks a part.
+        images: The images that a language model reads among its tokens; None if it reads none.
     """
 
     backbone: Callable[[Config, Rematerialize], nnx.Module]
@@ -142,6 +144,7 @@ class Family:
     bridged: bool = False
     embeds: EmbeddingForm | None = None
     embedding_backbone: Callable[[Config, Rematerialize], nnx.Module] | None = None
+    images: ImagesInText | None = None
 
     def build_backbone(
         self, config: Config, rematerialize: Rematerialize = "elementwise"

@@ -540,6 +540,10 @@ def _require_layers(target_specs: Mapping[str, TargetSpec], models: Models) -> N
     if models.config.is_encoder_decoder:
         # Hidden states are the decoder's, and the encoder may have more layers.
         count = models.config.num_decoder_layers
+    elif models.family.bridged:
+        # Its layers are not stacked; some models, such as a ResNet, do not say how many there are.
+        config = models.config.get_text_config()
+        count = getattr(config, "num_hidden_layers", count)
     for spec in target_specs.values():
         for layer in spec.hidden_states:
             if not -count - 1 <= layer <= count:

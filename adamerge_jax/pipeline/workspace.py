@@ -20,6 +20,7 @@ from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, tell_cut
 from adamerge_jax.data.image_processors import PROCESSOR_FILE, load_image_processor
 from adamerge_jax.data.images import ImageProcessor
+from adamerge_jax.data.processors import Processor, has_processor, load_processor
 from adamerge_jax.data.prompts import Prompts
 from adamerge_jax.data.sources import load_examples, load_prompts
 from adamerge_jax.data.token_limits import TokenLimits
@@ -123,6 +124,7 @@ def open_workspace(
         tokenizer=recipe.tokenizer,
         max_length=recipe.max_length,
         seed=recipe.seed,
+        image_size=recipe.image_size,
     )
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     backbone = models.family.build_backbone(models.config, recipe.learning.rematerialize)
@@ -205,6 +207,7 @@ class ExampleLoader:
         limits: The limits of token ids; None for images.
         decoder_start: The token that an encoder-decoder's responses start with.
         seed: The seed that draws the examples of a source with a limit.
+        processor: The processor of a language model that reads images.
     """
 
     family: Family
@@ -214,6 +217,7 @@ class ExampleLoader:
     limits: TokenLimits | None
     decoder_start: int | None
     seed: int
+    processor: Processor | None = None
 
     def __call__(
         self, source: DataSource, name: str, predicts_end: PredictsEnd = lambda examples: True
@@ -233,6 +237,7 @@ class ExampleLoader:
                 decoder_start=self.decoder_start,
                 predicts_end=predicts_end,
                 embeds=self.family.embeds,
+                processor=self.processor,
             )
 
     def prompts(self, source: DataSource, name: str, *, is_chat: bool) -> Prompts | None:
@@ -250,7 +255,13 @@ class ExampleLoader:
 
 
 def example_loader(
-    models: Models, root: Path, *, tokenizer: str | None, max_length: int, seed: int
+    models: Models,
+    root: Path,
+    *,
+    tokenizer: str | None,
+    max_length: int,
+    seed: int,
+    image_size: int | tuple[int, int] | None = None,
 ) -> ExampleLoader:
     """Returns the loader of model inputs.
 
@@ -260,6 +271,7 @@ def example_loader(
         tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
         max_length: Longest text in tokens.
         seed: The seed that draws the examples of a source with a limit.
+        image_size: Height and width to which images in conversations are resized.
 
     Raises:
         InputError: The tokenizer of `tokenizer` is missing, or those of the experts differ.
@@ -268,14 +280,41 @@ def example_loader(
     shortest, limits = max_length, None
     if models.family.inputs[0] == "input_ids":
         longest = models.family.max_tokens(models.config)
-        types = getattr(models.config, "type_vocab_size", None)
-        limits = TokenLimits(models.config.vocab_size, longest, types)
+        config = models.config.get_text_config()
+        types = getattr(config, "type_vocab_size", None)
+        limits = TokenLimits(config.vocab_size, longest, types)
         lengths = [max_length, longest, preprocessor and longest_text(preprocessor)]
         if models.family.embeds is not None:
             lengths.append(models.family.embeds.max_tokens)
         shortest = min(length for length in lengths if length is not None)
     decoder_start = _read_decoder_start(models) if models.config.is_encoder_decoder else None
-    return ExampleLoader(models.family, root, preprocessor, shortest, limits, decoder_start, seed)
+    return ExampleLoader(
+        models.family,
+        root,
+        preprocessor,
+        shortest,
+        limits,
+        decoder_start,
+        seed,
+        _load_processor(models, preprocessor, image_size),
+    )
+
+
+def _load_processor(
+    models: Models, tokenizer: PreTrainedTokenizerBase | None, size: int | tuple[int, int] | None
+) -> Processor | None:
+    """Loads the processor of a language model that reads images: the first that there is."""
+    if models.family.images is None or tokenizer is None:
+        return None
+    sides = (size, size) if isinstance(size, int) else size
+    for model in models.by_name.values():
+        if has_processor(model.checkpoint.folder):
+            images = models.family.images
+            return load_processor(model.checkpoint, model.role, tokenizer, images, sides)
+    raise InputError(
+        f"base ({models.base.checkpoint.source}): neither it nor an expert comes with a processor "
+        "of images (preprocessor_config.json); save one with processor.save_pretrained(folder)"
+    )
 
 
 def _load_data(

@@ -297,6 +297,7 @@ def outline(recipe: Recipe, root: Path) -> Outline:
             tokenizer=recipe.tokenizer,
             max_length=recipe.max_length,
             seed=recipe.seed,
+            image_size=recipe.image_size,
         )
 
     chats = []

@@ -40,6 +40,9 @@ Number = Annotated[float, BeforeValidator(_refuse_truth)]
 Count = Annotated[Whole, Field(ge=1, le=10**9)]
 """A number of steps, examples, devices and the like."""
 
+Side = Annotated[Whole, Field(ge=1, le=2**14)]
+"""A number of pixels."""
+
 Weight = Annotated[Number, Field(ge=-1e6, le=1e6)]
 """A factor of a term in a sum."""
 
@@ -524,6 +527,9 @@ class Recipe(Section):
     """Trackers that get the numbers of every step beside metrics.jsonl: tensorboard, wandb."""
     max_length: Whole = Field(default=128, ge=2, le=10**9)
     """Longest text in tokens; longer ones are cut, and the run says how many."""
+    image_size: Side | tuple[Side, Side] | None = None
+    """Height and width in pixels, or one number for both, to which images in conversations are
+    resized before the model's processor reads them; by default they are not."""
     dtype: Dtype | None = None
     """Dtype of weights and activations while learning; by default the checkpoint's."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)

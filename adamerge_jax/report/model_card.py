@@ -25,14 +25,19 @@ _PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModel": None,  # of any architecture
     "DiffusionPipeline": None,  # of images or films, from texts or images
     None: "zero-shot-image-classification",
 }
 """A model's purpose in the Hub's words, by the class of `transformers` that loads its tasks."""
 
-_WITH_TOKENIZER = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-"""The classes of models that are useless without a tokenizer."""
+_READERS = {
+    "AutoModelForCausalLM": "AutoTokenizer",
+    "AutoModelForSeq2SeqLM": "AutoTokenizer",
+    "AutoModelForImageTextToText": "AutoProcessor",
+}
+"""The class that loads what reads a model's inputs, of models that are useless without it."""
 
 _IDENTIFIER = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,95}"
 """Names that the Hub's metadata can have: those of licences, and the parts of ids."""
@@ -123,8 +128,8 @@ def model_card(
         datasets=datasets,
         auto_class=auto_class or "AutoModel",
         library=library,
-        has_tokenizer=auto_class in _WITH_TOKENIZER,
         embeds=embeds,
+        reader=_READERS.get(auto_class or ""),
         task_folders=task_folders,
         tables=[_table_in_words(table) for table in (results, *results.further)] if rows else [],
     )

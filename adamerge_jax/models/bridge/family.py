@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.models.bridge.empty_model import empty_model
+from adamerge_jax.models.bridge.images import TorchImages
 from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.family import Family, LastLayer
@@ -27,12 +28,14 @@ class Kind(NamedTuple):
         classes: The table of `transformers` from model types to the classes of such models.
         language: True for a model that predicts tokens.
         inputs: The names of arrays that it may read, the first one required.
+        images: True for a language model that reads images among its tokens.
     """
 
     auto_class: str
     classes: str
     language: bool
     inputs: tuple[str, ...]
+    images: bool = False
 
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids")
@@ -49,6 +52,14 @@ KINDS = (
         "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
         False,
         ("pixel_values",),
+    ),
+    # Before language models, among which `transformers` counts some of these too.
+    Kind(
+        "AutoModelForImageTextToText",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        True,
+        (*_TEXT[:2], "pixel_values"),
+        images=True,
     ),
     Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", True, _TEXT[:2]),
 )
@@ -91,21 +102,26 @@ def bridged_family(config: Config, architecture: str) -> Family:
     torch_in_jax()
     kind = _kind_of(config, architecture)
     model = empty_model(kind.auto_class, config)
+    images = TorchImages(model) if kind.images else None
     reads = TorchBackbone(model, "nothing", language=kind.language).inputs
     family = BridgedFamily(
         backbone=lambda config, rematerialize: TorchBackbone(
-            empty_model(kind.auto_class, config), rematerialize, language=kind.language
+            empty_model(kind.auto_class, config),
+            rematerialize,
+            language=kind.language,
+            images=images,
         ),
         head=lambda config: TorchHead(empty_model(kind.auto_class, config)),
         prefixes=(f"{model.base_model_prefix}.",),
         inputs=tuple(name for name in kind.inputs if name in reads),
-        max_tokens=lambda config: None if kind.inputs is not _TEXT else _longest(model),
+        max_tokens=lambda config: None if kind.inputs[0] != "input_ids" else _longest(model),
         heads=lambda config: {},
         auto_class=kind.auto_class,
         ignored=lambda config: _not_merged(model),
         last_layer=None if kind.language else _last_layer(model),
         language=kind.language,
         bridged=True,
+        images=images,
     )
     _require_runnable(family, config)
     return family
@@ -130,8 +146,10 @@ _STILL_FOLDS = (
 
 def _longest(model: PreTrainedModel) -> int | None:
     """Returns the number of tokens that the model has positions for; None for any number."""
-    sizes = [getattr(model.config, "max_position_embeddings", None)]
-    for name, module in model.named_modules():
+    config = model.config.get_text_config()
+    sizes = [getattr(config, "max_position_embeddings", None)]
+    # The positions of an image's patches are no limit of texts.
+    for name, module in model.named_modules() if config is model.config else ():
         if isinstance(module, torch.nn.Embedding) and "position" in name.rpartition(".")[2]:
             offset = getattr(module, "offset", 0)
             if module.padding_idx is not None:
@@ -166,7 +184,9 @@ def _last_layer(model: PreTrainedModel) -> LastLayer | None:
 def _require_runnable(family: Family, config: Config) -> None:
     """Refuses a model with an operation that JAX does not have; nothing is computed."""
     backbone, head = family.build_backbone(config, "nothing"), family.build_head(config)
-    if family.inputs[0] == "input_ids":
+    if isinstance(family.images, TorchImages):
+        inputs = family.images.example()
+    elif family.inputs[0] == "input_ids":
         inputs = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in family.inputs}
     else:
         size = getattr(config, "image_size", 32)

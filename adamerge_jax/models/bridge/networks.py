@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adamerge_jax.mixing import Lazy
+from adamerge_jax.models.bridge.images import TOKENS, TorchImages
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.bridge.torch_model import TorchModel
 from adamerge_jax.models.family import Network
@@ -26,14 +27,23 @@ class TorchBackbone(Network):
         inputs: The names of the arrays that the model reads.
     """
 
-    def __init__(self, model: PreTrainedModel, rematerialize: Rematerialize, *, language: bool):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rematerialize: Rematerialize,
+        *,
+        language: bool,
+        images: TorchImages | None = None,
+    ):
         """Keeps the parameters under `model.base_model`, or all of a language model.
 
         Args:
             model: A model with a head, without values.
             rematerialize: The values that the backward pass computes again.
             language: True for a language model, whose output layer is merged.
+            images: The images of a language model that reads some.
         """
+        self._images = images
         self._torch = TorchModel(model, rematerialize)
         self._body = model.base_model
         in_head = set() if language else _names_of_head(model, self._torch)
@@ -48,12 +58,17 @@ class TorchBackbone(Network):
         hidden_states: bool = False,
     ) -> Outputs:
         """Runs the model without its head."""
+        given = inputs if self._images is None else self._images.arguments(inputs)
         arguments: dict[str, Any] = {
-            name: _as_dtype_of(parameters, array) for name, array in inputs.items()
+            name: _as_dtype_of(parameters, value) if isinstance(value, jax.Array) else value
+            for name, value in given.items()
         }
         if hidden_states:
             arguments["output_hidden_states"] = True
-        result = self._torch.call(parameters, self._body.forward, arguments)
+        forward = self._body.forward
+        if self._images is not None:
+            forward = self._images.forward(self._body)
+        result = self._torch.call(parameters, forward, arguments)
         pooled = getattr(result, "pooler_output", None)
         states = (
             jnp.stack([state.jax() for state in result.hidden_states]) if hidden_states else None
@@ -62,7 +77,8 @@ class TorchBackbone(Network):
             None if pooled is None else pooled.jax(),
             result[0].jax(),
             states,
-            inputs=dict(inputs),
+            # A head of tokens has no use for images.
+            inputs={n: a for n, a in inputs.items() if self._images is None or n in TOKENS},
         )
 
 

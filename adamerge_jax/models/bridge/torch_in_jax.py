@@ -29,7 +29,33 @@ def torch_in_jax() -> Any:
     from adamerge_jax.models.bridge.operations import replace_operations
 
     replace_operations(environment)
+    _take_in_constants(environment)
     return environment
+
+
+def _take_in_constants(environment: Any) -> None:
+    """Makes plain tensors, such as positions counted on the host, meet those that JAX computes."""
+    import torch
+    from torch.utils import _pytree
+    from torchax.tensor import Tensor
+
+    unwrap = environment.t2j_iso
+
+    def take_in(value: Any) -> Any:
+        return value if is_in_jax(value) else Tensor(environment.t2j_copy(value), environment)
+
+    def unwrap_all(values: Any) -> Any:
+        return unwrap(_pytree.tree_map_only(torch.Tensor, take_in, values))
+
+    environment.t2j_iso = unwrap_all
+
+
+def is_in_jax(value: Any) -> bool:
+    """Returns True for a tensor that JAX computes, and False for a plain one on the host."""
+    from torchax.tensor import Tensor
+    from torchax.view import View
+
+    return isinstance(value, Tensor | View)
 
 
 @contextmanager

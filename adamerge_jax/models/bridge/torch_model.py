@@ -1,5 +1,6 @@
 """A PyTorch model as a function of its parameters; its layers are computed again backwards."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adamerge_jax.mixing import Lazy
-from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
+from adamerge_jax.models.bridge.torch_in_jax import is_in_jax, torch_in_jax
 from adamerge_jax.models.bridge.weights import Weights
 from adamerge_jax.models.layers import POLICIES
 from adamerge_jax.models.rematerialization import Rematerialize
@@ -96,7 +97,12 @@ class TorchModel:
         }
         self._tensors = tensors
         try:
-            with _without_notes_of_wide_integers(), environment, torch.no_grad():
+            with (
+                _without_notes_of_wide_integers(),
+                _without_checks_of_values(),
+                environment,
+                torch.no_grad(),
+            ):
                 filling = self.weights.parameters(tensors, list(outside))
                 constants = [
                     (slot, environment.j2t_iso(environment.t2j_copy(tensor)))
@@ -117,7 +123,8 @@ class TorchModel:
 
         def run_layer(*arguments: Any, **options: Any) -> Any:
             leaves, structure = _pytree.tree_flatten((arguments, options))
-            is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+            # A plain tensor is known on the host, and stays so.
+            is_tensor = [is_in_jax(leaf) for leaf in leaves]
             shape_of_result: list[Any] = []
 
             def run(tensors: dict[str, Array | Lazy], arrays: list[Array]) -> list[Array]:
@@ -131,15 +138,12 @@ class TorchModel:
                     result = forward(*arguments, **options)
                 results, result_structure = _pytree.tree_flatten(result)
                 shape_of_result[:] = [
-                    [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in results],
+                    [None if is_in_jax(leaf) else (leaf,) for leaf in results],
                     result_structure,
                 ]
-                tensors_of_result = [r for r in results if isinstance(r, torch.Tensor)]
-                return environment.t2j_iso(tensors_of_result)
+                return environment.t2j_iso([leaf for leaf in results if is_in_jax(leaf)])
 
-            arrays = environment.t2j_iso(
-                [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            )
+            arrays = environment.t2j_iso([leaf for leaf in leaves if is_in_jax(leaf)])
             tensors = {name: self._tensors[name] for name in sorted(sources)}
             results = iter(environment.j2t_iso(jax.checkpoint(run, policy=policy)(tensors, arrays)))
             others, result_structure = shape_of_result
@@ -157,6 +161,21 @@ def _without_notes_of_wide_integers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Explicitly requested dtype (u?int|float)64")
         yield
+
+
+@contextmanager
+def _without_checks_of_values() -> Iterator[None]:
+    """Keeps `transformers` from checking values, which are unknown while a function is compiled."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -1,0 +1,235 @@
+"""Conversations with images: their files, their tokens, and the arrays of both in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Shaped
+
+from adamerge_jax.data.conversations import Tokens, mark_responses, require_offsets
+from adamerge_jax.data.examples import Examples, padded
+from adamerge_jax.data.image_files import ImageFile, ImageFiles
+from adamerge_jax.data.images import IMAGE_CACHE_BYTES
+from adamerge_jax.data.processors import Processor
+from adamerge_jax.data.tables import Table
+from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.models.images_in_text import COUNT, PIXELS
+
+if TYPE_CHECKING:
+    from adamerge_jax.data.language import DecoderExamples
+
+_PATHS = ("image", "path")
+"""Fields of an image in a message that name its file."""
+
+
+class ConversationImages:
+    """The images of a table's conversations, read with their texts and kept while there is room.
+
+    Attributes:
+        counts: The number of each conversation's images, as arrays.
+    """
+
+    def __init__(self, processor: Processor):
+        """Takes the processor; `read` adds rows."""
+        self._processor = processor
+        self.counts: list[int] = []
+        self._rows: list[tuple[str, ImageFiles, str]] = []
+        self._last: list[int] = []
+        self._cache: dict[int, Shaped[np.ndarray, "images ..."] | None] = {}
+        self._cached_bytes = 0
+
+    def read(self, table: Table, folder: Path | None, *, with_end: bool) -> list[Tokens]:
+        """Reads the conversations of a table as tokens, of which responses are predicted.
+
+        Args:
+            table: The table; its column `source.messages` holds the conversations.
+            folder: The folder in which the images are; None where there is none.
+            with_end: True to predict what the template puts behind a response, too.
+
+        Raises:
+            InputError: A row is no conversation, an image is missing, elsewhere or damaged, or the
+                template or the processor does not fit.
+        """
+        tokenizer = self._processor.tokenizer
+        require_offsets(tokenizer, table.name)
+        sequences = []
+        for number, messages in zip(
+            table.rows.numbers, table.rows[table.source.messages], strict=True
+        ):
+            where = f"{table.name}: {table.source.path}, row {number}"
+            in_parts, images = _images_of(messages, where, folder)
+            marked = mark_responses(in_parts, where, table.source, tokenizer, with_end=with_end)
+            row = len(self._rows)
+            self._rows.append((marked.text, ImageFiles(images, where), where))
+            ids, offsets, arrays = self._read(row)
+            self._keep(row, arrays)
+            self.counts.append(0 if arrays is None else len(arrays))
+            is_image = [token == self._processor.model.token for token in ids]
+            self._last.append(max((at for at, piece in enumerate(is_image) if piece), default=-1))
+            tokens = marked.tokens(ids, offsets)
+            predicted = [
+                counts and not piece
+                for counts, piece in zip(tokens.predicted, is_image, strict=True)
+            ]
+            sequences.append(tokens._replace(predicted=predicted))
+        return sequences
+
+    def is_whole(self, row: int, length: int) -> bool:
+        """Returns True if no image is cut off where a conversation is cut to so many tokens."""
+        return not self._last or self._last[row] < length
+
+    def arrays(self, row: int) -> Shaped[np.ndarray, "images ..."] | None:
+        """Returns the arrays of a conversation's images; None if it has none."""
+        if row not in self._cache:
+            arrays = self._read(row)[2]
+            self._keep(row, arrays)
+            return arrays
+        return self._cache[row]
+
+    def beside(self, tokens: DecoderExamples, rows: Sequence[int]) -> Examples:
+        """Returns examples of chosen rows with their tokens and images."""
+        return WithImages(tokens, self if self._rows else None, rows, self._processor)
+
+    def _read(self, row: int) -> tuple[list[int], list[tuple[int, int]], np.ndarray | None]:
+        text, files, where = self._rows[row]
+        return self._processor.read(text, [files.decode(i) for i in range(len(files))], where)
+
+    def _keep(self, row: int, arrays: np.ndarray | None) -> None:
+        size = 0 if arrays is None else arrays.nbytes
+        if self._cached_bytes + size <= IMAGE_CACHE_BYTES:
+            self._cache[row] = arrays
+            self._cached_bytes += size
+
+
+class WithImages(Examples):
+    """Sequences of tokens with images among them, for a vision-language model."""
+
+    def __init__(
+        self,
+        tokens: DecoderExamples,
+        images: ConversationImages | None,
+        rows: Sequence[int],
+        processor: Processor,
+    ):
+        """Joins tokens and images.
+
+        Args:
+            tokens: The tokens.
+            images: The images; None if there are none.
+            rows: The row in `images` of each sequence of tokens.
+            processor: The processor that has read them.
+        """
+        self._tokens = tokens
+        self._images = images
+        self._rows = np.asarray(rows)
+        self._processor = processor
+        self._most = 0 if images is None else max(images.counts[row] for row in rows)
+        self.cut = tokens.cut
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def padded_length(self, index: Int[np.ndarray, " B"]) -> int:
+        return self._tokens.padded_length(index)
+
+    def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
+        inputs = self._tokens.take(index, length)
+        inputs[COUNT] = np.zeros(len(index), np.int32)
+        positions = [
+            self._processor.model.positions(ids[: mask.sum()].tolist(), self._processor.grid)
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        if positions[0] is not None:
+            inputs["position_ids"] = np.stack(
+                [padded(rows, length, 0)[0] for rows in positions if rows is not None]
+            )
+        if self._images is None or not self._most:
+            return inputs
+        shape = (len(index), self._most, *self._processor.shape)
+        inputs[PIXELS] = np.zeros(shape, np.float32)
+        for place, row in enumerate(self._rows[index]):
+            images = self._images.arrays(row)
+            if images is not None:
+                inputs[PIXELS][place, : len(images)] = images
+                inputs[COUNT][place] = len(images)
+        return inputs
+
+    def take_labels(self, index: Int[np.ndarray, " B"], length: int) -> Int[np.ndarray, "B T"]:
+        return self._tokens.take_labels(index, length)
+
+    def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
+        return self._tokens.take_ends(index, length)
+
+
+def _images_of(messages: Any, where: str, folder: Path | None) -> tuple[Any, list[ImageFile]]:
+    """Returns a conversation whose contents are lists of parts, and the images in it."""
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        return messages, []  # refused where it is written
+    images: list[ImageFile] = []
+    in_parts = []
+    for message in messages:
+        content = message.get("content")
+        parts: list[dict[str, Any]] = []
+        # Templates of vision-language models leave out a content that is no list of parts.
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            fields = _part(part, where)
+            if fields["type"] == "image":
+                images.append(_file(fields, where, folder))
+                fields = {"type": "image"}
+            parts.append(fields)
+        in_parts.append({**message, "content": parts})
+    return in_parts, images
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    """Returns a part of a message: a text or an image."""
+    fields = {}
+    if isinstance(part, Mapping):
+        # Tables give every part all columns.
+        fields = {name: value for name, value in part.items() if value is not None}
+    if fields.get("type") == "image" or (
+        fields.get("type") == "text" and isinstance(fields.get("text"), str)
+    ):
+        return fields
+    raise InputError(
+        f"{where}: a part of a message is {part!r:.80}; expected "
+        '{"type": "text", "text": ...} or {"type": "image", "image": "a file"}'
+    )
+
+
+def _file(fields: Mapping[str, Any], where: str, folder: Path | None) -> ImageFile:
+    """Returns the file of an image in a message, or its contents."""
+    value = next((fields[name] for name in _PATHS if name in fields), None)
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise InputError(
+            f"{where}: an image is {dict(fields)!r:.80}; expected the name of its file, as "
+            '{"type": "image", "image": "cat.png"}'
+        )
+    if "://" in value or value.startswith("data:"):
+        raise InputError(
+            f"{where}: image {value!r:.80} is no file; save it beside the table and give its name"
+        )
+    if folder is None:
+        raise InputError(
+            f"{where}: image {value!r:.80} is a file's name, and this table is in no folder of "
+            "files; save the images in it"
+        )
+    try:
+        file = (folder / value).resolve()
+        is_inside, is_file = file.is_relative_to(folder.resolve()), file.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a character 0
+        raise InputError(
+            f"{where}: image {value!r:.80} cannot be a file's name: {in_one_line(error)}"
+        ) from error
+    if not is_inside:
+        raise InputError(
+            f"{where}: image {value!r:.80} is outside of the table's folder, {folder}; put it there"
+        )
+    if not is_file:
+        raise InputError(f"{where}: there is no image {value!r:.80} in {folder}")
+    return file

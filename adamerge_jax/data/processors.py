@@ -1,0 +1,294 @@
+"""The processor of a vision-language checkpoint: it reads texts with images in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.data.image_processors import PROCESSOR_FILE, require_fields
+from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.files.json_object import read_object_if_there
+from adamerge_jax.models.images_in_text import PIXELS, Grid, ImagesInText
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+WHOLE_FILE = "processor_config.json"
+"""The file of a whole processor, in which newer versions of `transformers` keep its parts."""
+
+_LARGEST_NUMBER = 2**16
+"""The largest number in a processor's file, such as that of an image's tokens."""
+
+_AREA_SIGNS = ("merge_size", "min_pixels", "max_pixels")
+"""Fields of image processors whose sizes are numbers of pixels in an image."""
+
+
+class ReadText(NamedTuple):
+    """A text with images as tokens and arrays.
+
+    Attributes:
+        ids: Its tokens.
+        offsets: The beginning and end of each in the text, which are the same for what stands for
+            images.
+        images: The arrays of its images, `[images, ...]`, as in `models/images_in_text.py`; None
+            without images.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    images: Shaped[np.ndarray, "images ..."] | None
+
+
+class Processor:
+    """The processor of a model, and the images that all texts of a run have.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        model: The part of the model that knows where its images are.
+        shape: The shape of every image's array; empty before the first.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        tokenizer: PreTrainedTokenizerBase,
+        model: ImagesInText,
+        size: tuple[int, int] | None,
+    ):
+        """Keeps what reads texts and images.
+
+        Args:
+            processor: The processor.
+            tokenizer: Its tokenizer.
+            model: The part of the model that knows where its images are.
+            size: Height and width to which images are resized first; None to leave them.
+        """
+        self.tokenizer = tokenizer
+        self.model = model
+        self._processor = processor
+        self._size = size
+        self.shape: tuple[int, ...] = ()
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of every image's patches; None without images or without grids."""
+        if len(self.shape) != 4:
+            return None
+        frames, rows, columns, _ = self.shape
+        return frames, rows, columns
+
+    def read(self, text: str, images: Sequence[Image], where: str) -> ReadText:
+        """Reads a text as the chat template has written it.
+
+        Args:
+            text: The text, with what stands for an image once for each.
+            images: The images.
+            where: Its place in error messages.
+
+        Raises:
+            InputError: There are more or fewer places than images, the processor fails, or images
+                come out in another shape than those before.
+        """
+        self._require_places(text, len(images), where)
+        resized = [self._resized(image) for image in images]
+        begins = self.tokenizer.bos_token
+        try:
+            read = self._processor(
+                text=[text],
+                images=[resized] if resized else None,
+                # As `transformers` does it: some templates write the beginning, others do not.
+                add_special_tokens=not (begins and text.startswith(begins)),
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                return_tensors=None,
+            )
+            ids, offsets = list(read["input_ids"][0]), read["offset_mapping"][0]
+            replaced = read["text_replacement_offsets"]
+            arrays = _arrays(read) if resized else None
+        # The processors' own checks raise errors of many types.
+        except Exception as error:
+            raise InputError(
+                f"{where}: the model's processor ({_name(self._processor)}) fails: "
+                f"{in_one_line(error)}"
+            ) from error
+        self._require_shape(arrays, where)
+        return ReadText(ids, _before(offsets, replaced[0] if replaced else ()), arrays)
+
+    def _resized(self, image: Image) -> Image:
+        image = image.convert("RGB")
+        if self._size is None:
+            return image
+        from PIL.Image import Resampling
+
+        return image.resize(self._size[::-1], Resampling.BICUBIC)
+
+    def _require_places(self, text: str, images: int, where: str) -> None:
+        place = getattr(self._processor, "image_token", None)
+        places = text.count(place) if place else images
+        if places != images:
+            raise InputError(
+                f"{where}: the chat template writes {places} time(s) {place!r}, and the "
+                f"conversation has {images} image(s); give the template's processor the images "
+                f"that the text names, and no {place!r} within a text"
+            )
+
+    def _require_shape(self, images: np.ndarray | None, where: str) -> None:
+        if images is None:
+            return
+        self.shape = self.shape or images.shape[1:]
+        if images.shape[1:] != self.shape:
+            raise InputError(
+                f"{where}: its images become arrays of shape {images.shape[1:]}, those before "
+                f"{self.shape}; all images of a run must become one: set image_size in the "
+                "recipe, to which images are resized first"
+            )
+
+
+def load_processor(
+    checkpoint: Checkpoint,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ImagesInText,
+    size: tuple[int, int] | None,
+) -> Processor:
+    """Loads the processor of a checkpoint; its code is that of `transformers`, never its own.
+
+    Args:
+        checkpoint: The checkpoint.
+        role: Its role, for messages.
+        tokenizer: The merge's tokenizer.
+        model: The part of the model that knows where its images are.
+        size: Height and width to which images are resized first; None to leave them.
+
+    Raises:
+        InputError: It is missing, impossible, or of no class of `transformers`.
+    """
+    where = f"{role} ({checkpoint.source})"
+    folder = checkpoint.folder
+    whole = read_object_if_there(folder / WHOLE_FILE)
+    vision = getattr(checkpoint.config, "vision_config", checkpoint.config)
+    channels = getattr(vision, "in_channels", getattr(vision, "num_channels", 3))
+    for name, fields in {
+        PROCESSOR_FILE: read_object_if_there(folder / PROCESSOR_FILE),
+        f"image_processor in {WHOLE_FILE}": whole.get("image_processor", {}),
+    }.items():
+        try:
+            by_area = isinstance(fields, Mapping) and any(sign in fields for sign in _AREA_SIGNS)
+            require_fields(fields, channels, by_area=by_area)
+        except InputError as error:
+            raise InputError(f"{where}: its {name}: {error}") from error
+    for name, value in whole.items():
+        if isinstance(value, int | float) and not 0 <= value <= _LARGEST_NUMBER:
+            raise InputError(
+                f"{where}: its {WHOLE_FILE}: {name} is {value!r:.80}; expected a number from 0 to "
+                f"{_LARGEST_NUMBER}"
+            )
+    try:
+        processor = _make(_class_of(checkpoint, whole, where), folder, whole, tokenizer)
+    except InputError:
+        raise
+    except Exception as error:  # of many types
+        raise InputError(
+            f"{where}: its processor ({PROCESSOR_FILE}, {WHOLE_FILE}) cannot be read: "
+            f"{in_one_line(error)}; save it again with processor.save_pretrained(folder)"
+        ) from error
+    return Processor(processor, tokenizer, model, size)
+
+
+def has_processor(folder: Path) -> bool:
+    """Returns True if a folder has the files of a processor of images."""
+    return any((folder / name).is_file() for name in (PROCESSOR_FILE, WHOLE_FILE))
+
+
+def _class_of(checkpoint: Checkpoint, whole: Mapping[str, Any], where: str) -> type[ProcessorMixin]:
+    """Returns the class of a processor: a class of `transformers`, by its name or the model's."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    files = (read_object_if_there(checkpoint.folder / PROCESSOR_FILE), whole)
+    names = [fields.get("processor_class") for fields in files]
+    names.append(PROCESSOR_MAPPING_NAMES.get(checkpoint.config.model_type))
+    for name in names:
+        made = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(made, type) and issubclass(made, transformers.ProcessorMixin):
+            return made
+    shown = ", ".join(repr(name) for name in names if name) or "none"
+    raise InputError(
+        f"{where}: its processor is of no class of transformers ({shown}), and code of its own is "
+        "never run; save it as one of transformers"
+    )
+
+
+def _make(
+    made: type[ProcessorMixin],
+    folder: Path,
+    whole: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> ProcessorMixin:
+    """Makes a processor of texts and images; what reads videos or sound is left out."""
+    from transformers import AutoImageProcessor
+
+    class OfImages(made):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
+            return type(value)
+
+    OfImages.__name__ = made.__name__
+    parts = {
+        "image_processor": AutoImageProcessor.from_pretrained(folder, trust_remote_code=False),
+        "tokenizer": tokenizer,
+    }
+    fields = {
+        name: value
+        for name, value in whole.items()
+        if not isinstance(value, Mapping) and name not in ("auto_map", "chat_template")
+    }
+    arguments = [parts.get(name) for name in made.get_attributes()]
+    return OfImages.from_args_and_dict(arguments, fields)
+
+
+def _name(processor: ProcessorMixin) -> str:
+    return type(processor).__name__
+
+
+def _arrays(read: Mapping[str, Any]) -> Shaped[np.ndarray, "images ..."]:
+    """Returns the arrays of images that a processor has made, `[images, ...]`."""
+    pixels = np.asarray(read[PIXELS], np.float32)
+    if "image_grid_thw" not in read:
+        # Some processors have an axis of texts in front of that of images.
+        return pixels.reshape(-1, *pixels.shape[-3:])
+    grids = np.asarray(read["image_grid_thw"])
+    if (grids != grids[0]).any():
+        raise ValueError(
+            f"its images become grids of {' and '.join(map(str, grids.tolist()))} patches; set "
+            "image_size in the recipe, to which images are resized first"
+        )
+    return pixels.reshape(len(grids), *grids[0], -1)
+
+
+def _before(
+    offsets: Sequence[tuple[int, int]], replaced: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, int]]:
+    """Returns the places of tokens in a text before pieces of it were replaced.
+
+    Args:
+        offsets: The places in the text after it.
+        replaced: The pieces: their places before (`span`) and after (`new_span`).
+    """
+    moved = []
+    for start, end in offsets:
+        shift = 0
+        for piece in replaced:
+            (old, old_end), (new, new_end) = piece["span"], piece["new_span"]
+            if start >= new_end:
+                shift = old_end - new_end
+            elif end > new:
+                start, end, shift = old, old, 0
+                break
+        moved.append((start + shift, end + shift))
+    return moved
