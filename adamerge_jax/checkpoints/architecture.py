@@ -41,6 +41,8 @@ _COMPUTED_POSITIONS = ("rope_parameters", "rope_theta", "relative_attention_num_
 def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str) -> None:
     """Refuses an expert whose config describes another network than the base's.
 
+    The number of tokens may differ: rows of tables are matched when tensors are.
+
     A part of a model may be compared with the whole: a vision tower with a CLIP.
 
     Args:
@@ -60,15 +62,13 @@ def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str
             f"{base.config.model_type!r}; an expert must be fine-tuned from the base"
         )
     for part in shared:
-        for name in ("vocab_size", *_ARCHITECTURE_FIELDS):
+        for name in _ARCHITECTURE_FIELDS:
             of_base = _field(base_parts[part], name)
             of_expert = _field(expert_parts[part], name)
             # A field that only one of them has came with another version of transformers.
             is_missing = of_base is None or of_expert is None
             if of_base == of_expert or (is_missing and not _is_optional(name, base_parts[part])):
                 continue
-            if name == "vocab_size":
-                raise InputError(resized_vocabulary(where, "vocab_size", of_expert, of_base))
             raise InputError(
                 f"{where} has {name} {of_expert!r} in its config.json, the base ({base.source}) "
                 f"has {of_base!r}; an expert must be fine-tuned from the base"

@@ -23,8 +23,8 @@ def fingerprint(tensors: Mapping[str, TensorInfo], also: str = "") -> str:
 
     It does not see changes outside the sample, such as weights edited by hand, or training of
     nothing but some rows of the embeddings. It sees fine-tuning of whole matrices as soon as one
-    sampled value of one tensor moved by more than rounding. The config, the tokenizer and all
-    other files beside the weights have no influence.
+    sampled value of one tensor moved by more than rounding. Of a tensor in parts it sees the first.
+    The config, the tokenizer and all other files beside the weights have no influence.
 
     Args:
         tensors: The tensors by name.
@@ -39,7 +39,8 @@ def fingerprint(tensors: Mapping[str, TensorInfo], also: str = "") -> str:
             file: stack.enter_context(open_weights(file))
             for file in sorted({info.file for info in tensors.values()})
         }
-        for name, info in sorted(tensors.items()):
+        for name, whole in sorted(tensors.items()):
+            info = whole.parts[0] if whole.parts else whole
             digest.update(json.dumps([name, info.dtype.name, info.shape]).encode())
             for sample in _samples(info.shape):
                 values = np.empty(len(sample), info.dtype)

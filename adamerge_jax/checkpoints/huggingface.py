@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,9 +112,15 @@ class Checkpoint:
         Raises:
             InputError: The file is gone, or was cut off after it was opened.
         """
-        info = self.tensors[name]
-        with open_weights(info.file) as stream:
-            read_entries(stream, name, info, first, out)
+        for part in self.tensors[name].parts or (self.tensors[name],):
+            size = prod(part.shape)
+            here = out[: max(0, size - first)]
+            if here.size:
+                values = here if part.dtype == out.dtype else np.empty(here.shape, part.dtype)
+                with open_weights(part.file) as stream:
+                    read_entries(stream, name, part, first, values)
+                here[...] = values
+            first, out = max(0, first - size), out[here.size :]
 
     def identity(self, also: str = "") -> str:
         """Returns the `fingerprint` of its weights.

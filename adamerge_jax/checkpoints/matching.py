@@ -57,6 +57,7 @@ class MatchedCheckpoint:
         names: The name in the file of every parameter that the checkpoint has.
         extra: The names in the file of tensors that are no parameter of the model.
         copies: The parameters that the file has twice, by the name of the second tensor.
+        left_out: The tokens of its tokenizer that the merge has no rows for.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +65,7 @@ class MatchedCheckpoint:
     names: Mapping[str, str] = field(repr=False)
     extra: tuple[str, ...]
     copies: Mapping[str, str] = field(default_factory=dict, repr=False)
+    left_out: tuple[str, ...] = ()
 
     def read(self, name: str) -> np.ndarray:
         """Returns one parameter, in the dtype that it is stored in.
@@ -110,6 +112,7 @@ def match(
     ignored: Sequence[str] = (),
     second_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
     allow_extra: bool = False,
+    fit: Callable[[MatchedCheckpoint], MatchedCheckpoint] = lambda matched: matched,
 ) -> MatchedCheckpoint:
     """Finds the model's parameters among the tensors of a checkpoint.
 
@@ -129,6 +132,7 @@ def match(
         second_names: Further names, by parameter, of tensors that may hold it, ignored ones
             included; they count if the checkpoint lacks its first name.
         allow_extra: Allows tensors that are not expected; they are listed in the result.
+        fit: Gives tensors that were found the shapes that are expected, where it can.
 
     Returns:
         The checkpoint, with the names in `expected`.
@@ -174,6 +178,7 @@ def match(
             "merge must be fine-tuned from one base model"
         )
     require_filled({matched.names[name]: matched.shape(name) for name in names}, where)
+    matched = fit(matched)
     wrong = [name for name in names if matched.shape(name) != tuple(expected[name])]
     if wrong:
         raise InputError(_wrong_shape(matched, wrong, expected))

@@ -64,12 +64,15 @@ class TensorInfo:
         dtype: The dtype that it is stored in.
         file: The file that it is in.
         start: The byte of the file at which its values begin.
+        parts: The tensors that it is made of, one after the other along its first axis, where its
+            values do not lie in one piece; the first one lies at `start` of `file`.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     file: Path
     start: int
+    parts: tuple["TensorInfo", ...] = ()
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -37,15 +37,31 @@ def tokenizer_owner(models: Mapping[str, Expert], chosen: str | None) -> Expert 
         chosen: `base` or a task, or None.
 
     Raises:
-        InputError: There is no such model, or it has no tokenizer.
+        InputError: There is no such model, it has no tokenizer, or one with tokens that the merge
+            has no rows for.
     """
     if chosen is None:
-        return next((model for model in models.values() if has_tokenizer(model.checkpoint)), None)
+        owner = next((m for m in models.values() if has_tokenizer(m.checkpoint)), None)
+        if owner is not None:
+            _require_rows(owner)
+        return owner
     if chosen not in models:
         raise InputError(f"tokenizer: {chosen!r} is none of {', '.join(models)}")
     if not has_tokenizer(models[chosen].checkpoint):
         raise InputError(f"tokenizer: {chosen} ({models[chosen].checkpoint.source}) has none")
+    _require_rows(models[chosen])
     return models[chosen]
+
+
+def _require_rows(owner: Expert) -> None:
+    """Refuses the tokenizer of an expert with tokens that the base has no rows for."""
+    if isinstance(owner, MatchedCheckpoint) and owner.left_out:
+        raise InputError(
+            f"the tokenizer of {owner.role} ({owner.checkpoint.source}) has {len(owner.left_out)} "
+            f"token(s) that the merge has no rows for, {owner.left_out[0]!r} first: it has the "
+            "base's tables; put the base's tokenizer beside its weights, and choose it (tokenizer: "
+            "base)"
+        )
 
 
 def find_tokenizer(

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from adamerge_jax.checkpoints.opening import open_checkpoint, open_in_folder
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.checkpoints.peft_config import model_name
 from adamerge_jax.checkpoints.sentence_modules import is_embedder, read_embedding_form
+from adamerge_jax.checkpoints.vocabulary import with_rows_of
 from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
@@ -431,6 +433,7 @@ def _open_expert(
         optional=family.base_only,
         ignored=(*family.ignored(expert.config), *family.ignored_in_experts),
         second_names=family.second_names(expert.config),
+        fit=partial(with_rows_of, base),
     )
 
 

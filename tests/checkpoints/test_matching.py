@@ -297,14 +297,6 @@ def test_the_legacy_name_of_a_rope_type(tmp_path, by_layer):
         require_same_architecture(base, longer, role="expert 'trec'")
 
 
-def test_vocabulary_size_that_differs(tmp_path):
-    base = config_only(tmp_path / "base", BertConfig(**BERT))
-    expert = config_only(tmp_path / "expert", BertConfig(**{**BERT, "vocab_size": 41}))
-    message = "resized vocabulary: vocab_size says 41 tokens where 40 are expected"
-    with pytest.raises(InputError, match=message):
-        require_same_architecture(base, expert, role="expert 'trec'")
-
-
 def test_another_model_type(tmp_path):
     base = config_only(tmp_path / "base", BertConfig(**BERT))
     expert = config_only(tmp_path / "expert", ViTConfig(**VISION))

@@ -291,8 +291,8 @@ def test_a_tokenizer_that_cannot_be_read(root):
     assert said.startswith(f"expert 'naming' ({root / 'naming'}): its tokenizer cannot be read: ")
 
 
-def test_a_resized_vocabulary_is_said_first(root):
-    """By the check of the weights, which knows how to undo it."""
+def test_a_token_that_the_base_has_no_row_for(root):
+    """Its weights can be merged, but texts are read by one tokenizer."""
     add_tokens(root, "naming", ["<new>"])
 
     def grow(tensors: dict[str, np.ndarray]) -> None:
@@ -300,7 +300,7 @@ def test_a_resized_vocabulary_is_said_first(root):
             tensors[name] = np.pad(tensors[name], [(0, 1), (0, 0)])
 
     edit_weights(root / "naming", grow)
-    assert "resized vocabulary" in refused(root)
+    assert "'<new>' is 333 there and missing in the base; all models" in refused(root)
 
 
 def without_weights(folder: Path, config: PreTrainedConfig) -> Checkpoint:
