@@ -205,11 +205,13 @@ def _stacked(infos: Mapping[str, TensorInfo]) -> dict[str, jax.ShapeDtypeStruct]
         place = place_in_stack(name)
         stack = layers[place[0]] if place else {}
         is_whole = bool(stack) and sorted(stack) == [*range(len(stack))]
-        shapes = {(infos[other].shape, infos[other].dtype) for other in stack.values()}
+        shapes = {(infos[other].shape, infos[other].merged_dtype) for other in stack.values()}
         if place and is_whole and len(shapes) == 1 and _is_plain(place, name):
-            parameters[place[0]] = jax.ShapeDtypeStruct((len(stack), *info.shape), info.dtype)
+            parameters[place[0]] = jax.ShapeDtypeStruct(
+                (len(stack), *info.shape), info.merged_dtype
+            )
         else:
-            parameters[name] = jax.ShapeDtypeStruct(info.shape, info.dtype)
+            parameters[name] = jax.ShapeDtypeStruct(info.shape, info.merged_dtype)
     return parameters
 
 

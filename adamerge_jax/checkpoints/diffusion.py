@@ -31,6 +31,7 @@ from adamerge_jax.checkpoints.huggingface import (
 )
 from adamerge_jax.checkpoints.pipeline_index import PIPELINE_FILE, component_names
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo, read_header
+from adamerge_jax.checkpoints.scaled import restored_in_words, with_scales
 from adamerge_jax.errors import InputError, shorten
 from adamerge_jax.files.json_object import read_object, read_object_if_there
 
@@ -64,6 +65,7 @@ class Component:
         stem: The beginning of the names of its weight files; one of `STEMS`.
         variant: The variant of the files that are read, such as `fp16`; '' for those without one.
         tensors: Its tensors by their names in the files.
+        scaled: The number of tensors that are restored from numbers with scales.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Component:
     stem: str
     variant: str
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    scaled: int
 
     @property
     def class_name(self) -> str:
@@ -136,6 +139,11 @@ def open_pipeline(source: str, folder: Path) -> Pipeline:
             for name, component in components.items()
             for tensor, info in component.tensors.items()
         },
+        notes=tuple(
+            f"{name}: {restored_in_words(component.scaled)}"
+            for name, component in components.items()
+            if component.scaled
+        ),
         components=components,
         copied=tuple(copied),
     )
@@ -242,7 +250,8 @@ def _open_component(folder: Path) -> Component:
     stem, file = next((s, file) for (v, s), file in candidates.items() if v == variant)
     is_whole = file.suffix == ".safetensors"
     tensors = read_header(file) if is_whole else read_indexed_headers(file)
-    return Component(folder, fields, stem, variant, tensors)
+    restored, scaled = with_scales(tensors, fields, str(folder))
+    return Component(folder, fields, stem, variant, restored, scaled)
 
 
 def _warn_of_code(folder: Path, index: Fields) -> None:

@@ -26,6 +26,8 @@ def fingerprint(tensors: Mapping[str, TensorInfo], also: str = "") -> str:
     sampled value of one tensor moved by more than rounding. Of a tensor in parts it sees the first.
     The config, the tokenizer and all other files beside the weights have no influence.
 
+    Of tensors that are stored in another form than plain numbers it is that of what is stored.
+
     Args:
         tensors: The tensors by name.
         also: Anything else that decides the meaning of the tensors.
@@ -34,13 +36,17 @@ def fingerprint(tensors: Mapping[str, TensorInfo], also: str = "") -> str:
         `sha256:` and 64 hexadecimal digits.
     """
     digest = hashlib.sha256(also.encode())
+    tensors = {
+        name + ending: part
+        for name, info in tensors.items()
+        for ending, part in info.stored.items()
+    }
     with ExitStack() as stack:
         streams = {
             file: stack.enter_context(open_weights(file))
             for file in sorted({info.file for info in tensors.values()})
         }
-        for name, whole in sorted(tensors.items()):
-            info = whole.parts[0] if whole.parts else whole
+        for name, info in sorted(tensors.items()):
             digest.update(json.dumps([name, info.dtype.name, info.shape]).encode())
             for sample in _samples(info.shape):
                 values = np.empty(len(sample), info.dtype)

@@ -6,7 +6,6 @@ what every version of `transformers` opens, and each has coefficients of its own
 stack lies in one piece, so that nothing is copied for it.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
@@ -103,9 +102,8 @@ def _parts(name: str, info: TensorInfo, layout: Layout) -> Iterator[tuple[str, T
     modules = (layout.down,) if kind == "down_proj" else (layout.gate, layout.up)
     experts, outputs, inputs = info.shape
     shape = (outputs // len(modules), inputs)
-    size, start = prod(shape) * info.dtype.itemsize, info.start
+    first = 0
     for expert in range(experts):
         for module in modules:
-            part = dataclasses.replace(info, shape=shape, start=start)
-            yield f"{block}.{expert}.{module}.weight", part
-            start += size
+            yield f"{block}.{expert}.{module}.weight", info.part(first, shape)
+            first += prod(shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +14,8 @@ from adamerge_jax.checkpoints.config_file import Fields, config_of, read_config_
 from adamerge_jax.checkpoints.fingerprint import fingerprint
 from adamerge_jax.checkpoints.fused_experts import with_experts_apart
 from adamerge_jax.checkpoints.hub import locate
-from adamerge_jax.checkpoints.safetensors_file import (
-    TensorInfo,
-    open_weights,
-    read_entries,
-    read_header,
-)
+from adamerge_jax.checkpoints.safetensors_file import TensorInfo, read_header
+from adamerge_jax.checkpoints.scaled import restored_in_words, with_scales
 from adamerge_jax.errors import InputError, and_more
 from adamerge_jax.files.json_object import read_object
 
@@ -84,12 +79,17 @@ class Checkpoint:
         fields = read_config_file(folder)
         in_files = _read_headers(folder)
         config = config_of(folder, fields, in_files)
-        tensors, stacks = with_experts_apart(config.model_type, in_files)
-        notes = (f"experts of its mixtures are read one by one from {stacks} stacks",)
-        return cls(source, folder, config, fields, tensors, notes if stacks else ())
+        restored, scaled = with_scales(in_files, fields, str(folder))
+        tensors, stacks = with_experts_apart(config.model_type, restored)
+        notes = []
+        if scaled:
+            notes.append(restored_in_words(scaled))
+        if stacks:
+            notes.append(f"experts of its mixtures are read one by one from {stacks} stacks")
+        return cls(source, folder, config, fields, tensors, tuple(notes))
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one tensor, in the dtype that it is stored in.
+        """Returns one tensor, in the dtype that it is read in.
 
         Raises:
             InputError: The file is gone, or was cut off after it was opened.
@@ -107,20 +107,12 @@ class Checkpoint:
         Args:
             name: The tensor's name in the file.
             first: The first of the entries.
-            out: The array to fill, without gaps, in the dtype that the tensor is stored in.
+            out: The array to fill, without gaps, in the dtype that the tensor is read in.
 
         Raises:
             InputError: The file is gone, or was cut off after it was opened.
         """
-        for part in self.tensors[name].parts or (self.tensors[name],):
-            size = prod(part.shape)
-            here = out[: max(0, size - first)]
-            if here.size:
-                values = here if part.dtype == out.dtype else np.empty(here.shape, part.dtype)
-                with open_weights(part.file) as stream:
-                    read_entries(stream, name, part, first, values)
-                here[...] = values
-            first, out = max(0, first - size), out[here.size :]
+        self.tensors[name].read(name, first, out)
 
     def identity(self, also: str = "") -> str:
         """Returns the `fingerprint` of its weights.

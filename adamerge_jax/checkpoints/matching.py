@@ -68,7 +68,7 @@ class MatchedCheckpoint:
     left_out: tuple[str, ...] = ()
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one parameter, in the dtype that it is stored in.
+        """Returns one parameter, in the dtype that it is read in.
 
         Raises:
             InputError: It has NaN or infinite values.
@@ -94,8 +94,8 @@ class MatchedCheckpoint:
         return name in self.names
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype that a parameter is stored in."""
-        return self.checkpoint.tensors[self.names[name]].dtype
+        """Returns the dtype that a parameter is stored in, or that it is merged in by default."""
+        return self.checkpoint.tensors[self.names[name]].merged_dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a parameter."""

@@ -1,9 +1,12 @@
-"""Quantised checkpoints: integers with scales of their own have no task vector."""
+"""Quantised checkpoints whose form is not restored while they are read: they are refused."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from adamerge_jax.errors import InputError
+import numpy as np
+
+from adamerge_jax.checkpoints.safetensors_file import TensorInfo
+from adamerge_jax.errors import InputError, shorten
 
 _SIGNS = {
     ".SCB": "bitsandbytes, 8 bit",
@@ -14,36 +17,45 @@ _SIGNS = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors",
+    ".codebooks": "AQLM",
+    "._data": "quanto",
+    ".weight_scales": "EETQ",
     ".weight_scale": "8-bit floating point",
     ".weight_scale_inv": "8-bit floating point",
     ".W_q": "HQQ",
 }
 """Endings of tensors that only quantised checkpoints have, and the kind of quantisation."""
 
-_METHODS = {"gptq": "GPTQ", "awq": "AWQ"}
-"""Names of methods in a config.json whose tensors are called alike."""
+_METHODS = {"gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4"}
+"""Names of methods in a config.json, where tensors do not tell them or are called otherwise."""
+
+_PACKED = tuple(map(np.dtype, ("int8", "uint8", "int16", "uint16", "int32", "uint32")))
+"""Dtypes of matrices that a plain model has not: its whole numbers are 64-bit positions."""
 
 
 def require_unquantized(
-    tensors: Iterable[str], config_fields: Mapping[str, Any], where: str
+    tensors: Mapping[str, TensorInfo], config_fields: Mapping[str, Any], where: str
 ) -> None:
     """Refuses a checkpoint whose tensors are those of a quantised model.
 
     A config that was left over from a quantised model is none: weights may have been restored.
 
     Args:
-        tensors: The names of the tensors.
+        tensors: The tensors by name.
         config_fields: The fields of its config.json.
         where: The checkpoint, for messages: its role and source.
 
     Raises:
         InputError: With the kind of quantisation and the first tensor that shows it.
     """
-    for name in tensors:
+    is_declared = isinstance(config_fields.get("quantization_config"), dict)
+    for name, info in tensors.items():
         # bitsandbytes names the state of a matrix after the matrix: q_proj.weight.absmax.
         kind = next((kind for ending, kind in _SIGNS.items() if name.endswith(ending)), None)
         if ".quant_state." in name:
             kind = "bitsandbytes, 4 bit"
+        if is_declared and info.dtype in _PACKED and len(info.shape) > 1:
+            kind = kind or "integers"
         if kind:
             raise quantized(where, name, kind, config_fields)
 
@@ -62,7 +74,8 @@ def quantized(
     settings = config_fields.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if isinstance(method, str):
-        kind = _METHODS.get(method, kind or method[:40])
+        is_told = kind not in (None, "integers")
+        kind = _METHODS.get(method, kind if is_told else shorten(method, 40))
     return InputError(
         f"{where} is quantised ({kind or 'integers'}; it has {tensor}), and rounded weights have "
         "no task vector; name the model that it was quantised from, or restore one of "

@@ -4,6 +4,9 @@ Values are read from and written to the file directly: no part is mapped into me
 several threads may read at once. Files are checked by the `safetensors` library.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import json
 import os
 from collections import Counter
@@ -28,6 +31,7 @@ STORED_DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -59,20 +63,48 @@ _AGAIN = "copy or download it again"
 class TensorInfo:
     """One tensor in the header of a safetensors file.
 
+    Tensors that are stored in another form than as plain numbers are of subclasses.
+
     Attributes:
         shape: The tensor's shape.
-        dtype: The dtype that it is stored in.
+        dtype: The dtype that it is read in: here that which it is stored in.
         file: The file that it is in.
         start: The byte of the file at which its values begin.
-        parts: The tensors that it is made of, one after the other along its first axis, where its
-            values do not lie in one piece; the first one lies at `start` of `file`.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     file: Path
     start: int
-    parts: tuple["TensorInfo", ...] = ()
+
+    @property
+    def merged_dtype(self) -> np.dtype:
+        """The dtype that a merge with this tensor in its base has by default."""
+        return self.dtype
+
+    @property
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """What the files have of it, by the ending of a name for it: for its fingerprint."""
+        return {"": self}
+
+    def part(self, first: int, shape: tuple[int, ...]) -> TensorInfo:
+        """Returns the tensor of a shape that begins at the entry `first` of this one, flattened."""
+        start = self.start + first * self.dtype.itemsize
+        return dataclasses.replace(self, shape=shape, start=start)
+
+    def read(self, name: str, first: int, out: Shaped[np.ndarray, " N"]) -> None:
+        """Reads the entries `first : first + N` of the flattened tensor.
+
+        Args:
+            name: The tensor's name, for messages.
+            first: The first of the entries.
+            out: The array to fill, without gaps, of the dtype `dtype`.
+
+        Raises:
+            InputError: The file is gone, or was cut off after its header was read.
+        """
+        with open_weights(self.file) as stream:
+            read_entries(stream, name, self, first, out)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from adamerge_jax.checkpoints.composed import JoinedTensor
 from adamerge_jax.checkpoints.matching import TOKEN_EMBEDDINGS, MatchedCheckpoint
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
@@ -96,19 +97,15 @@ def _resized(info: TensorInfo, of_base: TensorInfo) -> TensorInfo:
     """Returns a tensor with as many rows as the base's; those that it lacks are the base's."""
     rows, base_rows = info.shape[0], of_base.shape[0]
     if rows > base_rows:
-        return dataclasses.replace(info, shape=of_base.shape)
-    row_bytes = of_base.dtype.itemsize * int(np.prod(of_base.shape[1:]))
-    rest = dataclasses.replace(
-        of_base,
-        shape=(base_rows - rows, *of_base.shape[1:]),
-        start=of_base.start + rows * row_bytes,
-    )
+        return info.part(0, of_base.shape)
+    row_shape = of_base.shape[1:]
+    rest = of_base.part(rows * int(np.prod(row_shape)), (base_rows - rows, *row_shape))
     # Exactly the base's values, also where the expert is stored in fewer digits.
     dtype = info.dtype
     if dtype != of_base.dtype:
         is_double = np.float64 in (dtype, of_base.dtype)
         dtype = np.dtype(np.float64 if is_double else np.float32)
-    return dataclasses.replace(info, shape=of_base.shape, dtype=dtype, parts=(info, rest))
+    return JoinedTensor(of_base.shape, dtype, info.file, info.start, (info, rest))
 
 
 def _require_rows_of_config(base: MatchedCheckpoint, expert: MatchedCheckpoint) -> None:

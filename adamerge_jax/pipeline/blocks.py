@@ -111,8 +111,9 @@ def _read_block(
     model: MatchedCheckpoint, name: str, first: int, shape: tuple[int, ...]
 ) -> Float[np.ndarray, "rows columns"]:
     """Reads the entries of a tensor from `first` on as float32."""
-    stored = np.empty(shape, model.dtype(name))
-    model.checkpoint.read_part(model.names[name], first, stored.reshape(-1))
+    in_file = model.names[name]
+    stored = np.empty(shape, model.checkpoint.tensors[in_file].dtype)
+    model.checkpoint.read_part(in_file, first, stored.reshape(-1))
     return stored.astype(np.float32, copy=False)
 
 

@@ -215,7 +215,7 @@ def export_bytes(models: Models, settings: ExportRecipe) -> int:
 def checkpoint_bytes(models: Models, settings: ExportRecipe) -> int:
     """Returns the size in bytes of the merged weights in one checkpoint."""
     return sum(
-        int(np.prod(tensor.shape)) * (_dtype(settings) or tensor.dtype).itemsize
+        int(np.prod(tensor.shape)) * (_dtype(settings) or tensor.merged_dtype).itemsize
         for tensor in models.base.checkpoint.tensors.values()
     )
 
@@ -244,7 +244,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         for name, array in job.merged(dtype):
             writer.add(name.removeprefix(unused), cast(array, name, models.base))
         for name in carried:
-            array = cast(models.base.checkpoint.read(name), name, models.base)
+            array = cast(_read_extra(models.base, name), name, models.base)
             writer.add(models.prefix.removeprefix(unused) + name, array)
         writer.write_config(_merged_config(models, owner, token_ids, loses_head=loses_head))
         # In the order in which a run searches them.
@@ -277,6 +277,12 @@ def _cast(array: np.ndarray, name: str, model: Expert, dtype: np.dtype | None) -
     return narrowed(array, dtype, tensor=name, **origin)
 
 
+def _read_extra(base: MatchedCheckpoint, name: str) -> np.ndarray:
+    """Reads a tensor of the base that is no parameter, in the dtype that a merge has it in."""
+    dtype = base.checkpoint.tensors[name].merged_dtype
+    return base.checkpoint.read(name).astype(dtype, copy=False)
+
+
 def _write_pipeline(job: ExportJob, pipeline: Pipeline, folder: Path) -> None:
     """Writes the merged components of a diffusion pipeline, and copies the rest of it."""
     base, dtype = job.models.base, _dtype(job.settings)
@@ -290,10 +296,10 @@ def _write_pipeline(job: ExportJob, pipeline: Pipeline, folder: Path) -> None:
             for name, array in merged:
                 yield name, _cast(array, name, base, dtype)
             for name in carried.pop(component):
-                yield name, _cast(base.checkpoint.read(name), name, base, dtype)
+                yield name, _cast(_read_extra(base, name), name, base, dtype)
         for names in carried.values():
             for name in names:
-                yield name, _cast(base.checkpoint.read(name), name, base, dtype)
+                yield name, _cast(_read_extra(base, name), name, base, dtype)
 
     write_pipeline(
         folder,

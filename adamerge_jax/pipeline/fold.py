@@ -61,7 +61,7 @@ def fold(
     with ThreadPoolExecutor(THREADS) as threads:
         for name in models.base.names:
             if name not in scales or name in models.kept_from_base:
-                yield name, models.base.read(name)
+                yield name, models.base.read(name).astype(models.base.dtype(name), copy=False)
             elif is_stored:
                 scale = np.asarray(scales[name])
                 yield name, fold_tensor(name, models.base, experts, scale, threads, dtype)
