@@ -71,4 +71,4 @@ def fisher(samples: int = 0, seed: int = 0) -> MergeMethod:
                 merged[name] = (average[name] + change).astype(base[name].dtype)
         return merged
 
-    return MergeMethod(merge, needs_data=True)
+    return MergeMethod(merge, needs_data=True, needs_predictions=True)

@@ -23,11 +23,14 @@ class MergeMethod(NamedTuple):
             asks them for what it needs of the calibration data.
         interference: The steps that change the task vectors first.
         needs_data: True for a method that needs calibration data.
+        needs_predictions: True for one that asks for Fisher information or losses, which only
+            models of classes or tokens have.
     """
 
     merge: Callable[..., Mapping[str, Array | Mixture]]
     interference: tuple[FittedStep, ...] = ()
     needs_data: bool = False
+    needs_predictions: bool = False
 
 
 def merged_parameters(

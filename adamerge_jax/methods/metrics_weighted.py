@@ -49,4 +49,4 @@ def metrics_weighted(penalty: float = 1.0) -> MergeMethod:
         changed = {name: base[name] for name in deltas}
         return weighted(changed, deltas, weights / weights.sum())
 
-    return MergeMethod(merge, needs_data=True)
+    return MergeMethod(merge, needs_data=True, needs_predictions=True)

@@ -94,7 +94,7 @@ class TaskScore(NamedTuple):
         return having if wanted is None else [task for task in tasks if task in wanted]
 
 
-def _accuracy(workspace: Workspace, parameters: Parameters, task: str) -> float:
+def _metric(workspace: Workspace, parameters: Parameters, task: str) -> float:
     return workspace.evaluator.score(parameters, task, workspace.data.validation[task])
 
 
@@ -116,7 +116,9 @@ def _is_asked(workspace: Workspace, task: str) -> bool:
 
 
 _TASK_SCORES = {
-    "accuracy": TaskScore("accuracy", True, _accuracy),
+    "accuracy": TaskScore("accuracy", True, _metric),
+    "spearman": TaskScore("Spearman's correlation", True, _metric),
+    "recall": TaskScore("recall at 1", True, _metric),
     "loss": TaskScore("loss", False, _loss),
     "exact_match": TaskScore("exact match", True, _exact_match, _is_asked),
 }
@@ -133,13 +135,24 @@ def task_score(name: str | None, workspace: Workspace, section: str) -> TaskScor
     Raises:
         InputError: There is no validation data, or the models have no such score.
     """
-    language = workspace.models.family.language
+    family = workspace.models.family
+    language = family.language
     if not workspace.data.validation:
         task = next(iter(workspace.models.experts))
         raise InputError(
             f"tasks.{task}.validation: is missing; merges are scored on validation data, never on "
             "test data: give it for every task"
             + (", or a --score-command" if section == "search" else "")
+        )
+    of_pairs = None
+    if family.embeds is not None:
+        first = next(iter(workspace.data.validation.values()))
+        of_pairs = "recall" if first.scores is None else "spearman"
+    if name is not None and (name in ("spearman", "recall") or of_pairs) and name != of_pairs:
+        has = "have classes or tokens" if of_pairs is None else f"have {of_pairs}"
+        raise InputError(
+            f"{section}.score: found {name}, and these models and their validation data {has}; "
+            "leave it out"
         )
     if name == "accuracy" and language:
         raise InputError(
@@ -151,7 +164,7 @@ def task_score(name: str | None, workspace: Workspace, section: str) -> TaskScor
             f"{section}.score: exact_match is of answers, and these models give classes; take "
             "accuracy or loss"
         )
-    return _TASK_SCORES[name or ("loss" if language else "accuracy")]
+    return _TASK_SCORES[name or of_pairs or ("loss" if language else "accuracy")]
 
 
 def on_validation_data(of_task: TaskScore, workspace: Workspace, tasks: Sequence[str]) -> Score:

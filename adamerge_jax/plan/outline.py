@@ -177,7 +177,10 @@ class Outline:
             image = ImageGeometry.of(getattr(config, "vision_config", config))
             shape = (examples, image.channels, image.height, image.width)
             return {"pixel_values": Abstract(shape, np.float32)}
-        return {name: Abstract((examples, length), np.int32) for name in names}
+        sources = self.recipe.calibration_sources
+        are_pairs = any(not isinstance(source.text, str) for source in sources)
+        texts = (2,) if self.models.family.embeds is not None and are_pairs else ()
+        return {name: Abstract((examples, *texts, length), np.int32) for name in names}
 
     def outputs(self, examples: int, length: int) -> Outputs:
         """Returns the backbone's abstract outputs for some examples, with all hidden states."""
@@ -202,6 +205,8 @@ class Outline:
         hidden_states = self.outputs(examples, length).hidden_states
         targets = jax.eval_shape(compute_targets, logits, hidden_states)
         positions = logits.shape[:-1]
+        if self.models.family.embeds is not None:
+            return targets
         if len(positions) == 2 or (
             (source := self.recipe.tasks[task].calibration) is not None and source.label is not None
         ):

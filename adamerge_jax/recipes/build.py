@@ -224,10 +224,15 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         _require_no_classes(terms)
     elif not embeds:
         _require_no_tokens(terms)
-    for method in recipe.evaluation.methods:
-        make_method(method.name, method.options)  # refused here rather than after learning
+    chosen = {f"evaluation.methods.{n}": m for n, m in enumerate(recipe.evaluation.methods)}
     if coefficients.initial_merge is not None:
-        make_method(coefficients.initial_merge.name, coefficients.initial_merge.options)
+        chosen["coefficients.initial_merge"] = coefficients.initial_merge
+    for field, method in chosen.items():  # refused here rather than after learning
+        if make_method(method.name, method.options).needs_predictions and embeds:
+            raise InputError(
+                f"{field}: {method.name} weighs experts by what they predict, and sentence "
+                "embedders predict neither classes nor tokens; take another, such as regmean"
+            )
     if language or len(specs) == 1:
         # With one output layer for all tasks experts would contradict each other; one task has no
         # others.

@@ -119,7 +119,8 @@ class DataSource(_PathSection):
     split: str = "train"
     """Split of a data set on the Hub, or of a folder with several."""
     text: str | tuple[str, str] = "text"
-    """Column of the text, or the two columns of a text pair."""
+    """Column of the text, or the two columns of a text pair; a sentence embedder reads each text of
+    it by itself."""
     prompt: str = "prompt"
     """Column of the prompt, for language models."""
     response: str = "response"
@@ -139,7 +140,8 @@ class DataSource(_PathSection):
     image: str = "image"
     """Column of the image."""
     label: str | None = None
-    """Column of the class index or of the class's name; unlabeled without it."""
+    """Column of the class index or of the class's name; unlabeled without it. Of a sentence
+    embedder's pairs it is that of their score; without it each second text is to be found."""
     limit: Count | None = None
     """Largest number of examples, drawn with the recipe's seed."""
 
@@ -153,9 +155,10 @@ class TaskRecipe(Section):
     """Examples to learn coefficients from; labels are read only for objectives that need them. A
     merge without learning needs none."""
     validation: Annotated[DataSource | None, SWITCHED_OFF] = None
-    """Labelled examples that choose task arithmetic's single coefficient."""
+    """Labelled examples that choose task arithmetic's single coefficient; of sentence embedders
+    pairs."""
     test: Annotated[DataSource | None, SWITCHED_OFF] = None
-    """Labelled examples for the table of results."""
+    """Labelled examples for the table of results; of sentence embedders pairs."""
     class_names: list[str] | None = None
     """Names of the classes in the order of the model's outputs, to which the data's names are
     matched; by default those in the expert's config.json, and for zero-shot heads the data's."""
@@ -306,7 +309,8 @@ class ObjectiveRecipe(Section):
 
     name: str
     """Name of the objective: entropy, logit_alignment, hidden_state_alignment, cross_entropy,
-    pseudo_labels, expert_labels, or package.module:function."""
+    pseudo_labels, expert_labels, of sentence embedders embedding_alignment or contrastive, or
+    package.module:function."""
     weight: Weight | dict[str, Weight] = 1.0
     """Factor of the objective in the sum, for all tasks or by task; a task that is not named has
     none. With a factor below 0 the objective is maximised: the task is to be forgotten."""
@@ -396,7 +400,7 @@ class EvaluationRecipe(Section):
     wrong."""
 
 
-ScoreName = Literal["accuracy", "loss", "exact_match"]
+ScoreName = Literal["accuracy", "loss", "exact_match", "spearman", "recall"]
 """A score on validation data."""
 
 Bounds = tuple[Number, Number]
@@ -408,8 +412,9 @@ class SearchRecipe(Section):
 
     score: ScoreName | None = None
     """Score of a merge on the validation data, the mean over tasks: accuracy, loss (nats), or of
-    language models exact_match, whose prompts and responses are those of the table. By default
-    accuracy, and of language models loss."""
+    language models exact_match, whose prompts and responses are those of the table; of sentence
+    embedders spearman of scored pairs, or recall at 1 of others. By default accuracy, of language
+    models loss, and of sentence embedders what their pairs have."""
     tasks: list[str] | None = Field(default=None, min_length=1)
     """Tasks whose scores count; by default all that have the score."""
     maximise: bool = True
@@ -432,8 +437,9 @@ class FrontRecipe(Section):
     """The front of what one task costs another: `adamerge front`."""
 
     score: ScoreName | None = None
-    """Score of each task on its validation data: accuracy, loss (nats), or of language models
-    exact_match. By default accuracy, and of language models loss."""
+    """Score of each task on its validation data: accuracy, loss (nats), of language models
+    exact_match, or of sentence embedders spearman or recall. By default accuracy, of language
+    models loss, and of sentence embedders what their pairs have."""
     samples: Count | None = None
     """Number of merges that the surfaces are fitted to; by default four times as many as a
     quadratic surface of the experts' coefficients has numbers."""

@@ -35,7 +35,9 @@ def draw_front(front: Front) -> "Figure":
 
 def _percent(front: Front) -> tuple[float, str]:
     """Returns the factor and the unit in which scores are shown."""
-    return (100.0, " (%)") if front.score in ("accuracy", "exact match") else (1.0, "")
+    return (
+        (100.0, " (%)") if front.score in ("accuracy", "exact match", "recall at 1") else (1.0, "")
+    )
 
 
 def _draw_pairs(front: Front) -> "Figure":

@@ -3,10 +3,12 @@
 Both are read off the model itself, which is traced on abstract arrays; no architecture says them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from adamerge_jax.mixing import Mixture
@@ -82,13 +84,11 @@ def find_linear(
         run(tap(parameters, names, observe), inputs)
 
     jax.eval_shape(traced, parameters, _small_batch(inputs))
-    masks = {
-        name: {_EXAMPLES * _TOKENS: MASK, _EXAMPLES * _DECODER_TOKENS: DECODER_MASK}.get(count)
-        if "input_ids" in inputs
-        else None
-        for name, count in rows.items()
-        if name not in tables
-    }
+    by_rows = {}
+    if "input_ids" in inputs:
+        texts = _EXAMPLES * math.prod(inputs["input_ids"].shape[1:-1])  # two of each pair
+        by_rows = {texts * _TOKENS: MASK, texts * _DECODER_TOKENS: DECODER_MASK}
+    masks = {name: by_rows.get(count) for name, count in rows.items() if name not in tables}
     return Linear(masks, _layers_of(masks, parameters))
 
 
@@ -107,7 +107,8 @@ def row_weights(
         rows: The number of rows, N.
     """
     if mask in inputs:
-        return ((inputs[mask] > 0) * examples[:, None]).reshape(-1)
+        present = inputs[mask] > 0
+        return (present * jnp.expand_dims(examples, range(1, present.ndim))).reshape(-1)
     return examples.repeat(rows // len(examples))
 
 
@@ -123,9 +124,9 @@ def _small_batch(
     small = {}
     for name, array in inputs.items():
         shape = (_EXAMPLES, *array.shape[1:])
-        if "input_ids" in inputs and array.ndim == 2:
+        if "input_ids" in inputs and array.ndim >= 2:
             length = _DECODER_TOKENS if name.startswith("decoder_") else _TOKENS
-            shape = (_EXAMPLES, length)
+            shape = (*shape[:-1], length)
         small[name] = jax.ShapeDtypeStruct(shape, array.dtype)
     return small
 
