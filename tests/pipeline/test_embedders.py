@@ -1,6 +1,8 @@
 """Sentence embedders from a recipe to a checkpoint that sentence-transformers opens."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.sentence_modules import read_embedding_form, write_embedding_form
+from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
+from adamerge_jax.pipeline.merge import open_statistics
 from adamerge_jax.pipeline.models import match_backbone
 from adamerge_jax.pipeline.read import load_backbone
-from adamerge_jax.pipeline.run import Run, evaluate, learn
+from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn, merge
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
+from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
 
 TASKS = ("colours", "animals")
@@ -139,3 +145,105 @@ def test_table_and_evaluation(embedders: Embedders, merged: Run, workspace: Work
     assert row.tasks == pytest.approx(merged.rows[-1].tasks, abs=1e-3)
     card = (merged.folder / "checkpoint" / "README.md").read_text()
     assert "sentence-transformers" in card and "SentenceTransformer(" in card
+
+
+def test_fold_writes_the_same_and_a_merge_is_that_of_its_formula(
+    embedders: Embedders, merged: Run, tmp_path: Path
+) -> None:
+    console, root = Console(quiet=True), embedders.root
+    recipe = parse_recipe(embedders.fields)
+    fold_file(
+        merged.folder / "coefficients.safetensors",
+        recipe,
+        root=root,
+        out=tmp_path / "fold",
+        console=console,
+    )
+    merge(recipe, "task_arithmetic", {}, root=root, out=tmp_path / "merge", console=console)
+    weights = "checkpoint/model.safetensors"
+    assert (tmp_path / "fold" / weights).read_bytes() == (merged.folder / weights).read_bytes()
+    base, *experts = (load_file(root / name / "model.safetensors") for name in ("base", *TASKS))
+    result = load_file(tmp_path / "merge" / weights)
+    assert result.keys() == base.keys()
+    for name, values in base.items():
+        wide = values.astype(np.float64)
+        if not name.startswith("pooler."):
+            wide += 0.3 * sum(expert[name].astype(np.float64) - values for expert in experts)
+        np.testing.assert_allclose(result[name], wide, atol=1e-6)
+    assert read_embedding_form(tmp_path / "merge" / "checkpoint", FEATURES) == FORM
+
+
+def with_pairs(embedders: Embedders, **fields: Any) -> dict[str, Any]:
+    """The recipe with pairs to learn from, and to retrieve."""
+    changed = copy.deepcopy(embedders.fields) | fields
+    for task in changed["tasks"].values():
+        task["calibration"]["text"] = ["first", "second"]
+        del task["test"]["label"]
+    return changed
+
+
+def test_pairs_teach_and_are_retrieved(embedders: Embedders, tmp_path: Path) -> None:
+    fields = with_pairs(embedders, preset="self-positioning")
+    run = learn(
+        parse_recipe(fields), root=embedders.root, out=tmp_path / "run", console=Console(quiet=True)
+    )
+    assert run.coefficients.objective == "contrastive"
+    assert run.rows[-1].metric == "recall_at_1"
+    assert [row.metric for row in run.rows[-1].further] == ["recall_at_10"]
+
+
+def test_padding_of_pairs_is_in_no_statistic(embedders: Embedders, workspace: Workspace) -> None:
+    fields = with_pairs(embedders)
+    pairs = open_workspace(parse_recipe(fields), embedders.root)
+    for task in fields["tasks"].values():
+        task["calibration"]["text"] = "second"
+    second = open_workspace(parse_recipe(fields), embedders.root)
+    name = "bert.encoder.layer.*.output.dense.weight"
+    places = {name: [0, 1]}
+    base = workspace.base()
+    grams = []
+    for opened in (workspace, second, pairs):
+        examples = opened.data.calibration[TASKS[0]]
+        tokens = examples.take(np.arange(len(examples)), 16)["attention_mask"].sum()
+        gram = open_statistics(opened).grams(0, base, places)[name]
+        grams.append(np.asarray(gram, np.float64) * tokens)
+    np.testing.assert_allclose(grams[0] + grams[1], grams[2], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preset": "adamerging"}, "preset adamerging: entropy is for classes"),
+        ({"objectives": [{"name": "logit_alignment"}]}, "objectives.0: logit_alignment is for"),
+        ({"objectives": [{"name": "contrastive"}]}, "calibration.text: is one column"),
+        ({"preset": "self-positioning"}, "calibration.text: is one column"),
+        ({"heads": "refitted"}, "sentence embedders have none"),
+        ({"evaluation": {"methods": [{"name": "fisher"}]}}, "evaluation.methods.0: fisher weighs"),
+        ({"coefficients": {"initial_merge": {"name": "metrics_weighted"}}}, "initial_merge: metr"),
+    ],
+)
+def test_choices_for_classes_are_refused(
+    embedders: Embedders, workspace: Workspace, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        build(parse_recipe(embedders.fields | changes), workspace.models)
+
+
+def test_hidden_states_need_single_texts(embedders: Embedders, workspace: Workspace) -> None:
+    chosen = [{"name": "hidden_state_alignment", "options": {"layers": [-1]}}]
+    build(parse_recipe(embedders.fields | {"objectives": chosen}), workspace.models)
+    with pytest.raises(InputError, match=r"calibration\.text: is two columns"):
+        build(parse_recipe(with_pairs(embedders, objectives=chosen)), workspace.models)
+
+
+def test_embedders_of_one_form_are_merged(embedders: Embedders, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(embedders.root / TASKS[1], other)
+    fields = copy.deepcopy(embedders.fields)
+    fields["tasks"][TASKS[1]]["expert"] = str(other)
+    (other / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
+    with pytest.raises(InputError, match="pooling of expert 'colours' is 'mean', that of exper"):
+        open_workspace(parse_recipe(fields), embedders.root)
+    (other / "modules.json").unlink()
+    with pytest.raises(InputError, match=r"'colours' is a sentence embedder .* 'animals' is none"):
+        open_workspace(parse_recipe(fields), embedders.root)
