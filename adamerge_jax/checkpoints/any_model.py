@@ -16,7 +16,8 @@ import jax
 from adamerge_jax.checkpoints.config_file import classes_of
 from adamerge_jax.checkpoints.diffusion import LOADED_BY, Pipeline
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.matching import PARAMETER_DTYPES, TOKEN_EMBEDDINGS, current_name
+from adamerge_jax.checkpoints.matching import PARAMETER_DTYPES, TOKEN_EMBEDDINGS
+from adamerge_jax.checkpoints.renamed import common_name, current_name
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.family import OUTPUT_LAYER, Family, Network
@@ -87,7 +88,9 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         base: The base.
         experts: The experts that are whole models, not adapters.
     """
-    prefix = _prefix(base.tensors, experts[0].tensors) if experts else ""
+    of_base = _common_names(base)
+    of_expert = _common_names(experts[0]) if experts else of_base
+    prefix = _prefix(of_base, of_expert)
     heads = {name for expert in experts for name in head_shapes(expert)}
     infos = {}
     for in_file, info in base.tensors.items():
@@ -95,7 +98,7 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         if _has_values(info) and name not in heads:
             infos[name] = info
     table = _tied_table(base.config, infos)
-    lacking = _prefix(experts[0].tensors, base.tensors) if experts else ""
+    lacking = _prefix(of_expert, of_base)
     others = {
         name
         for expert in experts
@@ -168,6 +171,12 @@ def _is_empty(info: TensorInfo | None) -> bool:
 
 def _not_made(*arguments: Any) -> NoReturn:
     raise NotImplementedError("a model of any architecture has no module")
+
+
+def _common_names(checkpoint: Checkpoint) -> dict[str, None]:
+    """Returns the names of a checkpoint's tensors that do not depend on who saved them."""
+    model_type = checkpoint.config.model_type
+    return dict.fromkeys(common_name(name, model_type) for name in checkpoint.tensors)
 
 
 def _prefix(without: Collection[str], names: Collection[str]) -> str:

@@ -15,16 +15,10 @@ from adamerge_jax.checkpoints.architecture import resized_vocabulary
 from adamerge_jax.checkpoints.finite import require_finite
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.quantization import quantized, require_unquantized
+from adamerge_jax.checkpoints.renamed import current_name, renamed
 from adamerge_jax.checkpoints.wrappers import unwrapped
 from adamerge_jax.errors import InputError, and_more
 from adamerge_jax.parameter_names import matches
-
-# Checkpoints converted from TensorFlow, bert-base-uncased among them, name LayerNorm's parameters
-# as TensorFlow does. (LayerScale has a gamma too, which stays a gamma.)
-_LEGACY_ENDINGS = {
-    "LayerNorm.gamma": "LayerNorm.weight",
-    "LayerNorm.beta": "LayerNorm.bias",
-}
 
 PARAMETER_DTYPES = tuple(
     np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
@@ -118,8 +112,9 @@ def match(
 
     A tensor may have the parameter's name, that name without a prefix (`bert.`, which files of
     `BertModel` lack and files of `BertForSequenceClassification` have), or the legacy name
-    `LayerNorm.gamma` or `LayerNorm.beta`. Names that a training loop's wrapper changed
-    (`module.`, `_orig_mod.`) are read without the wrapper.
+    `LayerNorm.gamma` or `LayerNorm.beta`, or the one of another version of `transformers`
+    (`language_model.model.` for `model.language_model.`). Names that a training loop's wrapper
+    changed (`module.`, `_orig_mod.`) are read without the wrapper.
 
     Args:
         checkpoint: The checkpoint to look in.
@@ -148,6 +143,11 @@ def match(
     def find(in_file: Collection[str]) -> dict[str, str]:
         tensors = [name for name in in_file if not matches(name, ignored)]
         names = find_names(tensors, expected, prefixes)
+        names |= renamed(
+            [name for name in expected if name not in names],
+            set(tensors) - set(names.values()),
+            checkpoint.config.model_type,
+        )
         for name, others in second_names.items():
             second = next((other for other in others if other in in_file), None)
             if name not in names and second is not None:
@@ -342,14 +342,6 @@ def _differences(
             with np.errstate(over="ignore"):
                 parts.append(values.astype(dtype).astype(np.float32))
         yield not np.array_equal(*parts, equal_nan=True)
-
-
-def current_name(name: str) -> str:
-    """Returns the name that a parameter with a legacy name has today."""
-    for legacy, current in _LEGACY_ENDINGS.items():
-        if name.endswith(legacy):
-            return name.removesuffix(legacy) + current
-    return name
 
 
 def _candidates(

@@ -31,6 +31,7 @@ from adamerge_jax.checkpoints.matching import (
     match,
     require_tied,
 )
+from adamerge_jax.checkpoints.missing import require_most
 from adamerge_jax.checkpoints.opening import open_checkpoint, open_in_folder
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.checkpoints.peft_config import model_name
@@ -172,6 +173,10 @@ def open_models(
                 role=f"expert {task!r}",
                 read_weights=read_weights,
             )
+    if isinstance(family, AnyModel):
+        for expert in experts.values():
+            if isinstance(expert, MatchedCheckpoint):
+                require_most(base_match, expert, recipe.keep_from_base)
     kept_from_base = frozenset(
         name
         for name in backbone

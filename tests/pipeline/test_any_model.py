@@ -14,6 +14,8 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PhimoeConfig,
     PhimoeForCausalLM,
     PreTrainedModel,
@@ -22,6 +24,9 @@ from transformers import (
 )
 
 from adamerge_jax.cli import main as cli
+from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.models import open_models
+from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import write_recipe
 
 LAMBDA = 0.4
@@ -141,6 +146,48 @@ def test_what_an_expert_lacks_is_as_in_the_base_and_said(tmp_path, capsys):
     line = f"as in the base, expert 'cat' lacks them: 1 ({lacking})"
     assert line in capsys.readouterr().out
     assert line in (tmp_path / "out" / "checkpoint" / "README.md").read_text()
+
+
+def test_an_expert_that_lacks_half_is_refused(tmp_path, caplog):
+    base = save(masked_language_model(), tmp_path / "base")
+    for seed, task in enumerate(("cat", "dog")):
+        save(masked_language_model(), tmp_path / task, seed)
+    file = tmp_path / "cat" / "model.safetensors"
+    tensors = load_file(file)
+    few = {name: tensor for name, tensor in tensors.items() if "layer.1" not in name}
+    save_file(few, file, metadata={"format": "pt"})
+    tasks = {task: {"expert": str(tmp_path / task)} for task in ("cat", "dog")}
+    recipe = {"base": str(tmp_path / "base"), "tasks": tasks}
+    open_models(parse_recipe(recipe), tmp_path, to_run=False)
+    lacking = len(tensors) - len(few)
+    assert f"expert 'cat' ({tmp_path / 'cat'}) lacks {lacking} of {len(base)} para" in caplog.text
+    fewer = {name: tensor for name, tensor in few.items() if "encoder" not in name}
+    save_file(fewer, file, metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"of the values: .*; save the whole model, or list in keep"
+    ):
+        open_models(parse_recipe(recipe), tmp_path, to_run=False)
+    recipe["keep_from_base"] = ["*encoder*"]
+    caplog.clear()
+    open_models(parse_recipe(recipe), tmp_path, to_run=False)
+    assert "lacks" not in caplog.text
+
+
+def test_names_of_another_version(tmp_path):
+    """An expert with the names of modules, the base and another one with those of files."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = sizes | dict(model_type="llama", vocab_size=32, num_key_value_heads=2)
+    config = LlavaConfig(text_config=text, vision_config=sizes | dict(image_size=8, patch_size=4))
+    model = LlavaForConditionalGeneration(config)
+    base = save(model, tmp_path / "base")
+    cat, dog = (save(model, tmp_path / task, seed) for seed, task in enumerate(("cat", "dog")))
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "dog")
+    again.save_pretrained(tmp_path / "dog", save_original_format=False)
+    assert load_file(tmp_path / "dog" / "model.safetensors").keys().isdisjoint(base)
+    merged = merge(tmp_path)
+    assert merged.keys() == base.keys()
+    for name in base:
+        require_sum(merged[name], base[name], cat[name], dog[name])
 
 
 def test_a_tensor_that_the_base_lacks_is_refused(tmp_path, capsys):
