@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "granite": "adamerge_jax.models.granite",
     "llama": "adamerge_jax.models.llama",
     "mistral": "adamerge_jax.models.mistral",
+    "mixtral": "adamerge_jax.models.mixtral",
     "olmo2": "adamerge_jax.models.olmo2",
     "olmoe": "adamerge_jax.models.olmoe",
     "phi3": "adamerge_jax.models.phi3",

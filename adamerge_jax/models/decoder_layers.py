@@ -307,7 +307,12 @@ class PreNormLayer(nnx.Module):
         parallel: The MLP reads the layer's input as attention does: `separate` through a norm of
             its own, `shared` through that of attention. None where it reads attention's output.
         residual: The factor of what attention and MLP add.
+
+    Attributes:
+        mlp_name: The name that a checkpoint has for the MLP.
     """
+
+    mlp_name = "mlp"
 
     def __init__(
         self,
@@ -324,17 +329,19 @@ class PreNormLayer(nnx.Module):
         self.self_attn = attention
         if parallel != "shared":
             self.post_attention_layernorm = norm(config.hidden_size, norm_epsilon(config))
-        self.mlp = mlp or GatedMLP(config, config.hidden_act, bias=mlp_bias)
+        mlp = mlp or GatedMLP(config, config.hidden_act, bias=mlp_bias)
+        setattr(self, self.mlp_name, mlp)
         self.parallel, self.residual = parallel, residual
 
     def __call__(self, x: Float[Array, "B T H"], *positions: Array) -> Float[Array, "B T H"]:
         """Runs the layer; `positions` are the further arguments of `Attention`."""
         normalised = self.input_layernorm(x)
         attended = x + self._scaled(self.self_attn(normalised, *positions))
+        mlp = getattr(self, self.mlp_name)
         if self.parallel == "shared":
-            return attended + self._scaled(self.mlp(normalised))
+            return attended + self._scaled(mlp(normalised))
         read = x if self.parallel else attended
-        return attended + self._scaled(self.mlp(self.post_attention_layernorm(read)))
+        return attended + self._scaled(mlp(self.post_attention_layernorm(read)))
 
     def _scaled(self, added: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         return added if self.residual == 1.0 else added * jnp.asarray(self.residual, added.dtype)

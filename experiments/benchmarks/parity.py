@@ -205,6 +205,11 @@ def main() -> None:
         ),
         (transformers.Qwen3MoeForCausalLM, DECODER | EXPERTS, *decoder),
         (
+            transformers.MixtralForCausalLM,
+            DECODER | dict(num_local_experts=8, num_experts_per_tok=2),
+            *decoder,
+        ),
+        (
             transformers.Qwen2MoeForCausalLM,
             DECODER | EXPERTS | dict(shared_expert_intermediate_size=96),
             *decoder,

@@ -217,6 +217,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(SIZES, **EXPERTS, shared_expert_intermediate_size=28),
     ),
     "olmoe": ("OlmoeForCausalLM", dict(SIZES, **EXPERTS, norm_topk_prob=True)),
+    "mixtral": (
+        "MixtralForCausalLM",
+        dict(SIZES, num_local_experts=6, num_experts_per_tok=2, sliding_window=4),
+    ),
     "llama yarn": ("LlamaForCausalLM", dict(SIZES, rope_parameters=YARN)),
     "llama dynamic": (
         "LlamaForCausalLM",
