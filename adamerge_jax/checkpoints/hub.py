@@ -8,6 +8,9 @@ from adamerge_jax.checkpoints.nested import require_not_nested
 from adamerge_jax.checkpoints.pipeline_index import COPIED, component_names, is_pipeline
 from adamerge_jax.errors import InputError, in_one_line
 
+GGUF_ENDING = ".gguf"
+"""The ending of files that hold a whole model."""
+
 _SETTINGS = (
     *("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.codes", "*.spm"),
     "README.md",  # has the licence
@@ -25,6 +28,8 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """Returns the folder of a checkpoint or an adapter, downloading it if it is on the Hub.
+
+    A GGUF file is returned itself.
 
     The name of an existing folder is that folder; other names like `name` and `org/name` are Hub
     names. The conventions of the Hub's client hold: its cache, `HF_TOKEN`, `HF_HUB_OFFLINE`.
@@ -45,6 +50,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
                 "revision out, or name a checkpoint of the Hub"
             )
         require_not_nested(folder)
+        return folder
+    if folder.suffix == GGUF_ENDING and folder.is_file() and revision is None:
         return folder
     if folder.exists():
         raise InputError(f"{source} is a file; give the folder that the checkpoint is in")

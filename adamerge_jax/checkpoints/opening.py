@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from adamerge_jax.checkpoints.diffusion import open_pipeline, refuse_pipeline_adapter
+from adamerge_jax.checkpoints.gguf_model import open_gguf
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.pipeline_index import is_pipeline
@@ -22,15 +23,17 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
 
 
 def open_in_folder(source: str, folder: Path) -> Checkpoint:
-    """Opens a model or a diffusion pipeline in a folder that `locate` returned.
+    """Opens a model or a diffusion pipeline in a folder, or a GGUF file, that `locate` returned.
 
     Args:
-        source: The folder or Hub name, as the user wrote it.
-        folder: The folder of its files.
+        source: The folder, file or Hub name, as the user wrote it.
+        folder: The folder of its files, or the GGUF file.
 
     Raises:
         InputError: It is incomplete, corrupt or pickled.
     """
+    if folder.is_file():
+        return open_gguf(source, folder)
     if is_pipeline(folder):
         return open_pipeline(source, folder)
     refuse_pipeline_adapter(folder)

@@ -125,7 +125,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(stream.read(8), "little")
         entries = json.loads(stream.read(length))
     for name in names:
-        _require_possible(file, name, entries[name]["shape"])
+        require_possible(file, name, entries[name]["shape"])
     unreadable = [name for name in names if entries[name]["dtype"] not in STORED_DTYPES]
     if unreadable:
         raise InputError(
@@ -144,7 +144,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     }
 
 
-def _require_possible(file: Path, name: str, shape: list[int]) -> None:
+def require_possible(file: Path, name: str, shape: list[int]) -> None:
     """Refuses a name that no message can show in a line, and a shape that no array has.
 
     Raises:

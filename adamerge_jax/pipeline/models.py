@@ -23,6 +23,11 @@ from adamerge_jax.checkpoints.diffusion import (
     require_all_components,
     require_same_pipeline,
 )
+from adamerge_jax.checkpoints.gguf_model import (
+    GgufCheckpoint,
+    require_config,
+    require_same_sizes,
+)
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import (
@@ -128,6 +133,7 @@ def open_models(
         base = open_checkpoint(resolve(recipe.base.path, root), revision=recipe.base.revision)
         if isinstance(base, Pipeline):
             require_all_components(base)
+        require_config(base)
     whole_experts: dict[str, Checkpoint] = {}
     embeds = _read_form(recipe, base, root)
     try:
@@ -246,7 +252,8 @@ def _architecture(recipe: Recipe, base: Checkpoint, root: Path) -> str | None:
     task, expert = next((task, t.expert) for task, t in recipe.tasks.items())
     with in_hand(expert.path), _explain_errors(f"expert {task!r}", root):
         folder = locate(resolve(expert.path, root), revision=expert.revision)
-        fields = base.config_fields if is_adapter(folder) else read_config_file(folder)
+        has_config = not is_adapter(folder) and folder.is_dir()
+        fields = read_config_file(folder) if has_config else base.config_fields
     return next(iter(classes_of(fields)), None)
 
 
@@ -426,6 +433,8 @@ def _open_expert(
         expert = opened or open_in_folder(path, folder)
     if isinstance(base.checkpoint, Pipeline) or isinstance(expert, Pipeline):
         require_same_pipeline(base.checkpoint, expert, role=role)
+    elif isinstance(expert, GgufCheckpoint):
+        require_same_sizes(base.checkpoint, expert, role=role)
     else:
         require_same_architecture(base.checkpoint, expert, role=role)
     if has_classes:

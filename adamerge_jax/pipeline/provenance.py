@@ -28,7 +28,7 @@ def model_origins(models: Models, root: Path) -> list[Origin]:
             source.name,
             source.source,
             source.revision,
-            on_hub=not Path(resolve(source.source, root)).is_dir(),
+            on_hub=not Path(resolve(source.source, root)).exists(),
             license=_license(checkpoint),
         )
         for source, checkpoint in zip(models.sources, opened, strict=True)

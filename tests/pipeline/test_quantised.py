@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adamerge_jax.cli import main as cli
 from tests.references import write_recipe
 
+gguf_references = pytest.importorskip("tests.gguf_references")
+
 LAMBDA = 0.4
 
 Tensors = dict[str, torch.Tensor]
@@ -21,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 def models(tmp_path_factory) -> tuple[Path, dict[str, Tensors]]:
     """Returns a folder with a base and two experts in bfloat16, and their tensors."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=64)
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
     folder = tmp_path_factory.mktemp("models")
     model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -116,3 +118,62 @@ def test_numbers_without_scales_are_refused(models, tmp_path, capsys):
     assert "expert 'law'" in error
     assert f"without a scale ({lacking} or" in error
     assert not (tmp_path / "out").exists()
+
+
+def dequantised(model: LlamaForCausalLM, file: Path) -> Tensors:
+    """Writes a model as a GGUF file, and returns what `transformers` reads from it."""
+    gguf_references.write_gguf(model, file, "llama")
+    loaded = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    return dict(loaded.state_dict())
+
+
+def test_gguf_files(models, tmp_path, capsys):
+    folder, tensors = models
+    law = LlamaForCausalLM.from_pretrained(folder / "law")
+    exact = tensors | {"law": dequantised(law, tmp_path / "law.gguf")}
+    sources = {name: folder / name for name in tensors} | {"law": tmp_path / "law.gguf"}
+    (tmp_path / "1").mkdir()
+    _, result, in_float32 = merged(tmp_path / "1", sources)
+    require_sums(result, *exact.values())
+    require_sums(in_float32, *exact.values(), rounding=1e-6)
+    assert {tensor.dtype for tensor in result.values()} == {torch.bfloat16}
+    assert "expert 'law': 21 tensors of a GGUF file (F32, Q8_0)" in capsys.readouterr().out
+
+    # The base too; its config is made of the file's fields.
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    exact["base"] = dequantised(base, tmp_path / "base.gguf")
+    (tmp_path / "2").mkdir()
+    checkpoint, result, in_float32 = merged(
+        tmp_path / "2", sources | {"base": tmp_path / "base.gguf"}
+    )
+    require_sums(in_float32, *exact.values(), rounding=1e-6)
+    config, of_base = (
+        json.loads((at / "config.json").read_text()) for at in (checkpoint, folder / "base")
+    )
+    for name in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
+        assert config[name] == of_base[name]
+    loaded = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    assert torch.equal(
+        loaded.state_dict()["lm_head.weight"], result["lm_head.weight"].to(torch.float32)
+    )
+
+
+def test_gguf_files_that_do_not_fit(models, tmp_path, capsys):
+    folder, _ = models
+    config = LlamaConfig.from_pretrained(folder / "base", num_hidden_layers=1)
+    gguf_references.write_gguf(LlamaForCausalLM(config), tmp_path / "law.gguf", "llama")
+
+    def refused(*messages: str, **sources: Path) -> None:
+        with pytest.raises(SystemExit) as caught:
+            merged(tmp_path, sources)
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        for message in messages:
+            assert message in error
+
+    law = tmp_path / "law.gguf"
+    refused("expert 'law'", "has num_hidden_layers 1 in its GGUF", base=folder / "base", law=law)
+    further = {"rope_freqs.weight": np.ones(8, np.float32)}
+    gguf_references.write_gguf(LlamaForCausalLM(config), law, "llama", further=further)
+    refused("base: ", "how its rotary positions are scaled", base=law, law=folder / "law")
