@@ -48,7 +48,9 @@ def is_known(config: "PretrainedConfig") -> bool:
     return config.model_type in ARCHITECTURES
 
 
-def family_of(config: "PretrainedConfig", architecture: str | None = None) -> "Family":
+def family_of(
+    config: "PretrainedConfig", architecture: str | None = None, *, headless: bool = False
+) -> "Family":
     """Returns the family of a base model's config.
 
     A model without a family here runs by its own PyTorch forward.
@@ -57,6 +59,7 @@ def family_of(config: "PretrainedConfig", architecture: str | None = None) -> "F
         config: The config of the base.
         architecture: The class of the experts' models, `DistilBertForSequenceClassification`; None
             where only families here are asked for.
+        headless: True for a model without a head, whatever its class.
 
     Raises:
         InputError: No family here has that `model_type` and its PyTorch forward cannot run, or it
@@ -69,8 +72,10 @@ def family_of(config: "PretrainedConfig", architecture: str | None = None) -> "F
             "be a whole CLIP (model_type 'clip'), only experts may be vision towers"
         )
     if not is_known(config):
-        if architecture is not None:
+        if headless or architecture is not None:
             bridge = importlib.import_module("adamerge_jax.models.bridge.family")
+            if headless:
+                return bridge.bridged_encoder(config)
             return bridge.bridged_family(config, architecture)
         raise InputError(
             f"config.json: model_type {config.model_type!r} is not supported; "

@@ -412,7 +412,10 @@ class Decoder(nnx.Module):
 
 
 class DecoderBackbone(nnx.Module):
-    """A whole decoder language model: all of it is merged. Arguments as for `decoder_family`."""
+    """A whole decoder language model: all of it is merged. Arguments as for `decoder_family`.
+
+    One that does not write has no output layer.
+    """
 
     def __init__(
         self,
@@ -424,6 +427,7 @@ class DecoderBackbone(nnx.Module):
         rotaries: Callable[[Config], Sequence[Rotary]],
         norm: MakeNorm,
         embedding_scale: Callable[[Config], float],
+        writes: bool = True,
     ):
         _require_causal(config)
         self.model = Decoder(
@@ -435,7 +439,7 @@ class DecoderBackbone(nnx.Module):
             norm,
             embedding_scale(config),
         )
-        if not config.tie_word_embeddings:
+        if writes and not config.tie_word_embeddings:
             # Read by the head, which is given the backbone's parameters.
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -574,6 +578,7 @@ def decoder_family(
         language=True,
         last_layer=None,
         cached_features=lambda config: config.num_key_value_heads * head_features(config),
+        embedding_backbone=partial(backbone, writes=False),
     )
 
 

@@ -135,6 +135,7 @@ def embedder_family(plain: Family, form: EmbeddingForm) -> EmbedderFamily:
         "auto_class": "AutoModel",
         "last_layer": None,
         "ignored_in_experts": (*plain.ignored_in_experts, *UNREAD),
+        "base_only": (*plain.base_only, *UNREAD),
         "language": False,
         "cached_features": None,
         "embeds": form,
@@ -142,5 +143,8 @@ def embedder_family(plain: Family, form: EmbeddingForm) -> EmbedderFamily:
     return EmbedderFamily(**fields, plain=body)
 
 
-UNREAD = ("pooler.*", "*.pooler.*", "lm_head.*", "cls.*", "classifier.*")
+HEADS = ("lm_head.*", "cls.*", "classifier.*")
+"""Name patterns of heads, which a sentence embedder does not have."""
+
+UNREAD = ("pooler.*", "*.pooler.*", *HEADS)
 """Name patterns of the parts of a checkpoint that no embedding depends on."""

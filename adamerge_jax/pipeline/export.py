@@ -46,6 +46,8 @@ from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.methods import make_method
+from adamerge_jax.models.embedder import HEADS
+from adamerge_jax.parameter_names import matches
 from adamerge_jax.pipeline.initial_merge import merged_names
 from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.read import load_backbone, load_head, read_parameter
@@ -229,23 +231,32 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     cast = partial(_cast, dtype=dtype)
     # A head of the base would stand beside each task's head under the same name.
     replaced = {name for task in models.experts for name in models.head_names(task)}
-    carried = [name for name in models.base.extra if name not in replaced]
-    loses_head = len(carried) < len(models.base.extra)
+    embeds = models.family.embeds
+    carried = [
+        name
+        for name in models.base.extra
+        if name not in replaced and not (embeds and matches(name, HEADS))
+    ]
+    loses_head = len(carried) < len(models.base.extra) or embeds is not None
     owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
     token_ids = _special_tokens(models, owner)
     tasks = _tasks_with_heads(job)
-    # A model without a head has none of the prefix that sets its names apart from a head's.
-    unused = models.prefix if models.family.embeds is not None else ""
+
+    def named(name: str) -> str:
+        """Returns a tensor's name without the prefix that sets it apart from those of a head."""
+        prefixes = models.family.prefixes if embeds is not None else ()
+        return name.removeprefix(next(filter(name.startswith, prefixes), ""))
+
     with write_checkpoint(
         folder,
         max_shard_bytes=job.settings.shard_megabytes * 10**6,
         expected_bytes=checkpoint_bytes(models, job.settings),
     ) as writer:
         for name, array in job.merged(dtype):
-            writer.add(name.removeprefix(unused), cast(array, name, models.base))
+            writer.add(named(name), cast(array, name, models.base))
         for name in carried:
             array = cast(_read_extra(models.base, name), name, models.base)
-            writer.add(models.prefix.removeprefix(unused) + name, array)
+            writer.add(named(models.prefix + name), array)
         writer.write_config(_merged_config(models, owner, token_ids, loses_head=loses_head))
         # In the order in which a run searches them.
         checkpoints = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
@@ -253,8 +264,8 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         if token_ids:
             writer.copy_generation_settings(checkpoints[:2], token_ids)
         writer.write_text(CARD_FILE, job.card(tasks))
-        if models.family.embeds is not None:
-            writer.write_embedding_form(models.family.embeds, models.config.hidden_size)
+        if embeds is not None:
+            writer.write_embedding_form(embeds, models.config.hidden_size)
         for task in tasks:
             expert = models.experts[task]
             is_whole = isinstance(expert, MatchedCheckpoint)

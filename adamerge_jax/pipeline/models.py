@@ -149,7 +149,9 @@ def open_models(
             else:
                 is_own = is_known(base.config)
                 family = family_of(
-                    base.config, None if is_own else _architecture(recipe, base, root)
+                    base.config,
+                    None if is_own else _architecture(recipe, base, root),
+                    headless=embeds is not None,
                 )
                 if embeds is not None:
                     family = embedder_family(family, embeds)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import transformers
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from adamerge_jax.models.layers import Config
 
 
-def empty_model(auto_class: str, config: Config) -> PreTrainedModel:
+def empty_model(auto_class: str, config: Config, **options: Any) -> PreTrainedModel:
     """Returns a model in evaluation mode whose parameters have shapes and no values.
 
     Its buffers, such as the frequencies of rotary positions, have their values.
@@ -19,6 +20,7 @@ def empty_model(auto_class: str, config: Config) -> PreTrainedModel:
     Args:
         auto_class: The `transformers` class that loads such a model.
         config: The model's config, which is not changed.
+        **options: Further arguments of the model's class.
     """
     config = copy.deepcopy(config)
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
@@ -28,8 +30,18 @@ def empty_model(auto_class: str, config: Config) -> PreTrainedModel:
             part._experts_implementation = "batched_mm"
     config.return_dict = True
     with _no_values():
-        model = getattr(transformers, auto_class).from_config(config, attn_implementation="eager")
+        model = getattr(transformers, auto_class).from_config(
+            config, attn_implementation="eager", **options
+        )
     return model.eval().requires_grad_(False)
+
+
+def empty_encoder(config: Config) -> PreTrainedModel:
+    """Returns a model without a head, as `empty_model` does, and without a pooler if it has one."""
+    try:
+        return empty_model("AutoModel", config, add_pooling_layer=False)
+    except TypeError:  # most classes have none, and no such argument
+        return empty_model("AutoModel", config)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from adamerge_jax.errors import InputError, in_one_line
-from adamerge_jax.models.bridge.empty_model import empty_model
+from adamerge_jax.models.bridge.empty_model import empty_encoder, empty_model
 from adamerge_jax.models.bridge.images import TorchImages
 from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
@@ -127,6 +127,36 @@ def bridged_family(config: Config, architecture: str) -> Family:
     return family
 
 
+def bridged_encoder(config: Config) -> Family:
+    """Returns the family of a model that `transformers` has, without a head.
+
+    Args:
+        config: The config of the base model.
+
+    Raises:
+        InputError: PyTorch or torchax is missing, or an operation of the model cannot run in JAX.
+    """
+    torch_in_jax()
+    model = empty_encoder(config)
+    reads = TorchBackbone(model, "nothing", language=False).inputs
+    family = BridgedFamily(
+        backbone=lambda config, rematerialize: TorchBackbone(
+            empty_encoder(config), rematerialize, language=False
+        ),
+        head=lambda config: TorchHead(empty_encoder(config)),
+        prefixes=(f"{model.base_model_prefix}.",),
+        inputs=tuple(name for name in _TEXT if name in reads),
+        max_tokens=lambda config: _longest(model),
+        heads=lambda config: {},
+        auto_class="AutoModel",
+        ignored=lambda config: _not_merged(model),
+        last_layer=None,
+        bridged=True,
+    )
+    _require_runnable(family, config, has_head=False)
+    return family
+
+
 def _kind_of(config: Config, architecture: str) -> Kind:
     for kind in KINDS:
         classes = getattr(modeling_auto, kind.classes).get(config.model_type, ())
@@ -181,7 +211,7 @@ def _last_layer(model: PreTrainedModel) -> LastLayer | None:
     return last
 
 
-def _require_runnable(family: Family, config: Config) -> None:
+def _require_runnable(family: Family, config: Config, has_head: bool = True) -> None:
     """Refuses a model with an operation that JAX does not have; nothing is computed."""
     backbone, head = family.build_backbone(config, "nothing"), family.build_head(config)
     if isinstance(family.images, TorchImages):
@@ -195,7 +225,8 @@ def _require_runnable(family: Family, config: Config) -> None:
         inputs = {"pixel_values": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
     def run(parameters: Any, head_parameters: Any, inputs: Any) -> Any:
-        return head({**parameters, **head_parameters}, backbone(parameters, inputs))
+        outputs = backbone(parameters, inputs)
+        return head({**parameters, **head_parameters}, outputs) if has_head else outputs
 
     try:
         jax.eval_shape(run, backbone.shapes, head.shapes, inputs)
