@@ -96,9 +96,7 @@ def _account_of(models: Models, merged: Collection[str]) -> list[str]:
     spoken_of = {*base.names.values(), *base.extra}
     if dropped := [name for name in in_files if name not in spoken_of]:
         lines.append(f"left out, second copies or computed: {_named(dropped)}")
-    for model in (base, *models.experts.values()):
-        lines += [f"{model.role}: {note}" for note in model.checkpoint.notes]
-    return lines
+    return [*lines, *models.notes]
 
 
 def _named(names: Sequence[str]) -> str:

@@ -497,6 +497,8 @@ def export_mergekit(
     """
     if isinstance(models.base.checkpoint, Pipeline):
         raise inexpressible("it is a merge of diffusion pipelines")
+    if models.notes:
+        raise inexpressible(f"files are not read as they lie there: {models.notes[0]}")
     if coefficients.initial_merge is not None:
         raise inexpressible(
             f"it is a merge by {coefficients.initial_merge.in_words}, or adds task vectors to one"

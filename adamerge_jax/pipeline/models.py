@@ -89,6 +89,12 @@ class Models:
         return {"base": self.base, **self.experts}
 
     @property
+    def notes(self) -> list[str]:
+        """Sentences on tensors that are not read as they lie in files, each with its model."""
+        models = (self.base, *self.experts.values())
+        return [f"{model.role}: {note}" for model in models for note in model.checkpoint.notes]
+
+    @property
     def config(self) -> PretrainedConfig:
         """The base's config."""
         return self.base.checkpoint.config

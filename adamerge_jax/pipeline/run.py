@@ -157,6 +157,7 @@ def _learn(
     console.print(f"{recipe.name} ({recipe.preset}): {_describe_inputs(inputs, recipe.base.path)}")
     if models.family.language and workspace.general is None:
         _print_notes([UNWATCHED], console)
+    _print_notes(models.notes, console)
     if inputs.start is not None:
         _print_notes(inputs.start.notes, console)
 

@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adamerge_jax.cli import main as cli
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.export import export_mergekit
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.language_references import SPECIAL, byte_tokenizer, language_expert
-from tests.references import randomise, write_recipe
+from tests.references import random_coefficients, randomise, write_recipe
 
 TOKENS = len(byte_tokenizer())
 LAMBDA = 0.4
@@ -104,6 +105,9 @@ def test_added_tokens_are_named(model, tmp_path, caplog):
     assert tokenizer_owner(models.by_name, None) is models.base
     with pytest.raises(InputError, match=r"expert 'chat' .* has 2 token\(s\) that the merge has"):
         tokenizer_owner(models.by_name, "chat")
+    said = "mergekit cannot make this merge: .*: expert 'chat': its tables of tokens have"
+    with pytest.raises(InputError, match=said):
+        export_mergekit(models, random_coefficients(models), tmp_path / "merge.yaml", None)
 
 
 def test_ids_that_mean_other_tokens_are_refused(model, tmp_path):
