@@ -1,5 +1,6 @@
 """The images among a language model's tokens, as arguments of its PyTorch forward."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Array, Int
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
@@ -22,6 +23,19 @@ TOKENS = ("input_ids", "attention_mask")
 
 _GRIDS = "image_grid_thw"
 """The argument that tells the grid of each image's patches."""
+
+
+@dataclasses.dataclass
+class ImageFeatures(ModelOutput):
+    """The features of images, as models take them from their `get_image_features`.
+
+    Attributes:
+        pooler_output: The features that stand at the images' tokens.
+        deepstack_features: Those that are added to the states of the first layers there.
+    """
+
+    pooler_output: Any = None
+    deepstack_features: Any = None
 
 
 class TorchImages:
@@ -92,12 +106,18 @@ class TorchImages:
         def run(**arguments: Any) -> Any:
             if PIXELS not in arguments:
                 return body.forward(**arguments)
-            read = partial(_read_each, body.get_image_features, arguments[PIXELS].jax())
-            body.get_image_features = read
+            images = arguments[PIXELS].jax()
+            own = {(body, "get_image_features"): partial(_read_each, _reader_of(body), images)}
+            text = getattr(body, "language_model", None)
+            if hasattr(text, "_deepstack_process"):
+                own[text, "_deepstack_process"] = _add_to_images
+            for (module, name), function in own.items():
+                setattr(module, name, function)
             try:
                 return body.forward(**arguments)
             finally:
-                del body.get_image_features
+                for module, name in own:
+                    delattr(module, name)
 
         return run
 
@@ -120,9 +140,22 @@ class TorchImages:
         return {**example, PIXELS: jax.ShapeDtypeStruct(pixels, jnp.float32)}
 
 
-def _read_each(
-    read: Callable[..., Any], images: Array, *_: Any, **options: Any
-) -> BaseModelOutputWithPooling:
+def _reader_of(body: torch.nn.Module) -> Callable[..., Any]:
+    """Returns the function by which a model reads images."""
+    if not hasattr(body, "connector"):
+        return body.get_image_features
+
+    def read_square(images: torch.Tensor, **_: Any) -> ImageFeatures:
+        """Reads images of an Idefics 3, which looks for those that are padding by their values."""
+        sides = [side // body.config.vision_config.patch_size for side in images.shape[-2:]]
+        is_image = torch.ones((len(images), *sides), dtype=torch.bool)
+        states = body.vision_model(pixel_values=images, patch_attention_mask=is_image)
+        return ImageFeatures(pooler_output=[body.connector(states.last_hidden_state)])
+
+    return read_square
+
+
+def _read_each(read: Callable[..., Any], images: Array, *_: Any, **options: Any) -> ImageFeatures:
     """Reads images, each alone, in place of a model's `get_image_features`.
 
     Args:
@@ -135,7 +168,7 @@ def _read_each(
     options = {name: value for name, value in options.items() if name not in (PIXELS, _GRIDS)}
     in_pieces = False
 
-    def read_one(image: Array) -> Array:
+    def read_one(image: Array) -> tuple[Array, list[Array]]:
         nonlocal in_pieces
         grid = {}
         if image.ndim == 4:
@@ -144,15 +177,30 @@ def _read_each(
             pixels = image.reshape(-1, image.shape[-1])
         else:
             pixels = image[None]
-        result = read(environment.j2t_iso(pixels), **grid, **options).pooler_output
-        in_pieces = isinstance(result, list | tuple)
-        pieces = result if in_pieces else [result]
-        return jnp.concatenate([piece.jax().reshape(-1, piece.shape[-1]) for piece in pieces])
+        result = read(environment.j2t_iso(pixels), **grid, **options)
+        in_pieces = isinstance(result.pooler_output, list | tuple)
+        further = getattr(result, "deepstack_features", None) or ()
+        return _joined(result.pooler_output), [_joined(features) for features in further]
 
-    features = environment.j2t_iso(jax.vmap(read_one)(images))
-    return BaseModelOutputWithPooling(
-        pooler_output=[features.flatten(0, 1)] if in_pieces else features
+    features, further = environment.j2t_iso(jax.vmap(read_one)(images))
+    return ImageFeatures(
+        pooler_output=[features.flatten(0, 1)] if in_pieces else features,
+        deepstack_features=[[layer.flatten(0, 1)] for layer in further],
     )
+
+
+def _joined(features: Any) -> Array:
+    """Returns the features of an image, `[tokens, H]`, which may be in pieces."""
+    pieces = features if isinstance(features, list | tuple) else [features]
+    return jnp.concatenate([piece.jax().reshape(-1, piece.shape[-1]) for piece in pieces])
+
+
+def _add_to_images(
+    states: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor
+) -> torch.Tensor:
+    """Adds features to the states of tokens that stand for images, whose number is not known."""
+    places = is_image[..., None].expand(states.shape)
+    return states + torch.zeros_like(states).masked_scatter(places, features.to(states.dtype))
 
 
 def _packed(images: Array, counts: Int[Array, " B"]) -> Array:

@@ -10,7 +10,7 @@ import jax
 import torch
 from jaxtyping import Array
 from torch.utils import _pytree
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adamerge_jax.mixing import Lazy
@@ -100,6 +100,7 @@ class TorchModel:
             with (
                 _without_notes_of_wide_integers(),
                 _without_checks_of_values(),
+                _masks_by_broadcasting(),
                 environment,
                 torch.no_grad(),
             ):
@@ -176,6 +177,28 @@ def _without_checks_of_values() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def _masks_by_broadcasting() -> Iterator[None]:
+    """Has `transformers` make attention masks by broadcasting, not by PyTorch's `vmap`.
+
+    That knows nothing of JAX. Masks are functions of positions, which broadcast as they are.
+    """
+
+    def broadcast(mask: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*positions: torch.Tensor) -> torch.Tensor:
+            made = mask(*masking_utils._non_vmap_expansion_sdpa(*positions))
+            return made.expand([len(axis) for axis in positions])
+
+        return make
+
+    before = masking_utils._vmap_expansion_sdpa
+    masking_utils._vmap_expansion_sdpa = broadcast
+    try:
+        yield
+    finally:
+        masking_utils._vmap_expansion_sdpa = before
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
