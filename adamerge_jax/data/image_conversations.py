@@ -172,9 +172,15 @@ def _images_of(messages: Any, where: str, folder: Path | None) -> tuple[Any, lis
     in_parts = []
     for message in messages:
         content = message.get("content")
-        parts: list[dict[str, Any]] = []
         # Templates of vision-language models leave out a content that is no list of parts.
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        contents = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(contents, Sequence):
+            raise InputError(
+                f"{where}: a message's content is {content!r:.80}; expected a text, or a list of "
+                "parts"
+            )
+        parts: list[dict[str, Any]] = []
+        for part in contents:
             fields = _part(part, where)
             if fields["type"] == "image":
                 images.append(_file(fields, where, folder))

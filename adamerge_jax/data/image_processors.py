@@ -96,7 +96,6 @@ def require_fields(fields: Any, channels: int, *, by_area: bool = False) -> None
     Raises:
         InputError: A value is impossible.
     """
-    largest = _LARGEST_SIDE if not by_area else _LARGEST_AREA
     if not isinstance(fields, Mapping):
         raise InputError("holds no object")
     for name in ("image_mean", "image_std"):
@@ -113,7 +112,10 @@ def require_fields(fields: Any, channels: int, *, by_area: bool = False) -> None
             )
         if name == "image_std" and not all(number > 0 for number in numbers):
             raise InputError(f"{name} is {values!r:.80}; expected numbers above 0")
-    for name in ("size", "crop_size"):
+    areas = dict.fromkeys(("min_pixels", "max_pixels"), _LARGEST_AREA)
+    sides_of = dict.fromkeys(("size", "crop_size"), _LARGEST_AREA if by_area else _LARGEST_SIDE)
+    parts = dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), _LARGEST_SIDE)
+    for name, largest in (sides_of | areas | parts).items():
         values = fields.get(name)
         sides = values if isinstance(values, Mapping) else {"": values}
         for side, pixels in sides.items():

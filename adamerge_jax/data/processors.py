@@ -109,7 +109,8 @@ class Processor:
                 return_tensors=None,
             )
             ids, offsets = list(read["input_ids"][0]), read["offset_mapping"][0]
-            replaced = read["text_replacement_offsets"]
+            # Some leave it out of texts without images.
+            replaced = read.get("text_replacement_offsets") or [()]
             arrays = _arrays(read) if resized else None
         # The processors' own checks raise errors of many types.
         except Exception as error:
@@ -118,7 +119,7 @@ class Processor:
                 f"{in_one_line(error)}"
             ) from error
         self._require_shape(arrays, where)
-        return ReadText(ids, _before(offsets, replaced[0] if replaced else ()), arrays)
+        return ReadText(ids, _before(offsets, replaced[0]), arrays)
 
     def _resized(self, image: Image) -> Image:
         image = image.convert("RGB")
@@ -193,6 +194,10 @@ def load_processor(
         processor = _make(_class_of(checkpoint, whole, where), folder, whole, tokenizer)
     except InputError:
         raise
+    except ImportError as error:  # a library that only some processors need
+        raise InputError(
+            f"{where}: its processor cannot be loaded: {in_one_line(error)}"
+        ) from error
     except Exception as error:  # of many types
         raise InputError(
             f"{where}: its processor ({PROCESSOR_FILE}, {WHOLE_FILE}) cannot be read: "

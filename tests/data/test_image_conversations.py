@@ -1,0 +1,283 @@
+"""Conversations with images: what is read, and what is refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import Idefics3ImageProcessorPil, Idefics3Processor, Qwen2VLImageProcessorPil
+
+from adamerge_jax.data.examples import Concatenated, require_joinable
+from adamerge_jax.data.image_conversations import ConversationImages
+from adamerge_jax.data.processors import Processor, load_processor
+from adamerge_jax.data.sources import load_examples
+from adamerge_jax.errors import InputError
+from adamerge_jax.models.images_in_text import COUNT, PIXELS
+from adamerge_jax.objectives import NOT_PREDICTED
+from adamerge_jax.recipes.schema import DataSource
+from tests.language_references import SPECIAL, byte_tokenizer
+from tests.references import save_image, write_json_lines
+from tests.vision_language_references import TEMPLATE, conversation, image_tokenizer
+
+
+def processor(
+    folder: Path, size: tuple[int, int] | None = (16, 16), model_type: str = "qwen2_vl"
+) -> Processor:
+    """The processor of a folder of a model whose tokens have no positions of their own."""
+    tokenizer = image_tokenizer()
+    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    model = SimpleNamespace(token=token, positions=lambda tokens, grid: None)
+    config = SimpleNamespace(model_type=model_type)
+    checkpoint = SimpleNamespace(folder=folder, source="model", config=config)
+    return load_processor(checkpoint, "base", tokenizer, model, size)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a processor, images and a damaged one."""
+    root = tmp_path_factory.mktemp("images") / "data"
+    root.mkdir()
+    Qwen2VLImageProcessorPil(patch_size=4, min_pixels=64, max_pixels=1024).save_pretrained(root)
+    generator = np.random.default_rng(0)
+    for name, size in {"cat": (20, 30), "dog": (16, 16), "../outside": (8, 8)}.items():
+        save_image(root / f"{name}.png", generator.integers(0, 256, (*size, 3)))
+    (root / "cut.png").write_bytes((root / "cat.png").read_bytes()[:600])
+    (root / "text.png").write_text("no image")
+    return root
+
+
+def read(
+    rows: list[dict[str, Any]],
+    folder: Path,
+    reader: Processor | None = None,
+    max_length: int = 64,
+    **fields: Any,
+) -> Any:
+    file = write_json_lines(folder / "rows.jsonl", rows)
+    reader = reader or processor(folder)
+    return load_examples(
+        DataSource(path=str(file), **fields),
+        root=folder,
+        inputs=("input_ids", "attention_mask", PIXELS),
+        preprocessor=reader.tokenizer,
+        max_length=max_length,
+        seed=0,
+        name="data",
+        language=True,
+        processor=reader,
+    )
+
+
+def test_images_stand_beside_their_tokens(folder):
+    reader = processor(folder)
+    rows = [
+        conversation(["cat.png"], "which one ?", "the cat"),
+        conversation([], "which one ?", "none"),
+        conversation(["dog.png", "cat.png"], "which one ?", "the dog"),
+    ]
+    rows[1]["messages"][0]["content"] = "which one ?"  # a text alone
+    examples = read(rows, folder, reader)
+    index = np.array([0, 1, 2])
+    inputs = examples.take(index, 64)
+    assert inputs[COUNT].tolist() == [1, 0, 2]
+    assert inputs[PIXELS].shape == (3, 2, 1, 4, 4, 96)
+    assert (inputs["input_ids"] == reader.model.token).sum(-1).tolist() == [4, 0, 8]
+    np.testing.assert_array_equal(inputs[PIXELS][0, 0], inputs[PIXELS][2, 1])
+    assert not inputs[PIXELS][0, 1].any() and not inputs[PIXELS][1].any()
+    labels = examples.take_labels(index, 64)
+    answers = [reader.tokenizer.decode(row[row != NOT_PREDICTED]) for row in labels]
+    assert answers == ["the cat", "none", "the dog"]
+
+
+def test_images_are_never_predicted(folder):
+    reader = processor(folder)
+    examples = read([conversation(["cat.png"], "?", "cat")], folder, reader, predict="all")
+    labels = examples.take_labels(np.array([0]), 64)
+    assert reader.model.token not in labels and (labels != NOT_PREDICTED).sum() > 8
+
+
+def test_tasks_with_and_without_images_share_a_batch(folder):
+    reader = processor(folder)
+    some = read([conversation(["cat.png"], "?", "cat")], folder, reader)
+    none = read([conversation([], "?", "cat")], folder, reader)
+    texts = read([{"text": "the cat runs ."}], folder, reader)
+    require_joinable({"some": some, "none": none, "texts": texts})
+    inputs = Concatenated([none, some, texts]).take(np.arange(3), 32)
+    assert inputs[COUNT].tolist() == [0, 1, 0]
+    assert inputs[PIXELS].shape == (3, 1, 1, 4, 4, 96) and inputs[PIXELS][1].any()
+
+
+def test_a_conversation_whose_image_is_cut_is_left_out(folder, caplog):
+    rows = [
+        conversation(["dog.png"], "the cat runs", "the cat"),
+        conversation([], "the cat", "the cat"),
+    ]
+    reader = processor(folder)
+    for row in rows:  # so that there is something to predict before the end of the image
+        row["messages"].insert(0, {"role": "user", "content": "the cat"})
+        row["messages"].insert(1, {"role": "assistant", "content": "the dog"})
+    whole = read(rows, folder, reader).take(np.arange(2), 64)
+    last = np.flatnonzero(whole["input_ids"][0] == reader.model.token)[-1]
+    assert len(read(rows, folder, reader, max_length=int(last) + 1)) == 2
+    assert len(read(rows, folder, reader, max_length=int(last))) == 1
+    assert "1 of 2 examples are left out" in caplog.text
+
+
+def image(**fields: Any) -> list[dict[str, Any]]:
+    """A row with an image of such fields."""
+    row = conversation(["cat.png"], "which one ?", "the cat")
+    row["messages"][0]["content"][0] = {"type": "image", **fields}
+    return [row]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (image(image="no.png"), r"row 0: there is no image 'no\.png' in .*data"),
+        (image(image="../outside.png"), "row 0: image '../outside.png' is outside of the table's"),
+        (image(image="/etc/passwd"), "image '/etc/passwd' is outside of the table's folder"),
+        (image(path="https://host/a.png"), "'https://host/a.png' is no file; save it beside"),
+        (image(image="a\0.png"), "cannot be a file's name"),
+        (image(image="a" * 5000), "cannot be a file's name|there is no image"),
+        (image(image="."), "there is no image"),
+        (image(image=3), "expected the name of its file"),
+        (image(), "expected the name of its file"),
+        (image(image="cut.png"), r"row 0, image 0 \(.*cut\.png\): cannot be read: .*truncated"),
+        (image(image="text.png"), r"text\.png\): cannot be read: it is no image"),
+        (
+            [conversation([], "<|image_pad|> ?", "a cat")],
+            r"writes 1 time\(s\) '<\|image_pad\|>', and the conversation has 0 image\(s\)",
+        ),
+        (
+            [conversation(["cat.png"], "one <|image_pad|> ?", "a cat")],
+            r"writes 2 time\(s\) '<\|image_pad\|>', and the conversation has 1 image",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}],
+            "a part of a message is .*video.*; expected",
+        ),
+        ([{"messages": [{"role": "user", "content": [3]}]}], "a part of a message is 3; expected"),
+        ([{"messages": [{"role": "user", "content": None}]}], "content is None; expected"),
+        ([{"messages": [{"role": "user", "content": 3}]}], "content is 3; expected"),
+        ([{"messages": "what ?"}], "to hold a list of messages"),
+        ([{"messages": [3]}], "to hold a list of messages"),
+    ],
+)
+def test_bad_conversations_are_refused(rows, message, folder):
+    with pytest.raises(InputError, match=message) as error:
+        read(rows, folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_that_leaves_images_out_is_refused(folder):
+    reader = processor(folder)
+    reader.tokenizer.chat_template = TEMPLATE.replace("<|image_pad|>", "")
+    with pytest.raises(InputError, match=r"writes 0 time\(s\).* has 1 image"):
+        read([conversation(["cat.png"], "?", "cat")], folder, reader)
+
+
+def test_images_of_several_shapes_need_a_size(folder):
+    apart = [conversation([name], "?", "cat") for name in ("dog.png", "cat.png")]
+    with pytest.raises(InputError, match=r"row 1: its images become .* set image_size"):
+        read(apart, folder, processor(folder, None))
+    together = [conversation(["dog.png", "cat.png"], "?", "cat")]
+    with pytest.raises(InputError, match=r"row 0.* grids of .* set image_size"):
+        read(together, folder, processor(folder, None))
+
+
+def test_images_in_a_table_are_read(folder, tmp_path):
+    import datasets
+
+    parts = [{"type": "image", "image": {"bytes": (folder / "cat.png").read_bytes()}, "text": None}]
+    messages = [
+        {"role": "user", "content": [*parts, {"type": "text", "image": None, "text": "?"}]},
+        {"role": "assistant", "content": [{"type": "text", "image": None, "text": "the cat"}]},
+    ]
+    datasets.Dataset.from_list([{"messages": messages}]).to_parquet(tmp_path / "rows.parquet")
+    reader = processor(folder)
+    examples = load_examples(
+        DataSource(path=str(tmp_path / "rows.parquet")),
+        root=tmp_path,
+        inputs=("input_ids", PIXELS),
+        preprocessor=reader.tokenizer,
+        max_length=64,
+        seed=0,
+        name="data",
+        language=True,
+        processor=reader,
+    )
+    from_file = read([conversation(["cat.png"], "?", "the cat")], folder, reader)
+    for name, array in from_file.take(np.array([0]), 32).items():
+        np.testing.assert_array_equal(examples.take(np.array([0]), 32)[name], array)
+
+
+def test_images_in_pieces_count_as_several(tmp_path):
+    """An Idefics 3 cuts large images into pieces, with tokens around each."""
+    tokens = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    template = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    tokenizer = byte_tokenizer(
+        chat_template=template, tokens=[*SPECIAL, *tokens], additional_special_tokens=tokens[-1:]
+    )
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+    )
+    Idefics3Processor(images, tokenizer, image_seq_len=4).save_pretrained(tmp_path)
+    save_image(tmp_path / "cat.png", np.zeros((20, 30, 3)) + 7)
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    model = SimpleNamespace(token=token, positions=lambda tokens, grid: None)
+    config = SimpleNamespace(model_type="idefics3")
+    checkpoint = SimpleNamespace(folder=tmp_path, source="model", config=config)
+    reader = load_processor(checkpoint, "base", tokenizer, model, None)
+    examples = read([conversation(["cat.png"], "which ?", "cat")], tmp_path, reader, 256)
+    inputs = examples.take(np.array([0]), 192)
+    assert inputs[COUNT].tolist() == [5] and inputs[PIXELS].shape == (1, 5, 3, 16, 16)
+    assert (inputs["input_ids"] == token).sum() == 5 * 4
+    labels = examples.take_labels(np.array([0]), 192)[0]
+    assert tokenizer.decode(labels[labels != NOT_PREDICTED]) == "cat"
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "image_std is .* above 0"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 10**12}}, "size.longest_edge is"),
+        ("preprocessor_config.json", {"patch_size": 0}, "patch_size is 0; expected"),
+        ("preprocessor_config.json", {"merge_size": "2"}, "merge_size is '2'; expected"),
+        ("preprocessor_config.json", {"min_pixels": 10**12}, "min_pixels is 10+; expected"),
+        ("processor_config.json", {"image_seq_length": 10**9}, "image_seq_length is 10+; expected"),
+        (
+            "processor_config.json",
+            {"image_processor": {"patch_size": -1}},
+            "image_processor in processor_config.json: patch_size is -1",
+        ),
+        ("processor_config.json", {"processor_class": "os.system"}, None),
+        ("preprocessor_config.json", {"image_processor_type": "Own"}, "cannot be read"),
+    ],
+)
+def test_bad_processors_are_refused(file, fields, message, folder, tmp_path):
+    good = json.loads((folder / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(good))
+    before = good if file == "preprocessor_config.json" else {}
+    (tmp_path / file).write_text(json.dumps(before | fields))
+    if message is None:  # a class that transformers lacks is that of the model
+        assert processor(tmp_path).tokenizer is not None
+        return
+    with pytest.raises(InputError, match=message) as error:
+        processor(tmp_path)
+    assert "\n" not in str(error.value) and "model" in str(error.value)
+
+
+def test_a_model_without_a_processor_of_transformers_is_refused(folder):
+    with pytest.raises(InputError, match="no class of transformers"):
+        processor(folder, model_type="bert")
+
+
+def test_images_are_decoded_again_where_they_are_not_kept(folder, monkeypatch):
+    monkeypatch.setattr("adamerge_jax.data.image_conversations.IMAGE_CACHE_BYTES", 0)
+    reader = processor(folder)
+    row = conversation(["cat.png"], "?", "cat")
+    examples = read([row], folder, reader)
+    assert isinstance(examples._images, ConversationImages) and not examples._images._cache
+    assert examples.take(np.array([0]), 32)[PIXELS].any()
