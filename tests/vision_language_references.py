@@ -39,14 +39,14 @@ def image_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 def qwen2_vl(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:
-    """A Qwen2-VL of a width of 32, with two layers of text and of vision."""
+    """A Qwen2-VL of a width of 32, with a layer of text and one of vision."""
     start, end, image, video = tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 1,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 256,
@@ -59,7 +59,7 @@ def qwen2_vl(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedMod
             "eos_token_id": tokenizer.eos_token_id,
         },
         vision_config={
-            "depth": 2,
+            "depth": 1,
             "embed_dim": 32,
             "hidden_size": 32,
             "num_heads": 2,
