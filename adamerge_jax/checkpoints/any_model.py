@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import jax
 
 from adamerge_jax.checkpoints.config_file import classes_of
-from adamerge_jax.checkpoints.diffusion import LOADED_BY, Pipeline
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import PARAMETER_DTYPES, TOKEN_EMBEDDINGS
 from adamerge_jax.checkpoints.renamed import common_name, current_name
@@ -90,7 +89,7 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
     """
     of_base = _common_names(base)
     of_expert = _common_names(experts[0]) if experts else of_base
-    prefix = _prefix(of_base, of_expert)
+    prefix = missing_prefix(of_base, of_expert)
     heads = {name for expert in experts for name in head_shapes(expert)}
     infos = {}
     for in_file, info in base.tensors.items():
@@ -98,7 +97,7 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         if _has_values(info) and name not in heads:
             infos[name] = info
     table = _tied_table(base.config, infos)
-    lacking = _prefix(of_expert, of_base)
+    lacking = missing_prefix(of_expert, of_base)
     others = {
         name
         for expert in experts
@@ -122,23 +121,6 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
         language=is_writer,
         shapes=_stacked(infos),
         table=table,
-    )
-
-
-def pipeline_family(base: Pipeline, experts: Sequence[Checkpoint]) -> AnyModel:
-    """Returns the architecture of a diffusion pipeline; what experts alone have is left out.
-
-    Args:
-        base: The base.
-        experts: The experts, of which some may be no pipelines, to be refused later.
-    """
-    family = any_model(base, experts)
-    components = {name for e in experts if isinstance(e, Pipeline) for name in e.components}
-    of_experts = [f"{name}.*" for name in sorted(components - base.components.keys())]
-    return dataclasses.replace(
-        family,
-        auto_class=LOADED_BY,
-        ignored_in_experts=(*family.ignored_in_experts, *of_experts),
     )
 
 
@@ -179,7 +161,7 @@ def _common_names(checkpoint: Checkpoint) -> dict[str, None]:
     return dict.fromkeys(common_name(name, model_type) for name in checkpoint.tensors)
 
 
-def _prefix(without: Collection[str], names: Collection[str]) -> str:
+def missing_prefix(without: Collection[str], names: Collection[str]) -> str:
     """Returns the prefix with which most names of one checkpoint are in another; '' for none."""
     missing = [name for name in without if name not in names]
     if 2 * len(missing) < len(without):

@@ -221,7 +221,7 @@ class _Header:
                 f"{where} is stored in type {type_number}, which the package gguf cannot restore; "
                 "convert the model to F16, BF16 or Q8_0"
             ) from error
-        if not shape or shape[-1] % entries:
+        if not shape or not prod(shape) or shape[-1] % entries:
             raise InputError(
                 f"{where} has shape {shape}, expected rows of a multiple of {entries} values for "
                 f"{kind.name}; {_DAMAGED}"

@@ -327,7 +327,8 @@ def _in_pairs(
 ) -> GgufTensor:
     """Returns rotary queries or keys whose rows are in pairs."""
     heads = fields["num_attention_heads" if is_query else "num_key_value_heads"]
-    if not isinstance(heads, int) or heads < 1 or info.shape[0] % (2 * heads):
+    rows = info.shape[0]
+    if not isinstance(heads, int) or heads < 1 or not rows or rows % (2 * heads):
         raise InputError(
             f"{file} has {name} of shape {info.shape}, expected an even number of rows for each of "
             f"{shorten(repr(heads))} heads"

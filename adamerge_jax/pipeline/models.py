@@ -10,12 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adamerge_jax.checkpoints.any_model import (
-    AnyModel,
-    any_model,
-    head_shapes,
-    pipeline_family,
-)
+from adamerge_jax.checkpoints.any_model import AnyModel, any_model, head_shapes
 from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.config_file import classes_of, read_config_file
 from adamerge_jax.checkpoints.diffusion import (
@@ -23,6 +18,7 @@ from adamerge_jax.checkpoints.diffusion import (
     require_all_components,
     require_same_pipeline,
 )
+from adamerge_jax.checkpoints.diffusion_matching import named_like, pipeline_family
 from adamerge_jax.checkpoints.gguf_model import (
     GgufCheckpoint,
     require_config,
@@ -145,7 +141,7 @@ def open_models(
     try:
         with in_hand(recipe.base.path):
             if not to_run:
-                whole_experts = _whole_experts(recipe, root)
+                whole_experts = _whole_experts(recipe, base, root)
                 family = _family_to_fold(base, list(whole_experts.values()), embeds)
             elif isinstance(base, Pipeline):
                 raise InputError(
@@ -308,8 +304,8 @@ def _is_class_of(family: Family, classes: Sequence[str]) -> bool:
     return any(name.endswith(head) for name in classes)
 
 
-def _whole_experts(recipe: Recipe, root: Path) -> dict[str, Checkpoint]:
-    """Opens the experts of a recipe that are whole models, by task."""
+def _whole_experts(recipe: Recipe, base: Checkpoint, root: Path) -> dict[str, Checkpoint]:
+    """Opens the experts of a recipe that are whole models, by task; pipelines as the base names."""
     experts = {}
     for task, task_recipe in recipe.tasks.items():
         source = task_recipe.expert
@@ -317,7 +313,10 @@ def _whole_experts(recipe: Recipe, root: Path) -> dict[str, Checkpoint]:
             path = resolve(source.path, root)
             folder = locate(path, revision=source.revision)
             if not is_adapter(folder):
-                experts[task] = open_in_folder(path, folder)
+                expert = open_in_folder(path, folder)
+                if isinstance(base, Pipeline) and isinstance(expert, Pipeline):
+                    expert = named_like(expert, base)
+                experts[task] = expert
     return experts
 
 

@@ -268,6 +268,33 @@ def test_components_that_only_some_have(pipelines, opened, tmp_path, capsys):
     assert "scheduler_config.json has another prediction_type than the base's" in said.err
 
 
+def test_names_of_other_versions(pipelines, opened, tmp_path):
+    """Text encoders without a prefix, and attention of autoencoders as it was called before."""
+    (tmp_path / "base").symlink_to(pipelines / "base")
+    anime = dict(opened["anime"])
+    anime["text_encoder"] = {
+        name.removeprefix("text_model."): array for name, array in anime["text_encoder"].items()
+    }
+    anime["unet"] = {
+        name.replace(".to_q.", ".query."): array for name, array in anime["unet"].items()
+    }
+    write_pipeline(tmp_path / "anime", anime)
+    weights = {part: {"anime": LAMBDA} for part in CONFIGS}
+    options = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
+    recipe, out = recipe_of(tmp_path, "anime"), tmp_path / "out"
+    run("merge", recipe, *options, "--out", out)
+    merged, base = read_pipeline(out / "checkpoint"), opened["base"]
+    require_sums(merged, base, {"anime": opened["anime"]}, weights)
+
+    # The other way round the merge has the names that its base has.
+    fields = {"base": "anime", "tasks": {"anime": {"expert": str(pipelines / "anime")}}}
+    recipe = write_recipe(tmp_path, fields | {"export": {"orbax": False}})
+    run("merge", recipe, "--method", "average", "--out", tmp_path / "again")
+    again = read_pipeline(tmp_path / "again" / "checkpoint")
+    for part, tensors in anime.items():
+        assert again[part].keys() == tensors.keys()
+
+
 def test_pipelines_that_are_refused(pipelines, tmp_path, capsys):
     def refused(*messages: str, command: str = "merge") -> None:
         recipe = recipe_of(tmp_path, "anime")
