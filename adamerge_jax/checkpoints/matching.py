@@ -32,11 +32,15 @@ _FIRST_VALUES = 1024
 
 TOKEN_EMBEDDINGS = (
     "*word_embeddings.weight",
+    "*word_embedding.weight",
+    "*tok_embeddings.weight",
     "*token_embedding.weight",
     "*embed_tokens.weight",
+    "*embed_in.weight",
     "*wte.weight",
     "shared.weight",
     "lm_head.weight",
+    "embed_out.weight",
 )
 """Patterns of the names of embedding tables of tokens, and of the output layer."""
 

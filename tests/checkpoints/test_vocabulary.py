@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from adamerge_jax.cli import main as cli
 from adamerge_jax.data.tokenizers import tokenizer_owner
@@ -142,3 +147,18 @@ def test_tied_tables_and_tables_in_a_file_twice(tmp_path):
         twice = tensors | {TABLES[1]: tensors[TABLES[0]].clone()}
         save_file(twice, tmp_path / task / "model.safetensors", metadata={"format": "pt"})
     require_merge(merge(tmp_path, recipe(tmp_path)), base, [padded, chat])
+
+
+def test_tables_of_other_names(tmp_path):
+    """Of a model that is merged by names alone; its output layer is a table too."""
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=TOKENS)))
+    base = save(model, tmp_path / "base", TOKENS)
+    padded = save(language_expert(model, 1), tmp_path / "padded", TOKENS + 3)
+    save(language_expert(model, 2), tmp_path / "chat", TOKENS - 3)
+    models = open_models(parse_recipe(recipe(tmp_path)), tmp_path, to_run=False)
+    for name in ("gpt_neox.embed_in.weight", "embed_out.weight"):
+        assert padded[name].shape[0] == TOKENS + 3
+        read = models.experts["padded"].read(name)
+        np.testing.assert_array_equal(read, padded[name][:TOKENS])
+        np.testing.assert_array_equal(models.experts["chat"].read(name)[-3:], base[name][-3:])
