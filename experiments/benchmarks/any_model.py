@@ -1,98 +1,251 @@
-"""Folding every `model_type`: `python experiments/benchmarks/any_model.py [TYPE ...] --out FILE`.
+"""Every `model_type`, folded and learned: `python experiments/benchmarks/any_model.py [TYPE ...]`.
 
 A tiny random model of each type of the installed `transformers` is the base; two experts differ
-from it in every floating tensor. `adamerge merge --method task_arithmetic` merges them, and every
-tensor of the result is compared with the same merge in float64. A merge is equal where all tensors
-are there, floating ones differ by at most 1e-6 of their largest value (a rounding of float32), and
-others have the base's bytes.
+from it in every floating tensor.
 
-Results go to a file of JSON lines, one a model; a run that was interrupted goes on after the last
-one. The Markdown table and the sum are printed at the end.
+- *Folds*: `adamerge merge --method task_arithmetic` merges them, and every tensor of the result is
+  compared with the same merge in float64. A merge is equal where all tensors are there, floating
+  ones differ by at most 1e-6 of their largest value (a rounding of float32), and others have the
+  base's bytes.
+- *Learns*: five steps of Adam by our own family or by the bridge reach the coefficients of a plain
+  PyTorch loop within 1e-4.
+- *Compiles*: the seconds of one core that the compilation of a learning step takes.
+
+Every type has a process of its own and a time limit. Results go to a file of JSON lines, one a
+type; a run that was interrupted goes on after the last one, and `--again` repeats types whose
+result starts with a word. `--page FILE` writes the Markdown page.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+
+import any_model_table
 import numpy as np
 from rich.console import Console
-from tiny_models import NotMadeError, model_types, tiny_model
+from tiny_inputs import NoInputsError, tiny_inputs
+from tiny_models import NotMadeError, in_short, model_class, model_types, tiny_model
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.run import merge
 from adamerge_jax.recipes.loading import parse_recipe
 
 SCALE = 0.3
 TOLERANCE = 1e-6
+TASKS = ("first", "second")
+
+# Those of `adamerge learn`, in the order of its choice, before classes that it has no kind for.
+CLASSES = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+)
 
 
 def main() -> None:
-    """Merges a model of each type and prints the table."""
+    """Merges and learns a model of each type, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("types", nargs="*", help="model types; all by default")
     parser.add_argument("--out", type=Path, default=Path("any_model.jsonl"))
+    parser.add_argument("--seconds", type=int, default=120, help="limit of processor time a type")
+    parser.add_argument("--again", nargs="*", default=[], help="beginnings of results to repeat")
+    parser.add_argument("--page", type=Path, help="the file of the Markdown page")
     arguments = parser.parse_args()
-    results = {}
-    if arguments.out.exists():
-        for line in arguments.out.read_text().splitlines():
-            result = json.loads(line)
-            results[result["type"]] = result
-    types = arguments.types or model_types()
+    results = _read(arguments.out)
+    types = arguments.types or sorted(model_types(), key=_urgency)
+    repeated = tuple(arguments.again)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["any_model_learning", "any_model"])
     for number, model_type in enumerate(types, start=1):
-        if model_type not in results:
-            start = time.monotonic()
-            result = {"type": model_type, **fold(model_type)}
+        before = results.get(model_type)
+        is_wanted = before is None or (
+            repeated and any_model_table.in_words(before).startswith(repeated)
+        )
+        if is_wanted:
+            result = _in_a_process(context, model_type, arguments.seconds)
             results[model_type] = result
             with arguments.out.open("a") as stream:
                 stream.write(json.dumps(result) + "\n")
-            seconds = time.monotonic() - start
-            print(f"{number}/{len(types)} {model_type}: {in_words(result)} ({seconds:.1f} s)")
-    print("\n".join(table([results[model_type] for model_type in types])))
+            words = any_model_table.in_words(result)
+            print(f"{number}/{len(types)} {model_type}: {words} ({result['seconds']} s)", flush=True)
+    lines = any_model_table.page([results[name] for name in sorted(types) if name in results])
+    if arguments.page is None:
+        print("\n".join(lines))
+    else:
+        arguments.page.write_text("\n".join(lines) + "\n")
 
 
-def fold(model_type: str) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {result["type"]: result for result in map(json.loads, lines)}
+
+
+def _urgency(model_type: str) -> tuple[bool, str]:
+    """Sorts types with models of their own before parts of others."""
+    try:
+        import transformers.models.auto.modeling_auto as auto
+    except ImportError:
+        return False, model_type
+    return not any(model_type in getattr(auto, table) for table in CLASSES), model_type
+
+
+def _in_a_process(
+    context: multiprocessing.context.ForkServerContext, model_type: str, seconds: int
+) -> dict[str, Any]:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(model_type, seconds, sender))
+    process.start()
+    sender.close()
+    result: dict[str, Any] = {"type": model_type, "reason": f"no result in {seconds} s"}
+    while True:  # the last result is the most complete one
+        try:
+            result = receiver.recv()
+        except EOFError:
+            break
+    process.join()
+    if not result.get("finished"):
+        stage = "folds" if "folds" in result else "made"
+        result["reason"] = result.get("reason") or f"stopped in {seconds} s of processor time"
+        result.setdefault("seconds", seconds)
+        if result.get("made") and stage == "folds":
+            result["learns"] = f"stopped after {seconds} s of processor time"
+        elif result.get("made"):
+            result["folds"] = f"stopped after {seconds} s of processor time"
+    return result
+
+
+def _measure(model_type: str, seconds: int, sender: Connection) -> None:
+    """Sends the results of a type, one after each stage."""
+    import resource
+    import warnings
+
+    import transformers
+
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    result: dict[str, Any] = {"type": model_type, "made": False}
+    start = time.process_time()
+
+    def send(**fields: Any) -> None:
+        result.update(fields, seconds=round(time.process_time() - start, 1))
+        sender.send(result)
+
+    try:
+        kind = model_class(model_type, _tables(model_type))
+        result |= {"class": kind.__name__, "modalities": _modalities(kind)}
+        send()
+        model = tiny_model(model_type, kind, accepts=tiny_inputs)
+    except NotMadeError as error:
+        send(reason=str(error), finished=True)
+        return
+    send(made=True, parameters=sum(parameter.numel() for parameter in model.parameters()))
+    send(**fold(model))
+    send(**learn(model), finished=True)
+
+
+def _tables(model_type: str) -> tuple[str, ...]:
+    """Returns the tables in which the class of a type is looked up first."""
+    from transformers import CONFIG_MAPPING
+
+    from adamerge_jax.models import family_of, is_known
+
+    config = CONFIG_MAPPING[model_type]
+    encoder_decoder = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",)
+    try:
+        config = config()
+    except Exception:  # whatever an architecture says of its defaults
+        return CLASSES
+    if is_known(config):
+        by_class = {
+            "AutoModelForSequenceClassification": CLASSES[2:3],
+            "AutoModelForImageClassification": CLASSES[3:4],
+            "AutoModelForSeq2SeqLM": encoder_decoder,
+            "AutoModelForCausalLM": CLASSES[1:2],
+        }
+        return by_class.get(family_of(config).auto_class or "", ("MODEL_MAPPING_NAMES",))
+    return encoder_decoder + CLASSES if config.is_encoder_decoder else CLASSES
+
+
+def _modalities(kind: type) -> list[str]:
+    modalities = kind.input_modalities
+    return [modalities] if isinstance(modalities, str) else sorted(modalities)
+
+
+def learn(model: Any) -> dict[str, Any]:
+    """Learns a model by JAX and by PyTorch, and returns the outcome."""
+    from any_model_learning import NotLearnedError
+    from any_model_learning import learn as learn_both
+
+    try:
+        inputs = tiny_inputs(model)
+    except NoInputsError as error:
+        return {"learns": f"no inputs: {error}"}
+    names = {"inputs": sorted(inputs)}
+    try:
+        outcome = learn_both(model, inputs)
+    except (NotLearnedError, InputError) as error:
+        return {**names, "learns": f"refused: {' '.join(str(error).split())[:200]}"}
+    except Exception as error:  # every failure is a row of the table
+        return {**names, "learns": f"fails: {in_short(error)}"}
+    is_equal = outcome["difference"] <= 1e-4 and outcome["moved"] > 1e-2
+    return {**names, **outcome, "learns": "equal" if is_equal else "differs"}
+
+
+def fold(model: Any) -> dict[str, Any]:
     """Merges models of a type, and returns their tensors, and the reason if it did not work."""
     try:
-        model = tiny_model(model_type)
-    except NotMadeError as error:
-        return {"made": False, "reason": str(error)}
-    try:
         with tempfile.TemporaryDirectory() as folder:
-            return {"made": True, **_merge(model, Path(folder))}
+            return _merge(model, Path(folder))
     except Exception as error:  # every failure is a row of the table
-        return {"made": True, "equal": False, "reason": " ".join(str(error).split())[:160]}
+        return {"folds": f"fails: {in_short(error)}"}
 
 
 def _merge(model: Any, folder: Path) -> dict[str, Any]:
     import torch
 
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(folder / "base")
-    for seed, task in enumerate(("first", "second"), start=1):
+    for seed, task in enumerate(TASKS, start=1):
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.add_(0.01 * torch.randn_like(parameter))
         model.save_pretrained(folder / task)
-    tasks = {task: {"expert": str(folder / task)} for task in ("first", "second")}
+    model.load_state_dict(before)
+    tasks = {task: {"expert": str(folder / task)} for task in TASKS}
     recipe = parse_recipe({"base": str(folder / "base"), "tasks": tasks, "export": {}})
     quiet = Console(quiet=True)
     options = {"coefficient": SCALE}
     out = folder / "out"
     merge(recipe, "task_arithmetic", options, root=folder, out=out, console=quiet)
-    base, first, second = (Checkpoint.open(folder / name) for name in ("base", *tasks))
-    merged = Checkpoint.open(out / "checkpoint")
-    wrong = [name for name in base.tensors if not _is_equal(name, base, (first, second), merged)]
-    reason = f"{wrong[0]} and {len(wrong) - 1} more differ" if wrong else ""
-    return {"equal": not wrong, "tensors": len(base.tensors), "reason": reason}
+    base, *experts = (Checkpoint.open(folder / name) for name in ("base", *TASKS))
+    checkpoint = out / "checkpoint"
+    has_heads = (checkpoint / "tasks").is_dir()
+    merged = [Checkpoint.open(checkpoint / "tasks" / t if has_heads else checkpoint) for t in TASKS]
+    wrong = [
+        name
+        for name in base.tensors
+        if not all(_is_merged(name, base, experts, one) for one in merged)
+        and not all(_is_kept(name, e, m) for e, m in zip(experts, merged, strict=True))
+    ]
+    reason = f"{wrong[0]} and {len(wrong) - 1} more differ" if wrong else "equal"
+    return {"tensors": len(base.tensors), "folds": reason}
 
 
-def _is_equal(
-    name: str, base: Checkpoint, experts: tuple[Checkpoint, Checkpoint], merged: Checkpoint
-) -> bool:
+def _is_merged(name: str, base: Checkpoint, experts: list[Checkpoint], merged: Checkpoint) -> bool:
     if name not in merged.tensors:
         return False
     before, after = base.read(name), merged.read(name)
@@ -104,24 +257,11 @@ def _is_equal(
     return bool(np.abs(after - expected).max(initial=0) <= TOLERANCE * largest)
 
 
-def in_words(result: dict[str, Any]) -> str:
-    """Returns the outcome of one model."""
-    if not result["made"]:
-        return f"not made: {result['reason']}"
-    return "equal" if result["equal"] else f"no: {result['reason']}"
-
-
-def table(results: list[dict[str, Any]]) -> list[str]:
-    """Returns the lines of a Markdown table, with the sum."""
-    made = [result for result in results if result["made"]]
-    equal = sum(result["equal"] for result in made)
-    return [
-        "| model type | tensors | folds |",
-        "| --- | --- | --- |",
-        *(f"| {r['type']} | {r.get('tensors', '')} | {in_words(r)} |" for r in results),
-        "",
-        f"{equal} of {len(made)} that can be made fold; {len(results) - len(made)} are not made",
-    ]
+def _is_kept(name: str, expert: Checkpoint, merged: Checkpoint) -> bool:
+    """Returns True for a tensor of a head, of which each task's model has its own."""
+    if name not in merged.tensors:
+        return False
+    return np.array_equal(expert.read(name), merged.read(name))
 
 
 if __name__ == "__main__":

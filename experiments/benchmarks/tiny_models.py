@@ -3,14 +3,16 @@
     model = tiny_model("qwen3_moe")
 
 A config is made small by its fields, whose names most architectures share: two layers, 32 hidden
-units, a vocabulary of 128. Where an architecture refuses the smallest of them, fewer are changed,
-until one can be built; a model that stays large is not made.
+units, a vocabulary of 128. Where an architecture refuses that, layers and tables are made small and
+all widths are divided by one number, which keeps their ratios; then fewer fields are changed, until
+one can be built. A model that stays large is not made.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,14 +97,32 @@ _LISTS_BY_LAYER = re.compile(
 
 _DEPTHS = ("depths", "blocks_per_stage", "stage_num_blocks", "layers_per_stage")
 
+_DIVISOR = "*"
+"""The entry of settings whose value divides all widths that have no setting of their own."""
+
 _SHRINKAGES: tuple[Mapping[str, Any], ...] = (
     _LAYERS | _WIDTHS | _TABLES,
+    _LAYERS | _WIDTHS | _TABLES | {_DIVISOR: 8},
+    _LAYERS | _TABLES | {_DIVISOR: 16},
+    _LAYERS | _TABLES | {_DIVISOR: 8},
+    _LAYERS | _TABLES | {_DIVISOR: 4},
     _LAYERS | _TABLES,
     _LAYERS,
+    _TABLES | {_DIVISOR: 8},
     _TABLES,
     {},
 )
 """Settings by field, the smallest models first."""
+
+_SMALLEST_WIDTH = 64
+"""The smallest number that may be divided: heads, groups and sides of patches are smaller."""
+
+_NO_WIDTH = re.compile(
+    r".*(image|patch|window|kernel|stride|rate|token|_id|index|size_per|resolution|crop|position"
+    r"|length|max_|min_|num_labels|scale|factor|eps|theta|freq|fft|hop|mel|sampl|bucket|distance"
+    r"|offset|version|queries|points|ratio|steps|bins).*"
+)
+"""Names of numbers that are no widths."""
 
 
 class NotMadeError(Exception):
@@ -116,48 +136,81 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING_NAMES)
 
 
-def class_name(model_type: str) -> str:
-    """Returns the name of the class for models of a type: a language model's where there is one.
+def model_class(model_type: str, tables: Sequence[str] = ()) -> type[PreTrainedModel]:
+    """Returns the class for models of a type: a language model's where there is one.
+
+    Args:
+        model_type: The `model_type` of their config.
+        tables: Tables of `transformers` from types to classes that come first.
 
     Raises:
-        NotMadeError: No class can be found by the type: it is a part of other models.
+        NotMadeError: No class has a config of this type.
     """
+    import transformers
     from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     others = [
         name
         for name in dir(modeling_auto)
         if name.endswith("MAPPING_NAMES") and name != "CONFIG_MAPPING_NAMES"
     ]
-    for mapping in ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES", *others):
-        if name := getattr(modeling_auto, mapping).get(model_type):
-            return name if isinstance(name, str) else name[0]
-    raise NotMadeError("a part of other models: no class is found by this type")
+    usual = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
+    for table in (*tables, *usual, *others):
+        if name := getattr(modeling_auto, table).get(model_type):
+            try:
+                return getattr(transformers, name if isinstance(name, str) else name[0])
+            except AttributeError as error:
+                raise NotMadeError(in_short(error)) from error
+    config_class = CONFIG_MAPPING[model_type]
+    modules = config_class.__module__.replace(".configuration_", ".modeling_")
+    try:
+        module = importlib.import_module(modules)
+    except ImportError as error:
+        raise NotMadeError(f"no class of models: {in_short(error)}") from error
+    for candidate in vars(module).values():
+        is_model = isinstance(candidate, type) and issubclass(
+            candidate, transformers.PreTrainedModel
+        )
+        if is_model and candidate.config_class is config_class:
+            if not candidate.__name__.endswith("PreTrainedModel"):
+                return candidate
+    raise NotMadeError("a part of other models: no class has a config of this type")
 
 
-def tiny_model(model_type: str, name: str | None = None, *, seed: int = 0) -> PreTrainedModel:
+def in_short(error: Exception) -> str:
+    """Returns an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def tiny_model(
+    model_type: str,
+    model_class: type[PreTrainedModel],
+    *,
+    seed: int = 0,
+    accepts: Callable[[PreTrainedModel], object] = lambda model: None,
+) -> PreTrainedModel:
     """Makes a tiny random model in float32, in evaluation mode, with eager attention.
 
     Args:
         model_type: The `model_type` of its config.
-        name: The name of its class in `transformers`; by default `class_name(model_type)`.
+        model_class: The class of the model.
         seed: The seed of its weights.
+        accepts: A function that raises for a model that is not good enough. Where it does for all,
+            the smallest model is returned.
 
     Raises:
         NotMadeError: With the reason.
     """
     import torch
-    import transformers
 
-    model_class = getattr(transformers, name or class_name(model_type))
-    reason = "no config is accepted"
+    reason, second_best = "no config is accepted", None
     for settings in _SHRINKAGES:
         try:
-            config = tiny_config(model_type, settings)
             with torch.device("meta"):
-                empty = model_class(config)
+                empty = model_class(tiny_config(model_type, settings))
         except Exception as error:  # whatever an architecture says of sizes that do not fit
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            reason = in_short(error)
             continue
         size = sum(parameter.numel() for parameter in empty.parameters())
         if size > MOST_PARAMETERS:
@@ -165,10 +218,19 @@ def tiny_model(model_type: str, name: str | None = None, *, seed: int = 0) -> Pr
             continue
         torch.manual_seed(seed)
         try:
-            return model_class(tiny_config(model_type, settings)).eval()
+            model = model_class(tiny_config(model_type, settings)).eval()
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    raise NotMadeError(reason)
+            reason = in_short(error)
+            continue
+        try:
+            accepts(model)
+        except Exception:
+            second_best = model if second_best is None else second_best
+            continue
+        return model
+    if second_best is None:
+        raise NotMadeError(reason)
+    return second_best
 
 
 def tiny_config(model_type: str, settings: Mapping[str, Any] = _SHRINKAGES[0]) -> PretrainedConfig:
@@ -182,7 +244,22 @@ def tiny_config(model_type: str, settings: Mapping[str, Any] = _SHRINKAGES[0]) -
 
     config_class = CONFIG_MAPPING[model_type]
     fields = _shrunk(config_class().to_dict(), settings)
-    return config_class.from_dict(fields, attn_implementation="eager")
+    config = config_class.from_dict(fields, attn_implementation="eager")
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.use_cache = False
+            _fit_positions(part)
+    return config
+
+
+def _fit_positions(config: PretrainedConfig) -> None:
+    """Divides a head's frequencies among time, height and width where their numbers are fixed."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope or "mrope_section" not in getattr(config, "ignore_keys_at_rope_validation", ()):
+        return
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+    rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def _shrunk(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +282,8 @@ def _shrunk_fields(
     for name, value in fields.items():
         if not isinstance(name, str):  # ids of labels
             yield name, value
+        elif name == "pad_token_id" and value is None:
+            yield name, 0  # without one, classifiers read one text at a time
         elif isinstance(value, Mapping):
             yield name, _shrunk(value, settings)
         elif name in settings and _is_size(value):
@@ -213,6 +292,8 @@ def _shrunk_fields(
                 yield name, min(value, new)
             else:  # an entry for each of several stages
                 yield name, new if isinstance(new, list) else value
+        elif _DIVISOR in settings and _is_width(name, value):
+            yield name, _divided(value, settings[_DIVISOR])
         elif "num_hidden_layers" in settings and name in _DEPTHS and isinstance(value, list):
             yield name, [1] * len(value)
         elif largest_id is not None and re.fullmatch(r".*token_(id|index)", name):
@@ -224,6 +305,20 @@ def _shrunk_fields(
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _is_width(name: str, value: Any) -> bool:
+    """Returns True for a number, or a list of them, that is divided to make a model small."""
+    numbers = value if isinstance(value, list) and value else [value]
+    return _NO_WIDTH.fullmatch(name) is None and all(
+        type(number) is int and number >= _SMALLEST_WIDTH for number in numbers
+    )
+
+
+def _divided(value: int | list[int], divisor: int) -> int | list[int]:
+    if isinstance(value, list):
+        return [max(number // divisor, 1) for number in value]
+    return value // divisor if value % divisor == 0 else value
 
 
 def _token_id(name: str, largest: int) -> int:

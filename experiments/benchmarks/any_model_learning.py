@@ -1,0 +1,362 @@
+"""Learning of a tiny model for five steps, by JAX and by a plain PyTorch loop.
+
+Both take the mean square between the merged model's output and the first expert's, with two
+experts, a coefficient a tensor from 0.3 on, and five steps of Adam, whose `epsilon` is a thousandth
+of the first step's largest gradient: gradients that are rounding alone do not move coefficients.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from tiny_inputs import Inputs
+from torch.func import functional_call
+from torch.utils import _pytree
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from adamerge_jax.coefficients.granularities import constant, tensor
+from adamerge_jax.mixing import mix
+from adamerge_jax.models import family_of, is_known
+from adamerge_jax.models.bridge.family import KINDS
+from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
+from adamerge_jax.models.bridge.torch_model import TorchModel
+from adamerge_jax.models.family import Family, complete_head
+from adamerge_jax.models.images_in_text import COUNT, PIXELS
+from adamerge_jax.parameter_names import tensors_of
+from adamerge_jax.task_vectors import DenseDelta
+
+EXPERTS, STEPS, START, RATE, NOISE = 2, 5, 0.3, 0.02, 0.01
+
+Arrays = dict[str, np.ndarray]
+
+
+class NotLearnedError(Exception):
+    """A model whose learning cannot be compared, with the reason."""
+
+
+class InJax(NamedTuple):
+    """A model as a JAX function.
+
+    Attributes:
+        way: `own`, `bridge`, or `whole`: the whole forward by the bridge, of a class for which
+            recipes have no kind.
+        shapes: Shapes of the merged parameters by name, `[L, *shape]` where stacked.
+        forward: `(parameters, kept, inputs) -> output`.
+        kept: The tensors of a head, which are not merged.
+        inputs: Its arrays.
+    """
+
+    way: str
+    shapes: Mapping[str, tuple[int, ...]]
+    forward: Callable[..., jax.Array]
+    kept: Arrays
+    inputs: Mapping[str, Any]
+
+
+def learn(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+    """Learns by JAX and by PyTorch, and returns the way, the difference and the seconds.
+
+    Raises:
+        NotLearnedError: PyTorch's own loop cannot run, or says nothing.
+        InputError: The package refuses the model.
+    """
+    module = Reference(model, inputs)
+    in_jax = _in_jax(model, inputs, module)
+    deltas = module.deltas(
+        {name for n, shape in in_jax.shapes.items() for name in tensors_of(n, shape)}
+    )
+    expected, epsilon, target = module.learn(deltas)
+    values, seconds = _learn_in_jax(in_jax, module.saved, deltas, target, epsilon)
+    rows = {
+        name: values[parameter][place]
+        for parameter, shape in in_jax.shapes.items()
+        for place, name in enumerate(tensors_of(parameter, shape))
+    }
+    difference = max(float(np.abs(rows[name] - row).max()) for name, row in expected.items())
+    moved = max(float(np.abs(row - START).max()) for row in expected.values())
+    return {
+        "way": in_jax.way,
+        "difference": difference,
+        "moved": round(moved, 4),
+        "compile": round(seconds, 2),
+    }
+
+
+class Reference:
+    """A model's PyTorch forward as a function of a checkpoint's tensors.
+
+    Attributes:
+        model: The model.
+        saved: The tensors of its checkpoint.
+        index: The place of the output among all that the forward returns; None for logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, inputs: Inputs):
+        """Runs the forward once, and finds the output to compare.
+
+        Raises:
+            NotLearnedError: The forward draws random numbers, or nothing that it returns is finite
+                or has a gradient.
+        """
+        self.model, self.inputs = model, inputs
+        if is_known(model.config) and family_of(model.config).auto_class is None:
+            model.forward = model.get_image_features
+        self._parameters = {
+            name: value.detach()
+            for name, value in model.state_dict(keep_vars=True).items()
+            if value.is_floating_point() and name not in model.all_tied_weights_keys
+        }
+        saved = revert_weight_conversion(model, dict(self._parameters))
+        self.saved = {name: value.numpy() for name, value in saved.items()}
+        self._origins = self._find_origins(saved)
+        self.index: int | None = None
+        torch.manual_seed(0)
+        result = model(**inputs)
+        self.index = _index_of_output(result)
+        first = output_of(result, self.index).detach()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            again = output_of(model(**inputs), self.index)
+        if not torch.isfinite(first).all():
+            raise NotLearnedError("its output is not finite")
+        if first.shape != again.shape or not torch.allclose(first, again, atol=1e-5):
+            raise NotLearnedError("its forward draws random numbers")
+
+    def _find_origins(
+        self, saved: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[list[str], torch.Tensor | None]]:
+        """Returns, by parameter, the tensors that it is made of and the one of each entry."""
+        names = {id(value): name for name, value in saved.items()}
+        origins: dict[str, tuple[list[str], torch.Tensor | None]] = {}
+        numbered, start = {}, 0
+        for name, value in self._parameters.items():
+            if id(value) in names:
+                origins[name] = ([names[id(value)]], None)
+                continue
+            stop = start + value.numel()
+            numbered[name] = torch.arange(start, stop, dtype=torch.float64).reshape(value.shape)
+            start = stop
+        pieces = list(revert_weight_conversion(self.model, dict(numbered)).items())
+        owner = torch.zeros(start, dtype=torch.long)
+        for number, (_, entries) in enumerate(pieces):
+            owner[entries.long().ravel()] = number
+        start = 0
+        for name, value in numbered.items():
+            of_entry = owner[start : start + value.numel()].reshape(value.shape)
+            start += value.numel()
+            used, of_entry = of_entry.unique(return_inverse=True)
+            origins[name] = ([pieces[number][0] for number in used], of_entry)
+        return origins
+
+    def deltas(self, merged: set[str]) -> dict[str, Arrays]:
+        """Returns random changes by expert: `saved` is a checkpoint's, `module` the module's.
+
+        Args:
+            merged: The names of the checkpoint's tensors that are merged.
+        """
+        generator = torch.Generator().manual_seed(0)
+        # Statistics of batch normalisation have no gradient in PyTorch, and no changes here.
+        trained = {name for name, _ in self.model.named_parameters()}
+        self._deltas: list[Inputs] = []
+        in_checkpoint = []
+        for _ in range(EXPERTS):
+            change = {
+                name: NOISE * torch.randn(value.shape, generator=generator)
+                if name in trained
+                else torch.zeros_like(value)
+                for name, value in self._parameters.items()
+                if merged.issuperset(self._origins[name][0])
+            }
+            self._deltas.append({n: value for n, value in change.items() if n in trained})
+            in_checkpoint.append(revert_weight_conversion(self.model, dict(change)))
+        return {
+            name: np.stack([change[name].numpy() for change in in_checkpoint])
+            for name in in_checkpoint[0]
+        }
+
+    def _run(self, coefficients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        merged = dict(self._parameters)
+        for name in self._deltas[0]:
+            tensors, owner = self._origins[name]
+            for expert, change in enumerate(self._deltas):
+                by_tensor = torch.stack([coefficients[tensor][expert] for tensor in tensors])
+                scale = by_tensor[0] if owner is None else by_tensor[owner]
+                merged[name] = merged[name] + scale * change[name]
+        result = functional_call(self.model, merged, kwargs=self.inputs)
+        return output_of(result, self.index)
+
+    def learn(self, deltas: Arrays) -> tuple[Arrays, float, np.ndarray]:
+        """Returns the coefficients by tensor, the epsilon and the first expert's output."""
+        with torch.no_grad():
+            target = self._run({name: torch.tensor([1.0, 0.0]) for name in deltas})
+        coefficients = {
+            name: torch.full((EXPERTS,), START, requires_grad=True) for name in deltas
+        }
+        optimizer = None
+        for _ in range(STEPS):
+            loss = (self._run(coefficients) - target).square().mean()
+            gradients = torch.autograd.grad(
+                loss, list(coefficients.values()), allow_unused=True, materialize_grads=True
+            )
+            if optimizer is None:
+                largest = max(float(gradient.abs().max()) for gradient in gradients)
+                if not 0 < largest < np.inf:
+                    raise NotLearnedError(f"PyTorch's largest gradient is {largest}")
+                epsilon = 1e-3 * largest
+                optimizer = torch.optim.Adam(coefficients.values(), lr=RATE, eps=epsilon)
+            for leaf, gradient in zip(coefficients.values(), gradients, strict=True):
+                leaf.grad = gradient
+            optimizer.step()
+        learned = {name: leaf.detach().numpy() for name, leaf in coefficients.items()}
+        return learned, epsilon, target.numpy()
+
+
+def output_of(result: Any, index: int | None) -> torch.Tensor:
+    """Returns the output to compare from what a forward returns."""
+    if index is None:
+        return result.logits
+    return _leaves(result)[index]
+
+
+def _index_of_output(result: Any) -> int | None:
+    if isinstance(getattr(result, "logits", None), torch.Tensor):
+        return None
+    for index, leaf in enumerate(_leaves(result)):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.numel() > 1:
+            return index
+    raise NotLearnedError("nothing that its forward returns has a gradient")
+
+
+def _leaves(result: Any) -> list[Any]:
+    return _pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
+
+
+def _in_jax(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJax:
+    architecture = type(model).__name__
+    if is_known(model.config) or any(
+        architecture in _classes(kind.classes, model.config.model_type) for kind in KINDS
+    ):
+        family = family_of(model.config, architecture)
+        return _by_family(family, model, inputs, reference)
+    runnable = copy.deepcopy(model)
+    runnable.set_experts_implementation("batched_mm")
+    bridged = TorchModel(runnable, "nothing")
+    shapes = {name: leaf.shape for name, leaf in bridged.weights.shapes.items()}
+
+    def forward(parameters: Any, kept: Arrays, inputs: Any) -> jax.Array:
+        grids = {name: value for name, value in given.items() if name not in inputs}
+        result = bridged.call(parameters, runnable.forward, {**inputs, **grids})
+        return output_of(result, reference.index).jax()
+
+    given = {name: _array(name, value) for name, value in inputs.items()}
+    arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+    return InJax("whole", shapes, forward, {}, arrays)
+
+
+def _classes(table: str, model_type: str) -> tuple[str, ...]:
+    from transformers.models.auto import modeling_auto
+
+    classes = getattr(modeling_auto, table).get(model_type, ())
+    return (classes,) if isinstance(classes, str) else classes
+
+
+def _array(name: str, value: torch.Tensor) -> np.ndarray | torch.Tensor:
+    """Returns an input as an array, but for sizes, which are known as a function is compiled."""
+    if name in ("image_grid_thw", "image_sizes"):
+        return value
+    return value.numpy() if value.is_floating_point() else value.numpy().astype(np.int32)
+
+
+def _by_family(
+    family: Family, model: PreTrainedModel, inputs: Inputs, reference: Reference
+) -> InJax:
+    config = model.config
+    backbone, head = family.build_backbone(config), family.build_head(config)
+    shapes = {name: leaf.shape for name, leaf in backbone.shapes.items()}
+    if family.images is not None and "pixel_values" in inputs:
+        arrays = _with_images(family, inputs)
+    else:
+        lacking = [
+            name
+            for name, value in inputs.items()
+            if name not in family.inputs and not torch.equal(value, torch.ones_like(value))
+        ]
+        if lacking:
+            raise NotLearnedError(f"recipes give it no {', '.join(lacking)}")
+        arrays = {
+            name: _array(name, value) for name, value in inputs.items() if name in family.inputs
+        }
+    saved = reference.saved
+    kept = {name: saved[name] for name in head.shapes if name in saved and name not in shapes}
+
+    def forward(parameters: Any, kept: Arrays, inputs: Any) -> jax.Array:
+        outputs = backbone(parameters, inputs)
+        if family.auto_class is None:
+            return outputs.pooled
+        return head(complete_head(head, kept, parameters), outputs)
+
+    return InJax("bridge" if family.bridged else "own", shapes, forward, kept, arrays)
+
+
+def _with_images(family: Family, inputs: Inputs) -> dict[str, np.ndarray]:
+    """Returns a batch with an image a text, see `adamerge_jax/models/images_in_text.py`."""
+    rows = len(inputs["input_ids"])
+    pixels, grid = inputs["pixel_values"].numpy(), None
+    if "image_grid_thw" in inputs:
+        grid = tuple(inputs["image_grid_thw"][0].tolist())
+        pixels = pixels.reshape(rows, 1, *grid, -1)
+    else:
+        pixels = pixels.reshape(rows, 1, *pixels.shape[-3:])
+    batch = {
+        name: inputs[name].numpy().astype(np.int32) for name in ("input_ids", "attention_mask")
+    }
+    positions = [family.images.positions(row.tolist(), grid) for row in batch["input_ids"]]
+    if positions[0] is not None:
+        batch["position_ids"] = np.stack(positions)
+    return {**batch, PIXELS: pixels, COUNT: np.ones(rows, np.int32)}
+
+
+def _learn_in_jax(
+    in_jax: InJax, saved: Arrays, deltas: Arrays, target: np.ndarray, epsilon: float
+) -> tuple[dict[str, np.ndarray], float]:
+    """Returns the coefficients by parameter, `[L, K]`, and the seconds of a core of compilation."""
+    shapes = in_jax.shapes
+    base, changes = {}, {}
+    for name, shape in shapes.items():
+        tensors = tensors_of(name, shape)
+        is_stack = tensors != [name]
+        base[name] = np.stack([saved[t] for t in tensors]) if is_stack else saved[name]
+        change = np.stack([deltas[t] for t in tensors]) if is_stack else deltas[name]
+        changes[name] = DenseDelta(jnp.asarray(change))
+    granularity = tensor(shapes)
+    optimizer = optax.adam(RATE, eps=epsilon)
+    values = granularity.init(constant(shapes, EXPERTS, START))
+    torch_in_jax()
+
+    def step(values: Any, state: Any, base: Any, changes: Any, rest: Any) -> Any:
+        def loss(values: Any) -> jax.Array:
+            parameters = mix(base, changes, granularity.scales(values))
+            output = in_jax.forward(parameters, rest["kept"], rest["inputs"])
+            return jnp.square(output - rest["target"]).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(values), state)
+        return optax.apply_updates(values, updates), state
+
+    rest = {"kept": in_jax.kept, "inputs": dict(in_jax.inputs), "target": target}
+    arguments = jax.device_put((base, changes, rest))
+    state = optimizer.init(values)
+    start = time.process_time()
+    compiled = jax.jit(step).lower(values, state, *arguments).compile()
+    seconds = time.process_time() - start
+    for _ in range(STEPS):
+        values, state = compiled(values, state, *arguments)
+    return {name: np.asarray(value) for name, value in values.items()}, seconds

@@ -1,0 +1,245 @@
+"""Random inputs that a tiny model can read, by the names of its forward's arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Inputs = dict[str, "torch.Tensor"]
+
+ROWS, TOKENS = 2, 8
+
+
+class NoInputsError(Exception):
+    """A model for which no rule makes inputs that it reads, with the reason."""
+
+
+def tiny_inputs(model: PreTrainedModel) -> Inputs:
+    """Returns the first inputs that the model's forward reads without an error.
+
+    Raises:
+        NoInputsError: None of them can be read, with the error of the first.
+    """
+    import torch
+
+    reason = ""
+    for inputs in _candidates(model):
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:  # whatever an architecture says of inputs that do not fit
+            text = " ".join(str(error).split())[:100]
+            reason = reason or f"{' + '.join(inputs)}: {type(error).__name__}: {text}"
+        else:
+            return inputs
+    raise NoInputsError(reason or f"no rule for {model.main_input_name}")
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
+    """Yields inputs: with images before without, sounds in both layouts, texts alone at last."""
+    arguments = inspect.signature(model.forward).parameters
+    texts = _texts(model, arguments)
+    if "image_grid_thw" in arguments:
+        yield from _patched_images(model, arguments)
+    if "pixel_values" in arguments:
+        for images in _images(model.config):
+            if "input_ids" in arguments and _image_token(model.config) is not None:
+                yield from _with_image_tokens(model, arguments, {"pixel_values": images})
+            yield {**texts, "pixel_values": images}
+            yield {"pixel_values": images}
+    for name in ("pixel_values_videos", "input_features", "input_values", "audio_values"):
+        if name in arguments:
+            for sounds in _sounds(model.config, name):
+                yield {**texts, name: sounds}
+                yield {name: sounds}
+    if texts:
+        yield texts
+        end = _first(model.config, "eos_token_id")
+        if isinstance(end, int) and "input_ids" in texts:
+            ended = texts["input_ids"].clone()
+            ended[:, -1] = end
+            yield {**texts, "input_ids": ended}
+    yield from _hidden_states(model, arguments)
+
+
+def _texts(model: PreTrainedModel, arguments: Any, tokens: int = TOKENS) -> Inputs:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    largest = min(_vocabulary(model), 100)
+    special = {
+        value
+        for part in _parts(model.config)
+        for name, value in part.to_dict().items()
+        if isinstance(name, str) and name.endswith(("token_id", "token_index"))
+        if isinstance(value, int)
+    }
+    usable = torch.tensor([n for n in range(largest) if n not in special] or [0])
+    texts: Inputs = {}
+    for name in ("input_ids", "decoder_input_ids"):
+        is_read = name in arguments and (name == "input_ids" or _is_encoder_decoder(model))
+        if is_read:
+            drawn = torch.randint(len(usable), (ROWS, tokens), generator=generator)
+            texts[name] = usable[drawn]
+    if "input_ids" in texts and "attention_mask" in arguments:
+        texts["attention_mask"] = torch.ones(ROWS, tokens, dtype=torch.long)
+    if "bbox" in arguments:
+        texts["bbox"] = torch.tensor([1, 2, 3, 4]).expand(ROWS, tokens, 4).clone()
+    return texts
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError, KeyError):
+        return getattr(model.config.get_text_config(), "vocab_size", 0) or 100
+
+
+def _is_encoder_decoder(model: PreTrainedModel) -> bool:
+    return any(getattr(part, "is_encoder_decoder", False) for part in _parts(model.config))
+
+
+def _parts(config: Any) -> list[Any]:
+    """Returns a config and those in it."""
+    parts = [config]
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            parts.extend(_parts(part))
+    return parts
+
+
+def _first(config: Any, *names: str) -> Any:
+    """Returns the first field with one of the names, in a config or in its parts."""
+    for name in names:
+        for part in _parts(config):
+            if (value := getattr(part, name, None)) is not None:
+                return value
+    return None
+
+
+def _image_token(config: Any) -> int | None:
+    token = _first(config, "image_token_id", "image_token_index", "media_placeholder_token_id")
+    return token if isinstance(token, int) else None
+
+
+def _images(config: Any) -> Iterator[torch.Tensor]:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    channels = _first(config, "num_channels", "in_channels", "in_chans", "channels") or 3
+    channels = channels if isinstance(channels, int) else 3
+    size = _first(config, "image_size", "img_size", "input_size", "vision_image_size")
+    sizes = [(64, 64), (32, 32), (224, 224), (256, 256)]
+    if isinstance(size, int):
+        sizes.insert(0, (size, size))
+    elif isinstance(size, list | tuple):
+        sizes.insert(0, tuple(size)[-2:])
+    elif isinstance(size, dict):
+        sizes.insert(0, (size.get("height", 64), size.get("width", 64)))
+    frames = _first(config, "num_frames", "frames_per_clip")
+    for height, width in sizes:
+        if frames is not None:
+            yield torch.randn(ROWS, frames, channels, height, width, generator=generator)
+        yield torch.randn(ROWS, channels, height, width, generator=generator)
+        if frames is None:
+            yield torch.randn(ROWS, 1, channels, height, width, generator=generator)
+
+
+def _with_image_tokens(
+    model: PreTrainedModel, arguments: Any, images: Inputs, count: int | None = None
+) -> Iterator[Inputs]:
+    """Yields texts with as many image tokens as the model makes features of an image."""
+    import torch
+
+    height, width = images["pixel_values"].shape[-2:]
+    if "image_sizes" in arguments:
+        images = {**images, "image_sizes": torch.tensor([[height, width]] * ROWS)}
+    if count is None:
+        features = model.get_image_features if hasattr(model, "get_image_features") else None
+        if features is None:
+            return
+        reads = inspect.signature(features).parameters
+        try:
+            with torch.no_grad():
+                result = features(**{n: x for n, x in images.items() if n in reads})
+        except Exception:  # the next inputs are tried
+            return
+        result = getattr(result, "pooler_output", result)
+        parts = list(result) if isinstance(result, list | tuple) else [result]
+        count = sum(part.numel() // part.shape[-1] for part in parts) // ROWS
+    if count > 2048:
+        return
+    texts = _texts(model, arguments, count + TOKENS)
+    texts["input_ids"][:, 2 : 2 + count] = _image_token(model.config)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in arguments:
+            is_image = texts["input_ids"] == _image_token(model.config)
+            yield {**texts, **images, name: is_image.long()}
+    yield {**texts, **images}
+
+
+def _patched_images(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
+    """Yields texts with images that are cut into patches, as in Qwen2-VL."""
+    import torch
+
+    vision = getattr(model.config, "vision_config", model.config)
+    side = getattr(vision, "patch_size", None)
+    merged = getattr(vision, "spatial_merge_size", 2)
+    if not isinstance(side, int) or _image_token(model.config) is None:
+        return
+    grid = torch.tensor([[1, 2 * merged, 2 * merged]] * ROWS)
+    channels = _first(vision, "in_channels", "in_chans", "num_channels") or 3
+    generator = torch.Generator().manual_seed(1)
+    patches = int(grid.prod(-1).sum())
+    for frames in dict.fromkeys((getattr(vision, "temporal_patch_size", 1), 1)):
+        for shape in ((channels * frames * side * side,), (channels, side, side)):
+            pixels = torch.randn(patches, *shape, generator=generator)
+            images = {"pixel_values": pixels, "image_grid_thw": grid}
+            yield from _with_image_tokens(model, arguments, images, count=4)
+
+
+def _sounds(config: Any, name: str) -> Iterator[torch.Tensor]:
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    if name == "pixel_values_videos":
+        frames = _first(config, "frames_per_clip", "num_frames") or 4
+        size = _first(config, "image_size", "crop_size") or 64
+        size = size if isinstance(size, int) else 64
+        yield torch.randn(ROWS, frames, 3, size, size, generator=generator)
+        return
+    bins = _first(
+        config,
+        *("num_mel_bins", "feature_size", "feature_projection_input_dim", "input_feat_per_channel"),
+        *("n_mels", "input_dim", "mel_bins"),
+    )
+    bins = bins if isinstance(bins, int) else 80
+    if name == "input_features":
+        positions = _first(config, "max_source_positions")
+        lengths = [64, 128] if positions is None else [2 * positions, positions, 64]
+        for length in lengths:
+            yield torch.randn(ROWS, bins, length, generator=generator)
+            yield torch.randn(ROWS, length, bins, generator=generator)
+        yield torch.randn(ROWS, 1, 1024, bins, generator=generator)
+        return
+    yield torch.randn(ROWS, 4000, generator=generator)
+    yield torch.randn(ROWS, 1, 4000, generator=generator)
+    length = _first(config, "max_length") or 128
+    yield torch.randn(ROWS, length, bins, generator=generator)
+    yield torch.randn(ROWS, 64, bins, generator=generator)
+
+
+def _hidden_states(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
+    """Yields states for a part of a model that reads another's."""
+    import torch
+
+    width = _first(model.config, "hidden_size", "d_model", "embed_dim", "dim")
+    generator = torch.Generator().manual_seed(3)
+    for name in ("hidden_states", "inputs_embeds", "query_embeds"):
+        if name in arguments and isinstance(width, int):
+            yield {name: torch.randn(ROWS, TOKENS, width, generator=generator)}
