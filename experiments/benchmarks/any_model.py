@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+import zlib
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.run import merge
 from adamerge_jax.recipes.loading import parse_recipe
 
+# Imported once, for all processes; none of them starts a device of JAX, which no fork survives.
+PRELOADED = (
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "optax",
+    "adamerge_jax.pipeline.run",
+    "adamerge_jax.models.bridge.family",
+)
+
 SCALE = 0.3
 TOLERANCE = 1e-6
 TASKS = ("first", "second")
@@ -50,6 +61,10 @@ CLASSES = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+)
+ENCODER_DECODERS = (
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 )
 
 
@@ -66,20 +81,24 @@ def main() -> None:
     types = arguments.types or sorted(model_types(), key=_urgency)
     repeated = tuple(arguments.again)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["any_model_learning", "any_model"])
+    context.set_forkserver_preload(list(PRELOADED))
+    cache = arguments.out.with_suffix(".cache").absolute()
     for number, model_type in enumerate(types, start=1):
         before = results.get(model_type)
         is_wanted = before is None or (
             repeated and any_model_table.in_words(before).startswith(repeated)
         )
         if is_wanted:
-            result = _in_a_process(context, model_type, arguments.seconds)
+            result = _in_a_process(context, model_type, arguments.seconds, cache)
             results[model_type] = result
             with arguments.out.open("a") as stream:
                 stream.write(json.dumps(result) + "\n")
             words = any_model_table.in_words(result)
-            print(f"{number}/{len(types)} {model_type}: {words} ({result['seconds']} s)", flush=True)
-    lines = any_model_table.page([results[name] for name in sorted(types) if name in results])
+            print(
+                f"{number}/{len(types)} {model_type}: {words} ({result['seconds']} s)", flush=True
+            )
+    done = [results[name] for name in sorted(types) if name in results]
+    lines = any_model_table.page(done, len(types))
     if arguments.page is None:
         print("\n".join(lines))
     else:
@@ -91,20 +110,26 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
     return {result["type"]: result for result in map(json.loads, lines)}
 
 
-def _urgency(model_type: str) -> tuple[bool, str]:
-    """Sorts types with models of their own before parts of others."""
-    try:
-        import transformers.models.auto.modeling_auto as auto
-    except ImportError:
-        return False, model_type
-    return not any(model_type in getattr(auto, table) for table in CLASSES), model_type
+def _urgency(model_type: str) -> tuple[bool, int]:
+    """Sorts types that `adamerge learn` has a kind for before others, at random among them.
+
+    The results of a run that is not at its end are then a sample of all.
+    """
+    from transformers.models.auto import modeling_auto
+
+    tables = (*CLASSES, *ENCODER_DECODERS)
+    is_learned = any(model_type in getattr(modeling_auto, table) for table in tables)
+    return not is_learned, zlib.crc32(model_type.encode())
 
 
 def _in_a_process(
-    context: multiprocessing.context.ForkServerContext, model_type: str, seconds: int
+    context: multiprocessing.context.ForkServerContext,
+    model_type: str,
+    seconds: int,
+    cache: Path,
 ) -> dict[str, Any]:
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(model_type, seconds, sender))
+    process = context.Process(target=_measure, args=(model_type, seconds, cache, sender))
     process.start()
     sender.close()
     result: dict[str, Any] = {"type": model_type, "reason": f"no result in {seconds} s"}
@@ -125,16 +150,18 @@ def _in_a_process(
     return result
 
 
-def _measure(model_type: str, seconds: int, sender: Connection) -> None:
+def _measure(model_type: str, seconds: int, cache: Path, sender: Connection) -> None:
     """Sends the results of a type, one after each stage."""
     import resource
     import warnings
 
+    import jax
     import transformers
 
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     result: dict[str, Any] = {"type": model_type, "made": False}
     start = time.process_time()
 
@@ -151,7 +178,12 @@ def _measure(model_type: str, seconds: int, sender: Connection) -> None:
         send(reason=str(error), finished=True)
         return
     send(made=True, parameters=sum(parameter.numel() for parameter in model.parameters()))
+    # Merging compiles small functions whose shapes many types share; a learning step is timed.
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     send(**fold(model))
+    jax.config.update("jax_enable_compilation_cache", False)
     send(**learn(model), finished=True)
 
 
@@ -162,7 +194,6 @@ def _tables(model_type: str) -> tuple[str, ...]:
     from adamerge_jax.models import family_of, is_known
 
     config = CONFIG_MAPPING[model_type]
-    encoder_decoder = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",)
     try:
         config = config()
     except Exception:  # whatever an architecture says of its defaults
@@ -171,11 +202,11 @@ def _tables(model_type: str) -> tuple[str, ...]:
         by_class = {
             "AutoModelForSequenceClassification": CLASSES[2:3],
             "AutoModelForImageClassification": CLASSES[3:4],
-            "AutoModelForSeq2SeqLM": encoder_decoder,
+            "AutoModelForSeq2SeqLM": ENCODER_DECODERS,
             "AutoModelForCausalLM": CLASSES[1:2],
         }
         return by_class.get(family_of(config).auto_class or "", ("MODEL_MAPPING_NAMES",))
-    return encoder_decoder + CLASSES if config.is_encoder_decoder else CLASSES
+    return ENCODER_DECODERS + CLASSES if config.is_encoder_decoder else CLASSES
 
 
 def _modalities(kind: type) -> list[str]:
@@ -226,11 +257,11 @@ def _merge(model: Any, folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder / task)
     model.load_state_dict(before)
     tasks = {task: {"expert": str(folder / task)} for task in TASKS}
-    recipe = parse_recipe({"base": str(folder / "base"), "tasks": tasks, "export": {}})
+    fields = {"base": str(folder / "base"), "tasks": tasks, "export": {"orbax": False}}
     quiet = Console(quiet=True)
     options = {"coefficient": SCALE}
     out = folder / "out"
-    merge(recipe, "task_arithmetic", options, root=folder, out=out, console=quiet)
+    merge(parse_recipe(fields), "task_arithmetic", options, root=folder, out=out, console=quiet)
     base, *experts = (Checkpoint.open(folder / name) for name in ("base", *TASKS))
     checkpoint = out / "checkpoint"
     has_heads = (checkpoint / "tasks").is_dir()

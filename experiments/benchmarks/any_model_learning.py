@@ -198,9 +198,7 @@ class Reference:
         """Returns the coefficients by tensor, the epsilon and the first expert's output."""
         with torch.no_grad():
             target = self._run({name: torch.tensor([1.0, 0.0]) for name in deltas})
-        coefficients = {
-            name: torch.full((EXPERTS,), START, requires_grad=True) for name in deltas
-        }
+        coefficients = {name: torch.full((EXPERTS,), START, requires_grad=True) for name in deltas}
         optimizer = None
         for _ in range(STEPS):
             loss = (self._run(coefficients) - target).square().mean()

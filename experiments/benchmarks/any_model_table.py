@@ -1,13 +1,27 @@
-"""The page of `any_model.py`: sums by modality, and every type that is not whole."""
+"""The page of `any_model.py`: sums by kind of data, and every type that is not whole."""
 
-from collections.abc import Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Result = dict[str, Any]
 
 GROUPS = ("text", "image", "image-text", "other")
 
+WAYS = ("own", "bridge", "whole")
+
 COMMAND = "python experiments/benchmarks/any_model.py --out any_model.jsonl --page FILE"
+
+_EXPLAINED = """\
+- **made**: a tiny random model can be made. **fold**: `adamerge merge` gives every tensor of the
+  merge in float64.
+- **learn**: five steps of Adam give a PyTorch loop's coefficients within 1e-4. **own**: by our own
+  family. **bridge**: by the model's own PyTorch forward, as `adamerge learn` does it. **whole**: by
+  the same bridge, in classes for which recipes have no kind yet; the Python API alone learns them.
+- **learn, of those made**: the three together.
+- Models that read images and texts are given both where a rule makes such inputs; the list says
+  which were given texts alone."""
 
 
 def in_words(result: Result) -> str:
@@ -17,7 +31,7 @@ def in_words(result: Result) -> str:
     if result["folds"] != "equal":
         return f"does not fold: {result['folds']}"
     if result["learns"] != "equal":
-        return f"does not learn: {result['learns']}"
+        return f"does not learn: {_reason(result)}"
     return f"equal by {result['way']}, {result['difference']:.0e}, {result['compile']} s"
 
 
@@ -29,34 +43,95 @@ def group_of(result: Result) -> str:
     return next((kind for kind in ("text", "image") if kinds == {kind}), "other")
 
 
-def page(results: Sequence[Result]) -> list[str]:
-    """Returns the lines of the page."""
+def page(results: Sequence[Result], count: int) -> list[str]:
+    """Returns the lines of the page.
+
+    Args:
+        results: The results, sorted by type.
+        count: The number of all types.
+    """
     import torch
     import transformers
 
-    return [
+    made = [result for result in results if result.get("made")]
+    learned = [result for result in made if result["learns"] == "equal"]
+    rest = f" The other {count - len(results)} were not run." if count > len(results) else ""
+    seconds = [result["compile"] for result in learned]
+    lines = [
         "# Every model type",
         "",
-        f"A tiny random model of each of the {len(results)} types of `transformers` "
-        f"{transformers.__version__} (PyTorch {torch.__version__}), made by",
+        f"Tiny random models of {len(results)} of the {count} types of `transformers` "
+        f"{transformers.__version__}, with PyTorch {torch.__version__}.{rest} Made by",
         "",
         f"    {COMMAND}",
         "",
         *summary(results),
+        "",
+        *_EXPLAINED.splitlines(),
     ]
+    if seconds:
+        lines += [
+            "",
+            f"Compiling a step of a model that learns takes {statistics.median(seconds):.1f} s of "
+            f"a core (median), and {max(seconds):.1f} s at most.",
+        ]
+    unequal = [result for result in made if result["folds"] != "equal"]
+    lines += _list("Do not fold", unequal, lambda result: result["folds"])
+    others = [result for result in made if result["learns"] != "equal"]
+    lines += _list("Do not learn", others, _reason)
+    absent = [result for result in results if not result.get("made")]
+    lines += _list("Not made", absent, lambda result: result.get("reason", ""))
+    lines += ["", "## Learn", ""]
+    for way in WAYS:
+        names = ", ".join(map(_name, (r for r in learned if r["way"] == way)))
+        lines += [f"- **{way}**: {names or 'none'}"]
+    return lines
 
 
 def summary(results: Sequence[Result]) -> list[str]:
     """Returns a Markdown table with a line a group."""
-    columns = "types", "made", "fold", "learn: own", "bridge", "whole", "learn", "do not"
+    columns = ("types", "made", "fold", *WAYS, "learn, of those made")
     lines = [f"| reads | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     for group in (*GROUPS, "all"):
         of_group = [r for r in results if group in ("all", group_of(r))]
         made = [r for r in of_group if r.get("made")]
-        learned = [r for r in made if r.get("learns") == "equal"]
-        ways = [sum(r["way"] == way for r in learned) for way in ("own", "bridge", "whole")]
-        folded = sum(r.get("folds") == "equal" for r in made)
-        share = f"{len(learned) / len(made):.0%}" if made else ""
-        numbers = (len(of_group), len(made), folded, *ways, share, len(made) - len(learned))
-        lines.append(f"| {group} | {' | '.join(map(str, numbers))} |")
+        learned = [r for r in made if r["learns"] == "equal"]
+        by_way = [sum(r["way"] == way for r in learned) for way in WAYS]
+        folded = sum(r["folds"] == "equal" for r in made)
+        share = f"{len(learned)} ({len(learned) / len(made):.0%})" if made else "0"
+        cells = (group, len(of_group), len(made), folded, *by_way, share)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
+
+
+def _reason(result: Result) -> str:
+    """Returns the reason for which a type does not learn."""
+    if result["learns"] == "differs":
+        return f"by {result['way']}, {result['difference']:.0e} from PyTorch's"
+    return result["learns"]
+
+
+def _name(result: Result) -> str:
+    is_blind = group_of(result) == "image-text" and not any(
+        name.startswith("pixel_values") for name in result["inputs"]
+    )
+    return f"`{result['type']}`{' (texts alone)' if is_blind else ''}"
+
+
+def _list(title: str, results: Iterable[Result], reason: Callable[[Result], str]) -> list[str]:
+    """Returns a section with the types by reason."""
+    types = defaultdict(list)
+    for result in results:
+        types[reason(result)].append(f"`{result['type']}`")
+    if not types:
+        return []
+    lines = [
+        f"- {', '.join(names)}: {_plain(text)}"
+        for text, names in sorted(types.items(), key=lambda item: -len(item[1]))
+    ]
+    return ["", f"## {title}", "", *lines]
+
+
+def _plain(text: str) -> str:
+    """Returns a reason as Markdown shows it."""
+    return text.translate({ord(letter): f"\\{letter}" for letter in "*_<>[]|`"})

@@ -169,12 +169,13 @@ def model_class(model_type: str, tables: Sequence[str] = ()) -> type[PreTrainedM
     except ImportError as error:
         raise NotMadeError(f"no class of models: {in_short(error)}") from error
     for candidate in vars(module).values():
-        is_model = isinstance(candidate, type) and issubclass(
-            candidate, transformers.PreTrainedModel
-        )
-        if is_model and candidate.config_class is config_class:
-            if not candidate.__name__.endswith("PreTrainedModel"):
-                return candidate
+        if (
+            isinstance(candidate, type)
+            and issubclass(candidate, transformers.PreTrainedModel)
+            and candidate.config_class is config_class
+            and not candidate.__name__.endswith("PreTrainedModel")
+        ):
+            return candidate
     raise NotMadeError("a part of other models: no class has a config of this type")
 
 

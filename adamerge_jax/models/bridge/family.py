@@ -62,6 +62,12 @@ KINDS = (
         images=True,
     ),
     Kind("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", True, _TEXT[:2]),
+    Kind(
+        "AutoModelForSeq2SeqLM",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        True,
+        (*_TEXT[:2], *(f"decoder_{name}" for name in _TEXT[:2])),
+    ),
 )
 """The kinds of models whose coefficients are learned through their PyTorch forward."""
 
@@ -104,6 +110,11 @@ def bridged_family(config: Config, architecture: str) -> Family:
     model = empty_model(kind.auto_class, config)
     images = TorchImages(model) if kind.images else None
     reads = TorchBackbone(model, "nothing", language=kind.language).inputs
+    if kind.inputs[0] not in reads:
+        raise InputError(
+            f"config.json: the base model of a {architecture} reads no {kind.inputs[0]}, so that "
+            f"its coefficients cannot be learned; {_STILL_FOLDS}"
+        )
     family = BridgedFamily(
         backbone=lambda config, rematerialize: TorchBackbone(
             empty_model(kind.auto_class, config),

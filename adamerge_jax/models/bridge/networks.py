@@ -70,9 +70,11 @@ class TorchBackbone(Network):
             forward = self._images.forward(self._body)
         result = self._torch.call(parameters, forward, arguments)
         pooled = getattr(result, "pooler_output", None)
-        states = (
-            jnp.stack([state.jax() for state in result.hidden_states]) if hidden_states else None
-        )
+        states = None
+        if hidden_states:
+            # An encoder with a decoder has states of both; the decoder's lead to its logits.
+            chosen = getattr(result, "decoder_hidden_states", None) or result.hidden_states
+            states = jnp.stack([state.jax() for state in chosen])
         return Outputs(
             None if pooled is None else pooled.jax(),
             result[0].jax(),
