@@ -62,12 +62,13 @@ def test_logits_states_and_gradient_are_pytorchs(name):
         )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-moe", "bart"])
 def test_a_language_models_logits_are_transformers(name):
     model, inputs = tiny_language_model(name)
     family = bridged_family(model.config, type(model).__name__)
     backbone, head = family.build_backbone(model.config), family.build_head(model.config)
-    tied = () if name == "qwen3-moe" else ("transformer.wte.weight",)
+    tables = {"gpt2": ("transformer.wte.weight",), "bart": ("model.shared.weight",)}
+    tied = tables.get(name, ())
     assert family.language and family.tied(model.config) == tied
     saved = revert_weight_conversion(model, dict(model.state_dict()))
     parameters = {n: saved[n].numpy() for n in backbone.shapes}
@@ -76,10 +77,15 @@ def test_a_language_models_logits_are_transformers(name):
 
     @jax.jit
     def run(parameters, inputs):
-        return head(complete_head(head, {}, parameters), backbone(parameters, inputs))
+        outputs = backbone(parameters, inputs, hidden_states=True)
+        return head(complete_head(head, {}, parameters), outputs), outputs.hidden_states
 
+    given = {n: torch.from_numpy(a.copy()).long() for n, a in inputs.items()}
     with torch.no_grad():
-        expected = model(**{n: torch.from_numpy(a).long() for n, a in inputs.items()}).logits
+        expected = model(**given, output_hidden_states=True)
     tokens = inputs["attention_mask"] == 1
-    logits = np.asarray(run(parameters, inputs))
-    np.testing.assert_allclose(logits[tokens], expected.numpy()[tokens], atol=1e-4)
+    logits, states = run(parameters, inputs)
+    np.testing.assert_allclose(logits[tokens], expected.logits.numpy()[tokens], atol=1e-4)
+    expected_states = expected.get("hidden_states") or expected.decoder_hidden_states
+    last = expected_states[-1].numpy()
+    np.testing.assert_allclose(states[-1][tokens], last[tokens], atol=1e-4)

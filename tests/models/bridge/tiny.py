@@ -9,7 +9,9 @@ from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
@@ -114,6 +116,15 @@ def tiny_language_model(name: str) -> tuple[PreTrainedModel, dict[str, np.ndarra
     generator = np.random.default_rng(0)
     if name == "gpt2":
         config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=24)
+    elif name == "bart":
+        config = BartConfig(
+            vocab_size=40,
+            d_model=16,
+            **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+            **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+            **{f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")},
+            max_position_embeddings=24,
+        )
     else:
         config = Qwen3MoeConfig(
             vocab_size=40,
@@ -124,11 +135,15 @@ def tiny_language_model(name: str) -> tuple[PreTrainedModel, dict[str, np.ndarra
             num_experts=8,
             num_experts_per_tok=2,
         )
-    model = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    auto_class = AutoModelForSeq2SeqLM if name == "bart" else AutoModelForCausalLM
+    model = randomise(auto_class.from_config(config, attn_implementation="eager"))
     mask = np.ones((2, 9), np.int32)
     mask[1, 7:] = 0
     token_ids = generator.integers(0, 40, (2, 9), dtype=np.int32)
-    return model, {"input_ids": token_ids, "attention_mask": mask}
+    inputs = {"input_ids": token_ids, "attention_mask": mask}
+    if name == "bart":
+        inputs |= {"decoder_input_ids": token_ids[:, ::-1], "decoder_attention_mask": mask}
+    return model, inputs
 
 
 def gradient(
