@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from adamerge_jax.checkpoints.config_file import CONFIG_FILE, classes_of
 from adamerge_jax.errors import InputError, shorten
 from adamerge_jax.files.json_object import read_list, read_object, read_object_if_there
 from adamerge_jax.models.embedding_form import EmbeddingForm, Pooling, Similarity
@@ -47,8 +48,14 @@ _FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def is_embedder(folder: Path) -> bool:
-    """Returns True if the folder of a checkpoint is that of a sentence embedder."""
-    return (folder / MODULES_FILE).is_file()
+    """Returns True if the folder of a checkpoint is that of a sentence embedder.
+
+    A classifier that was trained from one, or a cross-encoder, may have module files beside it.
+    """
+    if not (folder / MODULES_FILE).is_file():
+        return False
+    classes = classes_of(read_object_if_there(folder / CONFIG_FILE))
+    return not any(name.endswith("Classification") for name in classes)
 
 
 def read_embedding_form(folder: Path, features: int | None) -> EmbeddingForm:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from adamerge_jax.data.examples import Cut, Examples
+from adamerge_jax.data.examples import Concatenated, Cut, Examples, Subset
 from adamerge_jax.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -44,6 +44,19 @@ class TextPairs(Examples):
         """Returns the inputs of chosen pairs, `[B, 2, T]` each."""
         first, second = (side.take(index, length) for side in self._sides)
         return {name: np.stack([first[name], second[name]], axis=1) for name in first}
+
+    def distinct(self) -> tuple[Examples, Int[np.ndarray, "N 2"]]:
+        """Returns the distinct texts, and the places of each pair's two among them."""
+        places: dict[tuple[int, ...], int] = {}
+        index = np.empty((2, len(self)), int)
+        firsts: list[int] = []
+        for side, texts in enumerate(self._sides):
+            for row, token_ids in enumerate(texts.token_ids):
+                place = places.setdefault(tuple(token_ids), len(places))
+                if place == len(firsts):
+                    firsts.append(side * len(self) + row)
+                index[side, row] = place
+        return Subset(Concatenated(self._sides), np.array(firsts)), index.T
 
 
 def pair_scores(

@@ -74,6 +74,11 @@ class TextExamples(Examples):
             cut[full] = [length > max_length for length in lengths]
         self.cut = Cut(cut, max_length)
 
+    @property
+    def token_ids(self) -> Sequence[Sequence[int]]:
+        """The token ids of each text, without padding."""
+        return self._ids
+
     def __len__(self) -> int:
         return len(self._ids)
 

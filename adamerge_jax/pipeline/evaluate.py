@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.data.examples import Examples, sorted_batches
+from adamerge_jax.data.pairs import TextPairs
 from adamerge_jax.devices import fetch
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import Network, complete_head
@@ -172,7 +173,7 @@ class Evaluator:
             end, where some are; 1 or 0 for the model's own answer, where it is asked for one.
         """
         if self._embeds is not None:
-            embeddings = self.logits(parameters, task, examples)
+            embeddings = self._embeddings(parameters, task, examples)
             return embedding_measures(embeddings, examples, self._embeds.similarity)
         if self.metric == "accuracy":
             return {self.metric: self.example_scores(parameters, task, examples)}
@@ -184,6 +185,15 @@ class Evaluator:
                 parameters, examples, f"answers of {model} on {task}"
             )
         return measures
+
+    def _embeddings(
+        self, parameters: Parameters, task: str, examples: Examples
+    ) -> Float[np.ndarray, "N 2 H"]:
+        """Computes the embeddings of pairs of texts; of a text in many pairs once."""
+        if not isinstance(examples, TextPairs):
+            return self.logits(parameters, task, examples)
+        texts, index = examples.distinct()
+        return self.logits(parameters, task, texts)[:, 0][index]
 
     def is_asked(self, examples: Examples) -> bool:
         """Returns True if models are to answer the prompts of a task's examples."""

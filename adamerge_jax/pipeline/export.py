@@ -476,7 +476,9 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
         folder,
         modules,
         base=str(Path(source).resolve()) if Path(source).is_dir() else source,
-        task_type=_TASK_TYPES.get(models.family.auto_class),
+        task_type="FEATURE_EXTRACTION"
+        if models.family.embeds is not None
+        else _TASK_TYPES.get(models.family.auto_class),
         revision=models.sources[0].revision,
     )
 

@@ -14,13 +14,13 @@ pairs; coefficients are learned from `calibration`, which has no labels.
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
@@ -29,6 +29,8 @@ from adamerge_jax.pipeline.run import learn
 
 TASKS = {"questions": "trec", "subjectivity": "subj"}
 """The set of text6 whose classes make each expert's notion of similarity."""
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "embedding_experts.yaml"
 
 STEPS, BATCH, LEARNING_RATE, TEMPERATURE = 80, 32, 5e-5, 0.1
 PAIRS = {"validation": 400, "test": 2000}
@@ -103,26 +105,6 @@ def train(base: str, sentences: list[Sentence], out: Path, seed: int) -> None:
     model.save(str(out))
 
 
-def write_recipe(base: str, data: Path, out: Path) -> Path:
-    """Writes the recipe of the merge."""
-    tasks = {
-        task: {
-            "expert": f"experts/{task}",
-            "calibration": {"path": str(data / f"{name}.calibration.jsonl")},
-        }
-        | {
-            part: {"path": f"{task}.{part}.jsonl", "text": ["first", "second"], "label": "score"}
-            for part in PAIRS
-        }
-        for task, name in TASKS.items()
-    }
-    methods = [{"name": "regmean"}]
-    fields = {"base": base, "tasks": tasks, "evaluation": {"methods": methods}}
-    file = out / "embedding_experts.yaml"
-    file.write_text(yaml.safe_dump(fields, sort_keys=False))
-    return file
-
-
 def main() -> None:
     """Trains experts, merges them and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -137,10 +119,12 @@ def main() -> None:
         parts = split(arguments.data, name)
         for part, count in PAIRS.items():
             write_pairs(parts[part], count, out / f"{task}.{part}.jsonl", arguments.seed)
+        shutil.copy(arguments.data / f"{name}.calibration.jsonl", out / f"{task}.calibration.jsonl")
         train(base, parts["train"], out / "experts" / task, arguments.seed)
     print(f"experts: {time.process_time() - started:.0f} s of processor time")
     started = time.process_time()
-    recipe = load_recipe(write_recipe(base, arguments.data.resolve(), out))
+    (out / "base").symlink_to(base, target_is_directory=True)
+    recipe = load_recipe(RECIPE)
     run = learn(recipe, root=out, out=out / "run", console=Console())
     print(f"merge and table: {time.process_time() - started:.0f} s of processor time")
     merged = SentenceTransformer(str(run.folder / "checkpoint"), device="cpu")

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from adamerge_jax.checkpoints.sentence_modules import read_embedding_form, write_embedding_form
+from adamerge_jax.checkpoints.sentence_modules import (
+    is_embedder,
+    read_embedding_form,
+    write_embedding_form,
+)
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
 
@@ -74,6 +78,15 @@ def test_written_files_are_read_again(tmp_path: Path, pooling: Any, normalised: 
     )
     write_embedding_form(tmp_path, form, 8)
     assert read_embedding_form(tmp_path, 8) == form
+
+
+def test_a_classifier_beside_module_files_is_one(tmp_path: Path) -> None:
+    assert not is_embedder(tmp_path)
+    write(tmp_path, NEW)
+    assert is_embedder(tmp_path)
+    for name, expected in (("BertModel", True), ("BertForSequenceClassification", False)):
+        write(tmp_path, {"config.json": {"architectures": [name]}})
+        assert is_embedder(tmp_path) == expected
 
 
 def of(name: str, **fields: Any) -> Callable[[dict[str, Any]], Any]:
