@@ -74,11 +74,19 @@ _WIDTHS = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "mamba_d_head", "mamba_head_dim"), 8),
+    **dict.fromkeys(("mamba_d_ssm", "mamba_intermediate_size"), 64),
+    **dict.fromkeys(("ssm_state_size", "mamba_d_state", "state_size"), 16),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups"), 1),
 }
 
 _TABLES = {
     **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "n_vocab", "text_vocab_size"), _VOCABULARY
+        (
+            *("vocab_size", "vocab_size_per_layer_input", "n_vocab", "text_vocab_size"),
+            "encoder_hash_byte_group_vocab",
+        ),
+        _VOCABULARY,
     ),
     **dict.fromkeys(
         (
@@ -95,7 +103,15 @@ _LISTS_BY_LAYER = re.compile(
 )
 """Fields with an entry for each layer, which a config makes anew for fewer layers."""
 
-_DEPTHS = ("depths", "blocks_per_stage", "stage_num_blocks", "layers_per_stage")
+_DEPTHS = (
+    *("depths", "blocks_per_stage", "stage_num_blocks", "layers_per_stage", "num_block_repeats"),
+)
+
+_COEFFICIENTS = {"depth_coefficient": 0.3, "width_coefficient": 0.25}
+"""Factors of depths and widths."""
+
+_ABSENT = {"vocab_size": _VOCABULARY, "prediction_length": 4, "n_routed_experts": 8}
+"""Numbers of fields whose default is None, which their architectures refuse."""
 
 _DIVISOR = "*"
 """The entry of settings whose value divides all widths that have no setting of their own."""
@@ -205,23 +221,23 @@ def tiny_model(
     """
     import torch
 
-    reason, second_best = "no config is accepted", None
+    reason, second_best = "", None
     for settings in _SHRINKAGES:
         try:
             with torch.device("meta"):
                 empty = model_class(tiny_config(model_type, settings))
         except Exception as error:  # whatever an architecture says of sizes that do not fit
-            reason = in_short(error)
+            reason = reason or in_short(error)
             continue
         size = sum(parameter.numel() for parameter in empty.parameters())
         if size > MOST_PARAMETERS:
-            reason = f"{size / 1e6:.0f} M parameters"
+            reason = reason or f"{size / 1e6:.0f} M parameters"
             continue
         torch.manual_seed(seed)
         try:
             model = model_class(tiny_config(model_type, settings)).eval()
         except Exception as error:
-            reason = in_short(error)
+            reason = reason or in_short(error)
             continue
         try:
             accepts(model)
@@ -285,8 +301,13 @@ def _shrunk_fields(
             yield name, value
         elif name == "pad_token_id" and value is None:
             yield name, 0  # without one, classifiers read one text at a time
+        elif name in _ABSENT and value is None:
+            yield name, _ABSENT[name]
+        elif "num_hidden_layers" in settings and name in _COEFFICIENTS:
+            yield name, _COEFFICIENTS[name]
         elif isinstance(value, Mapping):
-            yield name, _shrunk(value, settings)
+            is_elsewhere = value.get("model_type") == "timm_backbone"
+            yield name, _backbone(value) if is_elsewhere else _shrunk(value, settings)
         elif name in settings and _is_size(value):
             new = settings[name]
             if isinstance(value, int):
@@ -302,6 +323,20 @@ def _shrunk_fields(
             yield name, _token_id(name, largest_id) if is_outside else value
         else:
             yield name, value
+
+
+def _backbone(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a ResNet with as many outputs as a backbone of another package."""
+    count = len(fields.get("out_indices") or [0])
+    stages = ["stem", "stage1", "stage2", "stage3", "stage4"]
+    return {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": stages[-count:],
+    }
 
 
 def _is_size(value: Any) -> bool:
