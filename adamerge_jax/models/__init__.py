@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "cohere2": "adamerge_jax.models.cohere2",
     "gemma2": "adamerge_jax.models.gemma2",
     "gemma3_text": "adamerge_jax.models.gemma3",
+    "gpt_neox": "adamerge_jax.models.gpt_neox",
     "granite": "adamerge_jax.models.granite",
     "llama": "adamerge_jax.models.llama",
     "mistral": "adamerge_jax.models.mistral",

@@ -6,8 +6,8 @@ them is an array with an entry per layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Literal
+from functools import partial, reduce
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,26 @@ EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilo
 def norm_epsilon(config: Config) -> float:
     """Returns the epsilon under the root of a model's norms."""
     return next(getattr(config, name) for name in EPSILONS if hasattr(config, name))
+
+
+class Names(NamedTuple):
+    """The names that a checkpoint has for the parts of a decoder.
+
+    Attributes:
+        body: All but the output layer.
+        table: The embeddings, in the body.
+        norm: The last normalisation, in the body.
+        output: The output layer.
+    """
+
+    body: str = "model"
+    table: str = "embed_tokens"
+    norm: str = "norm"
+    output: str = "lm_head"
+
+
+NAMES = Names()
+"""The usual names."""
 
 
 class RMSNorm(nnx.Module):
@@ -309,9 +329,11 @@ class PreNormLayer(nnx.Module):
         residual: The factor of what attention and MLP add.
 
     Attributes:
-        mlp_name: The name that a checkpoint has for the MLP.
+        attention_name: The name that a checkpoint has for attention.
+        mlp_name: The name that it has for the MLP.
     """
 
+    attention_name = "self_attn"
     mlp_name = "mlp"
 
     def __init__(
@@ -326,7 +348,7 @@ class PreNormLayer(nnx.Module):
         residual: float = 1.0,
     ):
         self.input_layernorm = norm(config.hidden_size, norm_epsilon(config))
-        self.self_attn = attention
+        setattr(self, self.attention_name, attention)
         if parallel != "shared":
             self.post_attention_layernorm = norm(config.hidden_size, norm_epsilon(config))
         mlp = mlp or GatedMLP(config, config.hidden_act, bias=mlp_bias)
@@ -336,8 +358,8 @@ class PreNormLayer(nnx.Module):
     def __call__(self, x: Float[Array, "B T H"], *positions: Array) -> Float[Array, "B T H"]:
         """Runs the layer; `positions` are the further arguments of `Attention`."""
         normalised = self.input_layernorm(x)
-        attended = x + self._scaled(self.self_attn(normalised, *positions))
-        mlp = getattr(self, self.mlp_name)
+        attention, mlp = getattr(self, self.attention_name), getattr(self, self.mlp_name)
+        attended = x + self._scaled(attention(normalised, *positions))
         if self.parallel == "shared":
             return attended + self._scaled(mlp(normalised))
         read = x if self.parallel else attended
@@ -373,10 +395,12 @@ class Decoder(nnx.Module):
         rotaries: Sequence[Rotary],
         norm: MakeNorm,
         embedding_scale: float,
+        names: Names,
     ):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        setattr(self, names.table, Embedding(config.vocab_size, config.hidden_size))
         self.layers = Stack(lambda: layer(config), config.num_hidden_layers, rematerialize)
-        self.norm = norm(config.hidden_size, norm_epsilon(config))
+        setattr(self, names.norm, norm(config.hidden_size, norm_epsilon(config)))
+        self.names = names
         self.windows, self.rotaries = tuple(windows), tuple(rotaries)
         self.embedding_scale = embedding_scale
         self.longest = config.max_position_embeddings
@@ -389,7 +413,8 @@ class Decoder(nnx.Module):
     ) -> Outputs:
         token_ids, mask, _ = text_inputs(inputs, self.longest)
         length = mask.shape[1]
-        embedded = self.embed_tokens(token_ids)
+        embedded = getattr(self, self.names.table)(token_ids)
+        norm = getattr(self, self.names.norm)
         embedded = embedded * jnp.asarray(self.embedding_scale, embedded.dtype)
 
         rotaries = list(dict.fromkeys(self.rotaries))
@@ -402,11 +427,11 @@ class Decoder(nnx.Module):
             last, cache = self.layers.continued(
                 embedded, cache, mask, read, per_layer=(windows, table_of_layer)
             )
-            return Outputs(None, self.norm(last), None, cache)
+            return Outputs(None, norm(last), None, cache)
         last, states = self.layers(
             embedded, mask, tables, per_layer=(windows, table_of_layer), hidden_states=hidden_states
         )
-        last = self.norm(last)
+        last = norm(last)
         # As in `transformers`, the last state is the one after the norm.
         return Outputs(None, last, states.at[-1].set(last) if hidden_states else None)
 
@@ -427,10 +452,11 @@ class DecoderBackbone(nnx.Module):
         rotaries: Callable[[Config], Sequence[Rotary]],
         norm: MakeNorm,
         embedding_scale: Callable[[Config], float],
+        names: Names,
         writes: bool = True,
     ):
         _require_causal(config)
-        self.model = Decoder(
+        decoder = Decoder(
             config,
             rematerialize,
             layer,
@@ -438,10 +464,14 @@ class DecoderBackbone(nnx.Module):
             rotaries(config),
             norm,
             embedding_scale(config),
+            names,
         )
+        setattr(self, names.body, decoder)
+        self.body = names.body
         if writes and not config.tie_word_embeddings:
             # Read by the head, which is given the backbone's parameters.
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            output = Linear(config.hidden_size, config.vocab_size, bias=False)
+            setattr(self, names.output, output)
 
     def __call__(
         self,
@@ -457,27 +487,30 @@ class DecoderBackbone(nnx.Module):
             hidden_states: Whether to return every layer's output; not with a cache.
             cache: The keys and values of the tokens before these.
         """
-        return self.model(inputs, hidden_states, cache)
+        return getattr(self, self.body)(inputs, hidden_states, cache)
 
 
 class TiedOutput(nnx.Module):
-    """The embeddings' matrix as an output layer."""
+    """The embeddings' matrix as an output layer, under the name of the embeddings."""
 
-    def __init__(self, config: Config):
-        self.embed_tokens = Linear(config.hidden_size, config.vocab_size, bias=False)
+    def __init__(self, config: Config, name: str):
+        setattr(self, name, Linear(config.hidden_size, config.vocab_size, bias=False))
 
 
 class CausalHead(nnx.Module):
     """Logits of the next token, in float32, by a parameter of the backbone."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, names: Names = NAMES):
         if config.tie_word_embeddings:
-            self.model = TiedOutput(config)
+            self.path = names.body, names.table
+            setattr(self, names.body, TiedOutput(config, names.table))
         else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.path = (names.output,)
+            output = Linear(config.hidden_size, config.vocab_size, bias=False)
+            setattr(self, names.output, output)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B T V"]:
-        output = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
+        output = reduce(getattr, self.path, self)
         return output(outputs.last_hidden_state).astype(jnp.float32)
 
 
@@ -544,8 +577,10 @@ def decoder_family(
     ),
     norm: MakeNorm = RMSNorm,
     embedding_scale: Callable[[Config], float] = lambda config: 1.0,
-    head: Callable[[Config], nnx.Module] = CausalHead,
+    head: Callable[[Config], nnx.Module] | None = None,
     heads: Callable[[Config], HeadAxes] = HEADS,
+    names: Names = NAMES,
+    ignored: Sequence[str] = (),
 ) -> Family:
     """Returns the family of a decoder language model.
 
@@ -555,8 +590,10 @@ def decoder_family(
         rotaries: The rotation of each layer; by default the config's one for all.
         norm: Makes the last normalisation.
         embedding_scale: The factor of the embeddings.
-        head: Makes the output layer.
+        head: Makes the output layer; by default a `CausalHead`.
         heads: As in `Family`.
+        names: The names of the parts.
+        ignored: Further patterns of tensors in a checkpoint that are no parameters.
     """
     backbone = partial(
         DecoderBackbone,
@@ -565,27 +602,34 @@ def decoder_family(
         rotaries=rotaries,
         norm=norm,
         embedding_scale=embedding_scale,
+        names=names,
     )
     return Family(
         backbone=backbone,
-        head=head,
-        prefixes=("model.",),
+        head=head or partial(CausalHead, names=names),
+        prefixes=(f"{names.body}.",),
         inputs=("input_ids", "attention_mask"),
         max_tokens=lambda config: config.max_position_embeddings,
         heads=heads,
         auto_class="AutoModelForCausalLM",
-        ignored=_ignored_tensors,
+        ignored=lambda config: (*_ignored_tensors(config, names), *ignored),
         language=True,
         last_layer=None,
-        cached_features=lambda config: config.num_key_value_heads * head_features(config),
+        cached_features=_cached_features,
         embedding_backbone=partial(backbone, writes=False),
     )
 
 
-def _ignored_tensors(config: Config) -> tuple[str, ...]:
+def _cached_features(config: Config) -> int:
+    """Returns the features of a token's keys in one layer, all heads together."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads * head_features(config)
+
+
+def _ignored_tensors(config: Config, names: Names) -> tuple[str, ...]:
     """Returns name patterns of tensors in a checkpoint that are no parameters of their own."""
     computed = ("*.position_ids", "*.rotary_emb.inv_freq")
-    return (*computed, "lm_head.weight") if config.tie_word_embeddings else computed
+    return (*computed, f"{names.output}.weight") if config.tie_word_embeddings else computed
 
 
 def _require_causal(config: Config) -> None:

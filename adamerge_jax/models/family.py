@@ -163,7 +163,8 @@ class Family:
         """Returns the names of the embedding tables that are the output layer too."""
         if not self.language:
             return ()
-        return tuple(name for name in self.build_head(config).shapes if name != OUTPUT_LAYER)
+        outputs = (OUTPUT_LAYER, "embed_out.weight")
+        return tuple(name for name in self.build_head(config).shapes if name not in outputs)
 
     def second_names(self, config: Config) -> dict[str, tuple[str, ...]]:
         """Returns the further names of each table that has several, which count without its own.

@@ -34,6 +34,7 @@ IMAGES = dict(image_size=32, patch_size=8, num_labels=5, **SIZES)
 
 DECODER = dict(TEXT, num_key_value_heads=2, pad_token_id=1)
 WINDOW = dict(sliding_window=16)
+NEOX = {name: size for name, size in DECODER.items() if name != "num_key_value_heads"}
 EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
 LLAMA3_ROPE = dict(
     rope_type="llama3",
@@ -223,6 +224,7 @@ def main() -> None:
         (transformers.Cohere2ForCausalLM, DECODER | WINDOW, *decoder),
         (transformers.StableLmForCausalLM, DECODER, *decoder),
         (transformers.Starcoder2ForCausalLM, DECODER | WINDOW, *decoder),
+        (transformers.GPTNeoXForCausalLM, NEOX, *decoder),
         (
             transformers.T5ForConditionalGeneration,
             dict(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4),

@@ -150,7 +150,7 @@ def test_tied_tables_and_tables_in_a_file_twice(tmp_path):
 
 
 def test_tables_of_other_names(tmp_path):
-    """Of a model that is merged by names alone; its output layer is a table too."""
+    """The output layer is a table too."""
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=TOKENS)))
     base = save(model, tmp_path / "base", TOKENS)

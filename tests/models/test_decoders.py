@@ -70,6 +70,7 @@ YARN = dict(
     original_max_position_embeddings=16,
 )
 LINEAR_ROPE = dict(rope_type="linear", rope_theta=500.0, factor=3.0)
+NEOX = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
 GEMMA = dict(SIZES, num_hidden_layers=4, head_dim=12, sliding_window=5, query_pre_attn_scalar=10)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -217,6 +218,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(SIZES, **EXPERTS, shared_expert_intermediate_size=28),
     ),
     "olmoe": ("OlmoeForCausalLM", dict(SIZES, **EXPERTS, norm_topk_prob=True)),
+    "gpt_neox": ("GPTNeoXForCausalLM", dict(NEOX, rotary_pct=0.5)),
+    "gpt_neox one after the other, no biases": (
+        "GPTNeoXForCausalLM",
+        dict(NEOX, use_parallel_residual=False, attention_bias=False),
+    ),
     "mixtral": (
         "MixtralForCausalLM",
         dict(SIZES, num_local_experts=6, num_experts_per_tok=2, sliding_window=4),
