@@ -37,6 +37,9 @@ from adamerge_jax.files.json_object import read_object, read_object_if_there
 
 log = logging.getLogger(__name__)
 
+ALONE = "model"
+"""The name of a single component."""
+
 LOADED_BY = "DiffusionPipeline"
 """The class of `diffusers` that loads a pipeline."""
 
@@ -90,10 +93,12 @@ class Pipeline(Checkpoint):
     Attributes:
         components: The parts that have weights, by name.
         copied: The names of all other parts, such as a tokenizer and a scheduler.
+        is_whole: False for a single component, whose files lie in the folder itself.
     """
 
     components: Mapping[str, Component] = field(repr=False)
     copied: tuple[str, ...]
+    is_whole: bool = True
 
 
 def component_of(tensor: str) -> str:
@@ -111,8 +116,6 @@ def open_pipeline(source: str, folder: Path) -> Pipeline:
     Raises:
         InputError: A file is missing, damaged or pickled, or a component has a name that is none.
     """
-    from transformers import PretrainedConfig
-
     index = read_object(folder / PIPELINE_FILE)
     components, copied = {}, []
     for name in component_names(folder):
@@ -129,24 +132,26 @@ def open_pipeline(source: str, folder: Path) -> Pipeline:
             "give the folder that `save_pretrained` of a pipeline wrote"
         )
     _warn_of_code(folder, index)
-    return Pipeline(
-        source=source,
-        folder=folder,
-        config=PretrainedConfig(),
-        config_fields={"_class_name": index.get("_class_name")},
-        tensors={
-            f"{name}.{tensor}": info
-            for name, component in components.items()
-            for tensor, info in component.tensors.items()
-        },
-        notes=tuple(
-            f"{name}: {restored_in_words(component.scaled)}"
-            for name, component in components.items()
-            if component.scaled
-        ),
-        components=components,
-        copied=tuple(copied),
-    )
+    return _made(source, folder, components, tuple(copied), is_whole=True)
+
+
+def is_component(folder: Path) -> bool:
+    """Returns True for the folder of a model of `diffusers`, which names its class."""
+    fields = read_object_if_there(folder / CONFIG_FILE)
+    return "model_type" not in fields and isinstance(fields.get("_class_name"), str)
+
+
+def open_component(source: str, folder: Path) -> Pipeline:
+    """Opens a single component of a pipeline, such as a U-Net that was trained alone.
+
+    Args:
+        source: The folder or Hub name, as the user wrote it.
+        folder: The folder of its files.
+
+    Raises:
+        InputError: A file is missing, damaged or pickled.
+    """
+    return _made(source, folder, {ALONE: _open_component(folder)}, (), is_whole=False)
 
 
 def require_all_components(base: Pipeline) -> None:
@@ -155,12 +160,24 @@ def require_all_components(base: Pipeline) -> None:
     Raises:
         InputError: With the component.
     """
-    for name in component_names(base.folder):
+    for name in component_names(base.folder) if base.is_whole else ():
         if name not in (*base.components, *base.copied):
             raise InputError(
                 f"{base.source} lacks the folder of {name}, which its {PIPELINE_FILE} names; copy "
                 "or download it again"
             )
+
+
+def absent_components(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """Returns patterns of the tensors of those components that an expert has not.
+
+    Args:
+        base: The base.
+        expert: The expert; there are none if one of them is no pipeline.
+    """
+    if not (isinstance(base, Pipeline) and isinstance(expert, Pipeline)):
+        return []
+    return [f"{name}.*" for name in base.components if name not in expert.components]
 
 
 def require_same_pipeline(base: Checkpoint, expert: Checkpoint, *, role: str) -> None:
@@ -220,6 +237,38 @@ def refuse_pipeline_adapter(folder: Path) -> None:
             "read; load it with diffusers, call fuse_lora() and save_pretrained(folder), and give "
             "that folder"
         )
+
+
+def _made(
+    source: str,
+    folder: Path,
+    components: Mapping[str, Component],
+    copied: tuple[str, ...],
+    *,
+    is_whole: bool,
+) -> Pipeline:
+    """Returns components as one checkpoint."""
+    from transformers import PretrainedConfig
+
+    return Pipeline(
+        source=source,
+        folder=folder,
+        config=PretrainedConfig(),
+        config_fields={},
+        tensors={
+            f"{name}.{tensor}": info
+            for name, component in components.items()
+            for tensor, info in component.tensors.items()
+        },
+        notes=tuple(
+            f"{name}: {restored_in_words(component.scaled)}"
+            for name, component in components.items()
+            if component.scaled
+        ),
+        components=components,
+        copied=copied,
+        is_whole=is_whole,
+    )
 
 
 def _open_component(folder: Path) -> Component:

@@ -52,8 +52,8 @@ def write_pipeline(
         # The thread of each component has ended when the folder is renamed or removed.
         for name, group in groupby(tensors, lambda item: component_of(item[0])):
             component = base.components[name]
-            part = partial / name
-            part.mkdir()
+            part = partial / name if base.is_whole else partial
+            part.mkdir(exist_ok=True)
             with ThreadPoolExecutor(1) as thread:
                 writer = ShardWriter(part, max_shard_bytes, thread, component.stem)
                 for tensor, array in group:
@@ -77,7 +77,8 @@ def copied_files(base: Pipeline) -> Iterator[Path]:
     Raises:
         InputError: One is a link out of the pipeline's folder.
     """
-    yield base.folder / PIPELINE_FILE
+    if base.is_whole:
+        yield base.folder / PIPELINE_FILE
     for name in base.copied:
         for file in sorted((base.folder / name).iterdir()):
             if file.suffix in COPIED and file.is_file():

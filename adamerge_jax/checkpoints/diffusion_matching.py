@@ -7,6 +7,7 @@ from adamerge_jax.checkpoints.any_model import AnyModel, any_model, missing_pref
 from adamerge_jax.checkpoints.diffusion import LOADED_BY, Pipeline
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
+from adamerge_jax.errors import InputError, shorten
 
 _OLDER = {
     ".query.": ".to_q.",
@@ -29,7 +30,7 @@ def pipeline_family(base: Pipeline, experts: Sequence[Checkpoint]) -> AnyModel:
     of_experts = [f"{name}.*" for name in sorted(components - base.components.keys())]
     return dataclasses.replace(
         family,
-        auto_class=LOADED_BY,
+        auto_class=LOADED_BY if base.is_whole else "ModelMixin",
         ignored_in_experts=(*family.ignored_in_experts, *of_experts),
     )
 
@@ -41,9 +42,14 @@ def named_like(expert: Pipeline, base: Pipeline) -> Pipeline:
     the attention of its autoencoders.
 
     Args:
-        expert: The expert.
+        expert: The expert; a single component takes the place of the base's one of its class.
         base: The base.
+
+    Raises:
+        InputError: It is a single component that has no such place.
     """
+    if base.is_whole and not expert.is_whole:
+        expert = _as_component(expert, base)
     tensors: dict[str, TensorInfo] = {}
     for component, part in expert.components.items():
         of_base = base.components.get(component)
@@ -51,6 +57,22 @@ def named_like(expert: Pipeline, base: Pipeline) -> Pipeline:
         for name, info in part.tensors.items():
             tensors[f"{component}.{renamed.get(name, name)}"] = info
     return dataclasses.replace(expert, tensors=tensors)
+
+
+def _as_component(expert: Pipeline, base: Pipeline) -> Pipeline:
+    """Returns a single component under the name of the base's one of its class.
+
+    Raises:
+        InputError: The base has none of its class, or several.
+    """
+    (part,) = expert.components.values()
+    names = [n for n, other in base.components.items() if other.class_name == part.class_name]
+    if len(names) != 1:
+        raise InputError(
+            f"{expert.source} is a single {shorten(part.class_name)}, of which the base "
+            f"({base.source}) has {len(names)}; give a whole pipeline"
+        )
+    return dataclasses.replace(expert, components={names[0]: part})
 
 
 def _renamed(names: Collection[str], base_names: Mapping[str, TensorInfo]) -> dict[str, str]:

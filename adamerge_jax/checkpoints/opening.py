@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
-from adamerge_jax.checkpoints.diffusion import open_pipeline, refuse_pipeline_adapter
+from adamerge_jax.checkpoints.diffusion import (
+    is_component,
+    open_component,
+    open_pipeline,
+    refuse_pipeline_adapter,
+)
 from adamerge_jax.checkpoints.gguf_model import open_gguf
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
@@ -36,5 +41,7 @@ def open_in_folder(source: str, folder: Path) -> Checkpoint:
         return open_gguf(source, folder)
     if is_pipeline(folder):
         return open_pipeline(source, folder)
+    if is_component(folder):
+        return open_component(source, folder)
     refuse_pipeline_adapter(folder)
     return Checkpoint.in_folder(source, folder)

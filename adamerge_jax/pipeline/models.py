@@ -15,6 +15,7 @@ from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.config_file import classes_of, read_config_file
 from adamerge_jax.checkpoints.diffusion import (
     Pipeline,
+    absent_components,
     require_all_components,
     require_same_pipeline,
 )
@@ -186,7 +187,8 @@ def open_models(
     if isinstance(family, AnyModel):
         for expert in experts.values():
             if isinstance(expert, MatchedCheckpoint):
-                require_most(base_match, expert, recipe.keep_from_base)
+                absent = absent_components(base, expert.checkpoint)
+                require_most(base_match, expert, [*recipe.keep_from_base, *absent])
     kept_from_base = frozenset(
         name
         for name in backbone

@@ -28,6 +28,7 @@ _PIPELINES = {
     "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModel": None,  # of any architecture
     "DiffusionPipeline": None,  # of images or films, from texts or images
+    "ModelMixin": None,  # a single component of such a pipeline
     None: "zero-shot-image-classification",
 }
 """A model's purpose in the Hub's words, by the class of `transformers` that loads its tasks."""
@@ -38,6 +39,9 @@ _READERS = {
     "AutoModelForImageTextToText": "AutoProcessor",
 }
 """The class that loads what reads a model's inputs, of models that are useless without it."""
+
+_OF_DIFFUSERS = {"DiffusionPipeline": "DiffusionPipeline", "ModelMixin": "AutoModel"}
+"""Classes of `diffusers`, and those that load them whichever they are."""
 
 _IDENTIFIER = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,95}"
 """Names that the Hub's metadata can have: those of licences, and the parts of ids."""
@@ -98,7 +102,7 @@ def model_card(
     if coefficients is not None and coefficients.is_searched:
         datasets = ()  # its calibration data was not looked at
     library = "sentence-transformers" if embeds else "transformers"
-    if auto_class == "DiffusionPipeline":
+    if auto_class in _OF_DIFFUSERS:
         library = "diffusers"
     on_hub = list(dict.fromkeys(origin.hub_id for origin in origins if origin.hub_id))
     fields: dict[str, Any] = {
@@ -126,7 +130,7 @@ def model_card(
         origins=origins,
         license=fields["license"],
         datasets=datasets,
-        auto_class=auto_class or "AutoModel",
+        auto_class=_OF_DIFFUSERS.get(auto_class, auto_class or "AutoModel"),
         library=library,
         embeds=embeds,
         reader=_READERS.get(auto_class or ""),

@@ -295,6 +295,36 @@ def test_names_of_other_versions(pipelines, opened, tmp_path):
         assert again[part].keys() == tensors.keys()
 
 
+def test_single_components(pipelines, opened, tmp_path, capsys):
+    """Among themselves, and as an expert in the place of the base's one of their class."""
+    for name in ("base", "anime", "photo"):
+        (tmp_path / name).symlink_to(pipelines / name)
+        (tmp_path / f"{name}-unet").symlink_to(pipelines / name / "unet")
+    options = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
+    recipe = recipe_of(tmp_path, "anime-unet", "photo-unet")
+    fields = recipe.read_text()
+    recipe.write_text(fields.replace("base: base", "base: base-unet"))
+    run("merge", recipe, *options, "--out", tmp_path / "out")
+    merged = tmp_path / "out" / "checkpoint"
+    assert sorted(file.name for file in merged.iterdir()) == [
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert "from diffusers import AutoModel" in (merged / "README.md").read_text()
+    unet = {"unet": load_file(merged / "diffusion_pytorch_model.safetensors")}
+    experts = {task: opened[task] for task in ("anime", "photo")}
+    weights = {part: dict.fromkeys(experts, LAMBDA) for part in CONFIGS}
+    require_sums(unet, {"unet": opened["base"]["unet"]}, experts, weights)
+
+    recipe = recipe_of(tmp_path, "anime-unet")
+    run("merge", recipe, *options, "--out", tmp_path / "place")
+    placed = read_pipeline(tmp_path / "place" / "checkpoint")
+    anime = {"anime": opened["anime"]}
+    require_sums({"unet": placed["unet"]}, {"unet": opened["base"]["unet"]}, anime, weights)
+    assert "vae: as in the base, expert 'anime-unet' lacks them: 3" in capsys.readouterr().out
+
+
 def test_pipelines_that_are_refused(pipelines, tmp_path, capsys):
     def refused(*messages: str, command: str = "merge") -> None:
         recipe = recipe_of(tmp_path, "anime")
