@@ -94,7 +94,11 @@ def zero_shot_head(
     text = torch.arange(50).reshape(5, 10)
     embeddings = model.get_text_features(text).pooler_output
     normalised = torch.nn.functional.normalize(embeddings, dim=-1)
-    return {"text_embeddings": normalised.numpy(), "logit_scale": tensors["logit_scale"]}
+    return {
+        "text_embeddings": normalised.numpy(),
+        "logit_scale": tensors["logit_scale"],
+        "bias": np.zeros(len(normalised), np.float32),
+    }
 
 
 def text_batch() -> dict[str, np.ndarray]:
