@@ -33,7 +33,7 @@ TEMPLATE = (
 """A template as Qwen2-VL's is."""
 
 
-def image_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
+def image_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """A tokenizer with tokens for images."""
     return byte_tokenizer(chat_template=template, tokens=[*SPECIAL, *IMAGE_TOKENS])
 

@@ -30,6 +30,7 @@ from adamerge_jax.checkpoints.peft_config import (
     read_adapter_config,
     scalings,
 )
+from adamerge_jax.checkpoints.renamed import renamed as names_of_other_versions
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo, read_header
 from adamerge_jax.checkpoints.wrappers import without_marks
 from adamerge_jax.errors import InputError, and_more
@@ -232,7 +233,15 @@ def open_adapter(
     of_base = base.checkpoint
     checkpoint = Checkpoint(source, folder, of_base.config, of_base.config_fields, tensors)
     shapes = {name: base.shape(name) for name in base.names}
-    in_adapter = find_names((*factors, *whole), shapes, prefixes)
+    names = (*factors, *whole)
+    in_adapter = find_names(names, shapes, prefixes)
+    # An adapter has the names of the modules it was trained on, a file perhaps those of others.
+    placed_names = set(in_adapter.values())
+    in_adapter |= names_of_other_versions(
+        [name for name in shapes if name not in in_adapter],
+        [name for name in names if name not in placed_names],
+        of_base.config.model_type,
+    )
     placed = {name: factors[alias] for name, alias in in_adapter.items() if alias in factors}
     saved = {name: whole[alias] for name, alias in in_adapter.items() if alias in whole}
     used = set(in_adapter.values())

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 WHOLE_FILE = "processor_config.json"
 """The file of a whole processor, in which newer versions of `transformers` keep its parts."""
 
+TEMPLATE_FILE = "chat_template.json"
+"""The file of a processor's chat template."""
+
 _LARGEST_NUMBER = 2**16
 """The largest number in a processor's file, such as that of an image's tokens."""
 
@@ -190,6 +193,10 @@ def load_processor(
                 f"{where}: its {WHOLE_FILE}: {name} is {value!r:.80}; expected a number from 0 to "
                 f"{_LARGEST_NUMBER}"
             )
+    if tokenizer.chat_template is None:
+        # Older versions of `transformers` keep the template of a processor in a file of its own.
+        template = read_object_if_there(folder / TEMPLATE_FILE).get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
     try:
         processor = _make(_class_of(checkpoint, whole, where), folder, whole, tokenizer)
     except InputError:

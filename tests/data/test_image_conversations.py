@@ -1,6 +1,7 @@
 """Conversations with images: what is read, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,13 @@ from tests.vision_language_references import TEMPLATE, conversation, image_token
 
 
 def processor(
-    folder: Path, size: tuple[int, int] | None = (16, 16), model_type: str = "qwen2_vl"
+    folder: Path,
+    size: tuple[int, int] | None = (16, 16),
+    model_type: str = "qwen2_vl",
+    template: str | None = TEMPLATE,
 ) -> Processor:
     """The processor of a folder of a model whose tokens have no positions of their own."""
-    tokenizer = image_tokenizer()
+    tokenizer = image_tokenizer(template)
     token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     model = SimpleNamespace(token=token, positions=lambda tokens, grid: None)
     config = SimpleNamespace(model_type=model_type)
@@ -176,6 +180,23 @@ def test_a_template_that_leaves_images_out_is_refused(folder):
     reader.tokenizer.chat_template = TEMPLATE.replace("<|image_pad|>", "")
     with pytest.raises(InputError, match=r"writes 0 time\(s\).* has 1 image"):
         read([conversation(["cat.png"], "?", "cat")], folder, reader)
+
+
+def test_a_template_in_a_file_of_its_own(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    row = conversation(["cat.png"], "?", "the cat")
+    reader = processor(tmp_path, template=None)
+    with pytest.raises(InputError, match="chat template cannot write"):
+        read([row], tmp_path, reader)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    inputs, expected = (
+        read([row], root, reader).take(np.array([0]), 32)["input_ids"]
+        for root, reader in [
+            (tmp_path, processor(tmp_path, template=None)),
+            (folder, processor(folder)),
+        ]
+    )
+    np.testing.assert_array_equal(inputs, expected)
 
 
 def test_images_of_several_shapes_need_a_size(folder):

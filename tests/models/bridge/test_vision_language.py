@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -20,9 +21,12 @@ from transformers import (
 
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
+from adamerge_jax.mixing import is_lazy
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
 from adamerge_jax.objectives import NOT_PREDICTED, TargetSpec
 from adamerge_jax.pipeline.learn import _require_layers
+from adamerge_jax.pipeline.models import open_models
+from adamerge_jax.pipeline.read import load_backbone, load_expert
 from adamerge_jax.pipeline.run import learn
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.loading import parse_recipe
@@ -161,3 +165,48 @@ def test_transformers_generates_from_the_export(tiny):
     assert written.shape[1] > count
     card = (checkpoint / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "AutoProcessor" in card
+
+
+@pytest.mark.parametrize(
+    ("layers", "vision"),
+    [("model.language_model.layers", "model.visual"), ("model.layers", "visual")],
+    ids=["of today", "of older versions"],
+)
+def test_adapters_have_names_of_modules(tiny, tmp_path, layers, vision):
+    """Adapters name the modules that they were trained on, which files of the base do not have."""
+    generator = np.random.default_rng(0)
+    factors = {}
+    for module, (rows, columns) in {
+        f"{layers}.0.self_attn.q_proj": (32, 32),
+        f"{vision}.blocks.0.attn.qkv": (96, 32),
+    }.items():
+        for factor, shape in {"lora_A": (2, columns), "lora_B": (rows, 2)}.items():
+            name = f"base_model.model.{module}.{factor}.weight"
+            factors[name] = generator.normal(size=shape).astype(np.float32)
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "qkv"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    task = TASKS[0]
+    tasks = tiny.fields["tasks"] | {task: {"expert": str(tmp_path)}}
+    recipe = parse_recipe(tiny.fields | {"tasks": tasks, "keep_from_base": []})
+    models = open_models(recipe, Path("/"), to_run=False)
+    changed = {"model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"}
+    base = load_file(Path(tiny.fields["base"]) / "model.safetensors")
+    parameters = load_backbone(models, models.base, None)
+    expert = load_expert(models, task, parameters, None)
+    for parameter in models.shapes:
+        for place, name in enumerate(models.tensors(parameter)):
+            value = expert[parameter]
+            if "*" in parameter:  # stacked layers
+                value = jax.tree.map(lambda leaf, place=place: leaf[place], value)
+            value = value.materialize() if is_lazy(value) else value
+            expected = base[name]
+            if name in changed:
+                module = name.removesuffix(".weight").replace("model.layers", layers)
+                module = module.replace("visual", vision)
+                a, b = (
+                    factors[f"base_model.model.{module}.{factor}.weight"]
+                    for factor in ("lora_A", "lora_B")
+                )
+                expected = expected + b @ a
+            np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=name)
