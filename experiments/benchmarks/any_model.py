@@ -132,21 +132,23 @@ def _in_a_process(
     process = context.Process(target=_measure, args=(model_type, seconds, cache, sender))
     process.start()
     sender.close()
-    result: dict[str, Any] = {"type": model_type, "reason": f"no result in {seconds} s"}
-    while True:  # the last result is the most complete one
-        try:
-            result = receiver.recv()
-        except EOFError:
-            break
+    result: dict[str, Any] = {"type": model_type, "reason": "no result within the time limit"}
+    end = time.monotonic() + 10 * seconds  # a process that waits uses no processor time
+    try:
+        while receiver.poll(max(end - time.monotonic(), 0)):
+            result = receiver.recv()  # the last one is the most complete
+    except EOFError:
+        pass
+    process.kill()
     process.join()
     if not result.get("finished"):
         stage = "folds" if "folds" in result else "made"
-        result["reason"] = result.get("reason") or f"stopped in {seconds} s of processor time"
+        result["reason"] = result.get("reason") or "no result within the time limit"
         result.setdefault("seconds", seconds)
         if result.get("made") and stage == "folds":
-            result["learns"] = f"stopped after {seconds} s of processor time"
+            result["learns"] = "no result within the time limit"
         elif result.get("made"):
-            result["folds"] = f"stopped after {seconds} s of processor time"
+            result["folds"] = "no result within the time limit"
     return result
 
 

@@ -1,7 +1,10 @@
-"""Operations of PyTorch whose versions in torchax are replaced, for the speed of learning."""
+"""Operations of PyTorch whose versions in torchax are replaced: for speed, or as they may hang."""
 
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import torch
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -24,14 +27,87 @@ def linear(
     return checkpoint_name(y, LINEAR_OUTPUT).reshape(*x.shape[:-1], -1)
 
 
+def solve_triangular(
+    matrix: Float[Array, "... n n"],
+    right: Float[Array, "... n m"],
+    *,
+    upper: bool,
+    left: bool = True,
+    unitriangular: bool = False,
+) -> Float[Array, "... n m"]:
+    """Returns `x` with `matrix @ x = right`, or `x @ matrix = right` if not `left`.
+
+    Layers with a delta rule (Qwen3-Next) solve several systems at once. On CPU, XLA's own solver
+    may wait for ever where independent systems are solved at the same time, so that this one is of
+    products alone.
+
+    Args:
+        matrix: The matrix; what is on the other side of its diagonal is ignored.
+        right: The right side.
+        upper: True for an upper triangle.
+        left: True where the matrix is on the left.
+        unitriangular: True where the diagonal counts as ones.
+    """
+    if not left:
+        solution = solve_triangular(
+            matrix.mT, right.mT, upper=not upper, unitriangular=unitriangular
+        )
+        return solution.mT
+    batch = jnp.broadcast_shapes(matrix.shape[:-2], right.shape[:-2])
+    matrix = jnp.broadcast_to(matrix, (*batch, *matrix.shape[-2:]))
+    right = jnp.broadcast_to(right, (*batch, *right.shape[-2:]))
+    if upper:
+        return _solve_lower(matrix[..., ::-1, ::-1], right[..., ::-1, :], unitriangular)[
+            ..., ::-1, :
+        ]
+    return _solve_lower(matrix, right, unitriangular)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _solve_lower(
+    matrix: Float[Array, "... n n"], right: Float[Array, "... n m"], unit: bool
+) -> Float[Array, "... n m"]:
+    """Returns the solution for a lower triangle, row by row."""
+
+    def solve_row(row: int, solved: Array) -> Array:
+        weights = jax.lax.dynamic_slice_in_dim(matrix, row, 1, -2)
+        value = jax.lax.dynamic_slice_in_dim(right, row, 1, -2) - weights @ solved
+        if not unit:
+            value = value / jax.lax.dynamic_slice_in_dim(weights, row, 1, -1)
+        return jax.lax.dynamic_update_slice_in_dim(solved, value, row, -2)
+
+    return jax.lax.fori_loop(0, matrix.shape[-1], solve_row, jnp.zeros_like(right))
+
+
+def _solve_lower_forward(matrix: Array, right: Array, unit: bool) -> tuple[Array, Any]:
+    solution = _solve_lower(matrix, right, unit)
+    return solution, (matrix, solution)
+
+
+def _solve_lower_backward(unit: bool, kept: Any, gradient: Array) -> tuple[Array, Array]:
+    # Kept are the matrix and the solution, not the solutions of all rows.
+    matrix, solution = kept
+    of_right = solve_triangular(matrix.mT, gradient, upper=True, unitriangular=unit)
+    return -jnp.tril(of_right @ solution.mT, -1 if unit else 0), of_right
+
+
+_solve_lower.defvjp(_solve_lower_forward, _solve_lower_backward)
+
+
 def replace_operations(environment: Any) -> None:
     """Replaces operations in an environment of torchax."""
     from torchax.ops.ops_registry import Operator
 
-    for operation in (torch.nn.functional.linear, torch.ops.aten.linear):
+    replacements = {
+        torch.nn.functional.linear: linear,
+        torch.ops.aten.linear: linear,
+        torch.linalg.solve_triangular: solve_triangular,
+        torch.ops.aten.linalg_solve_triangular: solve_triangular,
+    }
+    for operation, replacement in replacements.items():
         environment._ops[operation] = Operator(
             operation,
-            linear,
+            replacement,
             is_jax_function=True,
             is_user_defined=True,
             needs_env=False,
