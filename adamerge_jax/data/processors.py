@@ -28,6 +28,12 @@ TEMPLATE_FILE = "chat_template.json"
 _LARGEST_NUMBER = 2**16
 """The largest number in a processor's file, such as that of an image's tokens."""
 
+_MOST_PIECES = 256
+"""Pieces of an image at most: models are made for 4 to 40."""
+
+_TOKENS_OF_PIECE = 256
+"""Tokens that count as a piece, of an image that is not cut into any."""
+
 _AREA_SIGNS = ("merge_size", "min_pixels", "max_pixels")
 """Fields of image processors whose sizes are numbers of pixels in an image."""
 
@@ -185,6 +191,7 @@ def load_processor(
         try:
             by_area = isinstance(fields, Mapping) and any(sign in fields for sign in _AREA_SIGNS)
             require_fields(fields, channels, by_area=by_area)
+            _require_few_pieces(fields)
         except InputError as error:
             raise InputError(f"{where}: its {name}: {error}") from error
     for name, value in whole.items():
@@ -211,6 +218,33 @@ def load_processor(
             f"{in_one_line(error)}; save it again with processor.save_pretrained(folder)"
         ) from error
     return Processor(processor, tokenizer, model, size)
+
+
+def _require_few_pieces(fields: Mapping[str, Any]) -> None:
+    """Refuses an image processor that cuts an image into more pieces than a memory holds."""
+    size, piece = fields.get("size"), fields.get("max_image_size")
+    longest = size.get("longest_edge") if isinstance(size, Mapping) else None
+    pieces: dict[str, float] = {
+        name: fields[name]
+        for name in ("max_patches", "pan_and_scan_max_num_crops")
+        if isinstance(fields.get(name), int)
+    }
+    if isinstance(piece, Mapping) and longest is not None:
+        side = piece.get("longest_edge")
+        if not isinstance(side, int) or side < 1:
+            raise InputError(f"max_image_size.longest_edge is {side!r:.80}; expected pixels")
+        pieces["size / max_image_size"] = (longest / side) ** 2
+    patch, merged = fields.get("patch_size", 14), fields.get("merge_size")
+    if isinstance(patch, int) and isinstance(merged, int):
+        side = patch * merged
+        most = max(filter(None, (longest, fields.get("min_pixels"), fields.get("max_pixels"), 1)))
+        # Each is one token.
+        pieces["size / (patch_size * merge_size)**2"] = most / side**2 / _TOKENS_OF_PIECE
+    for name, count in pieces.items():
+        if count > _MOST_PIECES:
+            raise InputError(
+                f"{name} makes {count:.0f} pieces of an image; expected at most {_MOST_PIECES}"
+            )
 
 
 def has_processor(folder: Path) -> bool:

@@ -267,6 +267,13 @@ def test_images_in_pieces_count_as_several(tmp_path):
         ("preprocessor_config.json", {"patch_size": 0}, "patch_size is 0; expected"),
         ("preprocessor_config.json", {"merge_size": "2"}, "merge_size is '2'; expected"),
         ("preprocessor_config.json", {"min_pixels": 10**12}, "min_pixels is 10+; expected"),
+        ("preprocessor_config.json", {"patch_size": 1, "max_pixels": 2**25}, "makes .* pieces"),
+        (
+            "preprocessor_config.json",
+            {"merge_size": None, "size": {"longest_edge": 9999}, "max_image_size": {}},
+            r"max_image_size.longest_edge is None",
+        ),
+        ("preprocessor_config.json", {"max_patches": 10**6}, "max_patches makes 1000000 pieces"),
         ("processor_config.json", {"image_seq_length": 10**9}, "image_seq_length is 10+; expected"),
         (
             "processor_config.json",
