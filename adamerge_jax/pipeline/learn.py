@@ -539,7 +539,9 @@ def _require_layers(target_specs: Mapping[str, TargetSpec], models: Models) -> N
     count = max(depths, default=0)
     if models.config.is_encoder_decoder:
         # Hidden states are the decoder's, and the encoder may have more layers.
-        count = models.config.num_decoder_layers
+        fields = ("num_decoder_layers", "decoder_layers")  # T5's, and BART's
+        config = models.config
+        count = next((getattr(config, name) for name in fields if hasattr(config, name)), count)
     elif models.family.bridged:
         # Its layers are not stacked; some models, such as a ResNet, do not say how many there are.
         config = models.config.get_text_config()

@@ -20,6 +20,8 @@ _EXPLAINED = """\
   family. **bridge**: by the model's own PyTorch forward, as `adamerge learn` does it. **whole**: by
   the same bridge, in classes for which recipes have no kind yet; the Python API alone learns them.
 - **learn, of those made**: the three together.
+- A run that was interrupted goes on where it was. Types come at random, those that recipes can
+  learn first, so that the types of an unfinished run are a sample of them.
 - Models that read images and texts are given both where a rule makes such inputs; the list says
   which were given texts alone."""
 
