@@ -69,6 +69,11 @@ def learn(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
         NotLearnedError: PyTorch's own loop cannot run, or says nothing.
         InputError: The package refuses the model.
     """
+    if is_known(model.config) and family_of(model.config).auto_class is None:
+        # A CLIP is learned by its images; its texts are names of classes.
+        read = model.get_image_features
+        model.forward = lambda **images: (read(**images).pooler_output,)
+        inputs = {"pixel_values": inputs["pixel_values"]}
     module = Reference(model, inputs)
     in_jax = _in_jax(model, inputs, module)
     deltas = module.deltas(
@@ -108,8 +113,6 @@ class Reference:
                 or has a gradient.
         """
         self.model, self.inputs = model, inputs
-        if is_known(model.config) and family_of(model.config).auto_class is None:
-            model.forward = model.get_image_features
         self._parameters = {
             name: value.detach()
             for name, value in model.state_dict(keep_vars=True).items()
