@@ -26,7 +26,7 @@ from transformers import (
     ViTModel,
 )
 
-from tests.references import randomise
+from tests.references import EXPORT, randomise
 
 _SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 BERT = dict(vocab_size=40, max_position_embeddings=48, **_SIZES)
@@ -109,8 +109,8 @@ def save_experts(
     """Saves a base, an adapter for each task, and the models that PEFT makes of them.
 
     Returns:
-        The fields `base` and `tasks` of a recipe with the adapters, and of one with the whole
-        models. The tasks have no data.
+        The fields `base`, `tasks` and `export` of a recipe with the adapters, and of one with the
+        whole models. The tasks have no data.
     """
     base = root / "base" if (root / "base").exists() else save_base(kind, root / "base")
     fields = {"adapters": {}, "whole": {}}
@@ -126,4 +126,6 @@ def save_experts(
         adapted.merge_and_unload().save_pretrained(root / "whole" / task)
         for form, tasks in fields.items():
             tasks[task] = {"expert": str(root / form / task), "calibration": "none"}
-    return tuple({"base": str(base), "tasks": tasks} for tasks in fields.values())
+    return tuple(
+        {"base": str(base), "tasks": tasks, "export": dict(EXPORT)} for tasks in fields.values()
+    )

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.references import randomise, write_json_lines
+from tests.references import EXPORT, randomise, write_json_lines
 
 TASKS = ("counting", "naming", "rhyming")
 
@@ -102,6 +102,7 @@ def save_models(
         "base": str(root / "base"),
         "tasks": {task: {"expert": str(root / task)} for task in TASKS},
         "max_length": 32,
+        "export": dict(EXPORT),
     }
 
 

@@ -423,7 +423,7 @@ def test_an_empty_folder_stays_empty(text_recipe, tmp_path, capfd):
 
 
 def test_a_run_folder_that_orbax_takes_for_a_pattern(text_recipe, tmp_path, capfd):
-    recipe = write_recipe(tmp_path, text_recipe)
+    recipe = write_recipe(tmp_path, text_recipe | {"export": {}})
     out = tmp_path / "run [v2]"
     status, said = failure(capfd, "learn", str(recipe), "--out", str(out))
     assert status == 2

@@ -122,7 +122,7 @@ def test_the_exported_model(name, image_recipe, tmp_path):
 
 def test_a_method_with_interference_steps_is_exported(image_recipe, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(image_recipe))
+    recipe.write_text(yaml.safe_dump(image_recipe | {"export": {}}))
     main(["merge", str(recipe), "--method", "ties", "--out", str(tmp_path / "merged")])
     assert (tmp_path / "merged" / "checkpoint" / "model.safetensors").is_file()
     assert (tmp_path / "merged" / "orbax").is_dir()

@@ -155,7 +155,7 @@ def test_a_home_folder_that_no_shell_has_filled_in(text_fields, file, tmp_path, 
     recipe = write_recipe(tmp_path, text_fields)
     cli.main(["fold", str(recipe), str(file), "--out=~/out", "--scale", "tone=0"])
     found = {entry.name for entry in (tmp_path / "out").iterdir()}
-    assert found == {"checkpoint", "coefficients.safetensors", "orbax"}
+    assert found == {"checkpoint", "coefficients.safetensors"}
 
 
 def test_factors_are_read():

@@ -119,7 +119,7 @@ def fields(image_fields) -> dict[str, Any]:
         name: {key: own for key, own in task.items() if key != "test"}
         for name, task in image_fields["tasks"].items()
     }
-    return image_fields | COARSE | {"tasks": tasks}
+    return image_fields | COARSE | {"tasks": tasks, "export": {}}
 
 
 @pytest.fixture(scope="module")
