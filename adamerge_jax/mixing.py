@@ -7,6 +7,7 @@ model never exists as a whole.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -163,13 +164,32 @@ def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
     def leaf(path: tuple, parameter: Array | Mixture) -> Array:
         if not is_mixture(parameter):
             return parameter
-        if is_stacked(leaf_name(path)):
-            layers, sources = apart_from_layers(parameter)
-            return jax.lax.map(lambda layer: with_sources(layer, sources).materialize(), layers)
-        return parameter.materialize()
+        return _materialize_one(parameter, is_stacked(leaf_name(path)))
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_mixture)
 
 
-materialize_compiled = jax.jit(materialize)
-"""The compiled `materialize`, for a whole model or one tensor outside another compiled function."""
+def materialize_compiled(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
+    """Turns every `Mixture` in the tree into an array by a compiled function.
+
+    For a whole model or one tensor outside another compiled function. Names are no part of what is
+    compiled: tensors of one shape that are folded one after the other share a program.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_mixture)
+    mixtures = [(leaf, is_stacked(leaf_name(path))) for path, leaf in leaves if is_mixture(leaf)]
+    parameters, stacked = zip(*mixtures, strict=True) if mixtures else ((), ())
+    merged = iter(_materialize_all(parameters, stacked))
+    arrays = [next(merged) if is_mixture(leaf) else leaf for _, leaf in leaves]
+    return jax.tree_util.tree_unflatten(structure, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _materialize_all(mixtures: tuple[Mixture, ...], stacked: tuple[bool, ...]) -> list[Array]:
+    return [_materialize_one(*one) for one in zip(mixtures, stacked, strict=True)]
+
+
+def _materialize_one(mixture: Mixture, stacked: bool) -> Array:
+    if not stacked:
+        return mixture.materialize()
+    layers, sources = apart_from_layers(mixture)
+    return jax.lax.map(lambda layer: with_sources(layer, sources).materialize(), layers)
