@@ -479,7 +479,7 @@ def test_inspect(text_run, capsys):
     printed = capsys.readouterr().out
     assert "granularity    tensor" in printed
     assert "constraint     clip" in printed
-    assert "bert.encoder.layer.3" in printed
+    assert "bert.encoder.layer.1" in printed
     coefficients = Coefficients.load(text_run.folder / "coefficients.safetensors")
     pooler = [v for group, v in coefficients.values.items() if group.startswith("bert.pooler")]
     line = next(line for line in printed.splitlines() if "bert.pooler" in line)

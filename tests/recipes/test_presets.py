@@ -355,9 +355,9 @@ def learn(
         "evaluate_every": STEPS,
         "rematerialize": "nothing",
     } | learning
-    coefficients = (
-        {"coarse": {"steps": STEPS}} if "coarse" in PRESETS[preset]["coefficients"] else {}
-    )
+    coefficients = dict(fields.get("coefficients", {}))
+    if "coarse" in PRESETS[preset]["coefficients"]:
+        coefficients["coarse"] = {"steps": STEPS}
     recipe = parse_recipe(
         fields | {"preset": preset, "learning": short, "coefficients": coefficients}
     )
