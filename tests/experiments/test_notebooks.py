@@ -27,16 +27,16 @@ RUNNER = load_script(FOLDER / "execute.py")
 LONG = {
     "ablation": {
         "STEPS = 60": "STEPS = 5",
-        "[10, 25, 70, 200]": "[10, 40]",
+        "[10, 25, 70, 200]": "[40]",
         '("task", "tensor", "row")\n': '("task", "row")\n',
         '"osD", strict=True': '"os", strict=True',
     },
     "add_an_expert": {'= "faint", 60, 0.03': '= "faint", 4, 0.03'},
-    "merge_in_twenty_lines": {'"base": "base",': '"base": "base", "learning": {"steps": 5},'},
+    "merge_in_twenty_lines": {'"base": "base",': '"base": "base", "learning": {"steps": 5, "copies": 0},'},
     "own_model": {"steps=300": "steps=30", "steps=500": "steps=30"},
     "reading_a_map": {
         'read_fields(folder / "recipe.yaml")': 'read_fields(folder / "recipe.yaml") | '
-        '{"learning": {"steps": 5}}'
+        '{"learning": {"steps": 5, "copies": 0}}'
     },
 }
 """What a test writes instead, so that a notebook learns less, by its name."""

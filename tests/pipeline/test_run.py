@@ -345,7 +345,7 @@ def test_coefficients_say_where_they_come_from(text_run, text_fields):
 def test_the_checkpoint_is_the_merge_in_several_files(text_run):
     checkpoint = text_run.folder / "checkpoint"
     sizes = [file.stat().st_size for file in checkpoint.glob("*.safetensors")]
-    assert len(sizes) == 3
+    assert len(sizes) > 1
     assert max(sizes) < 1.1e6
     written = weights(checkpoint)
     merged = text_run.merged()

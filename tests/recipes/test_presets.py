@@ -25,7 +25,7 @@ from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS, apply_preset
 from adamerge_jax.recipes.schema import Recipe
 from tests.references import learning_inputs
 
-STEPS = 10
+STEPS = 6
 BATCH_SIZE = 4
 
 LONG_STEPS = (
@@ -348,7 +348,7 @@ def losses(recipe: Recipe, reference: Reference, merged: Tensors, batch: Batch):
 def learn(
     fields: dict[str, Any], preset: str, **learning: Any
 ) -> tuple[Recipe, LearningInputs, list]:
-    """Runs the package for 10 steps, and no step less: the coefficients of each stage."""
+    """Runs the package for so many steps, and no step less: the coefficients of each stage."""
     short = {
         "steps": STEPS,
         "batch_size": BATCH_SIZE,
@@ -370,7 +370,7 @@ def learn(
 
     found: list[Coefficients] = []
     learn_coefficients(inputs, show_stage=watch, on_result=found.append)
-    # The last coefficients are the best on the held-out data, so that they are those of 10 steps.
+    # The last coefficients are the best on the held-out data, so that they are those of all steps.
     assert [each.step for each in found] == [STEPS] * len(found)
     return recipe, inputs, found
 

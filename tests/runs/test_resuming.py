@@ -316,7 +316,7 @@ def test_what_is_no_run_cannot_go_on(fields, tmp_path, capsys):
 
 def test_a_run_that_is_killed(fields, tmp_path):
     """A process that is killed by the system, and another one that goes on."""
-    learning = COARSE["learning"] | {"steps": 300, "evaluate_every": 50}
+    learning = COARSE["learning"] | {"steps": 100, "evaluate_every": 20}
     fields = fields | {"coefficients": {"granularity": "tensor"}, "learning": learning}
     expected = learn(tmp_path / "undisturbed", fields)
     recipe = write_recipe(tmp_path, fields)
@@ -328,7 +328,7 @@ def test_a_run_that_is_killed(fields, tmp_path):
     process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         lines = run / "metrics.jsonl"
-        if lines.is_file() and lines.read_bytes().count(b"\n") > 130:
+        if lines.is_file() and lines.read_bytes().count(b"\n") > 50:
             process.kill()
             break
         time.sleep(0.002)
