@@ -62,9 +62,9 @@ IMAGE_TASKS = {"shape": 2, "colour": 3}
 BERT = dict(
     vocab_size=2560,
     hidden_size=96,
-    num_hidden_layers=2,
+    num_hidden_layers=4,
     num_attention_heads=4,
-    intermediate_size=192,
+    intermediate_size=96,
     max_position_embeddings=32,
 )
 VIT = dict(

@@ -32,7 +32,9 @@ LONG = {
         '"osD", strict=True': '"os", strict=True',
     },
     "add_an_expert": {'= "faint", 60, 0.03': '= "faint", 4, 0.03'},
-    "merge_in_twenty_lines": {'"base": "base",': '"base": "base", "learning": {"steps": 5, "copies": 0},'},
+    "merge_in_twenty_lines": {
+        '"base": "base",': '"base": "base", "learning": {"steps": 5, "copies": 0},'
+    },
     "own_model": {"steps=300": "steps=30", "steps=500": "steps=30"},
     "reading_a_map": {
         'read_fields(folder / "recipe.yaml")': 'read_fields(folder / "recipe.yaml") | '

@@ -133,7 +133,7 @@ def test_forgetting_a_task(text_recipe, tmp_path):
             "evaluate_every": 2,
             "batch_size": 4,
             "held_out": 0.5,
-            "optimizer": {"learning_rate": 0.05},
+            "optimizer": {"learning_rate": 0.02},
         },
     )
     _, _, progress = seen[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from adamerge_jax.checkpoints import fingerprint, huggingface, safetensors_file
+from adamerge_jax.checkpoints import fingerprint, safetensors_file
 from adamerge_jax.cli import main as cli
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.learn import prepare
@@ -48,7 +48,7 @@ def no_weights(monkeypatch):
         raise AssertionError(f"{name} is read")
 
     monkeypatch.setattr(safetensors_file, "safe_open", HeaderOnly)
-    for module in (huggingface, fingerprint):
+    for module in (safetensors_file, fingerprint):
         monkeypatch.setattr(module, "read_entries", refuse)
 
 

@@ -25,7 +25,7 @@ from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS, apply_preset
 from adamerge_jax.recipes.schema import Recipe
 from tests.references import learning_inputs
 
-STEPS = 6
+STEPS = 8
 BATCH_SIZE = 4
 
 LONG_STEPS = (
