@@ -37,9 +37,8 @@ def solve_triangular(
 ) -> Float[Array, "... n m"]:
     """Returns `x` with `matrix @ x = right`, or `x @ matrix = right` if not `left`.
 
-    Layers with a delta rule (Qwen3-Next) solve several systems at once. On CPU, XLA's own solver
-    may wait for ever where independent systems are solved at the same time, so that this one is of
-    products alone.
+    With XLA's own solver the learning of models with a delta rule (Lara, Qwen3-Next) did not end
+    on CPU, for a reason that was not found. This one is of products alone.
 
     Args:
         matrix: The matrix; what is on the other side of its diagonal is ignored.

@@ -4,9 +4,12 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from adamerge_jax.errors import InputError
+
+_GRADIENTS_STOP = ContextVar("gradients_stop", default=True)  # under torch.no_grad()
 
 
 @functools.cache
@@ -30,6 +33,7 @@ def torch_in_jax() -> Any:
 
     replace_operations(environment)
     _take_in_constants(environment)
+    _stop_gradients(environment)
     return environment
 
 
@@ -48,6 +52,46 @@ def _take_in_constants(environment: Any) -> None:
         return unwrap(_pytree.tree_map_only(torch.Tensor, take_in, values))
 
     environment.t2j_iso = unwrap_all
+
+
+def _stop_gradients(environment: Any) -> None:
+    """Lets no gradient through what a model computes under `torch.no_grad()`, or detaches.
+
+    Some models do the first of their cycles so. JAX knows nothing of PyTorch's gradient mode.
+    """
+    import jax
+    import torch
+    from torch.utils import _pytree
+    from torchax.tensor import Tensor
+
+    dispatch = environment.dispatch
+    detaches = (torch.Tensor.detach, torch.ops.aten.detach.default, torch.ops.aten.detach)
+
+    def stopped(value: Any) -> Any:
+        if not is_in_jax(value):
+            return value
+        return Tensor(jax.lax.stop_gradient(environment.t2j_iso(value)), environment)
+
+    def dispatch_and_stop(function: Any, types: Any, arguments: Any, options: Any) -> Any:
+        result = dispatch(function, types, arguments, options)
+        has_no_gradient = _GRADIENTS_STOP.get() and not torch.is_grad_enabled()
+        if not (has_no_gradient or function in detaches):
+            return result
+        if arguments and result is arguments[0]:  # in place
+            return result
+        return _pytree.tree_map_only(torch.Tensor, stopped, result)
+
+    environment.dispatch = dispatch_and_stop
+
+
+@contextmanager
+def gradients_pass() -> Iterator[None]:
+    """Lets gradients through code that `transformers` runs under `torch.no_grad()`."""
+    before = _GRADIENTS_STOP.set(False)
+    try:
+        yield
+    finally:
+        _GRADIENTS_STOP.reset(before)
 
 
 def is_in_jax(value: Any) -> bool:

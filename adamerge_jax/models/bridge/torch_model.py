@@ -102,7 +102,7 @@ class TorchModel:
                 _without_checks_of_values(),
                 _masks_by_broadcasting(),
                 environment,
-                torch.no_grad(),
+                torch.enable_grad(),  # parts of a model may stop gradients
             ):
                 filling = self.weights.parameters(tensors, list(outside))
                 constants = [

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from adamerge_jax.mixing import Lazy, is_lazy
-from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
+from adamerge_jax.models.bridge.torch_in_jax import gradients_pass, torch_in_jax
 
 
 class Group(NamedTuple):
@@ -101,7 +101,8 @@ class Weights:
         environment = torch_in_jax()
 
         def save(parameters: dict[str, Array]) -> list[Array]:
-            saved = revert_weight_conversion(self._model, environment.j2t_iso(parameters))
+            with gradients_pass():
+                saved = revert_weight_conversion(self._model, environment.j2t_iso(parameters))
             return [saved[name].jax() for name in group.tensors]
 
         shapes = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from adamerge_jax.models.bridge.operations import solve_triangular
+from adamerge_jax.models.bridge.torch_in_jax import gradients_pass, torch_in_jax
 
 
 @pytest.mark.parametrize("upper", [False, True])
@@ -32,3 +33,27 @@ def test_triangular_systems_and_their_gradients_are_pytorchs(upper, left, unitri
     np.testing.assert_allclose(solution, expected.detach(), atol=1e-5)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         np.testing.assert_allclose(gradient, leaf.grad, atol=1e-5)
+
+
+def stopping_parts(x: torch.Tensor) -> torch.Tensor:
+    """Takes every way in which a model stops gradients, each times x."""
+    with torch.no_grad():
+        squares, view = (x * x)[1:], x.view(-1)
+    return (x.detach() * x).sum() + (squares * x[1:]).sum() + (view * x * x).sum()
+
+
+def test_gradients_stop_where_pytorchs_do():
+    values = np.arange(1, 5, dtype=np.float32)
+    leaf = torch.tensor(values, requires_grad=True)
+    stopping_parts(leaf).backward()
+    environment = torch_in_jax()
+
+    def total(x):
+        with environment, torch.enable_grad():
+            return environment.t2j_iso(stopping_parts(environment.j2t_iso(x)))
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.asarray(values)), leaf.grad, rtol=1e-6)
+    with gradients_pass():  # x, 3 x^2 for all but the first, and 3 x^2
+        gradient = jax.grad(total)(jnp.asarray(values))
+    passing = values + 3 * values**2 * (np.arange(4) > 0) + 3 * values**2
+    np.testing.assert_allclose(gradient, passing, rtol=1e-6)
