@@ -37,8 +37,11 @@ hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("tests")
 
 
-# Modules that start processes, most of a minute each.
-_LONG = {"test_devices", "test_imports"}
+# Modules that take most of a minute each.
+_LONG = {
+    *("test_devices", "test_notebooks", "test_resuming", "test_presets"),
+    *("test_run", "test_imports", "test_initial_merge"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
