@@ -177,8 +177,9 @@ def materialize_compiled(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_mixture)
     mixtures = [(leaf, is_stacked(leaf_name(path))) for path, leaf in leaves if is_mixture(leaf)]
-    parameters, stacked = zip(*mixtures, strict=True) if mixtures else ((), ())
-    merged = iter(_materialize_all(parameters, stacked))
+    if not mixtures:
+        return tree
+    merged = iter(_materialize_all(*zip(*mixtures, strict=True)))
     arrays = [next(merged) if is_mixture(leaf) else leaf for _, leaf in leaves]
     return jax.tree_util.tree_unflatten(structure, arrays)
 

@@ -14,12 +14,7 @@ def read_object(file: Path) -> dict[str, Any]:
         InputError: It cannot be read, is no JSON or no UTF-8, is nested too deep, or holds
             something else than an object.
     """
-    fields = _read(file)
-    if not isinstance(fields, dict):
-        raise InputError(
-            f"{file} holds no fields (but {type(fields).__name__}); copy or download it again"
-        )
-    return fields
+    return _read(file, dict, "fields")
 
 
 def read_object_if_there(file: Path) -> dict[str, Any]:
@@ -34,18 +29,18 @@ def read_list(file: Path) -> list[Any]:
         InputError: It cannot be read, is no JSON or no UTF-8, is nested too deep, or holds
             something else than a list.
     """
-    items = _read(file)
-    if not isinstance(items, list):
-        raise InputError(
-            f"{file} holds no list (but {type(items).__name__}); copy or download it again"
-        )
-    return items
+    return _read(file, list, "list")
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, kind: type, in_words: str) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{file} is not JSON: {in_one_line(error)}; copy or download it again"
         ) from error
+    if not isinstance(content, kind):
+        raise InputError(
+            f"{file} holds no {in_words} (but {type(content).__name__}); copy or download it again"
+        )
+    return content
