@@ -94,6 +94,31 @@ def gradients_pass() -> Iterator[None]:
         _GRADIENTS_STOP.reset(before)
 
 
+@contextmanager
+def custom_functions_have_gradients() -> Iterator[None]:
+    """Has JAX differentiate the forward of each `torch.autograd.Function`.
+
+    PyTorch computes it without gradients, as the function comes with a backward of its own; that is
+    not used.
+    """
+    import torch
+
+    before = torch.autograd.Function.__dict__["apply"]
+
+    def apply(function: Any, *arguments: Any, **options: Any) -> Any:
+        run = before.__get__(None, function)
+        if not torch.is_grad_enabled():
+            return run(*arguments, **options)
+        with gradients_pass():
+            return run(*arguments, **options)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = before
+
+
 def is_in_jax(value: Any) -> bool:
     """Returns True for a tensor that JAX computes, and False for a plain one on the host."""
     from torchax.tensor import Tensor

@@ -14,7 +14,11 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adamerge_jax.mixing import Lazy
-from adamerge_jax.models.bridge.torch_in_jax import is_in_jax, torch_in_jax
+from adamerge_jax.models.bridge.torch_in_jax import (
+    custom_functions_have_gradients,
+    is_in_jax,
+    torch_in_jax,
+)
 from adamerge_jax.models.bridge.weights import Weights
 from adamerge_jax.models.layers import POLICIES
 from adamerge_jax.models.rematerialization import Rematerialize
@@ -101,6 +105,7 @@ class TorchModel:
                 _without_notes_of_wide_integers(),
                 _without_checks_of_values(),
                 _masks_by_broadcasting(),
+                custom_functions_have_gradients(),
                 environment,
                 torch.enable_grad(),  # parts of a model may stop gradients
             ):

@@ -6,18 +6,37 @@ import numpy as np
 import pytest
 import torch
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.bert.modeling_bert import BertOutput
 
 from adamerge_jax.mixing import mix
 from adamerge_jax.models.bridge.family import bridged_family
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.task_vectors import DenseDelta
-from tests.models.bridge.tiny import gradient, tiny, tiny_language_model
+from tests.models.bridge.tiny import Square, gradient, tiny, tiny_language_model
 
 ARCHITECTURES = ("bert", "deberta-v2", "modernbert", "resnet")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_states_and_gradient_are_pytorchs(name):
+    require_same(name)
+
+
+def test_gradients_stop_and_pass_within_a_layer_as_pytorchs_do(monkeypatch):
+    """Under `torch.no_grad()`, and in a function with a backward of its own, which Bloom has."""
+    forward = BertOutput.forward
+
+    def changed(layer, states, residual):
+        with torch.no_grad():
+            stopped = torch.tanh(states)
+        return forward(layer, Square.apply(states) + stopped, residual)
+
+    monkeypatch.setattr(BertOutput, "forward", changed)
+    require_same("bert")
+
+
+def require_same(name: str) -> None:
+    """Compares a tiny model's logits, hidden states and gradients with PyTorch's."""
     case = tiny(name)
     config = case.model.config
     family = bridged_family(config, type(case.model).__name__)

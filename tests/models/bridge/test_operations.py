@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from adamerge_jax.models.bridge.operations import solve_triangular
-from adamerge_jax.models.bridge.torch_in_jax import gradients_pass, torch_in_jax
+from adamerge_jax.models.bridge.torch_in_jax import (
+    custom_functions_have_gradients,
+    gradients_pass,
+    torch_in_jax,
+)
+from tests.models.bridge.tiny import Square
 
 
 @pytest.mark.parametrize("upper", [False, True])
@@ -57,3 +62,22 @@ def test_gradients_stop_where_pytorchs_do():
         gradient = jax.grad(total)(jnp.asarray(values))
     passing = values + 3 * values**2 * (np.arange(4) > 0) + 3 * values**2
     np.testing.assert_allclose(gradient, passing, rtol=1e-6)
+
+
+def test_functions_with_a_backward_of_their_own_have_gradients():
+    values = np.arange(1, 5, dtype=np.float32)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            stopped = Square.apply(x)
+        return (Square.apply(x) * x).sum() + (stopped * x).sum()
+
+    leaf = torch.tensor(values, requires_grad=True)
+    total(leaf).backward()
+    environment = torch_in_jax()
+
+    def in_jax(x):
+        with custom_functions_have_gradients(), environment, torch.enable_grad():
+            return environment.t2j_iso(total(environment.j2t_iso(x)))
+
+    np.testing.assert_allclose(jax.grad(in_jax)(jnp.asarray(values)), leaf.grad, rtol=1e-6)

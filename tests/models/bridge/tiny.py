@@ -153,3 +153,16 @@ def gradient(
     leaves = {name: scale.clone().requires_grad_() for name, scale in scales.items()}
     function(leaves).backward()
     return {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+
+
+class Square(torch.autograd.Function):
+    """The square of x, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
