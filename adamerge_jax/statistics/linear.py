@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.parameter_names import is_stacked, stack_of
 from adamerge_jax.statistics.tap import tap
@@ -22,6 +23,9 @@ _EXAMPLES, _TOKENS, _DECODER_TOKENS = 5, 2, 3
 """Sizes of the traced batch, by which the rows of a layer's inputs are told apart."""
 
 MASK, DECODER_MASK = "attention_mask", "decoder_attention_mask"
+
+_OF_TOKENS = ("_ids", "_mask")
+"""Endings of the names of arrays whose last axis is that of tokens."""
 
 
 class Layer(NamedTuple):
@@ -69,6 +73,9 @@ def find_linear(
         run: The model; it is traced only.
         parameters: Its parameters.
         inputs: A batch, of which only shapes and dtypes are looked at.
+
+    Raises:
+        InputError: No linear layer shows its inputs.
     """
     rows: dict[str, int] = {}
     tables = set()
@@ -89,7 +96,14 @@ def find_linear(
         texts = _EXAMPLES * math.prod(inputs["input_ids"].shape[1:-1])  # two of each pair
         by_rows = {texts * _TOKENS: MASK, texts * _DECODER_TOKENS: DECODER_MASK}
     masks = {name: by_rows.get(count) for name, count in rows.items() if name not in tables}
-    return Linear(masks, _layers_of(masks, parameters))
+    layers = _layers_of(masks, parameters)
+    if not layers:
+        raise InputError(
+            "no linear layer of this model shows its inputs, from which the method merges weights; "
+            "models that are run by their own PyTorch forward show none: take a method that needs "
+            "no data, such as tsv_m, or fisher"
+        )
+    return Linear(masks, layers)
 
 
 def row_weights(
@@ -124,7 +138,7 @@ def _small_batch(
     small = {}
     for name, array in inputs.items():
         shape = (_EXAMPLES, *array.shape[1:])
-        if "input_ids" in inputs and array.ndim >= 2:
+        if "input_ids" in inputs and array.ndim >= 2 and name.endswith(_OF_TOKENS):
             length = _DECODER_TOKENS if name.startswith("decoder_") else _TOKENS
             shape = (*shape[:-1], length)
         small[name] = jax.ShapeDtypeStruct(shape, array.dtype)

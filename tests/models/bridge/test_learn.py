@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
@@ -39,6 +40,7 @@ from tests.references import (
     randomise,
     sentences,
     write_json_lines,
+    write_recipe,
 )
 
 STEPS = 5
@@ -151,6 +153,16 @@ def test_a_run_exports_what_transformers_loads(fields, tmp_path):
         folded = load_file(again / "checkpoint" / weights.relative_to(run.folder / "checkpoint"))
         assert learned.keys() == folded.keys()  # in the order of the base's file
         assert all(np.array_equal(learned[name], folded[name]) for name in learned)
+
+
+def test_a_merge_by_the_inputs_of_layers_is_refused(fields, tmp_path, capsys):
+    """No layer shows them, so that it would be the average."""
+    with pytest.raises(SystemExit) as caught:
+        recipe = write_recipe(tmp_path, fields)
+        cli.main(["merge", str(recipe), "--method", "regmean", "--out", str(tmp_path / "merged")])
+    assert caught.value.code == 2
+    assert "no linear layer of this model shows its inputs" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_operation_without_a_counterpart_is_named(monkeypatch, fields):
