@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules.pooling import Pooling
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
+from adamerge_jax.models.bridge.family import bridged_encoder
 from adamerge_jax.models.embedder import embedder_family, pool
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from tests.references import parameters_of, randomise
@@ -85,3 +86,9 @@ def test_texts_and_pairs_are_embedded_as_by_transformers(kind: str, further: Any
 def test_models_of_two_stacks_are_refused() -> None:
     with pytest.raises(InputError, match="a decoder behind an encoder"):
         embedder_family(family_of(transformers.T5Config()), EmbeddingForm("mean", True))
+
+
+def test_a_model_that_reads_no_texts_is_refused() -> None:
+    config = transformers.ConvNextConfig(hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1])
+    with pytest.raises(InputError, match="ConvNextModel reads no input_ids"):
+        bridged_encoder(config)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -105,37 +107,13 @@ def bridged_family(config: Config, architecture: str) -> Family:
         InputError: PyTorch or torchax is missing, models of this class are of no kind that is
             learned, or an operation of theirs cannot run in JAX.
     """
-    torch_in_jax()
-    kind = _kind_of(config, architecture)
-    model = empty_model(kind.auto_class, config)
-    images = TorchImages(model) if kind.images else None
-    reads = TorchBackbone(model, "nothing", language=kind.language).inputs
-    if kind.inputs[0] not in reads:
+    kind = kind_of(config, architecture)
+    if kind is None:
         raise InputError(
-            f"config.json: the base model of a {architecture} reads no {kind.inputs[0]}, so that "
-            f"its coefficients cannot be learned; {_STILL_FOLDS}"
+            f"config.json: coefficients cannot be learned for a {architecture} of model_type "
+            f"{config.model_type!r}; {_STILL_FOLDS}"
         )
-    family = BridgedFamily(
-        backbone=lambda config, rematerialize: TorchBackbone(
-            empty_model(kind.auto_class, config),
-            rematerialize,
-            language=kind.language,
-            images=images,
-        ),
-        head=lambda config: TorchHead(empty_model(kind.auto_class, config)),
-        prefixes=(f"{model.base_model_prefix}.",),
-        inputs=tuple(name for name in kind.inputs if name in reads),
-        max_tokens=lambda config: None if kind.inputs[0] != "input_ids" else _longest(model),
-        heads=lambda config: {},
-        auto_class=kind.auto_class,
-        ignored=lambda config: _not_merged(model),
-        last_layer=None if kind.language else _last_layer(model),
-        language=kind.language,
-        bridged=True,
-        images=images,
-    )
-    _require_runnable(family, config)
-    return family
+    return _family(kind, partial(empty_model, kind.auto_class), config)
 
 
 def bridged_encoder(config: Config) -> Family:
@@ -145,38 +123,62 @@ def bridged_encoder(config: Config) -> Family:
         config: The config of the base model.
 
     Raises:
-        InputError: PyTorch or torchax is missing, or an operation of the model cannot run in JAX.
+        InputError: PyTorch or torchax is missing, it reads no texts, or an operation of it cannot
+            run in JAX.
     """
-    torch_in_jax()
-    model = empty_encoder(config)
-    reads = TorchBackbone(model, "nothing", language=False).inputs
-    family = BridgedFamily(
-        backbone=lambda config, rematerialize: TorchBackbone(
-            empty_encoder(config), rematerialize, language=False
-        ),
-        head=lambda config: TorchHead(empty_encoder(config)),
-        prefixes=(f"{model.base_model_prefix}.",),
-        inputs=tuple(name for name in _TEXT if name in reads),
-        max_tokens=lambda config: _longest(model),
-        heads=lambda config: {},
-        auto_class="AutoModel",
-        ignored=lambda config: _not_merged(model),
-        last_layer=None,
-        bridged=True,
-    )
-    _require_runnable(family, config, has_head=False)
-    return family
+    kind = Kind("AutoModel", "MODEL_MAPPING_NAMES", False, _TEXT)
+    return _family(kind, empty_encoder, config, has_head=False)
 
 
-def _kind_of(config: Config, architecture: str) -> Kind:
+def kind_of(config: Config, architecture: str) -> Kind | None:
+    """Returns the kind of a class of models of `transformers`; None if it is of none.
+
+    Args:
+        config: The config of a model.
+        architecture: The class of the model.
+    """
     for kind in KINDS:
         classes = getattr(modeling_auto, kind.classes).get(config.model_type, ())
         if architecture in ((classes,) if isinstance(classes, str) else classes):
             return kind
-    raise InputError(
-        f"config.json: coefficients cannot be learned for a {architecture} of model_type "
-        f"{config.model_type!r}; {_STILL_FOLDS}"
+    return None
+
+
+def _family(
+    kind: Kind,
+    make_empty: Callable[[Config], PreTrainedModel],
+    config: Config,
+    *,
+    has_head: bool = True,
+) -> Family:
+    """Returns the family of models that a function makes without values, if they run in JAX."""
+    torch_in_jax()
+    model = make_empty(config)
+    images = TorchImages(model) if kind.images else None
+    reads = TorchBackbone(model, "nothing", language=kind.language).inputs
+    if kind.inputs[0] not in reads:
+        raise InputError(
+            f"config.json: the base model of a {type(model).__name__} reads no {kind.inputs[0]}, "
+            f"so that its coefficients cannot be learned; {_STILL_FOLDS}"
+        )
+    family = BridgedFamily(
+        backbone=lambda config, rematerialize: TorchBackbone(
+            make_empty(config), rematerialize, language=kind.language, images=images
+        ),
+        head=lambda config: TorchHead(make_empty(config)),
+        prefixes=(f"{model.base_model_prefix}.",),
+        inputs=tuple(name for name in kind.inputs if name in reads),
+        max_tokens=lambda config: None if kind.inputs[0] != "input_ids" else _longest(model),
+        heads=lambda config: {},
+        auto_class=kind.auto_class,
+        ignored=lambda config: _not_merged(model),
+        last_layer=_last_layer(model) if has_head and not kind.language else None,
+        language=kind.language,
+        bridged=True,
+        images=images,
     )
+    _require_runnable(family, config, has_head=has_head)
+    return family
 
 
 _STILL_FOLDS = (
@@ -222,11 +224,11 @@ def _last_layer(model: PreTrainedModel) -> LastLayer | None:
     return last
 
 
-def _require_runnable(family: Family, config: Config, has_head: bool = True) -> None:
+def _require_runnable(family: Family, config: Config, *, has_head: bool) -> None:
     """Refuses a model with an operation that JAX does not have; nothing is computed."""
     backbone, head = family.build_backbone(config, "nothing"), family.build_head(config)
     if isinstance(family.images, TorchImages):
-        inputs = family.images.example()
+        inputs = family.images.example(2, 8)
     elif family.inputs[0] == "input_ids":
         inputs = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in family.inputs}
     else:

@@ -107,22 +107,23 @@ class TorchImages:
             if PIXELS not in arguments:
                 return body.forward(**arguments)
             images = arguments[PIXELS].jax()
-            own = {(body, "get_image_features"): partial(_read_each, _reader_of(body), images)}
+            read_images = partial(_read_each, _reader_of(body), images)
+            replacements = {(body, "get_image_features"): read_images}
             text = getattr(body, "language_model", None)
             if hasattr(text, "_deepstack_process"):
-                own[text, "_deepstack_process"] = _add_to_images
-            for (module, name), function in own.items():
+                replacements[text, "_deepstack_process"] = _add_to_images
+            for (module, name), function in replacements.items():
                 setattr(module, name, function)
             try:
                 return body.forward(**arguments)
             finally:
-                for module, name in own:
+                for module, name in replacements:
                     delattr(module, name)
 
         return run
 
-    def example(self, size: int = 2, length: int = 8) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of a small batch of conversations with an image each."""
+    def example(self, size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a batch of conversations with an image each."""
         vision = self._config.vision_config
         shapes: dict[str, tuple[int, ...]] = {name: (size, length) for name in TOKENS}
         shapes[COUNT] = (size,)

@@ -58,16 +58,17 @@ class TorchBackbone(Network):
         hidden_states: bool = False,
     ) -> Outputs:
         """Runs the model without its head."""
-        given = inputs if self._images is None else self._images.arguments(inputs)
+        if self._images is None:
+            given, forward, of_tokens = inputs, self._body.forward, dict(inputs)
+        else:
+            given, forward = self._images.arguments(inputs), self._images.forward(self._body)
+            # A head of tokens has no use for images.
+            of_tokens = {name: array for name, array in inputs.items() if name in TOKENS}
         arguments: dict[str, Any] = {
-            name: _as_dtype_of(parameters, value) if isinstance(value, jax.Array) else value
-            for name, value in given.items()
+            name: _as_dtype_of(parameters, array) for name, array in given.items()
         }
         if hidden_states:
             arguments["output_hidden_states"] = True
-        forward = self._body.forward
-        if self._images is not None:
-            forward = self._images.forward(self._body)
         result = self._torch.call(parameters, forward, arguments)
         pooled = getattr(result, "pooler_output", None)
         states = None
@@ -79,8 +80,7 @@ class TorchBackbone(Network):
             None if pooled is None else pooled.jax(),
             result[0].jax(),
             states,
-            # A head of tokens has no use for images.
-            inputs={n: a for n, a in inputs.items() if self._images is None or n in TOKENS},
+            inputs=of_tokens,
         )
 
 

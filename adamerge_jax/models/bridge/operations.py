@@ -37,8 +37,8 @@ def solve_triangular(
 ) -> Float[Array, "... n m"]:
     """Returns `x` with `matrix @ x = right`, or `x @ matrix = right` if not `left`.
 
-    With XLA's own solver the learning of models with a delta rule (Lara, Qwen3-Next) did not end
-    on CPU, for a reason that was not found. This one is of products alone.
+    With XLA's own solver the learning of a model with a delta rule (Lara) did not end on CPU, for a
+    reason that was not found. This one is of products alone.
 
     Args:
         matrix: The matrix; what is on the other side of its diagonal is ignored.
@@ -83,9 +83,9 @@ def _solve_lower_forward(matrix: Array, right: Array, unit: bool) -> tuple[Array
     return solution, (matrix, solution)
 
 
-def _solve_lower_backward(unit: bool, kept: Any, gradient: Array) -> tuple[Array, Array]:
-    # Kept are the matrix and the solution, not the solutions of all rows.
-    matrix, solution = kept
+def _solve_lower_backward(unit: bool, residuals: Any, gradient: Array) -> tuple[Array, Array]:
+    # These are the matrix and the solution, not the solutions of all rows.
+    matrix, solution = residuals
     of_right = solve_triangular(matrix.mT, gradient, upper=True, unitriangular=unit)
     return -jnp.tril(of_right @ solution.mT, -1 if unit else 0), of_right
 
