@@ -50,6 +50,8 @@ class WithCopies(Examples):
         self.texts = examples.texts
         if examples.labels is not None:
             self.labels = np.tile(examples.labels, 1 + copies)
+        if examples.partners is not None:
+            self.partners = np.tile(examples.partners, 1 + copies)
 
     def __len__(self) -> int:
         return len(self._examples) * (1 + self._copies)

@@ -50,6 +50,8 @@ class Examples(ABC):
             are none.
         texts: The number of texts that a sentence embedder's example has: 1, or 2 of pairs.
         scores: The score of each pair, `[N]`, more for texts that are more alike, or None.
+        partners: The number of each pair's second text, `[N]`, one for all pairs with the same one;
+            None where examples are no pairs.
     """
 
     labels: Int[np.ndarray, " N"] | None = None
@@ -61,6 +63,7 @@ class Examples(ABC):
     answers: Answers | None = None
     texts: int = 1
     scores: Float[np.ndarray, " N"] | None = None
+    partners: Int[np.ndarray, " N"] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -146,6 +149,7 @@ class Subset(Examples):
         self.answers = examples.answers and examples.answers.subset(index)
         self.texts = examples.texts
         self.scores = None if examples.scores is None else examples.scores[index]
+        self.partners = None if examples.partners is None else examples.partners[index]
         if examples.cut is not None:
             self.cut = Cut(examples.cut.examples[index], examples.cut.max_length)
 

@@ -65,7 +65,7 @@ class StoredTargets:
     """The targets of all examples of one task.
 
     Attributes:
-        examples: The examples, whose labels are targets too.
+        examples: The examples, whose labels and partners are targets too.
     """
 
     def __init__(
@@ -99,7 +99,11 @@ class StoredTargets:
             for number, array in self._by_position.take(index, length).items():
                 leaves[number] = array
         targets = jax.tree.unflatten(self._structure, leaves)
-        return targets._replace(labels=self.examples.take_labels(index, length))
+        partners = self.examples.partners
+        return targets._replace(
+            labels=self.examples.take_labels(index, length),
+            partners=None if partners is None else partners[index],
+        )
 
 
 def ask_expert(

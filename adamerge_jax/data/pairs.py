@@ -32,6 +32,7 @@ class TextPairs(Examples):
         if cuts:
             either = np.any([cut.examples for cut in cuts], axis=0)
             self.cut = Cut(either, cuts[0].max_length)
+        self.partners = self.distinct()[1][:, 1]
 
     def __len__(self) -> int:
         return len(self._sides[0])

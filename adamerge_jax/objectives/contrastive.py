@@ -14,7 +14,9 @@ def contrastive(temperature: float = 0.05) -> Objective:
 
     With q_i and d_i the embeddings of the two texts of pair i, s their cosine and T the
     temperature: `-log( exp(s(q_i, d_i) / T) / sum_j exp(s(q_i, d_j) / T) )`, in nats. Every second
-    text of the batch but its own is taken for one that does not belong to q_i.
+    text of the batch but its own is taken for one that does not belong to q_i. The sum has each
+    text once, though several pairs may have it (`Targets.partners`): those repeated to fill a batch
+    up change nothing.
 
     Source: van den Oord et al., 2018, of pairs of texts; it is the loss by which Self Positioning
     (Li et al., "Improving General Text Embedding Model", 2024) learns coefficients.
@@ -38,6 +40,12 @@ def contrastive(temperature: float = 0.05) -> Objective:
 
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
         first, second = jnp.moveaxis(unit_length(outputs.embeddings), 1, 0)
-        return -jnp.diagonal(log_softmax(first @ second.T / temperature))
+        logits = first @ second.T / temperature
+        if targets.partners is not None:
+            is_same = targets.partners[:, None] == targets.partners
+            is_first = is_same.argmax(0) == jnp.arange(len(is_same))
+            counts = jnp.eye(len(is_same), dtype=bool) | (is_first & ~is_same)
+            logits = jnp.where(counts, logits, -jnp.inf)
+        return -jnp.diagonal(log_softmax(logits))
 
     return Objective(value, TargetSpec(embeddings=True, pairs=True, whole_batch=True))

@@ -86,6 +86,8 @@ class Targets(NamedTuple):
         expert_top: The likely tokens, in place of `expert_logits`, or None.
         cross_task: The expert on the examples of all other tasks, or None.
         expert_embeddings: `[B, texts, H]`, the expert's embeddings of each example, or None.
+        partners: `[B]`, the number of each pair's second text, one for all pairs with the same
+            one; None where all are taken for different.
     """
 
     expert_logits: Float[Array, "B ... C"] | None = None
@@ -94,6 +96,7 @@ class Targets(NamedTuple):
     expert_top: TopTokens | None = None
     cross_task: CrossTaskTargets | None = None
     expert_embeddings: Float[Array, "B texts H"] | None = None
+    partners: Int[Array, " B"] | None = None
 
 
 class TargetSpec(NamedTuple):

@@ -1,13 +1,18 @@
 """Pairs of texts for sentence embedders."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from transformers import BertTokenizer
 
+from adamerge_jax.data.batches import calibrate
 from adamerge_jax.data.copies import WithCopies
+from adamerge_jax.data.examples import Subset
+from adamerge_jax.data.expert_targets import StoredTargets
 from adamerge_jax.data.pairs import TextPairs, pair_scores
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.errors import InputError
+from adamerge_jax.objectives import Targets, TaskOutputs, contrastive
 
 FIRST = ["a", "a b", "c a b", "a"]
 SECOND = ["b", "a", "c", "b c a c b"]
@@ -39,6 +44,38 @@ def test_distinct_texts_are_those_of_the_pairs(pairs: TextPairs) -> None:
     assert len(texts) == 6  # a, ab, cab, b, c, bcac
     whole = pairs.take(np.arange(4), 6)["input_ids"]
     np.testing.assert_array_equal(texts.take(np.arange(6), 6)["input_ids"][index], whole)
+
+
+def test_repeated_pairs_of_a_held_out_batch_change_no_value(pairs: TextPairs) -> None:
+    vectors = np.random.default_rng(0).normal(size=(len(pairs), 2, 8)).astype(np.float32)
+
+    def value(index: np.ndarray, targets: Targets) -> np.ndarray:
+        outputs = TaskOutputs(jnp.zeros((len(index), 1)), embeddings=jnp.asarray(vectors[index]))
+        return np.asarray(contrastive().value(outputs, targets))
+
+    split = calibrate({"pairs": pairs}, batch_size=2, held_out=0.25, seed=0)
+    (batch,) = split.held_out_batches()
+    index = np.repeat(split.held_out["pairs"], 2)
+    np.testing.assert_array_equal(value(index, batch.targets[0]), 0)  # nothing to be taken for it
+    index, targets = np.array([2, 0, 3]), StoredTargets(pairs)
+    filled = np.resize(index, 16)
+    whole = value(filled, targets.take(filled, 6))
+    np.testing.assert_allclose(whole[:3], value(index, targets.take(index, 6)), rtol=1e-5)
+
+
+def test_pairs_with_the_same_second_text_have_one_number(pairs: TextPairs) -> None:
+    second, first = pairs._sides
+    turned = TextPairs(first, second)  # the second texts of the first and the last pair are alike
+    assert turned.partners is not None and pairs.partners is not None
+    assert len(set(pairs.partners)) == 4 and len(set(turned.partners)) == 3
+    assert turned.partners[0] == turned.partners[3]
+    np.testing.assert_array_equal(
+        Subset(turned, np.array([3, 1])).partners, turned.partners[[3, 1]]
+    )
+    np.testing.assert_array_equal(
+        StoredTargets(WithCopies(turned, 1, seed=0)).take(np.array([7, 1]), 6).partners,
+        turned.partners[[3, 1]],
+    )
 
 
 def test_copies_hide_tokens_of_both_texts(pairs: TextPairs) -> None:

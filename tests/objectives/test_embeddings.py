@@ -51,6 +51,28 @@ def test_contrastive() -> None:
         contrastive(0)
 
 
+def test_a_second_text_of_several_pairs_counts_once() -> None:
+    rows = np.array([0, 1, 2, 0, 3, 1])
+    embeddings, partners = MERGED[rows], np.array([5, 7, 5, 5, 2, 7])
+    embeddings[2, 1] = embeddings[0, 1]  # the partner of another first text, too
+    first, second = unit(embeddings[:, 0]), unit(embeddings[:, 1])
+    weights = np.exp(first @ second.T / 0.1)
+    expected = [
+        -np.log(row[i] / (row[i] + sum(row[j] for j in (0, 1, 4) if partners[j] != partners[i])))
+        for i, row in enumerate(weights)
+    ]
+
+    def value(embeddings: jax.Array) -> jax.Array:
+        return contrastive(0.1).value(outputs(embeddings), Targets(partners=partners))
+
+    np.testing.assert_allclose(value(embeddings), expected, rtol=1e-5, atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda embeddings: value(embeddings).sum()))(embeddings)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    # Different texts stay negatives of each other, however alike their embeddings are.
+    alike = np.broadcast_to(embeddings[0], embeddings.shape)
+    np.testing.assert_allclose(value(alike), np.log(3), rtol=1e-5)
+
+
 def test_what_is_missing_is_named() -> None:
     spec = embedding_alignment().target_spec | contrastive().target_spec
     for given, targets, words in (

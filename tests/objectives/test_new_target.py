@@ -26,6 +26,7 @@ class TargetsWithMean(NamedTuple):
     expert_top: Any = None
     cross_task: Any = None
     expert_embeddings: Any = None
+    partners: Any = None
     expert_state_mean: Any = None
 
 
