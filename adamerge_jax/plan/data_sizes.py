@@ -12,6 +12,7 @@ from adamerge_jax.data.arrays import examples_of_arrays
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.images_in_text import COUNT, PIXELS
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.schema import DataSource
 
@@ -26,11 +27,13 @@ class DataSize:
     Attributes:
         lengths: The tokens to which each example alone is padded, `[N]`; 0 for images.
         stored_bytes: The size of the examples in memory, in bytes.
+        images: The shape of the images in a conversation, `[I, ...]`; None where there are none.
         assumed: The reason for which these numbers are assumed; None if they were counted.
     """
 
     lengths: Int[np.ndarray, " N"]
     stored_bytes: int = 0
+    images: tuple[int, ...] | None = None
     assumed: str | None = None
 
     def __len__(self) -> int:
@@ -56,7 +59,7 @@ def data_sizes(
     """Returns the sizes of the calibration, validation or test data by task.
 
     Texts on this machine are tokenised. Only the headers of NumPy files are read. Data on the Hub
-    is not read: texts count as long as `max_length` allows.
+    is not read: texts count as long as `max_length` allows, and have no images.
 
     Args:
         sources: The data by task.
@@ -76,18 +79,29 @@ def data_sizes(
         if path.suffix.lower() == ".npz":
             size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif not is_on_hub(source, root):
-            size = DataSize(load(source, name).padded_lengths())
+            size = size_of_examples(load(source, name))
         else:
             count = source.limit or ASSUMED_EXAMPLES
             longest = models.family.max_tokens(models.config) or max_length
             is_text = models.family.inputs[0] == "input_ids"
+            in_words = " of max_length tokens" if is_text else ""
+            if models.family.images is not None:
+                in_words += " without images"
             size = DataSize(
                 np.full(count, min(max_length, longest) if is_text else 0),
-                assumed=f"{source.path} is not on this machine: {count} examples"
-                f"{' of max_length tokens' if is_text else ''} are assumed",
+                assumed=f"{source.path} is not on this machine: {count} examples{in_words} are "
+                "assumed",
             )
         sizes[task] = size
     return sizes
+
+
+def size_of_examples(examples: Examples) -> DataSize:
+    """Returns the size of examples that are loaded, whose contents are not kept."""
+    lengths = examples.padded_lengths()
+    first = examples.take(np.array([0]), int(lengths[0]))
+    images = first[PIXELS].shape[1:] if COUNT in first and PIXELS in first else None
+    return DataSize(lengths, images=images)
 
 
 def _size_of_arrays(path: Path, name: str, role: str) -> DataSize:

@@ -24,6 +24,7 @@ from adamerge_jax.data.expert_targets import expert_targets
 from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.models.family import Network, complete_head
+from adamerge_jax.models.images_in_text import COUNT, PIXELS, ImagesInText
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
@@ -32,7 +33,7 @@ from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_expert, load_task_vectors
 from adamerge_jax.pipeline.workspace import ExampleLoader, example_loader
-from adamerge_jax.plan.data_sizes import DataSize, data_sizes
+from adamerge_jax.plan.data_sizes import DataSize, data_sizes, size_of_examples
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build
 from adamerge_jax.recipes.loading import parse_recipe
@@ -172,15 +173,34 @@ class Outline:
     def inputs(self, examples: int, length: int) -> dict[str, Abstract]:
         """Returns the model inputs of some examples of `length` tokens."""
         names = self.models.family.inputs
-        if names[0] == "pixel_values":
+        if self.models.family.images is not None:
+            return self._conversations(self.models.family.images, examples, length)
+        if names[0] == PIXELS:
             config = self.models.config
             image = ImageGeometry.of(getattr(config, "vision_config", config))
             shape = (examples, image.channels, image.height, image.width)
-            return {"pixel_values": Abstract(shape, np.float32)}
+            return {PIXELS: Abstract(shape, np.float32)}
         sources = self.recipe.calibration_sources
         are_pairs = any(not isinstance(source.text, str) for source in sources)
         texts = (2,) if self.models.family.embeds is not None and are_pairs else ()
         return {name: Abstract((examples, *texts, length), np.int32) for name in names}
+
+    def _conversations(
+        self, images: ImagesInText, examples: int, length: int
+    ) -> dict[str, Abstract]:
+        """Returns the model inputs of conversations with images, all with places for the most."""
+        shapes: dict[str, tuple[int, ...]] = {
+            name: (length,) for name in self.models.family.inputs if name != PIXELS
+        }
+        shapes[COUNT] = ()
+        text = [images.token + 1]
+        if images.positions(text, None) is not None:
+            shapes["position_ids"] = (3, length)
+        inputs = {name: Abstract((examples, *shape), np.int32) for name, shape in shapes.items()}
+        if given := [size.images for size in self.data["calibration"].values() if size.images]:
+            shape = (examples, max(most for most, *_ in given), *given[0][1:])
+            inputs[PIXELS] = Abstract(shape, np.float32)
+        return inputs
 
     def outputs(self, examples: int, length: int) -> Outputs:
         """Returns the backbone's abstract outputs for some examples, with all hidden states."""
@@ -329,7 +349,7 @@ def outline(recipe: Recipe, root: Path) -> Outline:
         elif found := find_general(
             retain, recipe.learning, loader(), is_chat=any(chats), seed=recipe.seed
         ):
-            data["calibration"][RETAINED] = DataSize(found.padded_lengths())
+            data["calibration"][RETAINED] = size_of_examples(found)
     opened = Outline(recipe, models, data)
     require_any_merged(opened.deltas)
     return opened
