@@ -24,12 +24,12 @@ def account(models: Models, mixed: Iterable[str]) -> list[str]:
     merged = set(mixed) - models.kept_from_base
     pipeline = models.base.checkpoint
     if not isinstance(pipeline, Pipeline):
-        return _account_of(models, merged)
+        return [*_account_of(models, merged), *models.notes]
     lines = []
     for component in pipeline.components:
         part = _part(models, component)
         of_part = _account_of(part, {name for name in merged if name in part.base.names})
-        lines += [f"{component}: {line}" for line in of_part + _unchanged(part, component)]
+        lines += [f"{component}: {line}" for line in of_part + _unchanged(part)]
     if pipeline.copied:
         lines.append(f"copied from the base: {', '.join(pipeline.copied)}")
     for task, expert in models.experts.items():
@@ -37,7 +37,7 @@ def account(models: Models, mixed: Iterable[str]) -> list[str]:
         if further := components - pipeline.components.keys():
             names = ", ".join(sorted(further))
             lines.append(f"left out, expert {task!r} alone has them: {names}")
-    return lines
+    return [*lines, *models.notes]
 
 
 def _part(models: Models, component: str) -> Models:
@@ -59,7 +59,7 @@ def _part(models: Models, component: str) -> Models:
     return dataclasses.replace(models, base=part_of(models.base), experts=experts)
 
 
-def _unchanged(part: Models, component: str) -> list[str]:
+def _unchanged(part: Models) -> list[str]:
     """Returns a line about the experts whose component has the base's weights."""
     tasks = [
         task
@@ -96,7 +96,7 @@ def _account_of(models: Models, merged: Collection[str]) -> list[str]:
     spoken_of = {*base.names.values(), *base.extra}
     if dropped := [name for name in in_files if name not in spoken_of]:
         lines.append(f"left out, second copies or computed: {_named(dropped)}")
-    return [*lines, *models.notes]
+    return lines
 
 
 def _named(names: Sequence[str]) -> str:

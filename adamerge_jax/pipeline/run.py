@@ -288,6 +288,7 @@ def export_and_compare(
         coefficients,
         recipe.export,
         root,
+        account(inputs.workspace.models, coefficients.parameters),
         tokenizer=recipe.tokenizer,
         datasets=hub_datasets(recipe.calibration_sources, root),
     )
@@ -368,13 +369,15 @@ def _fold_file(
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
     _print_notes(notes, console)
-    _print_account(models, coefficients, console)
+    account_lines = account(models, coefficients.parameters)
+    _print_lines(account_lines, console)
     wait_for_all("checked")
     job = export_job(
         models,
         coefficients,
         recipe.export,
         root,
+        account_lines,
         tokenizer=recipe.tokenizer,
         datasets=hub_datasets(recipe.calibration_sources, root),
     )
@@ -442,7 +445,8 @@ def _merge(
     initial = fit_initial_merge(models, method, options)
     coefficients = coefficients_of_method(models, initial)
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
-    _print_account(models, coefficients, console)
+    account_lines = account(models, coefficients.parameters)
+    _print_lines(account_lines, console)
     if needs_data:
         memory, in_words = make_memory(recipe.task_vectors.memory, devices), initial.in_words
         with console.status(in_words) as status:
@@ -453,7 +457,9 @@ def _merge(
         coefficients = dataclasses.replace(coefficients, initial_tensors=tensors)
         del parameters
     wait_for_all("checked")
-    job = export_job(models, coefficients, recipe.export, root, tokenizer=recipe.tokenizer)
+    job = export_job(
+        models, coefficients, recipe.export, root, account_lines, tokenizer=recipe.tokenizer
+    )
     with by_first_process(unfinished(out, anew=True)):
         export(job, out, console)
         if is_first_process():
@@ -518,6 +524,7 @@ def export_job(
     coefficients: Coefficients,
     settings: ExportRecipe,
     root: Path,
+    account_lines: Sequence[str],
     *,
     tokenizer: str | None = None,
     datasets: Sequence[str] = (),
@@ -530,6 +537,7 @@ def export_job(
         coefficients: The coefficients of these experts.
         settings: The dtype, the size of files, and the forms that are asked for.
         root: Folder that relative paths of the recipe start from.
+        account_lines: The account of the base's tensors, for the model card.
         tokenizer: `base` or the task whose tokenizer the merge takes; None for the first.
         datasets: Hub ids of the calibration data, for the model card.
         results: The table of results and the outcome, for the model card.
@@ -546,7 +554,7 @@ def export_job(
             method=coefficients.of_method_alone or "",
             origins=model_origins(models, root),
             datasets=datasets,
-            account=account(models, coefficients.parameters),
+            account=account_lines,
             auto_class=models.family.auto_class,
             embeds=models.family.embeds is not None,
         ),
@@ -574,8 +582,7 @@ def _describe_inputs(inputs: LearningInputs, base: str) -> str:
     )
 
 
-def _print_account(models: Models, coefficients: Coefficients, console: Console) -> None:
-    lines = account(models, coefficients.parameters)
+def _print_lines(lines: Sequence[str], console: Console) -> None:
     console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
 
 

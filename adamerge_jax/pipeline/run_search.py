@@ -9,13 +9,19 @@ import jax
 import yaml
 from rich.console import Console
 
-from adamerge_jax.coefficients.file import BY_SCORE
+from adamerge_jax.coefficients.file import BY_SCORE, Coefficients
 from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import write_whole
+from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.baselines import baseline_rows
 from adamerge_jax.pipeline.candidates import Candidates
-from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER, MergeFacts, require_exportable
+from adamerge_jax.pipeline.export import (
+    CHECKPOINT_FOLDER,
+    ExportJob,
+    MergeFacts,
+    require_exportable,
+)
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.run import Run, ended_run, export_and_compare, export_job
@@ -179,16 +185,20 @@ def _command_score(
             "--score-command: is run by one process; leave out devices.distributed, or the command"
         )
     settings = recipe.export.model_copy(update={"orbax": False, "adapter": False})
-    root, tokenizer = workspace.root, recipe.tokenizer
-    return of_command(
-        words,
-        timeout,
-        recipe.search.maximise,
-        lambda coefficients: export_job(
-            workspace.models, coefficients, settings, root, tokenizer=tokenizer
-        ),
-        out,
-    )
+    models = workspace.models
+
+    def job_of(coefficients: Coefficients) -> ExportJob:
+        account_lines = account(models, coefficients.parameters)
+        return export_job(
+            models,
+            coefficients,
+            settings,
+            workspace.root,
+            account_lines,
+            tokenizer=recipe.tokenizer,
+        )
+
+    return of_command(words, timeout, recipe.search.maximise, job_of, out)
 
 
 def _validation_score(recipe: Recipe, workspace: Workspace) -> Score:

@@ -1,5 +1,6 @@
 """Merging and folding of diffusion pipelines: folders of components, written without diffusers."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from adamerge_jax import Coefficients, load_recipe
 from adamerge_jax.cli import main as cli
+from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.initial_merge import merged_names
 from adamerge_jax.pipeline.models import open_models
 from tests.references import write_recipe
@@ -203,14 +205,14 @@ def test_components_are_merged_and_the_rest_is_copied(pipelines, opened, tmp_pat
         "vae/diffusion_pytorch_model-00002-of-00002.safetensors",
         "vae/diffusion_pytorch_model.safetensors.index.json",
     ]
-    account, card = capsys.readouterr().out, (merged / "README.md").read_text()
+    printed, card = capsys.readouterr().out, (merged / "README.md").read_text()
     for line in (
         "unet: 6 of 6 tensors merged",
         "vae: the base's weights in 'anime', 'photo'",
         "text_encoder: 3 of 4 tensors merged",
         "copied from the base: scheduler, tokenizer",
     ):
-        assert line in account
+        assert line in printed
         assert line in card
     assert 'DiffusionPipeline.from_pretrained("PATH")' in card
 
@@ -219,6 +221,15 @@ def test_components_are_merged_and_the_rest_is_copied(pipelines, opened, tmp_pat
     run("fold", recipe, tmp_path / "out" / "coefficients.safetensors", "--out", again)
     for file in merged.rglob("*.safetensors"):
         assert (again / "checkpoint" / file.relative_to(merged)).read_bytes() == file.read_bytes()
+
+
+def test_the_account_says_a_note_once(pipelines):
+    models = open_models(load_recipe(recipe_of(pipelines, "anime")), pipelines, to_run=False)
+    note = "unet: 2 tensors are restored"
+    checkpoint = dataclasses.replace(models.base.checkpoint, notes=(note,))
+    base = dataclasses.replace(models.base, checkpoint=checkpoint)
+    lines = account(dataclasses.replace(models, base=base), models.base.names)
+    assert [line for line in lines if note in line] == [f"base: {note}"]
 
 
 def test_each_component_may_have_its_own_coefficients(pipelines, opened, tmp_path):

@@ -521,7 +521,7 @@ def test_task_models_of_experts_without_a_tokenizer(text_recipe, tmp_path, owner
     recipe = parse_recipe(text_recipe)
     models = open_models(recipe, tmp_path)
     coefficients, out = random_coefficients(models), tmp_path / "out"
-    export(export_job(models, coefficients, recipe.export, tmp_path), out, Console(quiet=True))
+    export(export_job(models, coefficients, recipe.export, tmp_path, []), out, Console(quiet=True))
     for folder in ("", *(f"tasks/{task}" for task in TEXT_TASKS)):
         tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint" / folder)
         assert tokenizer.tokenize("a b") == ["a", "b"]

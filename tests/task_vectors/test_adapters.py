@@ -158,7 +158,7 @@ def folded(
     recipe = parse_recipe(fields | {"export": {"adapter": True}})
     opened = open_models(recipe, Path("/"))
     own = coefficients or random_coefficients(opened, **options)
-    export(export_job(opened, own, recipe.export, Path("/")), out, quiet())
+    export(export_job(opened, own, recipe.export, Path("/"), []), out, quiet())
     return opened
 
 
