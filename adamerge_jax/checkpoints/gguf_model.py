@@ -290,7 +290,9 @@ def _named(
         module, _, kind = name.rpartition(".")
         block = re.fullmatch(r"blk\.(\d{1,5})\.(.+)", module)
         template = f"blk.0.{block[2]}" if block else module
-        if template not in modules or kind not in ("weight", "bias"):
+        # Biases of queries and keys are in pairs too, and no field says that there are any.
+        kinds = ("weight",) if layout.pairs else ("weight", "bias")
+        if template not in modules or kind not in kinds:
             raise InputError(
                 f"{file} has {name}, which is no tensor of the architecture {architecture} as it "
                 "is read here; give the model in safetensors"
@@ -328,9 +330,10 @@ def _in_pairs(
     """Returns rotary queries or keys whose rows are in pairs."""
     heads = fields["num_attention_heads" if is_query else "num_key_value_heads"]
     rows = info.shape[0]
-    if not isinstance(heads, int) or heads < 1 or not rows or rows % (2 * heads):
+    has_heads = isinstance(heads, int) and heads >= 1
+    if not has_heads or len(info.shape) != 2 or not rows or rows % (2 * heads):
         raise InputError(
-            f"{file} has {name} of shape {info.shape}, expected an even number of rows for each of "
-            f"{shorten(repr(heads))} heads"
+            f"{file} has {name} of shape {info.shape}, expected a matrix with an even number of "
+            f"rows for each of {shorten(repr(heads))} heads"
         )
     return dataclasses.replace(info, heads=heads)

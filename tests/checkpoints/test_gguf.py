@@ -118,7 +118,7 @@ def refused(file: Path, *messages: str) -> None:
 
 
 def test_files_of_other_kinds(files, tmp_path):
-    model = made("qwen2")
+    model, llama = made("qwen2"), made("llama")
     file = tmp_path / "m.gguf"
     references.write_gguf(model, file, "qwen2", fields={"general.type": "adapter"})
     refused(file, "no model but a part of one", "adapter")
@@ -127,13 +127,21 @@ def test_files_of_other_kinds(files, tmp_path):
     strange = {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}
     references.write_gguf(model, file, "qwen2", further=strange)
     refused(file, "blk.0.attn_sinks.weight, which is no tensor of the architecture qwen2")
-    references.write_gguf(made("llama"), file, "llama", fields={"llama.expert_count": 8})
+    for module in ("attn_q", "attn_k", "attn_v", "ffn_up"):  # as of attention_bias and mlp_bias
+        bias = {f"blk.0.{module}.bias": np.ones(64, np.float32)}
+        references.write_gguf(llama, file, "llama", further=bias)
+        refused(file, f"blk.0.{module}.bias, which is no tensor of the architecture llama")
+    for shape in ((64,), (64, 2, 32)):
+        query = {"blk.2.attn_q.weight": np.ones(shape, np.float32)}
+        references.write_gguf(llama, file, "llama", further=query)
+        refused(file, f"attn_q.weight of shape {shape}, expected a matrix")
+    references.write_gguf(llama, file, "llama", fields={"llama.expert_count": 8})
     refused(file, "'llama with experts'", "qwen3moe")
     references.write_gguf(model, file, "qwen2")
     file.write_bytes(file.read_bytes().replace(b"qwen2", b"bloom"))
     refused(file, "architecture 'bloom'", "give the model in safetensors")
     references.write_gguf(
-        made("llama"), file, "llama", further={"rope_freqs.weight": np.ones(8, np.float32)}
+        llama, file, "llama", further={"rope_freqs.weight": np.ones(8, np.float32)}
     )
     assert open_gguf("m", file).lacks == "how its rotary positions are scaled"
     with pytest.raises(InputError, match="is a file; give the folder"):
