@@ -27,8 +27,8 @@ _FLOAT8 = tuple(map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)))
 _SCALES = ("_scale_inv", "_scale")
 """Endings of the names of scales, behind the name of their tensor."""
 
-_ZERO_POINT = "_zero_point"
-"""The ending of the name of numbers that stand for 0."""
+_UNREAD = {"_zero_point": "a zero point", "_g_idx": "an order of its groups of columns"}
+"""Endings of the names of what changes the meaning of numbers and is not read, in words."""
 
 _SCALE_DTYPES = (*DTYPES.values(), np.dtype(ml_dtypes.float8_e8m0fnu))
 
@@ -139,7 +139,7 @@ def with_scales(
     stored = (*_FLOAT8, INT8) if is_compressed else _FLOAT8
     scales: dict[str, str] = {}
     for name, info in tensors.items():
-        if info.dtype not in stored or name.endswith((*_SCALES, _ZERO_POINT)):
+        if info.dtype not in stored or name.endswith((*_SCALES, *_UNREAD)):
             continue
         scale = next((name + ending for ending in _SCALES if name + ending in tensors), None)
         if scale is None:
@@ -147,11 +147,12 @@ def with_scales(
                 f"{where}: {name} is stored as {info.dtype.name} without a scale ({name}_scale_inv "
                 f"or {name}_scale); save the model in bfloat16, or copy it again"
             )
-        if name + _ZERO_POINT in tensors:
-            raise InputError(
-                f"{where}: {name} is stored with a zero point, which is not read; save the model "
-                "in bfloat16"
-            )
+        for ending, in_words in _UNREAD.items():
+            if name + ending in tensors:
+                raise InputError(
+                    f"{where}: {name} is stored with {in_words}, which is not read; save the model "
+                    "in bfloat16"
+                )
         scales[name] = scale
     if not scales:
         return dict(tensors), 0

@@ -167,6 +167,8 @@ def test_scales_that_are_refused(plain, tmp_path):
     refused("scale has shape (32, 7)", settings=COMPRESSED, _scale=ones(32, 7))
     refused("is stored as int32", _scale_inv=ones(1, 3, dtype=torch.int32))
     refused("zero point", settings=COMPRESSED, _scale=ones(1), _zero_point=numbers[:, :1].clone())
+    columns = torch.arange(300, dtype=torch.int32) % 10
+    refused("order of its groups", settings=COMPRESSED, _scale=ones(32, 10), _g_idx=columns)
     for value in (float("nan"), float("inf")):
         bad = torch.tensor([[1, value, 1]])
         refused(f"_scale_inv holds {value}", read=True, _scale_inv=bad)
