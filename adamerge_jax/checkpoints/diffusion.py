@@ -46,6 +46,9 @@ LOADED_BY = "DiffusionPipeline"
 STEMS = (WEIGHTS_FILE.partition(".")[0], "diffusion_pytorch_model")
 """Beginnings of the names of weight files: those of `transformers` and of `diffusers`."""
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+"""A part of the name of a file that an index names: `model.fp16-00001-of-00002.safetensors`."""
+
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _LIBRARIES = ("diffusers", "transformers")
@@ -274,13 +277,15 @@ def _made(
 def _open_component(folder: Path) -> Component:
     """Opens a part of a pipeline: files without a variant, or those of the one that is there."""
     fields = read_object_if_there(folder / CONFIG_FILE)
+    files = [file for file in sorted(folder.iterdir()) if not _SHARD.search(file.name)]
     candidates: dict[tuple[str, str], Path] = {}
     for stem in STEMS:
         for pattern in (
             rf"{stem}(?:\.([\w-]+))?\.safetensors",
             rf"{stem}\.safetensors\.index(?:\.([\w-]+))?\.json",
+            rf"{stem}\.safetensors\.([\w-]+)\.index\.json",  # of older versions of diffusers
         ):
-            for file in sorted(folder.iterdir()):
+            for file in files:
                 if match := re.fullmatch(pattern, file.name):
                     candidates.setdefault((match[1] or "", stem), file)
     variants = dict.fromkeys(variant for variant, _ in candidates)

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adamerge_jax import Coefficients, load_recipe
+from adamerge_jax.checkpoints.opening import open_checkpoint
 from adamerge_jax.cli import main as cli
 from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.initial_merge import merged_names
@@ -258,6 +259,35 @@ def test_each_component_may_have_its_own_coefficients(pipelines, opened, tmp_pat
         {task: opened[task] for task in tasks},
         {part: dict(zip(tasks, values, strict=True)) for part, values in weights.items()},
     )
+
+
+@pytest.mark.parametrize(
+    ("shard", "index"),
+    [
+        ("model.fp16-0000{}-of-00002.safetensors", "model.safetensors.index.fp16.json"),
+        ("model-0000{}-of-00002.fp16.safetensors", "model.safetensors.fp16.index.json"),
+    ],
+)
+def test_variants_in_several_files(pipelines, opened, tmp_path, shard, index):
+    stem = "diffusion_pytorch_"
+    shutil.copytree(pipelines / "base", tmp_path / "base")
+    unet = tmp_path / "base" / "unet"
+    plain_index = unet / f"{stem}model.safetensors.index.json"
+    text = plain_index.read_text()
+    for number in (1, 2):
+        plain, name = f"{stem}model-0000{number}-of-00002.safetensors", stem + shard.format(number)
+        (unet / plain).rename(unet / name)
+        text = text.replace(plain, name)
+    plain_index.unlink()
+    (unet / (stem + index)).write_text(text)
+    checkpoint = open_checkpoint(str(tmp_path / "base"))
+    for name, array in opened["base"]["unet"].items():
+        assert np.array_equal(checkpoint.read(f"unet.{name}"), array)
+    # Files without a variant count where there are both.
+    other = {name: -array for name, array in opened["base"]["unet"].items()}
+    save_file(other, unet / f"{stem}model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path / "base"))
+    assert np.array_equal(checkpoint.read("unet.conv_in.bias"), other["conv_in.bias"])
 
 
 def test_components_that_only_some_have(pipelines, opened, tmp_path, capsys):
