@@ -231,9 +231,12 @@ def with_as_many_images(parts: Sequence[Mapping[str, np.ndarray]]) -> list[dict[
     for part in parts:
         inputs = dict(part)
         if COUNT in part and most:
-            given = part.get(PIXELS, np.zeros((len(part[COUNT]), 0, *pixels[0].shape[2:])))
-            missing = [(0, 0), (0, most - given.shape[1]), *[(0, 0)] * (given.ndim - 2)]
-            inputs[PIXELS] = np.pad(given.astype(np.float32, copy=False), missing)
+            empty = np.zeros((len(part[COUNT]), 0, *pixels[0].shape[2:]), np.float32)
+            given = part.get(PIXELS, empty)
+            if given.shape[1] < most:
+                missing = [(0, 0), (0, most - given.shape[1]), *[(0, 0)] * (given.ndim - 2)]
+                given = np.pad(given, missing)
+            inputs[PIXELS] = given
         filled.append(inputs)
     return filled
 

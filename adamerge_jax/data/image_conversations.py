@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
+from adamerge_jax.data.array_cache import ArrayCache
 from adamerge_jax.data.conversations import Tokens, mark_responses, require_offsets
 from adamerge_jax.data.examples import Examples, padded
 from adamerge_jax.data.image_files import ImageFile, ImageFiles
 from adamerge_jax.data.images import IMAGE_CACHE_BYTES
-from adamerge_jax.data.processors import Processor
+from adamerge_jax.data.processors import Processor, ReadText
 from adamerge_jax.data.tables import Table
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
@@ -38,8 +39,7 @@ class ConversationImages:
         self.counts: list[int] = []
         self._rows: list[tuple[str, ImageFiles, str]] = []
         self._last: list[int] = []
-        self._cache: dict[int, Shaped[np.ndarray, "images ..."] | None] = {}
-        self._cached_bytes = 0
+        self._cache = ArrayCache(IMAGE_CACHE_BYTES)
 
     def read(self, table: Table, folder: Path | None, *, with_end: bool) -> list[Tokens]:
         """Reads the conversations of a table as tokens, of which responses are predicted.
@@ -65,8 +65,9 @@ class ConversationImages:
             row = len(self._rows)
             self._rows.append((marked.text, ImageFiles(images, where), where))
             ids, offsets, arrays = self._read(row)
-            self._keep(row, arrays)
             self.counts.append(0 if arrays is None else len(arrays))
+            if arrays is not None:
+                self._cache.keep(row, arrays)
             is_image = [token == self._processor.model.token for token in ids]
             self._last.append(max((at for at, piece in enumerate(is_image) if piece), default=-1))
             tokens = marked.tokens(ids, offsets)
@@ -79,29 +80,26 @@ class ConversationImages:
 
     def is_whole(self, row: int, length: int) -> bool:
         """Returns True if no image is cut off where a conversation is cut to so many tokens."""
-        return not self._last or self._last[row] < length
+        # Texts without images may have been joined and cut, so that they are no rows.
+        return not any(self.counts) or self._last[row] < length
 
     def arrays(self, row: int) -> Shaped[np.ndarray, "images ..."] | None:
         """Returns the arrays of a conversation's images; None if it has none."""
-        if row not in self._cache:
-            arrays = self._read(row)[2]
-            self._keep(row, arrays)
-            return arrays
-        return self._cache[row]
+        if not self.counts[row]:
+            return None
+        arrays = self._cache.get(row)
+        if arrays is None:
+            arrays = self._read(row).images
+            self._cache.keep(row, arrays)
+        return arrays
 
     def beside(self, tokens: DecoderExamples, rows: Sequence[int]) -> Examples:
         """Returns examples of chosen rows with their tokens and images."""
-        return WithImages(tokens, self if self._rows else None, rows, self._processor)
+        return WithImages(tokens, self if any(self.counts) else None, rows, self._processor)
 
-    def _read(self, row: int) -> tuple[list[int], list[tuple[int, int]], np.ndarray | None]:
+    def _read(self, row: int) -> ReadText:
         text, files, where = self._rows[row]
         return self._processor.read(text, [files.decode(i) for i in range(len(files))], where)
-
-    def _keep(self, row: int, arrays: np.ndarray | None) -> None:
-        size = 0 if arrays is None else arrays.nbytes
-        if self._cached_bytes + size <= IMAGE_CACHE_BYTES:
-            self._cache[row] = arrays
-            self._cached_bytes += size
 
 
 class WithImages(Examples):
@@ -126,6 +124,7 @@ class WithImages(Examples):
         self._images = images
         self._rows = np.asarray(rows)
         self._processor = processor
+        self._positions: dict[int, Int[np.ndarray, "3 T"] | None] = {}
         self._most = 0 if images is None else max(images.counts[row] for row in rows)
         self.cut = tokens.cut
 
@@ -138,10 +137,14 @@ class WithImages(Examples):
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
         inputs = self._tokens.take(index, length)
         inputs[COUNT] = np.zeros(len(index), np.int32)
-        positions = [
-            self._processor.model.positions(ids[: mask.sum()].tolist(), self._processor.grid)
-            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
+        for number, ids, mask in zip(
+            index, inputs["input_ids"], inputs["attention_mask"], strict=True
+        ):
+            if number not in self._positions:
+                self._positions[number] = self._processor.model.positions(
+                    ids[: mask.sum()].tolist(), self._processor.grid
+                )
+        positions = [self._positions[number] for number in index]
         if positions[0] is not None:
             inputs["position_ids"] = np.stack(
                 [padded(rows, length, 0)[0] for rows in positions if rows is not None]

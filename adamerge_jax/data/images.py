@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from adamerge_jax.data.array_cache import ArrayCache
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.image_files import ImageFile, ImageFiles
 from adamerge_jax.errors import InputError, in_one_line
@@ -80,8 +81,7 @@ class ImageExamples(Examples):
         self._files = ImageFiles(images, name, numbers)
         self._processor = processor
         self._mode = processor.mode
-        self._cache: dict[int, Float[np.ndarray, "channels height width"]] = {}
-        self._cached_bytes = 0
+        self._cache = ArrayCache(IMAGE_CACHE_BYTES)
         modes = [self._files.open(index).mode for index in range(len(images))]
         self._tell_depth([i for i, mode in enumerate(modes) if mode.startswith(_DEEP_MODES)])
 
@@ -92,8 +92,9 @@ class ImageExamples(Examples):
         return {"pixel_values": np.stack([self._pixels(int(i)) for i in index])}
 
     def _pixels(self, index: int) -> Float[np.ndarray, "channels height width"]:
-        if index in self._cache:
-            return self._cache[index]
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
         image = self._files.decode(index).convert(self._mode)
         try:
             inputs = self._processor.preprocess(images=[image], return_tensors="np")
@@ -109,9 +110,7 @@ class ImageExamples(Examples):
                 f"(channels, height, width) {pixels.shape} of it, the model takes "
                 f"{self._processor.shape}; set the size there, or give images of that size"
             )
-        if self._cached_bytes + pixels.nbytes <= IMAGE_CACHE_BYTES:
-            self._cache[index] = pixels
-            self._cached_bytes += pixels.nbytes
+        self._cache.keep(index, pixels)
         return pixels
 
     def _tell_depth(self, deep: Sequence[int]) -> None:

@@ -230,13 +230,12 @@ def make_language_examples(
             end, sequences = "append", finished
     if source.packed:
         sequences = _packed(sequences, max_length)
-    useful = [
-        row
-        for row, sequence in enumerate(sequences)
-        if any(sequence.predicted[first:max_length])
-        and (images is None or images.is_whole(row, max_length))
+    predicting = [
+        row for row, sequence in enumerate(sequences) if any(sequence.predicted[first:max_length])
     ]
-    _tell_left_out(table, len(useful), len(sequences), max_length)
+    useful = [row for row in predicting if images is None or images.is_whole(row, max_length)]
+    count = len(sequences)
+    _tell_left_out(table, count, count - len(predicting), len(predicting) - len(useful), max_length)
     chosen = [sequences[row] for row in useful]
     examples = make(useful, chosen)
     examples.end_of_text = end
@@ -278,14 +277,20 @@ def _packed(sequences: Sequence[Tokens], length: int) -> list[Tokens]:
     ]
 
 
-def _tell_left_out(table: Table, useful: int, count: int, max_length: int) -> None:
-    if not useful:
+def _tell_left_out(
+    table: Table, count: int, without_token: int, with_cut_image: int, max_length: int
+) -> None:
+    """Tells of the examples that are left out, and refuses to leave all of them out."""
+    if without_token + with_cut_image == count:
+        images = " and all of its images" if with_cut_image else ""
         raise InputError(
-            f"{table.name}: no example of {table.source.path} has a token to predict within "
-            f"max_length={max_length}; raise max_length"
+            f"{table.name}: no example of {table.source.path} has a token to predict{images} "
+            f"within max_length={max_length}; raise max_length"
         )
-    if useful < count:
-        log.warning(
-            f"{table.name}: {count - useful} of {count} examples are left out: no token to predict "
-            f"within max_length={max_length}"
-        )
+    reasons = {"no token to predict": without_token, "not all of its images": with_cut_image}
+    for reason, number in reasons.items():
+        if number:
+            log.warning(
+                f"{table.name}: {number} of {count} examples are left out: {reason} within "
+                f"max_length={max_length}"
+            )

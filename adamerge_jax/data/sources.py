@@ -85,7 +85,11 @@ def load_examples(
         examples = read_arrays(location.file, source, inputs, limits, name)
     elif language:
         wanted = [source.messages, source.prompt, source.response, *_columns(source.text)]
-        table = read_table(location, source, name, wanted)
+        # Images are decoded to count their tokens, so rows are drawn before that. Packed texts
+        # have none, and are drawn when they are packed.
+        reads_images = processor is not None and not source.packed
+        draw = _draw(source.limit, seed) if reads_images else None
+        table = read_table(location, source, name, wanted, draw)
         table.require_rows(preprocessor, "tokenizer")
         examples = make_language_examples(
             table,

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from transformers import Idefics3ImageProcessorPil, Idefics3Processor, Qwen2VLImageProcessorPil
 
-from adamerge_jax.data.examples import Concatenated, require_joinable
+from adamerge_jax.data.examples import (
+    Concatenated,
+    drawn,
+    require_joinable,
+    with_as_many_images,
+)
 from adamerge_jax.data.image_conversations import ConversationImages
 from adamerge_jax.data.processors import Processor, load_processor
 from adamerge_jax.data.sources import load_examples
@@ -127,6 +132,70 @@ def test_a_conversation_whose_image_is_cut_is_left_out(folder, caplog):
     assert len(read(rows, folder, reader, max_length=int(last) + 1)) == 2
     assert len(read(rows, folder, reader, max_length=int(last))) == 1
     assert "1 of 2 examples are left out" in caplog.text
+    assert f"left out: not all of its images within max_length={last}" in caplog.text
+    message = r"no example of .* has a token to predict and all of its images within max_length="
+    with pytest.raises(InputError, match=message):
+        read(rows[:1], folder, reader, max_length=int(last))
+
+
+def test_texts_of_a_model_of_images_are_packed(folder):
+    reader = processor(folder)
+    rows = [conversation([], "which one ?", answer) for answer in ("the cat", "the dog")]
+    apart = read(rows, folder, reader).take(np.arange(2), 64)
+    options = {"max_length": 8, "packed": True, "predict": "all"}
+    packed = read(rows, folder, reader, **options)
+    assert len(packed) > len(rows)
+    inputs = packed.take(np.arange(len(packed)), 8)
+    tokens, expected = (part["input_ids"][part["attention_mask"] == 1] for part in (inputs, apart))
+    np.testing.assert_array_equal(tokens, expected)
+    assert not inputs[COUNT].any()
+    assert len(read(rows, folder, reader, **options, limit=3)) == 3
+
+
+def test_images_of_rows_that_are_not_drawn_are_not_read(folder):
+    reader = processor(folder)
+    chosen = drawn(6, 2, seed=0)
+    rows = [conversation(["cut.png"], "which one ?", str(row)) for row in range(6)]
+    for row in chosen:
+        rows[row] = conversation(["cat.png"], "which one ?", str(row))
+    examples = read(rows, folder, reader, limit=2)
+    labels = examples.take_labels(np.arange(2), 64)
+    assert [reader.tokenizer.decode(row[row != NOT_PREDICTED]) for row in labels] == [
+        str(row) for row in chosen
+    ]
+    with pytest.raises(InputError, match=r"cut\.png\): cannot be read"):
+        read(rows, folder, reader)
+
+
+def test_positions_are_computed_once(folder):
+    reader, asked = processor(folder), []
+
+    def positions(tokens: list[int], grid: Any) -> np.ndarray:
+        asked.append(tokens)
+        return np.stack([np.arange(len(tokens))] * 3)
+
+    reader.model.positions = positions
+    rows = [conversation(["cat.png"], "?", "cat"), conversation([], "which one ?", "cat")]
+    examples = read(rows, folder, reader)
+    for _ in range(2):
+        inputs = examples.take(np.array([1, 0, 1]), 64)
+        expected = np.arange(64) * inputs["attention_mask"]
+        np.testing.assert_array_equal(inputs["position_ids"], expected[:, None].repeat(3, 1))
+    assert len(asked) == 2
+
+
+def test_images_are_copied_only_where_some_are_missing():
+    images = np.ones((2, 2, 3), np.float32)
+    parts = [
+        {COUNT: np.array([2, 1]), PIXELS: images},
+        {COUNT: np.array([1]), PIXELS: images[:1, :1]},
+        {COUNT: np.array([0])},
+    ]
+    whole, filled, empty = (part[PIXELS] for part in with_as_many_images(parts))
+    assert whole is images
+    np.testing.assert_array_equal(filled, [[[1, 1, 1], [0, 0, 0]]])
+    np.testing.assert_array_equal(empty, np.zeros((1, 2, 3)))
+    assert filled.dtype == empty.dtype == np.float32
 
 
 def image(**fields: Any) -> list[dict[str, Any]]:
