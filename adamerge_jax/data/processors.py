@@ -108,7 +108,7 @@ class Processor:
         resized = [self._resized(image) for image in images]
         begins = self.tokenizer.bos_token
         try:
-            read = self._processor(
+            outputs = self._processor(
                 text=[text],
                 images=[resized] if resized else None,
                 # As `transformers` does it: some templates write the beginning, others do not.
@@ -117,10 +117,10 @@ class Processor:
                 return_text_replacement_offsets=True,
                 return_tensors=None,
             )
-            ids, offsets = list(read["input_ids"][0]), read["offset_mapping"][0]
+            ids, offsets = list(outputs["input_ids"][0]), outputs["offset_mapping"][0]
             # Some leave it out of texts without images.
-            replaced = read.get("text_replacement_offsets") or [()]
-            arrays = _arrays(read) if resized else None
+            replaced = outputs.get("text_replacement_offsets") or [()]
+            arrays = _arrays(outputs) if resized else None
         # The processors' own checks raise errors of many types.
         except Exception as error:
             raise InputError(
@@ -182,10 +182,11 @@ def load_processor(
     where = f"{role} ({checkpoint.source})"
     folder = checkpoint.folder
     whole = read_object_if_there(folder / WHOLE_FILE)
+    of_images = read_object_if_there(folder / PROCESSOR_FILE)
     vision = getattr(checkpoint.config, "vision_config", checkpoint.config)
     channels = getattr(vision, "in_channels", getattr(vision, "num_channels", 3))
     for name, fields in {
-        PROCESSOR_FILE: read_object_if_there(folder / PROCESSOR_FILE),
+        PROCESSOR_FILE: of_images,
         f"image_processor in {WHOLE_FILE}": whole.get("image_processor", {}),
     }.items():
         try:
@@ -204,8 +205,10 @@ def load_processor(
         # Older versions of `transformers` keep the template of a processor in a file of its own.
         template = read_object_if_there(folder / TEMPLATE_FILE).get("chat_template")
         tokenizer.chat_template = template if isinstance(template, str) else None
+    class_names = [fields.get("processor_class") for fields in (of_images, whole)]
     try:
-        processor = _make(_class_of(checkpoint, whole, where), folder, whole, tokenizer)
+        kind = _class_of(class_names, checkpoint.config.model_type, where)
+        processor = _make(kind, folder, whole, tokenizer)
     except InputError:
         raise
     except ImportError as error:  # a library that only some processors need
@@ -252,18 +255,16 @@ def has_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (PROCESSOR_FILE, WHOLE_FILE))
 
 
-def _class_of(checkpoint: Checkpoint, whole: Mapping[str, Any], where: str) -> type[ProcessorMixin]:
+def _class_of(names: Sequence[Any], model_type: str, where: str) -> type[ProcessorMixin]:
     """Returns the class of a processor: a class of `transformers`, by its name or the model's."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    files = (read_object_if_there(checkpoint.folder / PROCESSOR_FILE), whole)
-    names = [fields.get("processor_class") for fields in files]
-    names.append(PROCESSOR_MAPPING_NAMES.get(checkpoint.config.model_type))
+    names = [*names, PROCESSOR_MAPPING_NAMES.get(model_type)]
     for name in names:
-        made = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(made, type) and issubclass(made, transformers.ProcessorMixin):
-            return made
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, transformers.ProcessorMixin):
+            return kind
     shown = ", ".join(repr(name) for name in names if name) or "none"
     raise InputError(
         f"{where}: its processor is of no class of transformers ({shown}), and code of its own is "
@@ -272,7 +273,7 @@ def _class_of(checkpoint: Checkpoint, whole: Mapping[str, Any], where: str) -> t
 
 
 def _make(
-    made: type[ProcessorMixin],
+    kind: type[ProcessorMixin],
     folder: Path,
     whole: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -280,11 +281,11 @@ def _make(
     """Makes a processor of texts and images; what reads videos or sound is left out."""
     from transformers import AutoImageProcessor
 
-    class OfImages(made):  # type: ignore[misc, valid-type]
+    class OfImages(kind):  # type: ignore[misc, valid-type]
         def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
             return type(value)
 
-    OfImages.__name__ = made.__name__
+    OfImages.__name__ = kind.__name__
     parts = {
         "image_processor": AutoImageProcessor.from_pretrained(folder, trust_remote_code=False),
         "tokenizer": tokenizer,
@@ -294,7 +295,7 @@ def _make(
         for name, value in whole.items()
         if not isinstance(value, Mapping) and name not in ("auto_map", "chat_template")
     }
-    arguments = [parts.get(name) for name in made.get_attributes()]
+    arguments = [parts.get(name) for name in kind.get_attributes()]
     return OfImages.from_args_and_dict(arguments, fields)
 
 
@@ -302,13 +303,13 @@ def _name(processor: ProcessorMixin) -> str:
     return type(processor).__name__
 
 
-def _arrays(read: Mapping[str, Any]) -> Shaped[np.ndarray, "images ..."]:
+def _arrays(outputs: Mapping[str, Any]) -> Shaped[np.ndarray, "images ..."]:
     """Returns the arrays of images that a processor has made, `[images, ...]`."""
-    pixels = np.asarray(read[PIXELS], np.float32)
-    if "image_grid_thw" not in read:
+    pixels = np.asarray(outputs[PIXELS], np.float32)
+    if "image_grid_thw" not in outputs:
         # Some processors have an axis of texts in front of that of images.
         return pixels.reshape(-1, *pixels.shape[-3:])
-    grids = np.asarray(read["image_grid_thw"])
+    grids = np.asarray(outputs["image_grid_thw"])
     if (grids != grids[0]).any():
         raise ValueError(
             f"its images become grids of {' and '.join(map(str, grids.tolist()))} patches; set "
