@@ -42,19 +42,12 @@ def tokenizer_owner(models: Mapping[str, Expert], chosen: str | None) -> Expert 
     """
     if chosen is None:
         owner = next((m for m in models.values() if has_tokenizer(m.checkpoint)), None)
-        if owner is not None:
-            _require_rows(owner)
-        return owner
-    if chosen not in models:
+    elif chosen not in models:
         raise InputError(f"tokenizer: {chosen!r} is none of {', '.join(models)}")
-    if not has_tokenizer(models[chosen].checkpoint):
+    elif not has_tokenizer(models[chosen].checkpoint):
         raise InputError(f"tokenizer: {chosen} ({models[chosen].checkpoint.source}) has none")
-    _require_rows(models[chosen])
-    return models[chosen]
-
-
-def _require_rows(owner: Expert) -> None:
-    """Refuses the tokenizer of an expert with tokens that the base has no rows for."""
+    else:
+        owner = models[chosen]
     if isinstance(owner, MatchedCheckpoint) and owner.left_out:
         raise InputError(
             f"the tokenizer of {owner.role} ({owner.checkpoint.source}) has {len(owner.left_out)} "
@@ -62,6 +55,7 @@ def _require_rows(owner: Expert) -> None:
             "base's tables; put the base's tokenizer beside its weights, and choose it (tokenizer: "
             "base)"
         )
+    return owner
 
 
 def find_tokenizer(
