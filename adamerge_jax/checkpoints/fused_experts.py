@@ -6,11 +6,12 @@ what every version of `transformers` opens, and each has coefficients of its own
 stack lies in one piece, so that nothing is copied for it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
+from adamerge_jax.errors import InputError
 
 _MOST_EXPERTS = 4096
 """Experts of a layer; a file with more has another meaning."""
@@ -76,34 +77,54 @@ def with_experts_apart(
     for name, info in tensors.items():
         in_file = _renamed(name, layout)
         if name in stacks:
-            apart |= _parts(in_file, info, layout)
+            experts, _, kind = in_file.rpartition(".")
+            modules = (layout.down,) if kind == "down_proj" else (layout.gate, layout.up)
+            apart |= one_by_one(experts, [f"{module}.weight" for module in modules], info)
         else:
             apart[in_file] = info
     return apart, len(stacks)
 
 
+def one_by_one(
+    experts: str, parts: Sequence[str], stack: TensorInfo
+) -> Iterator[tuple[str, TensorInfo]]:
+    """Yields the weights of experts in a stack `[experts, outputs, inputs]`.
+
+    Args:
+        experts: The module of the experts, such as `model.layers.0.mlp.experts`.
+        parts: The names that an expert's weights have below its number, each of as many outputs.
+        stack: The stack.
+
+    Raises:
+        InputError: It has another number of axes, or more experts than a layer has.
+    """
+    if not _has_experts(stack):
+        raise InputError(
+            f"{stack.file} has a stack of {experts} of shape {stack.shape}, expected (experts, "
+            f"outputs, inputs) with {_MOST_EXPERTS} experts at most; copy or download it again"
+        )
+    count, outputs, inputs = stack.shape
+    shape = (outputs // len(parts), inputs)
+    first = 0
+    for expert in range(count):
+        for part in parts:
+            yield f"{experts}.{expert}.{part}", stack.part(first, shape)
+            first += prod(shape)
+
+
 def _is_stack(name: str, info: TensorInfo) -> bool:
     """Returns True for the stacked weights of a layer's experts, which have values."""
-    if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")) or len(info.shape) != 3:
+    if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")) or not _has_experts(info):
         return False
-    halves = not name.endswith(".gate_up_proj") or info.shape[1] % 2 == 0
-    return halves and prod(info.shape) > 0 and info.shape[0] <= _MOST_EXPERTS
+    return not name.endswith(".gate_up_proj") or info.shape[1] % 2 == 0
+
+
+def _has_experts(info: TensorInfo) -> bool:
+    """Returns True for a tensor of the form of a stack, which has values."""
+    return len(info.shape) == 3 and prod(info.shape) > 0 and info.shape[0] <= _MOST_EXPERTS
 
 
 def _renamed(name: str, layout: Layout) -> str:
     for in_model, in_file in layout.renamed:
         name = name.replace(in_model, in_file)
     return name
-
-
-def _parts(name: str, info: TensorInfo, layout: Layout) -> Iterator[tuple[str, TensorInfo]]:
-    """Yields the weights of experts in a stack `[experts, outputs, inputs]`."""
-    block, _, kind = name.rpartition(".")
-    modules = (layout.down,) if kind == "down_proj" else (layout.gate, layout.up)
-    experts, outputs, inputs = info.shape
-    shape = (outputs // len(modules), inputs)
-    first = 0
-    for expert in range(experts):
-        for module in modules:
-            yield f"{block}.{expert}.{module}.weight", info.part(first, shape)
-            first += prod(shape)

@@ -11,12 +11,12 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adamerge_jax.checkpoints.config_file import CONFIG_FILE, Fields, config_of, read_config_file
 from adamerge_jax.checkpoints.config_limits import require_consistent, require_possible
+from adamerge_jax.checkpoints.fused_experts import one_by_one
 from adamerge_jax.checkpoints.gguf_file import GgufFile, GgufTensor, import_gguf, read_gguf
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo
@@ -281,7 +281,7 @@ def _named(
     """Yields the tensors under the names of `transformers`.
 
     Raises:
-        InputError: A tensor has no such name, or not the rows of so many heads.
+        InputError: A tensor has no such name, or not the rows of so many heads or experts.
     """
     modules = _modules(file, architecture, layout)
     for name, info in content.tensors.items():
@@ -297,22 +297,18 @@ def _named(
                 f"{file} has {name}, which is no tensor of the architecture {architecture} as it "
                 "is read here; give the model in safetensors"
             )
-        found = modules[template]
+        in_model = modules[template]
         if block:
-            found = found.replace(_LAYER, f"model.layers.{block[1]}.")
-        if layout.pairs and found.endswith(("q_proj", "k_proj")):
-            info = _in_pairs(file, name, info, fields, is_query=found.endswith("q_proj"))
-        if layout.shift and found.endswith(("norm", "_layernorm")):
+            in_model = in_model.replace(_LAYER, f"model.layers.{block[1]}.")
+        if layout.pairs and in_model.endswith(("q_proj", "k_proj")):
+            info = _in_pairs(file, name, info, fields, is_query=in_model.endswith("q_proj"))
+        if layout.shift and in_model.endswith(("norm", "_layernorm")):
             info = dataclasses.replace(info, shift=layout.shift)
-        if ".experts." not in found:
-            yield f"{found}.{kind}", info
-            continue
-        if len(info.shape) != 3:
-            raise InputError(f"{file} has {name} of shape {info.shape}, expected stacked experts")
-        parent, _, leaf = found.rpartition(".")
-        for expert in range(info.shape[0]):
-            part = info.part(expert * prod(info.shape[1:]), info.shape[1:])
-            yield f"{parent}.{expert}.{leaf}.{kind}", part
+        parent, _, leaf = in_model.rpartition(".")
+        if parent.endswith(".experts"):
+            yield from one_by_one(parent, [f"{leaf}.{kind}"], info)
+        else:
+            yield f"{in_model}.{kind}", info
 
 
 def _modules(file: Path, architecture: str, layout: Layout) -> dict[str, str]:

@@ -135,6 +135,10 @@ def test_files_of_other_kinds(files, tmp_path):
         query = {"blk.2.attn_q.weight": np.ones(shape, np.float32)}
         references.write_gguf(llama, file, "llama", further=query)
         refused(file, f"attn_q.weight of shape {shape}, expected a matrix")
+    for shape in ((5000, 1, 32), (4, 32)):
+        stack = {"blk.2.ffn_up_exps.weight": np.ones(shape, np.float32)}
+        references.write_gguf(made("qwen3moe"), file, "qwen3moe", further=stack)
+        refused(file, f"model.layers.2.mlp.experts of shape {shape}", "4096 experts at most")
     references.write_gguf(llama, file, "llama", fields={"llama.expert_count": 8})
     refused(file, "'llama with experts'", "qwen3moe")
     references.write_gguf(model, file, "qwen2")
