@@ -185,27 +185,27 @@ class _Header:
                 f"{self._file} is of GGUF version {version}, expected 2 or 3, in the order of "
                 "bytes of this machine; convert the model again"
             )
-        tensors, fields = self._count(24, "tensors"), self._count(13, "fields")
-        metadata: dict[str, Any] = {}
-        for _ in range(fields):
+        tensor_count, field_count = self._count(24, "tensors"), self._count(13, "fields")
+        fields: dict[str, Any] = {}
+        for _ in range(field_count):
             name = self._text()
-            metadata[name] = self._value(self._number("I"), name)
-        infos = [self._info() for _ in range(tensors)]
-        alignment = metadata.get("general.alignment", _ALIGNMENT)
+            fields[name] = self._value(self._number("I"), name)
+        infos = [self._info() for _ in range(tensor_count)]
+        alignment = fields.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
             raise InputError(f"{self._file} has general.alignment {shorten(repr(alignment))}")
         start = -(-self._at // alignment) * alignment
-        if metadata.get("split.count", 0) not in (0, 1):
+        if fields.get("split.count", 0) not in (0, 1):
             raise InputError(
-                f"{self._file} is one of {shorten(str(metadata['split.count']))} files of a model; "
+                f"{self._file} is one of {shorten(str(fields['split.count']))} files of a model; "
                 "join them with llama-gguf-split --merge"
             )
-        made: dict[str, GgufTensor] = {}
+        tensors: dict[str, GgufTensor] = {}
         for name, shape, type_number, offset in infos:
-            if name in made:
+            if name in tensors:
                 raise InputError(f"{self._file} has two tensors called {name}; {_DAMAGED}")
-            made[name] = self._tensor(name, shape, type_number, start + offset)
-        return GgufFile(metadata, made)
+            tensors[name] = self._tensor(name, shape, type_number, start + offset)
+        return GgufFile(fields, tensors)
 
     def _tensor(
         self, name: str, shape: tuple[int, ...], type_number: int, start: int
@@ -279,12 +279,12 @@ class _Header:
         self._skip(length)
         return self._data[begin : self._at].decode("utf-8", "replace")
 
-    def _count(self, least: int, what: str) -> int:
+    def _count(self, least: int, things: str) -> int:
         """Reads a number of things of at least so many bytes each."""
         count = self._number("Q")
         if count * least > len(self._data) - self._at:
             raise InputError(
-                f"{self._file} says that it has {count} {shorten(what)}, more than its "
+                f"{self._file} says that it has {count} {shorten(things)}, more than its "
                 f"{len(self._data)} bytes hold; {_DAMAGED}"
             )
         return count

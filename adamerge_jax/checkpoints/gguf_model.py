@@ -34,6 +34,8 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 _EXPERTS = tuple(f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
 
+_EMBEDDINGS = "token_embd.weight"
+
 _ROTARY_FACTORS = "rope_freqs.weight"
 """The factors of scaled rotary positions, which `transformers` computes by its config."""
 
@@ -142,17 +144,13 @@ def open_gguf(source: str, file: Path) -> GgufCheckpoint:
             f"are {', '.join(LAYOUTS)}: give the model in safetensors"
         )
     fields = _fields(file, content, architecture, layout)
-    own = fields
-    lacks = "" if layout.tells_config else f"all settings of {architecture}"
-    if _ROTARY_FACTORS in content.tensors or f"{architecture}.rope.scaling.type" in content.fields:
-        lacks = "how its rotary positions are scaled"
-    if (file.parent / CONFIG_FILE).is_file():
-        own, lacks = read_config_file(file.parent), ""
     tensors = dict(_named(file, content, architecture, layout, fields))
-    if own is fields:
-        config = _config(file, fields, tensors)
+    if (file.parent / CONFIG_FILE).is_file():
+        fields, lacks = read_config_file(file.parent), ""
+        config = config_of(file.parent, fields, tensors)
     else:
-        config = config_of(file.parent, own, tensors)
+        lacks = _lacking(content, architecture, layout)
+        config = _config(file, fields, tensors)
     if config.model_type not in layout.model_types:
         raise InputError(
             f"{file.parent / CONFIG_FILE} has model_type {config.model_type!r}, {file.name} is of "
@@ -163,7 +161,7 @@ def open_gguf(source: str, file: Path) -> GgufCheckpoint:
         source=source,
         folder=file.parent,
         config=config,
-        config_fields=own,
+        config_fields=fields,
         tensors=tensors,
         notes=(
             f"{len(tensors)} tensors of a GGUF file ({', '.join(kinds)}) are restored while they "
@@ -241,21 +239,28 @@ def _fields(file: Path, content: GgufFile, architecture: str, layout: Layout) ->
                     "number"
                 )
             fields[field] = value
-    for name, module in (("vocab_size", "token_embd.weight"), ("hidden_size", "token_embd.weight")):
-        if module not in content.tensors:
-            raise InputError(f"{file} lacks {module}; give the file of a whole model")
-        fields[name] = content.tensors[module].shape[0 if name == "vocab_size" else -1]
+    if _EMBEDDINGS not in content.tensors:
+        raise InputError(f"{file} lacks {_EMBEDDINGS}; give the file of a whole model")
+    table = content.tensors[_EMBEDDINGS].shape
+    fields["vocab_size"], fields["hidden_size"] = table[0], table[-1]
     for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if name not in fields:
             raise InputError(f"{file} does not say its {name}; convert the model again")
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields["pad_token_id"] = None  # a class's own default is the id of one model's token
-    for name in ("bos", "eos", "padding"):
-        token = content.fields.get(f"tokenizer.ggml.{name}_token_id")
+    for name, in_file in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = content.fields.get(f"tokenizer.ggml.{in_file}_token_id")
         if isinstance(token, int) and 0 <= token < fields["vocab_size"]:
-            fields[f"{name.removesuffix('ding')}_token_id"] = token
+            fields[f"{name}_token_id"] = token
     fields["tie_word_embeddings"] = "output.weight" not in content.tensors
     return fields
+
+
+def _lacking(content: GgufFile, architecture: str, layout: Layout) -> str:
+    """Returns what the fields of a file lack for a config, in words; '' for nothing."""
+    if _ROTARY_FACTORS in content.tensors or f"{architecture}.rope.scaling.type" in content.fields:
+        return "how its rotary positions are scaled"
+    return "" if layout.tells_config else f"all settings of {architecture}"
 
 
 def _config(file: Path, fields: Fields, tensors: Mapping[str, TensorInfo]) -> PretrainedConfig:
