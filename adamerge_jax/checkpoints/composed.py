@@ -31,7 +31,7 @@ class PartOfTensor(TensorInfo):
 
     @property
     def stored(self) -> Mapping[str, TensorInfo]:
-        """What lies entry by entry, in part, and all else that belongs to it."""
+        """The part of that which lies entry by entry, and the whole of all else, such as scales."""
         return {
             ending: stored.part(self.first, self.shape)
             if stored.shape == self.whole.shape
@@ -60,7 +60,7 @@ class JoinedTensor(TensorInfo):
 
     @property
     def stored(self) -> Mapping[str, TensorInfo]:
-        """What the files have of the first one."""
+        """The plain numbers of the first piece."""
         return self.pieces[0].stored
 
     def read(self, name: str, first: int, out: Shaped[np.ndarray, " N"]) -> None:

@@ -11,7 +11,9 @@ from adamerge_jax.parameter_names import matches
 log = logging.getLogger(__name__)
 
 
-def require_most(base: MatchedCheckpoint, expert: MatchedCheckpoint, kept: Sequence[str]) -> None:
+def require_most(
+    base: MatchedCheckpoint, expert: MatchedCheckpoint, optional: Sequence[str]
+) -> None:
     """Refuses an expert that lacks more than half of the base, and warns of one that lacks less.
 
     What an expert lacks stays the base's. That is meant where `transformers` drops layers that it
@@ -20,23 +22,23 @@ def require_most(base: MatchedCheckpoint, expert: MatchedCheckpoint, kept: Seque
     Args:
         base: The base.
         expert: The expert.
-        kept: Patterns of parameters that are to stay the base's, which an expert may lack.
+        optional: Patterns of parameters that are to stay the base's, which an expert may lack.
 
     Raises:
         InputError: More than half of all other parameters are missing, or of their values.
     """
-    wanted = {name: prod(base.shape(name)) for name in base.names if not matches(name, kept)}
+    wanted = {name: prod(base.shape(name)) for name in base.names if not matches(name, optional)}
     lacking = [name for name in wanted if name not in expert.names]
     if not lacking:
         return
     share = sum(wanted[name] for name in lacking) / sum(wanted.values())
-    what = (
+    message = (
         f"{expert.role} ({expert.checkpoint.source}) lacks {len(lacking)} of {len(wanted)} "
         f"parameters of the base, {100 * share:.3g}% of the values: {lacking[0]}"
         f"{and_more(len(lacking) - 1)}"
     )
     if share > 0.5 or len(lacking) > len(wanted) / 2:
         raise InputError(
-            f"{what}; save the whole model, or list in keep_from_base what is to stay the base's"
+            f"{message}; save the whole model, or list in keep_from_base what is to stay the base's"
         )
-    log.warning("%s; they stay the base's", what)
+    log.warning("%s; they stay the base's", message)

@@ -84,7 +84,11 @@ class TensorInfo:
 
     @property
     def stored(self) -> Mapping[str, TensorInfo]:
-        """What the files have of it, by the ending of a name for it: for its fingerprint."""
+        """The plain numbers in the files that it is made of, for its fingerprint.
+
+        They are by that which the fingerprint puts behind the tensor's name to tell them apart: ''
+        for the tensor itself, and the scales of 8-bit numbers by their own name in the file.
+        """
         return {"": self}
 
     def part(self, first: int, shape: tuple[int, ...]) -> TensorInfo:
