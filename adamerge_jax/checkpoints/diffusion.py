@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adamerge_jax.checkpoints.config_file import CONFIG_FILE, Fields
+from adamerge_jax.checkpoints.config_file import CONFIG_FILE, Fields, classes_of
 from adamerge_jax.checkpoints.huggingface import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -32,19 +32,20 @@ from adamerge_jax.checkpoints.huggingface import (
 from adamerge_jax.checkpoints.pipeline_index import PIPELINE_FILE, component_names
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo, read_header
 from adamerge_jax.checkpoints.scaled import restored_in_words, with_scales
+from adamerge_jax.checkpoints.shards import MODEL_STEM
 from adamerge_jax.errors import InputError, shorten
 from adamerge_jax.files.json_object import read_object, read_object_if_there
 
 log = logging.getLogger(__name__)
 
-ALONE = "model"
+_ALONE = "model"
 """The name of a single component."""
 
 LOADED_BY = "DiffusionPipeline"
 """The class of `diffusers` that loads a pipeline."""
 
-STEMS = (WEIGHTS_FILE.partition(".")[0], "diffusion_pytorch_model")
-"""Beginnings of the names of weight files: those of `transformers` and of `diffusers`."""
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
+"""The beginning of the names of weight files of `diffusers`."""
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 """A part of the name of a file that an index names: `model.fp16-00001-of-00002.safetensors`."""
@@ -66,26 +67,21 @@ class Component:
     """A part of a pipeline that has weights.
 
     Attributes:
-        folder: Its folder.
         fields: The fields of its config.json.
-        stem: The beginning of the names of its weight files; one of `STEMS`.
-        variant: The variant of the files that are read, such as `fp16`; '' for those without one.
+        stem: The beginning of the names of its weight files, that of `transformers` or `diffusers`.
         tensors: Its tensors by their names in the files.
         scaled: The number of tensors that are restored from numbers with scales.
     """
 
-    folder: Path
     fields: Fields = field(repr=False)
     stem: str
-    variant: str
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     scaled: int
 
     @property
     def class_name(self) -> str:
         """The name of its class, as its config has it."""
-        classes = self.fields.get("architectures")
-        first = classes[0] if isinstance(classes, list) and classes else None
+        first = next(iter(classes_of(self.fields)), None)
         return str(self.fields.get("_class_name") or first or self.fields.get("model_type"))
 
 
@@ -96,12 +92,14 @@ class Pipeline(Checkpoint):
     Attributes:
         components: The parts that have weights, by name.
         copied: The names of all other parts, such as a tokenizer and a scheduler.
+        absent: The names of parts that its index names and whose folders are not there.
         is_whole: False for a single component, whose files lie in the folder itself.
     """
 
     components: Mapping[str, Component] = field(repr=False)
     copied: tuple[str, ...]
-    is_whole: bool = True
+    absent: tuple[str, ...]
+    is_whole: bool
 
 
 def component_of(tensor: str) -> str:
@@ -120,12 +118,12 @@ def open_pipeline(source: str, folder: Path) -> Pipeline:
         InputError: A file is missing, damaged or pickled, or a component has a name that is none.
     """
     index = read_object(folder / PIPELINE_FILE)
-    components, copied = {}, []
-    for name in component_names(folder):
+    components, copied, absent = {}, [], []
+    for name in component_names(index, folder):
         part = folder / name
         if not part.is_dir():
-            continue
-        if (part / CONFIG_FILE).is_file() or any(part.glob("*.safetensors")):
+            absent.append(name)
+        elif (part / CONFIG_FILE).is_file() or any(part.glob("*.safetensors")):
             components[name] = _open_component(part)
         else:
             copied.append(name)
@@ -135,7 +133,7 @@ def open_pipeline(source: str, folder: Path) -> Pipeline:
             "give the folder that `save_pretrained` of a pipeline wrote"
         )
     _warn_of_code(folder, index)
-    return _made(source, folder, components, tuple(copied), is_whole=True)
+    return _made(source, folder, components, copied=tuple(copied), absent=tuple(absent))
 
 
 def is_component(folder: Path) -> bool:
@@ -154,7 +152,7 @@ def open_component(source: str, folder: Path) -> Pipeline:
     Raises:
         InputError: A file is missing, damaged or pickled.
     """
-    return _made(source, folder, {ALONE: _open_component(folder)}, (), is_whole=False)
+    return _made(source, folder, {_ALONE: _open_component(folder)}, is_whole=False)
 
 
 def require_all_components(base: Pipeline) -> None:
@@ -163,12 +161,11 @@ def require_all_components(base: Pipeline) -> None:
     Raises:
         InputError: With the component.
     """
-    for name in component_names(base.folder) if base.is_whole else ():
-        if name not in (*base.components, *base.copied):
-            raise InputError(
-                f"{base.source} lacks the folder of {name}, which its {PIPELINE_FILE} names; copy "
-                "or download it again"
-            )
+    if base.absent:
+        raise InputError(
+            f"{base.source} lacks the folder of {base.absent[0]}, which its {PIPELINE_FILE} names; "
+            "copy or download it again"
+        )
 
 
 def absent_components(base: Checkpoint, expert: Checkpoint) -> list[str]:
@@ -246,9 +243,10 @@ def _made(
     source: str,
     folder: Path,
     components: Mapping[str, Component],
-    copied: tuple[str, ...],
     *,
-    is_whole: bool,
+    copied: tuple[str, ...] = (),
+    absent: tuple[str, ...] = (),
+    is_whole: bool = True,
 ) -> Pipeline:
     """Returns components as one checkpoint."""
     from transformers import PretrainedConfig
@@ -270,6 +268,7 @@ def _made(
         ),
         components=components,
         copied=copied,
+        absent=absent,
         is_whole=is_whole,
     )
 
@@ -279,7 +278,7 @@ def _open_component(folder: Path) -> Component:
     fields = read_object_if_there(folder / CONFIG_FILE)
     files = [file for file in sorted(folder.iterdir()) if not _SHARD.search(file.name)]
     candidates: dict[tuple[str, str], Path] = {}
-    for stem in STEMS:
+    for stem in (MODEL_STEM, _DIFFUSERS_STEM):
         for pattern in (
             rf"{stem}(?:\.([\w-]+))?\.safetensors",
             rf"{stem}\.safetensors\.index(?:\.([\w-]+))?\.json",
@@ -292,7 +291,7 @@ def _open_component(folder: Path) -> Component:
     if not candidates:
         refuse_pickled(folder)
         raise InputError(
-            f"{folder} has no safetensors weights: neither {STEMS[1]}.safetensors nor "
+            f"{folder} has no safetensors weights: neither {_DIFFUSERS_STEM}.safetensors nor "
             f"{WEIGHTS_FILE} nor {INDEX_FILE}; copy or download it again"
         )
     if "" not in variants and len(variants) > 1:
@@ -305,7 +304,7 @@ def _open_component(folder: Path) -> Component:
     is_whole = file.suffix == ".safetensors"
     tensors = read_header(file) if is_whole else read_indexed_headers(file)
     restored, scaled = with_scales(tensors, fields, str(folder))
-    return Component(folder, fields, stem, variant, restored, scaled)
+    return Component(fields, stem, restored, scaled)
 
 
 def _warn_of_code(folder: Path, index: Fields) -> None:

@@ -5,10 +5,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adamerge_jax.checkpoints.nested import require_not_nested
-from adamerge_jax.checkpoints.pipeline_index import COPIED, component_names, is_pipeline
+from adamerge_jax.checkpoints.pipeline_index import (
+    COPIED,
+    PIPELINE_FILE,
+    component_names,
+    is_pipeline,
+)
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.files.json_object import read_object
 
-GGUF_ENDING = ".gguf"
+_GGUF_ENDING = ".gguf"
 """The ending of files that hold a whole model."""
 
 _SETTINGS = (
@@ -51,7 +57,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
             )
         require_not_nested(folder)
         return folder
-    if folder.suffix == GGUF_ENDING and folder.is_file() and revision is None:
+    if folder.suffix == _GGUF_ENDING and folder.is_file() and revision is None:
         return folder
     if folder.exists():
         raise InputError(f"{source} is a file; give the folder that the checkpoint is in")
@@ -86,7 +92,7 @@ def _download(name: str, revision: str | None) -> Path:
         folder = download(_SETTINGS, _IGNORED)
         if not is_pipeline(folder):
             return download(["*.safetensors"], _IGNORED)
-        components = component_names(folder)
+        components = component_names(read_object(folder / PIPELINE_FILE), folder)
         files = [f"{part}/*{ending}" for part in components for ending in (*COPIED, ".safetensors")]
         download(files, [_VARIANTS])
         without_weights = [part for part in components if _lacks_weights(folder / part)]

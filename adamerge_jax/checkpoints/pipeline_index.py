@@ -1,10 +1,11 @@
 """The index of a diffusion pipeline, `model_index.json`: the names of its components."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from adamerge_jax.errors import InputError, shorten
-from adamerge_jax.files.json_object import read_object
 
 PIPELINE_FILE = "model_index.json"
 
@@ -20,14 +21,18 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / PIPELINE_FILE).is_file()
 
 
-def component_names(folder: Path) -> list[str]:
+def component_names(index: Mapping[str, Any], folder: Path) -> list[str]:
     """Returns the names of a pipeline's components, in the order of its index.
 
+    Args:
+        index: The index.
+        folder: The folder of the pipeline, for messages.
+
     Raises:
-        InputError: The index cannot be read, or a name cannot be that of a folder.
+        InputError: A name cannot be that of a folder.
     """
     names = []
-    for name, value in read_object(folder / PIPELINE_FILE).items():
+    for name, value in index.items():
         # Other fields are settings of the pipeline, and [null, null] is an empty place.
         if name.startswith("_") or not isinstance(value, list) or not any(value):
             continue
