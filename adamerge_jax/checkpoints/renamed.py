@@ -13,16 +13,14 @@ from collections.abc import Iterable
 Rules = tuple[tuple[str, str], ...]
 """Patterns in the names of tensors and what stands for them, in the order of replacement."""
 
-_LEGACY_ENDINGS = {
-    # Checkpoints converted from TensorFlow, bert-base-uncased among them, name LayerNorm's
-    # parameters as TensorFlow does. (LayerScale has a gamma too, which stays a gamma.)
-    "LayerNorm.gamma": "LayerNorm.weight",
-    "LayerNorm.beta": "LayerNorm.bias",
-}
-
-_OF_ALL: Rules = (
+# Checkpoints converted from TensorFlow, bert-base-uncased among them, name LayerNorm's parameters
+# as TensorFlow does. (LayerScale has a gamma too, which stays a gamma.)
+_LEGACY: Rules = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
+)
+_OF_ALL: Rules = (
+    *_LEGACY,
     (r"\.weight_g$", ".parametrizations.weight.original0"),
     (r"\.weight_v$", ".parametrizations.weight.original1"),
 )
@@ -55,7 +53,7 @@ _DINOV2: Rules = (
     (r"attention\.output\.dense\b", "attention.o_proj"),
 )
 
-RULES: dict[str, Rules] = {
+_RULES: dict[str, Rules] = {
     **dict.fromkeys(
         (
             *("aria", "aya_vision", "gemma3", "got_ocr2", "internvl", "llava", "llava_next"),
@@ -79,10 +77,7 @@ RULES: dict[str, Rules] = {
 
 def current_name(name: str) -> str:
     """Returns the name that a parameter with a legacy name has today."""
-    for legacy, current in _LEGACY_ENDINGS.items():
-        if name.endswith(legacy):
-            return name.removesuffix(legacy) + current
-    return name
+    return _replaced(name, _LEGACY)
 
 
 def common_name(name: str, model_type: str) -> str:
@@ -92,9 +87,7 @@ def common_name(name: str, model_type: str) -> str:
         name: A name in a file.
         model_type: The type of model in its config.
     """
-    for pattern, replacement in (*_OF_ALL, *RULES.get(model_type, ())):
-        name = re.sub(pattern, replacement, name)
-    return name
+    return _replaced(name, (*_OF_ALL, *_RULES.get(model_type, ())))
 
 
 def renamed(expected: Iterable[str], in_file: Iterable[str], model_type: str) -> dict[str, str]:
@@ -113,3 +106,9 @@ def renamed(expected: Iterable[str], in_file: Iterable[str], model_type: str) ->
     by_common = {short: name for name, short in common.items() if counts[short] == 1}
     pairs = {name: by_common.get(common_name(name, model_type)) for name in expected}
     return {name: tensor for name, tensor in pairs.items() if tensor is not None}
+
+
+def _replaced(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
