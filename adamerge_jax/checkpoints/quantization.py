@@ -54,9 +54,8 @@ def require_unquantized(
         kind = next((kind for ending, kind in _SIGNS.items() if name.endswith(ending)), None)
         if ".quant_state." in name:
             kind = "bitsandbytes, 4 bit"
-        if is_declared and info.dtype in _PACKED and len(info.shape) > 1:
-            kind = kind or "integers"
-        if kind:
+        is_packed = is_declared and info.dtype in _PACKED and len(info.shape) > 1
+        if kind or is_packed:
             raise quantized(where, name, kind, config_fields)
 
 
@@ -74,8 +73,7 @@ def quantized(
     settings = config_fields.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if isinstance(method, str):
-        is_told = kind not in (None, "integers")
-        kind = _METHODS.get(method, kind if is_told else shorten(method, 40))
+        kind = _METHODS.get(method, kind or shorten(method, 40))
     return InputError(
         f"{where} is quantised ({kind or 'integers'}; it has {tensor}), and rounded weights have "
         "no task vector; name the model that it was quantised from, or restore one of "
