@@ -76,14 +76,6 @@ def require_same_architecture(base: Checkpoint, expert: Checkpoint, *, role: str
             )
 
 
-def resized_vocabulary(where: str, name: str, size: Any, expected: Any) -> str:
-    """Returns the message about a model with more or fewer tokens than the base."""
-    return (
-        f"{where} has a resized vocabulary: {name} says {size} tokens where {expected} are "
-        f"expected; save it again after model.resize_token_embeddings({expected}), or leave it out"
-    )
-
-
 def _field(config: PretrainedConfig, name: str) -> Any:
     """Returns a config's value of a field, None if it tells nothing of the architecture."""
     if name == "max_position_embeddings" and any(

@@ -11,7 +11,6 @@ from types import MappingProxyType
 import ml_dtypes
 import numpy as np
 
-from adamerge_jax.checkpoints.architecture import resized_vocabulary
 from adamerge_jax.checkpoints.finite import require_finite
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.quantization import quantized, require_unquantized
@@ -364,13 +363,14 @@ def _wrong_shape(
 ) -> str:
     where = f"{matched.role} ({matched.checkpoint.source})"
     for name in wrong:
-        shape = matched.shape(name)
-        if (
-            matches(name, TOKEN_EMBEDDINGS)
-            and len(shape) == len(expected[name]) == 2
-            and shape[1] == expected[name][1]
-        ):
-            return resized_vocabulary(where, name, shape[0], expected[name][0])
+        shape, wanted = matched.shape(name), expected[name]
+        is_table = matches(name, TOKEN_EMBEDDINGS) and len(shape) == len(wanted) == 2
+        if is_table and shape[1] == wanted[1]:
+            return (
+                f"{where} has a resized vocabulary: {name} says {shape[0]} tokens where "
+                f"{wanted[0]} are expected; save it again after "
+                f"model.resize_token_embeddings({wanted[0]}), or leave it out"
+            )
     name = wrong[0]
     return (
         f"{where}: {name} has shape {matched.shape(name)}, expected {tuple(expected[name])}"
