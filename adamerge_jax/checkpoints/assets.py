@@ -4,7 +4,6 @@ Only files whose names are those of a tokenizer, a processor or generation setti
 never Python files: what a config says of them (`auto_map`) is left out.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,12 @@ from adamerge_jax.checkpoints.tokenizer_files import (
     tokenizer_files,
 )
 from adamerge_jax.errors import InputError
-from adamerge_jax.files.json_object import read_object
+from adamerge_jax.files.json_object import read_object, write_json
 
 _PROCESSOR_FILES = (
-    *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
 )
 _GENERATION_FILE = "generation_config.json"
 
@@ -73,7 +74,7 @@ def copy_generation_settings(
     for checkpoint in checkpoints:
         for file in _generation_files(checkpoint):
             fields = with_special_tokens(_read_settings(file)[0], token_ids)
-            _write_fields(folder / file.name, fields)
+            write_json(folder / file.name, fields)
             return
 
 
@@ -114,7 +115,7 @@ def copy_file(file: Path, source: Path, folder: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     settings, differ = _read_settings(file) if file.name in _SETTINGS else ({}, False)
     if differ:
-        _write_fields(target, settings)
+        write_json(target, settings)
     else:
         shutil.copyfile(file, target)
 
@@ -159,7 +160,3 @@ def _without_code(fields: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in fields.items()
         if name not in ("auto_map", "custom_pipelines")
     }
-
-
-def _write_fields(file: Path, fields: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ No Python file is copied.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -22,6 +21,7 @@ from adamerge_jax.checkpoints.folders import new_folder
 from adamerge_jax.checkpoints.huggingface_export import write_config, write_index
 from adamerge_jax.checkpoints.pipeline_index import COPIED, PIPELINE_FILE
 from adamerge_jax.checkpoints.shards import ShardWriter
+from adamerge_jax.files.json_object import write_json
 
 
 def write_pipeline(
@@ -63,8 +63,7 @@ def write_pipeline(
                 write_index(part / f"{component.stem}.safetensors.index.json", files)
             fields = without_old_weights(component.fields)
             if "_class_name" in fields:  # of diffusers, whose configs name no dtype
-                text = json.dumps(fields, indent=2) + "\n"
-                (part / CONFIG_FILE).write_text(text, encoding="utf-8")
+                write_json(part / CONFIG_FILE, fields)
             else:
                 write_config(part, fields, files)
         for name, text in texts.items():

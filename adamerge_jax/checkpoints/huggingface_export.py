@@ -15,7 +15,6 @@ Both the folder and each folder under `tasks/` are ordinary checkpoints for `fro
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -40,6 +39,7 @@ from adamerge_jax.checkpoints.safetensors_file import WeightFile, write_tensors
 from adamerge_jax.checkpoints.sentence_modules import write_embedding_form
 from adamerge_jax.checkpoints.shards import ShardWriter, shard_name
 from adamerge_jax.errors import InputError
+from adamerge_jax.files.json_object import write_json
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 
@@ -298,7 +298,7 @@ def write_index(index_file: Path, files: Sequence[WeightFile]) -> None:
         "metadata": {"total_size": sum(file.bytes for file in files)},
         "weight_map": {name: file.file.name for file in files for name in sorted(file.names)},
     }
-    index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(index_file, index)
 
 
 def write_config(folder: Path, fields: Mapping[str, Any], files: Sequence[WeightFile]) -> None:
@@ -315,8 +315,7 @@ def write_config(folder: Path, fields: Mapping[str, Any], files: Sequence[Weight
     if values_of:
         # The model's dtype is that of most values; a few tensors may have others.
         fields = with_dtype(fields, values_of.most_common(1)[0][0].name)
-    text = json.dumps(fields, indent=2) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_json(folder / CONFIG_FILE, fields)
 
 
 def _link_or_copy(source: Path, target: Path) -> bool:

@@ -1,6 +1,5 @@
 """Writing a LoRA adapter for PEFT."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from adamerge_jax.checkpoints.folders import new_folder
 from adamerge_jax.checkpoints.peft import EMBEDDING_ENDINGS, LINEAR_ENDINGS, PREFIX
 from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from adamerge_jax.checkpoints.safetensors_file import write_tensors
+from adamerge_jax.files.json_object import write_json
 
 
 class AdapterWeights(NamedTuple):
@@ -74,6 +74,5 @@ def save_adapter(
         tensors[f"{PREFIX}{module}{first}"] = np.ascontiguousarray(b.T if embedding else a)
         tensors[f"{PREFIX}{module}{second}"] = np.ascontiguousarray(a.T if embedding else b)
     with new_folder(folder) as partial:
-        text = json.dumps(config, indent=2) + "\n"
-        (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_json(partial / CONFIG_FILE, config)
         write_tensors(partial / WEIGHTS_FILE, dict(sorted(tensors.items())))

@@ -7,7 +7,6 @@ of its versions 2 to 6 are read; those that are written are read by all of these
 A module's type names a Python class. It is compared with the known ones, and never imported.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,12 @@ from typing import Any, get_args
 
 from adamerge_jax.checkpoints.config_file import CONFIG_FILE, classes_of
 from adamerge_jax.errors import InputError, shorten
-from adamerge_jax.files.json_object import read_list, read_object, read_object_if_there
+from adamerge_jax.files.json_object import (
+    read_list,
+    read_object,
+    read_object_if_there,
+    write_json,
+)
 from adamerge_jax.models.embedding_form import EmbeddingForm, Pooling, Similarity
 
 MODULES_FILE = "modules.json"
@@ -24,7 +28,7 @@ _MODEL_FILE = "config_sentence_transformers.json"
 
 _TEXT_FILES = tuple(
     f"sentence_{kind}_config.json"
-    for kind in (*("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"),)
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 """Files of the settings of texts; the newest name comes first."""
 
@@ -73,8 +77,10 @@ def read_embedding_form(folder: Path, features: int | None) -> EmbeddingForm:
     if "Normalize" in folders:
         _require_of_embedding(folders["Normalize"] / "config.json")
     max_tokens, lowercase = _read_texts(folder)
-    similarity = _read_similarity(folder / _MODEL_FILE)
-    prompts, default = _read_prompts(folder / _MODEL_FILE)
+    model_file = folder / _MODEL_FILE
+    model_fields = read_object_if_there(model_file)
+    similarity = _similarity(model_fields, model_file)
+    prompts, default = _prompts(model_fields, model_file)
     return EmbeddingForm(
         pooling=pooling,
         normalised="Normalize" in folders,
@@ -116,10 +122,10 @@ def write_embedding_form(folder: Path, form: EmbeddingForm, features: int) -> No
         "similarity_fn_name": form.similarity,
     }
     (folder / "1_Pooling").mkdir()  # a normalisation has no settings
-    _write(folder / MODULES_FILE, modules)
-    _write(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": True})
-    _write(folder / _TEXT_FILES[0], texts)
-    _write(folder / _MODEL_FILE, model)
+    write_json(folder / MODULES_FILE, modules)
+    write_json(folder / "1_Pooling" / "config.json", pooling | {"include_prompt": True})
+    write_json(folder / _TEXT_FILES[0], texts)
+    write_json(folder / _MODEL_FILE, model)
 
 
 def _read_modules(folder: Path) -> dict[str, Path]:
@@ -233,9 +239,8 @@ def _read_texts(folder: Path) -> tuple[int | None, bool]:
     return longest, fields.get("do_lower_case") is True
 
 
-def _read_similarity(file: Path) -> Similarity:
+def _similarity(fields: Mapping[str, Any], file: Path) -> Similarity:
     """Returns the similarity of embeddings."""
-    fields = read_object_if_there(file)
     kind = fields.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise InputError(
@@ -250,9 +255,8 @@ def _read_similarity(file: Path) -> Similarity:
     return similarity
 
 
-def _read_prompts(file: Path) -> tuple[dict[str, str], str | None]:
+def _prompts(fields: Mapping[str, Any], file: Path) -> tuple[dict[str, str], str | None]:
     """Returns the named prompts, and the name of the one before each text."""
-    fields = read_object_if_there(file)
     prompts, default = fields.get("prompts") or {}, fields.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(
         isinstance(text, str | None) for text in prompts.values()
@@ -263,7 +267,3 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None]:
             f"{file}: default_prompt_name is {shorten(repr(default))}, which is none of prompts"
         )
     return {name: text or "" for name, text in prompts.items()}, default
-
-
-def _write(file: Path, fields: Any) -> None:
-    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Objects and lists of JSON files, whoever wrote them."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def read_list(file: Path) -> list[Any]:
             something else than a list.
     """
     return _read(file, list, "list")
+
+
+def write_json(file: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Writes an object or a list to a JSON file, a line for each field.
+
+    Args:
+        file: The file, in a folder that nobody reads yet; `write_whole` is for all others.
+        content: The object or list.
+    """
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read(file: Path, kind: type, in_words: str) -> Any:
