@@ -132,7 +132,7 @@ def _in_a_process(
     process = context.Process(target=_measure, args=(model_type, seconds, cache, sender))
     process.start()
     sender.close()
-    result: dict[str, Any] = {"type": model_type, "reason": "no result within the time limit"}
+    result: dict[str, Any] = {"type": model_type}
     end = time.monotonic() + 10 * seconds  # a process that waits uses no processor time
     try:
         while receiver.poll(max(end - time.monotonic(), 0)):
@@ -141,15 +141,9 @@ def _in_a_process(
         pass
     process.kill()
     process.join()
-    if not result.get("finished"):
-        stage = "folds" if "folds" in result else "made"
-        result["reason"] = result.get("reason") or "no result within the time limit"
-        result.setdefault("seconds", seconds)
-        if result.get("made") and stage == "folds":
-            result["learns"] = "no result within the time limit"
-        elif result.get("made"):
-            result["folds"] = "no result within the time limit"
-    return result
+    if result.get("finished"):
+        return result
+    return any_model_table.timed_out(result, seconds)
 
 
 def _measure(model_type: str, seconds: int, cache: Path, sender: Connection) -> None:

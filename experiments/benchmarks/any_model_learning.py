@@ -26,7 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from adamerge_jax.coefficients.granularities import constant, tensor
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import family_of, is_known
-from adamerge_jax.models.bridge.family import KINDS
+from adamerge_jax.models.bridge.family import kind_of
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.bridge.torch_model import TorchModel
 from adamerge_jax.models.family import Family, complete_head
@@ -50,15 +50,15 @@ class InJax(NamedTuple):
         way: `own`, `bridge`, or `whole`: the whole forward by the bridge, of a class for which
             recipes have no kind.
         shapes: Shapes of the merged parameters by name, `[L, *shape]` where stacked.
-        forward: `(parameters, kept, inputs) -> output`.
-        kept: The tensors of a head, which are not merged.
+        forward: `(parameters, head_tensors, inputs) -> output`.
+        head_tensors: The tensors of a head, which are not merged.
         inputs: Its arrays.
     """
 
     way: str
     shapes: Mapping[str, tuple[int, ...]]
     forward: Callable[..., jax.Array]
-    kept: Arrays
+    head_tensors: Arrays
     inputs: Mapping[str, Any]
 
 
@@ -243,9 +243,7 @@ def _leaves(result: Any) -> list[Any]:
 
 def _in_jax(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJax:
     architecture = type(model).__name__
-    if is_known(model.config) or any(
-        architecture in _classes(kind.classes, model.config.model_type) for kind in KINDS
-    ):
+    if is_known(model.config) or kind_of(model.config, architecture) is not None:
         family = family_of(model.config, architecture)
         return _by_family(family, model, inputs, reference)
     runnable = copy.deepcopy(model)
@@ -253,7 +251,7 @@ def _in_jax(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJ
     bridged = TorchModel(runnable, "nothing")
     shapes = {name: leaf.shape for name, leaf in bridged.weights.shapes.items()}
 
-    def forward(parameters: Any, kept: Arrays, inputs: Any) -> jax.Array:
+    def forward(parameters: Any, head_tensors: Arrays, inputs: Any) -> jax.Array:
         grids = {name: value for name, value in given.items() if name not in inputs}
         result = bridged.call(parameters, runnable.forward, {**inputs, **grids})
         return output_of(result, reference.index).jax()
@@ -261,13 +259,6 @@ def _in_jax(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJ
     given = {name: _array(name, value) for name, value in inputs.items()}
     arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
     return InJax("whole", shapes, forward, {}, arrays)
-
-
-def _classes(table: str, model_type: str) -> tuple[str, ...]:
-    from transformers.models.auto import modeling_auto
-
-    classes = getattr(modeling_auto, table).get(model_type, ())
-    return (classes,) if isinstance(classes, str) else classes
 
 
 def _array(name: str, value: torch.Tensor) -> np.ndarray | torch.Tensor:
@@ -297,15 +288,17 @@ def _by_family(
             name: _array(name, value) for name, value in inputs.items() if name in family.inputs
         }
     saved = reference.saved
-    kept = {name: saved[name] for name in head.shapes if name in saved and name not in shapes}
+    head_tensors = {
+        name: saved[name] for name in head.shapes if name in saved and name not in shapes
+    }
 
-    def forward(parameters: Any, kept: Arrays, inputs: Any) -> jax.Array:
+    def forward(parameters: Any, head_tensors: Arrays, inputs: Any) -> jax.Array:
         outputs = backbone(parameters, inputs)
         if family.auto_class is None:
             return outputs.pooled
-        return head(complete_head(head, kept, parameters), outputs)
+        return head(complete_head(head, head_tensors, parameters), outputs)
 
-    return InJax("bridge" if family.bridged else "own", shapes, forward, kept, arrays)
+    return InJax("bridge" if family.bridged else "own", shapes, forward, head_tensors, arrays)
 
 
 def _with_images(family: Family, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -346,13 +339,13 @@ def _learn_in_jax(
     def step(values: Any, state: Any, base: Any, changes: Any, rest: Any) -> Any:
         def loss(values: Any) -> jax.Array:
             parameters = mix(base, changes, granularity.scales(values))
-            output = in_jax.forward(parameters, rest["kept"], rest["inputs"])
+            output = in_jax.forward(parameters, rest["head_tensors"], rest["inputs"])
             return jnp.square(output - rest["target"]).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(values), state)
         return optax.apply_updates(values, updates), state
 
-    rest = {"kept": in_jax.kept, "inputs": dict(in_jax.inputs), "target": target}
+    rest = {"head_tensors": in_jax.head_tensors, "inputs": dict(in_jax.inputs), "target": target}
     arguments = jax.device_put((base, changes, rest))
     state = optimizer.init(values)
     start = time.process_time()

@@ -1,5 +1,6 @@
 """The page of `any_model.py`: sums by kind of data, and every type that is not whole."""
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,18 @@ _EXPLAINED = """\
   learn first, so that the types of an unfinished run are a sample of them.
 - Models that read images and texts are given both where a rule makes such inputs; the list says
   which were given texts alone."""
+
+
+_NO_RESULT = "no result within the time limit"
+
+_TEMPORARY = re.compile(r"\S*/tmp\w{8}/")
+"""The folder of one type's models, as error messages name it."""
+
+
+def timed_out(result: Result, seconds: int) -> Result:
+    """Returns the result of a type whose process was ended before its last stage."""
+    missing = ("folds", "learns") if result.get("made") else ("reason",)
+    return {**dict.fromkeys(missing, _NO_RESULT), "seconds": seconds, **result}
 
 
 def in_words(result: Result) -> str:
@@ -124,7 +137,7 @@ def _list(title: str, results: Iterable[Result], reason: Callable[[Result], str]
     """Returns a section with the types by reason."""
     types = defaultdict(list)
     for result in results:
-        types[reason(result)].append(f"`{result['type']}`")
+        types[_TEMPORARY.sub("", reason(result))].append(f"`{result['type']}`")
     if not types:
         return []
     lines = [

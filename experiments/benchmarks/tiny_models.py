@@ -1,6 +1,6 @@
 """Tiny random models of every `model_type` of the installed `transformers`.
 
-    model = tiny_model("qwen3_moe")
+    model = tiny_model("qwen3_moe", model_class("qwen3_moe"))
 
 A config is made small by its fields, whose names most architectures share: two layers, 32 hidden
 units, a vocabulary of 128. Where an architecture refuses that, layers and tables are made small and

@@ -45,6 +45,7 @@ def test_a_tiny_model_of_a_type_reads_its_inputs(scripts, model_type, inputs):
 
 
 def test_the_page_counts_and_lists(scripts):
+    table = scripts["any_model_table"]
     equal = {"made": True, "folds": "equal", "learns": "equal", "difference": 1e-7, "compile": 2.0}
     texts = {"modalities": ["text"], "inputs": ["input_ids"]}
     both = {"modalities": ["image", "text"]}
@@ -54,14 +55,25 @@ def test_the_page_counts_and_lists(scripts):
         {"type": "c", **both, **equal, "way": "bridge", "inputs": ["input_ids", "pixel_values"]},
         {"type": "d", **both, **equal, "way": "bridge", "inputs": ["input_ids"]},
         {"type": "e", "made": False, "modalities": ["image"], "reason": "9 M parameters"},
-        {"type": "f", **texts, **equal, "folds": "fails: x_y", "way": "whole"},
+        {"type": "f", **texts, **equal, "folds": "fails: /tmp/tmpi29_x8ab/x_y", "way": "whole"},
+        *(
+            table.timed_out({"type": name, "modalities": ["text", "audio"], **stages}, 120)
+            for name, stages in {
+                "g": {"made": True},
+                "h": {"made": True, "folds": "equal"},
+                "i": {"made": False},
+            }.items()
+        ),
     ]
-    lines = scripts["any_model_table"].page(results, count=10)
+    lines = table.page(results, count=13)
     assert "| text | 3 | 3 | 2 | 1 | 0 | 1 | 2 (67%) |" in lines
     assert "| image-text | 2 | 2 | 2 | 0 | 2 | 0 | 2 (100%) |" in lines
-    assert "| all | 6 | 5 | 4 | 1 | 2 | 1 | 4 (80%) |" in lines
+    assert "| other | 3 | 2 | 1 | 0 | 0 | 0 | 0 (0%) |" in lines
+    assert "| all | 9 | 7 | 5 | 1 | 2 | 1 | 4 (57%) |" in lines
     assert "- `f`: fails: x\\_y" in lines
     assert "- `b`: by bridge, 2e-02 from PyTorch's" in lines
+    for names in ("`g`", "`g`, `h`", "`i`"):  # do not fold, do not learn, are not made
+        assert f"- {names}: no result within the time limit" in lines
     assert "- `e`: 9 M parameters" in lines
     assert "- **bridge**: `c`, `d` (texts alone)" in lines
     assert any("The other 4 were not run." in line for line in lines)
