@@ -31,7 +31,8 @@ _PIPELINES = {
     "ModelMixin": None,  # a single component of such a pipeline
     None: "zero-shot-image-classification",
 }
-"""A model's purpose in the Hub's words, by the class of `transformers` that loads its tasks."""
+"""A model's purpose in the Hub's words, by the class that loads it; by None for a CLIP, whose heads
+are no part of a checkpoint."""
 
 _READERS = {
     "AutoModelForCausalLM": "AutoTokenizer",

@@ -24,7 +24,11 @@ _EXPLAINED = """\
 - A run that was interrupted goes on where it was. Types come at random, those that recipes can
   learn first, so that the types of an unfinished run are a sample of them.
 - Models that read images and texts are given both where a rule makes such inputs; the list says
-  which were given texts alone."""
+  which were given texts alone.
+- A refusal may come from the tiny config, which is made by rule, and not from the type: the patches
+  of its images may not fill the pieces that the model joins them to. Types that run in configs of
+  their own are named in [Models without a family here](pytorch_forward.md) and
+  [Vision-language models](vision_language.md)."""
 
 
 _NO_RESULT = "no result within the time limit"
