@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 
 import numpy as np
 
@@ -21,25 +22,34 @@ from adamerge_jax.parameter_names import matches
 
 log = logging.getLogger(__name__)
 
+_Tokens = Mapping[int, str]
+"""The tokens of a model by id."""
+
 _SHOWN = 3
 """The number of tokens that a message names."""
 
 
-def with_rows_of(base: MatchedCheckpoint, expert: MatchedCheckpoint) -> MatchedCheckpoint:
-    """Gives an expert's tables of tokens as many rows as the base's have.
+def fit_to_rows(base: MatchedCheckpoint) -> Callable[[MatchedCheckpoint], MatchedCheckpoint]:
+    """Returns the function that gives tables of tokens as many rows as the base's have.
 
-    Rows beyond those of the base are left out; where the expert has fewer, the last ones are the
-    base's. No row is read. The checkpoint's notes say it, and a warning names tokens that the
-    merge has no rows for.
+    It takes an expert that is a whole model; its tables may have any number of rows. Rows beyond
+    those of the base are left out; where the expert has fewer, the last ones are the base's. No row
+    is read. The checkpoint's notes say it, and a warning names tokens that the merge has no rows
+    for. It raises an `InputError` if an id means another token in the two tokenizers, or the config
+    says another number of tokens than there are rows.
+
+    The base's tokenizer is read once, and only if an expert has other rows.
 
     Args:
         base: The base.
-        expert: A whole model; its tables may have any number of rows.
-
-    Raises:
-        InputError: An id means another token in the two tokenizers, or the config says another
-            number of tokens than there are rows.
     """
+    return partial(_with_rows_of, base, cache(partial(_tokens, base)))
+
+
+def _with_rows_of(
+    base: MatchedCheckpoint, read_base_tokens: Callable[[], _Tokens], expert: MatchedCheckpoint
+) -> MatchedCheckpoint:
+    """Returns an expert with as many rows in its tables as the base has: see `fit_to_rows`."""
     sizes = {
         (expert.shape(name)[0], base.shape(name)[0])
         for name in expert.names
@@ -52,7 +62,7 @@ def with_rows_of(base: MatchedCheckpoint, expert: MatchedCheckpoint) -> MatchedC
         return expert  # two sizes are no vocabulary, and their shapes are refused
     ((rows, base_rows),) = sizes
     where = f"{expert.role} ({expert.checkpoint.source})"
-    tokens, base_tokens = _tokens(expert), _tokens(base)
+    tokens, base_tokens = _tokens(expert), read_base_tokens()
     _require_same_tokens(tokens, base_tokens, min(rows, base_rows), where)
     left_out = tuple(tokens[number] for number in sorted(tokens) if number >= base_rows)
     if left_out:
@@ -124,9 +134,7 @@ def _require_rows_of_config(base: MatchedCheckpoint, expert: MatchedCheckpoint) 
         )
 
 
-def _require_same_tokens(
-    tokens: Mapping[int, str], base_tokens: Mapping[int, str], shared: int, where: str
-) -> None:
+def _require_same_tokens(tokens: _Tokens, base_tokens: _Tokens, shared: int, where: str) -> None:
     """Refuses an expert whose ids mean other tokens than the base's.
 
     Args:
@@ -152,7 +160,7 @@ def _require_same_tokens(
         )
 
 
-def _tokens(model: MatchedCheckpoint) -> dict[int, str]:
+def _tokens(model: MatchedCheckpoint) -> _Tokens:
     """Returns a model's tokens by id; none without a tokenizer."""
     if not has_tokenizer(model.checkpoint):
         return {}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,7 @@ from adamerge_jax.checkpoints.opening import open_checkpoint, open_in_folder
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter, is_adapter, open_adapter
 from adamerge_jax.checkpoints.peft_config import model_name
 from adamerge_jax.checkpoints.sentence_modules import is_embedder, read_embedding_form
-from adamerge_jax.checkpoints.vocabulary import with_rows_of
+from adamerge_jax.checkpoints.vocabulary import fit_to_rows
 from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
@@ -170,6 +169,7 @@ def open_models(
                 f"parameters are called e.g. {next(iter(backbone))!r}"
             )
     base_match = _match_backbone(family, backbone, base, "base")
+    fit = fit_to_rows(base_match)
     experts = {}
     for task, task_recipe in recipe.tasks.items():
         with in_hand(task_recipe.expert.path):
@@ -182,6 +182,7 @@ def open_models(
                 opened=whole_experts.get(task),
                 base_source=recipe.base,
                 role=f"expert {task!r}",
+                fit=fit,
                 read_weights=read_weights,
             )
     if isinstance(family, AnyModel):
@@ -391,6 +392,7 @@ def _open_expert(
     opened: Checkpoint | None,
     base_source: ModelSource,
     role: str,
+    fit: Callable[[MatchedCheckpoint], MatchedCheckpoint],
     read_weights: bool,
 ) -> Expert:
     """Opens a whole fine-tuned model, unless it is opened already, or a LoRA adapter."""
@@ -456,7 +458,7 @@ def _open_expert(
         optional=family.base_only,
         ignored=(*family.ignored(expert.config), *family.ignored_in_experts),
         second_names=family.second_names(expert.config),
-        fit=partial(with_rows_of, base),
+        fit=fit,
     )
 
 

@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from adamerge_jax.checkpoints import vocabulary
+from adamerge_jax.checkpoints.tokenizer_files import load_tokenizer
 from adamerge_jax.cli import main as cli
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.errors import InputError
@@ -149,14 +151,22 @@ def test_tied_tables_and_tables_in_a_file_twice(tmp_path):
     require_merge(merge(tmp_path, recipe(tmp_path)), base, [padded, chat])
 
 
-def test_tables_of_other_names(tmp_path):
-    """The output layer is a table too."""
+def test_tables_of_other_names(tmp_path, monkeypatch):
+    """The output layer is a table too; the base's tokens are looked up once for all experts."""
+    roles = []
+
+    def load(checkpoint, role):
+        roles.append(role)
+        return load_tokenizer(checkpoint, role)
+
+    monkeypatch.setattr(vocabulary, "load_tokenizer", load)
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=TOKENS)))
     base = save(model, tmp_path / "base", TOKENS)
     padded = save(language_expert(model, 1), tmp_path / "padded", TOKENS + 3)
     save(language_expert(model, 2), tmp_path / "chat", TOKENS - 3)
     models = open_models(parse_recipe(recipe(tmp_path)), tmp_path, to_run=False)
+    assert sorted(roles) == ["base", "expert 'chat'", "expert 'padded'"]
     for name in ("gpt_neox.embed_in.weight", "embed_out.weight"):
         assert padded[name].shape[0] == TOKENS + 3
         read = models.experts["padded"].read(name)
