@@ -617,6 +617,7 @@ def decoder_family(
         last_layer=None,
         cached_features=_cached_features,
         embedding_backbone=partial(backbone, writes=False),
+        output_layer=f"{names.output}.weight",
     )
 
 

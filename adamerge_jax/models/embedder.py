@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -103,14 +102,6 @@ class EmbedderFamily(Family):
         assert self.embeds is not None  # by `embedder_family`
         return EmbeddingNetwork(self.plain.build_backbone(config, rematerialize), self.embeds)
 
-    def build_head(self, config: Config) -> Network:
-        """Returns the head, `(parameters, outputs) -> embeddings [B, texts, H]`."""
-        return Network(partial(EmbeddingHead, config))
-
-    def tied(self, config: Config) -> tuple[str, ...]:
-        """Returns no names: the output layer of a language model is no part of an embedder."""
-        return ()
-
 
 def embedder_family(plain: Family, form: EmbeddingForm) -> EmbedderFamily:
     """Returns the family of the sentence embedders of an architecture.
@@ -131,11 +122,13 @@ def embedder_family(plain: Family, form: EmbeddingForm) -> EmbedderFamily:
     fields: dict[str, Any] = {
         field.name: getattr(body, field.name) for field in dataclasses.fields(Family)
     }
+    output_layer = f"{plain.output_layer.removesuffix('.weight')}.*"
     fields |= {
+        "head": EmbeddingHead,
         "auto_class": "AutoModel",
         "last_layer": None,
-        "ignored_in_experts": (*plain.ignored_in_experts, *UNREAD),
-        "base_only": (*plain.base_only, *UNREAD),
+        "ignored_in_experts": (*plain.ignored_in_experts, *POOLER, *_HEADS, output_layer),
+        "base_only": (*plain.base_only, *POOLER),
         "language": False,
         "cached_features": None,
         "embeds": form,
@@ -143,8 +136,8 @@ def embedder_family(plain: Family, form: EmbeddingForm) -> EmbedderFamily:
     return EmbedderFamily(**fields, plain=body)
 
 
-HEADS = ("lm_head.*", "cls.*", "classifier.*")
-"""Name patterns of heads, which a sentence embedder does not have."""
+POOLER = ("pooler.*", "*.pooler.*")
+"""Name patterns of the part of a model without a head that no embedding depends on."""
 
-UNREAD = ("pooler.*", "*.pooler.*", *HEADS)
-"""Name patterns of the parts of a checkpoint that no embedding depends on."""
+_HEADS = ("cls.*", "classifier.*", "vocab_*")
+"""Name patterns of heads with which an expert may have been saved, beside an output layer."""

@@ -18,7 +18,7 @@ from adamerge_jax.models.images_in_text import ImagesInText
 from adamerge_jax.models.layers import Config, Rematerialize
 
 OUTPUT_LAYER = "lm_head.weight"
-"""The name of a language model's output layer, where it is not the embedding table."""
+"""The usual name of a language model's output layer, where it is not the embedding table."""
 
 
 class Network:
@@ -124,6 +124,8 @@ class Family:
             head gives embeddings in place of logits.
         embedding_backbone: Makes the backbone of sentence embedders, where that lacks a part.
         images: The images that a language model reads among its tokens; None if it reads none.
+        output_layer: The name of a language model's output layer, where it is not the embedding
+            table.
     """
 
     backbone: Callable[[Config, Rematerialize], nnx.Module]
@@ -145,6 +147,7 @@ class Family:
     embeds: EmbeddingForm | None = None
     embedding_backbone: Callable[[Config, Rematerialize], nnx.Module] | None = None
     images: ImagesInText | None = None
+    output_layer: str = OUTPUT_LAYER
 
     def build_backbone(
         self, config: Config, rematerialize: Rematerialize = "elementwise"
@@ -163,8 +166,7 @@ class Family:
         """Returns the names of the embedding tables that are the output layer too."""
         if not self.language:
             return ()
-        outputs = (OUTPUT_LAYER, "embed_out.weight")
-        return tuple(name for name in self.build_head(config).shapes if name not in outputs)
+        return tuple(name for name in self.build_head(config).shapes if name != self.output_layer)
 
     def second_names(self, config: Config) -> dict[str, tuple[str, ...]]:
         """Returns the further names of each table that has several, which count without its own.
@@ -175,7 +177,7 @@ class Family:
         """
         names = dict(self.second_names_of_tables)
         for name in self.tied(config):
-            names[name] = (OUTPUT_LAYER, *names.get(name, ()))
+            names[name] = (self.output_layer, *names.get(name, ()))
         return names
 
 

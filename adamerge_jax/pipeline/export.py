@@ -46,7 +46,7 @@ from adamerge_jax.devices import is_first_process, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.methods import make_method
-from adamerge_jax.models.embedder import HEADS
+from adamerge_jax.models.embedder import POOLER
 from adamerge_jax.parameter_names import matches
 from adamerge_jax.pipeline.initial_merge import merged_names
 from adamerge_jax.pipeline.models import Models, match_backbone
@@ -235,7 +235,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     carried = [
         name
         for name in models.base.extra
-        if name not in replaced and not (embeds and matches(name, HEADS))
+        if name not in replaced and (embeds is None or matches(name, POOLER))
     ]
     loses_head = len(carried) < len(models.base.extra) or embeds is not None
     owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base

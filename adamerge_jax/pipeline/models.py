@@ -45,7 +45,7 @@ from adamerge_jax.errors import InputError, in_hand, in_one_line
 from adamerge_jax.models import family_of, is_known
 from adamerge_jax.models.embedder import embedder_family
 from adamerge_jax.models.embedding_form import EmbeddingForm
-from adamerge_jax.models.family import OUTPUT_LAYER, Family
+from adamerge_jax.models.family import Family
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.pipeline.embedders import shared_form
 from adamerge_jax.recipes.schema import ModelSource, Recipe
@@ -341,7 +341,7 @@ def _require_tied(family: Family, model: Expert) -> None:
     """Refuses a whole model whose output layer differs from the embeddings that it is tied to."""
     if isinstance(model, MatchedCheckpoint):
         for name in family.tied(model.checkpoint.config):
-            require_tied(model, name, OUTPUT_LAYER)
+            require_tied(model, name, family.output_layer)
 
 
 def _warn_of_no_change(base: MatchedCheckpoint, expert: Expert, mixed: Collection[str]) -> None:

@@ -13,6 +13,8 @@ from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
@@ -254,6 +256,20 @@ def test_tied_tables_of_a_llama_under_the_name_of_the_output_layer(tmp_path):
     edit_weights(expert, lambda t: t.update({"lm_head.weight": t.pop(table) * 2}))
     models = opened(base, expert)
     np.testing.assert_array_equal(models.experts["t"].read(table), models.base.read(table) * 2)
+
+
+def test_tied_tables_of_a_gpt_neox_under_the_name_of_its_output_layer(tmp_path):
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = GPTNeoXConfig(**sizes, intermediate_size=24, tie_word_embeddings=True)
+    base, expert = tmp_path / "base", tmp_path / "expert"
+    randomise(GPTNeoXForCausalLM(config)).save_pretrained(base)
+    shutil.copytree(base, expert)
+    table, output = "gpt_neox.embed_in.weight", "embed_out.weight"
+    edit_weights(expert, lambda t: t.update({output: t.pop(table) * 2}))
+    models = opened(base, expert)
+    np.testing.assert_array_equal(models.experts["t"].read(table), models.base.read(table) * 2)
+    edit_weights(expert, lambda t: t.update({table: t[output] + 1}))
+    refused(base, expert, f"has an {output} that differs from {table}")
 
 
 # Warnings

@@ -223,6 +223,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTNeoXForCausalLM",
         dict(NEOX, use_parallel_residual=False, attention_bias=False),
     ),
+    "gpt_neox tied": ("GPTNeoXForCausalLM", dict(NEOX, tie_word_embeddings=True)),
     "mixtral": (
         "MixtralForCausalLM",
         dict(SIZES, num_local_experts=6, num_experts_per_tok=2, sliding_window=4),
@@ -256,7 +257,7 @@ def make(case: str, seed: int = 0) -> PreTrainedModel:
                 if "norm" in name:
                     parameter.sub_(1)
     if model.config.tie_word_embeddings:
-        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return model
 
 

@@ -13,7 +13,13 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.sentence_modules import read_embedding_form, write_embedding_form
@@ -171,6 +177,25 @@ def test_fold_writes_the_same_and_a_merge_is_that_of_its_formula(
             wide += 0.3 * sum(expert[name].astype(np.float64) - values for expert in experts)
         np.testing.assert_allclose(result[name], wide, atol=1e-6)
     assert read_embedding_form(tmp_path / "merge" / "checkpoint", FEATURES) == FORM
+
+
+def test_no_head_of_a_base_or_an_expert_is_carried(embedders: Embedders, tmp_path: Path) -> None:
+    """The head of a GPT-NeoX has another name than most."""
+    sizes = dict(hidden_size=FEATURES, num_hidden_layers=1, num_attention_heads=2)
+    config = GPTNeoXConfig(vocab_size=45, intermediate_size=24, **sizes)
+    model = GPTNeoXForCausalLM(config)
+    for name in ("base", *TASKS):
+        saved = model if name in ("base", TASKS[0]) else model.gpt_neox
+        saved.save_pretrained(tmp_path / name)
+        for file in (embedders.root / name).glob("*token*"):
+            shutil.copy(file, tmp_path / name)
+        write_embedding_form(tmp_path / name, FORM, FEATURES)
+    tasks = {task: {"expert": task, "calibration": "none"} for task in TASKS}
+    recipe = parse_recipe({"base": "base", "tasks": tasks})
+    out = tmp_path / "out"
+    merge(recipe, "task_arithmetic", {}, root=tmp_path, out=out, console=Console(quiet=True))
+    result = load_file(out / "checkpoint" / "model.safetensors")
+    assert result.keys() == model.gpt_neox.state_dict().keys()
 
 
 def with_pairs(embedders: Embedders, **fields: Any) -> dict[str, Any]:
