@@ -12,7 +12,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm, Pooling
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.layers import Config, Outputs, Rematerialize
-from adamerge_jax.models.zero_shot import normalise
+from adamerge_jax.objectives.similarity import unit_length
 
 
 class EmbeddingNetwork(Network):
@@ -42,7 +42,7 @@ class EmbeddingNetwork(Network):
         mask = flat.get("attention_mask", jnp.ones_like(token_ids))
         embeddings = pool(outputs.last_hidden_state, mask, self._form.pooling)
         if self._form.normalised:
-            embeddings = normalise(embeddings)
+            embeddings = unit_length(embeddings)
         per_example = texts[0] if texts else 1
         last, states = outputs.last_hidden_state, outputs.hidden_states
         features = last.shape[-1]

@@ -18,6 +18,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.models.clip_text import ClipText
 from adamerge_jax.models.family import Network
 from adamerge_jax.models.layers import Config, Outputs, parameter, value
+from adamerge_jax.objectives.similarity import unit_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ PLACEHOLDER = "{}"
 class ZeroShotHead(nnx.Module):
     """Scaled cosine similarity of an image to each class name.
 
-    `logits = exp(logit_scale) * normalise(pooled) @ text_embeddings.T + bias`
+    `logits = exp(logit_scale) * unit_length(pooled) @ text_embeddings.T + bias`
 
     `text_embeddings`, `[C, D]`, have length 1, and `bias`, `[C]`, is 0 unless heads were scaled.
     No checkpoint holds them: `zero_shot_head` makes them, and C is `config.num_labels` only in the
@@ -45,14 +46,8 @@ class ZeroShotHead(nnx.Module):
         self.bias = parameter(config.num_labels)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
-        similarity = normalise(outputs.pooled) @ value(self.text_embeddings).T
+        similarity = unit_length(outputs.pooled) @ value(self.text_embeddings).T
         return jnp.exp(value(self.logit_scale)) * similarity + value(self.bias)
-
-
-def normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Scales the vectors along the last axis to length 1, in float32."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True))
 
 
 def text_network(config: Config) -> Network:
@@ -106,10 +101,10 @@ def zero_shot_head(
         template.replace(PLACEHOLDER, name) for name in class_names for template in templates
     ]
     tokens = _tokenize(sentences, tokenizer, config.text_config.max_position_embeddings)
-    embeddings = normalise(_embed(network, needed, tokens))
+    embeddings = unit_length(_embed(network, needed, tokens))
     means = embeddings.reshape(len(class_names), len(templates), -1).mean(axis=1)
     return {
-        "text_embeddings": normalise(means),
+        "text_embeddings": unit_length(means),
         "logit_scale": needed["logit_scale"],
         "bias": jnp.zeros(len(means)),
     }
