@@ -81,9 +81,9 @@ class Verdict(NamedTuple):
     """The decision about some coefficients after a held-out evaluation.
 
     Attributes:
-        is_best: Whether they are the best so far.
+        is_best: True if they are the best so far.
         collapsed: The tasks whose predictions have collapsed, `[tasks]`.
-        may_continue: Whether the control tasks allow another step.
+        may_continue: True if the control tasks allow another step.
     """
 
     is_best: bool

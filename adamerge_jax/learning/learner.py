@@ -313,10 +313,10 @@ def forward_with_heads(
         backbone: From parameters and inputs `[tasks * B, ...]` to outputs.
         heads: One per task, from its parameters and the outputs of its B examples to logits.
         hidden_states: Layers whose hidden states the outputs are to hold.
-        cross_task: Whether they are to hold each head's logits on the other tasks' examples.
-        logits_again: Whether a task's logits are computed again in the backward pass rather than
+        cross_task: True if they are to hold each head's logits on the other tasks' examples.
+        logits_again: True if a task's logits are computed again in the backward pass rather than
             kept: those of a language model are the largest arrays of a step.
-        embeds: Whether the heads give a sentence embedder's embeddings in place of logits.
+        embeds: True if the heads give a sentence embedder's embeddings in place of logits.
     """
 
     def forward(parameters: PyTree, head_parameters: PyTree, inputs: PyTree) -> list[TaskOutputs]:

@@ -84,7 +84,7 @@ class Snapshot(NamedTuple):
         step: Number of optimizer steps taken.
         start: The held-out metrics of the starting point.
         best: The best coefficients so far.
-        ended: Whether there is no step left to take.
+        ended: True if there is no step left to take.
     """
 
     state: State

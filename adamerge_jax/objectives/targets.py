@@ -105,9 +105,9 @@ class TargetSpec(NamedTuple):
     `a | b` asks for what a or b asks for.
 
     Attributes:
-        expert_logits: Whether the targets must hold the expert's logits.
-        labels: Whether they must hold labels.
-        augmented: Whether the outputs must hold the logits of augmented examples.
+        expert_logits: True if the targets must hold the expert's logits.
+        labels: True if they must hold labels.
+        augmented: True if the outputs must hold the logits of augmented examples.
         hidden_states: Layers that outputs and targets must hold, from 0 (the embeddings) to L,
             or -1 for the last.
         cross_task: The number of examples of each other task that the expert is asked about, for
@@ -115,11 +115,11 @@ class TargetSpec(NamedTuple):
             are learned; 0 for none.
         top_tokens: The number of likely tokens of the expert that stand for its logits; None for
             all.
-        whole_batch: Whether the value of an example depends on the others in its batch, other than
+        whole_batch: True if the value of an example depends on the others in its batch, other than
             by a mean over them that is added to it.
-        embeddings: Whether the outputs must hold embeddings.
-        expert_embeddings: Whether the targets must hold the expert's embeddings.
-        pairs: Whether each example must have two texts.
+        embeddings: True if the outputs must hold embeddings.
+        expert_embeddings: True if the targets must hold the expert's embeddings.
+        pairs: True if each example must have two texts.
 
     Examples:
         >>> from adamerge_jax.objectives import TargetSpec
