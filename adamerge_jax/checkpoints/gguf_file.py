@@ -205,6 +205,13 @@ class _Header:
             if name in tensors:
                 raise InputError(f"{self._file} has two tensors called {name}; {_DAMAGED}")
             tensors[name] = self._tensor(name, shape, type_number, start + offset)
+        # Or a small file could hold any number of tensors, one upon the other.
+        sizes = [prod(tensor.shape[:-1]) * tensor.row_bytes for tensor in tensors.values()]
+        if sum(sizes) > len(self._data) - start:
+            raise InputError(
+                f"{self._file} has tensors of {sum(sizes)} bytes, and {len(self._data) - start} "
+                f"bytes behind its header; {_DAMAGED}"
+            )
         return GgufFile(fields, tensors)
 
     def _tensor(

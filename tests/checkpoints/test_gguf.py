@@ -185,6 +185,9 @@ def test_damaged_files(files, tmp_path):
     damaged(whole[:at] + struct.pack("<I", 9) + whole[at + 4 :], "token_embd.weight with 9 axes")
     damaged(whole[: at + 4] + struct.pack("<Q", 63) + whole[at + 12 :], "a multiple of 32")
     damaged(whole[: at + 4] + struct.pack("<Q", 0) + whole[at + 12 :], "has shape (64, 0)")
+    damaged(
+        whole[: at + 12] + struct.pack("<Q", 128) + whole[at + 20 :], "has tensors of", "behind"
+    )
     damaged(whole[: at + 20] + struct.pack("<I", 77) + whole[at + 24 :], "stored in type 77")
     damaged(whole[: at + 24] + struct.pack("<Q", 2**60) + whole[at + 32 :], "ends at byte")
 
