@@ -73,16 +73,11 @@ def with_head(fields: Mapping[str, Any], architecture: str, classes: Sequence[st
 def with_dtype(fields: Mapping[str, Any], dtype: str) -> Fields:
     """Returns the fields of a config for weights of a dtype, under the name that the file uses."""
     changed = {
-        name: with_dtype_of_part(value, dtype) if _is_part(name, value) else value
+        name: _with_dtype_of_part(value, dtype) if _is_part(name, value) else value
         for name, value in fields.items()
     }
     used = [name for name in _DTYPES if name in fields]
     return changed | dict.fromkeys(used or [_DTYPES[not _is_recent(fields)]], dtype)
-
-
-def with_dtype_of_part(fields: Mapping[str, Any], dtype: str) -> Fields:
-    """Returns the fields of a part of a config, with the dtype where it has one of its own."""
-    return dict(fields) | {name: dtype for name in _DTYPES if name in fields}
 
 
 def readable_by_older_versions(fields: Mapping[str, Any]) -> Fields:
@@ -174,6 +169,11 @@ def with_tokenizer(
         return changed | {_TOKENIZER_CLASS: of_owner[_TOKENIZER_CLASS]}
     changed.pop(_TOKENIZER_CLASS, None)
     return changed
+
+
+def _with_dtype_of_part(fields: Mapping[str, Any], dtype: str) -> Fields:
+    """Returns the fields of a part of a config, with the dtype where it has one of its own."""
+    return dict(fields) | {name: dtype for name in _DTYPES if name in fields}
 
 
 def _names_all(stated: Any, ids: Any) -> bool:
