@@ -8,6 +8,7 @@ from adamerge_jax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from adamerge_jax.models.embedding_form import EmbeddingForm
     from adamerge_jax.models.family import Family
 
 ARCHITECTURES = {
@@ -43,6 +44,8 @@ ARCHITECTURES = {
 A module is imported when a model of its type is opened.
 """
 
+_BRIDGE = "adamerge_jax.models.bridge.family"
+
 
 def is_known(config: "PretrainedConfig") -> bool:
     """Returns True if a family here has the `model_type` of a config."""
@@ -50,7 +53,10 @@ def is_known(config: "PretrainedConfig") -> bool:
 
 
 def family_of(
-    config: "PretrainedConfig", architecture: str | None = None, *, headless: bool = False
+    config: "PretrainedConfig",
+    architecture: str | None = None,
+    *,
+    embeds: "EmbeddingForm | None" = None,
 ) -> "Family":
     """Returns the family of a base model's config.
 
@@ -60,27 +66,31 @@ def family_of(
         config: The config of the base.
         architecture: The class of the experts' models, `DistilBertForSequenceClassification`; None
             where only families here are asked for.
-        headless: True for a model without a head, whatever its class.
+        embeds: The way from texts to embeddings of sentence embedders, whose class says nothing;
+            None for other models.
 
     Raises:
         InputError: No family here has that `model_type` and its PyTorch forward cannot run, or it
             is that of one tower of a CLIP, which is no base: a base brings the projection and the
-            text tower too.
+            text tower too; or the architecture has no sentence embedders.
     """
     if config.model_type in ("clip_vision_model", "clip_text_model"):
         raise InputError(
             f"config.json: model_type {config.model_type!r} is one tower of a CLIP; the base must "
             "be a whole CLIP (model_type 'clip'), only experts may be vision towers"
         )
-    if not is_known(config):
-        if headless or architecture is not None:
-            bridge = importlib.import_module("adamerge_jax.models.bridge.family")
-            if headless:
-                return bridge.bridged_encoder(config)
-            return bridge.bridged_family(config, architecture)
+    if is_known(config):
+        family = importlib.import_module(ARCHITECTURES[config.model_type]).FAMILY
+    elif embeds is not None:
+        family = importlib.import_module(_BRIDGE).bridged_encoder(config)
+    elif architecture is not None:
+        family = importlib.import_module(_BRIDGE).bridged_family(config, architecture)
+    else:
         raise InputError(
             f"config.json: model_type {config.model_type!r} is not supported; "
             f"supported are {', '.join(sorted(ARCHITECTURES))}; others can be merged without "
             "learning (adamerge merge, adamerge fold)"
         )
-    return importlib.import_module(ARCHITECTURES[config.model_type]).FAMILY
+    if embeds is None:
+        return family
+    return importlib.import_module("adamerge_jax.models.embedder").embedder_family(family, embeds)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from adamerge_jax.checkpoints.any_model import AnyModel, any_model, head_shapes
 from adamerge_jax.checkpoints.architecture import require_same_architecture
@@ -43,7 +43,6 @@ from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand, in_one_line
 from adamerge_jax.models import family_of, is_known
-from adamerge_jax.models.embedder import embedder_family
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import Family
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
@@ -131,17 +130,21 @@ def open_models(
         InputError: A checkpoint is missing, damaged, of another architecture or no classifier, or
             a pattern in `keep_from_base` fits no parameter.
     """
-    with in_hand(recipe.base.path), _explain_errors("base", root):
+    with _opening("base", recipe.base, root):
         base = open_checkpoint(resolve(recipe.base.path, root), revision=recipe.base.revision)
         if isinstance(base, Pipeline):
             require_all_components(base)
         require_config(base)
+    located = {
+        task: _locate(f"expert {task!r}", task_recipe.expert, root)
+        for task, task_recipe in recipe.tasks.items()
+    }
     whole_experts: dict[str, Checkpoint] = {}
-    embeds = _read_form(recipe, base, root)
+    embeds = _read_form(base, located)
     try:
         with in_hand(recipe.base.path):
             if not to_run:
-                whole_experts = _whole_experts(recipe, base, root)
+                whole_experts = _whole_experts(base, located)
                 family = _family_to_fold(base, list(whole_experts.values()), embeds)
             elif isinstance(base, Pipeline):
                 raise InputError(
@@ -149,14 +152,9 @@ def open_models(
                     "fold); there is nothing to learn its coefficients from"
                 )
             else:
-                is_own = is_known(base.config)
-                family = family_of(
-                    base.config,
-                    None if is_own else _architecture(recipe, base, root),
-                    headless=embeds is not None,
-                )
-                if embeds is not None:
-                    family = embedder_family(family, embeds)
+                has_family = is_known(base.config)
+                architecture = None if has_family else _architecture(base, located)
+                family = family_of(base.config, architecture, embeds=embeds)
             network = family.build_backbone(base.config)
     except InputError as error:
         raise InputError(f"base ({base.source}): {error}") from error
@@ -171,17 +169,15 @@ def open_models(
     base_match = _match_backbone(family, backbone, base, "base")
     fit = fit_to_rows(base_match)
     experts = {}
-    for task, task_recipe in recipe.tasks.items():
-        with in_hand(task_recipe.expert.path):
+    for task, place in located.items():
+        with in_hand(place.source.path):
             experts[task] = _open_expert(
                 family,
                 backbone,
                 base_match,
-                task_recipe.expert,
-                root,
+                place,
                 opened=whole_experts.get(task),
                 base_source=recipe.base,
-                role=f"expert {task!r}",
                 fit=fit,
                 read_weights=read_weights,
             )
@@ -251,27 +247,54 @@ def resolve(path: str, root: Path) -> str:
     return path
 
 
-def _architecture(recipe: Recipe, base: Checkpoint, root: Path) -> str | None:
+class _Located(NamedTuple):
+    """An expert that is on this machine.
+
+    Attributes:
+        role: Its role, for messages.
+        source: The recipe's words for it.
+        root: Folder that relative paths start from.
+        path: Its path below the root, or its Hub id.
+        folder: Its folder, or its file.
+    """
+
+    role: str
+    source: ModelSource
+    root: Path
+    path: str
+    folder: Path
+
+    def opening(self) -> AbstractContextManager[None]:
+        """Returns the context in which its files are opened."""
+        return _opening(self.role, self.source, self.root)
+
+
+def _locate(role: str, source: ModelSource, root: Path) -> _Located:
+    """Finds an expert's folder, which is downloaded where it is on the Hub."""
+    with _opening(role, source, root):
+        path = resolve(source.path, root)
+        return _Located(role, source, root, path, locate(path, revision=source.revision))
+
+
+def _architecture(base: Checkpoint, located: Mapping[str, _Located]) -> str | None:
     """Returns the class of the experts' models, by which a model without a family here is run.
 
     An adapter's model is of the base's class.
     """
-    task, expert = next((task, t.expert) for task, t in recipe.tasks.items())
-    with in_hand(expert.path), _explain_errors(f"expert {task!r}", root):
-        folder = locate(resolve(expert.path, root), revision=expert.revision)
-        has_config = not is_adapter(folder) and folder.is_dir()
-        fields = read_config_file(folder) if has_config else base.config_fields
+    expert = next(iter(located.values()))
+    with expert.opening():
+        has_config = not is_adapter(expert.folder) and expert.folder.is_dir()
+        fields = read_config_file(expert.folder) if has_config else base.config_fields
     return next(iter(classes_of(fields)), None)
 
 
-def _read_form(recipe: Recipe, base: Checkpoint, root: Path) -> EmbeddingForm | None:
+def _read_form(base: Checkpoint, located: Mapping[str, _Located]) -> EmbeddingForm | None:
     """Reads the module files of the experts; None if these are no sentence embedders."""
     features = getattr(base.config, "hidden_size", None)
     forms: dict[str, EmbeddingForm | None] = {}
-    for task, task_recipe in recipe.tasks.items():
-        source = task_recipe.expert
-        with in_hand(source.path), _explain_errors(f"expert {task!r}", root):
-            folder = locate(resolve(source.path, root), revision=source.revision)
+    for task, expert in located.items():
+        with expert.opening():
+            folder = expert.folder
             forms[task] = read_embedding_form(folder, features) if is_embedder(folder) else None
     return shared_form(forms)
 
@@ -281,16 +304,14 @@ def _family_to_fold(
 ) -> Family:
     """Returns the family of models that are not run: that of any model where none here fits."""
     if is_known(base.config):
-        family = family_of(base.config)
-        classes = (classes_of(expert.config_fields) for expert in experts)
-        if embeds is not None or all(_is_class_of(family, names) for names in classes):
-            try:
-                if embeds is not None:
-                    family = embedder_family(family, embeds)
-                family.build_backbone(base.config)
-            except InputError as error:  # a feature that only running needs
-                log.debug(f"{base.source} is merged by the names of its tensors: {error}")
-            else:
+        try:
+            family = family_of(base.config, embeds=embeds)
+            family.build_backbone(base.config)
+        except InputError as error:  # a feature that only running needs
+            log.debug(f"{base.source} is merged by the names of its tensors: {error}")
+        else:
+            classes = (classes_of(expert.config_fields) for expert in experts)
+            if all(_is_class_of(family, names) for names in classes):
                 return family
     if isinstance(base, Pipeline):
         return pipeline_family(base, experts)
@@ -307,16 +328,13 @@ def _is_class_of(family: Family, classes: Sequence[str]) -> bool:
     return any(name.endswith(head) for name in classes)
 
 
-def _whole_experts(recipe: Recipe, base: Checkpoint, root: Path) -> dict[str, Checkpoint]:
+def _whole_experts(base: Checkpoint, located: Mapping[str, _Located]) -> dict[str, Checkpoint]:
     """Opens the experts of a recipe that are whole models, by task; pipelines as the base names."""
     experts = {}
-    for task, task_recipe in recipe.tasks.items():
-        source = task_recipe.expert
-        with in_hand(source.path), _explain_errors(f"expert {task!r}", root):
-            path = resolve(source.path, root)
-            folder = locate(path, revision=source.revision)
-            if not is_adapter(folder):
-                expert = open_in_folder(path, folder)
+    for task, place in located.items():
+        with place.opening():
+            if not is_adapter(place.folder):
+                expert = open_in_folder(place.path, place.folder)
                 if isinstance(base, Pipeline) and isinstance(expert, Pipeline):
                     expert = named_like(expert, base)
                 experts[task] = expert
@@ -386,12 +404,10 @@ def _open_expert(
     family: Family,
     backbone: Shapes,
     base: MatchedCheckpoint,
-    source: ModelSource,
-    root: Path,
+    place: _Located,
     *,
     opened: Checkpoint | None,
     base_source: ModelSource,
-    role: str,
     fit: Callable[[MatchedCheckpoint], MatchedCheckpoint],
     read_weights: bool,
 ) -> Expert:
@@ -409,10 +425,8 @@ def _open_expert(
             return {}
         return {name: leaf.shape for name, leaf in family.build_head(config).shapes.items()}
 
-    with _explain_errors(role, root):
-        path = resolve(source.path, root)
-        folder = locate(path, revision=source.revision)
-    if is_adapter(folder):
+    role, source = place.role, place.source
+    if is_adapter(place.folder):
         if isinstance(base.checkpoint, Pipeline):
             raise InputError(
                 f"{role} ({source.path}) is a PEFT adapter, which is not read for a diffusion "
@@ -420,7 +434,7 @@ def _open_expert(
             )
         adapter = open_adapter(
             source.path,
-            folder,
+            place.folder,
             base,
             role=role,
             head=head,
@@ -440,8 +454,8 @@ def _open_expert(
         if has_classes and adapter.checkpoint.config.num_labels < 2:
             raise _no_classes_error(role, source.path, "a head with 1 output")
         return adapter
-    with _explain_errors(role, root):
-        expert = opened or open_in_folder(path, folder)
+    with place.opening():
+        expert = opened or open_in_folder(place.path, place.folder)
     if isinstance(base.checkpoint, Pipeline) or isinstance(expert, Pipeline):
         require_same_pipeline(base.checkpoint, expert, role=role)
     elif isinstance(expert, GgufCheckpoint):
@@ -482,9 +496,10 @@ def _no_classes_error(role: str, source: str, wrong: str) -> InputError:
 
 
 @contextmanager
-def _explain_errors(role: str, root: Path) -> Iterator[None]:
-    """Adds to error messages the role of the model and the root of relative paths."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{role}: {error} (relative paths start at {root})") from error
+def _opening(role: str, source: ModelSource, root: Path) -> Iterator[None]:
+    """Adds to error messages the role of the model in hand and the root of relative paths."""
+    with in_hand(source.path):
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{role}: {error} (relative paths start at {root})") from error

@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules.pooling import Pooling
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
 from adamerge_jax.models.bridge.family import bridged_encoder
-from adamerge_jax.models.embedder import embedder_family, pool
+from adamerge_jax.models.embedder import pool
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from tests.references import parameters_of, randomise
 
@@ -64,7 +64,7 @@ def test_texts_and_pairs_are_embedded_as_by_transformers(kind: str, further: Any
     features = {"token_embeddings": hidden, "attention_mask": flat[1]}
     expected = torch.nn.functional.normalize(Pooling(16, "mean")(features)["sentence_embedding"])
 
-    family = embedder_family(family_of(config, headless=True), EmbeddingForm("mean", True))
+    family = family_of(config, embeds=EmbeddingForm("mean", True))
     network = family.build_backbone(config)
     assert not any("pooler" in name or "lm_head" in name for name in network.shapes)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -85,7 +85,7 @@ def test_texts_and_pairs_are_embedded_as_by_transformers(kind: str, further: Any
 
 def test_models_of_two_stacks_are_refused() -> None:
     with pytest.raises(InputError, match="a decoder behind an encoder"):
-        embedder_family(family_of(transformers.T5Config()), EmbeddingForm("mean", True))
+        family_of(transformers.T5Config(), embeds=EmbeddingForm("mean", True))
 
 
 def test_a_model_that_reads_no_texts_is_refused() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
 
+from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline import models
 from adamerge_jax.pipeline.models import open_models, resolve
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import BERT, edit_weights, fine_tune, randomise
@@ -16,6 +18,21 @@ def test_a_pattern_that_fits_nothing(text_recipe):
     fields = text_recipe | {"keep_from_base": ["*.bias", "embeddings.*"]}
     with pytest.raises(InputError, match=r"keep_from_base: 'embeddings\.\*' fits no parameter"):
         open_models(parse_recipe(fields), Path("/"))
+
+
+@pytest.mark.parametrize("to_run", [True, False])
+def test_an_expert_is_located_once(text_recipe, monkeypatch, to_run):
+    """On the Hub it is asked for every time."""
+    sources = []
+
+    def counted(source, **options):
+        sources.append(source)
+        return locate(source, **options)
+
+    monkeypatch.setattr(models, "locate", counted)
+    recipe = parse_recipe(text_recipe)
+    open_models(recipe, Path("/"), read_weights=False, to_run=to_run)
+    assert sources == [task.expert.path for task in recipe.tasks.values()]
 
 
 def test_a_pooler_that_no_classifier_reads(tmp_path):
@@ -33,9 +50,9 @@ def test_a_pooler_that_no_classifier_reads(tmp_path):
     edit_weights(tmp_path / "expert", lambda tensors: tensors.update(pooler))
     task = {"expert": str(tmp_path / "expert"), "calibration": "none"}
     fields = {"base": str(tmp_path / "base"), "tasks": {"task": task}}
-    models = open_models(parse_recipe(fields), tmp_path)
-    assert not any("pooler" in name for name in models.experts["task"].names)
-    assert models.base.extra == ("pooler.dense.bias", "pooler.dense.weight")
+    opened = open_models(parse_recipe(fields), tmp_path)
+    assert not any("pooler" in name for name in opened.experts["task"].names)
+    assert opened.base.extra == ("pooler.dense.bias", "pooler.dense.weight")
 
 
 def test_paths(tmp_path):
