@@ -127,11 +127,11 @@ def find_general(
             "retain: is for language models, and these are classifiers, whose base has no head for "
             "general data; leave it out"
         )
-    is_own = source.path is not None
-    if not is_own:
+    has_path = source.path is not None
+    if not has_path:
         source = source.model_copy(update={"path": str(GENERAL)})
     text: Prompts | Examples | None = load.prompts(source, NAME, is_chat=is_chat)
-    if not is_own and len(text) < ENOUGH_PROMPTS:
+    if not has_path and len(text) < ENOUGH_PROMPTS:
         return None
     if text is not None and not can_write:
         raise InputError(
@@ -145,7 +145,7 @@ def find_general(
     if source.weight:
         needed = settings.batch_size + max(1, round(settings.held_out * len(learned)))
     if len(learned) < needed or len(tested) < FEWEST:
-        if not is_own:
+        if not has_path:
             return None
         raise InputError(
             f"{NAME}: {source.path} has too few examples{fitting} within max_length="

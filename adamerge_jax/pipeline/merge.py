@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, PyTree
 
 from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.data.examples import Examples, sorted_batches
-from adamerge_jax.errors import InputError
 from adamerge_jax.methods import MergeMethod, merged_parameters
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.pipeline.initial_merge import merged_names, method_of, only_mixed
@@ -42,16 +41,8 @@ def method_parameters(
 
     Returns:
         The merged model's parameters by name, in the dtype of the base.
-
-    Raises:
-        InputError: The method needs predictions, and sentence embedders give none.
     """
     models = workspace.models
-    if method.needs_predictions and models.family.embeds is not None:
-        raise InputError(
-            "the method weighs experts by what they predict, and sentence embedders predict "
-            "neither classes nor tokens; take another, such as regmean"
-        )
     if not method.needs_data:
         return merged_parameters(method, base, deltas, len(models.experts))
     statistics = open_statistics(workspace, report)

@@ -53,6 +53,7 @@ from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
+from adamerge_jax.recipes.embedders import require_no_predictions
 from adamerge_jax.recipes.schema import ExportRecipe, Recipe
 from adamerge_jax.report.coefficients import range_warning
 from adamerge_jax.report.maps import draw_coefficients
@@ -433,13 +434,14 @@ def _merge(
 ) -> None:
     """Checks all input of a merge, then exports to a folder that this process holds."""
     require_new_export(out, EXPORT_FOLDERS)
-    needs_data = make_method(method, options).needs_data
-    if needs_data:
+    made = make_method(method, options)
+    if made.needs_data:
         with console.status("opening checkpoints and data"):
             workspace = open_workspace(recipe, root, devices, count_on(console))
         models = workspace.models
     else:
         models = dataclasses.replace(open_models(recipe, root, to_run=False), devices=devices)
+    require_no_predictions("method", method, made, models.family)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
     initial = fit_initial_merge(models, method, options)
@@ -447,7 +449,7 @@ def _merge(
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
     account_lines = account(models, coefficients.parameters)
     _print_lines(account_lines, console)
-    if needs_data:
+    if made.needs_data:
         memory, in_words = make_memory(recipe.task_vectors.memory, devices), initial.in_words
         with console.status(in_words) as status:
             parameters = merge_from_data(

@@ -31,7 +31,11 @@ from adamerge_jax.objectives import (
     weighted_sum,
 )
 from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
-from adamerge_jax.recipes.embedders import OF_EMBEDDINGS, objectives_of_embedder
+from adamerge_jax.recipes.embedders import (
+    OF_EMBEDDINGS,
+    objectives_of_embedder,
+    require_no_predictions,
+)
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
     HeadKind,
@@ -228,11 +232,8 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
     if coefficients.initial_merge is not None:
         chosen["coefficients.initial_merge"] = coefficients.initial_merge
     for field, method in chosen.items():  # refused here rather than after learning
-        if make_method(method.name, method.options).needs_predictions and embeds:
-            raise InputError(
-                f"{field}: {method.name} weighs experts by what they predict, and sentence "
-                "embedders predict neither classes nor tokens; take another, such as regmean"
-            )
+        made = make_method(method.name, method.options)
+        require_no_predictions(field, method.name, made, models.family)
     if language or len(specs) == 1:
         # With one output layer for all tasks experts would contradict each other; one task has no
         # others.
@@ -279,9 +280,9 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
     choice, last = recipe.heads, models.family.last_layer
     if choice.kind == "kept":
         return HeadChoice("kept")
-    is_own = choice != recipe.heads_of_preset
+    names_kind = choice != recipe.heads_of_preset
     if last is None or recipe.forgotten:
-        if is_own:
+        if names_kind:
             reason = "a task is to be forgotten"
             if last is None:
                 reason = "the last layer of this model's heads has no bias"
@@ -292,7 +293,7 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
             raise InputError(f"heads: are to be {choice.kind}, but {reason}; leave heads out")
         return HeadChoice("kept")
     if last.scaled_only and choice.kind != "scaled":
-        if is_own:
+        if names_kind:
             raise InputError(
                 f"heads: are to be {choice.kind}, but those of zero-shot models are given by the "
                 "names of classes; choose scaled or kept"

@@ -1,8 +1,10 @@
-"""The objectives of sentence embedders: those of presets are for classes, and stand for these."""
+"""The choices of a recipe for sentence embedders, where presets are written for classes."""
 
 from collections.abc import Sequence
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.methods import MergeMethod
+from adamerge_jax.models.family import Family
 from adamerge_jax.objectives import OBJECTIVES
 from adamerge_jax.recipes.presets import PRESETS
 from adamerge_jax.recipes.schema import ObjectiveRecipe, Recipe
@@ -31,20 +33,41 @@ def objectives_of_embedder(recipe: Recipe) -> Sequence[ObjectiveRecipe]:
             its preset.
     """
     preset = PRESETS[recipe.preset]["objectives"]
-    is_own = recipe.objectives != [ObjectiveRecipe.model_validate(term) for term in preset]
-    if not is_own and recipe.preset in _PRESETS_BY_PAIRS:
+    names_objectives = recipe.objectives != [
+        ObjectiveRecipe.model_validate(term) for term in preset
+    ]
+    if not names_objectives and recipe.preset in _PRESETS_BY_PAIRS:
         return [ObjectiveRecipe(name="contrastive")]
     terms = []
     for position, term in enumerate(recipe.objectives):
         is_of_classes = term.name in OBJECTIVES and term.name not in (*OF_EMBEDDINGS, *_OF_BOTH)
         if not is_of_classes:
             terms.append(term)
-        elif not is_own and term.name in _IN_PLACE:
+        elif not names_objectives and term.name in _IN_PLACE:
             terms.append(ObjectiveRecipe(name=_IN_PLACE[term.name], weight=term.weight))
         else:
-            whose = f"objectives.{position}" if is_own else f"preset {recipe.preset}"
+            field = f"objectives.{position}" if names_objectives else f"preset {recipe.preset}"
             raise InputError(
-                f"{whose}: {term.name} is for classes, and sentence embedders have none; take "
+                f"{field}: {term.name} is for classes, and sentence embedders have none; take "
                 f"{' or '.join(OF_EMBEDDINGS)}"
             )
     return terms
+
+
+def require_no_predictions(field: str, name: str, method: MergeMethod, family: Family) -> None:
+    """Refuses, for sentence embedders, a method that weighs experts by what they predict.
+
+    Args:
+        field: The place of the method, for the message.
+        name: The name of the method.
+        method: The method.
+        family: The family of the models.
+
+    Raises:
+        InputError: The method is of that kind, and the models are sentence embedders.
+    """
+    if family.embeds is not None and method.needs_predictions:
+        raise InputError(
+            f"{field}: {name} weighs experts by what they predict, and sentence embedders predict "
+            "neither classes nor tokens; take another, such as regmean"
+        )

@@ -254,6 +254,22 @@ def test_choices_for_classes_are_refused(
         build(parse_recipe(embedders.fields | changes), workspace.models)
 
 
+def test_merging_by_predictions_is_refused_before_anything_is_read(
+    embedders: Embedders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "read", None)
+    recipe = parse_recipe(embedders.fields)
+    with pytest.raises(InputError, match="method: fisher weighs experts by what they predict"):
+        merge(
+            recipe,
+            "fisher",
+            {},
+            root=embedders.root,
+            out=tmp_path / "out",
+            console=Console(quiet=True),
+        )
+
+
 def test_hidden_states_need_single_texts(embedders: Embedders, workspace: Workspace) -> None:
     chosen = [{"name": "hidden_state_alignment", "options": {"layers": [-1]}}]
     build(parse_recipe(embedders.fields | {"objectives": chosen}), workspace.models)
