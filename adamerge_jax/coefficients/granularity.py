@@ -256,7 +256,9 @@ def group_tensors(shapes: Shapes, group_of: Callable[[str], str], unit: str) -> 
         for name, groups in members.items():
             for group, values in zip(groups, start[name], strict=True):
                 collected[group].append(values)
-        means = {group: _mean(jnp.stack(values))[None] for group, values in collected.items()}
+        means = {
+            group: mean_of_tensors(jnp.stack(values))[None] for group, values in collected.items()
+        }
         return {group: mean.astype(jnp.float32) for group, mean in means.items()}
 
     def scale(name: str, groups: list[str], values: Values) -> Array:
@@ -271,7 +273,7 @@ def group_tensors(shapes: Shapes, group_of: Callable[[str], str], unit: str) -> 
     )
 
 
-def _mean(values: Float[Array, "N ..."]) -> Float[Array, "..."]:
+def mean_of_tensors(values: Float[Array, "N ..."]) -> Float[Array, "..."]:
     """Returns the mean over the first axis; exact where all are equal, as at a constant start."""
     return values[0] + (values - values[0]).mean(0)
 

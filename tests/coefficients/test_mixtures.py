@@ -34,6 +34,14 @@ UNEVEN = {
     for layer in range(2)
     for name in (["up.weight"] if layer == 0 else ["experts.0.up.weight", "experts.2.up.weight"])
 }
+# A layer has an expert that the others of its stack lack, so that its columns are others.
+UNLIKE = {
+    "layers.*.mlp.gate.weight": (L, 2, 4),
+    "layers.*.mlp.experts.2.up.weight": (L, 6, 4),
+    "layers.1.mlp.experts.0.up.weight": (6, 4),
+}
+
+CASES = {"apart": APART, "stacked": STACKED, "uneven": UNEVEN, "unlike": UNLIKE}
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -50,12 +58,12 @@ def of_tensor(
         return coefficients[layer] * delta, layer
     group = coefficients[f"{before}.experts"]
     if after[0].isdigit():
-        column = 0 if after[0] == "0" else 1  # the numbers in `UNEVEN` are 0 and 2
+        column = 0 if after[0] == "0" else group.shape[0] - 1  # the numbers are 0, and 1 or 2
         return group[column] * delta, f"{before}.experts"
     return np.stack([number * part for number, part in zip(group, delta, strict=True)]), before
 
 
-@pytest.mark.parametrize("shapes", [APART, STACKED, UNEVEN], ids=["apart", "stacked", "uneven"])
+@pytest.mark.parametrize("shapes", CASES.values(), ids=CASES)
 def test_merge(shapes: dict[str, tuple[int, ...]]) -> None:
     granularity = mixture_expert(shapes)
     start = granularity.init(constant(shapes, K, 0.3))
@@ -107,6 +115,15 @@ def test_the_mean_over_the_tensors_of_an_expert() -> None:
     shared = [name for name in APART if ".experts." not in name and name.startswith("layers")]
     mean = np.mean([start[name][1] for name in shared], axis=0)
     np.testing.assert_allclose(values["layers.1"][0], mean, rtol=1e-6, atol=1e-7)
+
+
+def test_the_compiled_function_is_short() -> None:
+    """Two operations a parameter, however many layers it has, and one a mixture's stack."""
+    layers, experts = 12, range(8)
+    shapes = {f"layers.*.mlp.experts.{expert}.up.weight": (layers, 6, 4) for expert in experts}
+    granularity = mixture_expert(shapes)
+    values = granularity.init(constant(shapes, K, 0.3))
+    assert len(jax.make_jaxpr(granularity.scales)(values).eqns) <= 2 * len(shapes) + 1
 
 
 def test_a_model_without_mixtures() -> None:
