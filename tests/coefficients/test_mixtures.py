@@ -51,16 +51,17 @@ def draw(seed: int, *shape: int) -> np.ndarray:
 def of_tensor(
     coefficients: dict[str, np.ndarray], name: str, delta: np.ndarray
 ) -> tuple[np.ndarray, str]:
-    """What coefficients add of one expert's change to one tensor, by the names alone."""
+    """Returns a part of one expert's change to a tensor, and its group, by the names alone."""
     before, dot, after = name.partition(".experts.")
     if not dot or after == "correction":
         layer = ".".join(name.split(".")[:2]) if name.startswith("layers") else "embed"
         return coefficients[layer] * delta, layer
-    group = coefficients[f"{before}.experts"]
+    group = f"{before}.experts"
+    of_experts = coefficients[group]
     if after[0].isdigit():
-        column = 0 if after[0] == "0" else group.shape[0] - 1  # the numbers are 0, and 1 or 2
-        return group[column] * delta, f"{before}.experts"
-    return np.stack([number * part for number, part in zip(group, delta, strict=True)]), before
+        column = 0 if after[0] == "0" else len(of_experts) - 1  # the numbers are 0, and 1 or 2
+        return of_experts[column] * delta, group
+    return np.stack([number * part for number, part in zip(of_experts, delta, strict=True)]), group
 
 
 @pytest.mark.parametrize("shapes", CASES.values(), ids=CASES)
@@ -81,7 +82,7 @@ def test_merge(shapes: dict[str, tuple[int, ...]]) -> None:
         return materialize(mix(base, lazy, granularity.scales(values)))
 
     merged, by_group = merge(base, deltas, values), unstack_values(values)
-    used = set()
+    used: set[str] = set()
     for name, shape in shapes.items():
         tensors = tensors_of(name, shape)
         for layer, tensor in enumerate(tensors):
@@ -93,6 +94,7 @@ def test_merge(shapes: dict[str, tuple[int, ...]]) -> None:
                 expected = expected + added
                 used.add(group)
             np.testing.assert_allclose(merged[name][place], expected, rtol=0, atol=1e-5)
+    assert used == by_group.keys()
     # Tensors that are not stacked have the same scales.
     apart = mixture_expert(unstacked_shapes(shapes)).scales(values)
     for name, scale in granularity.scales(values).items():
@@ -106,12 +108,12 @@ def test_the_mean_over_the_tensors_of_an_expert() -> None:
     values = mixture_expert(APART).init(start)
     for layer in range(L):
         for expert in range(2):
-            own = [
+            of_tensors = [
                 start[f"layers.*.mlp.experts.{expert}.{kind}.weight"][layer]
                 for kind in ("up", "down")
             ]
-            found = values[f"layers.{layer}.mlp.experts"][0, :, expert]
-            np.testing.assert_allclose(found, np.mean(own, axis=0), atol=1e-6)
+            of_expert = values[f"layers.{layer}.mlp.experts"][0, :, expert]
+            np.testing.assert_allclose(of_expert, np.mean(of_tensors, axis=0), atol=1e-6)
     shared = [name for name in APART if ".experts." not in name and name.startswith("layers")]
     mean = np.mean([start[name][1] for name in shared], axis=0)
     np.testing.assert_allclose(values["layers.1"][0], mean, rtol=1e-6, atol=1e-7)

@@ -50,19 +50,19 @@ def test_recall(similarity: str) -> None:
     if similarity == "cosine":
         wide /= np.linalg.norm(wide, axis=-1, keepdims=True)
     for metric, count in (("recall_at_1", 1), ("recall_at_10", 10)):
-        found = [
-            sum(query @ text > query @ own + 1e-9 for text in wide[:, 1]) < count
-            for query, own in wide
+        is_retrieved = [
+            sum(query @ text > query @ partner + 1e-9 for text in wide[:, 1]) < count
+            for query, partner in wide
         ]
         assert 0 < measures[metric].mean < 1 or count == 10
-        np.testing.assert_array_equal(measures[metric].values, found)
+        np.testing.assert_array_equal(measures[metric].values, is_retrieved)
 
 
 def test_a_text_without_a_number_is_not_found() -> None:
     embeddings = np.ones((3, 2, 4))
     embeddings[1, 0] = np.nan
-    found = embedding_measures(embeddings, pairs(3), "cosine")["recall_at_1"]
-    assert found.values.tolist() == [1, 0, 1]
+    recall = embedding_measures(embeddings, pairs(3), "cosine")["recall_at_1"]
+    assert recall.values.tolist() == [1, 0, 1]
 
 
 def test_data_of_tables_are_pairs_with_scores_or_without() -> None:
