@@ -233,7 +233,6 @@ class Fold(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Exports the merge, and says where it is."""
-        from adamerge_jax.devices import is_first_process
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.match import parse_scale
         from adamerge_jax.pipeline.run import fold_file
@@ -247,11 +246,8 @@ class Fold(RecipeCommand):
             scale=parse_scale(self.scale),
             allow_other_models=self.allow_other_models,
         )
-        if is_first_process():
-            checkpoint = self.out / CHECKPOINT_FOLDER
-            call.console.print(
-                f"merged checkpoint {checkpoint}{_adapter_line(call, self.out)}", soft_wrap=True
-            )
+        checkpoint = self.out / CHECKPOINT_FOLDER
+        call.print_places(f"merged checkpoint {checkpoint}{_adapter_line(call, self.out)}")
 
 
 @dataclasses.dataclass(kw_only=True)

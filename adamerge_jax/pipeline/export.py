@@ -298,24 +298,25 @@ def _write_pipeline(job: ExportJob, pipeline: Pipeline, folder: Path) -> None:
     """Writes the merged components of a diffusion pipeline, and copies the rest of it."""
     base, dtype = job.models.base, _dtype(job.settings)
 
+    def carry(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for name in names:
+            yield name, _read_extra(base, name)
+
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         """Yields merged and carried tensors, those of a component one after the other."""
         carried: dict[str, list[str]] = {name: [] for name in pipeline.components}
         for name in base.extra:
             carried[component_of(name)].append(name)
         for component, merged in groupby(job.merged(dtype), lambda item: component_of(item[0])):
-            for name, array in merged:
-                yield name, _cast(array, name, base, dtype)
-            for name in carried.pop(component):
-                yield name, _cast(_read_extra(base, name), name, base, dtype)
+            yield from merged
+            yield from carry(carried.pop(component))
         for names in carried.values():
-            for name in names:
-                yield name, _cast(_read_extra(base, name), name, base, dtype)
+            yield from carry(names)
 
     write_pipeline(
         folder,
         pipeline,
-        tensors(),
+        ((name, _cast(array, name, base, dtype)) for name, array in tensors()),
         max_shard_bytes=job.settings.shard_megabytes * 10**6,
         expected_bytes=checkpoint_bytes(job.models, job.settings),
         texts={CARD_FILE: job.card(())},

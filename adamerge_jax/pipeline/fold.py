@@ -61,13 +61,14 @@ def fold(
     with ThreadPoolExecutor(THREADS) as threads:
         for name in models.base.names:
             if name not in scales or name in models.kept_from_base:
-                yield name, models.base.read(name).astype(models.base.dtype(name), copy=False)
+                merged = models.base.read(name).astype(models.base.dtype(name), copy=False)
             elif is_stored:
                 scale = np.asarray(scales[name])
-                yield name, fold_tensor(name, models.base, experts, scale, threads, dtype)
+                merged = fold_tensor(name, models.base, experts, scale, threads, dtype)
             else:
-                merged = _fold_delta(models, coefficients, granularity, method, name, scales[name])
-                yield name, rounded(name, merged, dtype or models.base.dtype(name))
+                wide = _fold_delta(models, coefficients, granularity, method, name, scales[name])
+                merged = rounded(name, wide, dtype or models.base.dtype(name))
+            yield name, merged
 
 
 def require_fitting(models: Models, coefficients: Coefficients) -> None:

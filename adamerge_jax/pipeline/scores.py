@@ -12,9 +12,11 @@ from scipy.special import log_softmax
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import partial_path, remove_folder
 from adamerge_jax.pipeline.candidates import Candidates, Point
+from adamerge_jax.pipeline.embedding_scores import embedding_metric
 from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER, ExportJob, export
 from adamerge_jax.pipeline.score_command import run_command
 from adamerge_jax.pipeline.workspace import Workspace
+from adamerge_jax.runs.rows import Metric
 
 Parameters = Mapping[str, Array]
 
@@ -124,6 +126,10 @@ _TASK_SCORES = {
 }
 
 
+_OF_PAIRS: Mapping[Metric, str] = {"spearman": "spearman", "recall_at_1": "recall"}
+"""The scores of sentence embedders by the first metric of their examples."""
+
+
 def task_score(name: str | None, workspace: Workspace, section: str) -> TaskScore:
     """Returns a score on the validation data of each task.
 
@@ -147,12 +153,12 @@ def task_score(name: str | None, workspace: Workspace, section: str) -> TaskScor
     of_pairs = None
     if family.embeds is not None:
         first = next(iter(workspace.data.validation.values()))
-        of_pairs = "recall" if first.scores is None else "spearman"
-    if name is not None and (name in ("spearman", "recall") or of_pairs) and name != of_pairs:
-        has = "have classes or tokens" if of_pairs is None else f"have {of_pairs}"
+        of_pairs = _OF_PAIRS[embedding_metric(first)]
+    if name is not None and (name in _OF_PAIRS.values() or of_pairs) and name != of_pairs:
+        given = of_pairs or "classes or tokens"
         raise InputError(
-            f"{section}.score: found {name}, and these models and their validation data {has}; "
-            "leave it out"
+            f"{section}.score: found {name}, and these models and their validation data have "
+            f"{given}; leave it out"
         )
     if name == "accuracy" and language:
         raise InputError(
