@@ -77,7 +77,9 @@ class AnyModel(Family):
         return () if self.table is None else (self.table,)
 
 
-def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
+def any_model(
+    base: Checkpoint, experts: Sequence[Checkpoint], *, headless: bool = False
+) -> AnyModel:
     """Returns the architecture of a base and its experts, of which only headers are read.
 
     All floating tensors of the base that have values are parameters, but for heads. A name's first
@@ -86,18 +88,26 @@ def any_model(base: Checkpoint, experts: Sequence[Checkpoint]) -> AnyModel:
     Args:
         base: The base.
         experts: The experts that are whole models, not adapters.
+        headless: True for models without heads. A base that was saved with one has a prefix before
+            all other names, which parameters lack as in the experts.
     """
     of_base = _common_names(base)
     of_expert = _common_names(experts[0]) if experts else of_base
     prefix = missing_prefix(of_base, of_expert)
+    lacking = missing_prefix(of_expert, of_base)
     heads = {name for expert in experts for name in head_shapes(expert)}
     infos = {}
     for in_file, info in base.tensors.items():
         name = prefix + current_name(in_file)
         if _has_values(info) and name not in heads:
             infos[name] = info
+    if headless:
+        infos = {
+            name.removeprefix(lacking): info
+            for name, info in infos.items()
+            if name.startswith(lacking)
+        }
     table = _tied_table(base.config, infos)
-    lacking = missing_prefix(of_expert, of_base)
     others = {
         name
         for expert in experts

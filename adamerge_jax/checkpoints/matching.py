@@ -266,7 +266,7 @@ def find_names(
     Args:
         in_file: The names of the file's tensors.
         expected: The shape of every parameter, by name.
-        prefixes: Prefixes of expected names that the file may lack.
+        prefixes: Prefixes of expected names that the file may lack, or have before them.
     """
     by_current_name = {current_name(name): name for name in in_file}
     return {
@@ -353,8 +353,9 @@ def _candidates(
     """Yields the names that a parameter may have in a file; the preferred one comes last."""
     for prefix in prefixes:
         bare = name.removeprefix(prefix)
-        if bare not in expected:
-            yield bare
+        other = prefix + name if bare == name else bare
+        if other not in expected:
+            yield other
     yield name
 
 

@@ -315,7 +315,8 @@ def _family_to_fold(
                 return family
     if isinstance(base, Pipeline):
         return pipeline_family(base, experts)
-    return dataclasses.replace(any_model(base, experts), embeds=embeds)
+    family = any_model(base, experts, headless=embeds is not None)
+    return dataclasses.replace(family, embeds=embeds)
 
 
 def _is_class_of(family: Family, classes: Sequence[str]) -> bool:

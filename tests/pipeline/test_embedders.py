@@ -17,7 +17,7 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
-    GPTNeoXConfig,
+    DistilBertForMaskedLM,
     GPTNeoXForCausalLM,
 )
 
@@ -26,7 +26,7 @@ from adamerge_jax.checkpoints.sentence_modules import read_embedding_form, write
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.pipeline.merge import open_statistics
-from adamerge_jax.pipeline.models import match_backbone
+from adamerge_jax.pipeline.models import match_backbone, open_models
 from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn, merge
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
@@ -179,23 +179,37 @@ def test_fold_writes_the_same_and_a_merge_is_that_of_its_formula(
     assert read_embedding_form(tmp_path / "merge" / "checkpoint", FEATURES) == FORM
 
 
-def test_no_head_of_a_base_or_an_expert_is_carried(embedders: Embedders, tmp_path: Path) -> None:
-    """The head of a GPT-NeoX has another name than most."""
-    sizes = dict(hidden_size=FEATURES, num_hidden_layers=1, num_attention_heads=2)
-    config = GPTNeoXConfig(vocab_size=45, intermediate_size=24, **sizes)
-    model = GPTNeoXForCausalLM(config)
+HEADED = {
+    # The output layer has another name than most.
+    "GPTNeoX": (GPTNeoXForCausalLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
+    # By its PyTorch forward; the head is five tensors.
+    "DistilBert": (DistilBertForMaskedLM, {"dim": FEATURES, "hidden_dim": 24}),
+}
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_no_head_of_the_base_is_carried(kind: str, embedders: Embedders, tmp_path: Path) -> None:
+    model_class, sizes = HEADED[kind]
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    model = model_class(model_class.config_class(vocab_size=45, **sizes, **layers))
+    body = model.base_model
     for name in ("base", *TASKS):
-        saved = model if name in ("base", TASKS[0]) else model.gpt_neox
-        saved.save_pretrained(tmp_path / name)
+        # An expert of a family here may have been saved with its head, too.
+        is_whole = name == "base" or (kind == "GPTNeoX" and name == TASKS[0])
+        (model if is_whole else body).save_pretrained(tmp_path / name)
         for file in (embedders.root / name).glob("*token*"):
             shutil.copy(file, tmp_path / name)
         write_embedding_form(tmp_path / name, FORM, FEATURES)
     tasks = {task: {"expert": task, "calibration": "none"} for task in TASKS}
     recipe = parse_recipe({"base": "base", "tasks": tasks})
+    opened = open_models(recipe, tmp_path)
+    assert opened.family.bridged == (kind == "DistilBert")
+    for name in opened.base.names:
+        np.testing.assert_array_equal(opened.base.read(name), opened.experts[TASKS[1]].read(name))
     out = tmp_path / "out"
     merge(recipe, "task_arithmetic", {}, root=tmp_path, out=out, console=Console(quiet=True))
     result = load_file(out / "checkpoint" / "model.safetensors")
-    assert result.keys() == model.gpt_neox.state_dict().keys()
+    assert result.keys() == body.state_dict().keys()
 
 
 def with_pairs(embedders: Embedders, **fields: Any) -> dict[str, Any]:
