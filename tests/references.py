@@ -35,6 +35,7 @@ from transformers import (
     ViTModel,
 )
 
+from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients, unstack_values
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.devices import ONE_DEVICE, Devices
@@ -77,6 +78,9 @@ VIT = dict(
 )
 CLIP_TOWER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 CLIP_MERGES = ["c a", "ca t</w>", "d o", "do g</w>"]
+
+LAMBDA = 0.4
+"""The coefficient of merges that are compared with a sum."""
 
 LEARNING = dict(steps=3, batch_size=4, optimizer=dict(learning_rate=0.02))
 
@@ -208,6 +212,50 @@ def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def merge_by_task_arithmetic(recipe: Path, out: Path, *options: str) -> Path:
+    """Runs `adamerge merge` with `LAMBDA` for every expert.
+
+    Returns:
+        The folder of the merged checkpoint.
+    """
+    method = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
+    cli.main(["merge", str(recipe), *method, "--out", str(out), *options])
+    return out / "checkpoint"
+
+
+def require_sum(
+    merged: Any,
+    base: Any,
+    experts: Sequence[Any],
+    coefficients: Any = LAMBDA,
+    *,
+    rtol: float,
+    atol: float,
+    name: str = "",
+) -> None:
+    """Compares a merged tensor with `base + sum_k lambda_k (expert_k - base)` in float64.
+
+    Args:
+        merged: The tensor, of NumPy or PyTorch, as the others.
+        base: The base's.
+        experts: The experts'.
+        coefficients: One for all experts, or one for each.
+        rtol: The relative tolerance.
+        atol: The absolute tolerance.
+        name: Its name, for the message.
+    """
+    start = _wide(base)
+    scales = np.broadcast_to(np.asarray(coefficients, np.float64), len(experts))
+    expected = start + np.tensordot(scales, [_wide(expert) - start for expert in experts], axes=1)
+    np.testing.assert_allclose(_wide(merged), expected, rtol=rtol, atol=atol, err_msg=name)
+
+
+def _wide(tensor: Any) -> np.ndarray:
+    if isinstance(tensor, torch.Tensor):
+        return tensor.double().numpy()
+    return tensor.astype(np.float64)
 
 
 def read_events(folder: Path) -> dict[int, dict[str, float]]:

@@ -18,17 +18,21 @@ from transformers import (
 
 from adamerge_jax.checkpoints import vocabulary
 from adamerge_jax.checkpoints.tokenizer_files import load_tokenizer
-from adamerge_jax.cli import main as cli
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.export import export_mergekit
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.language_references import SPECIAL, byte_tokenizer, language_expert
-from tests.references import random_coefficients, randomise, write_recipe
+from tests.references import (
+    merge_by_task_arithmetic,
+    random_coefficients,
+    randomise,
+    require_sum,
+    write_recipe,
+)
 
 TOKENS = len(byte_tokenizer())
-LAMBDA = 0.4
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 SIZES = dict(
     hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
@@ -63,21 +67,17 @@ def recipe(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def merge(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    method = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
-    cli.main(["merge", str(write_recipe(folder, fields)), *method, "--out", str(folder / "out")])
-    return load_file(folder / "out" / "checkpoint" / "model.safetensors")
+    checkpoint = merge_by_task_arithmetic(write_recipe(folder, fields), folder / "out")
+    return load_file(checkpoint / "model.safetensors")
 
 
 def require_merge(merged: dict, base: dict, experts: list[dict]) -> None:
     """By float64: a row that an expert has not is one that it did not change."""
     assert merged.keys() == base.keys()
-    for name, tensor in base.items():
-        start = tensor.double().numpy()
-        expected = start.copy()
-        for expert in experts:
-            rows = expert[name].double().numpy()[: len(start)]
-            expected[: len(rows)] += LAMBDA * (rows - start[: len(rows)])
-        np.testing.assert_allclose(merged[name].double(), expected, rtol=0, atol=1e-6)
+    for name, start in base.items():
+        rows = [expert[name][: len(start)] for expert in experts]
+        whole = [torch.cat([shared.to(start), start[len(shared) :]]) for shared in rows]
+        require_sum(merged[name], start, whole, rtol=0, atol=1e-6, name=name)
 
 
 def test_shared_rows_are_merged_and_the_others_are_the_bases(model, tmp_path, capsys):

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import BertTokenizer
 
 from adamerge_jax.data.batches import calibrate
 from adamerge_jax.data.copies import WithCopies
@@ -13,6 +12,7 @@ from adamerge_jax.data.pairs import TextPairs, pair_scores
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets, TaskOutputs, contrastive
+from tests.references import bert_tokenizer
 
 FIRST = ["a", "a b", "c a b", "a"]
 SECOND = ["b", "a", "c", "b c a c b"]
@@ -20,9 +20,7 @@ SECOND = ["b", "a", "c", "b c a c b"]
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> TextPairs:
-    vocabulary = tmp_path_factory.mktemp("pairs") / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abc"]))
-    tokenizer = BertTokenizer(str(vocabulary))
+    tokenizer = bert_tokenizer(tmp_path_factory.mktemp("pairs"))
     return TextPairs(*(TextExamples(texts, tokenizer, 6, "pairs") for texts in (FIRST, SECOND)))
 
 

@@ -17,7 +17,14 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.models import family_of
 from adamerge_jax.models.family import complete_head
 from tests.language_references import TASKS, byte_tokenizer, save_models, split_sentences
-from tests.references import parameters_of, write_json_lines, write_recipe
+from tests.references import (
+    LAMBDA,
+    merge_by_task_arithmetic,
+    parameters_of,
+    require_sum,
+    write_json_lines,
+    write_recipe,
+)
 
 EXPERTS = 8
 SIZES = dict(
@@ -89,7 +96,7 @@ def learned(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "run"
 
 
-def require_sum(
+def require_sums(
     folder: Path, fields: Mapping[str, Any], coefficients: Mapping[str, np.ndarray]
 ) -> None:
     """The checkpoint is `theta + sum lambda tau` by float64, for every tensor of every expert."""
@@ -97,10 +104,8 @@ def require_sum(
     experts = [weights(task["expert"]) for task in fields["tasks"].values()]
     assert merged.keys() == base.keys()
     for name, array in merged.items():
-        deltas = [expert[name].astype(np.float64) - base[name] for expert in experts]
-        scale = coefficients[name].reshape(-1).astype(np.float64)
-        expected = base[name] + np.tensordot(scale, deltas, axes=1)
-        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6, err_msg=name)
+        tensors, scales = [expert[name] for expert in experts], coefficients[name].reshape(-1)
+        require_sum(array, base[name], tensors, scales, rtol=0, atol=1e-6, name=name)
 
 
 def test_each_expert_of_a_mixture_has_coefficients_of_its_own(learned, recipe):
@@ -109,7 +114,7 @@ def test_each_expert_of_a_mixture_has_coefficients_of_its_own(learned, recipe):
     of_experts = [values[name] for name in values if ".experts." in name]
     assert len(of_experts) == SIZES["num_hidden_layers"] * EXPERTS * 3
     assert len({array.tobytes() for array in of_experts}) > len(of_experts) / 2
-    require_sum(learned / "checkpoint", recipe, values)
+    require_sums(learned / "checkpoint", recipe, values)
 
 
 def test_transformers_computes_and_writes_what_we_do(learned):
@@ -136,10 +141,9 @@ def test_transformers_computes_and_writes_what_we_do(learned):
 def test_a_method_without_data_of_a_base_whose_experts_are_stacked(recipe, tmp_path, capsys):
     fields = recipe | {"base": fused(recipe["base"], tmp_path / "fused")}
     file, out = write_recipe(tmp_path, fields), tmp_path / "out"
-    method = ["--method", "task_arithmetic", "--options", "{coefficient: 0.4}"]
-    cli.main(["merge", str(file), *method, "--out", str(out)])
-    scales = dict.fromkeys(weights(recipe["base"]), np.full(2, 0.4))
-    require_sum(out / "checkpoint", recipe, scales)
+    checkpoint = merge_by_task_arithmetic(file, out)
+    scales = dict.fromkeys(weights(recipe["base"]), np.full(2, LAMBDA))
+    require_sums(checkpoint, recipe, scales)
     read = f"base: experts of its mixtures are read one by one from {2 * 2} stacks"
     assert read in " ".join(capsys.readouterr().out.split())
     assert read in (out / "checkpoint" / "README.md").read_text()

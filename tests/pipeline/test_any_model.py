@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,9 +26,7 @@ from adamerge_jax.cli import main as cli
 from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.recipes.loading import parse_recipe
-from tests.references import write_recipe
-
-LAMBDA = 0.4
+from tests.references import merge_by_task_arithmetic, require_sum, write_recipe
 
 
 def mixture() -> PreTrainedModel:
@@ -70,19 +67,12 @@ def merge(folder: Path, *options: str) -> dict[str, torch.Tensor]:
     tasks = {task: {"expert": str(folder / task)} for task in ("cat", "dog")}
     recipe = {"base": str(folder / "base"), "tasks": tasks, "export": {"orbax": False}}
     file, out = write_recipe(folder, recipe), folder / "out"
-    method = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
-    cli.main(["merge", str(file), *method, "--out", str(out), *options])
-    merged = load_file(out / "checkpoint" / "model.safetensors")
+    merged = load_file(merge_by_task_arithmetic(file, out, *options) / "model.safetensors")
     again = folder / "again"
     cli.main(["fold", str(file), str(out / "coefficients.safetensors"), "--out", str(again)])
     for name, tensor in load_file(again / "checkpoint" / "model.safetensors").items():
         assert torch.equal(tensor, merged[name])
     return merged
-
-
-def require_sum(merged: torch.Tensor, base: torch.Tensor, *experts: torch.Tensor) -> None:
-    expected = base.double() + LAMBDA * sum(e.double() - base.double() for e in experts)
-    np.testing.assert_allclose(merged.double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [mixture, masked_language_model, convolutions])
@@ -96,7 +86,8 @@ def test_every_tensor_is_merged_or_as_in_the_base(make, tmp_path, capsys):
     floating = [name for name in merged if merged[name].is_floating_point()]
     for name in merged:
         if name in floating:
-            require_sum(merged[name], base[name], cat[name], dog[name])
+            experts = [cat[name], dog[name]]
+            require_sum(merged[name], base[name], experts, rtol=0, atol=1e-6, name=name)
         else:
             assert torch.equal(merged[name], base[name])
     assert f"{len(floating)} of {len(base)} tensors merged" in capsys.readouterr().out
@@ -119,7 +110,8 @@ def test_each_task_keeps_its_head(tmp_path, capsys):
     merged = merge(tmp_path)
     assert merged.keys() == {f"distilbert.{name}" for name in base}
     for name, tensor in merged.items():
-        require_sum(tensor, base[name.removeprefix("distilbert.")], *(e[name] for e in experts))
+        start = base[name.removeprefix("distilbert.")]
+        require_sum(tensor, start, [e[name] for e in experts], rtol=0, atol=1e-6, name=name)
     for expert, task in zip(experts, ("cat", "dog"), strict=True):
         folder = tmp_path / "out" / "checkpoint" / "tasks" / task
         loaded = DistilBertForSequenceClassification.from_pretrained(folder).state_dict()
@@ -187,7 +179,8 @@ def test_names_of_another_version(tmp_path):
     merged = merge(tmp_path)
     assert merged.keys() == base.keys()
     for name in base:
-        require_sum(merged[name], base[name], cat[name], dog[name])
+        experts = [cat[name], dog[name]]
+        require_sum(merged[name], base[name], experts, rtol=0, atol=1e-6, name=name)
 
 
 def test_a_tensor_that_the_base_lacks_is_refused(tmp_path, capsys):

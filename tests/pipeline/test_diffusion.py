@@ -18,9 +18,7 @@ from adamerge_jax.cli import main as cli
 from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.initial_merge import merged_names
 from adamerge_jax.pipeline.models import open_models
-from tests.references import write_recipe
-
-LAMBDA = 0.4
+from tests.references import LAMBDA, merge_by_task_arithmetic, require_sum, write_recipe
 
 Tensors = dict[str, np.ndarray]
 
@@ -146,17 +144,15 @@ def require_sums(
     for part, tensors in base.items():
         assert merged[part].keys() == tensors.keys()
         for name, start in tensors.items():
-            total = start.astype(np.float64)
-            for task, expert in experts.items():
-                difference = expert[part][name].astype(np.float64) - start.astype(np.float64)
-                total += weights[part][task] * difference
             result = merged[part][name]
             assert result.dtype == start.dtype
             if start.dtype == np.int64:
                 assert np.array_equal(result, start)
                 continue
             rounding = {np.float32: 1e-6, np.float16: 1e-3}.get(start.dtype.type, 8e-3)
-            np.testing.assert_allclose(result.astype(np.float64), total, rtol=rounding, atol=1e-6)
+            tensors = [expert[part][name] for expert in experts.values()]
+            scales = [weights[part][task] for task in experts]
+            require_sum(result, start, tensors, scales, rtol=rounding, atol=1e-6, name=name)
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +173,7 @@ def opened(pipelines) -> dict[str, dict[str, Tensors]]:
 
 def test_components_are_merged_and_the_rest_is_copied(pipelines, opened, tmp_path, capsys):
     recipe = recipe_of(pipelines, "anime", "photo")
-    options = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
-    run("merge", recipe, *options, "--out", tmp_path / "out")
-    merged = tmp_path / "out" / "checkpoint"
+    merged = merge_by_task_arithmetic(recipe, tmp_path / "out")
     base, *_ = opened.values()
     experts = {task: opened[task] for task in ("anime", "photo")}
     weights = {part: dict.fromkeys(experts, LAMBDA) for part in CONFIGS}
@@ -321,10 +315,8 @@ def test_names_of_other_versions(pipelines, opened, tmp_path):
     }
     write_pipeline(tmp_path / "anime", anime)
     weights = {part: {"anime": LAMBDA} for part in CONFIGS}
-    options = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
-    recipe, out = recipe_of(tmp_path, "anime"), tmp_path / "out"
-    run("merge", recipe, *options, "--out", out)
-    merged, base = read_pipeline(out / "checkpoint"), opened["base"]
+    checkpoint = merge_by_task_arithmetic(recipe_of(tmp_path, "anime"), tmp_path / "out")
+    merged, base = read_pipeline(checkpoint), opened["base"]
     require_sums(merged, base, {"anime": opened["anime"]}, weights)
 
     # The other way round the merge has the names that its base has.
@@ -341,12 +333,10 @@ def test_single_components(pipelines, opened, tmp_path, capsys):
     for name in ("base", "anime", "photo"):
         (tmp_path / name).symlink_to(pipelines / name)
         (tmp_path / f"{name}-unet").symlink_to(pipelines / name / "unet")
-    options = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
     recipe = recipe_of(tmp_path, "anime-unet", "photo-unet")
     fields = recipe.read_text()
     recipe.write_text(fields.replace("base: base", "base: base-unet"))
-    run("merge", recipe, *options, "--out", tmp_path / "out")
-    merged = tmp_path / "out" / "checkpoint"
+    merged = merge_by_task_arithmetic(recipe, tmp_path / "out")
     assert sorted(file.name for file in merged.iterdir()) == [
         "README.md",
         "config.json",
@@ -359,8 +349,7 @@ def test_single_components(pipelines, opened, tmp_path, capsys):
     require_sums(unet, {"unet": opened["base"]["unet"]}, experts, weights)
 
     recipe = recipe_of(tmp_path, "anime-unet")
-    run("merge", recipe, *options, "--out", tmp_path / "place")
-    placed = read_pipeline(tmp_path / "place" / "checkpoint")
+    placed = read_pipeline(merge_by_task_arithmetic(recipe, tmp_path / "place"))
     anime = {"anime": opened["anime"]}
     require_sums({"unet": placed["unet"]}, {"unet": opened["base"]["unet"]}, anime, weights)
     assert "vae: as in the base, expert 'anime-unet' lacks them: 3" in capsys.readouterr().out

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
@@ -16,7 +15,6 @@ from sentence_transformers import SentenceTransformer
 from transformers import (
     BertConfig,
     BertModel,
-    BertTokenizer,
     DistilBertForMaskedLM,
     GPTNeoXForCausalLM,
 )
@@ -32,11 +30,12 @@ from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn, merge
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
+from tests.language_references import language_expert, rows_of
+from tests.references import bert_tokenizer, randomise, require_sum, sentences, write_json_lines
 
 TASKS = ("colours", "animals")
-WORDS = [f"w{number}" for number in range(40)]
 FEATURES = 16
-FORM = EmbeddingForm("mean", True, prompts={"query": "w1 "})
+FORM = EmbeddingForm("mean", True, prompts={"query": "a "})
 
 
 class Embedders(NamedTuple):
@@ -48,32 +47,27 @@ class Embedders(NamedTuple):
 def embedders(tmp_path_factory: pytest.TempPathFactory) -> Embedders:
     """A base and two experts, as sentence-transformers saves them, and pairs with scores."""
     root = tmp_path_factory.mktemp("embedders")
-    vocabulary = root / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    tokenizer = BertTokenizer(str(vocabulary))
-    torch.manual_seed(0)
+    tokenizer = bert_tokenizer(root)
     config = BertConfig(
-        vocab_size=45,
+        vocab_size=len(tokenizer),
         hidden_size=FEATURES,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,
         max_position_embeddings=24,
     )
-    base = BertModel(config).state_dict()
-    for name in ("base", *TASKS):
-        model = BertModel(config)
-        model.load_state_dict(base)
-        if name != "base":
-            with torch.no_grad():
-                for tensor in model.parameters():
-                    tensor += 0.1 * torch.randn_like(tensor)
+    base = randomise(BertModel(config))
+    models = {task: language_expert(base, seed) for seed, task in enumerate(TASKS, start=1)}
+    for name, model in {"base": base, **models}.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
         write_embedding_form(root / name, FORM, FEATURES)
     tasks = {}
-    for number, task in enumerate(TASKS):
-        _write_pairs(root / f"{task}.jsonl", 24, seed=number)
+    for seed, task in enumerate(TASKS):
+        scores = np.random.default_rng(seed).integers(4, size=24)
+        texts = zip(sentences(24, seed), sentences(24, seed + len(TASKS)), scores, strict=True)
+        rows = [{"first": a, "second": b, "score": int(score)} for a, b, score in texts]
+        write_json_lines(root / f"{task}.jsonl", rows)
         pairs = {"path": f"{task}.jsonl", "text": ["first", "second"]}
         tasks[task] = {
             "expert": task,
@@ -82,19 +76,6 @@ def embedders(tmp_path_factory: pytest.TempPathFactory) -> Embedders:
         }
     learning = {"steps": 2, "batch_size": 8, "copies": 1}
     return Embedders(root, {"base": "base", "tasks": tasks, "learning": learning})
-
-
-def _write_pairs(file: Path, count: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-
-    def text() -> str:
-        return " ".join(generator.choice(WORDS, generator.integers(2, 14)))
-
-    rows = [
-        {"first": text(), "second": text(), "score": int(generator.integers(4))}
-        for _ in range(count)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _run(embedders: Embedders, out: Path, **fields: Any) -> Run:
@@ -112,10 +93,6 @@ def workspace(embedders: Embedders) -> Workspace:
     return open_workspace(parse_recipe(embedders.fields), embedders.root)
 
 
-def _pairs(embedders: Embedders, task: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (embedders.root / f"{task}.jsonl").open()]
-
-
 def test_export_opens_in_sentence_transformers(
     embedders: Embedders, merged: Run, workspace: Workspace
 ) -> None:
@@ -124,7 +101,7 @@ def test_export_opens_in_sentence_transformers(
     matched = match_backbone(workspace.models, Checkpoint.open(folder), "merge")
     parameters = load_backbone(workspace.models, matched, None)
     for task in TASKS:
-        pairs = _pairs(embedders, task)
+        pairs = rows_of(embedders.root / f"{task}.jsonl")
         ours = workspace.evaluator.logits(parameters, task, workspace.data.test[task])
         assert ours.shape == (len(pairs), 2, FEATURES)
         sides = [reference.encode([pair[side] for pair in pairs]) for side in ("first", "second")]
@@ -172,10 +149,9 @@ def test_fold_writes_the_same_and_a_merge_is_that_of_its_formula(
     result = load_file(tmp_path / "merge" / weights)
     assert result.keys() == base.keys()
     for name, values in base.items():
-        wide = values.astype(np.float64)
-        if not name.startswith("pooler."):
-            wide += 0.3 * sum(expert[name].astype(np.float64) - values for expert in experts)
-        np.testing.assert_allclose(result[name], wide, atol=1e-6)
+        scale = 0.0 if name.startswith("pooler.") else 0.3
+        tensors = [expert[name] for expert in experts]
+        require_sum(result[name], values, tensors, scale, rtol=1e-7, atol=1e-6, name=name)
     assert read_embedding_form(tmp_path / "merge" / "checkpoint", FEATURES) == FORM
 
 

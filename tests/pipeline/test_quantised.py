@@ -10,11 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adamerge_jax.cli import main as cli
-from tests.references import write_recipe
+from tests.references import merge_by_task_arithmetic, require_sum, write_recipe
 
 gguf_references = pytest.importorskip("tests.gguf_references")
-
-LAMBDA = 0.4
 
 Tensors = dict[str, torch.Tensor]
 
@@ -69,12 +67,11 @@ def merged(folder: Path, models: dict[str, Path]) -> tuple[Path, Tensors, Tensor
     tasks = {task: {"expert": str(models[task])} for task in models if task != "base"}
     fields = {"base": str(models["base"]), "tasks": tasks, "export": {"orbax": False}}
     recipe, out = write_recipe(folder, fields), folder / "out"
-    method = ["--method", "task_arithmetic", "--options", f"{{coefficient: {LAMBDA}}}"]
-    cli.main(["merge", str(recipe), *method, "--out", str(out)])
+    checkpoint = merge_by_task_arithmetic(recipe, out)
     coefficients, again = out / "coefficients.safetensors", ["--out", str(folder / "again")]
     cli.main(["fold", str(recipe), str(coefficients), *again, "--export.dtype", "float32"])
     in_float32 = load_file(folder / "again" / "checkpoint" / "model.safetensors")
-    return out / "checkpoint", load_file(out / "checkpoint" / "model.safetensors"), in_float32
+    return checkpoint, load_file(checkpoint / "model.safetensors"), in_float32
 
 
 def require_sums(
@@ -82,9 +79,8 @@ def require_sums(
 ) -> None:
     assert result.keys() == base.keys()
     for name, tensor in result.items():
-        start = base[name].double()
-        expected = start + LAMBDA * sum(expert[name].double() - start for expert in experts)
-        np.testing.assert_allclose(tensor.double(), expected, rtol=rounding, atol=1e-7)
+        tensors = [expert[name] for expert in experts]
+        require_sum(tensor, base[name], tensors, rtol=rounding, atol=1e-7, name=name)
 
 
 @pytest.mark.parametrize("quantised", ["base", "law"])
