@@ -79,7 +79,8 @@ def data_sizes(
         if path.suffix.lower() == ".npz":
             size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif not is_on_hub(source, root):
-            size = size_of_examples(load(source, name))
+            examples = load(source, name)
+            size = DataSize(examples.padded_lengths(), images=shape_of_images(examples))
         else:
             count = source.limit or ASSUMED_EXAMPLES
             longest = models.family.max_tokens(models.config) or max_length
@@ -96,12 +97,11 @@ def data_sizes(
     return sizes
 
 
-def size_of_examples(examples: Examples) -> DataSize:
-    """Returns the size of examples that are loaded, whose contents are not kept."""
-    lengths = examples.padded_lengths()
-    first = examples.take(np.array([0]), int(lengths[0]))
-    images = first[PIXELS].shape[1:] if COUNT in first and PIXELS in first else None
-    return DataSize(lengths, images=images)
+def shape_of_images(examples: Examples) -> tuple[int, ...] | None:
+    """Returns the shape of the images in a conversation, `[I, ...]`; None where there are none."""
+    first = np.array([0])
+    inputs = examples.take(first, examples.padded_length(first))
+    return inputs[PIXELS].shape[1:] if COUNT in inputs and PIXELS in inputs else None
 
 
 def _size_of_arrays(path: Path, name: str, role: str) -> DataSize:

@@ -33,7 +33,7 @@ from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_expert, load_task_vectors
 from adamerge_jax.pipeline.workspace import ExampleLoader, example_loader
-from adamerge_jax.plan.data_sizes import DataSize, data_sizes, size_of_examples
+from adamerge_jax.plan.data_sizes import DataSize, data_sizes, shape_of_images
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build
 from adamerge_jax.recipes.loading import parse_recipe
@@ -349,7 +349,8 @@ def outline(recipe: Recipe, root: Path) -> Outline:
         elif found := find_general(
             retain, recipe.learning, loader(), is_chat=any(chats), seed=recipe.seed
         ):
-            data["calibration"][RETAINED] = size_of_examples(found)
+            images = shape_of_images(found.text) if isinstance(found.text, Examples) else None
+            data["calibration"][RETAINED] = DataSize(found.padded_lengths(), images=images)
     opened = Outline(recipe, models, data)
     require_any_merged(opened.deltas)
     return opened
