@@ -2,7 +2,7 @@
 
     python notebooks/execute.py --quickstart quickstart notebooks/*.ipynb
 
-Needs the `test` extra, and the folder that `python experiments/quickstart.py` makes.
+Needs the `test` extra, and the folder that `adamerge quickstart` makes.
 Nothing of the machine stays in the file: no times, no paths of the kernel.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
         "--quickstart",
         required=True,
         type=Path,
-        help="the folder that experiments/quickstart.py made; notebooks find it beside them",
+        help="the folder that `adamerge quickstart` made; notebooks find it beside them",
     )
     arguments = parser.parse_args()
     for file in arguments.notebooks:

@@ -5,87 +5,18 @@ A command imports what it needs when it runs, so that help and small commands ar
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
+from adamerge_jax.cli.coefficients_commands import Compare, Inspect, Mergekit
+from adamerge_jax.cli.command import CoefficientsFile, Command, Invocation, RecipeCommand
+from adamerge_jax.cli.first_commands import Quickstart
 from adamerge_jax.errors import InputError, in_hand
 
 if TYPE_CHECKING:
     from adamerge_jax.recipes.schema import Recipe
-
-
-CoefficientsFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="COEFFICIENTS")]
-
-
-class Invocation(NamedTuple):
-    """All that a command with a recipe gets beside its own options.
-
-    Attributes:
-        recipe: The recipe, changed by what the command line says of its fields.
-        root: The folder that relative paths of the recipe start from.
-        console: The console for progress and results.
-    """
-
-    recipe: "Recipe"
-    root: Path
-    console: Console
-
-    def print_places(self, lines: str) -> None:
-        """Prints where results are; the first of several processes alone does."""
-        from adamerge_jax.devices import is_first_process
-
-        if is_first_process():
-            self.console.print(lines, highlight=False, soft_wrap=True)
-
-
-@dataclasses.dataclass(kw_only=True)
-class Command:
-    """A command, and the options of all commands."""
-
-    quiet: bool = False
-    """Show warnings, errors and the asked-for answer alone: no progress, no summary."""
-    verbose: bool = False
-    """Show what the libraries log as well, with the time."""
-
-    answers: ClassVar[bool] = False
-    """True for a command that is asked for what it prints."""
-
-    @property
-    def common_options(self) -> "Command":
-        """The options of the command: itself."""
-        return self
-
-    @property
-    def run_folder(self) -> Path | None:
-        """The run folder that the command writes to, if it does and needs no recipe to say so."""
-        return None
-
-
-@dataclasses.dataclass(kw_only=True)
-class RecipeCommand(Command):
-    """A command that takes a recipe, whose fields are options too."""
-
-    recipe_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
-    """The recipe, a YAML file."""
-    root: Path | None = None
-    """Folder that relative paths of the recipe start from; by default the recipe's own."""
-    allow_code: bool = False
-    """Run the functions of somebody's own that the recipe names, package.module:function."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder that relative paths of the recipe start from."""
-        return (self.root or self.recipe_file.parent).expanduser().resolve()
-
-    def run_folder_of(self, recipe: "Recipe") -> Path | None:
-        """Returns the run folder that the command writes to for a recipe, if it does."""
-        return None
-
-    def run(self, call: Invocation) -> None:
-        """Runs the command."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -331,26 +262,6 @@ class CompareMethods(RecipeCommand):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Mergekit(RecipeCommand):
-    """Write the merge of a coefficients file as a YAML file that mergekit makes it from."""
-
-    coefficients: CoefficientsFile
-    """The coefficients.safetensors of a run: whole experts, one coefficient per tensor or
-    coarser, no interference steps."""
-    out: Path
-    """YAML file to make."""
-
-    def run(self, call: Invocation) -> None:
-        """Writes the file, and says how to use it."""
-        from adamerge_jax.pipeline.run import write_mergekit
-
-        write_mergekit(
-            self.coefficients, call.recipe, root=call.root, out=self.out, console=call.console
-        )
-        call.console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
-
-
-@dataclasses.dataclass(kw_only=True)
 class Evaluate(RecipeCommand):
     """Evaluate a checkpoint on a recipe's test data, with the heads of its experts."""
 
@@ -364,66 +275,6 @@ class Evaluate(RecipeCommand):
         from adamerge_jax.pipeline.run import evaluate
 
         evaluate(call.recipe, self.checkpoint, root=call.root, console=call.console)
-
-
-@dataclasses.dataclass
-class Inspect(Command):
-    """Show what a coefficients file says."""
-
-    answers = True
-
-    coefficients: CoefficientsFile
-    """The coefficients.safetensors of a run."""
-
-    def run(self, console: Console) -> None:
-        """Prints the file's facts and mean coefficients."""
-        from adamerge_jax.coefficients.file import Coefficients
-        from adamerge_jax.report.coefficients import print_coefficients
-
-        with in_hand(self.coefficients):
-            print_coefficients(Coefficients.load(self.coefficients), console)
-
-
-@dataclasses.dataclass
-class Compare(Command):
-    """Show what differs between two coefficients files: what, where, how much."""
-
-    answers = True
-
-    first: CoefficientsFile
-    """A coefficients file."""
-    second: CoefficientsFile
-    """Another one; differences are this one's values less the first one's."""
-    out: Path | None = None
-    """A .png file to draw the map of differences to."""
-
-    def run(self, console: Console) -> None:
-        """Prints the differences, and draws them where asked to."""
-        from adamerge_jax.coefficients.file import Coefficients
-        from adamerge_jax.report.comparison import compare, print_comparison
-        from adamerge_jax.report.maps import draw_comparison
-        from adamerge_jax.report.plain_text import one_line
-        from adamerge_jax.report.results import outcome_in_words
-        from adamerge_jax.runs.files import RESULTS_FILE
-        from adamerge_jax.runs.results import read_results
-
-        out = self.out and self.out.expanduser()
-        if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
-            raise InputError(f"--out {out}: expected a .png file in a folder that exists")
-        loaded = []
-        for file in (self.first, self.second):
-            with in_hand(file):
-                loaded.append(Coefficients.load(file))
-        comparison = compare(*loaded)
-        print_comparison(comparison, console)
-        for name, file in (("first", self.first), ("second", self.second)):
-            rows, outcome, _ = read_results(file.expanduser().parent / RESULTS_FILE)
-            if rows:
-                words = outcome_in_words(outcome, rows[-1].metric, name=one_line)
-                console.print(f"{name}: {words}", highlight=False, soft_wrap=True)
-        if out is not None:
-            draw_comparison(comparison, out)
-            console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
 
 
 @dataclasses.dataclass
@@ -443,6 +294,7 @@ class Report(Command):
 
 
 COMMANDS: dict[str, type] = {
+    "quickstart": Quickstart,
     "learn": Learn,
     "search": Search,
     "front": Front,

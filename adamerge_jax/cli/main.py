@@ -10,7 +10,8 @@ from typing import NoReturn, Protocol
 import tyro
 from rich.console import Console
 
-from adamerge_jax.cli.commands import COMMANDS, Command, RecipeCommand
+from adamerge_jax.cli.command import Command, RecipeCommand
+from adamerge_jax.cli.commands import COMMANDS
 from adamerge_jax.cli.console import make_console, show_log_lines
 from adamerge_jax.cli.last_catch import explain
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError, readable
@@ -101,7 +102,7 @@ def parse(arguments: Sequence[str]) -> Invocable:
 def _how_to_go_on(arguments: Sequence[str]) -> str:
     """Returns the command that goes on with one that was stopped."""
     again = ["adamerge", *arguments]
-    if arguments[0] == "compare-methods":
+    if arguments[0] in ("quickstart", "compare-methods"):
         return f"the same command goes on: {shlex.join(again)}"
     if arguments[0] not in ("learn", "search", "front"):
         return f"the same command starts anew: {shlex.join(again)}"

@@ -15,7 +15,7 @@ import tyro
 import yaml
 from rich.console import Console
 
-from adamerge_jax.cli.commands import Invocation, RecipeCommand
+from adamerge_jax.cli.command import Invocation, RecipeCommand
 from adamerge_jax.cli.compilation import keep_compiled_programs
 from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.files.strict_yaml import read_yaml

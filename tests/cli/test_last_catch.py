@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adamerge_jax.cli import main as cli
-from adamerge_jax.cli.commands import Inspect
+from adamerge_jax.cli.coefficients_commands import Inspect
 from adamerge_jax.errors import InputError, file_in_hand, in_hand, readable
 from adamerge_jax.pipeline import run
 from adamerge_jax.pipeline.models import open_models

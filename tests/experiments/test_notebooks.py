@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from adamerge_jax.quickstart import prepare
 from tests.references import load_script
 
 nbformat = pytest.importorskip("nbformat")
@@ -52,9 +53,7 @@ EXAMPLES = {"calibration": 60, "validation": 30, "test": 30}
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's base and experts, hardly trained, with a part of its images."""
     folder = tmp_path_factory.mktemp("quickstart")
-    script = load_script(ROOT / "experiments" / "quickstart.py")
-    script.BASE_STEPS = script.EXPERT_STEPS = 10
-    script.prepare(folder, 0, Console(quiet=True))
+    prepare(folder, 0, Console(quiet=True), base_steps=10, expert_steps=10)
     for part, count in EXAMPLES.items():
         for file in (folder / "data").glob(f"*.{part}.npz"):
             with np.load(file) as arrays:

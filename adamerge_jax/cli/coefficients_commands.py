@@ -1,0 +1,89 @@
+"""Commands on coefficients files: what one says, what differs between two, other forms of it."""
+
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from adamerge_jax.cli.command import CoefficientsFile, Command, Invocation, RecipeCommand
+from adamerge_jax.errors import InputError, in_hand
+
+
+@dataclasses.dataclass
+class Inspect(Command):
+    """Show what a coefficients file says."""
+
+    answers = True
+
+    coefficients: CoefficientsFile
+    """The coefficients.safetensors of a run."""
+
+    def run(self, console: Console) -> None:
+        """Prints the file's facts and mean coefficients."""
+        from adamerge_jax.coefficients.file import Coefficients
+        from adamerge_jax.report.coefficients import print_coefficients
+
+        with in_hand(self.coefficients):
+            print_coefficients(Coefficients.load(self.coefficients), console)
+
+
+@dataclasses.dataclass
+class Compare(Command):
+    """Show what differs between two coefficients files: what, where, how much."""
+
+    answers = True
+
+    first: CoefficientsFile
+    """A coefficients file."""
+    second: CoefficientsFile
+    """Another one; differences are this one's values less the first one's."""
+    out: Path | None = None
+    """A .png file to draw the map of differences to."""
+
+    def run(self, console: Console) -> None:
+        """Prints the differences, and draws them where asked to."""
+        from adamerge_jax.coefficients.file import Coefficients
+        from adamerge_jax.report.comparison import compare, print_comparison
+        from adamerge_jax.report.maps import draw_comparison
+        from adamerge_jax.report.plain_text import one_line
+        from adamerge_jax.report.results import outcome_in_words
+        from adamerge_jax.runs.files import RESULTS_FILE
+        from adamerge_jax.runs.results import read_results
+
+        out = self.out and self.out.expanduser()
+        if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
+            raise InputError(f"--out {out}: expected a .png file in a folder that exists")
+        loaded = []
+        for file in (self.first, self.second):
+            with in_hand(file):
+                loaded.append(Coefficients.load(file))
+        comparison = compare(*loaded)
+        print_comparison(comparison, console)
+        for name, file in (("first", self.first), ("second", self.second)):
+            rows, outcome, _ = read_results(file.expanduser().parent / RESULTS_FILE)
+            if rows:
+                words = outcome_in_words(outcome, rows[-1].metric, name=one_line)
+                console.print(f"{name}: {words}", highlight=False, soft_wrap=True)
+        if out is not None:
+            draw_comparison(comparison, out)
+            console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Mergekit(RecipeCommand):
+    """Write the merge of a coefficients file as a YAML file that mergekit makes it from."""
+
+    coefficients: CoefficientsFile
+    """The coefficients.safetensors of a run: whole experts, one coefficient per tensor or
+    coarser, no interference steps."""
+    out: Path
+    """YAML file to make."""
+
+    def run(self, call: Invocation) -> None:
+        """Writes the file, and says how to use it."""
+        from adamerge_jax.pipeline.run import write_mergekit
+
+        write_mergekit(
+            self.coefficients, call.recipe, root=call.root, out=self.out, console=call.console
+        )
+        call.console.print(f"run: mergekit-yaml {self.out} MERGED", soft_wrap=True)
