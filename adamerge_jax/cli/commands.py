@@ -12,7 +12,7 @@ from rich.console import Console
 
 from adamerge_jax.cli.coefficients_commands import Compare, Inspect, Mergekit
 from adamerge_jax.cli.command import CoefficientsFile, Command, Invocation, RecipeCommand
-from adamerge_jax.cli.first_commands import Quickstart
+from adamerge_jax.cli.first_commands import New, Quickstart
 from adamerge_jax.errors import InputError, in_hand
 
 if TYPE_CHECKING:
@@ -295,6 +295,7 @@ class Report(Command):
 
 COMMANDS: dict[str, type] = {
     "quickstart": Quickstart,
+    "new": New,
     "learn": Learn,
     "search": Search,
     "front": Front,

@@ -1,8 +1,10 @@
-"""Commands to begin with: an example that runs by itself."""
+"""Commands to begin with: an example that runs by itself, and a first recipe."""
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 
 from adamerge_jax.cli.command import Command
@@ -35,6 +37,56 @@ class Quickstart(Command):
             prepare(folder, self.seed, console)
         options = [str(recipe), "--out", str(folder / "run"), "--resume"]
         parse_with_recipe("learn", Learn, options).run(console)
+
+
+@dataclasses.dataclass(kw_only=True)
+class New(Command):
+    """Write a commented recipe for a base and its experts, with the data that lie near them.
+
+    Finds the kind of the models, names of tasks, columns of data and the tokenizer. Opens the
+    models without reading their weights; learns nothing.
+    """
+
+    answers = True
+
+    base: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="BASE")]
+    """The base's folder, or its name on the Hub."""
+    experts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="EXPERT")]
+    """The experts' folders or names, or one folder that holds all of them."""
+    data: tuple[str, ...] = ()
+    """Files and folders of data, found by the tasks' names in theirs, or TASK=PATH. By default the
+    folder data/ beside the models."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("recipe.yaml")
+    """The recipe to write."""
+    force: bool = False
+    """Write the recipe in place of one that is there."""
+
+    def run(self, console: Console) -> None:
+        """Writes the recipe, and says what was found and how to go on."""
+        from adamerge_jax.drafting.draft import draft_recipe
+        from adamerge_jax.files.writing import write_whole
+
+        out = self.out.expanduser()
+        if not self.experts:
+            raise InputError("adamerge new: give the experts behind the base")
+        if out.suffix not in (".yaml", ".yml") or not out.parent.is_dir():
+            raise InputError(f"--out {out}: expected a .yaml file in a folder that exists")
+        if out.exists() and not (self.force and out.is_file()):
+            raise InputError(
+                f"{out} is there already; give another --out, or --force to replace it"
+            )
+        draft = draft_recipe(self.base, self.experts, self.data, out)
+        write_whole(out, draft.text)
+        for note in draft.notes:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(
+            f"recipe  {out}: {len(draft.tasks)} tasks ({', '.join(draft.tasks)})"
+            f"{f' of a {draft.kind}' if draft.kind else ''}\n"
+            f"next    adamerge {'learn' if draft.learns else 'merge'} {out}"
+            f"{'' if draft.learns else ' --method ties --out merged'}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _holds(file: Path, text: str) -> bool:

@@ -63,7 +63,7 @@ def align_labels(examples: Examples, outputs: Sequence[str], name: str, *, outpu
             )
         examples.labels, examples.class_names = order[examples.labels], list(outputs)
         return
-    tells_nothing = not unique or _tell_nothing(names) or _tell_nothing(outputs)
+    tells_nothing = not unique or tell_nothing(names) or tell_nothing(outputs)
     same_place = len(ours) == len(theirs) and all(
         ours.index(text) == theirs.index(text) for text in common
     )
@@ -104,7 +104,8 @@ def names_of_outputs(id2label: Mapping[int, str] | None) -> list[str]:
     ]
 
 
-def _tell_nothing(names: Sequence[str]) -> bool:
+def tell_nothing(names: Sequence[str]) -> bool:
+    """Returns True if all names are numbers or such as LABEL_0."""
     return all(_NAMELESS.fullmatch(name.strip()) for name in names)
 
 

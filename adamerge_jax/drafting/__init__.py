@@ -1,0 +1,1 @@
+"""A first recipe, from what lies in the folders of a base and its experts."""

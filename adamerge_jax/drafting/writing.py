@@ -1,0 +1,185 @@
+"""The text of a recipe, with comments for whoever changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import yaml
+
+from adamerge_jax.drafting.kinds import Kind
+from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS
+
+_PARTS = {
+    "calibration": "examples to learn from, without labels",
+    "validation": "choose the one coefficient of task arithmetic, with which the table compares",
+    "test": "for the table of results",
+}
+"""The parts of a task's data in their order, and the line above the first of each."""
+
+_TEXT_LENGTHS = (128, 256, 512, 1024)
+"""Values of max_length; a longer one is its user's choice, as memory grows with it."""
+
+_BEHIND = 42
+"""Column in which comments behind options begin."""
+
+
+class Part(NamedTuple):
+    """The data of one part of a task as the recipe has it.
+
+    Attributes:
+        value: A path, or the fields of a section.
+        comment: A comment behind it, or "".
+        is_comment: True to write all of it as a comment.
+    """
+
+    value: Any
+    comment: str = ""
+    is_comment: bool = False
+
+
+class TaskText(NamedTuple):
+    """A task as the recipe has it.
+
+    Attributes:
+        task: Its name.
+        expert: The path of its expert.
+        parts: Its data by part.
+    """
+
+    task: str
+    expert: str
+    parts: Mapping[str, Part] = {}
+
+
+def recipe_text(
+    base: str,
+    tasks: Sequence[TaskText],
+    *,
+    kind: Kind | None,
+    kind_in_words: str,
+    language: bool,
+    tokenizer: str | None,
+    tokens: int,
+    reason: str | None,
+    name: str,
+    schema: str | None,
+) -> str:
+    """Returns a recipe as YAML.
+
+    Args:
+        base: The base's path.
+        tasks: The tasks.
+        kind: The kind of the models; None if they can only be merged without learning.
+        kind_in_words: The kind in words.
+        language: True for language models.
+        tokenizer: The model whose tokenizer the merge is to take; None to name none.
+        tokens: The number of tokens that nearly all examples have at most, about.
+        reason: In words, why nothing can be learned; None if it can.
+        name: The name of the recipe's file.
+        schema: The file of the recipe's schema; None to name none.
+    """
+    lines = [f"# yaml-language-server: $schema={schema}"] if schema else []
+    lines.append(f"# {len(tasks)} expert{'s' * (len(tasks) > 1)} of one base: {kind_in_words}.")
+    if kind is None:
+        lines += [
+            f"# Nothing can be learned: {reason}",
+            f"#   adamerge merge {name} --method ties --out merged",
+        ]
+    else:
+        lines += [
+            f"#   adamerge plan {name}      # memory, time and disk",
+            f"#   adamerge learn {name}     # to runs/{PurePath(name).stem}",
+        ]
+    lines += [f"base: {_flow(base)}", "tasks:"]
+    told: set[str] = set()
+    for task in tasks:
+        lines += [f"  {_flow(task.task)}:", f"    expert: {_flow(task.expert)}"]
+        lines += _part_lines(task.parts, kind, told) if kind is not None else []
+    if tokenizer is not None:
+        lines.append(
+            f"tokenizer: {_flow(tokenizer)}  # the others' special tokens or template differ"
+        )
+    lines += _options(kind, language, tokens)
+    return "\n".join(lines) + "\n"
+
+
+def _part_lines(parts: Mapping[str, Part], kind: Kind, told: set[str]) -> Iterator[str]:
+    """Yields the lines of a task's data; a part is explained where it comes first."""
+    if "calibration" not in parts:
+        yield f"    # calibration: DATA  # a file of lines {kind.example}"
+    for part, explanation in _PARTS.items():
+        if part not in parts:
+            continue
+        value, comment, is_comment = parts[part]
+        if part not in told:
+            yield f"    # {explanation}"
+        told.add(part)
+        mark = "# " * is_comment
+        yield f"    {mark}{part}: {_flow(value)}" + (f"  # {comment}" if comment else "")
+
+
+def _options(kind: Kind | None, language: bool, tokens: int) -> Iterator[str]:
+    """Yields the options that matter: those that the kind needs, and the others as comments."""
+    if kind is None:
+        yield ""
+        yield from _comments({"export": ({"dtype": "bfloat16"}, "by default that of the base")})
+        return
+    if language:
+        yield _behind(
+            "objectives: [{name: logit_alignment, options: {top_tokens: 64}}]",
+            "the experts' 64 likeliest tokens",
+        )
+    fitting = next((length for length in _TEXT_LENGTHS if length >= tokens), _TEXT_LENGTHS[-1])
+    if kind.reads_text and (language or fitting > _TEXT_LENGTHS[0]):
+        about = f"tokens; nearly all examples have at most some {tokens}"
+        yield _behind(f"max_length: {fitting}", about if tokens else "tokens of the longest text")
+    preset: Any = PRESETS[DEFAULT_PRESET]
+    yield ""
+    yield "# What is worth a try:"
+    yield from _comments(
+        {
+            "preset": (DEFAULT_PRESET, "a published way of learning: adamerging, atlas, ..."),
+            "learning": (
+                {name: preset["learning"][name] for name in ("steps", "batch_size")},
+                "fewer steps are quicker",
+            ),
+            "coefficients": (
+                {"granularity": preset["coefficients"]["granularity"]},
+                "parameters that share a coefficient: tensor, layer, ...",
+            ),
+        }
+    )
+    if kind.of_classes:
+        yield from _comments({"heads": (preset["heads"], "or refitted, scaled, kept")})
+    if language:
+        yield from _comments(
+            {
+                "retain": ("general.jsonl", "text on which the merge stays as the base is"),
+                "evaluation": ({"exact_match": True}, "models write answers to the test data"),
+            }
+        )
+    yield from _comments(
+        {
+            "export": ({"dtype": "bfloat16", "adapter": False}, "by default the base's dtype"),
+            "seed": (0, ""),
+        }
+    )
+
+
+def _comments(options: Mapping[str, tuple[Any, str]]) -> Iterator[str]:
+    for name, (value, comment) in options.items():
+        yield _behind(f"# {name}: {_flow(value)}", comment)
+
+
+def _behind(text: str, comment: str) -> str:
+    return f"{text:<{_BEHIND}}  # {comment}" if comment else text
+
+
+def _flow(value: Any) -> str:
+    """Returns a value as YAML in one line."""
+    text = yaml.safe_dump(
+        value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
+    )
+    return text.removesuffix("...\n").strip()
