@@ -126,11 +126,11 @@ def sorted_batches(
 
     Yields:
         The indices of n examples, and model inputs `[batch_size, ...]`, of which the first n count:
-        the last batch repeats some of its own.
+        the first batch repeats some of its own, which are the shortest.
     """
     order = np.argsort(examples.padded_lengths(), kind="stable")
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
+    cuts = range(len(order) % batch_size or batch_size, len(order), batch_size)
+    for index in np.split(order, cuts) if len(order) else []:
         full = np.resize(index, batch_size)
         yield index, examples.take(full, examples.padded_length(full))
 

@@ -88,12 +88,13 @@ def learned_row(inputs: LearningInputs, result: MergeResult) -> Row:
 def _rows(inputs: LearningInputs, name: str, parameters: Mapping[str, Array]) -> list[Row]:
     """Evaluates a model with the experts' heads, then with heads fitted to its features."""
     workspace, fit = inputs.workspace, inputs.method.heads.fit
-    rows = [workspace.evaluator.row(name, parameters, workspace.data.test)]
-    if fit is not None:
-        heads = fit_heads(workspace, parameters, inputs.calibration, fit, inputs.method.seed)
-        evaluator = workspace.evaluator.with_heads(heads)
-        rows.append(evaluator.row(f"{name}, heads {fit}", parameters, workspace.data.test, "heads"))
-    return rows
+    evaluator, test = workspace.evaluator, workspace.data.test
+    if fit is None:
+        return [evaluator.row(name, parameters, test)]
+    fitted = fit_heads(workspace, parameters, inputs.calibration, fit, inputs.method.seed)
+    with_fitted = evaluator.with_heads(fitted)
+    heads = {name: (evaluator, "baseline"), f"{name}, heads {fit}": (with_fitted, "heads")}
+    return evaluator.rows_with_heads(parameters, test, heads)
 
 
 def _initial_merge_rows(inputs: LearningInputs, methods: Sequence[MethodRecipe]) -> list[Row]:

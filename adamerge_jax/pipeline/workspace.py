@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -35,7 +36,7 @@ from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.base_answers import BaseWriter
 from adamerge_jax.pipeline.embedding_scores import embedding_metric, require_pairs
 from adamerge_jax.pipeline.end_of_text import ExpertsEnds
-from adamerge_jax.pipeline.evaluate import Evaluator
+from adamerge_jax.pipeline.evaluate import Evaluator, examples_at_once
 from adamerge_jax.pipeline.general import RETAINED, General, find_general, load_general
 from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import Models, open_models
@@ -161,7 +162,9 @@ def open_workspace(
         answering = Answering(writer, settings.exact_match, settings.max_new_tokens, show_count)
     if models.family.language:
         heads[RETAINED] = {}  # all of it is the backbone's
-    evaluator = Evaluator(spread, networks, heads, settings.batch_size, metric, answering, embeds)
+    is_cpu = jax.default_backend() == "cpu"
+    at_once = examples_at_once(settings.batch_size, is_cpu=is_cpu)
+    evaluator = Evaluator(spread, networks, heads, at_once, metric, answering, embeds)
     read_base = functools.cache(partial(load_backbone, models, models.base, dtype))
     found = find_general(
         recipe.retain,

@@ -11,6 +11,7 @@ from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets, has_p
 from adamerge_jax.methods import make_method
 from adamerge_jax.methods.least_squares import GRAM_BYTES
 from adamerge_jax.models.family import complete_head
+from adamerge_jax.pipeline.evaluate import examples_at_once
 from adamerge_jax.pipeline.export import checkpoint_bytes
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of
@@ -26,12 +27,14 @@ class Programs(NamedTuple):
     Attributes:
         step: The work of one optimizer step.
         evaluate: The work of a held-out evaluation of the same batch, without a gradient.
-        expert: The work of an expert, or any one model, on a batch of `evaluation.batch_size`.
+        expert: The work of an expert, or any one model, on the examples that are run at a time.
+        expert_examples: Their number.
     """
 
     step: Work
     evaluate: Work
     expert: Work
+    expert_examples: int
 
 
 class Phase(NamedTuple):
@@ -76,7 +79,9 @@ class Memory(NamedTuple):
         return name, self.floor + totals[name]
 
 
-def programs_of(outline: Outline, learning: AbstractLearning, *, compiled: bool) -> Programs:
+def programs_of(
+    outline: Outline, learning: AbstractLearning, *, compiled: bool, is_cpu: bool
+) -> Programs:
     """Returns the work of the functions that a run compiles.
 
     Args:
@@ -84,13 +89,14 @@ def programs_of(outline: Outline, learning: AbstractLearning, *, compiled: bool)
         learning: Its learning loop.
         compiled: If True, they are compiled for the present device, and the kept bytes are the
             compiler's; otherwise these are estimated from their traces.
+        is_cpu: True for a run on the processor.
     """
     batch = outline.batch(outline.longest)
     step = (learning.learner.step, learning.state, learning.frozen, batch)
     evaluate = (learning.learner.evaluate, learning.state, learning.frozen, batch)
     # The largest head; a language model has one for all tasks.
     task = max(outline.heads, key=lambda name: bytes_of(outline.head_parameters[name]))
-    size = outline.recipe.evaluation.batch_size
+    size = examples_at_once(outline.recipe.evaluation.batch_size, is_cpu=is_cpu)
     expert = (
         jax.jit(partial(_run_expert, outline, task)),
         outline.expert(task),
@@ -104,7 +110,7 @@ def programs_of(outline: Outline, learning: AbstractLearning, *, compiled: bool)
             work._replace(kept_bytes=_compiled_bytes(*call))
             for work, call in zip(works, calls, strict=True)
         ]
-    return Programs(*works)
+    return Programs(*works, size)
 
 
 def _run_expert(

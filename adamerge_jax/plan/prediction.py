@@ -143,7 +143,7 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
     present = jax.devices()[0].platform
     compiled = device is None or (device == "cpu" and present == "cpu")
     learning = merge.learning()
-    programs = programs_of(merge, learning, compiled=compiled)
+    programs = programs_of(merge, learning, compiled=compiled, is_cpu=chosen.is_cpu)
     spread = _Spread()
     if not chosen.is_cpu:
         split = recipe.devices.model
@@ -229,7 +229,7 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
     held_out = max(max(1, round(recipe.learning.held_out * len(s))) for s in calibration.values())
     step = share * seconds(programs.step)
     batches = ceil(held_out / recipe.learning.batch_size)
-    example = share * seconds(programs.expert) / recipe.evaluation.batch_size
+    example = share * seconds(programs.expert) / programs.expert_examples
     head_fits = 0.0
     if method.heads.fit is not None:
         head_fits = example * sum(with_copies.values())
@@ -272,7 +272,7 @@ def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Ite
 
     def peak_of(changed: Outline) -> int:
         learning = changed.learning()
-        programs = programs_of(changed, learning, compiled=False)
+        programs = programs_of(changed, learning, compiled=False, is_cpu=device.is_cpu)
         memory = memory_of(changed, learning, programs, floor=floor, **spread._asdict())
         return _peak(memory, device)
 

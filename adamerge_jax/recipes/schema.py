@@ -385,7 +385,7 @@ class EvaluationRecipe(Section):
     """The evaluation for the table of results."""
 
     batch_size: Count = 128
-    """Examples per batch."""
+    """Examples per batch, at most; a processor runs 16 at a time, which is no slower there."""
     task_arithmetic: list[Weight] = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], min_length=1
     )

@@ -5,6 +5,7 @@ import pytest
 
 from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER, Calibration, calibrate
+from adamerge_jax.data.examples import sorted_batches
 from adamerge_jax.data.expert_targets import CrossTaskLogits, StoredTargets
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.errors import InputError
@@ -258,3 +259,13 @@ def test_refuses_targets_of_some_tasks_only():
 def test_refuses_labels_that_are_not_one_for_each_example():
     with pytest.raises(InputError, match=r"differ in number \(pixel_values 3, labels 2\)"):
         ArrayExamples({"pixel_values": np.zeros((3, 1))}, labels=np.zeros(2, int))
+
+
+def test_the_shortest_texts_fill_up_an_evaluation(tmp_path):
+    texts = [" ".join("a" * count) for count in (100, 3, 3, 3, 40, 40, 100)]
+    examples = TextExamples(texts, bert_tokenizer(tmp_path), 128, "task")
+    batches = list(sorted_batches(examples, 3))
+    counted = np.concatenate([index for index, _ in batches])
+    assert sorted(counted) == list(range(7))
+    assert [len(index) for index, _ in batches] == [1, 3, 3]
+    assert [inputs["input_ids"].shape for _, inputs in batches] == [(3, 16), (3, 48), (3, 128)]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,3 +115,36 @@ def test_tokens_of_logits_that_are_no_numbers_are_wrong():
     examples = DecoderExamples([Tokens([1, 0, 0], [True] * 3)], padding=0, max_length=8)
     measures = evaluator("loss", 1, from_tokens).measures({"table": table}, "task", examples)
     assert measures["token_accuracy"].mean == 0
+
+
+def test_heads_of_one_backbone_are_scored_in_one_pass():
+    generator = np.random.default_rng(0)
+    examples = ArrayExamples(
+        {"logits": generator.normal(size=(23, 4)).astype(np.float32)},
+        generator.integers(4, size=23),
+    )
+    passes = []
+
+    def backbone(parameters, inputs, *, hidden_states=False):
+        jax.debug.callback(lambda: passes.append(1))
+        return as_they_are(parameters, inputs)
+
+    class Shift:
+        """A head that moves every class on by one where its parameter says so."""
+
+        shapes: Mapping[str, object] = {}
+
+        def __call__(self, parameters, outputs):
+            return jnp.roll(outputs.last_hidden_state, parameters["by"], axis=-1)
+
+    plain = Evaluator(backbone, {"task": Shift()}, {"task": {"by": 0}}, 5)
+    moved = plain.with_heads({"task": {"by": 1}})
+    kinds = {"plain": (plain, "baseline"), "moved": (moved, "heads")}
+    rows = plain.rows_with_heads({}, {"task": examples}, kinds)
+    jax.effects_barrier()
+    assert len(passes) == 5
+    assert [row.kind for row in rows] == ["baseline", "heads"]
+    for row, evaluated in zip(rows, (plain, moved), strict=True):
+        alone = evaluated.example_scores({}, "task", examples)
+        np.testing.assert_array_equal(row.examples["task"].values, alone.values)
+    assert rows[0].tasks != rows[1].tasks
