@@ -110,7 +110,8 @@ def programs_of(
             work._replace(kept_bytes=_compiled_bytes(*call))
             for work, call in zip(works, calls, strict=True)
         ]
-    return Programs(*works, size)
+    step_work, evaluate_work, expert_work = works
+    return Programs(step_work, evaluate_work, expert_work, size)
 
 
 def _run_expert(
