@@ -1,6 +1,8 @@
 """Learn how much of each fine-tuned expert goes where, and fold it into one checkpoint.
 
-The core takes any pytree of parameters:
+For a model in memory, a pytree of any kind, `merge` does it in one call and returns a `Merged`;
+`fold` does it again by coefficients that are there. The core that these are made of takes any
+pytree of parameters:
 
 - `task_vectors`: what each expert changed in the base; `DenseDelta`, `LowRankDelta` hold it.
 - `mix`, `materialize`: from coefficients to a merged model; a `Mixture` is one lazy parameter.
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from adamerge_jax.learning.loop import Learned, learn
     from adamerge_jax.mixing import Mixture, materialize, mix
     from adamerge_jax.objectives import regularizers
+    from adamerge_jax.own_model.folding import fold
+    from adamerge_jax.own_model.merged import Merged
+    from adamerge_jax.own_model.merging import merge
     from adamerge_jax.recipes.loading import load_recipe, parse_recipe
     from adamerge_jax.recipes.schema import Recipe
     from adamerge_jax.registry import extension
@@ -58,17 +63,20 @@ _HOMES = {
     "Learned": "learning.loop",
     "Learner": "learning.learner",
     "LowRankDelta": "task_vectors",
+    "Merged": "own_model.merged",
     "Mixture": "mixing",
     "Recipe": "recipes.schema",
     "ask_expert": "data.expert_targets",
     "calibrate": "data.batches",
     "extension": "registry",
+    "fold": "own_model.folding",
     "granularities": "coefficients",
     "interference": "",
     "learn": "learning.loop",
     "load_recipe": "recipes.loading",
     "make_learner": "learning.learner",
     "materialize": "mixing",
+    "merge": "own_model.merging",
     "mix": "mixing",
     "objectives": "",
     "parse_recipe": "recipes.loading",
@@ -88,17 +96,20 @@ __all__ = [
     "Learned",
     "Learner",
     "LowRankDelta",
+    "Merged",
     "Mixture",
     "Recipe",
     "ask_expert",
     "calibrate",
     "extension",
+    "fold",
     "granularities",
     "interference",
     "learn",
     "load_recipe",
     "make_learner",
     "materialize",
+    "merge",
     "mix",
     "objectives",
     "parse_recipe",

@@ -66,11 +66,13 @@ def layer_of(name: str, names: Iterable[str]) -> str:
     """Returns the layer that a parameter belongs to, among the parameters `names` of one model.
 
     `encoder.layer.*.output.dense.weight` is in `encoder.layer.*`; a parameter outside the numbered
-    blocks is in the outermost module that holds none of them.
+    blocks is in the outermost module that holds none of them, nor all parameters: that of
+    `params.Dense_0.kernel` is `params.Dense_0` where all names begin with `params`.
     """
     block = numbered_block(name)
     if block:
         return block
+    names = list(names)
     holders = {
         ".".join(parts[:depth])
         for other in names
@@ -80,7 +82,8 @@ def layer_of(name: str, names: Iterable[str]) -> str:
     parts = name.split(".")
     for depth in range(1, len(parts)):
         module = ".".join(parts[:depth])
-        if module not in holders:
+        holds_all = depth < len(parts) - 1 and all(n.startswith(f"{module}.") for n in names)
+        if module not in holders and not holds_all:
             return module
     return name
 

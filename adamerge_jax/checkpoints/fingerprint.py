@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from math import prod
 
 import numpy as np
+from jaxtyping import Array
 
 from adamerge_jax.checkpoints.safetensors_file import TensorInfo, open_weights, read_entries
 
@@ -53,6 +54,32 @@ def fingerprint(tensors: Mapping[str, TensorInfo], also: str = "") -> str:
                 read_entries(streams[info.file], name, info, sample.start, values)
                 digest.update(values.tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def fingerprint_of_arrays(arrays: Mapping[str, Array | np.ndarray]) -> str:
+    """Returns a fingerprint of arrays in memory, as `fingerprint` does of those in files.
+
+    Args:
+        arrays: The arrays by name.
+
+    Returns:
+        `sha256:` and 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        for sample in _samples(array.shape):
+            digest.update(np.asarray(_flat_part(array, sample)).tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _flat_part(array: Array | np.ndarray, sample: range) -> Array | np.ndarray:
+    """Returns some entries of the first or the last row of a flattened array."""
+    if not array.shape:
+        return array
+    is_first = sample.start == 0
+    row = array[(0 if is_first else -1,) * (array.ndim - 1)]
+    return row[: len(sample)] if is_first else row[-len(sample) :]
 
 
 def _samples(shape: tuple[int, ...]) -> tuple[range, ...]:

@@ -44,10 +44,18 @@ def row(shapes: Shapes, tables: bool = False) -> Granularity:
     )
 
 
-def column(shapes: Shapes) -> Granularity:
+def column(shapes: Shapes, axis: int = 1) -> Granularity:
     """One coefficient per expert and input unit: the columns of each weight matrix.
 
     Vectors and embedding tables have one coefficient each.
+
+    Args:
+        shapes: Shapes of the parameters.
+        axis: Another axis: -1 for the last one, which has the output units of Flax's kernels,
+            those of convolutions too.
+
+    Raises:
+        InputError: `axis` is neither 1 nor -1.
 
     Examples:
         >>> from adamerge_jax.coefficients.granularities import column, constant
@@ -55,7 +63,11 @@ def column(shapes: Shapes) -> Granularity:
         >>> column(shapes).init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
         (1, 2, 3)
     """
-    return split_tensors(shapes, lambda name, shape: _along(shape, 1, shape[1], "by column"))
+    if axis not in (1, -1) or isinstance(axis, bool):
+        raise InputError(f"axis is {axis!r}, expected 1 or -1")
+    return split_tensors(
+        shapes, lambda name, shape: _along(shape, axis % len(shape), shape[axis], "by column")
+    )
 
 
 def head(shapes: Shapes, heads: Mapping[str, tuple[int, int]]) -> Granularity:

@@ -33,12 +33,11 @@ from adamerge_jax.devices import Devices, fetch, is_first_process, return_freed_
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning.held_out import evaluate_held_out
-from adamerge_jax.learning.learner import Frozen, Learner, forward_with_heads, make_learner
+from adamerge_jax.learning.learner import Forward, Frozen, Learner, make_learner
 from adamerge_jax.learning.loop import Learned, Progress, Snapshot, learn
 from adamerge_jax.learning.single_coefficient import best_single_coefficient
 from adamerge_jax.learning.snapshots import load_snapshot, save_snapshot
 from adamerge_jax.mixing import materialize_compiled, mix
-from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
 from adamerge_jax.pipeline.general import RETAINED
@@ -316,40 +315,26 @@ def learn_coefficients(
 
 
 def learner_of(
-    method: Method,
-    stage: Stage,
-    models: Models,
-    backbone: Network,
-    heads: Mapping[str, Network],
-    granularity: Granularity,
+    method: Method, stage: Stage, forward: Forward, devices: Devices, granularity: Granularity
 ) -> Learner:
     """Returns the compiled functions of one stage.
 
     Args:
         method: The method by which coefficients are learned.
         stage: The stage.
-        models: The base and its experts.
-        backbone: The merged part of the model, as a function of its parameters.
-        heads: Each task's head as a function of its parameters.
+        forward: Runs the merged model with the head of each task.
+        devices: The devices that it runs on.
         granularity: The granularity of the coefficients.
     """
-    specs = method.target_specs.values()
     return make_learner(
-        forward_with_heads(
-            backbone,
-            list(heads.values()),
-            sorted({layer for spec in specs for layer in spec.hidden_states}),
-            cross_task=any(spec.cross_task for spec in specs),
-            logits_again=models.family.language,
-            embeds=models.family.embeds is not None,
-        ),
+        forward,
         granularity,
         CONSTRAINTS[method.constraint],
         list(method.objectives.values()),
         stage.optimizer,
         method.regularizers,
         method.microbatches,
-        models.devices,
+        devices,
         method.heads.learning if stage.name == method.result.name else None,
     )
 
@@ -401,14 +386,8 @@ def _learn_stage(
         name: inputs.devices.delta(name, granularity.prepare(name, delta))
         for name, delta in inputs.deltas.items()
     }
-    learner = learner_of(
-        method,
-        stage,
-        workspace.models,
-        workspace.backbone,
-        workspace.head_networks,
-        granularity,
-    )
+    forward = workspace.forward(method.target_specs.values())
+    learner = learner_of(method, stage, forward, devices, granularity)
     expert_heads = list(workspace.heads.values())
     frozen = Frozen(inputs.theta_start, deltas, expert_heads)
     if start is None:

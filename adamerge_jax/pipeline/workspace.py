@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,9 +29,11 @@ from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.files.json_object import read_object, read_object_if_there
+from adamerge_jax.learning.learner import Forward, forward_with_heads
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
+from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.base_answers import BaseWriter
 from adamerge_jax.pipeline.embedding_scores import embedding_metric, require_pairs
@@ -98,6 +100,36 @@ class Workspace(NamedTuple):
             base: The base's parameters, which an adapter shares.
         """
         return load_expert(self.models, task, base, self.dtype)
+
+    def forward(self, specs: Iterable[TargetSpec]) -> Forward:
+        """Returns the function that runs the merged model with the head of each task.
+
+        Args:
+            specs: What the tasks' objectives ask for.
+        """
+        return forward_for(specs, self.models.family, self.backbone, self.head_networks)
+
+
+def forward_for(
+    specs: Iterable[TargetSpec], family: Family, backbone: Network, heads: Mapping[str, Network]
+) -> Forward:
+    """Returns the function that runs a merged model of a family with the head of each task.
+
+    Args:
+        specs: What the tasks' objectives ask for.
+        family: The architecture family.
+        backbone: The merged part of the model, as a function of its parameters.
+        heads: Each task's head as a function of its parameters.
+    """
+    specs = list(specs)
+    return forward_with_heads(
+        backbone,
+        list(heads.values()),
+        sorted({layer for spec in specs for layer in spec.hidden_states}),
+        cross_task=any(spec.cross_task for spec in specs),
+        logits_again=family.language,
+        embeds=family.embeds is not None,
+    )
 
 
 def open_workspace(

@@ -32,7 +32,7 @@ from adamerge_jax.pipeline.general import RETAINED, find_general
 from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_expert, load_task_vectors
-from adamerge_jax.pipeline.workspace import ExampleLoader, example_loader
+from adamerge_jax.pipeline.workspace import ExampleLoader, example_loader, forward_for
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes, shape_of_images
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build
@@ -263,9 +263,9 @@ class Outline:
             parameter: granularity.prepare(parameter, delta)
             for parameter, delta in self.deltas.items()
         }
-        learner = learner_of(
-            self.method, stage, self.models, self.backbone, self.heads, granularity
-        )
+        specs = self.method.target_specs.values()
+        forward = forward_for(specs, self.models.family, self.backbone, self.heads)
+        learner = learner_of(self.method, stage, forward, self.models.devices, granularity)
         start = partial(constant, self.shapes, self.experts, self.recipe.initial_coefficient)
         values = jax.eval_shape(lambda: granularity.init(start()))
         heads = list(self.head_parameters.values())

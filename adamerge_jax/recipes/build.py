@@ -128,15 +128,17 @@ class HeadChoice(NamedTuple):
     Attributes:
         kind: kept, scaled, refitted or learned; see `HeadsRecipe`.
         learning: The learning of heads beside the coefficients; None unless they are learned.
+        fitted: False for heads that are not known to be linear layers, and cannot be fitted.
     """
 
     kind: HeadKind
     learning: HeadLearning | None = None
+    fitted: bool = True
 
     @property
     def fit(self) -> FitKind | None:
-        """The fit of heads after learning, and of baselines; None where heads are kept."""
-        if self.kind == "kept":
+        """The fit of heads after learning, and of baselines; None where there is none."""
+        if self.kind == "kept" or not self.fitted:
             return None
         return "scaled" if self.kind == "scaled" else "refitted"
 

@@ -33,6 +33,11 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     Coarse coefficients: one map, groups down and experts across. One coefficient per tensor, or
     finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
     """
+    write_png(coefficients_figure(coefficients), path)
+
+
+def coefficients_figure(coefficients: Coefficients) -> "Figure":
+    """Returns the figure of `draw_coefficients`."""
     figure = draw_means(
         group_means(coefficients),
         coefficients.names,
@@ -43,7 +48,7 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     )
     title = label_text(f"Merge coefficients ({coefficients.granularity})")
     figure.suptitle(title, fontsize=11)
-    write_png(figure, path)
+    return figure
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:

@@ -59,7 +59,7 @@ def show_progress(
     ):
 
         def on_step(progress: "Progress") -> None:
-            record = _as_record(tasks, progress)._asdict()
+            record = as_record(tasks, progress)._asdict()
             file.write(json.dumps(record) + "\n")
             file.flush()
             on_record(record)
@@ -84,7 +84,7 @@ def show_progress(
         yield on_step
 
 
-def _as_record(tasks: Sequence[str], progress: "Progress") -> StepRecord:
+def as_record(tasks: Sequence[str], progress: "Progress") -> StepRecord:
     """Returns the line of `metrics.jsonl` for a step."""
 
     def by_task(values: np.ndarray | None) -> ByTask | None:

@@ -6,7 +6,7 @@ multiplied out, or some experts one way and some the other. A granularity may la
 lies on the device or outside of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -36,12 +36,14 @@ __all__ = [
 ]
 
 
-def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[str, DenseDelta]:
+def task_vectors(
+    base: PyTree[Array], experts: Sequence[PyTree[Array]] | Mapping[str, PyTree[Array]]
+) -> dict[str, DenseDelta]:
     """Subtracts the base model from its experts.
 
     Args:
         base: Parameters of the base model, any pytree.
-        experts: K pytrees of the same structure and shapes.
+        experts: K pytrees of the same structure and shapes; by name, messages have these.
 
     Returns:
         One delta per parameter name, `[K, *shape]`, or `[L, K, *shape]` where the name is stacked.
@@ -67,19 +69,20 @@ def task_vectors(base: PyTree[Array], experts: Sequence[PyTree[Array]]) -> dict[
     """
     deltas = {}
     base_leaves = named_leaves(base)
-    expert_leaves = [named_leaves(expert) for expert in experts]
-    for position, leaves in enumerate(expert_leaves):
+    by_name = dict(enumerate(experts)) if isinstance(experts, Sequence) else experts
+    expert_leaves = [named_leaves(expert) for expert in by_name.values()]
+    for expert, leaves in zip(by_name, expert_leaves, strict=True):
         if difference := sorted(base_leaves.keys() ^ leaves.keys()):
-            where = "base" if difference[0] in base_leaves else f"expert {position}"
+            where = "base" if difference[0] in base_leaves else f"expert {expert!r}"
             raise InputError(
-                f"expert {position}: parameter {difference[0]!r} is only in the {where}; "
+                f"expert {expert!r}: parameter {difference[0]!r} is only in the {where}; "
                 "experts must have the base's parameters"
             )
     for name, base_leaf in base_leaves.items():
-        for position, leaves in enumerate(expert_leaves):
+        for expert, leaves in zip(by_name, expert_leaves, strict=True):
             if leaves[name].shape != base_leaf.shape:
                 raise InputError(
-                    f"expert {position}: parameter {name!r} has shape {leaves[name].shape}, "
+                    f"expert {expert!r}: parameter {name!r} has shape {leaves[name].shape}, "
                     f"the base has {base_leaf.shape}"
                 )
         if not jnp.issubdtype(base_leaf.dtype, jnp.floating):

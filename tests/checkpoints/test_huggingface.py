@@ -20,6 +20,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from adamerge_jax.checkpoints.fingerprint import fingerprint_of_arrays
 from adamerge_jax.checkpoints.finite import require_finite
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
@@ -111,6 +112,7 @@ def test_identity_sees_the_end_of_every_tensor(tmp_path):
         tensors["a"][-1, -1] = last
         save_file(tensors, tmp_path / "model" / "model.safetensors")
         identities.add(Checkpoint.open(tmp_path / "model").identity())
+        assert fingerprint_of_arrays(tensors) in identities  # the same of arrays in memory
     assert len(identities) == 2
     # What lies between its samples is not read.
     tensors["a"][1:-1] = 7

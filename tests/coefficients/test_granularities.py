@@ -768,6 +768,21 @@ def test_a_tensor_beside_a_stack_is_in_its_layer():
 def test_layers_without_numbered_blocks():
     assert layer_of("logit_scale", ["logit_scale", "a.weight"]) == "logit_scale"
     assert layer_of("a.b.weight", ["logit_scale", "a.b.weight"]) == "a"
+    # What is around all parameters is no layer.
+    linen = ["params.Dense_0.kernel", "params.Dense_0.bias", "params.Dense_1.kernel"]
+    assert [layer_of(name, linen) for name in linen] == 2 * ["params.Dense_0"] + ["params.Dense_1"]
+
+
+def test_columns_along_the_last_axis_are_the_output_units_of_flax():
+    shapes = {"conv.kernel": (3, 3, 4, 8), "dense.kernel": (4, 6), "stack.*.kernel": (2, 4, 6)}
+    granularity = make_granularity("column", {"axis": -1}, shapes)
+    values = granularity.init(constant(shapes, experts=2, value=0.3))
+    sizes = {name: scale.shape for name, scale in granularity.scales(values).items()}
+    assert sizes["conv.kernel"] == (2, 1, 1, 1, 8)
+    assert sizes["dense.kernel"] == (2, 1, 6) and sizes["stack.*.kernel"] == (2, 2, 1, 6)
+    for axis in (0, 2, True):
+        with pytest.raises(InputError, match="axis is"):
+            make_granularity("column", {"axis": axis}, shapes)
 
 
 def test_names_that_moved_are_found_for_one_release():
