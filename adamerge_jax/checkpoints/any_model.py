@@ -21,6 +21,7 @@ from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.family import OUTPUT_LAYER, Family, Network
 from adamerge_jax.models.layers import Config, Rematerialize
+from adamerge_jax.models.problem import CLASSES, Problem
 from adamerge_jax.parameter_names import matches, place_in_stack
 
 _WITH_OWN_HEAD = re.compile(r"For\w*(Classification|Answering|MultipleChoice|Prediction)$")
@@ -68,7 +69,7 @@ class AnyModel(Family):
         """Returns the parameters, which cannot be run."""
         return WithoutForward(self.shapes)
 
-    def build_head(self, config: Config) -> WithoutForward:
+    def build_head(self, config: Config, problem: Problem = CLASSES) -> WithoutForward:
         """Returns no parameters: those of a head are told by an expert, see `head_of`."""
         return WithoutForward({})
 

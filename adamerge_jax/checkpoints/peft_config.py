@@ -9,11 +9,15 @@ from adamerge_jax.checkpoints.finite import is_number
 from adamerge_jax.checkpoints.patterns import first_matches
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object
+from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 MERGE_IT = "merge it into its model with PEFT's merge_and_unload() and give that"
+
+TASK_TYPES = {"TOKEN_CLS": TOKEN_CLASSIFICATION}
+"""The `transformers` classes of models by PEFT's task types, of other heads than of classes."""
 
 _UNSUPPORTED = {
     "use_dora": "DoRA, which rescales the merged weights",

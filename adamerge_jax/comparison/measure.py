@@ -127,8 +127,7 @@ def measure(
             # No name for an expert: it is gone before the next one is read.
             scores[task] = evaluator.measures(workspace.expert(task, base), task, examples)
         rows.append(Row.of_measures("experts (one model each)", scores, "experts"))
-        last = workspace.models.family.last_layer
-        fits = () if last is None else FITS[:1] if last.scaled_only else FITS
+        fits = _fits(workspace)
         return Measured(rows, _cost(0.0, time.perf_counter() - start), fits=fits)
     if contender.kind == "merge":
         merge = _merge(contender, recipe, workspace, report)
@@ -148,6 +147,15 @@ def measure(
         peak_memory_bytes=memory, steps=merge.steps, coefficients=merge.coefficients
     )
     return Measured([row], cost, merge.chosen)
+
+
+def _fits(workspace: Workspace) -> tuple[HeadKind, ...]:
+    """Returns the heads that can be fitted to the models of all tasks."""
+    models = workspace.models
+    layers = [models.head_form(task).last_layer for task in models.experts]
+    if None in layers:
+        return ()
+    return FITS[:1] if any(last is not None and last.scaled_only for last in layers) else FITS
 
 
 def _open(recipe: Recipe, data_seed: int, root: Path, report: Report) -> Workspace:

@@ -118,11 +118,14 @@ def class_names_of(schema: pa.Schema) -> dict[str, list[str]]:
     import datasets
 
     features = datasets.Features.from_arrow_schema(schema)
-    return {
-        column: list(feature.names)
-        for column, feature in features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
+    names = {}
+    for column, feature in features.items():
+        if isinstance(feature, list) and feature:
+            feature = feature[0]
+        feature = getattr(feature, "feature", feature)  # of a list of classes
+        if isinstance(feature, datasets.ClassLabel):
+            names[column] = list(feature.names)
+    return names
 
 
 def holds_images(kind: pa.DataType) -> bool:

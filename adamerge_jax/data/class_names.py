@@ -11,6 +11,7 @@ import numpy as np
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.listing import in_words
 from adamerge_jax.errors import InputError
+from adamerge_jax.objectives import NOT_PREDICTED
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def align_labels(examples: Examples, outputs: Sequence[str], name: str, *, outpu
                 outputs_of,
                 in_words(outputs),
             )
-        examples.labels, examples.class_names = order[examples.labels], list(outputs)
+        _rename(examples, order, outputs)
         return
     tells_nothing = not unique or tell_nothing(names) or tell_nothing(outputs)
     same_place = len(ours) == len(theirs) and all(
@@ -69,7 +70,7 @@ def align_labels(examples: Examples, outputs: Sequence[str], name: str, *, outpu
     )
     if examples.names_have_order and tells_nothing:
         return
-    used = [names[index] for index in np.unique(examples.labels)]
+    used = [names[index] for index in np.unique(examples.labels) if index != NOT_PREDICTED]
     wrong = [text for text in used if _plain(text) not in common]
     if examples.names_have_order and same_place:
         index = next(i for i, text in enumerate(ours) if text not in common)
@@ -94,7 +95,7 @@ def align_labels(examples: Examples, outputs: Sequence[str], name: str, *, outpu
     )
     extra = [text for text in names if _plain(text) not in common]
     log.warning("%s: its class %r is none of %s; no example has it", name, extra[0], outputs_of)
-    examples.labels, examples.class_names = order[examples.labels], list(outputs)
+    _rename(examples, order, outputs)
 
 
 def names_of_outputs(id2label: Mapping[int, str] | None) -> list[str]:
@@ -102,6 +103,14 @@ def names_of_outputs(id2label: Mapping[int, str] | None) -> list[str]:
     return [
         str(name) for _, name in sorted((id2label or {}).items(), key=lambda item: int(item[0]))
     ]
+
+
+def _rename(examples: Examples, order: np.ndarray, outputs: Sequence[str]) -> None:
+    """Gives labels the numbers of outputs, from those of the outputs by number in the data."""
+    labels = examples.labels
+    assert labels is not None  # by `align_labels`
+    renamed = np.where(labels == NOT_PREDICTED, labels, order[np.maximum(labels, 0)])
+    examples.labels, examples.class_names = renamed, list(outputs)
 
 
 def tell_nothing(names: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.ndimage import affine_transform
 
 from adamerge_jax.data.augmentations import hide_tokens
@@ -49,7 +49,7 @@ class WithCopies(Examples):
         self.names_have_order = examples.names_have_order
         self.texts = examples.texts
         if examples.labels is not None:
-            self.labels = np.tile(examples.labels, 1 + copies)
+            self.labels = np.concatenate([examples.labels] * (1 + copies))
         if examples.partners is not None:
             self.partners = np.tile(examples.partners, 1 + copies)
 
@@ -63,6 +63,18 @@ class WithCopies(Examples):
     def padded_lengths(self) -> Int[np.ndarray, " N"]:
         """Returns the tokens that each example alone is padded to."""
         return np.tile(self._examples.padded_lengths(), 1 + self._copies)
+
+    def take_labels(
+        self, index: Int[np.ndarray, " B"], length: int
+    ) -> Int[np.ndarray, "B ..."] | None:
+        """Returns the labels of the chosen examples, of copies those of what they are of."""
+        return self._examples.take_labels(index % len(self._examples), length)
+
+    def take_counted(
+        self, index: Int[np.ndarray, " B"], length: int
+    ) -> Bool[np.ndarray, "B T"] | None:
+        """Returns True for the tokens that words are classified by; None for other problems."""
+        return self._examples.take_counted(index % len(self._examples), length)
 
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
         """Returns the chosen examples, copies changed."""

@@ -61,7 +61,7 @@ class Card:
                 examples = count if isinstance(count, int) else None
         class_names = {}
         for feature in _mappings(info.get("features")):
-            dtype = feature.get("dtype")
+            dtype = next(filter(None, map(feature.get, ("dtype", "sequence", "list"))), None)
             label = dtype.get("class_label") if isinstance(dtype, Mapping) else None
             names = label.get("names") if isinstance(label, Mapping) else None
             if isinstance(names, Mapping):

@@ -39,7 +39,8 @@ class Examples(ABC):
     """Examples of one task.
 
     Attributes:
-        labels: Class index of each example, `[N]`, or None where there are none.
+        labels: Class index of each example, `[N]`, or of each word, `[N, W]`; None where there are
+            none.
         class_names: Names of the classes as the data set gives them, or None.
         names_have_order: False where the classes are those of a column of names, whose order says
             nothing.
@@ -54,7 +55,7 @@ class Examples(ABC):
             None where examples are no pairs.
     """
 
-    labels: Int[np.ndarray, " N"] | None = None
+    labels: Int[np.ndarray, "N ..."] | None = None
     class_names: list[str] | None = None
     names_have_order: bool = True
     cut: Cut | None = None
@@ -88,9 +89,15 @@ class Examples(ABC):
         Returns:
             The class index of each, `[B]`, or None where there are no labels. For a language
             model the token that each of `length` positions is to predict, `[B, T]`, or
-            `NOT_PREDICTED`.
+            `NOT_PREDICTED`; for words the class of each at its first token.
         """
         return None if self.labels is None else self.labels[index]
+
+    def take_counted(
+        self, index: Int[np.ndarray, " B"], length: int
+    ) -> Bool[np.ndarray, "B T"] | None:
+        """Returns True for the tokens that words are classified by; None for other problems."""
+        return None
 
     def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
         """Returns True for the positions of a language model that predict an end."""
@@ -173,6 +180,11 @@ class Subset(Examples):
         self, index: Int[np.ndarray, " B"], length: int
     ) -> Int[np.ndarray, "B ..."] | None:
         return self._examples.take_labels(self._index[index], length)
+
+    def take_counted(
+        self, index: Int[np.ndarray, " B"], length: int
+    ) -> Bool[np.ndarray, "B T"] | None:
+        return self._examples.take_counted(self._index[index], length)
 
     def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
         return self._examples.take_ends(self._index[index], length)

@@ -103,6 +103,7 @@ class StoredTargets:
         return targets._replace(
             labels=self.examples.take_labels(index, length),
             partners=None if partners is None else partners[index],
+            counted=self.examples.take_counted(index, length),
         )
 
 

@@ -21,8 +21,10 @@ from adamerge_jax.data.prompts import Prompts, read_prompts
 from adamerge_jax.data.tables import Draw, Table, class_indices, read_table
 from adamerge_jax.data.texts import TextExamples
 from adamerge_jax.data.token_limits import TokenLimits
+from adamerge_jax.data.words import WORDS_COLUMN, word_examples
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
+from adamerge_jax.models.problem import CLASSES, WORDS, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +47,7 @@ def load_examples(
     predicts_end: PredictsEnd = lambda examples: True,
     embeds: EmbeddingForm | None = None,
     processor: Processor | None = None,
+    problem: Problem = CLASSES,
 ) -> Examples:
     """Reads the examples of a data source.
 
@@ -63,6 +66,7 @@ def load_examples(
             be predicted.
         embeds: The way from texts to embeddings of a sentence embedder; None for other models.
         processor: The processor of a language model that reads images.
+        problem: The problem that the task's head solves.
 
     Raises:
         InputError: The data cannot be found or read, lacks a column, or is empty.
@@ -81,6 +85,11 @@ def load_examples(
             raise InputError(
                 f"{name}: {source.path}: a sentence embedder's data are texts, not NumPy arrays; "
                 "give a table (.jsonl, .csv, .parquet) with a column of texts, or two of pairs"
+            )
+        if problem == WORDS:
+            raise InputError(
+                f"{name}: {source.path}: the data of an expert that gives {problem.predicts} are "
+                "words, not NumPy arrays; give a table (.jsonl, .parquet) with a column of lists"
             )
         examples = read_arrays(location.file, source, inputs, limits, name)
     elif language:
@@ -104,13 +113,18 @@ def load_examples(
     else:
         is_text = inputs[0] == "input_ids"
         columns = _columns(source.text if is_text else source.image)
-        wanted = [*columns, source.label or "label"]
+        others = [WORDS_COLUMN] if problem == WORDS else []
+        wanted = list(dict.fromkeys([*columns, *others, source.label or "label"]))
         table = read_table(location, source, name, wanted, _draw(source.limit, seed))
+        if others and "text" not in source.model_fields_set and "text" not in table.columns:
+            columns = others
         kind = "tokenizer" if is_text else "image processor (preprocessor_config.json)"
         table.require_rows(preprocessor, kind)
         _require_columns(table, columns)
         if embeds is not None:
             return _embedded_examples(table, preprocessor, max_length, limits, embeds)
+        if problem == WORDS:
+            return _words(table, columns, preprocessor, max_length, limits)
         if is_text:
             examples = _text_examples(table, preprocessor, max_length, limits)
         else:
@@ -180,6 +194,21 @@ def _text_examples(
     texts = [table.texts(column) for column in _columns(table.source.text)]
     pairs = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
     return TextExamples(pairs, tokenizer, max_length, table.name, limits)
+
+
+def _words(
+    table: Table,
+    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    limits: TokenLimits | None,
+) -> Examples:
+    if len(columns) > 1:
+        raise InputError(
+            f"{table.name}: text names two columns, and an expert that gives {WORDS.predicts} "
+            "reads one of lists of words; name that"
+        )
+    return word_examples(table, columns[0], tokenizer, max_length, limits)
 
 
 def _embedded_examples(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -47,15 +47,41 @@ class TextExamples(Examples):
         """
         pairs = None if isinstance(texts[0], str) else list(texts)
         first, second = map(list, zip(*pairs, strict=True)) if pairs else (texts, None)
-        added = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+        self._require_room(tokenizer, max_length, name, is_pair=pairs is not None)
+        first = _beginnings(first, tokenizer, max_length, name)
+        second = second and _beginnings(second, tokenizer, max_length, name)
+        encoded = encode(tokenizer, first, name, second, truncation=True, max_length=max_length)
+        self._keep(encoded, tokenizer, max_length, name, limits)
+        # A text that fills all tokens may have had just as many.
+        full = [row for row, ids in enumerate(self._ids) if len(ids) == max_length]
+        cut = np.zeros(len(self), bool)
+        if full:
+            again = [[part[row] for row in full] for part in (first, second) if part is not None]
+            lengths = map(len, encode(tokenizer, again[0], name, *again[1:])["input_ids"])
+            cut[full] = [length > max_length for length in lengths]
+        self.cut = Cut(cut, max_length)
+
+    @staticmethod
+    def _require_room(
+        tokenizer: PreTrainedTokenizerBase, max_length: int, name: str, *, is_pair: bool
+    ) -> None:
+        """Refuses a length that the tokenizer's own tokens fill."""
+        added = tokenizer.num_special_tokens_to_add(pair=is_pair)
         if max_length <= added:
             raise InputError(
                 f"{name}: max_length={max_length} has no room for a text: the tokenizer adds "
                 f"{added} tokens of its own; raise max_length, of the recipe or of the tokenizer"
             )
-        first = _beginnings(first, tokenizer, max_length, name)
-        second = second and _beginnings(second, tokenizer, max_length, name)
-        encoded = encode(tokenizer, first, name, second, truncation=True, max_length=max_length)
+
+    def _keep(
+        self,
+        encoded: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        name: str,
+        limits: TokenLimits | None,
+    ) -> None:
+        """Keeps the tokens of all texts, none of which is empty or unknown to the model."""
         if limits is not None:
             limits.require_encoded(encoded, name)
         self._ids: list[list[int]] = encoded["input_ids"]
@@ -65,14 +91,6 @@ class TextExamples(Examples):
         empty = [row for row, ids in enumerate(self._ids) if not ids]
         if empty:
             raise InputError(f"{name}, row {empty[0]}: the text has no token; leave it out")
-        # A text that fills all tokens may have had just as many.
-        full = [row for row, ids in enumerate(self._ids) if len(ids) == max_length]
-        cut = np.zeros(len(self), bool)
-        if full:
-            again = [[part[row] for row in full] for part in (first, second) if part is not None]
-            lengths = map(len, encode(tokenizer, again[0], name, *again[1:])["input_ids"])
-            cut[full] = [length > max_length for length in lengths]
-        self.cut = Cut(cut, max_length)
 
     @property
     def token_ids(self) -> Sequence[Sequence[int]]:

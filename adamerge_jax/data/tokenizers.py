@@ -19,7 +19,7 @@ from adamerge_jax.checkpoints.tokenizer_files import (
 from adamerge_jax.errors import InputError, and_more, in_one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -169,16 +169,16 @@ def _place(ids: dict[str, int], token: str) -> str:
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[Sequence[str]],
     where: str,
     *others: Any,
     **options: Any,
-) -> Mapping[str, Any]:
+) -> BatchEncoding:
     """Returns what a tokenizer makes of texts.
 
     Args:
         tokenizer: The tokenizer.
-        texts: The texts.
+        texts: The texts, or the words of each.
         where: The beginning of error messages.
         *others: The second texts of pairs.
         **options: Options of the tokenizer.

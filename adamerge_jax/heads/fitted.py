@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from threadpoolctl import threadpool_limits
@@ -72,6 +72,7 @@ def fit_head(
     *,
     kind: Kind,
     seed: int,
+    groups: Int[np.ndarray, " N"] | None = None,
 ) -> HeadFit:
     """Fits a head to an expert's logits.
 
@@ -90,6 +91,8 @@ def fit_head(
         bias: Its bias.
         kind: What is fitted.
         seed: The seed that parts the examples for cross-validation.
+        groups: The group of each example, such as the text of a word: cross-validation does not
+            part groups. None where each example is for itself.
 
     Returns:
         The head with the strength that does best in cross-validation; the expert's own where none
@@ -104,10 +107,13 @@ def fit_head(
     else:
         inputs, start = features, expert
     kl_before = _kl(targets, start.logits(inputs))
-    folds = min(FOLDS, len(inputs) // 2)
+    distinct = np.arange(len(inputs)) if groups is None else np.unique(groups)
+    folds = min(FOLDS, len(distinct) // 2)
     if folds < 2:
         return HeadFit(weight, bias, float("inf"), kl_before, kl_before)
-    parts = np.array_split(np.random.default_rng([seed, 5]).permutation(len(inputs)), folds)
+    parts = np.array_split(np.random.default_rng([seed, 5]).permutation(len(distinct)), folds)
+    if groups is not None:
+        parts = [np.flatnonzero(np.isin(groups, distinct[part])) for part in parts]
     # The products of most heads are too small to share among threads, which wait for each other.
     threads = 1 if inputs.size * len(bias) < FEWEST_TO_SHARE else None
     with threadpool_limits(threads, "blas"):

@@ -16,7 +16,7 @@ class HeadLearning(NamedTuple):
     """The learning of heads beside the coefficients.
 
     Attributes:
-        names: The names of the parameters of a head that are learned.
+        names: The names of the parameters of heads that are learned, as far as a head has them.
         optimizer: The optimizer. Its updates are multiplied with the root mean square of the
             expert's head, so that a learning rate is a fraction of the head whatever its size.
         ridge: The weight of the distance to the expert's head: the mean square of the differences
@@ -30,7 +30,7 @@ class HeadLearning(NamedTuple):
     def init(self, expert_heads: Heads) -> tuple[Heads, optax.OptState]:
         """Returns the heads that learning starts from, float32, and the optimizer's state."""
         heads = [
-            {name: jnp.asarray(head[name], jnp.float32) for name in self.names}
+            {name: jnp.asarray(head[name], jnp.float32) for name in self.names if name in head}
             for head in expert_heads
         ]
         return heads, self.optimizer.init(heads)

@@ -147,7 +147,9 @@ def evaluate_held_out(
         ):
             labels = targets.labels
             counted = weights > 0
-            if labels is not None and labels.ndim == 2:
+            if targets.counted is not None:
+                counted = counted[:, None] & targets.counted
+            elif labels is not None and labels.ndim == 2:
                 counted = counted[:, None] & (labels != NOT_PREDICTED)
             predicted[position].append(evaluation.predicted[position][counted])
             if labels is not None:

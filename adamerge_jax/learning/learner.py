@@ -84,12 +84,12 @@ class Evaluation(NamedTuple):
 
     Attributes:
         objective: The objective of each task, `[tasks]`.
-        predicted: Class that the merged model gives each example, `[tasks, B]`, or each position
-            of it, `[tasks, B, T]`.
+        predicted: By task the class that the merged model gives each example, `[B]`, or each
+            position of it, `[B, T]`.
     """
 
     objective: Float[Array, " tasks"]
-    predicted: Int[Array, "tasks B ..."]
+    predicted: Sequence[Int[Array, "B ..."]]
 
 
 class Learner(NamedTuple):
@@ -213,7 +213,7 @@ def make_learner(
             )
         ]
         per_task, predicted = zip(*tasks, strict=True)
-        return Evaluation(jnp.stack(per_task), jnp.stack(predicted))
+        return Evaluation(jnp.stack(per_task), predicted)
 
     def init(values: Values, heads: Heads = ()) -> State:
         raw = {

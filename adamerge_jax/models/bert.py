@@ -1,4 +1,4 @@
-"""BERT (Devlin et al., 2019) for sequence classification, as `transformers` builds it."""
+"""BERT (Devlin et al., 2019) with heads on texts and on tokens, as `transformers` builds it."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.family import Family, attention_heads
+from adamerge_jax.models.family import Family, HeadForm, attention_heads
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Config,
@@ -20,10 +20,12 @@ from adamerge_jax.models.layers import (
     Prefixed,
     Rematerialize,
     Stack,
+    TokenHead,
     activation_of,
     attention,
     padding_bias,
 )
+from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
 
 
 class Embeddings(nnx.Module):
@@ -133,6 +135,22 @@ class Bert(nnx.Module):
         return Outputs(self.pooler(last) if self.pooler else None, last, states)
 
 
+class PooledHead(nnx.Module):
+    """A head of classes with the pooler, where the backbone has none."""
+
+    def __init__(self, config: Config):
+        self.bert = _OnlyPooler(config)
+        self.classifier = Linear(config.hidden_size, config.num_labels)
+
+    def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
+        return self.classifier(self.bert.pooler(outputs.last_hidden_state))
+
+
+class _OnlyPooler(nnx.Module):
+    def __init__(self, config: Config):
+        self.pooler = Pooler(config)
+
+
 def _require_encoder(config: Config) -> None:
     """Refuses configs whose tokens do not see later ones, or see those of another model."""
     for name in ("is_decoder", "add_cross_attention"):
@@ -157,6 +175,8 @@ BERT_HEADS = attention_heads(
     "*.attention.output.dense.weight",
 )
 
+_UNPOOLED = partial(Prefixed, "bert", partial(Bert, pooler=False))
+
 FAMILY = Family(
     backbone=partial(Prefixed, "bert", Bert),
     head=LinearHead,
@@ -168,5 +188,12 @@ FAMILY = Family(
     max_tokens=lambda config: config.max_position_embeddings,
     heads=BERT_HEADS,
     auto_class="AutoModelForSequenceClassification",
-    embedding_backbone=partial(Prefixed, "bert", partial(Bert, pooler=False)),
+    embedding_backbone=_UNPOOLED,
+    # `transformers` makes these without the pooler; older versions made and saved it.
+    further_heads={
+        TOKEN_CLASSIFICATION: HeadForm(
+            TokenHead, backbone=_UNPOOLED, ignored=("bert.pooler.*", "pooler.*")
+        )
+    },
+    head_with_rest=PooledHead,
 )

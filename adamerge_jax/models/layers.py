@@ -147,6 +147,13 @@ class LinearHead(nnx.Module):
         return self.classifier(outputs.pooled)
 
 
+class TokenHead(LinearHead):
+    """A head of one linear layer on every token, the parameters under `classifier.`."""
+
+    def __call__(self, outputs: Outputs) -> Float[Array, "B T C"]:
+        return self.classifier(outputs.last_hidden_state)
+
+
 class Prefixed(nnx.Module):
     """A backbone whose parameters begin with a prefix in a checkpoint, such as `bert.`."""
 

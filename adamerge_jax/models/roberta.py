@@ -1,6 +1,6 @@
-"""RoBERTa (Liu et al., 2019) for sequence classification, as `transformers` builds it.
+"""RoBERTa (Liu et al., 2019) with heads on texts and on tokens, as `transformers` builds it.
 
-BERT's layers without its pooler, with positions that skip padding, and with a head of two layers.
+BERT's layers without its pooler, with positions that skip padding; a text's head has two layers.
 XLM-RoBERTa and CamemBERT are the same computation under the same names.
 """
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder
-from adamerge_jax.models.family import Family, LastLayer
+from adamerge_jax.models.family import Family, HeadForm, LastLayer
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Config,
@@ -21,8 +21,10 @@ from adamerge_jax.models.layers import (
     Outputs,
     Prefixed,
     Rematerialize,
+    TokenHead,
     padding_bias,
 )
+from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
 
 
 def positions_of(token_ids: Int[Array, "B T"], padding: int) -> Int[Array, "B T"]:
@@ -97,4 +99,5 @@ FAMILY = Family(
     last_layer=LastLayer("classifier.out_proj.weight", "classifier.out_proj.bias"),
     # Older versions of `transformers` made and saved it with classifiers that do not read it.
     ignored_in_experts=("roberta.pooler.*",),
+    further_heads={TOKEN_CLASSIFICATION: HeadForm(TokenHead)},
 )

@@ -86,7 +86,8 @@ def mean_per_example(values: Float[Array, "B ..."], targets: Targets) -> Float[A
     """Returns values of examples as they are; of positions, the mean over those to be predicted."""
     if values.ndim == 1:
         return values
-    return masked_mean(values, targets.labels != NOT_PREDICTED)
+    counted = targets.counted
+    return masked_mean(values, targets.labels != NOT_PREDICTED if counted is None else counted)
 
 
 def masked_mean(values: Float[Array, "B T"], mask: Int[Array, "B T"] | None) -> Float[Array, " B"]:

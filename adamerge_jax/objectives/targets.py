@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from adamerge_jax.errors import InputError
 
@@ -82,12 +82,14 @@ class Targets(NamedTuple):
         expert_logits: `[B, C]` or `[B, T, V]`, from the task's own expert, or None.
         expert_hidden_states: `[B, T, H]` by layer, the expert's own.
         labels: `[B]`, class indices, or None; `[B, T]`, the token to be predicted at each position
-            or `NOT_PREDICTED`, for a language model.
+            or `NOT_PREDICTED`, for a language model; so, too, the classes of words.
         expert_top: The likely tokens, in place of `expert_logits`, or None.
         cross_task: The expert on the examples of all other tasks, or None.
         expert_embeddings: `[B, texts, H]`, the expert's embeddings of each example, or None.
         partners: `[B]`, the number of each pair's second text, one for all pairs with the same
             one; None where all are taken for different.
+        counted: `[B, T]`, True where the class of a token counts, where words are classified; None
+            where labels say so, or where there is one prediction for an example.
     """
 
     expert_logits: Float[Array, "B ... C"] | None = None
@@ -97,6 +99,7 @@ class Targets(NamedTuple):
     cross_task: CrossTaskTargets | None = None
     expert_embeddings: Float[Array, "B texts H"] | None = None
     partners: Int[Array, " B"] | None = None
+    counted: Bool[Array, "B T"] | None = None
 
 
 class TargetSpec(NamedTuple):

@@ -1,9 +1,9 @@
 """The evaluation: accuracy of each task with its head, or a language model's loss per task."""
 
 import copy
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ from adamerge_jax.devices import fetch
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.layers import Outputs
+from adamerge_jax.models.problem import CLASSES
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.embedding_scores import embedding_measures, embedding_metric
 from adamerge_jax.pipeline.general import GENERAL_TEXT, RETAINED, General, Retention
+from adamerge_jax.pipeline.problem_scores import Batches, Scorer, scorer_of
 from adamerge_jax.runs.rows import ExampleScores, Kind, Measures, Metric, Row
-
-log = logging.getLogger(__name__)
 
 Parameters = Mapping[str, Array]
 
@@ -62,6 +62,7 @@ class Evaluator:
         metric: Metric = "accuracy",
         answering: Answering | None = None,
         embeds: EmbeddingForm | None = None,
+        scorers: Mapping[str, Scorer] = MappingProxyType({}),
     ):
         """Keeps the networks; they are compiled when they first run.
 
@@ -73,8 +74,10 @@ class Evaluator:
             metric: The metric of `score`.
             answering: The way in which language models answer prompts; None if they do not.
             embeds: The way from texts to embeddings of sentence embedders; None for other models.
+            scorers: The scores of tasks that are not told by the accuracy of classes.
         """
         self.metric = metric
+        self._scorers = scorers
         self._backbone = jax.jit(backbone, static_argnames="hidden_states")
         self._heads = _compiled_heads(heads)
         self._networks = heads
@@ -133,26 +136,32 @@ class Evaluator:
         Returns:
             The logits in the order of the examples, `[N, C]`, or the embeddings, `[N, texts, H]`.
         """
-        return self._logits_of_heads(parameters, task, examples, [self])[0]
+        order, rows = zip(*self.batches(parameters, task, examples), strict=True)
+        return np.concatenate(rows)[np.argsort(np.concatenate(order))]
 
-    def _logits_of_heads(
+    def batches(self, parameters: Parameters, task: str, examples: Examples) -> Batches:
+        """Yields a model's logits batch by batch, with the indices of their examples.
+
+        Args:
+            parameters: The parameters of the backbone by name.
+            task: The task whose head is used.
+            examples: N examples; texts of like length share a batch.
+        """
+        for index, logits in self._batches_of_heads(parameters, task, examples, [self]):
+            yield index, logits[0]
+
+    def _batches_of_heads(
         self,
         parameters: Parameters,
         task: str,
         examples: Examples,
         evaluators: Sequence["Evaluator"],
-    ) -> list[Float[np.ndarray, "N C"]]:
-        """Computes the logits by the heads of several evaluators; the backbone runs once."""
-        order: list[np.ndarray] = []
-        rows: list[list[np.ndarray]] = [[] for _ in evaluators]
+    ) -> Iterator[tuple[Int[np.ndarray, " n"], list[Float[np.ndarray, "n ..."]]]]:
+        """Yields the logits by the heads of several evaluators; the backbone runs once."""
         for index, inputs in sorted_batches(examples, self.batch_size):
-            order.append(index)
             outputs = self._backbone(parameters, inputs, hidden_states=False)
-            for logits_of_head, evaluator in zip(rows, evaluators, strict=True):
-                logits = evaluator._apply_head(parameters, task, outputs)
-                logits_of_head.append(fetch(logits)[: len(index)])
-        places = np.argsort(np.concatenate(order))
-        return [np.concatenate(logits_of_head)[places] for logits_of_head in rows]
+            by_head = [e._apply_head(parameters, task, outputs) for e in evaluators]
+            yield index, [fetch(logits)[: len(index)] for logits in by_head]
 
     def _apply_head(
         self, parameters: Parameters, task: str, outputs: Outputs
@@ -172,14 +181,15 @@ class Evaluator:
             examples: N labelled examples.
 
         Returns:
-            In the order of the examples, `[N]`: 1 for the right class and 0 for a wrong one; or for
-            a language model the loss in nats, summed over the predicted tokens, and their number;
-            or for a sentence embedder those of `embedding_scores.py`.
+            In the order of the examples, `[N]`: 1 for the right class and 0 for a wrong one, or the
+            first scores of the task in `problem_scores.py`; or for a language model the loss in
+            nats, summed over the predicted tokens, and their number; or for a sentence embedder
+            those of `embedding_scores.py`.
         """
         if self._embeds is not None:
             return self.measures(parameters, task, examples)[embedding_metric(examples)]
-        if self.metric == "accuracy":
-            return _are_right(self.logits(parameters, task, examples), task, examples)
+        if self.metric != "loss":
+            return next(iter(self.measures(parameters, task, examples).values()))
         return self._token_scores(parameters, task, examples)["loss"]
 
     def measures(
@@ -201,8 +211,9 @@ class Evaluator:
         if self._embeds is not None:
             embeddings = self._embeddings(parameters, task, examples)
             return embedding_measures(embeddings, examples, self._embeds.similarity)
-        if self.metric == "accuracy":
-            return {self.metric: self.example_scores(parameters, task, examples)}
+        if self.metric != "loss":
+            batches = self.batches(parameters, task, examples)
+            return self._scorer(task).measure(batches, examples, task)
         measures = self._token_scores(parameters, task, examples)
         if (measures["answer_loss"].counts == measures["loss"].counts).all():
             del measures["answer_loss"]
@@ -211,6 +222,10 @@ class Evaluator:
                 parameters, examples, f"answers of {model} on {task}"
             )
         return measures
+
+    def _scorer(self, task: str) -> Scorer:
+        """Returns the scores of a task's head."""
+        return self._scorers.get(task) or scorer_of(CLASSES)
 
     def _embeddings(
         self, parameters: Parameters, task: str, examples: Examples
@@ -299,23 +314,21 @@ class Evaluator:
         data: Mapping[str, Examples],
         heads: Mapping[str, tuple["Evaluator", Kind]],
     ) -> list[Row]:
-        """Returns a row of accuracies for each set of heads of one backbone, which runs once.
+        """Returns a row for each set of heads of one backbone, which runs once.
 
         Args:
             parameters: The parameters of the backbone by name.
             data: The labelled examples of each task.
             heads: The evaluator with each set of heads, and the kind of its row, by the row's name.
         """
-        scores: dict[str, dict[str, ExampleScores]] = {name: {} for name in heads}
+        measures: dict[str, dict[str, Measures]] = {name: {} for name in heads}
         evaluators = [evaluator for evaluator, _ in heads.values()]
         for task, examples in data.items():
-            logits = self._logits_of_heads(parameters, task, examples, evaluators)
-            for name, of_heads in zip(heads, logits, strict=True):
-                scores[name][task] = _are_right(of_heads, task, examples)
-        return [
-            Row.of_examples(name, scores[name], "accuracy", kind)
-            for name, (_, kind) in heads.items()
-        ]
+            batches = list(self._batches_of_heads(parameters, task, examples, evaluators))
+            for position, name in enumerate(heads):
+                of_head = ((index, logits[position]) for index, logits in batches)
+                measures[name][task] = self._scorer(task).measure(of_head, examples, task)
+        return [Row.of_measures(name, measures[name], kind) for name, (_, kind) in heads.items()]
 
     def watch(self, general: General, base: Parameters) -> None:
         """Has all rows to come say how far a model is from the base on general text.
@@ -335,19 +348,6 @@ class Evaluator:
             Row.of_examples(method, {GENERAL_TEXT: scores}, metric, kind)
             for metric, scores in measures.items()
         ]
-
-
-def _are_right(logits: Float[np.ndarray, "N C"], task: str, examples: Examples) -> ExampleScores:
-    """Returns 1 for each example whose likeliest class is right, and 0 for others."""
-    # The likeliest class of NaN is class 0 to NumPy, and would sometimes be right.
-    is_number = ~np.isnan(logits).any(-1)
-    if not is_number.all():
-        log.warning(
-            f"task {task!r}: the logits of {(~is_number).sum()} of {len(logits)} examples "
-            "are NaN; they count as wrong"
-        )
-    is_right = (logits.argmax(-1) == examples.labels) & is_number
-    return ExampleScores(is_right.astype(np.float32), np.ones(len(logits), np.int32))
 
 
 def _compiled_heads(heads: Mapping[str, Network]) -> dict[str, Callable[..., Array]]:

@@ -47,6 +47,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.methods import make_method
 from adamerge_jax.models.embedder import POOLER
+from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
 from adamerge_jax.parameter_names import matches
 from adamerge_jax.pipeline.initial_merge import merged_names
 from adamerge_jax.pipeline.models import Models, match_backbone
@@ -65,6 +66,7 @@ _TASK_TYPES = {
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     # PEFT's for a model without a head; images have none.
     "AutoModelForSequenceClassification": "FEATURE_EXTRACTION",
+    TOKEN_CLASSIFICATION: "FEATURE_EXTRACTION",
 }
 """PEFT's task types by the class that loads the model."""
 
@@ -235,7 +237,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     carried = [
         name
         for name in models.base.extra
-        if name not in replaced and (embeds is None or matches(name, POOLER))
+        if not {name, models.prefix + name} & replaced and (embeds is None or matches(name, POOLER))
     ]
     loses_head = len(carried) < len(models.base.extra) or embeds is not None
     owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
@@ -271,7 +273,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
             is_whole = isinstance(expert, MatchedCheckpoint)
             writer.add_task_model(
                 task,
-                config=_task_config(models, expert),
+                config=_task_config(models, task),
                 head={n: cast(array, n, expert) for n, array in _head_of(job, task).items()},
                 assets=expert.checkpoint if is_whole else models.base.checkpoint,
                 otherwise=checkpoints,
@@ -566,19 +568,20 @@ def _merged_config(
     return readable_by_older_versions(fields)
 
 
-def _task_config(models: Models, expert: Expert) -> Fields:
+def _task_config(models: Models, task: str) -> Fields:
     """Returns the fields of the config.json of a task's model.
 
     They are those of a whole expert's own file, which describes its head. An adapter's are the
     base's, with the classes of the adapter and the class that loads them.
     """
+    expert, auto_class = models.experts[task], models.auto_class(task)
     config, in_file = expert.checkpoint.config, expert.checkpoint.config_fields
     fields = without_old_weights(in_file)
     if isinstance(expert, MatchedAdapter):
         class_names = [config.id2label[index] for index in sorted(config.id2label)]
-        fields = with_head(fields, model_class(config, models.family.auto_class), class_names)
+        fields = with_head(fields, model_class(config, auto_class), class_names)
     elif "auto_map" in in_file:
-        fields |= {"architectures": [model_class(config, models.family.auto_class)]}
+        fields |= {"architectures": [model_class(config, auto_class)]}
     return readable_by_older_versions(fields)
 
 

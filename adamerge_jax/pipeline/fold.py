@@ -102,9 +102,10 @@ def require_fitting(models: Models, coefficients: Coefficients) -> None:
 
 def _require_fitting_head(models: Models, task: str, head: Mapping[str, np.ndarray]) -> None:
     """Refuses a head that is not of the classes and features of the task's expert."""
-    expert, last = models.experts.get(task), models.family.last_layer
+    expert = models.experts.get(task)
     if expert is None:
         return  # left out of the merge, with its head
+    last = models.head_form(task).last_layer
     names = models.head_names(task) if last is None else [last.weight, last.bias]
     for name, array in head.items():
         fits = name in names

@@ -3,18 +3,21 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.safetensors_file import read_header
 from adamerge_jax.data.batches import Calibration
+from adamerge_jax.data.expert_targets import StoredTargets
 from adamerge_jax.errors import InputError
 from adamerge_jax.heads.fitted import Kind, fit_head
 from adamerge_jax.models.family import LastLayer
 from adamerge_jax.pipeline.export import ZERO_SHOT_FILE
+from adamerge_jax.pipeline.problem_scores import Batches
 from adamerge_jax.pipeline.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -42,21 +45,23 @@ def fit_heads(
     Returns:
         The fitted parameters by task and name, float32.
     """
-    last = workspace.models.family.last_layer
-    assert last is not None
+    layers = {task: workspace.models.head_form(task).last_layer for task in workspace.heads}
     evaluator = workspace.evaluator.with_heads(
-        {task: _identity(head, last) for task, head in workspace.heads.items()}
+        {task: _identity(head, layers[task]) for task, head in workspace.heads.items()}
     )
     heads = {}
     for task, examples in calibration.examples.items():
+        last = layers[task]
+        # With an identity for its weight, the last layer returns its inputs.
+        rows = _rows(evaluator.batches(parameters, task, examples), calibration.targets[task], seed)
         fit = fit_head(
-            # With an identity for its weight, the last layer returns its inputs.
-            evaluator.logits(parameters, task, examples),
-            calibration.targets[task].expert_logits,
+            rows.features,
+            rows.expert_logits,
             np.asarray(workspace.heads[task][last.weight]),
             np.asarray(workspace.heads[task][last.bias]),
             kind=kind,
             seed=seed,
+            groups=rows.groups,
         )
         heads[task] = {
             last.weight: fit.weight.astype(np.float32),
@@ -64,6 +69,41 @@ def fit_heads(
         }
         log.debug(f"task {task!r}: head {kind}, strength {fit.strength:g}, KL {fit.kl:.4f}")
     return heads
+
+
+MOST_WORDS = 20_000
+"""The largest number of words of a task that a head is fitted to; of more, so many are drawn."""
+
+
+class _Rows(NamedTuple):
+    """The inputs of a head and the expert's outputs, a row for each example or word."""
+
+    features: Float[np.ndarray, "N H"]
+    expert_logits: Float[np.ndarray, "N C"]
+    groups: Int[np.ndarray, " N"] | None
+
+
+def _rows(batches: Batches, targets: StoredTargets, seed: int) -> _Rows:
+    """Returns the rows that a head is fitted to; of texts in words those of the words."""
+    order, features, expert_logits, groups = [], [], [], []
+    for index, of_batch in batches:
+        if of_batch.ndim == 2:
+            order.append(index)
+            features.append(of_batch)
+            continue
+        wanted = targets.take(index, of_batch.shape[1])
+        counted = np.asarray(wanted.counted)
+        features.append(of_batch[counted])
+        expert_logits.append(np.asarray(wanted.expert_logits)[counted])
+        groups.append(np.repeat(index, counted.sum(1)))
+    if order:
+        in_order = np.argsort(np.concatenate(order))
+        return _Rows(np.concatenate(features)[in_order], targets.expert_logits, None)
+    words = _Rows(*map(np.concatenate, (features, expert_logits, groups)))
+    if len(words.features) <= MOST_WORDS:
+        return words
+    drawn = np.random.default_rng([seed, 7]).permutation(len(words.features))[:MOST_WORDS]
+    return _Rows(*(array[drawn] for array in words))
 
 
 def read_heads(workspace: Workspace, checkpoint: Checkpoint) -> dict[str, dict[str, Array]]:
@@ -79,12 +119,13 @@ def read_heads(workspace: Workspace, checkpoint: Checkpoint) -> dict[str, dict[s
     Raises:
         InputError: A task's model has another head than its expert.
     """
-    family = workspace.models.family
-    last, is_zero_shot = family.last_layer, family.auto_class is None
+    models = workspace.models
+    is_zero_shot = models.family.auto_class is None
     heads: dict[str, dict[str, Array]] = {}
-    if last is None:
-        return heads
     for task, head in workspace.heads.items():
+        last = models.head_form(task).last_layer if task in models.experts else None
+        if last is None:
+            continue
         prefix = f"{task}." if is_zero_shot else ""
         model = _model_with_head(checkpoint, task, is_zero_shot=is_zero_shot)
         if model is None:

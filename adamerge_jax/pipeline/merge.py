@@ -123,8 +123,13 @@ def _batches(examples: Examples, size: int, workspace: Workspace) -> Iterator[Ca
         require_going_on()
         length = examples.padded_length(index)
         weights = (np.arange(size) < len(index)).astype(np.float32)
-        labels = examples.take_labels(np.resize(index, size), length)
-        yield CalibrationBatch(workspace.models.devices.examples(inputs), weights, labels)
+        full = np.resize(index, size)
+        yield CalibrationBatch(
+            workspace.models.devices.examples(inputs),
+            weights,
+            examples.take_labels(full, length),
+            examples.take_counted(full, length),
+        )
 
 
 def _timed(report: Report) -> Callable[[float], None]:

@@ -35,7 +35,7 @@ from adamerge_jax.checkpoints.matching import (
 from adamerge_jax.checkpoints.missing import require_most
 from adamerge_jax.checkpoints.opening import open_checkpoint, open_in_folder
 from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter, is_adapter, open_adapter
-from adamerge_jax.checkpoints.peft_config import model_name
+from adamerge_jax.checkpoints.peft_config import TASK_TYPES, model_name, read_adapter_config
 from adamerge_jax.checkpoints.sentence_modules import is_embedder, read_embedding_form
 from adamerge_jax.checkpoints.vocabulary import fit_to_rows
 from adamerge_jax.coefficients.file import Source
@@ -44,7 +44,8 @@ from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand, in_one_line
 from adamerge_jax.models import family_of, is_known
 from adamerge_jax.models.embedding_form import EmbeddingForm
-from adamerge_jax.models.family import Family
+from adamerge_jax.models.family import Family, HeadForm, Network
+from adamerge_jax.models.problem import Problem, auto_class_of, problem_of
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.pipeline.embedders import shared_form
 from adamerge_jax.recipes.schema import ModelSource, Recipe
@@ -68,6 +69,7 @@ class Models:
             Empty if no weight was to be read.
         kept_from_base: The names without `*` of the backbone's parameters that stay the base's.
         devices: The devices that hold the weights when they are read.
+        problems: The problem that the head of each expert solves, by task.
     """
 
     family: Family
@@ -77,6 +79,20 @@ class Models:
     sources: tuple[Source, ...]
     kept_from_base: frozenset[str]
     devices: Devices = ONE_DEVICE
+    problems: Mapping[str, Problem] = dataclasses.field(default_factory=dict)
+
+    def head_form(self, task: str) -> HeadForm:
+        """Returns the form of a task's head."""
+        return self.family.head_form(self.problems[task].auto_class)
+
+    def auto_class(self, task: str) -> str | None:
+        """Returns the `transformers` class of a task's model; None for zero-shot models."""
+        return self.problems[task].auto_class or self.family.auto_class
+
+    def build_head(self, task: str) -> Network:
+        """Returns the head of a task as a function of its parameters."""
+        config = self.experts[task].checkpoint.config
+        return self.family.build_head(config, self.problems[task])
 
     @property
     def by_name(self) -> dict[str, Expert]:
@@ -141,6 +157,7 @@ def open_models(
     }
     whole_experts: dict[str, Checkpoint] = {}
     embeds = _read_form(base, located)
+    auto_classes: dict[str, str | None] = dict.fromkeys(located)
     try:
         with in_hand(recipe.base.path):
             if not to_run:
@@ -155,6 +172,9 @@ def open_models(
                 has_family = is_known(base.config)
                 architecture = None if has_family else _architecture(base, located)
                 family = family_of(base.config, architecture, embeds=embeds)
+            if _has_heads(family):
+                auto_classes = _auto_classes(base, located)
+                family = family.with_heads_of(auto_classes.values())
             network = family.build_backbone(base.config)
     except InputError as error:
         raise InputError(f"base ({base.source}): {error}") from error
@@ -180,7 +200,12 @@ def open_models(
                 base_source=recipe.base,
                 fit=fit,
                 read_weights=read_weights,
+                auto_class=auto_classes[task],
             )
+    problems = {
+        task: problem_of(auto_classes[task], expert.checkpoint.config)
+        for task, expert in experts.items()
+    }
     if isinstance(family, AnyModel):
         for expert in experts.values():
             if isinstance(expert, MatchedCheckpoint):
@@ -193,7 +218,7 @@ def open_models(
         or any(name not in expert.names for expert in experts.values())
     )
     if not read_weights:
-        return Models(family, shapes, base_match, experts, (), kept_from_base)
+        return Models(family, shapes, base_match, experts, (), kept_from_base, problems=problems)
     for model in (base_match, *experts.values()):
         _require_tied(family, model)
     mixed = base_match.names.keys() - kept_from_base
@@ -204,7 +229,7 @@ def open_models(
         Source(name, given[name].path, given[name].revision, model.identity())
         for name, model in {"base": base_match, **experts}.items()
     )
-    return Models(family, shapes, base_match, experts, sources, kept_from_base)
+    return Models(family, shapes, base_match, experts, sources, kept_from_base, problems=problems)
 
 
 def match_backbone(models: Models, checkpoint: Checkpoint, role: str) -> MatchedCheckpoint:
@@ -276,16 +301,45 @@ def _locate(role: str, source: ModelSource, root: Path) -> _Located:
         return _Located(role, source, root, path, locate(path, revision=source.revision))
 
 
-def _architecture(base: Checkpoint, located: Mapping[str, _Located]) -> str | None:
-    """Returns the class of the experts' models, by which a model without a family here is run.
-
-    An adapter's model is of the base's class.
-    """
-    expert = next(iter(located.values()))
+def _classes(base: Checkpoint, expert: _Located) -> list[str]:
+    """Returns the classes that an expert's model is of; an adapter's is of the base's."""
     with expert.opening():
         has_config = not is_adapter(expert.folder) and expert.folder.is_dir()
         fields = read_config_file(expert.folder) if has_config else base.config_fields
-    return next(iter(classes_of(fields)), None)
+    return classes_of(fields)
+
+
+def _architecture(base: Checkpoint, located: Mapping[str, _Located]) -> str | None:
+    """Returns the class of the experts' models, by which a model without a family here is run.
+
+    Of several kinds of heads it is one that gives classes of texts, if there is one.
+    """
+    classes = [_classes(base, expert) for expert in located.values()]
+    with_first = min(classes, key=lambda names: auto_class_of(names) is not None)
+    return next(iter(with_first), None)
+
+
+def _auto_classes(base: Checkpoint, located: Mapping[str, _Located]) -> dict[str, str | None]:
+    """Returns by task the `transformers` class of an expert with another head than of classes."""
+    found = {}
+    for task, expert in located.items():
+        if is_adapter(expert.folder):
+            with expert.opening():
+                fields = read_adapter_config(expert.folder, expert.role)
+            found[task] = TASK_TYPES.get(str(fields.get("task_type")))
+        else:
+            found[task] = auto_class_of(_classes(base, expert))
+    return found
+
+
+def _has_heads(family: Family) -> bool:
+    """Returns True if each task of a family's models keeps a head of its own."""
+    return (
+        family.auto_class is not None
+        and not family.language
+        and not isinstance(family, AnyModel)
+        and family.embeds is None
+    )
 
 
 def _read_form(base: Checkpoint, located: Mapping[str, _Located]) -> EmbeddingForm | None:
@@ -320,13 +374,13 @@ def _family_to_fold(
 
 
 def _is_class_of(family: Family, classes: Sequence[str]) -> bool:
-    """Returns True if one of a model's classes has the head that a family knows."""
+    """Returns True if one of a model's classes has a head that a family knows."""
     if family.auto_class is None or not classes:
         return True
-    head = family.auto_class.removeprefix("AutoModel")
-    if head == "ForSeq2SeqLM":
-        head = "ForConditionalGeneration"
-    return any(name.endswith(head) for name in classes)
+    heads = [name.removeprefix("AutoModel") for name in (family.auto_class, *family.further_heads)]
+    if heads[0] == "ForSeq2SeqLM":
+        heads[0] = "ForConditionalGeneration"
+    return any(name.endswith(head) for name in classes for head in heads)
 
 
 def _whole_experts(base: Checkpoint, located: Mapping[str, _Located]) -> dict[str, Checkpoint]:
@@ -411,20 +465,19 @@ def _open_expert(
     base_source: ModelSource,
     fit: Callable[[MatchedCheckpoint], MatchedCheckpoint],
     read_weights: bool,
+    auto_class: str | None,
 ) -> Expert:
     """Opens a whole fine-tuned model, unless it is opened already, or a LoRA adapter."""
-    is_any = isinstance(family, AnyModel)
-    has_classes = (
-        family.auto_class is not None
-        and not family.language
-        and not is_any
-        and family.embeds is None
-    )
+    is_any, has_classes = isinstance(family, AnyModel), _has_heads(family)
+    unused = family.ignored_in_experts
+    if has_classes:
+        unused = (*unused, *family.head_form(auto_class).ignored)
 
     def head(config: PretrainedConfig) -> Shapes:
         if not has_classes:
             return {}
-        return {name: leaf.shape for name, leaf in family.build_head(config).shapes.items()}
+        network = family.build_head(config, problem_of(auto_class, config))
+        return {name: leaf.shape for name, leaf in network.shapes.items()}
 
     role, source = place.role, place.source
     if is_adapter(place.folder):
@@ -441,7 +494,7 @@ def _open_expert(
             head=head,
             prefixes=family.prefixes,
             ignored=family.ignored(base.checkpoint.config),
-            unused=family.ignored_in_experts,
+            unused=unused,
             renamed=family.renamed,
             tied=family.tied(base.checkpoint.config) if read_weights else (),
         )
@@ -471,7 +524,7 @@ def _open_expert(
         role=role,
         prefixes=family.prefixes,
         optional=family.base_only,
-        ignored=(*family.ignored(expert.config), *family.ignored_in_experts),
+        ignored=(*family.ignored(expert.config), *unused),
         second_names=family.second_names(expert.config),
         fit=fit,
     )

@@ -557,7 +557,7 @@ def export_job(
             origins=model_origins(models, root),
             datasets=datasets,
             account=account_lines,
-            auto_class=models.family.auto_class,
+            auto_class=models.auto_class(next(iter(models.experts))),
             embeds=models.family.embeds is not None,
         ),
         coefficients=coefficients,

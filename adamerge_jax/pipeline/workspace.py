@@ -33,6 +33,7 @@ from adamerge_jax.learning.learner import Forward, forward_with_heads
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
+from adamerge_jax.models.problem import CLASSES, Problem
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.base_answers import BaseWriter
@@ -42,10 +43,11 @@ from adamerge_jax.pipeline.evaluate import Evaluator, examples_at_once
 from adamerge_jax.pipeline.general import RETAINED, General, find_general, load_general
 from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.pipeline.problem_scores import Scorer, scorer_of
 from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head, load_zero_shot_head
 from adamerge_jax.recipes.schema import DataSource, Recipe, TaskRecipe
 from adamerge_jax.runs.counting import ShowCount, count_silently
-from adamerge_jax.runs.rows import Metric
+from adamerge_jax.runs.rows import common_metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,14 +164,11 @@ def open_workspace(
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     backbone = models.family.build_backbone(models.config, recipe.learning.rematerialize)
     spread = devices.spread(backbone)
-    networks = {
-        task: models.family.build_head(expert.checkpoint.config)
-        for task, expert in models.experts.items()
-    }
+    networks = {task: models.build_head(task) for task in models.experts}
     if models.family.language:
         networks[RETAINED] = models.family.build_head(models.config)
     ends = ExpertsEnds(models, spread, networks, dtype, recipe.learning.batch_size)
-    data = _load_data(recipe.tasks, load, ends.predicts_end, models.family)
+    data = _load_data(recipe.tasks, load, ends.predicts_end, models)
     embeds = models.family.embeds
     if embeds is None:
         _align_labels(recipe.tasks, models, data)
@@ -184,7 +183,8 @@ def open_workspace(
             tell_cut(examples, f"{part} data of task {task!r}")
     heads = _load_heads(recipe.tasks, models, data, dtype)
     _require_labels_in_range(models, heads, data)
-    metric: Metric = "loss" if models.family.language else "accuracy"
+    scorers = {} if embeds or models.family.language else _scorers(recipe.tasks, models, data)
+    metric = common_metric(s.metrics[0] for s in scorers.values()) if scorers else "loss"
     if embeds is not None:
         scored = data.test or data.validation or data.calibration
         metric = embedding_metric(next(iter(scored.values())))
@@ -196,7 +196,7 @@ def open_workspace(
         heads[RETAINED] = {}  # all of it is the backbone's
     is_cpu = jax.default_backend() == "cpu"
     at_once = examples_at_once(settings.batch_size, is_cpu=is_cpu)
-    evaluator = Evaluator(spread, networks, heads, at_once, metric, answering, embeds)
+    evaluator = Evaluator(spread, networks, heads, at_once, metric, answering, embeds, scorers)
     read_base = functools.cache(partial(load_backbone, models, models.base, dtype))
     found = find_general(
         recipe.retain,
@@ -230,7 +230,7 @@ def require_classifiers(workspace: Workspace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleLoader:
-    """Loads the inputs of models: `(source, name in messages, predicts_end) -> examples`.
+    """Loads inputs of models: `(source, name in messages, problem, predicts_end) -> examples`.
 
     Without `predicts_end`, the end of text of a source that says `auto` is to be predicted.
 
@@ -255,7 +255,11 @@ class ExampleLoader:
     processor: Processor | None = None
 
     def __call__(
-        self, source: DataSource, name: str, predicts_end: PredictsEnd = lambda examples: True
+        self,
+        source: DataSource,
+        name: str,
+        problem: Problem = CLASSES,
+        predicts_end: PredictsEnd = lambda examples: True,
     ) -> Examples:
         """Loads the examples of a source."""
         with in_hand(source.path):
@@ -273,6 +277,7 @@ class ExampleLoader:
                 predicts_end=predicts_end,
                 embeds=self.family.embeds,
                 processor=self.processor,
+                problem=problem,
             )
 
     def prompts(self, source: DataSource, name: str, *, is_chat: bool) -> Prompts | None:
@@ -356,8 +361,10 @@ def _load_data(
     tasks: Mapping[str, TaskRecipe],
     load_source: ExampleLoader,
     predicts_end: Callable[[str, Examples], bool],
-    family: Family,
+    models: Models,
 ) -> Data:
+    family = models.family
+
     def load(part: str) -> dict[str, Examples]:
         sources = {task: task_recipe.source(part) for task, task_recipe in tasks.items()}
         given = [task for task, source in sources.items() if source is not None]
@@ -368,7 +375,12 @@ def _load_data(
                 "give it for every task or for none"
             )
         return {
-            task: load_source(source, f"{part} data of task {task!r}", partial(predicts_end, task))
+            task: load_source(
+                source,
+                f"{part} data of task {task!r}",
+                models.problems[task],
+                partial(predicts_end, task),
+            )
             for task, source in sources.items()
             if source is not None
         }
@@ -496,12 +508,24 @@ def _require_labels_in_range(
             else:
                 classes = models.experts[task].checkpoint.config.num_labels
             if examples.labels.max() >= classes:
-                row = int(np.argmax(examples.labels >= classes))
+                place = tuple(np.argwhere(examples.labels >= classes)[0])
                 raise InputError(
-                    f"{part} data of task {task!r}: example {row} has label "
-                    f"{examples.labels[row]}, the task's head has classes 0 to {classes - 1}; "
+                    f"{part} data of task {task!r}: example {place[0]} has label "
+                    f"{examples.labels[place]}, the task's head has classes 0 to {classes - 1}; "
                     "check that data and expert belong together"
                 )
+
+
+def _scorers(tasks: Mapping[str, TaskRecipe], models: Models, data: Data) -> dict[str, Scorer]:
+    """Returns the scores of each task, those of words by the names of their classes."""
+    scorers = {}
+    for task, problem in models.problems.items():
+        scored = [part[task] for part in (data.test, data.validation) if task in part]
+        names = next((examples.class_names for examples in scored if examples.class_names), None)
+        names = names or tasks[task].class_names
+        names = names or names_of_outputs(models.experts[task].checkpoint.config.id2label)
+        scorers[task] = scorer_of(problem, names, scored)
+    return scorers
 
 
 def _class_names(task: str, recipe: TaskRecipe, data: Data) -> list[str]:

@@ -13,6 +13,7 @@ from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
+from adamerge_jax.models.problem import CLASSES, Problem
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.schema import DataSource
 
@@ -54,7 +55,7 @@ def data_sizes(
     models: Models,
     root: Path,
     max_length: int,
-    load: Callable[[DataSource, str], Examples],
+    load: Callable[[DataSource, str, Problem], Examples],
 ) -> dict[str, DataSize]:
     """Returns the sizes of the calibration, validation or test data by task.
 
@@ -67,7 +68,7 @@ def data_sizes(
         models: The base and its experts.
         root: Folder that relative paths start from.
         max_length: Longest text in tokens.
-        load: The function `(source, name in messages) -> examples`.
+        load: The function `(source, name in messages, problem) -> examples`.
 
     Raises:
         InputError: A file is missing, cannot be read, or holds no examples.
@@ -79,7 +80,7 @@ def data_sizes(
         if path.suffix.lower() == ".npz":
             size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif not is_on_hub(source, root):
-            examples = load(source, name)
+            examples = load(source, name, models.problems.get(task, CLASSES))
             size = DataSize(examples.padded_lengths(), images=shape_of_images(examples))
         else:
             count = source.limit or ASSUMED_EXAMPLES

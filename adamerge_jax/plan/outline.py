@@ -27,6 +27,7 @@ from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.images_in_text import COUNT, PIXELS, ImagesInText
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
+from adamerge_jax.models.problem import WORDS, Problem
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
 from adamerge_jax.pipeline.general import RETAINED, find_general
 from adamerge_jax.pipeline.learn import learner_of, require_any_merged
@@ -102,10 +103,9 @@ class Outline:
     @functools.cached_property
     def heads(self) -> Mapping[str, Network]:
         """Each task's head as a function of its parameters."""
-        build_head = self.models.family.build_head
-        heads = {t: build_head(e.checkpoint.config) for t, e in self.models.experts.items()}
+        heads = {task: self.models.build_head(task) for task in self.models.experts}
         if RETAINED in self.data["calibration"]:
-            heads[RETAINED] = build_head(self.models.config)
+            heads[RETAINED] = self.models.family.build_head(self.models.config)
         return heads
 
     @functools.cached_property
@@ -227,7 +227,9 @@ class Outline:
         positions = logits.shape[:-1]
         if self.models.family.embeds is not None:
             return targets
-        if len(positions) == 2 or (
+        if self.models.problems.get(task) == WORDS:
+            targets = targets._replace(counted=Abstract(positions, bool))
+        if (len(positions) == 2 and targets.counted is None) or (
             (source := self.recipe.tasks[task].calibration) is not None and source.label is not None
         ):
             targets = targets._replace(labels=Abstract(positions, np.int32))
@@ -327,8 +329,8 @@ def outline(recipe: Recipe, root: Path) -> Outline:
 
     chats = []
 
-    def load(source: DataSource, name: str) -> Examples:
-        examples = loader()(source, name)
+    def load(source: DataSource, name: str, problem: Problem) -> Examples:
+        examples = loader()(source, name, problem)
         chats.append(examples.are_conversations)
         return examples
 

@@ -247,13 +247,15 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
 
 def _head_fit_flops(merge: Outline, examples: Mapping[str, int]) -> float:
     """Returns the operations of fitting heads: products of features and weights, both ways."""
-    last = merge.models.family.last_layer
-    if last is None or merge.method.heads.fit == "scaled":
+    if merge.method.heads.fit == "scaled":
         return 0.0
-    return sum(
-        _HEAD_FIT_EVALUATIONS * 4.0 * examples[task] * int(np.prod(parameters[last.weight].shape))
-        for task, parameters in merge.head_parameters.items()
-    )
+    flops = 0.0
+    for task, parameters in merge.head_parameters.items():
+        last = merge.models.head_form(task).last_layer
+        if last is not None:
+            weights = int(np.prod(parameters[last.weight].shape))
+            flops += _HEAD_FIT_EVALUATIONS * 4.0 * examples[task] * weights
+    return flops
 
 
 def _average_length(merge: Outline) -> float:

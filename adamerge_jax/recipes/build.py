@@ -22,7 +22,8 @@ from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.learning.held_out import Control
 from adamerge_jax.learning.optimizer import build_optimizer, require_gradient_alone
 from adamerge_jax.methods import make_method
-from adamerge_jax.models.family import Family
+from adamerge_jax.models.family import Family, HeadForm
+from adamerge_jax.models.problem import Problem
 from adamerge_jax.objectives import (
     Objective,
     TargetSpec,
@@ -36,6 +37,7 @@ from adamerge_jax.recipes.embedders import (
     objectives_of_embedder,
     require_no_predictions,
 )
+from adamerge_jax.recipes.problems import distinct_terms, objectives_by_task, specs_by_problem
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
     HeadKind,
@@ -66,6 +68,15 @@ class OpenedModels(Protocol):
     """
 
     family: Family
+
+    @property
+    def problems(self) -> Mapping[str, Problem]:
+        """The problem that the head of each expert solves, by task."""
+        ...
+
+    def head_form(self, task: str) -> HeadForm:
+        """Returns the form of a task's head."""
+        ...
 
     @property
     def config(self) -> "PretrainedConfig":
@@ -218,18 +229,27 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
     """
     language, embeds = models.family.language, models.family.embeds is not None
     learning, coefficients = recipe.learning, recipe.coefficients
-    terms = objectives_of_embedder(recipe) if embeds else recipe.objectives
-    objectives = build_objectives(terms, recipe.tasks)
+    if embeds:
+        terms = objectives_of_embedder(recipe)
+        objectives = build_objectives(terms, recipe.tasks)
+    elif language:
+        terms = recipe.objectives
+        _require_no_embeddings(terms)
+        objectives = build_objectives(terms, recipe.tasks)
+    else:
+        _require_no_embeddings(recipe.objectives)
+        by_task = objectives_by_task(recipe, models.problems)
+        terms = distinct_terms(by_task.values())
+        objectives = {t: build_objectives(by_task[t], [t])[t] for t in recipe.tasks}
     specs = {task: objective.target_spec for task, objective in objectives.items()}
     _require_fitting(specs, recipe.tasks, language)
     if embeds:
         _require_texts(specs, recipe)
-    else:
-        _require_no_embeddings(terms)
-    if language:
+    elif language:
         _require_no_classes(terms)
-    elif not embeds:
+    else:
         _require_no_tokens(terms)
+        specs = specs_by_problem(specs, models.problems)
     chosen = {f"evaluation.methods.{n}": m for n, m in enumerate(recipe.evaluation.methods)}
     if coefficients.initial_merge is not None:
         chosen["coefficients.initial_merge"] = coefficients.initial_merge
@@ -279,14 +299,16 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
     Raises:
         InputError: The recipe itself chooses heads that these models do not have.
     """
-    choice, last = recipe.heads, models.family.last_layer
+    choice = recipe.heads
     if choice.kind == "kept":
         return HeadChoice("kept")
     names_kind = choice != recipe.heads_of_preset
-    if last is None or recipe.forgotten:
+    layers = [models.head_form(task).last_layer for task in recipe.tasks]
+    present = [last for last in layers if last is not None]
+    if len(present) < len(layers) or recipe.forgotten:
         if names_kind:
             reason = "a task is to be forgotten"
-            if last is None:
+            if len(present) < len(layers):
                 reason = "the last layer of this model's heads has no bias"
             if models.family.language:
                 reason = "language models have none of their own"
@@ -294,7 +316,7 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
                 reason = "sentence embedders have none"
             raise InputError(f"heads: are to be {choice.kind}, but {reason}; leave heads out")
         return HeadChoice("kept")
-    if last.scaled_only and choice.kind != "scaled":
+    if any(last.scaled_only for last in present) and choice.kind != "scaled":
         if names_kind:
             raise InputError(
                 f"heads: are to be {choice.kind}, but those of zero-shot models are given by the "
@@ -304,7 +326,7 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
     if choice.kind != "learned":
         return HeadChoice(choice.kind)
     schedule = optax.cosine_decay_schedule(choice.learning_rate, recipe.learning.steps)
-    names = (last.weight, last.bias)
+    names = tuple(dict.fromkeys(name for last in present for name in (last.weight, last.bias)))
     return HeadChoice("learned", HeadLearning(names, optax.adam(schedule), choice.ridge))
 
 

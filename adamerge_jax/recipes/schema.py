@@ -120,7 +120,8 @@ class DataSource(_PathSection):
     """Split of a data set on the Hub, or of a folder with several."""
     text: str | tuple[str, str] = "text"
     """Column of the text, or the two columns of a text pair; a sentence embedder reads each text of
-    it by itself."""
+    it by itself. Of experts that classify words it is the column of lists of words, by default
+    tokens where there is no column text."""
     prompt: str = "prompt"
     """Column of the prompt, for language models."""
     response: str = "response"
@@ -140,8 +141,9 @@ class DataSource(_PathSection):
     image: str = "image"
     """Column of the image."""
     label: str | None = None
-    """Column of the class index or of the class's name; unlabeled without it. Of a sentence
-    embedder's pairs it is that of their score; without it each second text is to be found."""
+    """Column of the class index or of the class's name, or of lists of these for words; unlabeled
+    without it. Of a sentence embedder's pairs it is that of their score; without it each second
+    text is to be found."""
     limit: Count | None = None
     """Largest number of examples, drawn with the recipe's seed."""
 

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
 from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
 from adamerge_jax.report.coefficients import (
     count_coefficients,
     interference_in_words,
@@ -22,6 +23,7 @@ from adamerge_jax.runs.results import Results
 
 _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
+    TOKEN_CLASSIFICATION: "token-classification",
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",

@@ -22,6 +22,9 @@ TITLES = {
     "spearman": "Spearman's correlation of similarities with the scores of pairs (x 100)",
     "recall_at_1": "Recall at 1: the nearest text is the partner (%)",
     "recall_at_10": "Recall at 10: the partner is among the ten nearest texts (%)",
+    "word_accuracy": "Accuracy of words (%)",
+    "entity_f1": "F1 score of entities (%)",
+    "of_each_task": "Scores (%), each task by its own metric, which a table below names",
 }
 """The title of a table of results, by its metric."""
 

@@ -192,7 +192,8 @@ def _redraw(
     Examples on which all models have the same scores are drawn together, by their number: of
     accuracies there are at most 8 kinds, however many examples.
     """
-    columns = np.stack([scores[0].counts, *(model.values for model in scores)]).astype(np.float64)
+    counts, values = ([getattr(model, part) for model in scores] for part in ("counts", "values"))
+    columns = np.stack([*counts, *values]).astype(np.float64)
     kinds, sizes = np.unique(columns, axis=1, return_counts=True)
     count = columns.shape[1]
     at_once = max(1, _COUNTS_IN_MEMORY // kinds.shape[1])
@@ -203,4 +204,4 @@ def _redraw(
         ]
     )
     with np.errstate(divide="ignore", invalid="ignore"):
-        return sums[:, 1:] / sums[:, :1]
+        return sums[:, len(scores) :] / sums[:, : len(scores)]

@@ -1,12 +1,12 @@
 """The rows of the table of results: a model's score on each task, and on each example of it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 Metric = Literal[
     "accuracy",
@@ -20,20 +20,32 @@ Metric = Literal[
     "spearman",
     "recall_at_1",
     "recall_at_10",
+    "word_accuracy",
+    "entity_f1",
+    "of_each_task",
 ]
 """The meaning of a score: the share of right classes; nats per token; of a language model the share
 of answers that are the response, the share of tokens that are the likeliest, and nats per token
 that is no end; and on general text the share of answers whose first sentence is the base's, the
 share of tokens whose likeliest is the base's, and the divergence from the base in nats per token.
 Of a sentence embedder: the rank correlation of similarities with the scores of pairs; or the share
-of texts whose partner is the nearest, or among the ten nearest.
+of texts whose partner is the nearest, or among the ten nearest. Of texts whose words have classes:
+the share of words with the right class, and the F1 score of entities. Where tasks have different
+metrics, each by its own, all of which are shares.
 """
+
+OF_EACH_TASK: Metric = "of_each_task"
+"""The metric of rows in which each task has its own."""
 
 SHARES = (
     *("accuracy", "exact_match", "token_accuracy", "base_answers", "base_agreement"),
     *("spearman", "recall_at_1", "recall_at_10"),
+    *("word_accuracy", "entity_f1", "of_each_task"),
 )
 """The metrics that are shares, at most 1, of which more is better, and a correlation."""
+
+# Errors that named all of them twice would be cut before the end.
+_METRIC: TypeAdapter[Metric] = TypeAdapter(Metric, config=ConfigDict(title="metric"))
 
 Kind = Literal["baseline", "heads", "experts", "learned"]
 """The part that a row plays: one model that nothing was learned for, the same with heads fitted to
@@ -45,9 +57,9 @@ class ExampleScores(NamedTuple):
 
     Attributes:
         values: 1 for the right class and 0 for a wrong one, `[N]`; or the loss of an example,
-            summed over its tokens, in nats.
+            summed over its tokens, in nats; or the numerator of its part in another score.
         counts: The number of predictions that each value is a sum of, `[N]`: 1, or the number of
-            predicted tokens.
+            predicted tokens; or the denominator of its part in another score.
     """
 
     values: Float[np.ndarray, " N"]
@@ -102,14 +114,18 @@ class Row(NamedTuple):
 
         Args:
             method: Name of the model.
-            measures: The scores by task and metric; the first metric of a task is that of the row.
+            measures: The scores by task and metric. The metric of the row is the first one of the
+                tasks, or `of_each_task` where these differ.
             kind: The part that the row plays.
         """
         by_metric: dict[Metric, dict[str, ExampleScores]] = {}
         for task, scores in measures.items():
             for metric, task_scores in scores.items():
                 by_metric.setdefault(metric, {})[task] = task_scores
-        first, *_ = by_metric
+        own = {task: next(iter(scores)) for task, scores in measures.items()}
+        first = common_metric(own.values())
+        if first == OF_EACH_TASK:
+            by_metric[first] = {task: measures[task][metric] for task, metric in own.items()}
         rows = {
             metric: cls.of_examples(method, by_metric[metric], metric, kind)
             for metric in get_args(Metric)
@@ -153,9 +169,15 @@ class Row(NamedTuple):
         return cls(
             method,
             {task: math.nan if score is None else score for task, score in scores.items()},
-            TypeAdapter(Metric).validate_python(fields["metric"]),
+            _METRIC.validate_python(fields["metric"]),
             TypeAdapter(Kind).validate_python(fields.get("kind", _kind_by_name(method))),
         )
+
+
+def common_metric(metrics: Iterable[Metric]) -> Metric:
+    """Returns the metric of a row of tasks with these: theirs, or `of_each_task` of several."""
+    distinct = set(metrics)
+    return distinct.pop() if len(distinct) == 1 else OF_EACH_TASK
 
 
 def further_tables(rows: Sequence[Row]) -> list[list[Row]]:

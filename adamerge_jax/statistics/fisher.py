@@ -5,9 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from adamerge_jax.objectives.distributions import log_softmax, pick
+from adamerge_jax.objectives.distributions import (
+    log_softmax,
+    masked_mean,
+    pick,
+    shannon_entropy,
+)
 from adamerge_jax.objectives.targets import NOT_PREDICTED
 from adamerge_jax.statistics.grams import CalibrationBatch
 
@@ -46,7 +51,9 @@ def fisher_diagonal(logits: Logits) -> Callable[..., dict[str, Float[Array, "...
         def add_example(
             sums: dict[str, Array], example: tuple[CalibrationBatch, Key[Array, ""]]
         ) -> tuple[dict[str, Array], None]:
-            (inputs, weight, labels), example_key = example
+            (inputs, weight, labels, counted), example_key = example
+            if counted is None and labels is not None and labels.ndim == 1:
+                counted = labels != NOT_PREDICTED
 
             def log_probabilities(chosen: Mapping[str, Array]) -> Float[Array, "... C"]:
                 one = jax.tree.map(lambda array: array[None], inputs)
@@ -65,7 +72,7 @@ def fisher_diagonal(logits: Logits) -> Callable[..., dict[str, Float[Array, "...
 
                 return jax.tree.map(squared, sums, gradient), None
 
-            return jax.lax.scan(add_square, sums, _draws(values, labels, example_key, samples))
+            return jax.lax.scan(add_square, sums, _draws(values, counted, example_key, samples))
 
         keys = jax.random.split(key, len(batch.weights))
         return jax.lax.scan(add_example, sums, (batch, keys))[0]
@@ -91,7 +98,7 @@ def fisher_diagonal(logits: Logits) -> Callable[..., dict[str, Float[Array, "...
 
 def _draws(
     values: Float[Array, "... C"],
-    labels: Int[Array, "..."] | None,
+    counted: Bool[Array, " T"] | None,
     key: Key[Array, ""],
     samples: int,
 ) -> tuple[Float[Array, "S ... C"], Float[Array, " S"]]:
@@ -102,8 +109,8 @@ def _draws(
     count = max(samples, 1)
     drawn = jax.random.categorical(key, values, shape=(count, *values.shape[:-1]))
     cotangents = jax.nn.one_hot(drawn, classes)
-    if values.ndim == 2 and labels is not None:
-        cotangents *= (labels != NOT_PREDICTED)[..., None]
+    if values.ndim == 2 and counted is not None:
+        cotangents *= counted[..., None]
     return cotangents, jnp.full(count, 1 / count)
 
 
@@ -111,7 +118,8 @@ def mean_loss(logits: Logits) -> Callable[..., float]:
     """Returns the function that computes a model's mean loss on its data, in nats.
 
     The function is `(parameters, head, batches)`. The loss is the entropy of a classifier's
-    prediction, for which no label is read, or the mean cross-entropy of the tokens of a text.
+    prediction, or the mean of those of words, for which no label is read; or the mean cross-entropy
+    of the tokens of a text.
 
     Args:
         logits: The model.
@@ -122,8 +130,9 @@ def mean_loss(logits: Logits) -> Callable[..., float]:
         parameters: Mapping[str, Array], head: PyTree[Array], batch: CalibrationBatch
     ) -> Float[Array, ""]:
         values = log_softmax(logits(parameters, head, batch.inputs))
-        if values.ndim == 2:
-            losses = -(jnp.exp(values) * values).sum(-1)
+        if values.ndim == 2 or batch.counted is not None:
+            entropies = shannon_entropy(values)
+            losses = entropies if values.ndim == 2 else masked_mean(entropies, batch.counted)
         else:
             predicted = batch.labels != NOT_PREDICTED
             of_token = -pick(values, jnp.maximum(batch.labels, 0)) * predicted

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.statistics.linear import Run, row_weights
@@ -24,11 +24,13 @@ class CalibrationBatch(NamedTuple):
         inputs: Model inputs by name, `[B, ...]`.
         weights: `[B]`, 1 for examples that count and 0 for those that fill up the batch.
         labels: The labels, `[B]` or `[B, T]`, or None.
+        counted: `[B, T]`, True for the tokens that words are classified by; None for others.
     """
 
     inputs: Mapping[str, Shaped[Array, "B ..."]]
     weights: Float[np.ndarray, " B"]
     labels: Int[np.ndarray, "B ..."] | None = None
+    counted: Bool[np.ndarray, "B T"] | None = None
 
 
 def gram_matrices(

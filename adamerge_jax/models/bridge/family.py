@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from adamerge_jax.models.bridge.empty_model import empty_encoder, empty_model
 from adamerge_jax.models.bridge.images import TorchImages
 from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
-from adamerge_jax.models.family import Family, LastLayer
+from adamerge_jax.models.family import Family, HeadForm, LastLayer
 from adamerge_jax.models.layers import Config
+from adamerge_jax.models.problem import CLASSES, TOKEN_CLASSIFICATION, Problem
 from adamerge_jax.models.rematerialization import Rematerialize
 
 
@@ -43,6 +44,12 @@ class Kind(NamedTuple):
 _TEXT = ("input_ids", "attention_mask", "token_type_ids")
 
 KINDS = (
+    Kind(
+        TOKEN_CLASSIFICATION,
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        False,
+        _TEXT,
+    ),
     Kind(
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -76,7 +83,13 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class BridgedFamily(Family):
-    """A family whose networks run a model's own PyTorch forward."""
+    """A family whose networks run a model's own PyTorch forward.
+
+    Attributes:
+        other_heads: The function from another `transformers` class of such models to its heads.
+    """
+
+    other_heads: Callable[[str], HeadForm] | None = None
 
     def build_backbone(
         self, config: Config, rematerialize: Rematerialize = "elementwise"
@@ -84,9 +97,17 @@ class BridgedFamily(Family):
         """Returns the backbone, `(parameters, inputs, hidden_states=False) -> Outputs`."""
         return self.backbone(config, rematerialize)
 
-    def build_head(self, config: Config) -> TorchHead:
+    def build_head(self, config: Config, problem: Problem = CLASSES) -> TorchHead:
         """Returns the head, `(parameters, outputs) -> logits`."""
-        return self.head(config)
+        return self.head_form(problem.auto_class).module(config)
+
+    def with_heads_of(self, auto_classes: Collection[str | None]) -> Family:
+        """Returns the family of models of these `transformers` classes side by side."""
+        others = {name for name in auto_classes if name not in (None, self.auto_class)}
+        if not others or self.other_heads is None:
+            return super().with_heads_of(auto_classes)
+        heads = {name: self.other_heads(name) for name in sorted(others)}
+        return dataclasses.replace(self, further_heads=heads)
 
     def tied(self, config: Config) -> tuple[str, ...]:
         """Returns the names of the embedding tables that are the output layer too."""
@@ -113,7 +134,29 @@ def bridged_family(config: Config, architecture: str) -> Family:
             f"config.json: coefficients cannot be learned for a {architecture} of model_type "
             f"{config.model_type!r}; {_STILL_FOLDS}"
         )
-    return _family(kind, partial(empty_model, kind.auto_class), config)
+    family = _family(kind, partial(empty_model, kind.auto_class), config)
+    return dataclasses.replace(family, other_heads=partial(_heads_beside, family, config))
+
+
+def _heads_beside(family: Family, config: Config, auto_class: str) -> HeadForm:
+    """Returns the heads of another class of models than the one that a family is of.
+
+    Raises:
+        InputError: The two have another backbone.
+    """
+    make_empty = partial(empty_model, auto_class)
+    model = make_empty(config)
+    backbone = TorchBackbone(model, "nothing", language=False)
+    if backbone.shapes != family.build_backbone(config, "nothing").shapes:
+        raise InputError(
+            f"config.json: a {type(model).__name__} has another backbone than the models of "
+            f"{family.auto_class} beside it; learn them in recipes of their own"
+        )
+    other = dataclasses.replace(
+        family, auto_class=auto_class, head=lambda config: TorchHead(make_empty(config))
+    )
+    _require_runnable(other, config, has_head=True)
+    return HeadForm(other.head, _last_layer(model))
 
 
 def bridged_encoder(config: Config) -> Family:
@@ -150,7 +193,7 @@ def _family(
     config: Config,
     *,
     has_head: bool = True,
-) -> Family:
+) -> BridgedFamily:
     """Returns the family of models that a function makes without values, if they run in JAX."""
     torch_in_jax()
     model = make_empty(config)

@@ -1,0 +1,84 @@
+"""The problem that a task's head solves, which says what the outputs of the head mean."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TOKEN_CLASSIFICATION = "AutoModelForTokenClassification"
+"""The `transformers` class of models with a head on every token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The problem that a task's head solves.
+
+    Attributes:
+        name: Its name.
+        predicts: The predictions in words, for messages: `numbers`.
+        objectives: The names of the objectives that have a meaning for it. Those of classes may be
+            anyone's: all that no other problem has for itself have one.
+        auto_class: The `transformers` class of such models, where that is not the one of models
+            whose head gives classes of examples.
+        in_place: The objectives that stand for those that presets have for classes.
+    """
+
+    name: str
+    predicts: str
+    objectives: tuple[str, ...]
+    auto_class: str | None = None
+    in_place: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+
+    def has(self, objective: str) -> bool:
+        """Returns True if an objective of that name has a meaning for the problem."""
+        if objective in self.objectives:
+            return True
+        of_others = {name for problem in _OF_OTHERS for name in problem.objectives}
+        return self.name == "classes" and objective not in of_others
+
+
+CLASSES = Problem(
+    "classes",
+    "classes",
+    (
+        *("entropy", "logit_alignment", "hidden_state_alignment", "cross_entropy"),
+        *("pseudo_labels", "expert_labels"),
+    ),
+)
+"""One of C classes for each example; also the next token of a language model."""
+
+WORDS = Problem(
+    "words",
+    "a class for each word",
+    ("entropy", "logit_alignment", "hidden_state_alignment", "cross_entropy"),
+    TOKEN_CLASSIFICATION,
+)
+"""One of C classes for each word of a text, read off its first token."""
+
+
+def auto_class_of(classes: Sequence[str]) -> str | None:
+    """Returns the `transformers` class that loads models of a class with a head of its own kind.
+
+    Args:
+        classes: The classes that a config.json names, `BertForTokenClassification` first.
+
+    Returns:
+        The class, `AutoModelForTokenClassification`; None for all other models.
+    """
+    for auto_class in filter(None, (problem.auto_class for problem in _OF_OTHERS)):
+        if classes and classes[0].endswith(auto_class.removeprefix("AutoModel")):
+            return auto_class
+    return None
+
+
+def problem_of(auto_class: str | None, config: Any) -> Problem:
+    """Returns the problem that a model solves.
+
+    Args:
+        auto_class: The result of `auto_class_of`.
+        config: The model's config.
+    """
+    return next((problem for problem in _OF_OTHERS if problem.auto_class == auto_class), CLASSES)
+
+
+_OF_OTHERS = (WORDS,)
+"""The problems but that of classes."""
