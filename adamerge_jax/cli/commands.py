@@ -12,7 +12,7 @@ from rich.console import Console
 
 from adamerge_jax.cli.coefficients_commands import Compare, Inspect, Mergekit
 from adamerge_jax.cli.command import CoefficientsFile, Command, Invocation, RecipeCommand
-from adamerge_jax.cli.first_commands import New, Quickstart
+from adamerge_jax.cli.first_commands import New, Quickstart, Schema
 from adamerge_jax.errors import InputError, in_hand
 
 if TYPE_CHECKING:
@@ -308,6 +308,7 @@ COMMANDS: dict[str, type] = {
     "inspect": Inspect,
     "compare": Compare,
     "report": Report,
+    "schema": Schema,
 }
 """The commands by name."""
 

@@ -1,4 +1,4 @@
-"""Commands to begin with: an example that runs by itself, and a first recipe."""
+"""Commands to begin with: an example that runs by itself, a first recipe, the form of recipes."""
 
 import dataclasses
 from pathlib import Path
@@ -87,6 +87,24 @@ class New(Command):
             highlight=False,
             soft_wrap=True,
         )
+
+
+@dataclasses.dataclass
+class Schema(Command):
+    """Print the JSON schema of recipes, with which editors complete fields and mark mistakes.
+
+    Write it beside recipes: adamerge schema > recipe.schema.json
+    """
+
+    answers = True
+
+    def run(self, console: Console) -> None:
+        """Prints the schema."""
+        import json
+
+        from adamerge_jax.recipes.json_schema import recipe_schema
+
+        print(json.dumps(recipe_schema(), indent=2))  # no line of it may be cut by the console
 
 
 def _holds(file: Path, text: str) -> bool:

@@ -284,6 +284,10 @@ class HeadsRecipe(Section):
     """Weight of the distance of learned heads from the experts' own, relative to their size."""
 
 
+SHORTHANDS: Mapping[type[Section], str] = {_PathSection: "path", HeadsRecipe: "kind"}
+"""The sections that may be written as one field of theirs alone, and that field."""
+
+
 class InterferenceRecipe(Section):
     """A step that changes task vectors before mixing."""
 

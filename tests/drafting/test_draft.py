@@ -5,13 +5,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from adamerge_jax.cli import main as cli
 from adamerge_jax.data.locations import locate_data
+from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.workspace import example_loader, open_workspace
+from adamerge_jax.recipes.json_schema import recipe_schema
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.recipes.schema import Recipe
 from tests.language_references import TASKS, byte_tokenizer, save_models, split_sentences
@@ -20,6 +23,7 @@ from tests.references import randomise, write_json_lines
 
 def new(out: Path, *arguments: Any) -> Recipe:
     cli.main(["new", *map(str, arguments), "--out", str(out)])
+    jsonschema.validate(read_yaml_file(out), recipe_schema())
     return load_recipe(out)
 
 
