@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,7 +25,12 @@ def render(template: str, **values: Any) -> str:
         template: Its file name.
         **values: The values that it names, all of which must be there.
     """
-    is_html = template.endswith(".html.jinja")
+    return _environment(template.endswith(".html.jinja")).get_template(template).render(values)
+
+
+@cache
+def _environment(is_html: bool) -> Environment:
+    """Returns what fills in templates of HTML or of Markdown, with those that it has compiled."""
     environment = Environment(
         loader=PackageLoader("adamerge_jax", "report"),
         autoescape=True,
@@ -37,7 +43,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters["breakable"] = _breakable
     environment.filters["code"] = code_span
     environment.filters["python_string"] = _python_string
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def _printable(value: Any) -> Any:
