@@ -16,6 +16,8 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT), str(ROOT / "experiments")]
+"""The folders that notebooks import from."""
 
 
 def main() -> None:
@@ -38,9 +40,7 @@ def main() -> None:
         nbformat.write(clean(notebook), file)
 
 
-def execute(
-    notebook: NotebookNode, folder: Path, quickstart: Path, client: NotebookClient | None = None
-) -> None:
+def execute(notebook: NotebookNode, folder: Path, quickstart: Path) -> None:
     """Runs the cells in place.
 
     `adamerge_jax` and the files of `experiments/` can be imported, wherever the folder is.
@@ -49,24 +49,15 @@ def execute(
         notebook: What to run.
         folder: Where it runs and leaves its files.
         quickstart: The quickstart's models and data, which it finds as `quickstart/` there.
-        client: A client that keeps its kernel, which is started if it does not run yet; None for a
-            kernel of the notebook's own.
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell failed.
     """
-    paths = [ROOT, ROOT / "experiments", os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, paths)))}
+    paths = [*PATHS, os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     (folder / "quickstart").symlink_to(quickstart.resolve())
-    keeps_kernel = client is not None
-    client = client or make_client()
-    client.nb = notebook
-    client.execute(env=environment, cwd=str(folder), cleanup_kc=not keeps_kernel)
-
-
-def make_client() -> NotebookClient:
-    """Returns a client for notebooks in Python."""
-    return NotebookClient(nbformat.v4.new_notebook(), timeout=300, kernel_name="python3")
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client.execute(env=environment, cwd=str(folder))
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
