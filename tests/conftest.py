@@ -21,7 +21,12 @@ os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["HF_HOME"], "cache")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["HF_HOME"], "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Compiling took half of the time. These leave out what would make tiny programs faster.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_multi_thread_eigen=false"
+)
+# One thread a process: two processes share the tests, and their arrays are too small for more.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
