@@ -6,7 +6,7 @@ Hugging Face checkpoint (`*` where layers are stacked).
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -14,9 +14,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.images_in_text import ImagesInText
 from adamerge_jax.models.layers import Config, Rematerialize
+from adamerge_jax.models.problem import CLASSES, Problem
 
 OUTPUT_LAYER = "lm_head.weight"
 """The usual name of a language model's output layer, where it is not the embedding table."""
@@ -106,6 +108,23 @@ class LastLayer(NamedTuple):
 CLASSIFIER = LastLayer("classifier.weight", "classifier.bias")
 """The last layer of heads of one linear layer."""
 
+
+class HeadForm(NamedTuple):
+    """The heads of one `transformers` class of models.
+
+    Attributes:
+        module: Makes the module that each task keeps, from a config.
+        last_layer: The last layer of such a head; None where none can be fitted.
+        backbone: Makes the backbone of such models, where they lack a part of the family's.
+        ignored: Name patterns of parameters that such an expert may bring and that are not used.
+    """
+
+    module: Callable[[Config], nnx.Module]
+    last_layer: LastLayer | None = CLASSIFIER
+    backbone: Callable[[Config, Rematerialize], nnx.Module] | None = None
+    ignored: tuple[str, ...] = ()
+
+
 HeadAxes = Mapping[str, tuple[int, int]]
 """Axis and number of attention heads by name pattern of the parameters that they lie in.
 
@@ -149,6 +168,10 @@ class Family:
         images: The images that a language model reads among its tokens; None if it reads none.
         output_layer: The name of a language model's output layer, where it is not the embedding
             table.
+        further_heads: The heads of other `transformers` classes of such models than `auto_class`,
+            by these classes.
+        head_with_rest: Makes the module of `head` together with the parts of the backbone that
+            models of `further_heads` lack, where there are some.
     """
 
     backbone: Callable[[Config, Rematerialize], nnx.Module]
@@ -171,6 +194,44 @@ class Family:
     embedding_backbone: Callable[[Config, Rematerialize], nnx.Module] | None = None
     images: ImagesInText | None = None
     output_layer: str = OUTPUT_LAYER
+    further_heads: Mapping[str, HeadForm] = dataclasses.field(default_factory=dict)
+    head_with_rest: Callable[[Config], nnx.Module] | None = None
+
+    def head_form(self, auto_class: str | None = None) -> HeadForm:
+        """Returns the heads of a `transformers` class of models.
+
+        Args:
+            auto_class: The class; None for `self.auto_class`.
+
+        Raises:
+            InputError: The family has no such heads.
+        """
+        if auto_class in (None, self.auto_class):
+            return HeadForm(self.head, self.last_layer)
+        if auto_class not in self.further_heads:
+            raise InputError(
+                f"config.json: models of the class {auto_class} are learned where one encoder "
+                "reads a text, and this architecture has another; leave the expert out"
+            )
+        return self.further_heads[auto_class]
+
+    def with_heads_of(self, auto_classes: Collection[str | None]) -> "Family":
+        """Returns the family of models of these `transformers` classes side by side.
+
+        The backbone has the parts that all of them have.
+
+        Args:
+            auto_classes: The classes; None for `self.auto_class`.
+
+        Raises:
+            InputError: The family has no heads of such a class.
+        """
+        backbones = [self.head_form(auto_class).backbone for auto_class in auto_classes]
+        backbone = next(filter(None, backbones), None)
+        if backbone is None:
+            return self
+        head = self.head_with_rest or self.head
+        return dataclasses.replace(self, backbone=backbone, head=head)
 
     def build_backbone(
         self, config: Config, rematerialize: Rematerialize = "elementwise"
@@ -178,12 +239,16 @@ class Family:
         """Returns the backbone, `(parameters, inputs, hidden_states=False) -> Outputs`."""
         return _network(self.backbone, _Key(config), rematerialize)
 
-    def build_head(self, config: Config) -> Network:
+    def build_head(self, config: Config, problem: Problem = CLASSES) -> Network:
         """Returns the head, `(parameters, outputs) -> logits [B, C]`, or `[B, T, V]`.
 
         Parameters of it that a task does not keep are the backbone's.
+
+        Args:
+            config: The config of a task's model.
+            problem: The problem that the head solves.
         """
-        return _network(self.head, _Key(config))
+        return _network(self.head_form(problem.auto_class).module, _Key(config))
 
     def tied(self, config: Config) -> tuple[str, ...]:
         """Returns the names of the embedding tables that are the output layer too."""
