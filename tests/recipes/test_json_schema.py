@@ -146,6 +146,6 @@ def test_the_file_beside_our_recipes_is_the_command_s(capsys):
     printed = capsys.readouterr().out
     assert json.loads(printed) == SCHEMA
     file = ROOT / "experiments" / "recipes" / "recipe.schema.json"
-    assert file.read_text() == printed, f"write it anew: adamerge schema > {file.name}"
+    assert file.read_text() == printed, f"write it anew: adamerge schema > {file.relative_to(ROOT)}"
     for recipe in file.parent.glob("*.yaml"):
         assert recipe.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
