@@ -14,7 +14,8 @@ from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.learner import Forward
 from adamerge_jax.mixing import materialize
-from adamerge_jax.models.family import Family
+from adamerge_jax.models.family import Family, HeadForm
+from adamerge_jax.models.problem import CLASSES, Problem
 from adamerge_jax.objectives import TargetSpec, TaskOutputs
 from adamerge_jax.own_model.data import unwrap
 from adamerge_jax.own_model.leaves import Leaves
@@ -73,6 +74,15 @@ class OwnModels:
     family: Family = OWN_MODEL
     devices: Devices = ONE_DEVICE
     config: None = None
+
+    @property
+    def problems(self) -> dict[str, Problem]:
+        """The problem of each expert; that of classes leaves all objectives open."""
+        return dict.fromkeys(self.experts, CLASSES)
+
+    def head_form(self, task: str) -> HeadForm:
+        """Returns the form of a task's head, of which nothing is known."""
+        return self.family.head_form()
 
     @property
     def base(self) -> Tensors:
