@@ -16,7 +16,7 @@ class Inspect(Command):
     answers = True
 
     coefficients: CoefficientsFile
-    """The coefficients.safetensors of a run."""
+    """The coefficients.safetensors of a run, or the run folder."""
 
     def run(self, console: Console) -> None:
         """Prints the file's facts and mean coefficients."""
@@ -34,7 +34,7 @@ class Compare(Command):
     answers = True
 
     first: CoefficientsFile
-    """A coefficients file."""
+    """A coefficients file, or a run folder."""
     second: CoefficientsFile
     """Another one; differences are this one's values less the first one's."""
     out: Path | None = None
@@ -42,7 +42,7 @@ class Compare(Command):
 
     def run(self, console: Console) -> None:
         """Prints the differences, and draws them where asked to."""
-        from adamerge_jax.coefficients.file import Coefficients
+        from adamerge_jax.coefficients.file import Coefficients, file_in
         from adamerge_jax.report.comparison import compare, print_comparison
         from adamerge_jax.report.maps import draw_comparison
         from adamerge_jax.report.plain_text import one_line
@@ -60,7 +60,7 @@ class Compare(Command):
         comparison = compare(*loaded)
         print_comparison(comparison, console)
         for name, file in (("first", self.first), ("second", self.second)):
-            rows, outcome, _ = read_results(file.expanduser().parent / RESULTS_FILE)
+            rows, outcome, _ = read_results(file_in(file.expanduser()).parent / RESULTS_FILE)
             if rows:
                 words = outcome_in_words(outcome, rows[-1].metric, name=one_line)
                 console.print(f"{name}: {words}", highlight=False, soft_wrap=True)
@@ -74,8 +74,8 @@ class Mergekit(RecipeCommand):
     """Write the merge of a coefficients file as a YAML file that mergekit makes it from."""
 
     coefficients: CoefficientsFile
-    """The coefficients.safetensors of a run: whole experts, one coefficient per tensor or
-    coarser, no interference steps."""
+    """The coefficients.safetensors of a run, or the run folder; of whole experts, one coefficient
+    per tensor or coarser, no interference steps."""
     out: Path
     """YAML file to make."""
 

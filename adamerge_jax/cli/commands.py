@@ -154,7 +154,7 @@ class Fold(RecipeCommand):
     """Export the merge of a coefficients file, without learning."""
 
     coefficients: CoefficientsFile
-    """The coefficients.safetensors of a run, or of a merge by a method."""
+    """The coefficients.safetensors of a run or of a merge by a method, or the run folder."""
     out: Path
     """Folder to make."""
     scale: tuple[str, ...] = ()
@@ -268,7 +268,7 @@ class Evaluate(RecipeCommand):
     answers = True
 
     checkpoint: str
-    """Folder or Hub id of a model of the same architecture, e.g. a merged one."""
+    """Folder or Hub id of a model of the same architecture, or the run folder of a merge."""
 
     def run(self, call: Invocation) -> None:
         """Prints the table of results."""

@@ -1,5 +1,7 @@
 """The `adamerge` command: parsing, and the one place where an error becomes an exit status."""
 
+import os
+import select
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,10 @@ _DESCRIPTION = (
     "Merge fine-tuned experts of one base model into one checkpoint. "
     "`adamerge --version` prints the version."
 )
+
+
+_BROKEN_PIPE = 128 + 13
+"""The exit status of a process that SIGPIPE ended."""
 
 
 class Invocable(Protocol):
@@ -63,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:  # outside of the main thread, or before signals were handled
         _exit(f"{Stopped()}; {_how_to_go_on(given)}", Stopped().exit_status)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            sys.exit(_BROKEN_PIPE)
         _exit(*explain(error, None if command is None else command.run_folder))
 
 
@@ -85,7 +93,7 @@ def parse(arguments: Sequence[str]) -> Invocable:
     Raises:
         InputError: There is no such command, or its recipe cannot be used.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="adamerge", description=_DESCRIPTION, args=["--help"]
         )
@@ -93,6 +101,7 @@ def parse(arguments: Sequence[str]) -> Invocable:
     if name not in COMMANDS:
         raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
     if not issubclass(COMMANDS[name], RecipeCommand):
+        options = ["--help" if option == "--help-all" else option for option in options]
         return tyro.cli(COMMANDS[name], args=options, prog=f"adamerge {name}")
     from adamerge_jax.cli.recipe_options import parse_with_recipe
 
@@ -109,6 +118,23 @@ def _how_to_go_on(arguments: Sequence[str]) -> str:
     if "--resume" not in again:
         again.append("--resume")
     return f"go on with: {shlex.join(again)}"
+
+
+def _is_output_closed() -> bool:
+    """Returns True if nobody reads standard output any more, as behind `| head`.
+
+    Python would complain again when it ends, and so what is left is written nowhere.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # it is no file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return is_closed
 
 
 def _exit(message: str, status: int) -> NoReturn:

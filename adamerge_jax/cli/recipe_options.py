@@ -7,7 +7,7 @@ and mappings of any names, are written on the command line as in the file: in YA
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
@@ -24,12 +24,33 @@ from adamerge_jax.recipes.loading import (
     read_recipe,
 )
 from adamerge_jax.recipes.presets import drop_options_of_replaced
-from adamerge_jax.recipes.schema import SWITCHED_OFF, Recipe, Section
+from adamerge_jax.recipes.schema import (
+    SWITCHED_OFF,
+    CoefficientsRecipe,
+    ExportRecipe,
+    HeadsRecipe,
+    LearningRecipe,
+    OptimizerRecipe,
+    Recipe,
+    Section,
+)
 
 C = TypeVar("C", bound=RecipeCommand)
 
+_HELP = {"-h", "--help", "--help-all"}
+
 _OFF = ("none", "null")
 """The words that switch a section off, as in YAML."""
+
+_SHORT_HELP: Mapping[type[Section], Collection[str]] = {
+    Recipe: ("preset", "coefficients", "heads", "learning", "export", "max_length", "seed"),
+    CoefficientsRecipe: ("granularity", "constraint", "start"),
+    HeadsRecipe: ("kind",),
+    LearningRecipe: ("steps", "batch_size", "examples", "optimizer"),
+    OptimizerRecipe: ("learning_rate",),
+    ExportRecipe: ("dtype", "adapter"),
+}
+"""The fields that `--help` shows; `--help-all` shows every one."""
 
 _EXAMPLE = {"base": "BASE", "tasks": {"TASK": {"expert": "EXPERT", "calibration": "DATA"}}}
 """The recipe whose fields `--help` shows where none is given."""
@@ -87,8 +108,10 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
             file=sys.stderr,
         )
         options = [early.recipe, *options]
-    asks_for_help = bool({"-h", "--help"} & set(options))
-    file = _find_recipe(name, command, [o for o in options if o not in ("-h", "--help")])
+    asks_for_help = bool(_HELP & set(options))
+    in_short = "--help-all" not in options
+    file = _find_recipe(name, command, [o for o in options if o not in _HELP])
+    options = ["--help" if option == "--help-all" else option for option in options]
     if file is not None:
         with in_hand(file):
             recipe = read_recipe(file, early.preset)
@@ -99,7 +122,7 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     options, switched_off = _take_switched_off(options, recipe)
     for path in switched_off:
         recipe = _without(recipe, path.split("."))
-    parsed = _parse(name, command, options, recipe)
+    parsed = _parse(name, command, options, recipe, in_short=asks_for_help and in_short)
     named = {o.removeprefix("--").partition("=")[0].replace("-", "_") for o in options}
     fields = drop_options_of_replaced(
         parsed.recipe.model_dump(warnings=False), recipe.model_dump(), named
@@ -197,9 +220,27 @@ def _find_recipe(name: str, command: type[C], options: Sequence[str]) -> Path | 
 
 
 def _parse(
-    name: str, command: type[C], options: Sequence[str], recipe: Recipe, **parsing: bool
+    name: str,
+    command: type[C],
+    options: Sequence[str],
+    recipe: Recipe,
+    *,
+    in_short: bool = False,
+    **parsing: bool,
 ) -> Any:
-    """Parses options, with a recipe for the defaults of its fields."""
+    """Parses options, with a recipe for the defaults of its fields.
+
+    Args:
+        name: The command's name.
+        command: Its class.
+        options: The arguments after the name.
+        recipe: The recipe.
+        in_short: True to leave most fields of the recipe out of the help.
+        **parsing: Options of the parser.
+    """
+    more = _sections_to_switch_off(recipe)
+    if in_short:
+        more = f"All options, one for every field: adamerge {name} --help-all. {more}"
     required = [
         field.name
         for field in dataclasses.fields(command)
@@ -210,14 +251,16 @@ def _parse(
         default=WithRecipe(command(**dict.fromkeys(required, tyro.MISSING)), recipe),
         args=options,
         prog=f"adamerge {name}",
-        description=f"{command.__doc__}\n\n{_sections_to_switch_off(recipe)}",
+        description=f"{command.__doc__}\n\n{more}",
         config=(tyro.conf.AvoidSubcommands,),
-        registry=_CONSTRUCTORS,
+        registry=_IN_SHORT if in_short else _CONSTRUCTORS,
         **parsing,
     )
 
 
 _CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
+_IN_SHORT = tyro.constructors.ConstructorRegistry()
+"""Ways of making sections of options; the second one leaves most fields out of the help."""
 
 
 @_CONSTRUCTORS.struct_rule
@@ -225,6 +268,20 @@ def _unchecked(
     section: tyro.constructors.StructTypeInfo,
 ) -> tyro.constructors.StructConstructorSpec | None:
     """Makes sections of what was given; the recipe is checked as a whole, in one line."""
+    return _section_of_options(section, {})
+
+
+@_IN_SHORT.struct_rule
+def _unchecked_in_short(
+    section: tyro.constructors.StructTypeInfo,
+) -> tyro.constructors.StructConstructorSpec | None:
+    """Makes sections as `_unchecked` does, and hides the fields that are not of the short help."""
+    return _section_of_options(section, _SHORT_HELP)
+
+
+def _section_of_options(
+    section: tyro.constructors.StructTypeInfo, shown: Mapping[type[Section], Collection[str]]
+) -> tyro.constructors.StructConstructorSpec | None:
     if not (isinstance(section.type, type) and issubclass(section.type, Section)):
         return None
     fields = []
@@ -232,9 +289,13 @@ def _unchecked(
         default = getattr(section.default, name, tyro.MISSING)
         if default is tyro.MISSING and not field.is_required():
             default = field.get_default(call_default_factory=True)
-        fields.append(
-            tyro.constructors.StructFieldSpec(name, field.annotation, default, field.description)
-        )
+        is_shown = not shown or name in shown.get(section.type, ())
+        annotation: Any = field.annotation
+        if not is_shown:
+            annotation = Annotated[annotation, tyro.conf.Suppress]
+        # Lines of the source are no lines of the help.
+        words = " ".join((field.description or "").split())
+        fields.append(tyro.constructors.StructFieldSpec(name, annotation, default, words))
 
     def make(**given: Any) -> Section:
         return section.type.model_construct(**given)
@@ -243,6 +304,7 @@ def _unchecked(
     return tyro.constructors.StructConstructorSpec(make, tuple(fields))
 
 
+@_IN_SHORT.primitive_rule
 @_CONSTRUCTORS.primitive_rule
 def _as_yaml(
     field: tyro.constructors.PrimitiveTypeInfo,

@@ -34,8 +34,29 @@ from adamerge_jax.interference import FittedStep, make_step
 from adamerge_jax.parameter_names import is_stacked, unstack
 from adamerge_jax.registry import is_own_code
 
+FILE_NAME = "coefficients.safetensors"
+"""The name of the file in a run folder."""
+
 BY_SCORE = "search for the best "
 """The beginning of `Coefficients.objective` where coefficients were searched for by their score."""
+
+
+def file_in(path: Path) -> Path:
+    """Returns the coefficients file that a path names: itself, or that of a run folder.
+
+    Raises:
+        InputError: It is a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    if (path / FILE_NAME).is_file():
+        return path / FILE_NAME
+    # A front has a file for each point.
+    others = [*sorted(path.glob("front/*.safetensors")), *sorted(path.glob(f"*/{FILE_NAME}"))]
+    advice = f", such as {others[0]}" if others else ""
+    raise InputError(
+        f"{path} is a folder without {FILE_NAME}; give a coefficients file{advice}, or a run folder"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,12 +308,16 @@ class Coefficients:
     def load(cls, path: Path | str) -> "Coefficients":
         """Reads a file written by `save`; imports and calls nothing that the file names.
 
+        Args:
+            path: The file, or the run folder that it is in.
+
         Raises:
             InputError: There is no such file, it is not a coefficients file, or it is damaged: its
                 metadata cannot be read or cannot be those of a run, or its values are not finite
                 or not those of the granularity for its tensors and experts.
         """
-        if not Path(path).is_file():
+        path = file_in(Path(path))
+        if not path.is_file():
             raise InputError(
                 f"{path}: no such file; expected a coefficients file of an earlier run"
             )

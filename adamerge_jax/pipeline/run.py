@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from adamerge_jax.checkpoints.architecture import require_same_architecture
+from adamerge_jax.checkpoints.config_file import CONFIG_FILE
 from adamerge_jax.checkpoints.folders import require_space
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.coefficients.file import Coefficients
@@ -494,7 +495,8 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
 
     Args:
         recipe: The recipe with the experts and the test data.
-        checkpoint: The folder or Hub id of a model of the same architecture, e.g. a merged one.
+        checkpoint: The folder or Hub id of a model of the same architecture, or the run folder of
+            a merge.
         root: Folder that relative paths of the recipe start from.
         console: The console that shows the table.
 
@@ -507,7 +509,7 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     devices = open_devices(**recipe.devices.model_dump())
     console = silence_others(console)
     workspace = open_workspace(recipe, root, devices, count_on(console))
-    opened = Checkpoint.open(checkpoint)
+    opened = Checkpoint.open(_checkpoint_in(checkpoint))
     require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
     matched = match_backbone(workspace.models, opened, "checkpoint")
     if not workspace.data.test:
@@ -519,6 +521,12 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
     row = evaluator.row(checkpoint, parameters, workspace.data.test)
     console.print(*results_tables(Results.of_rows([row])), sep="\n\n")
     return row
+
+
+def _checkpoint_in(path: str) -> str:
+    """Returns the checkpoint that a path names: itself, or that of a run folder."""
+    inside = Path(path).expanduser() / CHECKPOINT_FOLDER
+    return str(inside) if (inside / CONFIG_FILE).is_file() else path
 
 
 def export_job(

@@ -250,9 +250,9 @@ class CoefficientsRecipe(Section):
     """Merge without learning to which the task vectors are added in place of the base, so that
     learning starts from it: the method's name and options."""
     start: PathText | None = None
-    """Coefficients file of an earlier run to start from instead, of any granularity. Experts are
-    matched by name; an expert that is not in the file starts at initial. Or a .yaml file of
-    mergekit with the same models and one weight per tensor or coarser."""
+    """Coefficients file of an earlier run, or the run folder, to start from instead, of any
+    granularity. Experts are matched by name; an expert that is not in the file starts at initial.
+    Or a .yaml file of mergekit with the same models and one weight per tensor or coarser."""
     other_base: bool = False
     """Allow a start that was learned for another base: another version, or another size of the
     same family, whose layers are then matched by relative depth."""

@@ -1,12 +1,14 @@
 """The names of a run folder's files, and how they are read."""
 
+from adamerge_jax.coefficients.file import FILE_NAME
+
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 """The merges that a search or a front has scored."""
 RECORD_FILE = "run.json"
 RESULTS_FILE = "results.json"
-COEFFICIENTS_FILE = "coefficients.safetensors"
+COEFFICIENTS_FILE = FILE_NAME
 HEAT_MAP_FILE = "coefficients.png"
 FRONT_FILE = "front.json"
 FRONT_FOLDER = "front"

@@ -2,6 +2,7 @@ import importlib.metadata
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +38,45 @@ def test_help_shows_the_recipe_as_defaults(text_recipe, tmp_path, capsys):
     assert "--learning.steps" in printed
     assert "Number of optimizer steps" in printed
     assert "1234" in printed
+
+
+def help_of(*arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments])
+    assert not caught.value.code
+    return capsys.readouterr().out
+
+
+def test_help_shows_what_matters_and_help_all_the_rest(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    short, long = (help_of("learn", o, capsys=capsys) for o in ("--help", "--help-all"))
+    assert short.count("\n") < 100 < 300 < long.count("\n")
+    for option in ("--out", "--preset", "--learning.steps", "--export.dtype"):
+        assert option in short and option in long
+    for option in ("--learning.microbatches", "--tasks.TASK.test.path", "--devices.model"):
+        assert option not in short
+    assert "--learning.microbatches" in long and "--devices.model" in long
+    assert "adamerge learn --help-all" in " ".join(short.split())
+    assert help_of("inspect", "--help-all", capsys=capsys) == help_of(
+        "inspect", "-h", capsys=capsys
+    )
+
+
+def test_no_line_of_help_is_torn(capsys, monkeypatch):
+    """Lines end where the terminal does, not where those of the source do."""
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = help_of("learn", "--help", capsys=capsys)
+    assert "adamerging-task, adamerging, adamerging++" in printed
+
+
+def test_a_reader_that_goes_away_is_no_fault():
+    command = [sys.executable, "-m", "adamerge_jax", "learn", "--help-all"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode in (0, 141)  # 0 where all of it fits into the pipe
 
 
 MINIMAL = {

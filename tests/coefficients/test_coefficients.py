@@ -452,3 +452,12 @@ def test_the_granularity_for_other_shapes_is_made_for_one_release():
     with pytest.warns(DeprecationWarning, match="unstacked_granularity"):
         made = COEFFICIENTS.make_granularity(COEFFICIENTS.shapes)
     assert made.units == COEFFICIENTS.unstacked_granularity.units
+
+
+def test_a_folder_without_coefficients_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder without coefficients\.safetensors; give a"):
+        Coefficients.load(tmp_path)
+    (tmp_path / "front").mkdir()
+    (tmp_path / "front" / "01.safetensors").touch()
+    with pytest.raises(InputError, match=r", such as .*/front/01\.safetensors, or a run folder"):
+        Coefficients.load(tmp_path)

@@ -447,8 +447,10 @@ def test_what_a_preset_learned_is_folded_to_the_same_bytes(preset, image_recipe,
 
 
 def test_fold_without_an_orbax_checkpoint(text_run, tmp_path):
-    file, out = text_run.folder / "coefficients.safetensors", tmp_path / "out"
-    arguments = [str(text_run.recipe), str(file), "--out", str(out), "--export.no-orbax"]
+    # A run folder stands for its coefficients.
+    out = tmp_path / "out"
+    arguments = [str(text_run.recipe), str(text_run.folder), "--out", str(out)]
+    arguments.append("--export.no-orbax")
     cli.main(["fold", *arguments])
     assert [folder.name for folder in out.iterdir()] == ["checkpoint"]
 
@@ -466,12 +468,25 @@ def test_fold_refuses_a_disk_too_full_for_both_checkpoints(text_run, tmp_path, m
 @pytest.mark.parametrize("kind", ["text", "clip"])
 def test_evaluate_gives_the_learned_row(kind, request, capsys):
     run = request.getfixturevalue(f"{kind}_run")
-    cli.main(["evaluate", str(run.recipe), "--checkpoint", str(run.folder / "checkpoint")])
+    checkpoint = {"text": run.folder, "clip": run.folder / "checkpoint"}[kind]
+    cli.main(["evaluate", str(run.recipe), "--checkpoint", str(checkpoint)])
     printed = capsys.readouterr().out
     learned = run.results[-1]
     cells = [f"{100 * value:.1f}" for value in [*learned["tasks"].values(), learned["average"]]]
     line = next(line for line in printed.splitlines() if cells[-1] in line)
     assert line.replace("│", " ").split()[-len(cells) :] == cells
+
+
+def test_inspect_and_compare_take_run_folders(text_run, capsys):
+    file = text_run.folder / "coefficients.safetensors"
+    printed = []
+    for path in (file, text_run.folder):
+        cli.main(["inspect", str(path)])
+        cli.main(["compare", str(path), str(file)])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    # The results beside the file are found too.
+    assert "first: The merge reaches" in printed[1]
 
 
 def test_inspect(text_run, capsys):
