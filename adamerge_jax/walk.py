@@ -1,5 +1,6 @@
-"""The lowest of a few values, found by walking downhill."""
+"""The lowest of a few values, found by walking downhill, or from coarse to fine."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -35,3 +36,28 @@ def lowest_nearby(
         while value(position + step) < value(position):
             position += step
     return candidates[position], value(position)
+
+
+def lowest_from_coarse(
+    function: Callable[[float], float], candidates: Sequence[float], stride: int = 3
+) -> float:
+    """Returns the candidate with the lowest value, found from coarse to fine.
+
+    It calls the function for every `stride`-th candidate, then for the neighbours of the lowest of
+    them as long as they are lower. Each is called once.
+
+    Args:
+        function: A function of a candidate, with one valley as a rule.
+        candidates: Candidates in their order.
+        stride: The steps from one of the first candidates to the next.
+
+    Examples:
+        >>> lowest_from_coarse(lambda x: (x - 2.2) ** 2, [0.0, 1.0, 2.0, 3.0, 4.0])
+        2.0
+    """
+    value = functools.cache(function)
+    coarse = sorted({*candidates[::stride], candidates[-1]}, key=candidates.index)
+    first = min(
+        coarse, key=lambda candidate: (not math.isfinite(value(candidate)), value(candidate))
+    )
+    return lowest_nearby(value, candidates, first)[0]

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adamerge_jax.comparison.contenders import Contender
@@ -18,7 +17,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.recipes.schema import HeadKind
-from adamerge_jax.runs.rows import ExampleScores, Row
+from adamerge_jax.runs.saved_rows import SavedRow
 
 log = logging.getLogger(__name__)
 
@@ -35,58 +34,11 @@ _CONTENDERS = ("methods", "task_arithmetic")
 """The fields of the evaluation that name what is compared."""
 
 
-class _SavedScores(BaseModel):
-    """The scores of one task's examples."""
-
-    model_config = ConfigDict(extra="forbid")
-    values: list[float]
-    counts: list[int]
-
-
-class _SavedRow(BaseModel):
-    """A row, with the scores of its examples and the same model's rows by other metrics."""
-
-    model_config = ConfigDict(extra="forbid")
-    row: dict[str, Any]
-    examples: dict[str, _SavedScores]
-    further: list["_SavedRow"]
-
-    @classmethod
-    def of(cls, row: Row) -> "_SavedRow":
-        """Returns a row as it is saved."""
-        examples = {
-            task: _SavedScores(
-                values=[round(float(value), 6) for value in scores.values],
-                counts=scores.counts.tolist(),
-            )
-            for task, scores in (row.examples or {}).items()
-        }
-        return cls(
-            row=row.as_json(), examples=examples, further=[cls.of(other) for other in row.further]
-        )
-
-    def restored(self) -> Row:
-        """Returns the row that was saved.
-
-        Raises:
-            ValueError: A field has another type.
-            KeyError: A field is missing.
-        """
-        examples = {
-            task: ExampleScores(
-                np.asarray(scores.values, np.float32), np.asarray(scores.counts, np.int32)
-            )
-            for task, scores in self.examples.items()
-        }
-        further = tuple(other.restored() for other in self.further)
-        return Row.from_json(self.row)._replace(examples=examples, further=further)
-
-
 class _SavedResults(BaseModel):
     """The file of a contender."""
 
     model_config = ConfigDict(extra="forbid")
-    rows: list[_SavedRow]
+    rows: list[SavedRow]
     cost: Cost
     chosen: dict[str, Any]
     fits: tuple[HeadKind, ...]
@@ -130,7 +82,7 @@ def row_file(folder: Path, contender: Contender, data_seed: int, root: Path) -> 
 def save(measured: Measured, file: Path) -> None:
     """Writes the results of a contender."""
     saved = _SavedResults(
-        rows=[_SavedRow.of(row) for row in measured.rows],
+        rows=[SavedRow.of(row) for row in measured.rows],
         cost=measured.cost,
         chosen=dict(measured.chosen),
         fits=measured.fits,

@@ -34,6 +34,9 @@ class WithCopies(Examples):
     is turned, scaled and shifted a little; a text's hides some of its tokens from attention, never
     the first nor the last. A copy is made when it is taken, and depends on the seed and its number
     alone.
+
+    Attributes:
+        unchanged: The N examples alone.
     """
 
     def __init__(self, examples: Examples, copies: int, seed: int):
@@ -44,7 +47,7 @@ class WithCopies(Examples):
             copies: The number of copies of each.
             seed: The seed of the changes.
         """
-        self._examples, self._copies, self._seed = examples, copies, seed
+        self.unchanged, self._copies, self._seed = examples, copies, seed
         self.class_names = examples.class_names
         self.names_have_order = examples.names_have_order
         self.texts = examples.texts
@@ -54,15 +57,15 @@ class WithCopies(Examples):
             self.partners = np.tile(examples.partners, 1 + copies)
 
     def __len__(self) -> int:
-        return len(self._examples) * (1 + self._copies)
+        return len(self.unchanged) * (1 + self._copies)
 
     def padded_length(self, index: Int[np.ndarray, " B"]) -> int:
         """Returns the tokens that chosen examples are padded to, copies as what they are of."""
-        return self._examples.padded_length(index % len(self._examples))
+        return self.unchanged.padded_length(index % len(self.unchanged))
 
     def padded_lengths(self) -> Int[np.ndarray, " N"]:
         """Returns the tokens that each example alone is padded to."""
-        return np.tile(self._examples.padded_lengths(), 1 + self._copies)
+        return np.tile(self.unchanged.padded_lengths(), 1 + self._copies)
 
     def take_labels(
         self, index: Int[np.ndarray, " B"], length: int
@@ -78,7 +81,7 @@ class WithCopies(Examples):
 
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
         """Returns the chosen examples, copies changed."""
-        inputs = self._examples.take(index % len(self._examples), length)
+        inputs = self.unchanged.take(index % len(self.unchanged), length)
         name, change = "pixel_values", _changed_image
         if name not in inputs:
             name, change = "attention_mask", _hidden_tokens
@@ -89,7 +92,7 @@ class WithCopies(Examples):
             generator = np.random.default_rng([self._seed, 6, index[position]])
             rows[position] = change(rows[position], generator)
 
-        _for_all(make_copy, np.flatnonzero(index >= len(self._examples)), rows[0].size >= _LARGE)
+        _for_all(make_copy, np.flatnonzero(index >= len(self.unchanged)), rows[0].size >= _LARGE)
         return {**inputs, name: rows}
 
 

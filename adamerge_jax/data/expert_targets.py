@@ -92,6 +92,21 @@ class StoredTargets:
         """The expert's logits of all examples; None if there are none, or one row a position."""
         return self._whole.expert_logits
 
+    def first(self, examples: Examples) -> "StoredTargets":
+        """Returns the targets of the first examples alone.
+
+        Args:
+            examples: The first M examples.
+        """
+        leaves = [None if leaf is None else leaf[: len(examples)] for leaf in self._leaves]
+        whole = jax.tree.unflatten(self._structure, leaves)
+        return StoredTargets(examples, whole, self._by_position)
+
+    @property
+    def has_expert(self) -> bool:
+        """True if an expert has been asked for them."""
+        return self._by_position is not None or any(leaf is not None for leaf in self._leaves)
+
     def take(self, index: Int[np.ndarray, " B"], length: int) -> Targets:
         """Returns the targets of B examples, texts padded to `length` tokens with zeros."""
         leaves = [None if leaf is None else leaf[index] for leaf in self._leaves]

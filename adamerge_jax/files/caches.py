@@ -1,7 +1,12 @@
 """The user's cache folder."""
 
+import contextlib
+import functools
+import hashlib
 import os
 from pathlib import Path
+
+from adamerge_jax.files.writing import is_partial, write_whole
 
 
 def cache_folder(name: str) -> Path:
@@ -14,3 +19,40 @@ def cache_folder(name: str) -> Path:
     if not cache.is_absolute():
         cache = Path.home() / ".cache"
     return cache / "adamerge_jax" / name
+
+
+def keep_in_cache(file: Path, content: str, most_bytes: int) -> None:
+    """Writes a file of the cache, and removes the oldest of its folder where these are too large.
+
+    Args:
+        file: The file; its folder is made.
+        content: Its content.
+        most_bytes: The size of all files of the folder together.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, content)
+    by_age = []
+    for other in file.parent.iterdir():
+        with contextlib.suppress(OSError):  # another process may remove it, too
+            status = other.stat()
+            if other.is_file() and not is_partial(other):
+                by_age.append((other != file, -status.st_mtime_ns, status.st_size, other))
+    total = 0
+    for _, _, size, other in sorted(by_age):
+        total += size
+        if total > most_bytes and other != file:
+            other.unlink(missing_ok=True)
+
+
+@functools.cache
+def code_digest() -> str:
+    """Returns a digest of this package's code, for what another version may compute otherwise."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

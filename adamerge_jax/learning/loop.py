@@ -209,6 +209,8 @@ def learn(
             stacklevel=2,
         )
         on_step, on_snapshot = report or on_step, save or on_snapshot
+    if resume is not None and resume.ended:
+        return resume.best
     tasks = list(calibration.examples)
     first_state = learner.init(initial, frozen.heads) if resume is None else resume.state
     state = devices.replicate(first_state)
@@ -254,8 +256,6 @@ def learn(
         stop_if_asked(first, is_kept=True)
     else:
         start, taken = resume.start, resume.step
-        if resume.ended:
-            return best
     batches = calibration.batches(taken)
     for step, batch in zip(range(taken + 1, steps + 1), batches, strict=False):
         began = time.perf_counter()

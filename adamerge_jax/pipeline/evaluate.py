@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.embedding_scores import embedding_measures, embedding_metric
 from adamerge_jax.pipeline.general import GENERAL_TEXT, RETAINED, General, Retention
 from adamerge_jax.pipeline.problem_scores import Batches, Scorer, scorer_of
+from adamerge_jax.runs.counting import Tally
 from adamerge_jax.runs.rows import ExampleScores, Kind, Measures, Metric, Row
 
 Parameters = Mapping[str, Array]
@@ -51,6 +53,7 @@ class Evaluator:
         metric: The metric of `score`.
         batch_size: Examples per batch.
         retention: The comparison with the base on general text; None where there is none.
+        tally: Counts the examples that models are run on.
     """
 
     def __init__(
@@ -86,6 +89,13 @@ class Evaluator:
         self._answering = answering
         self._embeds = embeds
         self.retention: Retention | None = None
+        self.tally = Tally()
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings that decide on its numbers, as JSON."""
+        answering = self._answering
+        answers = answering and [answering.exact_match, answering.max_new_tokens]
+        return {"batch_size": self.batch_size, "metric": self.metric, "answers": answers}
 
     def with_heads(self, heads: Mapping[str, Parameters]) -> "Evaluator":
         """Returns an evaluator with other parameters of heads; it shares what is compiled.
@@ -119,7 +129,7 @@ class Evaluator:
             The logits, `[B, C]` or a language model's `[B, T, V]`, or a sentence embedder's
             embeddings, `[B, texts, H]`; and the hidden states by layer.
         """
-        outputs = self._backbone(parameters, inputs, hidden_states=bool(hidden_states))
+        outputs = self._run_backbone(parameters, inputs, hidden_states=bool(hidden_states))
         logits = self._apply_head(parameters, task, outputs)
         return logits, {layer: outputs.hidden_states[layer] for layer in hidden_states}
 
@@ -159,9 +169,19 @@ class Evaluator:
     ) -> Iterator[tuple[Int[np.ndarray, " n"], list[Float[np.ndarray, "n ..."]]]]:
         """Yields the logits by the heads of several evaluators; the backbone runs once."""
         for index, inputs in sorted_batches(examples, self.batch_size):
-            outputs = self._backbone(parameters, inputs, hidden_states=False)
+            outputs = self._run_backbone(parameters, inputs)
             by_head = [e._apply_head(parameters, task, outputs) for e in evaluators]
             yield index, [fetch(logits)[: len(index)] for logits in by_head]
+
+    def _run_backbone(
+        self,
+        parameters: Parameters,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        hidden_states: bool = False,
+    ) -> Outputs:
+        self.tally.add(len(next(iter(inputs.values()))))
+        return self._backbone(parameters, inputs, hidden_states=hidden_states)
 
     def _apply_head(
         self, parameters: Parameters, task: str, outputs: Outputs

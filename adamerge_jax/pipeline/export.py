@@ -54,6 +54,7 @@ from adamerge_jax.pipeline.models import Models, match_backbone
 from adamerge_jax.pipeline.read import load_backbone, load_head, read_parameter
 from adamerge_jax.recipes.build import GranularityChoice, Method
 from adamerge_jax.recipes.schema import ExportRecipe
+from adamerge_jax.runs.counting import OnCount, count_on
 from adamerge_jax.stopping import require_going_on
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -176,10 +177,23 @@ def export(job: ExportJob, out: Path, console: Console, *, keep: bool = False) -
     wait_for_all("exports chosen")
     for exporter in wanted:
         require_going_on()
-        with console.status(f"writing the {exporter.title}"):
+        words, total = f"writing the {exporter.title}: tensors", len(job.models.base.names)
+        with console.status(words), count_on(console)(words, total) as on_count:
             if exporter.by_all or is_first_process():
-                exporter.write(job, out / exporter.folder)
+                merged = partial(_counted, job.merged, on_count)
+                exporter.write(job._replace(merged=merged), out / exporter.folder)
             wait_for_all(f"{exporter.title} written")
+
+
+def _counted(
+    merged: Callable[[np.dtype | None], Iterator[tuple[str, np.ndarray]]],
+    on_count: OnCount,
+    dtype: np.dtype | None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a merge, and counts those that have been written."""
+    for done, tensor in enumerate(merged(dtype)):
+        on_count(done)
+        yield tensor
 
 
 def write_card(job: ExportJob, out: Path) -> None:

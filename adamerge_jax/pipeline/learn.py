@@ -54,6 +54,7 @@ from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.warm_start import WarmStart, initial_values, open_warm_start
 from adamerge_jax.pipeline.workspace import Workspace
 from adamerge_jax.recipes.build import GranularityChoice, Method, Stage
+from adamerge_jax.runs.counting import ShowCount, count_silently
 from adamerge_jax.task_vectors import Delta, LoadedDelta
 from adamerge_jax.task_vectors.offload.memory import make_memory
 
@@ -139,7 +140,12 @@ class MergeResult(NamedTuple):
 
 
 def prepare(
-    method: Method, workspace: Workspace, report: Report = lambda line: None
+    method: Method,
+    workspace: Workspace,
+    report: Report = lambda line: None,
+    show_count: ShowCount = count_silently,
+    *,
+    asks: bool = True,
 ) -> LearningInputs:
     """Reads task vectors and computes the experts' targets for the objectives.
 
@@ -147,6 +153,8 @@ def prepare(
         method: The method by which coefficients are learned.
         workspace: The models and the data.
         report: Shows how far an initial merge is that reads calibration data.
+        show_count: Shows how many examples the experts have been run on.
+        asks: If False, no expert is asked: `ask_experts` does so later, if it is needed.
 
     Raises:
         InputError: No expert differs from the base, an objective wants a layer that the model does
@@ -203,30 +211,7 @@ def prepare(
     elif initial_merge is not None:
         theta_start = load_initial_merge(models, initial_merge, base, mixed)
     del merge_of_data
-    targets, cross_task = dict(calibration.targets), {}
-    for task, spec in method.target_specs.items():
-        if not spec.expert:
-            continue
-        expert = base if task == RETAINED else workspace.expert(task, base)
-        targets[task] = _compute_targets(workspace, expert, task, spec, calibration.examples[task])
-        if spec.cross_task:
-            cross_task[task] = ask_cross_task(
-                partial(workspace.evaluator.logits, expert, task),
-                calibration.examples,
-                task,
-                calibration.learning,
-                limit=spec.cross_task,
-                seed=method.seed,
-            )
-        # Deleted before the next one is read, so that two experts are never in memory.
-        del expert
-        return_freed_memory()
-    calibration = calibration._replace(
-        targets=targets,
-        augmented=any(spec.augmented for spec in method.target_specs.values()),
-        cross_task=cross_task,
-    )
-    return LearningInputs(
+    inputs = LearningInputs(
         method,
         workspace,
         base,
@@ -238,6 +223,72 @@ def prepare(
         initial_merge,
         start,
     )
+    return ask_experts(inputs, show_count) if asks else inputs
+
+
+def ask_experts(inputs: LearningInputs, show_count: ShowCount = count_silently) -> LearningInputs:
+    """Computes the experts' targets for the objectives.
+
+    Args:
+        inputs: The inputs of learning, for which no expert has been asked yet.
+        show_count: Shows how many examples the experts have been run on.
+
+    Returns:
+        The same with the targets.
+    """
+    method, workspace, calibration = inputs.method, inputs.workspace, inputs.calibration
+    asked = {task: spec for task, spec in method.target_specs.items() if spec.expert}
+    tally = workspace.evaluator.tally
+    total = sum(_examples_asked(calibration, task, spec) for task, spec in asked.items())
+    targets, cross_task = dict(calibration.targets), {}
+    with tally.shown(show_count, "asking the experts: examples", total):
+        for task, spec in asked.items():
+            base = inputs.base
+            expert = base if task == RETAINED else workspace.expert(task, base)
+            examples = calibration.examples[task]
+            targets[task] = _compute_targets(workspace, expert, task, spec, examples)
+            if spec.cross_task:
+                cross_task[task] = ask_cross_task(
+                    partial(workspace.evaluator.logits, expert, task),
+                    calibration.examples,
+                    task,
+                    calibration.learning,
+                    limit=spec.cross_task,
+                    seed=method.seed,
+                )
+            # Deleted before the next one is read, so that two experts are never in memory.
+            del expert
+            return_freed_memory()
+    calibration = calibration._replace(
+        targets=targets,
+        augmented=any(spec.augmented for spec in method.target_specs.values()),
+        cross_task=cross_task,
+    )
+    return inputs._replace(calibration=calibration)
+
+
+def ask_for_logits(inputs: LearningInputs, calibration: Calibration) -> dict[str, StoredTargets]:
+    """Computes each expert's logits on its task's examples, to fit heads to.
+
+    Args:
+        inputs: The models.
+        calibration: The examples.
+    """
+    targets = {}
+    for task, examples in calibration.examples.items():
+        expert = inputs.workspace.expert(task, inputs.base)
+        spec = TargetSpec(expert_logits=True)
+        targets[task] = _compute_targets(inputs.workspace, expert, task, spec, examples)
+        # Deleted before the next one is read, so that two experts are never in memory.
+        del expert
+    return targets
+
+
+def _examples_asked(calibration: Calibration, task: str, spec: TargetSpec) -> int:
+    """Returns the number of examples that a task's expert is run on."""
+    others = [index for other, index in calibration.learning.items() if other != task]
+    of_others = sum(min(spec.cross_task, len(index)) for index in others)
+    return len(calibration.examples[task]) + of_others
 
 
 def _with_copies(calibration: Calibration, copies: int) -> Calibration:
@@ -252,6 +303,22 @@ def _with_copies(calibration: Calibration, copies: int) -> Calibration:
     }
     targets = {task: StoredTargets(with_all) for task, with_all in examples.items()}
     return calibration._replace(learning=learning, examples=examples, targets=targets)
+
+
+def without_copies(calibration: Calibration) -> Calibration:
+    """Returns calibration data to fit heads to, without changed copies of examples."""
+    unchanged = {
+        task: examples.unchanged
+        for task, examples in calibration.examples.items()
+        if isinstance(examples, WithCopies)
+    }
+    targets = {
+        task: calibration.targets[task].first(of_task) for task, of_task in unchanged.items()
+    }
+    return calibration._replace(
+        examples={**calibration.examples, **unchanged},
+        targets={**calibration.targets, **targets},
+    )
 
 
 def require_any_merged(deltas: Mapping[str, object]) -> None:
@@ -273,6 +340,7 @@ def learn_coefficients(
     show_stage: ShowStage = lambda summary, steps: nullcontext(lambda progress: None),
     on_result: Callable[[Coefficients], None] = lambda coefficients: None,
     state: Path | None = None,
+    learned: Coefficients | None = None,
 ) -> MergeResult:
     """Learns the coefficients of a method, stage by stage.
 
@@ -284,6 +352,8 @@ def learn_coefficients(
             good ones.
         state: The folder in which each stage saves its state at every held-out evaluation, and
             from which it resumes.
+        learned: The coefficients that the run in `state` has learned, if it has ended: then nothing
+            is computed again, and no expert need have been asked.
 
     Returns:
         The merge by the coefficients of the last stage.
@@ -292,7 +362,11 @@ def learn_coefficients(
         InputError: The granularity does not fit the parameters.
         NonFiniteObjectiveError: Learning diverged.
     """
+    if learned is not None:
+        inputs = inputs._replace(method=inputs.method._replace(initial=learned.initial))
     start: WarmStart | PerTensor | None = inputs.start
+    if start is None and learned is not None:
+        start = constant(inputs.shapes, inputs.experts, learned.initial)
     if start is None and not inputs.method.chooses_initial:
         start = constant(inputs.shapes, inputs.experts, inputs.method.initial)
     result = None
@@ -305,6 +379,8 @@ def learn_coefficients(
         inputs = inputs._replace(method=inputs.method._replace(initial=initial))
     assert result is not None
     choice, seed = inputs.method.heads, inputs.method.seed
+    if learned is not None:
+        return result._replace(coefficients=learned, heads=learned.head_tensors)
     if choice.fit is None:
         return result
     parameters = result.parameters(inputs.theta_start)

@@ -52,6 +52,7 @@ from adamerge_jax.pipeline.models import Models, match_backbone, open_models
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
+from adamerge_jax.pipeline.row_cache import RowCache
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.embedders import require_no_predictions
@@ -155,7 +156,8 @@ def _learn(
         console.status("reading task vectors, asking the experts") as status,
         record.phase("task vectors and the experts' answers"),
     ):
-        inputs = prepare(method, workspace, status.update)
+        learned = _learned_before(out) if resume else None
+        inputs = prepare(method, workspace, status.update, count_on(console), asks=learned is None)
     console.print(f"{recipe.name} ({recipe.preset}): {_describe_inputs(inputs, recipe.base.path)}")
     if models.family.language and workspace.general is None:
         _print_notes([UNWATCHED], console)
@@ -166,7 +168,14 @@ def _learn(
     # No process writes before all have checked.
     wait_for_all("checked")
     with by_first_process(unfinished(out, anew=not resume)):
-        return _learn_and_export(recipe, inputs, record, root, out, console, resume)
+        return _learn_and_export(recipe, inputs, record, root, out, console, resume, learned)
+
+
+def _learned_before(out: Path) -> Coefficients | None:
+    """Returns the coefficients of a run that has been killed after it had written its merge."""
+    if not (out / CHECKPOINT_FOLDER).is_dir() or not (out / COEFFICIENTS_FILE).is_file():
+        return None
+    return Coefficients.load(out / COEFFICIENTS_FILE)
 
 
 def ended_run(out: Path, console: Console) -> Run:
@@ -187,8 +196,12 @@ def _learn_and_export(
     out: Path,
     console: Console,
     resume: bool,
+    learned: Coefficients | None,
 ) -> Run:
-    """Learns, exports and evaluates, in this order: what evaluates has lost nothing if killed."""
+    """Learns, exports and evaluates, in this order: what evaluates has lost nothing if killed.
+
+    Coefficients that the run has learned before, and exported, are only evaluated.
+    """
     first, resolved = is_first_process(), recipe.model_dump(mode="json")
     workspace, models = inputs.workspace, inputs.workspace.models
     if first:
@@ -196,15 +209,18 @@ def _learn_and_export(
             console.print(f"going on after {steps} steps")
         write_whole(out / RECIPE_FILE, yaml.safe_dump(resolved, sort_keys=False))
     wait_for_all("run folder made")
-    with record.phase("similarity of the task vectors"):
-        record.add(
-            **describe_machine(),
-            **describe_data(
-                inputs.calibration, workspace.data.test, language=models.family.language
-            ),
-            tensors=describe_tensors(models.base, models.kept_from_base, inputs.mixed),
-            similarity=similarity(list(models.experts), inputs.deltas, inputs.shapes, inputs.mixed),
-        )
+    if learned is None:
+        with record.phase("similarity of the task vectors"):
+            record.add(
+                **describe_machine(),
+                **describe_data(
+                    inputs.calibration, workspace.data.test, language=models.family.language
+                ),
+                tensors=describe_tensors(models.base, models.kept_from_base, inputs.mixed),
+                similarity=similarity(
+                    list(models.experts), inputs.deltas, inputs.shapes, inputs.mixed
+                ),
+            )
 
     @contextmanager
     def show_stage(summary: str, steps: int) -> Iterator[OnStep]:
@@ -222,13 +238,17 @@ def _learn_and_export(
             yield show
 
     def save(coefficients: Coefficients) -> None:
-        if first:
+        if first and learned is None:
             coefficients.save(out / COEFFICIENTS_FILE)
 
     try:
         with record.phase("learning"), between_steps():
             result = learn_coefficients(
-                inputs, show_stage=show_stage, on_result=save, state=out / STATE_FOLDER
+                inputs,
+                show_stage=show_stage,
+                on_result=save,
+                state=out / STATE_FOLDER,
+                learned=learned,
             )
     except NonFiniteObjectiveError:
         # A resumed run would diverge again.
@@ -244,8 +264,8 @@ def _learn_and_export(
         out,
         console,
         rows_of=lambda: [
-            *baseline_rows(inputs, recipe.evaluation, console),
-            learned_row(inputs, result),
+            *baseline_rows(inputs, recipe.evaluation, console, RowCache.of(inputs)),
+            learned_row(inputs, result, console),
         ],
         resume=resume,
     )

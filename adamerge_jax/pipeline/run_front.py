@@ -15,6 +15,7 @@ from adamerge_jax.pipeline.candidates import Candidates
 from adamerge_jax.pipeline.front import ROUNDS, FoundFront, count_samples, find_front
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
+from adamerge_jax.pipeline.row_cache import RowCache
 from adamerge_jax.pipeline.run_search import begin_folder, describe_search, with_start
 from adamerge_jax.pipeline.scored import Scored
 from adamerge_jax.pipeline.scores import TaskScore, on_validation_data, task_score
@@ -136,7 +137,7 @@ def _front(
             scored.write_to(out / EVALUATIONS_FILE, show)
             found = find_front(candidates, scored, settings, grid, samples, recipe.seed)
         with console.status("evaluating"), record.phase("evaluating"):
-            rows, tests = _rows(recipe, inputs, candidates, scored, found)
+            rows, tests = _rows(recipe, inputs, candidates, scored, found, console)
             result = _describe_front(of_task, inputs, candidates, found, tests)
         if is_first_process():
             _write(out, candidates, result, found, rows)
@@ -152,6 +153,7 @@ def _rows(
     candidates: Candidates,
     scored: Scored,
     found: FoundFront,
+    console: Console,
 ) -> tuple[list[Row], list[dict[str, float]]]:
     """Evaluates the front on the test data.
 
@@ -165,7 +167,8 @@ def _rows(
     singles_tried = [e for e in scored.evaluations if e.phase == SINGLE]
     start = max(singles_tried, key=scored.signed)
     single = float(candidates.point(start.coefficients)[0])
-    rows = baseline_rows(inputs, with_start(recipe.evaluation, single, workspace))
+    settings = with_start(recipe.evaluation, single, workspace)
+    rows = baseline_rows(inputs, settings, console, RowCache.of(inputs))
     of_points = [
         workspace.evaluator.row(
             f"front {number:02}",

@@ -24,6 +24,7 @@ from adamerge_jax.pipeline.export import (
 )
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
+from adamerge_jax.pipeline.row_cache import RowCache
 from adamerge_jax.pipeline.run import Run, ended_run, export_and_compare, export_job
 from adamerge_jax.pipeline.score_command import split_command
 from adamerge_jax.pipeline.scored import Scored
@@ -170,7 +171,7 @@ def _search(
             root,
             out,
             console,
-            rows_of=partial(_rows, recipe, inputs, candidates, searched),
+            rows_of=partial(_rows, recipe, inputs, candidates, searched, console),
             resume=resume,
         )
     return Run(out, coefficients, rows)
@@ -244,12 +245,17 @@ def describe_search(record: RunRecord, inputs: LearningInputs, score: Score) -> 
 
 
 def _rows(
-    recipe: Recipe, inputs: LearningInputs, candidates: Candidates, searched: Searched
+    recipe: Recipe,
+    inputs: LearningInputs,
+    candidates: Candidates,
+    searched: Searched,
+    console: Console,
 ) -> list[Row]:
     """Evaluates the baselines, the start of the search among them, and the merge on test data."""
     workspace = inputs.workspace
+    settings = with_start(recipe.evaluation, searched.single, workspace)
     return [
-        *baseline_rows(inputs, with_start(recipe.evaluation, searched.single, workspace)),
+        *baseline_rows(inputs, settings, console, RowCache.of(inputs)),
         workspace.evaluator.row(
             f"searched ({candidates.granularity.name})",
             candidates.parameters(searched.point),

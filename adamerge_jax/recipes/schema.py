@@ -392,10 +392,15 @@ class EvaluationRecipe(Section):
 
     batch_size: Count = 128
     """Examples per batch, at most; a processor runs 16 at a time, which is no slower there."""
+    baselines: Literal["none", "quick", "all"] = "all"
+    """Rows beside the merge. all: base, experts, average and task arithmetic; single models once
+    more with heads fitted to them, where the merge's are. quick: experts and task arithmetic, which
+    the outcome compares with. none: none but those of methods."""
     task_arithmetic: list[Weight] = Field(
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], min_length=1
     )
-    """Coefficients among which task arithmetic chooses, where every task has validation data."""
+    """Coefficients among which task arithmetic chooses, where every task has validation data: every
+    third is tried, then the neighbours of the best."""
     methods: list[MethodRecipe] = []
     """Merges without learning that have a row of their own in the table."""
     exact_match: bool | None = None

@@ -75,3 +75,34 @@ class CountLines:
 
         on_count(0)
         yield on_count
+
+
+class Tally:
+    """Adds up what is done in several places, and shows it where somebody looks."""
+
+    def __init__(self) -> None:
+        """Shows nothing yet."""
+        self._done, self._total = 0, 0
+        self._on_count: OnCount = lambda done: None
+
+    @contextmanager
+    def shown(self, show: ShowCount, words: str, total: int) -> Iterator[None]:
+        """Shows what is added meanwhile.
+
+        Args:
+            show: The way to show it.
+            words: The words before the numbers.
+            total: The number that will be added; more than that does not count.
+        """
+        before = self._done, self._total, self._on_count
+        with show(words, total) as on_count:
+            self._done, self._total, self._on_count = 0, total, on_count
+            try:
+                yield
+            finally:
+                self._done, self._total, self._on_count = before
+
+    def add(self, count: int) -> None:
+        """Adds what has been done."""
+        self._done = min(self._done + count, self._total)
+        self._on_count(self._done)

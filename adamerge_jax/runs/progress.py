@@ -1,8 +1,10 @@
 """The progress of learning: a bar for people, JSON lines for programs."""
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,8 @@ def show_progress(
     """Shows each step as it is done, and appends it to a file.
 
     On a terminal: a bar with the loss, the time of a step and the time left, and below it the
-    objective of each task. Elsewhere: a line for every evaluation of the held-out data.
+    objective of each task. Elsewhere: a line for every evaluation of the held-out data, with the
+    time left.
 
     Args:
         tasks: Names of the tasks.
@@ -45,6 +48,7 @@ def show_progress(
     bar = make_bar(TextColumn("learning"), TextColumn("{task.fields[numbers]}"))
     line = bar.add_task("learning", total=steps, numbers="compiling")
     live = Live(bar, console=console)
+    first: tuple[int, float] | None = None
 
     def update_bar(progress: "Progress") -> None:
         numbers = f"loss {progress.per_task.sum():.3f} {1000 * progress.seconds:.0f} ms/step"
@@ -58,7 +62,20 @@ def show_progress(
         live if console.is_terminal else nullcontext(),
     ):
 
+        def time_left(step: int) -> str:
+            """Returns the time left by the steps that this process has taken."""
+            nonlocal first
+            now = time.perf_counter()
+            if first is None:
+                first = step, now
+            taken = step - first[0]
+            if not taken or step >= steps:
+                return ""
+            rest = timedelta(seconds=round((now - first[1]) / taken * (steps - step)))
+            return f", {rest} left"
+
         def on_step(progress: "Progress") -> None:
+            left = time_left(progress.step)
             record = as_record(tasks, progress)._asdict()
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -79,6 +96,7 @@ def show_progress(
                 console.print(
                     f"step {progress.step}/{steps}: held-out loss {loss:.4f}"
                     + (f", agreement {100 * measured.mean():.1f}%" if measured.size else "")
+                    + left
                 )
 
         yield on_step

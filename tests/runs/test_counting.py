@@ -6,7 +6,7 @@ import time
 
 from rich.console import Console
 
-from adamerge_jax.runs.counting import CountLines, count_on
+from adamerge_jax.runs.counting import CountLines, Tally, count_on
 
 
 def test_lines_with_the_time_left():
@@ -55,3 +55,20 @@ def test_a_log_file_has_lines_where_it_takes_long(monkeypatch):
     with count_on(Console(file=shown, width=40))("answers", 30) as on_count:
         on_count(15)
     assert re.fullmatch(r"answers: 0 of 30\nanswers: 15 of 30, 0:00:0\d left\n", shown.getvalue())
+
+
+def test_what_is_done_in_several_places_adds_up():
+    lines = []
+    tally = Tally()
+    tally.add(5)  # nobody looks
+    with tally.shown(CountLines(lines.append, seconds=0), "examples", 10):
+        tally.add(4)
+        tally.add(4)
+        with tally.shown(CountLines(lines.append, seconds=0), "others", 3):
+            tally.add(1)
+        tally.add(1)
+        tally.add(4)  # a batch that is filled up
+    assert [line.partition(",")[0] for line in lines] == [
+        *("examples: 0 of 10", "examples: 4 of 10", "examples: 8 of 10"),
+        *("others: 0 of 3", "others: 1 of 3", "examples: 9 of 10"),
+    ]

@@ -169,8 +169,9 @@ def test_killed_while_exporting(fields, undisturbed, tmp_path, monkeypatch):
 
 
 def test_killed_while_evaluating(image_fields, tmp_path, monkeypatch):
-    """The checkpoint is there by then, and is not written again."""
+    """The checkpoint is there by then, and is not written again; nothing is asked or learned."""
     fields = image_fields | {"learning": {"steps": 2, "evaluate_every": 1, "batch_size": 4}}
+    fields["heads"] = "refitted"
     (tmp_path / "undisturbed").mkdir()
     expected = learn(tmp_path / "undisturbed", fields)
     with monkeypatch.context() as patched:
@@ -185,7 +186,11 @@ def test_killed_while_evaluating(image_fields, tmp_path, monkeypatch):
     weights = run / "checkpoint" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     assert (run / "state").is_dir()
-    require_same(learn(tmp_path, fields, "--resume"), expected)
+    with monkeypatch.context() as patched:
+        for name in ("ask_expert", "evaluate_held_out", "fit_heads"):
+            patched.delattr(f"adamerge_jax.pipeline.learn.{name}")
+        resumed = learn(tmp_path, fields, "--resume")
+    require_same(resumed, expected)
     assert weights.stat().st_mtime_ns == before
     for name in ("checkpoint/README.md", "results.json"):
         assert (run / name).read_bytes() == (expected / name).read_bytes()

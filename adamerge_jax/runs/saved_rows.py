@@ -1,0 +1,56 @@
+"""Rows of results with the scores of their examples, as files keep them."""
+
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from adamerge_jax.runs.rows import ExampleScores, Row
+
+
+class SavedScores(BaseModel):
+    """The scores of one task's examples."""
+
+    model_config = ConfigDict(extra="forbid")
+    values: list[float]
+    counts: list[int]
+
+
+class SavedRow(BaseModel):
+    """A row, with the scores of its examples and the same model's rows by other metrics."""
+
+    model_config = ConfigDict(extra="forbid")
+    row: dict[str, Any]
+    examples: dict[str, SavedScores]
+    further: list["SavedRow"]
+
+    @classmethod
+    def of(cls, row: Row) -> "SavedRow":
+        """Returns a row as it is saved."""
+        examples = {
+            task: SavedScores(
+                # The shortest decimal numbers that are read as the same in float32.
+                values=[float(str(value)) for value in scores.values],
+                counts=scores.counts.tolist(),
+            )
+            for task, scores in (row.examples or {}).items()
+        }
+        return cls(
+            row=row.as_json(), examples=examples, further=[cls.of(other) for other in row.further]
+        )
+
+    def restored(self) -> Row:
+        """Returns the row that was saved.
+
+        Raises:
+            ValueError: A field has another type.
+            KeyError: A field is missing.
+        """
+        examples = {
+            task: ExampleScores(
+                np.asarray(scores.values, np.float32), np.asarray(scores.counts, np.int32)
+            )
+            for task, scores in self.examples.items()
+        }
+        further = tuple(other.restored() for other in self.further)
+        return Row.from_json(self.row)._replace(examples=examples, further=further)
