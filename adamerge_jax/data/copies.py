@@ -71,13 +71,13 @@ class WithCopies(Examples):
         self, index: Int[np.ndarray, " B"], length: int
     ) -> Int[np.ndarray, "B ..."] | None:
         """Returns the labels of the chosen examples, of copies those of what they are of."""
-        return self._examples.take_labels(index % len(self._examples), length)
+        return self.unchanged.take_labels(index % len(self.unchanged), length)
 
     def take_counted(
         self, index: Int[np.ndarray, " B"], length: int
     ) -> Bool[np.ndarray, "B T"] | None:
         """Returns True for the tokens that words are classified by; None for other problems."""
-        return self._examples.take_counted(index % len(self._examples), length)
+        return self.unchanged.take_counted(index % len(self.unchanged), length)
 
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
         """Returns the chosen examples, copies changed."""

@@ -132,7 +132,7 @@ def test_heads_of_one_backbone_are_scored_in_one_pass():
     class Shift:
         """A head that moves every class on by one where its parameter says so."""
 
-        shapes: Mapping[str, object] = {}
+        shapes: Mapping[str, object] = {"by": ()}
 
         def __call__(self, parameters, outputs):
             return jnp.roll(outputs.last_hidden_state, parameters["by"], axis=-1)
