@@ -17,6 +17,7 @@ from adamerge_jax.cli.commands import COMMANDS
 from adamerge_jax.cli.console import make_console, show_log_lines
 from adamerge_jax.cli.last_catch import explain
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError, readable
+from adamerge_jax.runs.invocation import COMMAND
 from adamerge_jax.stopping import Stopped, stop_on_signals
 
 _DESCRIPTION = (
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with stop_on_signals():
             command = parse(given)
+            COMMAND.set(shlex.join(["adamerge", *given]))
             run(command)
     except InputError as error:
         _exit(f"error: {error}", 2)

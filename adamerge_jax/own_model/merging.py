@@ -49,6 +49,7 @@ from adamerge_jax.recipes.build import HeadChoice, Method, build, build_objectiv
 from adamerge_jax.recipes.presets import DEFAULT_PRESET
 from adamerge_jax.recipes.schema import HeadsRecipe, Recipe
 from adamerge_jax.runs.folder import StepRecord
+from adamerge_jax.runs.invocation import describe_start
 from adamerge_jax.runs.progress import as_record
 from adamerge_jax.runs.record import (
     describe_data,
@@ -425,6 +426,7 @@ def _record(inputs: LearningInputs, seconds: Mapping[str, float]) -> dict[str, A
     """Returns the facts of a merge, as a run's record has them."""
     models = inputs.workspace.models
     return {
+        **describe_start(),
         **describe_machine(),
         **describe_data(inputs.calibration, {}, language=False),
         "tensors": describe_tensors(models.base, (), inputs.mixed),

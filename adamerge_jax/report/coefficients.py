@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +18,9 @@ REACH = 2.0
 """The distance to 0, 1 and the start within which coefficients are sensible. Of 9,400 learned for
 rows of the quickstart's experts, without a constraint, the outermost are 1.3 below 0 and 0.7 over
 1."""
+
+_LEAST_REACH = 0.05
+"""The least distance from the start to the strongest colours, so that rounding has none of them."""
 
 
 def print_coefficients(coefficients: Coefficients, console: Console) -> None:
@@ -90,10 +93,84 @@ def layer_means(coefficients: Coefficients) -> tuple[list[str], Float[np.ndarray
     return names, np.stack([np.mean(layers[name], axis=0) for name in names])
 
 
-def value_range(coefficients: Coefficients) -> tuple[float, float]:
-    """Returns 0 and 1, or how far the means of groups go beyond."""
-    means = np.array(list(group_means(coefficients).values()))
-    return min(0.0, float(means.min())), max(1.0, float(means.max()))
+def start_of(coefficients: Coefficients) -> float:
+    """Returns the value that maps are drawn around: the start, or 0 where it is not known."""
+    start = coefficients.initial
+    return 0.0 if start is None or coefficients.is_searched else start
+
+
+def range_around_start(
+    coefficients: Coefficients, means: Float[np.ndarray, "..."]
+) -> tuple[float, float]:
+    """Returns the two ends of a map's colours, as far below the start as above it.
+
+    Args:
+        coefficients: The coefficients.
+        means: The numbers in the map; NaN where it is empty.
+    """
+    start = start_of(coefficients)
+    distances = np.abs(means[np.isfinite(means)] - start)
+    reach = max(float(distances.max(initial=0)), _LEAST_REACH)
+    return start - reach, start + reach
+
+
+def unmoved(coefficients: Coefficients) -> dict[str, Bool[np.ndarray, " K"]]:
+    """Returns by group True for the experts whose coefficients are all where they started.
+
+    So are those that make no difference, as where an expert changed nothing. Where none was
+    learned, none is taken for one.
+    """
+    start, nothing = coefficients.initial, np.zeros(len(coefficients.experts), bool)
+    if start is None or not coefficients.step or coefficients.is_searched:
+        return dict.fromkeys(coefficients.values, nothing)
+    factors = [coefficients.scaled.get(name, 1.0) for name in coefficients.names]
+    starts = np.float32(start) * np.array(factors, np.float32)
+    return {
+        group: (values.reshape(len(values), -1) == starts[:, None]).all(1)
+        for group, values in coefficients.values.items()
+    }
+
+
+class LayerSpread(NamedTuple):
+    """The coefficients of one expert in one layer.
+
+    Attributes:
+        mean: The mean over the layer's groups; NaN where all are where they started.
+        low: A tenth of them are under this.
+        high: A tenth of them are over this.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def layer_spreads(coefficients: Coefficients) -> tuple[list[str], list[list[LayerSpread]]]:
+    """Returns the layers, and for each of them the spread of every expert's coefficients."""
+    layers, means = layer_means(coefficients)
+    groups: dict[str, list[str]] = {layer: [] for layer in layers}
+    for group in coefficients.values:
+        groups[layer_of(group, coefficients.values)].append(group)
+    still = unmoved(coefficients)
+    rows = []
+    for layer, row in zip(layers, means, strict=True):
+        spread = []
+        for position, mean in enumerate(row):
+            parts = (coefficients.values[group][position].ravel() for group in groups[layer])
+            low, high = np.quantile(np.concatenate(list(parts)).astype(np.float64), [0.1, 0.9])
+            is_empty = all(still[group][position] for group in groups[layer])
+            spread.append(LayerSpread(np.nan if is_empty else float(mean), float(low), float(high)))
+        rows.append(spread)
+    return layers, rows
+
+
+def moved_means(coefficients: Coefficients) -> dict[str, Float[np.ndarray, " K"]]:
+    """Returns `group_means`, NaN for an expert whose coefficients are all where they started."""
+    still = unmoved(coefficients)
+    return {
+        group: np.where(still[group], np.nan, means)
+        for group, means in group_means(coefficients).items()
+    }
 
 
 def _effort(coefficients: Coefficients) -> dict[str, str]:
@@ -189,9 +266,16 @@ def by_layer_and_kind(
     return maps, layers, kinds
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Returns a key that sorts `layer.10` after `layer.9`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+def natural_order(name: str) -> list[tuple[int, str, int]]:
+    """Returns a key that sorts `layer.10` after `layer.9`, and `Dense_10` after `Dense_9`."""
+
+    def key(part: str) -> tuple[int, str, int]:
+        if part.isdigit():
+            return int(part), "", -1
+        stem = part.rstrip("0123456789")
+        return -1, stem, int(part[len(stem) :] or -1)
+
+    return [key(part) for part in name.split(".")]
 
 
 def interference_in_words(coefficients: Coefficients) -> str:

@@ -6,7 +6,7 @@ SEQUENTIAL = "viridis"
 """The colour map for values from little to much: even in lightness."""
 
 DIVERGING = "PuOr"
-"""The colour map for values on both sides of 0: orange to violet, with white between."""
+"""The colour map for values on both sides of a middle: orange to violet, with white between."""
 
 TRAINING, HELD_OUT, AGREEMENT = "#56b4e9", "#d55e00", "#000000"
 """The colours of curves (Okabe and Ito, Color Universal Design, 2008)."""
@@ -29,10 +29,13 @@ def cell_style(value: float, low: float, high: float, colours: str = SEQUENTIAL)
 
     part = np.clip((value - low) / (high - low), 0, 1)
     red, green, blue, _ = matplotlib.colormaps[colours](part)
-    # Relative luminance (WCAG 2.2); from 0.179 on black has the higher contrast.
+    return f"background:{to_hex((red, green, blue))};color:{text_on(red, green, blue)}"
+
+
+def text_on(red: float, green: float, blue: float) -> str:
+    """Returns black or white, whichever has the higher contrast on a colour of sRGB."""
+    # Relative luminance (WCAG 2.2); from 0.179 on black has it.
     linear = [
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)
     ]
-    luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
-    text = "#000" if luminance > 0.179 else "#fff"
-    return f"background:{to_hex((red, green, blue))};color:{text}"
+    return "#000" if float(np.dot([0.2126, 0.7152, 0.0722], linear)) > 0.179 else "#fff"

@@ -3,11 +3,38 @@
 from typing import TYPE_CHECKING
 
 from adamerge_jax.report.colours import AGREEMENT, HELD_OUT, TRAINING
-from adamerge_jax.runs.folder import Stage, StepRecord
+from adamerge_jax.runs.folder import ByTask, Stage, StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+ALL_TASKS = "all tasks"
+"""The title of the curves of the sum over tasks, which is what learning minimises."""
+
+
+def summed(stage: Stage) -> Stage:
+    """Returns the steps with the sum over tasks of the objective, as that of one task.
+
+    The held-out agreement is the mean over the tasks that have one.
+    """
+
+    def total(values: ByTask | None) -> ByTask | None:
+        return None if values is None else {ALL_TASKS: sum(v for v in values.values() if v)}
+
+    def mean(values: ByTask | None) -> ByTask | None:
+        given = [value for value in (values or {}).values() if value is not None]
+        return None if values is None else {ALL_TASKS: sum(given) / len(given) if given else None}
+
+    return [
+        record._replace(
+            objective=total(record.objective),
+            held_out=total(record.held_out),
+            agreement=mean(record.agreement),
+        )
+        for record in stage
+    ]
 
 
 def draw_curves(stage: Stage, task: str, best: StepRecord | None) -> "Figure":

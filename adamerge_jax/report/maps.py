@@ -13,11 +13,12 @@ from jaxtyping import Float
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.report.coefficients import (
     by_layer_and_kind,
-    group_means,
+    moved_means,
     natural_order,
-    value_range,
+    range_around_start,
+    start_of,
 )
-from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL
+from adamerge_jax.report.colours import DIVERGING, text_on
 from adamerge_jax.report.comparison import Comparison
 from adamerge_jax.report.pictures import label_text, write_png
 
@@ -32,19 +33,21 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
 
     Coarse coefficients: one map, groups down and experts across. One coefficient per tensor, or
     finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
+    White is the start; grey is where there is nothing, or all stayed at the start.
     """
     write_png(coefficients_figure(coefficients), path)
 
 
 def coefficients_figure(coefficients: Coefficients) -> "Figure":
     """Returns the figure of `draw_coefficients`."""
+    means = moved_means(coefficients)
     figure = draw_means(
-        group_means(coefficients),
+        means,
         coefficients.names,
         by_tensor=set(coefficients.values) == set(coefficients.shapes),
-        colours=SEQUENTIAL,
-        limits=value_range(coefficients),
-        label="coefficient",
+        colours=DIVERGING,
+        limits=range_around_start(coefficients, np.stack(list(means.values()))),
+        label=f"coefficient (white: {start_of(coefficients):g})",
     )
     title = label_text(f"Merge coefficients ({coefficients.granularity})")
     figure.suptitle(title, fontsize=11)
@@ -115,8 +118,9 @@ def draw_means(
         )
         axes[0].set_yticks(range(len(groups)), _label_texts(groups), fontsize=8)
         for row, column in np.ndindex(*values.shape):
-            red, green, blue, _ = image.to_rgba(values[row, column])
-            colour = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+            if np.isnan(values[row, column]):
+                continue
+            colour = text_on(*image.to_rgba(values[row, column])[:3])
             text = f"{values[row, column]:.2f}"
             axes[0].text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=axes, label=label, shrink=0.8)
@@ -137,9 +141,10 @@ def draw_expert(coefficients: Coefficients, position: int) -> "Figure | None":
     """
     if set(coefficients.values) != set(coefficients.parameters):
         return None
-    maps, layers, kinds = by_layer_and_kind(group_means(coefficients))
+    maps, layers, kinds = by_layer_and_kind(moved_means(coefficients))
     figure, axes = _grid(1, 1, 0.24 * len(layers) + 3.2, 0.2 * len(kinds) + 1.6)
-    image = _draw_map(axes[0], maps[position].T, SEQUENTIAL, value_range(coefficients))
+    limits = range_around_start(coefficients, maps)
+    image = _draw_map(axes[0], maps[position].T, DIVERGING, limits)
     axes[0].set_xticks(range(len(layers)), _label_texts(layers), rotation=90, fontsize=8)
     axes[0].set_yticks(range(len(kinds)), _label_texts(kinds), fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, label="mean coefficient")

@@ -1,24 +1,31 @@
 """The report of a run: one HTML page that needs nothing but itself."""
 
+import base64
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from adamerge_jax.checkpoints.folders import readable_size
+from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.report.coefficients import (
+    LayerSpread,
     count_coefficients,
-    layer_means,
+    layer_spreads,
+    range_around_start,
     range_warning,
     spreads,
-    value_range,
+    start_of,
 )
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
-from adamerge_jax.report.curves import draw_curves
+from adamerge_jax.report.curves import ALL_TASKS, draw_curves, summed
 from adamerge_jax.report.front import draw_front
 from adamerge_jax.report.maps import cosine_range, draw_expert, draw_similarity
 from adamerge_jax.report.pictures import (
@@ -39,9 +46,10 @@ from adamerge_jax.report.results import (
     scores,
     scores_in_words,
 )
+from adamerge_jax.report.score_chart import COUNTED, score_panels
 from adamerge_jax.report.score_curve import LARGEST_DRAWN, draw_scores
 from adamerge_jax.runs.files import FRONT_FOLDER, FRONT_PICTURE_FILE, PAGE_FILE, RECIPE_FILE
-from adamerge_jax.runs.folder import SavedRun, Stage
+from adamerge_jax.runs.folder import SavedRun, Stage, StepRecord
 from adamerge_jax.runs.outcome import Outcome
 from adamerge_jax.runs.results import Results
 from adamerge_jax.runs.rows import SHARES
@@ -53,12 +61,33 @@ _NOTHING = "\N{EN DASH}"
 """The text of a cell without a number."""
 
 
+class Strip(NamedTuple):
+    """The spread of numbers behind a cell: where it begins and ends, and where the start is.
+
+    All are in percent of the cell's width.
+    """
+
+    low: float
+    high: float
+    start: float
+
+
 class Cell(NamedTuple):
-    """A cell of a table: its text, its CSS, and True for the best of its column."""
+    """A cell of a table.
+
+    Attributes:
+        text: Its text.
+        style: Its CSS.
+        best: True for the best of its column.
+        strip: The spread of the numbers that it is the mean of.
+        title: What there is to say of it, for who points at it.
+    """
 
     text: str
     style: str = ""
     best: bool = False
+    strip: Strip | None = None
+    title: str = ""
 
 
 class Line(NamedTuple):
@@ -93,10 +122,14 @@ def write_page(folder: Path) -> Path:
     run = SavedRun.open(folder)
     pictures = folder / PICTURE_FOLDER
     pictures.mkdir(exist_ok=True)
+    script = resources.files(__package__).joinpath("sorting.js").read_text(encoding="utf-8")
     page = render(
         "page.html.jinja",
+        script=Markup(script),
+        script_hash=_hash_of_script(script),
         run=run,
         facts=_facts(run),
+        origin=_origin(run),
         missing=_missing(run),
         results=_results(run),
         coefficients=_coefficients(run, pictures),
@@ -133,6 +166,35 @@ def _facts(run: SavedRun) -> list[str]:
     if run.rows:
         facts.append(outcome_in_words(run.outcome, run.rows[-1].metric, name=one_line))
     return facts
+
+
+def _origin(run: SavedRun) -> dict[str, Any]:
+    """Returns when and how the run was made, and of which recipe and models."""
+    started, command = (run.record.get(field) for field in ("started", "command"))
+    recipe = (run.folder / RECIPE_FILE).read_bytes()
+    lines = [Line("recipe", [Cell(run.recipe["name"]), Cell(_short_hash(recipe))])]
+    if run.coefficients is not None:
+        sources = run.coefficients.base, *run.coefficients.experts
+        for source in sources:
+            words = source.source + (f" at {source.revision}" if source.revision else "")
+            lines.append(Line(source.name, [Cell(words), Cell(source.identity[:19])]))
+    return {
+        "started": one_line(str(started)).replace("T", " ").replace("+00:00", " UTC")
+        if started
+        else None,
+        "command": one_line(str(command), longest=1000) if command else None,
+        "grid": Grid("What it was made of", ["source", "hash"], lines),
+    }
+
+
+def _hash_of_script(script: str) -> str:
+    """Returns the hash by which a page allows its one script and no other."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def _short_hash(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def _missing(run: SavedRun) -> list[str]:
@@ -193,6 +255,8 @@ def _score_table(results: Results) -> dict[str, Any]:
     columns = [*rows[0].tasks, "average"]
     return {
         "scores": Grid(TITLES[rows[0].metric], columns, lines),
+        "panels": score_panels(results),
+        "counted": rows[0].metric in COUNTED,
         "beside": _beside_experts(outcome, columns),
         "loss": rows[0].metric not in SHARES,
         "reference": outcome and outcome.reference,
@@ -207,25 +271,32 @@ def _beside_experts(outcome: Outcome | None, columns: list[str]) -> Grid | None:
     parts = [("share of the experts' score", [standing.share for standing in standings], 1)]
     if outcome.average.gap is not None:
         parts.append(("gap closed", [standing.closed for standing in standings], 0))
-    lines = []
+    headings: list[str] = []
+    by_column: list[list[str]] = []
     for title, estimates, digits in parts:
-        cells = [percentage(estimate, digits) or _NOTHING for estimate in estimates]
-        lines.append(Line(title, [Cell(text) for text in cells]))
+        headings.append(title)
+        by_column.append([percentage(estimate, digits) or _NOTHING for estimate in estimates])
         if any(estimate and estimate.interval for estimate in estimates):
-            cells = [interval_in_percent(estimate, digits) or _NOTHING for estimate in estimates]
-            lines.append(Line(f"{title}: 95% interval", [Cell(text) for text in cells]))
-    return Grid("The merge beside the experts", columns, lines)
+            headings.append("its 95% interval")
+            by_column.append([interval_in_percent(e, digits) or _NOTHING for e in estimates])
+    lines = [
+        Line(task, [Cell(text) for text in texts])
+        for task, texts in zip(columns, zip(*by_column, strict=True), strict=True)
+    ]
+    return Grid("The merge beside the experts", headings, lines)
 
 
 def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
     if run.coefficients is None:
         return None
     learned, experts = run.coefficients, list(run.coefficients.names)
-    low, high = value_range(learned)
-    layers, means = layer_means(learned)
+    layers, rows = layer_spreads(learned)
+    means = np.array([[spread.mean for spread in row] for row in rows])
+    low, high = range_around_start(learned, means)
+    place = _place_of(learned, [spread for row in rows for spread in row])
     lines = [
-        Line(layer, [Cell(f"{mean:.2f}", cell_style(mean, low, high)) for mean in row])
-        for layer, row in zip(layers, means, strict=True)
+        Line(layer, [_spread_cell(spread, low, high, place) for spread in row])
+        for layer, row in zip(layers, rows, strict=True)
     ]
     spread = [
         Line(expert, [Cell(f"{value:.3f}") for value in numbers])
@@ -235,13 +306,14 @@ def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
     for position, expert in enumerate(experts):
         figure = draw_expert(learned, position)
         if figure is not None:
+            words = f"Mean coefficient of each tensor of {expert}, by layer."
             of_expert = means[:, position]
-            most, least = layers[int(of_expert.argmax())], layers[int(of_expert.argmin())]
-            words = (
-                f"Mean coefficient of each tensor of {expert}, by layer. Most of it goes into "
-                f"{most} ({of_expert.max():.2f} on average), least into {least} "
-                f"({of_expert.min():.2f})."
-            )
+            if np.isfinite(of_expert).any():
+                most, least = (layers[int(f(of_expert))] for f in (np.nanargmax, np.nanargmin))
+                words += (
+                    f" Most of it goes into {most} ({np.nanmax(of_expert):.2f} on average), least "
+                    f"into {least} ({np.nanmin(of_expert):.2f})."
+                )
             maps.append(
                 save_picture(
                     figure, pictures / picture_name("coefficients", expert, position), expert, words
@@ -250,7 +322,10 @@ def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
     return {
         "count": count_coefficients(learned),
         "by_layer": Grid("Mean coefficient by layer and expert", experts, lines),
-        "scale": _scale(low, high, SEQUENTIAL),
+        "scale": _scale(low, high, DIVERGING),
+        "start": f"{start_of(learned):g}",
+        "has_spread": any(cell.strip for line in lines for cell in line.cells),
+        "has_empty": bool(np.isnan(means).any()),
         "spread": Grid(
             "All coefficients of an expert",
             ["mean", "standard deviation", "smallest", "largest"],
@@ -259,6 +334,37 @@ def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:
         "maps": maps,
         "warning": range_warning(learned),
     }
+
+
+def _place_of(
+    coefficients: Coefficients, spreads: Sequence[LayerSpread]
+) -> Callable[[LayerSpread], Strip | None]:
+    """Returns the function that places a layer's spread on the axis that all layers share."""
+    start = start_of(coefficients)
+    shown = [s for s in spreads if np.isfinite(s.mean)]
+    low = min([start, *(s.low for s in shown)])
+    width = max([start, *(s.high for s in shown)]) - low
+    has_spread = any(s.high > s.low for s in shown)
+
+    def place(spread: LayerSpread) -> Strip | None:
+        if not has_spread or not np.isfinite(spread.mean) or not np.isfinite(width):
+            return None
+        ends = (spread.low, spread.high, start)
+        return Strip(*(round(2 + 96 * (value - low) / width, 1) for value in ends))
+
+    return place
+
+
+def _spread_cell(
+    spread: LayerSpread, low: float, high: float, place: Callable[[LayerSpread], Strip | None]
+) -> Cell:
+    """Returns the cell of a layer and an expert; empty where nothing has moved."""
+    if not np.isfinite(spread.mean):
+        return Cell("", title="all coefficients are where they started")
+    title = f"eight of ten coefficients are from {spread.low:.2f} to {spread.high:.2f}"
+    strip = place(spread)
+    style = cell_style(spread.mean, low, high, DIVERGING)
+    return Cell(f"{spread.mean:.2f}", style, strip=strip, title=title if strip else "")
 
 
 def _scale(low: float, high: float, colours: str) -> list[Cell]:
@@ -275,20 +381,27 @@ def _curves(run: SavedRun, pictures: Path) -> list[tuple[str, list[Picture]]]:
         title = "" if len(run.stages) == 1 else ("Learning" if last else "Coarse coefficients")
         best = run.best if last else None
         prefix = "curves" if last else f"curves-coarse-{number}"
+        views = [
+            (stage, task, best, picture_name(prefix, task, position))
+            for position, task in enumerate(run.learned_from)
+        ]
+        if len(views) > 1:
+            of_best = summed([best])[0] if best else None
+            views.insert(0, (summed(stage), ALL_TASKS, of_best, f"total-{prefix}.png"))
         curves = [
             save_picture(
-                draw_curves(stage, task, best),
-                pictures / picture_name(prefix, task, position),
+                draw_curves(steps, task, kept),
+                pictures / file,
                 task,
-                _curve_in_words(stage, task, run),
+                _curve_in_words(steps, task, kept),
             )
-            for position, task in enumerate(run.learned_from)
+            for steps, task, kept, file in views
         ]
         drawn.append((title, curves))
     return drawn
 
 
-def _curve_in_words(stage: Stage, task: str, run: SavedRun) -> str:
+def _curve_in_words(stage: Stage, task: str, kept: StepRecord | None) -> str:
     evaluated = [record for record in stage if record.held_out is not None]
     if not evaluated:
         return f"Learning curve of {task} over {stage[-1].step} steps."
@@ -297,8 +410,8 @@ def _curve_in_words(stage: Stage, task: str, run: SavedRun) -> str:
         f"{evaluated[0].held_out[task]:.3f} at step {evaluated[0].step} to "
         f"{evaluated[-1].held_out[task]:.3f} at step {evaluated[-1].step}."
     )
-    if run.best is not None and stage is run.stages[-1]:
-        words += f" The coefficients of step {run.best.step} were kept."
+    if kept is not None:
+        words += f" The coefficients of step {kept.step} were kept."
     return words
 
 

@@ -22,6 +22,7 @@ from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.parameter_names import is_stacked, layer_of, tensors_of
 from adamerge_jax.runs.files import RECIPE_FILE, RECORD_FILE
+from adamerge_jax.runs.invocation import describe_start
 from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.similarity import cosines, inner_products
 
@@ -41,7 +42,7 @@ class RunRecord:
             folder: The run folder; it is not made here.
         """
         self._folder = folder
-        self._fields = read_object_if_there(folder / RECORD_FILE)
+        self._fields = describe_start() | read_object_if_there(folder / RECORD_FILE)
 
     @property
     def fields(self) -> Mapping[str, Any]:

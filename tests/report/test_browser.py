@@ -40,7 +40,12 @@ def test_it_opens_without_errors_and_fits(tmp_path):
             assert page.evaluate("document.documentElement.scrollWidth") == width
             assert page.evaluate(OVERFLOWING) == []
             widths = page.evaluate("[...document.images].map((own) => own.naturalWidth)")
-            assert len(widths) == 4
+            assert len(widths) == 5
             assert min(widths) > 100
             assert page.evaluate("document.images[0].getBoundingClientRect().width") > 200
+            if width == 1280:
+                table = page.locator("table.results").first
+                table.locator("thead button").nth(1).click()
+                methods = table.locator("tbody th").all_inner_texts()
+                assert methods[0].startswith("experts") and methods[-1] == "base"
         browser.close()

@@ -1,9 +1,12 @@
+import base64
+import hashlib
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -90,7 +93,13 @@ def finished(tmp_path_factory) -> tuple[Page, Path]:
 def test_it_asks_nobody_for_anything(finished):
     found, _ = finished
     assert all(address.startswith(("data:", "#")) for address in found.addresses)
-    assert not re.search(r"@import|url\(|<script", found.source)
+    assert not re.search(r"@import|url\(|<script[^>]", found.source)
+    (script,) = re.findall(r"<script>(.*?)</script>", found.source, re.DOTALL)
+    assert not re.search(r"fetch|http|import|src|innerHTML|eval", script)
+    # What names could smuggle in would not run.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert f"default-src 'none'; img-src data:; {allowed}" in found.source
     for address in found.addresses:
         if address.startswith("#"):
             assert address[1:] in found.sections
@@ -98,15 +107,17 @@ def test_it_asks_nobody_for_anything(finished):
 
 def test_every_picture_says_what_it_shows(finished):
     found, folder = finished
-    assert len(found.images) == 4  # a map and curves of each of two experts
+    assert len(found.images) == 5  # a map and curves of each of two experts, curves of both
     for image in found.images:
         assert image["src"].startswith("data:image/svg+xml;base64,")
-        assert any(task in image["alt"] for task in TASKS)
+        assert any(task in image["alt"] for task in (*TASKS, "all tasks"))
     assert "goes from 2.000 at step 0 to 1.100 at step 4" in found.source
+    assert "all tasks: its held-out objective goes from 4.000 at step 0 to 2.200" in found.source
     assert "The coefficients of step 2 were kept" in found.source
     names = [f"{kind}-{task}" for kind in ("coefficients", "curves") for task in TASKS]
     files = sorted(folder.glob("report/*"))
-    assert [file.name for file in files] == sorted(f"{name}.png" for name in [*names, "similarity"])
+    names += ["similarity", "total-curves"]
+    assert [file.name for file in files] == sorted(f"{name}.png" for name in names)
     for file in files:
         with Image.open(file) as image:
             assert image.format == "PNG"
@@ -122,9 +133,10 @@ def test_results(finished):
     assert table["base"] == ["20.0", "30.0", "25.0"]
     beside = found.tables["The merge beside the experts"]
     # By hand: 80, 60 and 70 of 90; 30 of 40, 10 of 40, 20 of 40 points.
-    assert beside["share of the experts' score"] == ["88.9%", "66.7%", "77.8%"]
-    assert beside["gap closed"] == ["75%", "25%", "50%"]
-    assert len(beside) == 3  # a file from before intervals were kept
+    assert beside["task"] == ["share of the experts' score", "gap closed"]
+    assert beside["cat"] == ["88.9%", "75%"]
+    assert beside["dog"] == ["66.7%", "25%"]
+    assert beside["average"] == ["77.8%", "50%"]
     assert "closes 50% of the gap from task arithmetic (0.3)" in found.source
     assert "missing" not in found.sections
 
@@ -136,6 +148,36 @@ def test_coefficients(finished):
     assert table["vit.encoder.layer.1"] == ["0.30", "-0.50"]
     spread = finished[0].tables["All coefficients of an expert"]
     assert spread["dog"] == ["0.000", "1.118", "-1.500", "1.500"]
+
+
+def test_the_spread_in_a_layer_is_drawn_and_what_never_moved_is_empty(tmp_path):
+    folder = write_run(tmp_path, *ALL)
+    values = {name: np.full((2, 8), 0.3, np.float32) for name in COEFFICIENTS.values}
+    values["vit.embeddings.cls_token"] = np.full(2, 0.3, np.float32)  # a table is not split
+    values["vit.encoder.layer.0.output.dense.weight"][0] = np.linspace(0.2, 0.6, 8)
+    shapes = dict.fromkeys(values, (8, 8))
+    changed = replace(COEFFICIENTS, values=values, shapes=shapes, granularity="row", initial=0.3)
+    changed.save(folder / "coefficients.safetensors")
+    found = page(folder)
+    table = found.tables["Mean coefficient by layer and expert"]
+    assert table["vit.encoder.layer.0"] == ["0.40", ""]
+    assert table["vit.encoder.layer.1"] == ["", ""]
+    assert found.source.count('<svg class="strip"') == 1
+    assert "eight of ten coefficients are from 0.24 to 0.56" in found.source
+    assert "Colours are around 0.3, where all started" in found.sections["coefficients"]
+
+
+def test_the_page_says_what_it_is_of(finished, tmp_path):
+    found, folder = finished
+    digest = hashlib.sha256((folder / "recipe.yaml").read_bytes()).hexdigest()
+    made_of = found.tables["What it was made of"]
+    assert made_of["recipe"] == ["pets", f"sha256:{digest[:12]}"]
+    assert made_of["base"] == ["org/base", "sha256:0"]
+    record = json.loads((write_run(tmp_path, *ALL) / "run.json").read_text())
+    record |= {"started": "2026-02-03T04:05:06+00:00", "command": "adamerge learn pets.yaml"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    source = page(tmp_path).source.replace("<wbr>", "")
+    assert "2026-02-03 04:05:06 UTC" in source and "adamerge learn pets.yaml" in source
 
 
 def test_coefficients_out_of_reach(finished, tmp_path):
@@ -220,7 +262,7 @@ def test_a_loss_is_the_better_the_lower_it_is(tmp_path):
     table = found.tables["Loss (nats per token)"]
     assert table["base"] == ["0.200★", "0.300★", "0.250★"]
     beside = found.tables["The merge beside the experts"]
-    assert beside["gap closed"] == ["\N{EN DASH}"] * 3
+    assert {cells[1] for task, cells in beside.items() if task != "task"} == {"\N{EN DASH}"}
     text = found.sections["results"]
     assert "of losses, over 100% is worse" in text
     assert "from base, the best row on average without learning" in text
@@ -306,7 +348,7 @@ def test_names_are_text_and_no_markup(task, finished, tmp_path):
     assert all(address.startswith(("data:", "#")) for address in found.addresses)
     assert all(character.isprintable() or character == "\n" for character in found.source)
     assert "&lt;script&gt;" in found.source
-    assert len(list(folder.glob("report/*.png"))) == 5
+    assert len(list(folder.glob("report/*.png"))) == 6
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
