@@ -2,7 +2,9 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated, Literal
 
+import tyro
 from rich.console import Console
 
 from adamerge_jax.cli.command import CoefficientsFile, Command, Invocation, RecipeCommand
@@ -67,6 +69,59 @@ class Compare(Command):
         if out is not None:
             draw_comparison(comparison, out)
             console.print(f"map of differences {out}", highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Coarsen(RecipeCommand):
+    """Replace coefficients of rows or chunks by fewer ones whose merge comes nearest.
+
+    By least squares on the merged weights; says what is lost of the change from the base. Of
+    coefficients by tensor mergekit and adapters can be made.
+    """
+
+    answers = True
+
+    coefficients: CoefficientsFile
+    """The coefficients.safetensors of a run, or the run folder."""
+    granularity: Literal["tensor", "layer", "task"] = "tensor"
+    """Parameters that are to share a coefficient."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Coefficients file to make."""
+
+    def run(self, call: Invocation) -> None:
+        """Writes the file, and says what it loses."""
+        from adamerge_jax.pipeline.run import coarsen_file
+
+        coarsened = coarsen_file(
+            self.coefficients,
+            call.recipe,
+            self.granularity,
+            root=call.root,
+            out=self.out,
+            console=call.console,
+        )
+        worst = sorted(coarsened.losses, key=lambda loss: -loss.relative)[:_WORST]
+        lines = [
+            f"{loss.relative:7.1%}  {loss.name}" for loss in worst if loss.relative >= _NEGLIGIBLE
+        ]
+        if coarsened.coefficients.head_tensors:
+            lines.append("heads stay those that were fitted to the finer merge")
+        call.console.print(
+            f"lost of the change from the base: {coarsened.relative:.1%} in all"
+            f"{', most in' if lines else ''}",
+            *lines,
+            f"coefficients {self.out}",
+            f"next         adamerge fold {self.recipe_file} {self.out} --out MERGED",
+            sep="\n",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+_WORST = 5
+"""The number of tensors that are named."""
+
+_NEGLIGIBLE = 0.0005
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from adamerge_jax.cli.coefficients_commands import Compare, Inspect, Mergekit
+from adamerge_jax.cli.coefficients_commands import Coarsen, Compare, Inspect, Mergekit
 from adamerge_jax.cli.command import CoefficientsFile, Command, Invocation, RecipeCommand
 from adamerge_jax.cli.first_commands import New, Quickstart, Schema
 from adamerge_jax.errors import InputError, in_hand
@@ -303,6 +303,7 @@ COMMANDS: dict[str, type] = {
     "fold": Fold,
     "merge": Merge,
     "compare-methods": CompareMethods,
+    "coarsen": Coarsen,
     "mergekit": Mergekit,
     "evaluate": Evaluate,
     "inspect": Inspect,

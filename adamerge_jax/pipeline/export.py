@@ -530,7 +530,7 @@ def export_mergekit(
     if is_finer or granularity.prepares:
         raise inexpressible(
             f"coefficients of granularity {coefficients.granularity!r} are finer than tensors, "
-            "and its weights are not"
+            "and its weights are not; `adamerge coarsen` finds those of tensors that come nearest"
         )
     write_merge(
         file,

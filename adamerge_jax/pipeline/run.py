@@ -24,6 +24,7 @@ from adamerge_jax.files.writing import remove_folder, remove_partial, write_whol
 from adamerge_jax.methods import make_method
 from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.baselines import baseline_rows, learned_row
+from adamerge_jax.pipeline.coarsen import Coarse, Coarsened, coarsen
 from adamerge_jax.pipeline.end_of_text import ends_in_words
 from adamerge_jax.pipeline.export import (
     CHECKPOINT_FOLDER,
@@ -508,6 +509,36 @@ def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console
     )
     export_mergekit(models, coefficients, out.expanduser(), recipe.export.dtype)
     _print_notes(notes, console)
+
+
+def coarsen_file(
+    file: Path, recipe: Recipe, to: Coarse, *, root: Path, out: Path, console: Console
+) -> Coarsened:
+    """Writes a coefficients file of fewer coefficients, whose merge is nearest to that of a file.
+
+    Args:
+        file: The coefficients file, or its run folder.
+        recipe: The recipe with base and experts.
+        to: The granularity of the new file.
+        root: Folder that relative paths of the recipe start from.
+        out: The file to make.
+        console: The console that shows notes.
+
+    Raises:
+        InputError: The file cannot be read or was learned for other models, or `out` is there
+            already or cannot be written.
+    """
+    out = out.expanduser()
+    if out.exists() or not out.parent.is_dir():
+        raise InputError(f"--out {out}: expected a new file in a folder that exists")
+    coefficients, models, notes = prepare_fold(
+        file, open_models(recipe.to_fold, root, to_run=False)
+    )
+    _print_notes(notes, console)
+    with console.status("reading task vectors"):
+        coarsened = coarsen(models, coefficients, to)
+    coarsened.coefficients.save(out)
+    return coarsened
 
 
 def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:
