@@ -5,15 +5,13 @@ A command imports what it needs when it runs, so that help and small commands ar
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import tyro
-from rich.console import Console
+from typing import TYPE_CHECKING, Any, Literal
 
 from adamerge_jax.cli.coefficients_commands import Coarsen, Compare, Inspect, Mergekit
-from adamerge_jax.cli.command import CoefficientsFile, Command, Invocation, RecipeCommand
+from adamerge_jax.cli.command import CoefficientsFile, Invocation, RecipeCommand
 from adamerge_jax.cli.first_commands import New, Quickstart, Schema
-from adamerge_jax.errors import InputError, in_hand
+from adamerge_jax.cli.run_commands import Push, Report
+from adamerge_jax.errors import InputError
 
 if TYPE_CHECKING:
     from adamerge_jax.recipes.schema import Recipe
@@ -277,22 +275,6 @@ class Evaluate(RecipeCommand):
         evaluate(call.recipe, self.checkpoint, root=call.root, console=call.console)
 
 
-@dataclasses.dataclass
-class Report(Command):
-    """Write the report of a run anew, finished or not: one HTML page that needs nothing else."""
-
-    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-    """The run folder."""
-
-    def run(self, console: Console) -> None:
-        """Writes the page, and says where it is."""
-        from adamerge_jax.report.page import write_page
-
-        with in_hand(self.folder):
-            page = write_page(self.folder)
-        console.print(f"report {page}", highlight=False, soft_wrap=True)
-
-
 COMMANDS: dict[str, type] = {
     "quickstart": Quickstart,
     "new": New,
@@ -309,6 +291,7 @@ COMMANDS: dict[str, type] = {
     "inspect": Inspect,
     "compare": Compare,
     "report": Report,
+    "push": Push,
     "schema": Schema,
 }
 """The commands by name."""
