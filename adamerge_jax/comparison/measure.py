@@ -28,8 +28,8 @@ from adamerge_jax.pipeline.merge import method_parameters
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
-from adamerge_jax.recipes.embedders import require_no_predictions
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.problems import require_no_predictions
 from adamerge_jax.recipes.schema import HeadKind, Recipe
 from adamerge_jax.runs.counting import CountLines
 from adamerge_jax.runs.record import peak_memory_of_arrays
@@ -190,7 +190,7 @@ def _merge(contender: Contender, recipe: Recipe, workspace: Workspace, report: R
     read_for: tuple[FittedStep, ...] | None = None
     for options in choices:
         method = make_method(contender.method, options)
-        require_no_predictions("method", contender.method, method, workspace.models.family)
+        require_no_predictions("method", contender.method, method, workspace.models)
         if method.interference != read_for:
             report("reading task vectors")
             deltas = {}  # before others take their place

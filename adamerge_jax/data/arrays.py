@@ -10,9 +10,11 @@ import numpy as np
 from jaxtyping import Int
 
 from adamerge_jax.data.examples import COMPLETED, Examples, completed
+from adamerge_jax.data.labels import LabelColumn, give_labels
 from adamerge_jax.data.tables import class_indices
 from adamerge_jax.data.token_limits import TokenLimits, require_mask
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, Problem
 
 if TYPE_CHECKING:
     from adamerge_jax.recipes.schema import DataSource
@@ -81,6 +83,8 @@ def read_arrays(
     inputs: Sequence[str],
     limits: TokenLimits | None,
     name: str,
+    problem: Problem = CLASSES,
+    outputs: int = 0,
 ) -> ArrayExamples:
     """Reads model inputs from a NumPy file.
 
@@ -90,6 +94,8 @@ def read_arrays(
         inputs: Names of the model's inputs, the first of which the file must have.
         limits: The limits of token ids, where there are some.
         name: Name of the examples in error messages.
+        problem: The problem that the task's head solves.
+        outputs: The number of outputs of that head.
 
     Raises:
         InputError: The file cannot be read, lacks an array, holds no examples, or numbers that are
@@ -118,7 +124,11 @@ def read_arrays(
     _require_values(chosen, limits, f"{name}: {path}")
     if "attention_mask" in chosen:
         chosen["attention_mask"] = chosen["attention_mask"].astype(np.int32)
-    if labels is not None:
+    if labels is not None and source.label and problem in (NUMBERS, LABELS):
+        rows = range(len(labels))
+        column = LabelColumn(labels.tolist(), rows, source.label, f"{name}: {path}")
+        give_labels(examples, column, problem, outputs)
+    elif labels is not None:
         examples.labels = class_indices(labels.tolist(), range(len(labels)), source, name)
     return examples
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.listing import in_words
@@ -70,7 +71,7 @@ def align_labels(examples: Examples, outputs: Sequence[str], name: str, *, outpu
     )
     if examples.names_have_order and tells_nothing:
         return
-    used = [names[index] for index in np.unique(examples.labels) if index != NOT_PREDICTED]
+    used = [names[index] for index in _used(examples)]
     wrong = [text for text in used if _plain(text) not in common]
     if examples.names_have_order and same_place:
         index = next(i for i, text in enumerate(ours) if text not in common)
@@ -109,8 +110,20 @@ def _rename(examples: Examples, order: np.ndarray, outputs: Sequence[str]) -> No
     """Gives labels the numbers of outputs, from those of the outputs by number in the data."""
     labels = examples.labels
     assert labels is not None  # by `align_labels`
-    renamed = np.where(labels == NOT_PREDICTED, labels, order[np.maximum(labels, 0)])
+    if examples.by_class:
+        renamed = np.zeros((len(labels), len(outputs)), labels.dtype)
+        renamed[:, order[order != _NO_CLASS]] = labels[:, order != _NO_CLASS]
+    else:
+        renamed = np.where(labels == NOT_PREDICTED, labels, order[np.maximum(labels, 0)])
     examples.labels, examples.class_names = renamed, list(outputs)
+
+
+def _used(examples: Examples) -> Int[np.ndarray, " used"]:
+    """Returns the classes that examples have, by number."""
+    if examples.by_class:
+        return np.flatnonzero(examples.labels.any(0))
+    used = np.unique(examples.labels)
+    return used[used != NOT_PREDICTED]
 
 
 def tell_nothing(names: Sequence[str]) -> bool:

@@ -39,8 +39,9 @@ class Examples(ABC):
     """Examples of one task.
 
     Attributes:
-        labels: Class index of each example, `[N]`, or of each word, `[N, W]`; None where there are
-            none.
+        labels: Class index of each example, `[N]`, or of each word, `[N, W]`; or 0 or 1 for each
+            label that it may have, `[N, C]`; or numbers, `[N, R]`; None where there are none.
+        by_class: True where labels are 0 or 1 for each class.
         class_names: Names of the classes as the data set gives them, or None.
         names_have_order: False where the classes are those of a column of names, whose order says
             nothing.
@@ -55,7 +56,8 @@ class Examples(ABC):
             None where examples are no pairs.
     """
 
-    labels: Int[np.ndarray, "N ..."] | None = None
+    labels: Int[np.ndarray, "N ..."] | Float[np.ndarray, "N R"] | None = None
+    by_class: bool = False
     class_names: list[str] | None = None
     names_have_order: bool = True
     cut: Cut | None = None
@@ -89,7 +91,8 @@ class Examples(ABC):
         Returns:
             The class index of each, `[B]`, or None where there are no labels. For a language
             model the token that each of `length` positions is to predict, `[B, T]`, or
-            `NOT_PREDICTED`; for words the class of each at its first token.
+            `NOT_PREDICTED`; for words the class of each at its first token. Of labels that do not
+            exclude each other 0 or 1, `[B, C]`; or numbers, `[B, R]`.
         """
         return None if self.labels is None else self.labels[index]
 
@@ -150,6 +153,7 @@ class Subset(Examples):
         self._index = index
         self.class_names = examples.class_names
         self.names_have_order = examples.names_have_order
+        self.by_class = examples.by_class
         self.labels = None if examples.labels is None else examples.labels[index]
         self.end_of_text = examples.end_of_text
         self.are_conversations = examples.are_conversations

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.data.examples import Concatenated, Examples, Subset, sorted_batches
 from adamerge_jax.devices import fetch
+from adamerge_jax.heads.losses import spread_of
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
 from adamerge_jax.objectives.distributions import likely_tokens
 
@@ -55,9 +56,11 @@ def expert_targets(
     )
 
 
-def has_positions(targets: Targets) -> list[bool]:
+def has_positions(targets: Targets, spec: TargetSpec) -> list[bool]:
     """Returns for each leaf of targets, None among them, True if it has one row a position."""
     whole = targets._replace(expert_embeddings=None)
+    if spec.by_label:
+        whole = whole._replace(expert_logits=None)
     return [leaf is not None and leaf.ndim > 2 for leaf in _flatten(whole)[0]]
 
 
@@ -73,6 +76,7 @@ class StoredTargets:
         examples: Examples,
         whole: Targets | None = None,
         by_position: "_ByPosition | None" = None,
+        spread: Float[np.ndarray, " R"] | None = None,
     ):
         """Joins the parts of the targets.
 
@@ -81,7 +85,9 @@ class StoredTargets:
             whole: The targets, arrays `[N, ...]`, None in place of each one that is kept by
                 position.
             by_position: The arrays by position, by their numbers among the leaves of the targets.
+            spread: The standard deviation of the expert's numbers, where it is a target.
         """
+        self._spread = spread
         self.examples = examples
         self._whole = Targets() if whole is None else whole
         self._leaves, self._structure = _flatten(self._whole)
@@ -119,6 +125,7 @@ class StoredTargets:
             labels=self.examples.take_labels(index, length),
             partners=None if partners is None else partners[index],
             counted=self.examples.take_counted(index, length),
+            expert_spread=None if self._spread is None else np.tile(self._spread, (len(index), 1)),
         )
 
 
@@ -164,7 +171,7 @@ def ask_expert(
             None
             if leaf is None or by_row
             else np.empty((len(examples), *leaf.shape[1:]), leaf.dtype)
-            for leaf, by_row in zip(leaves, has_positions(batch), strict=True)
+            for leaf, by_row in zip(leaves, has_positions(batch, spec), strict=True)
         ]
         rows = {}
         for number, leaf in enumerate(leaves):
@@ -175,9 +182,11 @@ def ask_expert(
         if rows:
             lengths = _lengths(inputs, next(iter(rows.values())).shape[1])
             by_position.add(index, rows, lengths)
-    return StoredTargets(
-        examples, jax.tree.unflatten(structure, whole), by_position if by_position.filled else None
-    )
+    stored = jax.tree.unflatten(structure, whole)
+    spread = None
+    if spec.expert_spread and stored.expert_logits is not None:
+        spread = spread_of(stored.expert_logits).astype(np.float32)
+    return StoredTargets(examples, stored, by_position if by_position.filled else None, spread)
 
 
 def _flatten(targets: Targets) -> tuple[list[Array | None], PyTree]:

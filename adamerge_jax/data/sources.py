@@ -13,6 +13,7 @@ from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, drawn
 from adamerge_jax.data.image_conversations import ConversationImages
 from adamerge_jax.data.images import ImageExamples, ImageProcessor
+from adamerge_jax.data.labels import LabelColumn, give_labels
 from adamerge_jax.data.language import make_language_examples
 from adamerge_jax.data.locations import Arrays, Location, TableFiles, locate_data
 from adamerge_jax.data.pairs import TextPairs, pair_scores
@@ -24,7 +25,7 @@ from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.words import WORDS_COLUMN, word_examples
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
-from adamerge_jax.models.problem import CLASSES, WORDS, Problem
+from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, WORDS, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ def load_examples(
     embeds: EmbeddingForm | None = None,
     processor: Processor | None = None,
     problem: Problem = CLASSES,
+    outputs: int = 0,
 ) -> Examples:
     """Reads the examples of a data source.
 
@@ -67,6 +69,7 @@ def load_examples(
         embeds: The way from texts to embeddings of a sentence embedder; None for other models.
         processor: The processor of a language model that reads images.
         problem: The problem that the task's head solves.
+        outputs: The number of outputs of that head; only labels that are no classes need it.
 
     Raises:
         InputError: The data cannot be found or read, lacks a column, or is empty.
@@ -91,7 +94,7 @@ def load_examples(
                 f"{name}: {source.path}: the data of an expert that gives {problem.predicts} are "
                 "words, not NumPy arrays; give a table (.jsonl, .parquet) with a column of lists"
             )
-        examples = read_arrays(location.file, source, inputs, limits, name)
+        examples = read_arrays(location.file, source, inputs, limits, name, problem, outputs)
     elif language:
         wanted = [source.messages, source.prompt, source.response, *_columns(source.text)]
         # Images are decoded to count their tokens, so rows are drawn before that. Packed texts
@@ -129,7 +132,7 @@ def load_examples(
             examples = _text_examples(table, preprocessor, max_length, limits)
         else:
             examples = _image_examples(table, preprocessor)
-        return _labelled(examples, table)
+        return _labelled(examples, table, problem, outputs)
     return examples if source.limit is None else Subset.draw(examples, source.limit, seed)
 
 
@@ -248,11 +251,17 @@ def _require_columns(table: Table, columns: Sequence[str]) -> None:
             raise table.lacks([repr(column)])
 
 
-def _labelled(examples: Examples, table: Table) -> Examples:
+def _labelled(examples: Examples, table: Table, problem: Problem, outputs: int) -> Examples:
     """Gives examples the labels and class names of their table."""
     label = table.source.label
     names = table.rows.class_names.get(label or "label")
     values = list(table.rows[label]) if label else []
+    if problem in (NUMBERS, LABELS):
+        if label:
+            where = f"{table.name}: {table.source.path}"
+            column = LabelColumn(values, table.rows.numbers, label, where)
+            give_labels(examples, column, problem, outputs, names)
+        return examples
     if label and all(isinstance(value, str) and value.strip() for value in values):
         names, examples.names_have_order = sorted(set(values)), False
         values = [names.index(value) for value in values]

@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import minimize
-from scipy.special import log_softmax, softmax
 from threadpoolctl import threadpool_limits
 
+from adamerge_jax.heads.losses import OF_CLASSES, HeadLoss
 from adamerge_jax.walk import lowest_nearby
 
 STRENGTHS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -42,7 +42,8 @@ class HeadFit(NamedTuple):
         bias: `[C]`.
         strength: The strength of the distance to the expert's head; infinite where the expert's
             own head did best, which then is the result.
-        kl: The mean KL divergence on examples that the head was not fitted to, in nats.
+        kl: The mean KL divergence on examples that the head was not fitted to, in nats; the mean
+            loss where another takes its place.
         kl_before: That of the expert's own head.
     """
 
@@ -73,6 +74,7 @@ def fit_head(
     kind: Kind,
     seed: int,
     groups: Int[np.ndarray, " N"] | None = None,
+    loss: HeadLoss = OF_CLASSES,
 ) -> HeadFit:
     """Fits a head to an expert's logits.
 
@@ -82,7 +84,8 @@ def fit_head(
 
     where `x_n` are the features, `t_n` the expert's logits, `W_0` and `b_0` its head, and `s` the
     mean square of a feature, so that the strength does not depend on the size of features. `scaled`
-    fits `diag(a) (W_0 x_n + b_0) + c` instead, with the distance of `a` to 1 and of `c` to 0.
+    fits `diag(a) (W_0 x_n + b_0) + c` instead, with the distance of `a` to 1 and of `c` to 0. For
+    heads that give other things than one of several classes another loss takes the place of KL.
 
     Args:
         features: The inputs of the head in the merged model.
@@ -93,6 +96,7 @@ def fit_head(
         seed: The seed that parts the examples for cross-validation.
         groups: The group of each example, such as the text of a word: cross-validation does not
             part groups. None where each example is for itself.
+        loss: The loss of the head's outputs.
 
     Returns:
         The head with the strength that does best in cross-validation; the expert's own where none
@@ -106,7 +110,7 @@ def fit_head(
         inputs, start = expert.logits(features), _Layer(np.ones(len(bias)), np.zeros(len(bias)))
     else:
         inputs, start = features, expert
-    kl_before = _kl(targets, start.logits(inputs))
+    kl_before = loss.excess(start.logits(inputs), targets)
     distinct = np.arange(len(inputs)) if groups is None else np.unique(groups)
     folds = min(FOLDS, len(distinct) // 2)
     if folds < 2:
@@ -117,10 +121,10 @@ def fit_head(
     # The products of most heads are too small to share among threads, which wait for each other.
     threads = 1 if inputs.size * len(bias) < FEWEST_TO_SHARE else None
     with threadpool_limits(threads, "blas"):
-        strength, kl = _best_strength(inputs, targets, start, parts)
+        strength, kl = _best_strength(inputs, targets, start, parts, loss)
         if not kl < kl_before:
             return HeadFit(weight, bias, float("inf"), kl_before, kl_before)
-        fitted = _fit(inputs, targets, start, start, strength)
+        fitted = _fit(inputs, targets, start, start, strength, loss)
     if kind == "scaled":
         scale, shift = fitted
         fitted = _Layer(scale[:, None] * weight, scale * bias + shift)
@@ -132,8 +136,9 @@ def _best_strength(
     targets: Float[np.ndarray, "N C"],
     start: _Layer,
     parts: Sequence[np.ndarray],
+    loss: HeadLoss,
 ) -> tuple[float, float]:
-    """Returns the strength that does best on the parts left out, and its mean KL divergence."""
+    """Returns the strength that does best on the parts left out, and its mean loss there."""
     remaining = [np.setdiff1d(np.arange(len(inputs)), part) for part in parts]
     layers = [start] * len(parts)
 
@@ -141,9 +146,9 @@ def _best_strength(
         total = 0.0
         for position, (part, others) in enumerate(zip(parts, remaining, strict=True)):
             # A neighbour begins where the last strength ended.
-            layer = _fit(inputs[others], targets[others], start, layers[position], strength)
+            layer = _fit(inputs[others], targets[others], start, layers[position], strength, loss)
             layers[position] = layer
-            total += _kl(targets[part], layer.logits(inputs[part])) * len(part)
+            total += loss.excess(layer.logits(inputs[part]), targets[part]) * len(part)
         return total / len(inputs)
 
     return lowest_nearby(divergence, STRENGTHS, first=STRENGTHS[len(STRENGTHS) // 2])
@@ -155,9 +160,10 @@ def _fit(
     anchor: _Layer,
     first: _Layer,
     strength: float,
+    loss: HeadLoss,
 ) -> _Layer:
     """Minimises the objective of `fit_head` for one strength, from a first guess."""
-    wanted = softmax(targets, axis=-1)
+    wanted = loss.wanted(targets)
     size = max(float(np.square(inputs).mean()), np.finfo(float).tiny)
     cut = anchor.factor.size
 
@@ -166,11 +172,10 @@ def _fit(
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         layer = layer_of(flat)
-        log_probabilities = log_softmax(layer.logits(inputs), axis=-1)
-        residual = (np.exp(log_probabilities) - wanted) / len(inputs)
+        total, slope = loss.value(layer.logits(inputs), wanted)
+        residual = slope / len(inputs)
         moved, shifted = layer.factor - anchor.factor, layer.bias - anchor.bias
         distance = size * np.square(moved).sum() + np.square(shifted).sum()
-        cross_entropy = -(wanted * log_probabilities).sum() / len(inputs)
         product = residual.T @ inputs if moved.ndim == 2 else (residual * inputs).sum(0)
         gradient = np.concatenate(
             [
@@ -178,15 +183,8 @@ def _fit(
                 residual.sum(0) + strength * shifted,
             ]
         )
-        return cross_entropy + strength / 2 * distance, gradient
+        return total / len(inputs) + strength / 2 * distance, gradient
 
     flat = np.concatenate([first.factor.ravel(), first.bias])
     options = {"maxiter": MOST_ITERATIONS}
     return layer_of(minimize(objective, flat, jac=True, method="L-BFGS-B", options=options).x)
-
-
-def _kl(targets: Float[np.ndarray, "N C"], logits: Float[np.ndarray, "N C"]) -> float:
-    """Returns the mean KL divergence of the targets' classes from those of the logits, in nats."""
-    log_targets = log_softmax(targets, axis=-1)
-    difference = log_targets - log_softmax(logits, axis=-1)
-    return float((np.exp(log_targets) * difference).sum(-1).mean())

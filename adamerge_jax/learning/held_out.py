@@ -33,7 +33,7 @@ class HeldOutMetrics:
         objective: The objective of each task, `[tasks]`.
         agreement: Part of each task's examples (of a language model, of the tokens to predict)
             that get their label, or where there are no labels the class that the expert gives
-            them, `[tasks]`; NaN where there is neither.
+            them, `[tasks]`; NaN where there is neither, and for numbers.
         commonest: Part of each task's examples that get its commonest class, `[tasks]`.
         examples: Number of each task's examples, or of tokens, `[tasks]`.
     """
@@ -151,11 +151,13 @@ def evaluate_held_out(
                 counted = counted[:, None] & targets.counted
             elif labels is not None and labels.ndim == 2:
                 counted = counted[:, None] & (labels != NOT_PREDICTED)
-            predicted[position].append(evaluation.predicted[position][counted])
+            predicted[position].append(evaluation.predicted[position][counted].ravel())
+            if labels is not None and np.issubdtype(labels.dtype, np.floating):
+                continue  # numbers agree with nothing to the last digit
             if labels is not None:
-                wanted[position].append(labels[counted])
-            elif targets.expert_logits is not None:
-                wanted[position].append(targets.expert_logits.argmax(-1)[counted])
+                wanted[position].append(labels[counted].ravel())
+            elif targets.expert_logits is not None and targets.expert_spread is None:
+                wanted[position].append(targets.expert_logits.argmax(-1)[counted].ravel())
     classes = [np.concatenate(parts) for parts in predicted]
     agreement = [
         (task_classes == np.concatenate(parts)).mean() if parts else np.nan

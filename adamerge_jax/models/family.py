@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PyTree
 
@@ -18,7 +19,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.images_in_text import ImagesInText
 from adamerge_jax.models.layers import Config, Rematerialize
-from adamerge_jax.models.problem import CLASSES, Problem
+from adamerge_jax.models.problem import CLASSES, LABELS, Problem
 
 OUTPUT_LAYER = "lm_head.weight"
 """The usual name of a language model's output layer, where it is not the embedding table."""
@@ -57,6 +58,29 @@ class Network:
         if type(self) is not Network or type(other) is not Network:
             return False
         return self.shapes == other.shapes and self._graph == other._graph
+
+
+class LabelsHead(Network):
+    """A head of labels that do not exclude each other: `(parameters, outputs) -> [B, C, 2]`."""
+
+    def __init__(self, head: Network):
+        """Wraps a head of one logit for each label."""
+        self.shapes = head.shapes
+        self._head = head
+
+    def __call__(self, parameters: Mapping[str, Array], *arguments: PyTree, **options: Any) -> Any:
+        """Returns the logits of the choice between none and each label: 0, and the head's."""
+        logits = self._head(parameters, *arguments, **options)
+        return jnp.stack([jnp.zeros_like(logits), logits], axis=-1)
+
+    def is_same(self, other: object) -> bool:
+        """Returns True if the other is the same function of parameters."""
+        return isinstance(other, LabelsHead) and self._head.is_same(other._head)
+
+
+def solving(problem: Problem, head: Network) -> Network:
+    """Returns a head whose outputs are those of a problem, of distributions but for numbers."""
+    return LabelsHead(head) if problem == LABELS else head
 
 
 class _Key:
@@ -240,7 +264,7 @@ class Family:
         return _network(self.backbone, _Key(config), rematerialize)
 
     def build_head(self, config: Config, problem: Problem = CLASSES) -> Network:
-        """Returns the head, `(parameters, outputs) -> logits [B, C]`, or `[B, T, V]`.
+        """Returns the head, `(parameters, outputs) -> logits [B, C]`, `[B, T, V]` or `[B, C, 2]`.
 
         Parameters of it that a task does not keep are the backbone's.
 
@@ -248,7 +272,8 @@ class Family:
             config: The config of a task's model.
             problem: The problem that the head solves.
         """
-        return _network(self.head_form(problem.auto_class).module, _Key(config))
+        form = self.head_form(problem.auto_class)
+        return solving(problem, _network(form.module, _Key(config)))
 
     def tied(self, config: Config) -> tuple[str, ...]:
         """Returns the names of the embedding tables that are the output layer too."""

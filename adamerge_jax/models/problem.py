@@ -17,6 +17,8 @@ class Problem:
         predicts: The predictions in words, for messages: `numbers`.
         objectives: The names of the objectives that have a meaning for it. Those of classes may be
             anyone's: all that no other problem has for itself have one.
+        label: The labels in words: `the class index`.
+        loss: The name of the objective that compares with labels.
         auto_class: The `transformers` class of such models, where that is not the one of models
             whose head gives classes of examples.
         in_place: The objectives that stand for those that presets have for classes.
@@ -25,6 +27,8 @@ class Problem:
     name: str
     predicts: str
     objectives: tuple[str, ...]
+    label: str
+    loss: str = "cross_entropy"
     auto_class: str | None = None
     in_place: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
@@ -43,6 +47,7 @@ CLASSES = Problem(
         *("entropy", "logit_alignment", "hidden_state_alignment", "cross_entropy"),
         *("pseudo_labels", "expert_labels"),
     ),
+    "the class index",
 )
 """One of C classes for each example; also the next token of a language model."""
 
@@ -50,9 +55,31 @@ WORDS = Problem(
     "words",
     "a class for each word",
     ("entropy", "logit_alignment", "hidden_state_alignment", "cross_entropy"),
-    TOKEN_CLASSIFICATION,
+    "the lists of classes",
+    auto_class=TOKEN_CLASSIFICATION,
 )
 """One of C classes for each word of a text, read off its first token."""
+
+NUMBERS = Problem(
+    "numbers",
+    "numbers",
+    ("output_alignment", "squared_error", "hidden_state_alignment"),
+    "the number",
+    loss="squared_error",
+    in_place={"logit_alignment": "output_alignment", "cross_entropy": "squared_error"},
+)
+"""R numbers for each example, of which most models have one: regression."""
+
+LABELS = Problem(
+    "labels",
+    "any number of labels",
+    ("entropy", "logit_alignment", "hidden_state_alignment", "cross_entropy"),
+    "the lists of classes",
+)
+"""Any number of C labels for each example, which do not exclude each other.
+
+Each label is a choice of two, so that the outputs of a head are `[B, C, 2]`: 0 and the logit.
+"""
 
 
 def auto_class_of(classes: Sequence[str]) -> str | None:
@@ -73,12 +100,21 @@ def auto_class_of(classes: Sequence[str]) -> str | None:
 def problem_of(auto_class: str | None, config: Any) -> Problem:
     """Returns the problem that a model solves.
 
+    As in `transformers` it follows from the config where that does not name it.
+
     Args:
         auto_class: The result of `auto_class_of`.
         config: The model's config.
     """
-    return next((problem for problem in _OF_OTHERS if problem.auto_class == auto_class), CLASSES)
+    of_class = [problem for problem in _OF_OTHERS if problem.auto_class is not None]
+    for problem in of_class:
+        if problem.auto_class == auto_class:
+            return problem
+    if config.problem_type == "multi_label_classification":
+        return LABELS
+    is_single = config.problem_type is None and config.num_labels == 1
+    return NUMBERS if is_single or config.problem_type == "regression" else CLASSES
 
 
-_OF_OTHERS = (WORDS,)
+_OF_OTHERS = (WORDS, NUMBERS, LABELS)
 """The problems but that of classes."""

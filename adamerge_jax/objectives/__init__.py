@@ -27,7 +27,9 @@ from adamerge_jax.objectives.expert_labels import expert_labels
 from adamerge_jax.objectives.hidden_state_alignment import hidden_state_alignment
 from adamerge_jax.objectives.logit_alignment import logit_alignment
 from adamerge_jax.objectives.objective import Objective, weighted_sum
+from adamerge_jax.objectives.output_alignment import output_alignment
 from adamerge_jax.objectives.pseudo_labels import pseudo_labels
+from adamerge_jax.objectives.squared_error import squared_error
 from adamerge_jax.objectives.targets import (
     NOT_PREDICTED,
     CrossTaskTargets,
@@ -45,6 +47,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "cross_entropy": cross_entropy,
     "pseudo_labels": pseudo_labels,
     "expert_labels": expert_labels,
+    "output_alignment": output_alignment,
+    "squared_error": squared_error,
     "embedding_alignment": embedding_alignment,
     "contrastive": contrastive,
 }
@@ -67,8 +71,10 @@ __all__ = [
     "hidden_state_alignment",
     "logit_alignment",
     "make_objective",
+    "output_alignment",
     "pseudo_labels",
     "require_given",
+    "squared_error",
     "token_losses",
     "weighted_sum",
 ]

@@ -83,11 +83,15 @@ def _rest(
 
 
 def mean_per_example(values: Float[Array, "B ..."], targets: Targets) -> Float[Array, " B"]:
-    """Returns values of examples as they are; of positions, the mean over those to be predicted."""
+    """Returns values of examples as they are; of positions, the mean over those to be predicted.
+
+    Of labels, which all count, it is the mean over them.
+    """
     if values.ndim == 1:
         return values
-    counted = targets.counted
-    return masked_mean(values, targets.labels != NOT_PREDICTED if counted is None else counted)
+    if targets.counted is not None:
+        return masked_mean(values, targets.counted)
+    return masked_mean(values, None if targets.labels is None else targets.labels != NOT_PREDICTED)
 
 
 def masked_mean(values: Float[Array, "B T"], mask: Int[Array, "B T"] | None) -> Float[Array, " B"]:

@@ -16,7 +16,9 @@ class TaskOutputs(NamedTuple):
     """The merged model's outputs for one task's examples.
 
     Attributes:
-        logits: `[B, C]`, from the task's own head; `[B, T, V]` from a language model.
+        logits: `[B, C]`, from the task's own head; `[B, T, V]` from a language model, and
+            `[B, T, C]` where words are classified; `[B, C, 2]`, for each label the choice of two;
+            or `[B, R]` numbers.
         hidden_states: `[B, T, H]` by layer (0 is the embeddings), of the layers that some
             objective asks for.
         mask: `[B, T]`, 1 where a position is no padding, or None where nothing is padded.
@@ -82,7 +84,8 @@ class Targets(NamedTuple):
         expert_logits: `[B, C]` or `[B, T, V]`, from the task's own expert, or None.
         expert_hidden_states: `[B, T, H]` by layer, the expert's own.
         labels: `[B]`, class indices, or None; `[B, T]`, the token to be predicted at each position
-            or `NOT_PREDICTED`, for a language model; so, too, the classes of words.
+            or `NOT_PREDICTED`, for a language model; so, too, the classes of words; 0 or 1 for each
+            label, `[B, C]`; or numbers, `[B, R]`.
         expert_top: The likely tokens, in place of `expert_logits`, or None.
         cross_task: The expert on the examples of all other tasks, or None.
         expert_embeddings: `[B, texts, H]`, the expert's embeddings of each example, or None.
@@ -90,16 +93,19 @@ class Targets(NamedTuple):
             one; None where all are taken for different.
         counted: `[B, T]`, True where the class of a token counts, where words are classified; None
             where labels say so, or where there is one prediction for an example.
+        expert_spread: `[B, R]`, the standard deviation of the expert's numbers over all of the
+            task's examples, the same for each, or None.
     """
 
     expert_logits: Float[Array, "B ... C"] | None = None
     expert_hidden_states: Mapping[int, Float[Array, "B T H"]] = {}
-    labels: Int[Array, "B ..."] | None = None
+    labels: Int[Array, "B ..."] | Float[Array, "B R"] | None = None
     expert_top: TopTokens | None = None
     cross_task: CrossTaskTargets | None = None
     expert_embeddings: Float[Array, "B texts H"] | None = None
     partners: Int[Array, " B"] | None = None
     counted: Bool[Array, "B T"] | None = None
+    expert_spread: Float[Array, "B R"] | None = None
 
 
 class TargetSpec(NamedTuple):
@@ -123,6 +129,8 @@ class TargetSpec(NamedTuple):
         embeddings: True if the outputs must hold embeddings.
         expert_embeddings: True if the targets must hold the expert's embeddings.
         pairs: True if each example must have two texts.
+        expert_spread: True if the targets must hold the spread of the expert's numbers.
+        by_label: True if the second axis of the expert's logits is of labels, not of positions.
 
     Examples:
         >>> from adamerge_jax.objectives import TargetSpec
@@ -141,6 +149,8 @@ class TargetSpec(NamedTuple):
     embeddings: bool = False
     expert_embeddings: bool = False
     pairs: bool = False
+    expert_spread: bool = False
+    by_label: bool = False
 
     @property
     def expert(self) -> bool:
@@ -161,6 +171,8 @@ class TargetSpec(NamedTuple):
             self.embeddings or other.embeddings,
             self.expert_embeddings or other.expert_embeddings,
             self.pairs or other.pairs,
+            self.expert_spread or other.expert_spread,
+            self.by_label or other.by_label,
         )
 
     def require_given(self, outputs: TaskOutputs, targets: Targets) -> None:
@@ -186,6 +198,9 @@ class TargetSpec(NamedTuple):
             and outputs.embeddings is None,
             "the expert's embeddings in the targets; ask_expert makes them": self.expert_embeddings
             and targets.expert_embeddings is None,
+            "the spread of the expert's numbers in the targets; ask_expert makes it": (
+                self.expert_spread and targets.expert_spread is None
+            ),
             "two texts of each example; pairs have them": self.pairs
             and outputs.embeddings is not None
             and outputs.embeddings.shape[1] != 2,

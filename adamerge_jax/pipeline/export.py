@@ -594,6 +594,8 @@ def _task_config(models: Models, task: str) -> Fields:
     if isinstance(expert, MatchedAdapter):
         class_names = [config.id2label[index] for index in sorted(config.id2label)]
         fields = with_head(fields, model_class(config, auto_class), class_names)
+        if config.problem_type is not None:
+            fields["problem_type"] = config.problem_type
     elif "auto_map" in in_file:
         fields |= {"architectures": [model_class(config, auto_class)]}
     return readable_by_older_versions(fields)

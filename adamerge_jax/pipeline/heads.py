@@ -15,7 +15,9 @@ from adamerge_jax.data.batches import Calibration
 from adamerge_jax.data.expert_targets import StoredTargets
 from adamerge_jax.errors import InputError
 from adamerge_jax.heads.fitted import Kind, fit_head
+from adamerge_jax.heads.losses import OF_CLASSES, OF_LABELS, of_numbers
 from adamerge_jax.models.family import LastLayer
+from adamerge_jax.models.problem import LABELS, NUMBERS
 from adamerge_jax.pipeline.export import ZERO_SHOT_FILE
 from adamerge_jax.pipeline.problem_scores import Batches
 from adamerge_jax.pipeline.workspace import Workspace
@@ -54,6 +56,12 @@ def fit_heads(
         last = layers[task]
         # With an identity for its weight, the last layer returns its inputs.
         rows = _rows(evaluator.batches(parameters, task, examples), calibration.targets[task], seed)
+        loss = OF_CLASSES
+        problem = workspace.models.problems[task]
+        if problem == LABELS:
+            loss, rows = OF_LABELS, rows.of_labels()
+        elif problem == NUMBERS:
+            loss = of_numbers(rows.expert_logits)
         fit = fit_head(
             rows.features,
             rows.expert_logits,
@@ -62,12 +70,13 @@ def fit_heads(
             kind=kind,
             seed=seed,
             groups=rows.groups,
+            loss=loss,
         )
         heads[task] = {
             last.weight: fit.weight.astype(np.float32),
             last.bias: fit.bias.astype(np.float32),
         }
-        log.debug(f"task {task!r}: head {kind}, strength {fit.strength:g}, KL {fit.kl:.4f}")
+        log.debug(f"task {task!r}: head {kind}, strength {fit.strength:g}, loss {fit.kl:.4f}")
     return heads
 
 
@@ -82,12 +91,16 @@ class _Rows(NamedTuple):
     expert_logits: Float[np.ndarray, "N C"]
     groups: Int[np.ndarray, " N"] | None
 
+    def of_labels(self) -> "_Rows":
+        """Returns the rows of a head whose outputs are each the choice between 0 and a logit."""
+        return _Rows(self.features[..., 1], self.expert_logits[..., 1], self.groups)
+
 
 def _rows(batches: Batches, targets: StoredTargets, seed: int) -> _Rows:
     """Returns the rows that a head is fitted to; of texts in words those of the words."""
     order, features, expert_logits, groups = [], [], [], []
     for index, of_batch in batches:
-        if of_batch.ndim == 2:
+        if targets.expert_logits is not None:
             order.append(index)
             features.append(of_batch)
             continue

@@ -45,7 +45,7 @@ from adamerge_jax.errors import InputError, in_hand, in_one_line
 from adamerge_jax.models import family_of, is_known
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import Family, HeadForm, Network
-from adamerge_jax.models.problem import Problem, auto_class_of, problem_of
+from adamerge_jax.models.problem import CLASSES, WORDS, Problem, auto_class_of, problem_of
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.pipeline.embedders import shared_form
 from adamerge_jax.recipes.schema import ModelSource, Recipe
@@ -204,6 +204,8 @@ def open_models(
             )
     problems = {
         task: problem_of(auto_classes[task], expert.checkpoint.config)
+        if _has_heads(family)
+        else CLASSES
         for task, expert in experts.items()
     }
     if isinstance(family, AnyModel):
@@ -505,8 +507,8 @@ def _open_expert(
                 f"{role} ({source.path}) lacks {missing[0]}: an adapter for classification must "
                 "bring its head; train it with modules_to_save"
             )
-        if has_classes and adapter.checkpoint.config.num_labels < 2:
-            raise _no_classes_error(role, source.path, "a head with 1 output")
+        if has_classes:
+            _require_classes(adapter.checkpoint, role, auto_class)
         return adapter
     with place.opening():
         expert = opened or open_in_folder(place.path, place.folder)
@@ -517,7 +519,7 @@ def _open_expert(
     else:
         require_same_architecture(base.checkpoint, expert, role=role)
     if has_classes:
-        _require_classes(expert, role)
+        _require_classes(expert, role, auto_class)
     return match(
         expert,
         backbone | (head_shapes(expert) if is_any else head(expert.config)),
@@ -530,23 +532,16 @@ def _open_expert(
     )
 
 
-def _require_classes(expert: Checkpoint, role: str) -> None:
-    """Refuses an expert whose outputs are not the logits of classes that exclude each other."""
+def _require_classes(expert: Checkpoint, role: str, auto_class: str | None) -> None:
+    """Refuses an expert of classes with a single one."""
     config = expert.config
-    wrong = None
-    if config.problem_type not in (None, "single_label_classification"):
-        wrong = f"problem_type {config.problem_type!r}"
-    elif config.num_labels < 2:  # `transformers` takes this for regression
-        wrong = f"num_labels {config.num_labels}"
-    if wrong:
-        raise _no_classes_error(role, expert.source, f"{wrong} in its config.json")
-
-
-def _no_classes_error(role: str, source: str, wrong: str) -> InputError:
-    return InputError(
-        f"{role} ({source}) has {wrong}; an expert must give every example one of two or more "
-        "classes: leave it out"
-    )
+    problem = problem_of(auto_class, config)
+    if config.num_labels < 1 or (problem in (CLASSES, WORDS) and config.num_labels < 2):
+        raise InputError(
+            f"{role} ({expert.source}) has num_labels {config.num_labels} and "
+            f"gives {problem.predicts}; an expert must give one of two or more classes, or "
+            'numbers ("problem_type": "regression" in its config.json): leave it out'
+        )
 
 
 @contextmanager

@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from adamerge_jax.data.examples import Examples
-from adamerge_jax.models.problem import WORDS, Problem
+from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, WORDS, Problem
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.pipeline.entity_scores import OUTSIDE, entities_of, tells_entities
+from adamerge_jax.pipeline.number_scores import number_measures
 from adamerge_jax.runs.rows import ExampleScores, Measures, Metric
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def scorer_of(
         scored: The labelled data.
     """
     if problem != WORDS:
-        return Scorer(("accuracy",), _accuracy)
+        return _SCORERS[problem.name]
     outside = class_names.index(OUTSIDE) if tells_entities(class_names) else None
     has_entities = [np.any((data.labels != outside) & (data.labels >= 0)) for data in scored]
     if outside is None or not all(has_entities):
@@ -66,6 +67,50 @@ def _accuracy(batches: Batches, examples: Examples, task: str) -> Measures:
     _warn_of_missing(missing, f"{len(predicted)} examples", task)
     is_right = (predicted == examples.labels).astype(np.float32)
     return {"accuracy": ExampleScores(is_right, np.ones(len(examples), np.int32))}
+
+
+def _label_scores(batches: Batches, examples: Examples, task: str) -> Measures:
+    """Returns the F1 scores of labels that do not exclude each other: over all, and by class.
+
+    `micro_f1` is `2 hits / (labels of the data + labels of the model)` over all classes, `macro_f1`
+    the mean of the same of each class that occurs in the data. The latter is no mean over examples:
+    each value is the score plus the example's influence on it, as in `number_scores.py`.
+    """
+    labels = np.asarray(examples.labels)
+    given = np.zeros(labels.shape, bool)
+    missing = 0
+    for index, logits in batches:
+        given[index] = logits.argmax(-1)
+        is_missing = np.isnan(logits).any(-1)
+        given[index] &= ~is_missing
+        missing += int(is_missing.any(-1).sum())
+    _warn_of_missing(missing, f"{len(labels)} examples", task)
+    hits, sizes = 2.0 * (given & (labels == 1)), (given.astype(int) + labels)
+    occurs = labels.any(0)
+    of_class = hits[:, occurs].sum(0) / sizes[:, occurs].sum(0)
+    influence = (hits[:, occurs] - of_class * sizes[:, occurs]) / sizes[:, occurs].mean(0)
+    return {
+        "micro_f1": ExampleScores(hits.sum(1), sizes.sum(1)),
+        "macro_f1": ExampleScores(
+            of_class.mean() + influence.mean(1), np.ones(len(labels), np.int32)
+        ),
+    }
+
+
+def _number_scores(batches: Batches, examples: Examples, task: str) -> Measures:
+    """Returns the correlations with the labels, and the part of their variance explained."""
+    labels = np.asarray(examples.labels)
+    predicted = np.zeros(labels.shape)
+    for index, numbers in batches:
+        predicted[index] = numbers
+    return number_measures(predicted, labels)
+
+
+_SCORERS = {
+    CLASSES.name: Scorer(("accuracy",), _accuracy),
+    LABELS.name: Scorer(("micro_f1", "macro_f1"), _label_scores),
+    NUMBERS.name: Scorer(("pearson", "spearman", "r2"), _number_scores),
+}
 
 
 def _word_accuracy(batches: Batches, examples: Examples, task: str) -> Measures:

@@ -56,7 +56,7 @@ from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.row_cache import RowCache
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
-from adamerge_jax.recipes.embedders import require_no_predictions
+from adamerge_jax.recipes.problems import require_no_predictions
 from adamerge_jax.recipes.schema import ExportRecipe, Recipe
 from adamerge_jax.report.coefficients import range_warning
 from adamerge_jax.report.maps import draw_coefficients
@@ -149,7 +149,8 @@ def _learn(
     require_installed(recipe.tracking)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
-        workspace = open_workspace(recipe, root, devices, count_on(console))
+        check = partial(build, recipe)
+        workspace = open_workspace(recipe, root, devices, count_on(console), check)
         models = workspace.models
         method = build(recipe, models)
         require_exportable(models, recipe.export, MergeFacts.of_method(method, models), out)
@@ -463,7 +464,7 @@ def _merge(
         models = workspace.models
     else:
         models = dataclasses.replace(open_models(recipe, root, to_run=False), devices=devices)
-    require_no_predictions("method", method, made, models.family)
+    require_no_predictions("method", method, made, models)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
     initial = fit_initial_merge(models, method, options)

@@ -7,16 +7,17 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array
 from rich.console import Console
-from scipy.special import log_softmax
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import partial_path, remove_folder
+from adamerge_jax.models.problem import CLASSES
+from adamerge_jax.objectives import Targets, TaskOutputs, make_objective
 from adamerge_jax.pipeline.candidates import Candidates, Point
 from adamerge_jax.pipeline.embedding_scores import embedding_metric
 from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER, ExportJob, export
 from adamerge_jax.pipeline.score_command import run_command
 from adamerge_jax.pipeline.workspace import Workspace
-from adamerge_jax.runs.rows import Metric
+from adamerge_jax.runs.rows import OF_EACH_TASK, Metric
 
 Parameters = Mapping[str, Array]
 
@@ -104,8 +105,14 @@ def _loss(workspace: Workspace, parameters: Parameters, task: str) -> float:
     examples = workspace.data.validation[task]
     if workspace.models.family.language:
         return workspace.evaluator.score(parameters, task, examples)
-    logits = workspace.evaluator.logits(parameters, task, examples).astype(np.float64)
-    return -float(log_softmax(logits, axis=-1)[np.arange(len(logits)), examples.labels].mean())
+    loss = make_objective(workspace.models.problems[task].loss, {})
+    total = 0.0
+    for index, logits in workspace.evaluator.batches(parameters, task, examples):
+        length = logits.shape[1]
+        labels, counted = examples.take_labels(index, length), examples.take_counted(index, length)
+        losses = loss.value(TaskOutputs(logits), Targets(labels=labels, counted=counted))
+        total += float(np.asarray(losses, np.float64).sum())
+    return total / len(examples)
 
 
 def _exact_match(workspace: Workspace, parameters: Parameters, task: str) -> float:
@@ -119,6 +126,7 @@ def _is_asked(workspace: Workspace, task: str) -> bool:
 
 _TASK_SCORES = {
     "accuracy": TaskScore("accuracy", True, _metric),
+    OF_EACH_TASK: TaskScore("score of each task", True, _metric),
     "spearman": TaskScore("Spearman's correlation", True, _metric),
     "recall": TaskScore("recall at 1", True, _metric),
     "loss": TaskScore("loss", False, _loss),
@@ -160,6 +168,13 @@ def task_score(name: str | None, workspace: Workspace, section: str) -> TaskScor
             f"{section}.score: found {name}, and these models and their validation data have "
             f"{given}; leave it out"
         )
+    others = {task: p for task, p in workspace.models.problems.items() if p != CLASSES}
+    if name == "accuracy" and others:
+        task, problem = next(iter(others.items()))
+        raise InputError(
+            f"{section}.score: accuracy is of classes of examples, and the expert of {task!r} "
+            f"gives {problem.predicts}; leave it out: each task then has its own score"
+        )
     if name == "accuracy" and language:
         raise InputError(
             f"{section}.score: accuracy is of classes, and a language model has none; take loss or "
@@ -170,7 +185,8 @@ def task_score(name: str | None, workspace: Workspace, section: str) -> TaskScor
             f"{section}.score: exact_match is of answers, and these models give classes; take "
             "accuracy or loss"
         )
-    return _TASK_SCORES[name or of_pairs or ("loss" if language else "accuracy")]
+    usual = "loss" if language else OF_EACH_TASK if others else "accuracy"
+    return _TASK_SCORES[name or of_pairs or usual]
 
 
 def on_validation_data(of_task: TaskScore, workspace: Workspace, tasks: Sequence[str]) -> Score:

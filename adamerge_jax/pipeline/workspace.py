@@ -33,7 +33,7 @@ from adamerge_jax.learning.learner import Forward, forward_with_heads
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
-from adamerge_jax.models.problem import CLASSES, Problem
+from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, Problem
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.base_answers import BaseWriter
@@ -139,6 +139,7 @@ def open_workspace(
     root: Path,
     devices: Devices = ONE_DEVICE,
     show_count: ShowCount = count_silently,
+    check: Callable[[Models], object] = lambda models: None,
 ) -> Workspace:
     """Opens and checks all that a recipe names.
 
@@ -147,12 +148,14 @@ def open_workspace(
         root: Folder that relative paths start from.
         devices: The devices that hold the weights and run the models.
         show_count: Shows how many answers a language model has written, now and in evaluations.
+        check: Refuses opened models before any data is read.
 
     Raises:
         InputError: Something cannot be read, or models and data do not belong together.
     """
     recipe.require_calibration()
     models = dataclasses.replace(open_models(recipe, root), devices=devices)
+    check(models)
     load = example_loader(
         models,
         root,
@@ -230,7 +233,7 @@ def require_classifiers(workspace: Workspace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleLoader:
-    """Loads inputs of models: `(source, name in messages, problem, predicts_end) -> examples`.
+    """Loads inputs: `(source, name in messages, problem, outputs, predicts_end) -> examples`.
 
     Without `predicts_end`, the end of text of a source that says `auto` is to be predicted.
 
@@ -259,6 +262,7 @@ class ExampleLoader:
         source: DataSource,
         name: str,
         problem: Problem = CLASSES,
+        outputs: int = 0,
         predicts_end: PredictsEnd = lambda examples: True,
     ) -> Examples:
         """Loads the examples of a source."""
@@ -278,6 +282,7 @@ class ExampleLoader:
                 embeds=self.family.embeds,
                 processor=self.processor,
                 problem=problem,
+                outputs=outputs,
             )
 
     def prompts(self, source: DataSource, name: str, *, is_chat: bool) -> Prompts | None:
@@ -379,6 +384,7 @@ def _load_data(
                 source,
                 f"{part} data of task {task!r}",
                 models.problems[task],
+                models.experts[task].checkpoint.config.num_labels,
                 partial(predicts_end, task),
             )
             for task, source in sources.items()
@@ -391,9 +397,15 @@ def _load_data(
             require_pairs(getattr(data, part), part)
             continue
         for task, examples in getattr(data, part).items():
+            field, problem = f"tasks.{task}.{part}.label", models.problems[task]
             if examples.labels is None and not family.language:
+                raise InputError(f"{field}: is missing; name the column of {problem.label}")
+            if problem == LABELS and not examples.labels.any():
+                raise InputError(f"{field}: no example has a label; give other data")
+            if problem == NUMBERS and (np.ptp(examples.labels, axis=0) == 0).any():
                 raise InputError(
-                    f"tasks.{task}.{part}.label: is missing; name the column of the class index"
+                    f"{field}: all numbers are the same, with which nothing correlates; give "
+                    "other data"
                 )
     return data
 
@@ -501,13 +513,20 @@ def _require_labels_in_range(
     """Refuses labelled data with a class that the task's head does not have."""
     for part in Data._fields:
         for task, examples in getattr(data, part).items():
-            if examples.labels is None:
+            if examples.labels is None or models.problems[task] == NUMBERS:
                 continue
             if models.family.auto_class is None:
                 classes = len(heads[task]["text_embeddings"])
             else:
                 classes = models.experts[task].checkpoint.config.num_labels
-            if examples.labels.max() >= classes:
+            if examples.by_class:
+                if examples.labels.shape[1] != classes:
+                    raise InputError(
+                        f"{part} data of task {task!r}: has {examples.labels.shape[1]} classes, "
+                        f"the task's head has {classes}; give class_names in the order of the "
+                        "model's outputs, or check that data and expert belong together"
+                    )
+            elif examples.labels.max() >= classes:
                 place = tuple(np.argwhere(examples.labels >= classes)[0])
                 raise InputError(
                     f"{part} data of task {task!r}: example {place[0]} has label "

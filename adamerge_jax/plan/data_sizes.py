@@ -13,7 +13,6 @@ from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
-from adamerge_jax.models.problem import CLASSES, Problem
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.schema import DataSource
 
@@ -55,7 +54,7 @@ def data_sizes(
     models: Models,
     root: Path,
     max_length: int,
-    load: Callable[[DataSource, str, Problem], Examples],
+    load: Callable[[DataSource, str, str], Examples],
 ) -> dict[str, DataSize]:
     """Returns the sizes of the calibration, validation or test data by task.
 
@@ -68,7 +67,7 @@ def data_sizes(
         models: The base and its experts.
         root: Folder that relative paths start from.
         max_length: Longest text in tokens.
-        load: The function `(source, name in messages, problem) -> examples`.
+        load: The function `(source, name in messages, task) -> examples`.
 
     Raises:
         InputError: A file is missing, cannot be read, or holds no examples.
@@ -80,7 +79,7 @@ def data_sizes(
         if path.suffix.lower() == ".npz":
             size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif not is_on_hub(source, root):
-            examples = load(source, name, models.problems.get(task, CLASSES))
+            examples = load(source, name, task)
             size = DataSize(examples.padded_lengths(), images=shape_of_images(examples))
         else:
             count = source.limit or ASSUMED_EXAMPLES

@@ -258,7 +258,7 @@ def targets_bytes(outline: Outline) -> int:
         by_position, positions = 0, 1
         targets = targets._replace(cross_task=None)
         leaves = jax.tree.leaves(targets, is_leaf=lambda leaf: leaf is None)
-        for leaf, by_row in zip(leaves, has_positions(targets), strict=True):
+        for leaf, by_row in zip(leaves, has_positions(targets, spec), strict=True):
             if leaf is None:
                 continue
             if not by_row:

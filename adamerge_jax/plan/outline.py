@@ -27,7 +27,7 @@ from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.images_in_text import COUNT, PIXELS, ImagesInText
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
-from adamerge_jax.models.problem import WORDS, Problem
+from adamerge_jax.models.problem import CLASSES, NUMBERS, WORDS
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
 from adamerge_jax.pipeline.general import RETAINED, find_general
 from adamerge_jax.pipeline.learn import learner_of, require_any_merged
@@ -227,12 +227,17 @@ class Outline:
         positions = logits.shape[:-1]
         if self.models.family.embeds is not None:
             return targets
-        if self.models.problems.get(task) == WORDS:
+        problem = self.models.problems.get(task)
+        if problem == WORDS:
             targets = targets._replace(counted=Abstract(positions, bool))
-        if (len(positions) == 2 and targets.counted is None) or (
-            (source := self.recipe.tasks[task].calibration) is not None and source.label is not None
-        ):
-            targets = targets._replace(labels=Abstract(positions, np.int32))
+        if spec.expert_spread:
+            targets = targets._replace(expert_spread=Abstract(logits.shape, np.float32))
+        source = self.recipe.tasks[task].calibration if task in self.recipe.tasks else None
+        if self.models.family.language or (source is not None and source.label is not None):
+            labels = Abstract(positions, np.int32)
+            if problem == NUMBERS:
+                labels = Abstract(logits.shape, np.float32)
+            targets = targets._replace(labels=labels)
         if spec.cross_task:
             others = (examples, len(self.recipe.tasks) - 1)
             cross_task_logits = Abstract((*others, logits.shape[-1]), logits.dtype)
@@ -329,8 +334,10 @@ def outline(recipe: Recipe, root: Path) -> Outline:
 
     chats = []
 
-    def load(source: DataSource, name: str, problem: Problem) -> Examples:
-        examples = loader()(source, name, problem)
+    def load(source: DataSource, name: str, task: str) -> Examples:
+        expert = models.experts.get(task)  # general text is no task
+        outputs = 0 if expert is None else expert.checkpoint.config.num_labels
+        examples = loader()(source, name, models.problems.get(task, CLASSES), outputs)
         chats.append(examples.are_conversations)
         return examples
 

@@ -23,7 +23,7 @@ from adamerge_jax.learning.held_out import Control
 from adamerge_jax.learning.optimizer import build_optimizer, require_gradient_alone
 from adamerge_jax.methods import make_method
 from adamerge_jax.models.family import Family, HeadForm
-from adamerge_jax.models.problem import Problem
+from adamerge_jax.models.problem import NUMBERS, Problem
 from adamerge_jax.objectives import (
     Objective,
     TargetSpec,
@@ -35,9 +35,13 @@ from adamerge_jax.objectives.regularizers import Regularizer, make_regularizer
 from adamerge_jax.recipes.embedders import (
     OF_EMBEDDINGS,
     objectives_of_embedder,
-    require_no_predictions,
 )
-from adamerge_jax.recipes.problems import distinct_terms, objectives_by_task, specs_by_problem
+from adamerge_jax.recipes.problems import (
+    distinct_terms,
+    objectives_by_task,
+    require_no_predictions,
+    specs_by_problem,
+)
 from adamerge_jax.recipes.schema import (
     CoefficientsRecipe,
     HeadKind,
@@ -242,20 +246,24 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         terms = distinct_terms(by_task.values())
         objectives = {t: build_objectives(by_task[t], [t])[t] for t in recipe.tasks}
     specs = {task: objective.target_spec for task, objective in objectives.items()}
-    _require_fitting(specs, recipe.tasks, language)
+    _require_fitting(specs, recipe.tasks, models.problems, language)
     if embeds:
         _require_texts(specs, recipe)
     elif language:
         _require_no_classes(terms)
     else:
         _require_no_tokens(terms)
+        if learning.control is not None and NUMBERS in models.problems.values():
+            raise InputError(
+                "learning.control: is of classes, and an expert gives numbers; leave it out"
+            )
         specs = specs_by_problem(specs, models.problems)
     chosen = {f"evaluation.methods.{n}": m for n, m in enumerate(recipe.evaluation.methods)}
     if coefficients.initial_merge is not None:
         chosen["coefficients.initial_merge"] = coefficients.initial_merge
     for field, method in chosen.items():  # refused here rather than after learning
         made = make_method(method.name, method.options)
-        require_no_predictions(field, method.name, made, models.family)
+        require_no_predictions(field, method.name, made, models)
     if language or len(specs) == 1:
         # With one output layer for all tasks experts would contradict each other; one task has no
         # others.
@@ -422,7 +430,10 @@ def _build_control(
 
 
 def _require_fitting(
-    specs: Mapping[str, TargetSpec], tasks: Mapping[str, TaskRecipe], language: bool
+    specs: Mapping[str, TargetSpec],
+    tasks: Mapping[str, TaskRecipe],
+    problems: Mapping[str, Problem],
+    language: bool,
 ) -> None:
     """Refuses objectives that do not go with this kind of model, and labels that are missing."""
     for task, spec in specs.items():
@@ -434,7 +445,7 @@ def _require_fitting(
         elif spec.labels and ((source := tasks[task].calibration) is None or source.label is None):
             raise InputError(
                 f"tasks.{task}.calibration.label: is missing, and an objective needs labels; "
-                "name the column of the class index, or choose an objective that needs none"
+                f"name the column of {problems[task].label}, or choose an objective that needs none"
             )
 
 

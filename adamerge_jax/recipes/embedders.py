@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.methods import MergeMethod
-from adamerge_jax.models.family import Family
 from adamerge_jax.objectives import OBJECTIVES
 from adamerge_jax.recipes.presets import PRESETS
 from adamerge_jax.recipes.schema import ObjectiveRecipe, Recipe
@@ -52,22 +50,3 @@ def objectives_of_embedder(recipe: Recipe) -> Sequence[ObjectiveRecipe]:
                 f"{' or '.join(OF_EMBEDDINGS)}"
             )
     return terms
-
-
-def require_no_predictions(field: str, name: str, method: MergeMethod, family: Family) -> None:
-    """Refuses, for sentence embedders, a method that weighs experts by what they predict.
-
-    Args:
-        field: The place of the method, for the message.
-        name: The name of the method.
-        method: The method.
-        family: The family of the models.
-
-    Raises:
-        InputError: The method is of that kind, and the models are sentence embedders.
-    """
-    if family.embeds is not None and method.needs_predictions:
-        raise InputError(
-            f"{field}: {name} weighs experts by what they predict, and sentence embedders predict "
-            "neither classes nor tokens; take another, such as regmean"
-        )

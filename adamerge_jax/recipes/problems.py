@@ -1,9 +1,12 @@
 """The objectives of each task, by the problem that its head solves."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.problem import CLASSES, Problem
+from adamerge_jax.methods import MergeMethod
+from adamerge_jax.models.family import Family
+from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, Problem
 from adamerge_jax.objectives import OBJECTIVES, TargetSpec
 from adamerge_jax.recipes.presets import PRESETS
 from adamerge_jax.recipes.schema import ObjectiveRecipe, Recipe
@@ -61,6 +64,49 @@ def distinct_terms(terms: Iterable[Sequence[ObjectiveRecipe]]) -> list[Objective
     return distinct
 
 
+class Predicting(Protocol):
+    """The facts of opened models on what they predict.
+
+    Attributes:
+        family: The architecture family of all of them.
+    """
+
+    family: Family
+
+    @property
+    def problems(self) -> Mapping[str, Problem]:
+        """The problem that the head of each expert solves, by task."""
+        ...
+
+
+def require_no_predictions(field: str, name: str, method: MergeMethod, models: Predicting) -> None:
+    """Refuses a method that weighs experts by what they predict where they give no distribution.
+
+    Args:
+        field: The place of the method, for the message.
+        name: The name of the method.
+        method: The method.
+        models: The models.
+
+    Raises:
+        InputError: The method is of that kind, and the models are sentence embedders, or one of
+            them gives numbers.
+    """
+    if not method.needs_predictions:
+        return
+    if models.family.embeds is not None:
+        raise InputError(
+            f"{field}: {name} weighs experts by what they predict, and sentence embedders predict "
+            "neither classes nor tokens; take another, such as regmean"
+        )
+    for task, problem in models.problems.items():
+        if problem == NUMBERS:
+            raise InputError(
+                f"{field}: {name} weighs experts by how sure they are, and numbers, as the expert "
+                f"of {task!r} gives, say nothing of that; take another, such as regmean"
+            )
+
+
 def specs_by_problem(
     specs: Mapping[str, TargetSpec], problems: Mapping[str, Problem]
 ) -> dict[str, TargetSpec]:
@@ -69,7 +115,14 @@ def specs_by_problem(
     Experts are asked about other tasks' examples where all heads give classes of examples. Of
     classes all are kept.
     """
-    specs = {task: spec._replace(top_tokens=None) for task, spec in specs.items()}
+    specs = {
+        task: spec._replace(
+            top_tokens=None,
+            by_label=problems[task] == LABELS,
+            expert_spread=problems[task] == NUMBERS,
+        )
+        for task, spec in specs.items()
+    }
     if all(problem == CLASSES for problem in problems.values()):
         return specs
     return {task: spec._replace(cross_task=0) for task, spec in specs.items()}

@@ -141,8 +141,8 @@ class DataSource(_PathSection):
     image: str = "image"
     """Column of the image."""
     label: str | None = None
-    """Column of the class index or of the class's name, or of lists of these for words; unlabeled
-    without it. Of a sentence embedder's pairs it is that of their score; without it each second
+    """Column of the class index or of the class's name, of lists of these for words and for labels
+    that do not exclude each other, or of numbers; unlabeled without it. Of a sentence embedder's pairs it is that of their score; without it each second
     text is to be found."""
     limit: Count | None = None
     """Largest number of examples, drawn with the recipe's seed."""
@@ -315,8 +315,8 @@ class ObjectiveRecipe(Section):
 
     name: str
     """Name of the objective: entropy, logit_alignment, hidden_state_alignment, cross_entropy,
-    pseudo_labels, expert_labels, of sentence embedders embedding_alignment or contrastive, or
-    package.module:function."""
+    pseudo_labels, expert_labels, of experts that give numbers output_alignment or squared_error, of
+    sentence embedders embedding_alignment or contrastive, or package.module:function."""
     weight: Weight | dict[str, Weight] = 1.0
     """Factor of the objective in the sum, for all tasks or by task; a task that is not named has
     none. With a factor below 0 the objective is maximised: the task is to be forgotten."""

@@ -19,11 +19,15 @@ TITLES = {
     "base_agreement": "General ability: the likeliest token is the base's (%)",
     "base_divergence": "General ability: divergence from the base (nats per token)",
     "answer_loss": "Loss without the ends of texts (nats per token)",
-    "spearman": "Spearman's correlation of similarities with the scores of pairs (x 100)",
+    "spearman": "Spearman's correlation with the scores in the data (x 100)",
     "recall_at_1": "Recall at 1: the nearest text is the partner (%)",
     "recall_at_10": "Recall at 10: the partner is among the ten nearest texts (%)",
     "word_accuracy": "Accuracy of words (%)",
     "entity_f1": "F1 score of entities (%)",
+    "micro_f1": "F1 score over all labels (%)",
+    "macro_f1": "F1 score, the mean over the labels (%)",
+    "pearson": "Pearson's correlation with the labels (x 100)",
+    "r2": "R squared: the part of the labels' variance that is explained (x 100)",
     "of_each_task": "Scores (%), each task by its own metric, which a table below names",
 }
 """The title of a table of results, by its metric."""
@@ -116,7 +120,7 @@ def _outcome_of_learning(outcome: Outcome, metric: Metric, name: Callable[[str],
 
 def _unit(metric: Metric) -> str:
     """Returns the unit of a score as tables show it, for a text."""
-    if metric == "spearman":
+    if metric in ("pearson", "spearman", "r2", "of_each_task"):
         return ""
     return "%" if metric in SHARES else " nats per token"
 

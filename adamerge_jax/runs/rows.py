@@ -22,6 +22,10 @@ Metric = Literal[
     "recall_at_10",
     "word_accuracy",
     "entity_f1",
+    "micro_f1",
+    "macro_f1",
+    "pearson",
+    "r2",
     "of_each_task",
 ]
 """The meaning of a score: the share of right classes; nats per token; of a language model the share
@@ -30,8 +34,10 @@ that is no end; and on general text the share of answers whose first sentence is
 share of tokens whose likeliest is the base's, and the divergence from the base in nats per token.
 Of a sentence embedder: the rank correlation of similarities with the scores of pairs; or the share
 of texts whose partner is the nearest, or among the ten nearest. Of texts whose words have classes:
-the share of words with the right class, and the F1 score of entities. Where tasks have different
-metrics, each by its own, all of which are shares.
+the share of words with the right class, and the F1 score of entities. Of labels that do not exclude
+each other the F1 score over all of them, and the mean of those of each. Of numbers Pearson's and
+Spearman's correlation with the labels, and the part of their variance that is explained. Where
+tasks have different metrics, each by its own, all of which are shares.
 """
 
 OF_EACH_TASK: Metric = "of_each_task"
@@ -40,9 +46,9 @@ OF_EACH_TASK: Metric = "of_each_task"
 SHARES = (
     *("accuracy", "exact_match", "token_accuracy", "base_answers", "base_agreement"),
     *("spearman", "recall_at_1", "recall_at_10"),
-    *("word_accuracy", "entity_f1", "of_each_task"),
+    *("word_accuracy", "entity_f1", "micro_f1", "macro_f1", "pearson", "r2", "of_each_task"),
 )
-"""The metrics that are shares, at most 1, of which more is better, and a correlation."""
+"""The metrics that are shares, at most 1, of which more is better, and correlations."""
 
 # Errors that named all of them twice would be cut before the end.
 _METRIC: TypeAdapter[Metric] = TypeAdapter(Metric, config=ConfigDict(title="metric"))

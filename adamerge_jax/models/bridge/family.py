@@ -17,7 +17,7 @@ from adamerge_jax.models.bridge.empty_model import empty_encoder, empty_model
 from adamerge_jax.models.bridge.images import TorchImages
 from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
-from adamerge_jax.models.family import Family, HeadForm, LastLayer
+from adamerge_jax.models.family import Family, HeadForm, LastLayer, Network, solving
 from adamerge_jax.models.layers import Config
 from adamerge_jax.models.problem import CLASSES, TOKEN_CLASSIFICATION, Problem
 from adamerge_jax.models.rematerialization import Rematerialize
@@ -97,9 +97,9 @@ class BridgedFamily(Family):
         """Returns the backbone, `(parameters, inputs, hidden_states=False) -> Outputs`."""
         return self.backbone(config, rematerialize)
 
-    def build_head(self, config: Config, problem: Problem = CLASSES) -> TorchHead:
+    def build_head(self, config: Config, problem: Problem = CLASSES) -> Network:
         """Returns the head, `(parameters, outputs) -> logits`."""
-        return self.head_form(problem.auto_class).module(config)
+        return solving(problem, self.head_form(problem.auto_class).module(config))
 
     def with_heads_of(self, auto_classes: Collection[str | None]) -> Family:
         """Returns the family of models of these `transformers` classes side by side."""
@@ -113,7 +113,8 @@ class BridgedFamily(Family):
         """Returns the names of the embedding tables that are the output layer too."""
         if not self.language:
             return ()
-        head = self.build_head(config)
+        head = self.head(config)
+        assert isinstance(head, TorchHead)
         return tuple(name for name in head.shapes if name in head.of_body)
 
 
