@@ -142,8 +142,8 @@ class DataSource(_PathSection):
     """Column of the image."""
     label: str | None = None
     """Column of the class index or of the class's name, of lists of these for words and for labels
-    that do not exclude each other, or of numbers; unlabeled without it. Of a sentence embedder's pairs it is that of their score; without it each second
-    text is to be found."""
+    that do not exclude each other, or of numbers; unlabeled without it. Of a sentence embedder's
+    pairs it is that of their score; without it each second text is to be found."""
     limit: Count | None = None
     """Largest number of examples, drawn with the recipe's seed."""
 

@@ -126,17 +126,6 @@ def test_a_head_of_another_shape_than_its_config_says(text_recipe, expert, refus
     refused(text_recipe, "expert 'topic'", "classifier.bias", "(9,)", "(3,)")
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"id2label": {"0": "score"}, "label2id": {"score": 0}}, "num_labels 1"),
-    ],
-)
-def test_an_expert_that_does_not_choose_a_class(text_recipe, expert, refused, fields, said):
-    edit_config(expert, problem_type="single_label_classification", **fields)
-    refused(text_recipe, "expert 'topic'", str(expert), said, "two or more classes")
-
-
 def test_an_expert_whose_config_makes_numbers_of_classes(text_recipe, expert, refused):
     edit_config(expert, problem_type="regression")
     refused(text_recipe, "preset adamerging: entropy", "'topic'", "numbers", "output_alignment")
@@ -144,6 +133,8 @@ def test_an_expert_whose_config_makes_numbers_of_classes(text_recipe, expert, re
     refused(text_recipe, "test data of task 'topic'", "'label'", "a list of 3 numbers")
     edit_config(expert, problem_type="multi_label_classification")
     refused(text_recipe, "test data of task 'topic'", "'label'", "a list of classes")
+    edit_config(expert, problem_type=None, id2label={"0": "score"}, label2id={"score": 0})
+    refused(text_recipe, "expert 'topic'", "classifier.bias", "(3,)", "(1,)")
 
 
 @pytest.mark.parametrize(("value", "said"), [(np.nan, "1 NaN"), (-np.inf, "1 Inf")])

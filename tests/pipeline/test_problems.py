@@ -1,6 +1,7 @@
 """Experts of words, texts, numbers and labels side by side: from a recipe to checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from transformers import (
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets, TaskOutputs, make_objective
+from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
@@ -215,6 +217,18 @@ def test_what_has_no_meaning_is_refused_before_data_are_read(
     by_task = [{"name": "pseudo_labels", "weight": {"topic": 1.0}}]
     method = build(parse_recipe(suite.fields | {"objectives": by_task}), workspace.models)
     assert [spec.augmented for spec in method.target_specs.values()] == [False, True, False, False]
+
+
+def test_an_expert_of_words_with_one_class_is_refused(suite: Suite, tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    shutil.copytree(suite.root / "entities", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "O"}, "label2id": {"O": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    task = suite.fields["tasks"]["entities"] | {"expert": str(folder)}
+    recipe = parse_recipe(suite.fields | {"tasks": {"entities": task}})
+    with pytest.raises(InputError, match=r"'entities' .* has num_labels 1 and gives a class for"):
+        open_models(recipe, suite.root)
 
 
 def test_table(merged: Run, suite: Suite) -> None:
