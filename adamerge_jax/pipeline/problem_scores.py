@@ -66,7 +66,8 @@ def _accuracy(batches: Batches, examples: Examples, task: str) -> Measures:
     missing = (predicted == _NO_CLASS).sum()
     _warn_of_missing(missing, f"{len(predicted)} examples", task)
     is_right = (predicted == examples.labels).astype(np.float32)
-    return {"accuracy": ExampleScores(is_right, np.ones(len(examples), np.int32))}
+    counts = np.ones(len(examples), np.int32)
+    return {"accuracy": ExampleScores(is_right, counts, predicted.astype(np.int32))}
 
 
 def _label_scores(batches: Batches, examples: Examples, task: str) -> Measures:

@@ -50,6 +50,7 @@ from adamerge_jax.pipeline.learn import LearningInputs, OnStep, learn_coefficien
 from adamerge_jax.pipeline.match import prepare_fold
 from adamerge_jax.pipeline.merge import merge_from_data
 from adamerge_jax.pipeline.models import Models, match_backbone, open_models
+from adamerge_jax.pipeline.predictions import predictions_on_test
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
@@ -68,11 +69,13 @@ from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
     HEAT_MAP_FILE,
     METRICS_FILE,
+    PREDICTIONS_FILE,
     RECIPE_FILE,
     RESULTS_FILE,
     STATE_FOLDER,
 )
 from adamerge_jax.runs.lock import hold
+from adamerge_jax.runs.predictions import write_predictions
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.record import (
     RunRecord,
@@ -326,6 +329,9 @@ def export_and_compare(
         results = Results.of_rows(rows)
         if first:
             write_results(results, out / RESULTS_FILE)
+            predictions = predictions_on_test(inputs.workspace, rows, recipe.tokenizer)
+            if predictions:
+                write_predictions(predictions, out / PREDICTIONS_FILE)
             write_card(job_of(results=results), out)
     require_going_on()
     if first:

@@ -5,6 +5,9 @@ import numpy as np
 SEQUENTIAL = "viridis"
 """The colour map for values from little to much: even in lightness."""
 
+SEQUENTIAL_LIGHT = "Blues"
+"""The colour map for counts, most of which are 0: white there."""
+
 DIVERGING = "PuOr"
 """The colour map for values on both sides of a middle: orange to violet, with white between."""
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -27,6 +27,7 @@ from adamerge_jax.report.coefficients import (
 from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
 from adamerge_jax.report.curves import ALL_TASKS, draw_curves, summed
 from adamerge_jax.report.front import draw_front
+from adamerge_jax.report.grids import Cell, Grid, Line, Strip
 from adamerge_jax.report.maps import cosine_range, draw_expert, draw_similarity
 from adamerge_jax.report.pictures import (
     Picture,
@@ -36,6 +37,7 @@ from adamerge_jax.report.pictures import (
     write_png,
 )
 from adamerge_jax.report.plain_text import one_line
+from adamerge_jax.report.predictions import prediction_views
 from adamerge_jax.report.rendering import render
 from adamerge_jax.report.results import (
     TITLES,
@@ -59,50 +61,6 @@ PICTURE_FOLDER = "report"
 
 _NOTHING = "\N{EN DASH}"
 """The text of a cell without a number."""
-
-
-class Strip(NamedTuple):
-    """The spread of numbers behind a cell: where it begins and ends, and where the start is.
-
-    All are in percent of the cell's width.
-    """
-
-    low: float
-    high: float
-    start: float
-
-
-class Cell(NamedTuple):
-    """A cell of a table.
-
-    Attributes:
-        text: Its text.
-        style: Its CSS.
-        best: True for the best of its column.
-        strip: The spread of the numbers that it is the mean of.
-        title: What there is to say of it, for who points at it.
-    """
-
-    text: str
-    style: str = ""
-    best: bool = False
-    strip: Strip | None = None
-    title: str = ""
-
-
-class Line(NamedTuple):
-    """A line of a table: its heading and its cells."""
-
-    name: str
-    cells: list[Cell]
-
-
-class Grid(NamedTuple):
-    """A table: its caption, the headings of its columns, its lines."""
-
-    caption: str
-    columns: list[str]
-    lines: list[Line]
 
 
 def write_page(folder: Path) -> Path:
@@ -138,6 +96,7 @@ def write_page(folder: Path) -> Path:
         front=_front(run, pictures),
         similarity=_similarity(run, pictures),
         disagreement=_disagreement(run),
+        predictions=prediction_views(run.predictions),
         base=_kept_from_base(run),
         cost=_cost(run),
         recipe=(folder / RECIPE_FILE).read_text(encoding="utf-8"),

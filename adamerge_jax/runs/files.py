@@ -8,6 +8,8 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 """The merges that a search or a front has scored."""
 RECORD_FILE = "run.json"
 RESULTS_FILE = "results.json"
+PREDICTIONS_FILE = "predictions.json"
+"""The classes that the merge takes for others, and examples on which merge and expert differ."""
 COEFFICIENTS_FILE = FILE_NAME
 HEAT_MAP_FILE = "coefficients.png"
 FRONT_FILE = "front.json"

@@ -16,12 +16,14 @@ from adamerge_jax.runs.files import (
     EVALUATIONS_FILE,
     FRONT_FILE,
     METRICS_FILE,
+    PREDICTIONS_FILE,
     RECIPE_FILE,
     RECORD_FILE,
     RESULTS_FILE,
 )
 from adamerge_jax.runs.front import Front
 from adamerge_jax.runs.outcome import Outcome
+from adamerge_jax.runs.predictions import Predictions, read_predictions
 from adamerge_jax.runs.results import Results, read_results
 from adamerge_jax.runs.rows import Row
 
@@ -74,6 +76,7 @@ class SavedRun:
         record: The contents of `run.json`.
         evaluations: The merges that a search or a front has scored.
         front: The front.
+        predictions: What the merge takes for what, by task; empty where that is not known.
     """
 
     folder: Path
@@ -84,6 +87,7 @@ class SavedRun:
     record: dict[str, Any]
     evaluations: list[Evaluation] = dataclasses.field(default_factory=list)
     front: Front | None = None
+    predictions: Predictions = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> "SavedRun":
@@ -116,6 +120,7 @@ class SavedRun:
             read_object_if_there(folder / RECORD_FILE),
             read_evaluations(folder / EVALUATIONS_FILE),
             Front.read(folder / FRONT_FILE),
+            read_predictions(folder / PREDICTIONS_FILE),
         )
 
     @property

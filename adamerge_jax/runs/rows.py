@@ -66,10 +66,13 @@ class ExampleScores(NamedTuple):
             summed over its tokens, in nats; or the numerator of its part in another score.
         counts: The number of predictions that each value is a sum of, `[N]`: 1, or the number of
             predicted tokens; or the denominator of its part in another score.
+        classes: The class that a classifier gives each example, `[N]`, -1 for none; None for other
+            models.
     """
 
     values: Float[np.ndarray, " N"]
     counts: Int[np.ndarray, " N"]
+    classes: Int[np.ndarray, " N"] | None = None
 
     @property
     def mean(self) -> float:

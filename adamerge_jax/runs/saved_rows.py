@@ -14,6 +14,7 @@ class SavedScores(BaseModel):
     model_config = ConfigDict(extra="forbid")
     values: list[float]
     counts: list[int]
+    classes: list[int] | None = None
 
 
 class SavedRow(BaseModel):
@@ -32,6 +33,7 @@ class SavedRow(BaseModel):
                 # The shortest decimal numbers that are read as the same in float32.
                 values=[float(str(value)) for value in scores.values],
                 counts=scores.counts.tolist(),
+                classes=None if scores.classes is None else scores.classes.tolist(),
             )
             for task, scores in (row.examples or {}).items()
         }
@@ -48,7 +50,9 @@ class SavedRow(BaseModel):
         """
         examples = {
             task: ExampleScores(
-                np.asarray(scores.values, np.float32), np.asarray(scores.counts, np.int32)
+                np.asarray(scores.values, np.float32),
+                np.asarray(scores.counts, np.int32),
+                None if scores.classes is None else np.asarray(scores.classes, np.int32),
             )
             for task, scores in self.examples.items()
         }

@@ -37,6 +37,8 @@ from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_head, load_zero_shot_head
 from adamerge_jax.pipeline.run import export_job
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe
+from adamerge_jax.runs.predictions import read_predictions
+from adamerge_jax.runs.results import read_results
 from adamerge_jax.runs.tracking import flatten
 from tests.references import (
     BERT,
@@ -212,6 +214,7 @@ def test_a_run_leaves_everything(text_run):
         "coefficients.safetensors",
         "metrics.jsonl",
         "orbax",
+        "predictions.json",
         "recipe.yaml",
         "report",
         "report.html",
@@ -224,6 +227,23 @@ def test_a_run_leaves_everything(text_run):
         assert image.format == "PNG"
         assert min(image.size) > 200
         assert len(image.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_predictions_are_those_of_the_table(text_run):
+    predictions = read_predictions(text_run.folder / "predictions.json")
+    rows = {row.kind: row for row in read_results(text_run.folder / "results.json").rows}
+    for task, of_task in predictions.items():
+        total = sum(one.count for one in of_task.counts)
+        right = sum(one.count for one in of_task.counts if one.label == one.merge)
+        assert right / total == pytest.approx(rows["learned"].tasks[task])
+        lead = of_task.expert_alone_right - of_task.merge_alone_right
+        assert rows["experts"].tasks[task] * total == pytest.approx(right + lead)
+        for one in of_task.differences:
+            assert one.expert != one.merge and one.text
+    assert predictions.keys() == TEXT_TASKS.keys()
+    assert any(of_task.differences for of_task in predictions.values())
+    page = (text_run.folder / "report.html").read_text()
+    assert "the label down, what the merge says across" in page
 
 
 def test_metrics(text_run):

@@ -14,6 +14,12 @@ from PIL import Image
 from adamerge_jax.cli import main as cli
 from adamerge_jax.report.page import write_page
 from adamerge_jax.report.rendering import _breakable
+from adamerge_jax.runs.predictions import (
+    Difference,
+    Mistake,
+    TaskPredictions,
+    write_predictions,
+)
 from tests.report.hostile import HOSTILE
 from tests.report.saved_runs import (
     ALL,
@@ -350,6 +356,26 @@ def test_names_are_text_and_no_markup(task, finished, tmp_path):
     assert "&lt;script&gt;" in found.source
     assert len(list(folder.glob("report/*.png"))) == 6
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_names_and_texts_of_predictions_are_text(tmp_path):
+    def shown(name: str) -> Page:
+        one = Difference(index=3, label=0, expert=0, merge=1, text=name, image="iVBORw0=")
+        counts = [Mistake(label=0, merge=label, count=2) for label in range(2)]
+        of_task = TaskPredictions(
+            class_names=[f"{name} {position}" for position in range(2)],
+            counts=counts,
+            differing=1,
+            differences=[one],
+        )
+        write_predictions({name: of_task}, folder / "predictions.json")
+        return page(folder)
+
+    folder = write_run(tmp_path)
+    plain, hostile = shown("a rather long name"), shown(" ".join(HOSTILE))
+    assert "examples of" in plain.sections["disagreement"]
+    assert Markup(hostile.source).tags == Markup(plain.source).tags
+    assert all(character.isprintable() or character == "\n" for character in hostile.source)
 
 
 def test_the_command(tmp_path, capsys):

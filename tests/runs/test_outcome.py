@@ -71,7 +71,7 @@ def test_intervals_are_those_of_a_plain_paired_bootstrap(metric):
         for task, size in TASKS.items():
             chosen = generator.integers(size, size=size)
             for position, row in enumerate((base, experts, merged)):
-                values, counts = row.examples[task]
+                values, counts, _ = row.examples[task]
                 means[position] += values[chosen].sum() / counts[chosen].sum() / len(TASKS)
         drawn.append(means)
     low, high, best = np.array(drawn).T
