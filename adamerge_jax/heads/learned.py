@@ -3,13 +3,28 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 Heads = Sequence[Mapping[str, Float[Array, "..."]]]
 """Parameters of each task's head by name."""
+
+
+class HeadState(NamedTuple):
+    """The state of the learning of heads; arrays are flat, `[N]`, over the entries of all heads.
+
+    Attributes:
+        optimizer: The optimizer's own state.
+        sizes: The root mean square of the head that an entry is of.
+        pulls: The factor of an entry's distance to the expert's in the gradient of the ridge; None
+            without one.
+    """
+
+    optimizer: optax.OptState
+    sizes: Float[Array, " N"]
+    pulls: Float[Array, " N"] | None
 
 
 class HeadLearning(NamedTuple):
@@ -27,54 +42,49 @@ class HeadLearning(NamedTuple):
     optimizer: optax.GradientTransformation
     ridge: float = 0.0
 
-    def init(self, expert_heads: Heads) -> tuple[Heads, optax.OptState]:
-        """Returns the heads that learning starts from, float32, and the optimizer's state."""
-        heads = [
-            {name: jnp.asarray(head[name], jnp.float32) for name in self.names if name in head}
-            for head in expert_heads
-        ]
-        return heads, self.optimizer.init(heads)
+    def init(self, expert_heads: Heads) -> tuple[Heads, HeadState]:
+        """Returns the heads that learning starts from, float32, and the state."""
+        heads = self._learned_parts(expert_heads)
+        flat_heads = [ravel_pytree(head)[0] for head in heads]
+        entries = [head.size for head in flat_heads]
+        tiny = jnp.finfo(jnp.float32).tiny
+        squares = [jnp.maximum(jnp.square(head).mean(), tiny) for head in flat_heads]
+        sizes = jnp.concatenate(
+            [jnp.full(n, jnp.sqrt(s)) for n, s in zip(entries, squares, strict=True)]
+        )
+        pulls = None
+        if self.ridge:
+            pairs = zip(entries, squares, strict=True)
+            pulls = jnp.concatenate([jnp.full(n, 2 * self.ridge / (n * s)) for n, s in pairs])
+        return heads, HeadState(self.optimizer.init(jnp.concatenate(flat_heads)), sizes, pulls)
 
     def update(
-        self, heads: Heads, gradient: Heads, state: optax.OptState, expert_heads: Heads
-    ) -> tuple[Heads, optax.OptState]:
-        """Returns the heads after a step, and the optimizer's state.
+        self, heads: Heads, gradient: Heads, state: HeadState, expert_heads: Heads
+    ) -> tuple[Heads, HeadState]:
+        """Returns the heads after a step, and the state.
+
+        All heads are updated as one vector, which compiles as fast for many as for two.
 
         Args:
             heads: The learned parameters of each head.
             gradient: The objective's gradient with respect to them.
-            state: The optimizer's state.
+            state: The state before the step.
             expert_heads: The experts' heads, with these parameters and perhaps others.
         """
-        sizes = [_size(head, expert) for head, expert in zip(heads, expert_heads, strict=True)]
-        if self.ridge:
-            gradient = [
-                jax.tree.map(jnp.add, head_gradient, self._pull(head, expert, size))
-                for head_gradient, head, expert, size in zip(
-                    gradient, heads, expert_heads, sizes, strict=True
-                )
-            ]
-        updates, state = self.optimizer.update(gradient, state, heads)
-        scaled = [
-            jax.tree.map(lambda update, size=size: update * size, head_updates)
-            for head_updates, size in zip(updates, sizes, strict=True)
+        learned, restore = ravel_pytree(heads)
+        slopes, _ = ravel_pytree(gradient)
+        if state.pulls is not None:
+            experts, _ = ravel_pytree(self._learned_parts(expert_heads))
+            slopes += state.pulls * (learned - experts)
+        updates, optimizer = self.optimizer.update(slopes, state.optimizer, learned)
+        return restore(learned + updates * state.sizes), state._replace(optimizer=optimizer)
+
+    def _learned_parts(self, heads: Heads) -> list[dict[str, Float[Array, "..."]]]:
+        """Returns those parameters of each head that are learned, float32."""
+        return [
+            {name: jnp.asarray(head[name], jnp.float32) for name in self.names if name in head}
+            for head in heads
         ]
-        return optax.apply_updates(heads, scaled), state
-
-    def _pull(
-        self, head: Mapping[str, Array], expert: Mapping[str, Array], size: Float[Array, ""]
-    ) -> dict[str, Array]:
-        """Returns the gradient of the distance to the expert's head."""
-        entries = sum(array.size for array in head.values())
-        factor = 2 * self.ridge / (entries * size**2)
-        return {name: factor * (array - expert[name]) for name, array in head.items()}
-
-
-def _size(head: Mapping[str, Array], expert: Mapping[str, Array]) -> Float[Array, ""]:
-    """Returns the root mean square of the entries of the expert's head that are learned."""
-    squares = sum(jnp.square(expert[name].astype(jnp.float32)).sum() for name in head)
-    entries = sum(array.size for array in head.values())
-    return jnp.sqrt(jnp.maximum(squares / entries, jnp.finfo(jnp.float32).tiny))
 
 
 def replaced_heads(expert_heads: Heads, learned: Heads) -> Heads:

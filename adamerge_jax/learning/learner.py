@@ -4,12 +4,13 @@ A `Learner` is a set of pure functions, made once from the choices of a recipe. 
 arguments of the compiled functions; none is closed over.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -17,7 +18,7 @@ from adamerge_jax.coefficients.constraints import Constraint
 from adamerge_jax.coefficients.granularities import Granularity, Values
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.devices import ONE_DEVICE, Devices
-from adamerge_jax.heads.learned import HeadLearning, Heads, replaced_heads
+from adamerge_jax.heads.learned import HeadLearning, Heads, HeadState, replaced_heads
 from adamerge_jax.learning.microbatches import sum_over_parts
 from adamerge_jax.mixing import mix
 from adamerge_jax.models.family import Network, complete_head
@@ -25,10 +26,24 @@ from adamerge_jax.objectives import Objective, Targets, TaskOutputs
 from adamerge_jax.objectives.regularizers import Regularizer
 from adamerge_jax.task_vectors import Delta
 
-Forward = Callable[[PyTree, PyTree, PyTree], Sequence[TaskOutputs]]
+
+class TaskGroup(NamedTuple):
+    """Tasks whose outputs have the same shapes, so that one program evaluates all of them.
+
+    Attributes:
+        tasks: The positions of the tasks, G of them.
+        outputs: Their outputs, `[G, B, ...]`.
+    """
+
+    tasks: tuple[int, ...]
+    outputs: TaskOutputs
+
+
+Forward = Callable[[PyTree, PyTree, PyTree], Sequence[TaskOutputs] | Sequence[TaskGroup]]
 """`(parameters, heads, inputs) -> outputs` of each task, from parameters that may be mixtures.
 
-In place of a task's logits there may be a function that computes them.
+In place of a task's logits there may be a function that computes them. Instead of outputs of each
+task there may be those of groups of tasks, which compile faster where tasks are many.
 """
 
 
@@ -69,14 +84,14 @@ class State(NamedTuple):
         start: The coefficients that learning started from, for regularizers.
         heads: The parameters of each task's head that are learned, by name; empty where heads are
             kept.
-        head_optimizer: The state of the optimizer of heads; empty where they are kept.
+        head_optimizer: The state of their learning; None where they are kept.
     """
 
     raw: Raw
     optimizer: optax.OptState
     start: Values
     heads: Heads = ()
-    head_optimizer: optax.OptState = ()
+    head_optimizer: HeadState | None = None
 
 
 class Evaluation(NamedTuple):
@@ -204,16 +219,8 @@ def make_learner(
         if batch.augmented_inputs is not None:
             augmented = forward(mixed, heads, batch.augmented_inputs)
             pairs = zip(outputs, augmented, strict=True)
-            outputs = [plain._replace(augmented_logits=other.logits) for plain, other in pairs]
-        objectives = objectives_of(len(outputs))
-        tasks = [
-            _evaluate_task(task_objective, task_outputs, targets, weights)
-            for task_objective, weights, task_outputs, targets in zip(
-                objectives, batch.weights, outputs, batch.targets, strict=True
-            )
-        ]
-        per_task, predicted = zip(*tasks, strict=True)
-        return Evaluation(jnp.stack(per_task), predicted)
+            outputs = [_with_augmented(plain, other) for plain, other in pairs]
+        return _evaluate(objectives_of(len(batch.targets)), outputs, batch)
 
     def init(values: Values, heads: Heads = ()) -> State:
         raw = {
@@ -227,7 +234,7 @@ def make_learner(
         learned_heads, head_optimizer = head_learning.init(heads)
         return state._replace(heads=learned_heads, head_optimizer=head_optimizer)
 
-    compiled = functools.partial(jax.jit, out_shardings=devices.replicated)
+    compiled = partial(jax.jit, out_shardings=devices.replicated)
 
     @compiled
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
@@ -243,7 +250,7 @@ def make_learner(
             terms = (w * term(coefficients(raw), state.start) for w, term in regularizers)
             return sum(terms, jnp.zeros(()))
 
-        gradient_of = functools.partial(jax.grad(total, has_aux=True), learned)
+        gradient_of = partial(jax.grad(total, has_aux=True), learned)
         (gradient, head_gradient), per_task = sum_over_parts(gradient_of, batch, microbatches)
         gradient = jax.tree.map(jnp.add, gradient, jax.grad(regularization)(state.raw))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.raw)
@@ -283,6 +290,65 @@ def make_learner(
     )
 
 
+def _with_augmented(
+    plain: TaskOutputs | TaskGroup, augmented: TaskOutputs | TaskGroup
+) -> TaskOutputs | TaskGroup:
+    """Returns outputs with the logits of the augmented examples."""
+    if isinstance(plain, TaskGroup):
+        return plain._replace(outputs=_with_augmented(plain.outputs, augmented.outputs))
+    return plain._replace(augmented_logits=augmented.logits)
+
+
+def _evaluate(
+    objectives: Sequence[Objective], outputs: Sequence[TaskOutputs | TaskGroup], batch: Batch
+) -> Evaluation:
+    """Returns the objective of each task, and the classes predicted."""
+    values: dict[int, Float[Array, ""]] = {}
+    predicted: dict[int, Int[Array, "B ..."]] = {}
+    for entry in outputs:
+        if not isinstance(entry, TaskGroup):
+            task = len(values)
+            values[task], predicted[task] = _evaluate_task(
+                objectives[task], entry, batch.targets[task], batch.weights[task]
+            )
+            continue
+        for tasks in _alike(entry.tasks, [(objectives[t], batch.targets[t]) for t in entry.tasks]):
+            places = [entry.tasks.index(task) for task in tasks]
+            group_values, group_predicted = jax.vmap(partial(_evaluate_task, objectives[tasks[0]]))(
+                _rows(entry.outputs, places, len(entry.tasks)),
+                _stacked([batch.targets[task] for task in tasks]),
+                _rows(batch.weights, tasks, len(objectives)),
+            )
+            values |= zip(tasks, group_values, strict=True)
+            predicted |= zip(tasks, group_predicted, strict=True)
+    order = range(len(objectives))
+    return Evaluation(jnp.stack([values[t] for t in order]), [predicted[t] for t in order])
+
+
+def _alike(
+    tasks: Sequence[int], contents: Sequence[tuple[Objective, Targets]]
+) -> list[tuple[int, ...]]:
+    """Divides tasks into those with the same objective and targets of the same shapes."""
+    groups: dict[Any, list[int]] = {}
+    for task, (objective, targets) in zip(tasks, contents, strict=True):
+        leaves, structure = jax.tree.flatten(targets)
+        form = (id(objective), structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        groups.setdefault(form, []).append(task)
+    return [tuple(group) for group in groups.values()]
+
+
+def _stacked(trees: Sequence[PyTree[Array]]) -> PyTree[Array]:
+    """Stacks the leaves of trees of the same shapes, `[trees, ...]`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _rows(tree: PyTree[Array], rows: Sequence[int], count: int) -> PyTree[Array]:
+    """Returns some rows of arrays that have so many; the arrays themselves if these are all."""
+    if tuple(rows) == tuple(range(count)):
+        return tree
+    return jax.tree.map(lambda array: array[np.array(rows)], tree)
+
+
 def _evaluate_task(
     objective: Objective, outputs: TaskOutputs, targets: Targets, weights: Float[Array, " B"]
 ) -> tuple[Float[Array, ""], Int[Array, "B ..."]]:
@@ -318,42 +384,70 @@ def forward_with_heads(
             kept: those of a language model are the largest arrays of a step.
         embeds: True if the heads give a sentence embedder's embeddings in place of logits.
     """
+    groups = _with_the_same_head(heads)
+    others = np.array([[t for t in range(len(heads)) if t != own] for own in range(len(heads))])
 
-    def forward(parameters: PyTree, head_parameters: PyTree, inputs: PyTree) -> list[TaskOutputs]:
+    def forward(
+        parameters: PyTree, head_parameters: PyTree, inputs: PyTree
+    ) -> list[TaskOutputs] | list[TaskGroup]:
         outputs = backbone(parameters, inputs, hidden_states=bool(hidden_states))
-        size = len(outputs.last_hidden_state) // len(heads)
         mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-        by_task = []
-        for position, (head, stored) in enumerate(zip(heads, head_parameters, strict=True)):
+        states = {layer: outputs.hidden_states[layer] for layer in hidden_states}
+        outputs = outputs._replace(hidden_states=None, cache=None)
+        by_task = jax.tree.map(
+            lambda array: array.reshape(len(heads), -1, *array.shape[1:]), (outputs, states, mask)
+        )
+
+        def of_task(
+            head: Network, stored: PyTree, own: PyTree, task: Any, rest: Any
+        ) -> TaskOutputs:
             complete = complete_head(head, stored, parameters)
-            chosen = slice(position * size, (position + 1) * size)
-            task_outputs = outputs.examples(chosen)
-            all_logits = head(complete, outputs) if cross_task else None
+            task_outputs, task_states, task_mask = own
+            logits_of_others = None
             if logits_again:
-                logits = functools.partial(head, complete, task_outputs)
-            elif all_logits is None:
-                logits = head(complete, task_outputs)
+                logits = partial(head, complete, task_outputs)
+            elif cross_task:
+                logits_of_all = head(complete, outputs)
+                logits_of_all = logits_of_all.reshape(len(heads), -1, *logits_of_all.shape[1:])
+                logits, logits_of_others = logits_of_all[task], logits_of_all[rest].swapaxes(0, 1)
             else:
-                logits = all_logits[chosen]
-            by_task.append(
-                TaskOutputs(
-                    jnp.zeros((len(logits), 1)) if embeds else logits,
-                    {layer: task_outputs.hidden_states[layer] for layer in hidden_states},
-                    None if mask is None else mask[chosen],
-                    cross_task_logits=None
-                    if all_logits is None
-                    else _of_other_tasks(all_logits, chosen, size),
-                    embeddings=logits if embeds else None,
-                )
+                logits = head(complete, task_outputs)
+            return TaskOutputs(
+                jnp.zeros((len(logits), 1)) if embeds else logits,
+                task_states,
+                task_mask,
+                cross_task_logits=logits_of_others,
+                embeddings=logits if embeds else None,
             )
-        return by_task
+
+        def of_one(task: int) -> TaskOutputs:
+            own = jax.tree.map(lambda array: array[task], by_task)
+            return of_task(heads[task], head_parameters[task], own, task, others[task])
+
+        def of_group(tasks: tuple[int, ...]) -> TaskOutputs:
+            if len(tasks) == 1:
+                return jax.tree.map(lambda array: array[None], of_one(tasks[0]))
+            return jax.vmap(partial(of_task, heads[tasks[0]]))(
+                _stacked([head_parameters[task] for task in tasks]),
+                _rows(by_task, tasks, len(heads)),
+                np.array(tasks),
+                others[np.array(tasks)],
+            )
+
+        if logits_again:
+            return [of_one(task) for task in range(len(heads))]
+        return [TaskGroup(tasks, of_group(tasks)) for tasks in groups]
 
     return forward
 
 
-def _of_other_tasks(
-    logits: Float[Array, "N C"], chosen: slice, size: int
-) -> Float[Array, "B others C"]:
-    """Returns the logits of the other tasks' examples, with an axis over the tasks."""
-    others = jnp.concatenate([logits[: chosen.start], logits[chosen.stop :]])
-    return others.reshape(-1, size, logits.shape[-1]).swapaxes(0, 1)
+def _with_the_same_head(heads: Sequence[Network]) -> list[tuple[int, ...]]:
+    """Divides tasks into those whose heads are the same function of their parameters."""
+    groups: list[list[int]] = []
+    for task, head in enumerate(heads):
+        group = next((group for group in groups if heads[group[0]].is_same(head)), None)
+        if group is None:
+            groups.append([task])
+        else:
+            group.append(task)
+    return [tuple(group) for group in groups]

@@ -244,7 +244,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         _require_no_embeddings(recipe.objectives)
         by_task = objectives_by_task(recipe, models.problems)
         terms = distinct_terms(by_task.values())
-        objectives = {t: build_objectives(by_task[t], [t])[t] for t in recipe.tasks}
+        objectives = _build_by_task(by_task)
     specs = {task: objective.target_spec for task, objective in objectives.items()}
     _require_fitting(specs, recipe.tasks, models.problems, language)
     if embeds:
@@ -341,22 +341,29 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
 def build_objectives(
     terms: Sequence[ObjectiveRecipe], tasks: Iterable[str]
 ) -> dict[str, Objective]:
-    """Builds the objective of each task.
+    """Builds the objective of each task; tasks with equal weights share one, compiled once.
 
     Raises:
         InputError: There is no such objective, or it refuses an option.
     """
-    objectives = [(term, make_objective(term.name, term.options)) for term in terms]
-    return {
-        task: weighted_sum(
-            [
-                (term.weight_of(task), objective)
-                for term, objective in objectives
-                if term.weight_of(task)
-            ]
-        )
-        for task in tasks
-    }
+    parts = [make_objective(term.name, term.options) for term in terms]
+
+    @functools.cache
+    def of_weights(weights: tuple[float, ...]) -> Objective:
+        pairs = zip(weights, parts, strict=True)
+        return weighted_sum([(weight, part) for weight, part in pairs if weight])
+
+    return {task: of_weights(tuple(term.weight_of(task) for term in terms)) for task in tasks}
+
+
+def _build_by_task(terms: Mapping[str, Sequence[ObjectiveRecipe]]) -> dict[str, Objective]:
+    """Builds the objective of each task from terms of its own."""
+    objectives: dict[str, Objective] = {}
+    for task, of_task in terms.items():
+        if task not in objectives:
+            equal = [other for other, of_other in terms.items() if of_other == of_task]
+            objectives |= build_objectives(of_task, equal)
+    return {task: objectives[task] for task in terms}
 
 
 def _build_retained(source: RetainRecipe | None, specs: Iterable[TargetSpec]) -> Objective | None:

@@ -14,6 +14,17 @@ from adamerge_jax.task_vectors.delta import Delta
 from adamerge_jax.task_vectors.factored import FactoredDelta
 from adamerge_jax.task_vectors.layout import is_abstract, lay_out, positions_in, random_order
 
+_CHAIN = 8
+"""The largest number of experts that are summed by a program of one addition for each of them."""
+
+
+def _chain(scale: Float[Array, "K ..."], values: Float[Array, "K ..."]) -> Float[Array, "..."]:
+    """Returns `sum_k scale[k] * values[k]`, added one after the other."""
+    return functools.reduce(
+        jnp.add,
+        (of_one * values[k].astype(jnp.float32) for k, of_one in enumerate(jnp.unstack(scale))),
+    )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +60,22 @@ class DenseDelta:
             )
             return summed.reshape(shape[1:])
         # As a chain of sums XLA fuses it into one pass over the deltas; as an einsum it is a
-        # product for every entry of the scale, half as fast on CPU.
-        return functools.reduce(
-            jnp.add, (scale[k] * self.values[k].astype(jnp.float32) for k in range(shape[0]))
-        )
+        # product for every entry of the scale, half as fast on CPU. Compiling a chain takes time
+        # for each of its links, so that of many experts the same one runs several times.
+        rest, blocks = shape[0] % _CHAIN, shape[0] // _CHAIN
+        if blocks <= 1:
+            return _chain(scale, self.values)
+        starts = rest + _CHAIN * jnp.arange(blocks)
+        scales = scale[rest:].reshape(blocks, _CHAIN, *scale.shape[1:])
+
+        def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+            start, of_block = block
+            values = jax.lax.dynamic_slice_in_dim(self.values, start, _CHAIN)
+            return total + _chain(of_block, values), None
+
+        zeros = jnp.zeros(shape[1:], jnp.float32)
+        first = _chain(scale[:rest], self.values[:rest]) if rest else zeros
+        return jax.lax.scan(add, first, (starts, scales))[0]
 
     def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
         """Returns None: one product with the merged weights is less than one for each expert."""

@@ -1,6 +1,6 @@
 """A new kind of target: its objective, `objectives/targets.py` and one function say all of it."""
 
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,11 @@ from tests.references import learning_inputs
 # What would stand in objectives/targets.py: a field of each of the two.
 
 
-class TargetsWithMean(NamedTuple):
-    expert_logits: Any = None
-    expert_hidden_states: Any = ()
-    labels: Any = None
-    expert_top: Any = None
-    cross_task: Any = None
-    expert_embeddings: Any = None
-    partners: Any = None
-    expert_state_mean: Any = None
+TargetsWithMean = namedtuple(
+    "TargetsWithMean",
+    [*Targets._fields, "expert_state_mean"],
+    defaults=[*Targets._field_defaults.values(), None],
+)
 
 
 class SpecWithMean(TargetSpec):

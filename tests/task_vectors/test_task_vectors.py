@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adamerge_jax.errors import InputError
@@ -53,8 +53,11 @@ def shapes_and_scales(draw) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (experts, *shape), (experts, *along)
 
 
+# So many experts are summed block by block.
 @settings(max_examples=30)
 @given(shapes_and_scales())
+@example(((19, 3, 4), (19, 3, 1)))
+@example(((16, 3, 4), (16, 3, 4)))
 def test_weighted_sum_and_its_gradient(shapes):
     values, scale = draw(0, *shapes[0]), draw(1, *shapes[1])
     expected = (scale.astype(np.float64) * values).sum(0)
