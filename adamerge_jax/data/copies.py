@@ -37,6 +37,7 @@ class WithCopies(Examples):
 
     Attributes:
         unchanged: The N examples alone.
+        copies: The number of copies of each.
     """
 
     def __init__(self, examples: Examples, copies: int, seed: int):
@@ -47,7 +48,7 @@ class WithCopies(Examples):
             copies: The number of copies of each.
             seed: The seed of the changes.
         """
-        self.unchanged, self._copies, self._seed = examples, copies, seed
+        self.unchanged, self.copies, self._seed = examples, copies, seed
         self.class_names = examples.class_names
         self.names_have_order = examples.names_have_order
         self.texts = examples.texts
@@ -56,8 +57,13 @@ class WithCopies(Examples):
         if examples.partners is not None:
             self.partners = np.tile(examples.partners, 1 + copies)
 
+    def with_fewer(self, most: int) -> "WithCopies":
+        """Returns the same with fewer copies, such that they are `most` examples or N."""
+        copies = min(self.copies, max(0, most // len(self.unchanged) - 1))
+        return WithCopies(self.unchanged, copies, self._seed)
+
     def __len__(self) -> int:
-        return len(self.unchanged) * (1 + self._copies)
+        return len(self.unchanged) * (1 + self.copies)
 
     def padded_length(self, index: Int[np.ndarray, " B"]) -> int:
         """Returns the tokens that chosen examples are padded to, copies as what they are of."""
@@ -65,7 +71,7 @@ class WithCopies(Examples):
 
     def padded_lengths(self) -> Int[np.ndarray, " N"]:
         """Returns the tokens that each example alone is padded to."""
-        return np.tile(self.unchanged.padded_lengths(), 1 + self._copies)
+        return np.tile(self.unchanged.padded_lengths(), 1 + self.copies)
 
     def take_labels(
         self, index: Int[np.ndarray, " B"], length: int

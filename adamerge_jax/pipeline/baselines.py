@@ -24,7 +24,7 @@ from adamerge_jax.pipeline.learn import (
     LearningInputs,
     MergeResult,
     ask_for_logits,
-    without_copies,
+    with_fewer_copies,
 )
 from adamerge_jax.pipeline.merge import method_parameters
 from adamerge_jax.pipeline.read import load_task_vectors
@@ -39,6 +39,10 @@ from adamerge_jax.walk import lowest_from_coarse
 
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
+
+MOST_TO_FIT = 1000
+"""Examples of a task with their changed copies, at most, that heads of baselines are fitted to. Of
+60 examples the copies give refitted heads of the base 5% more, of average 1.5%."""
 
 _FROM_CACHE = "some baselines are those of an earlier run with the same models and data"
 
@@ -140,12 +144,14 @@ class _Table:
         return [*baselines, *map(self._of_method, self._settings.methods)]
 
     @functools.cached_property
-    def _calibration(self) -> Calibration:
-        """The calibration data to which heads are fitted.
+    def _to_fit(self) -> Calibration:
+        """The examples that heads are fitted to, perhaps without the experts' answers."""
+        return with_fewer_copies(self.inputs.calibration, MOST_TO_FIT)
 
-        Copies of examples would make five times as many of them, for a few tenths of a percent.
-        """
-        calibration = without_copies(self.inputs.calibration)
+    @functools.cached_property
+    def _calibration(self) -> Calibration:
+        """The examples that heads are fitted to, with the experts' answers."""
+        calibration = self._to_fit
         if all(targets.has_expert for targets in calibration.targets.values()):
             return calibration
         # A run that was killed while it evaluated has not asked again.
@@ -174,9 +180,7 @@ class _Table:
         return RowFacts(names, kinds, settings, reads_data or self._fit is not None)
 
     def _examples_of_one(self) -> int:
-        fitted = (
-            0 if self._fit is None else _count(without_copies(self.inputs.calibration).examples)
-        )
+        fitted = 0 if self._fit is None else _count(self._to_fit.examples)
         general = self.inputs.workspace.general
         return self._tested + fitted + (0 if general is None else len(general.test))
 

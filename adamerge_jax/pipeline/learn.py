@@ -305,19 +305,22 @@ def _with_copies(calibration: Calibration, copies: int) -> Calibration:
     return calibration._replace(learning=learning, examples=examples, targets=targets)
 
 
-def without_copies(calibration: Calibration) -> Calibration:
-    """Returns calibration data to fit heads to, without changed copies of examples."""
-    unchanged = {
-        task: examples.unchanged
+def with_fewer_copies(calibration: Calibration, most: int) -> Calibration:
+    """Returns calibration data to fit heads to, with fewer changed copies of examples.
+
+    Args:
+        calibration: The calibration data.
+        most: The number of a task's examples with their copies, at most, unless there are more
+            without.
+    """
+    fewer = {
+        task: examples.with_fewer(most)
         for task, examples in calibration.examples.items()
         if isinstance(examples, WithCopies)
     }
-    targets = {
-        task: calibration.targets[task].first(of_task) for task, of_task in unchanged.items()
-    }
+    targets = {task: calibration.targets[task].first(of_task) for task, of_task in fewer.items()}
     return calibration._replace(
-        examples={**calibration.examples, **unchanged},
-        targets={**calibration.targets, **targets},
+        examples={**calibration.examples, **fewer}, targets={**calibration.targets, **targets}
     )
 
 

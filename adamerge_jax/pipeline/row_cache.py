@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from adamerge_jax.data.copies import WithCopies
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.devices import fetch
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.caches import cache_folder, code_digest, keep_in_cache
 from adamerge_jax.files.json_object import read_object
-from adamerge_jax.pipeline.learn import LearningInputs, without_copies
+from adamerge_jax.pipeline.learn import LearningInputs
 from adamerge_jax.registry import is_own_code
 from adamerge_jax.runs.rows import Kind, Row
 from adamerge_jax.runs.saved_rows import SavedRow
@@ -179,10 +180,15 @@ class RowCache:
     @functools.cached_property
     def _calibration(self) -> dict[str, Any]:
         """All that decides on heads that are fitted, and on methods that read data."""
-        examples = without_copies(self._inputs.calibration).examples
+        calibration = self._inputs.calibration.examples
+        unchanged = {
+            task: examples.unchanged if isinstance(examples, WithCopies) else examples
+            for task, examples in calibration.items()
+        }
         return {
             "seed": self._inputs.method.seed,
-            "examples": {task: _digest_of_examples(data) for task, data in examples.items()},
+            "copies": self._inputs.method.copies,
+            "examples": self.digest_of(unchanged),
         }
 
     def digest_of(self, data: Mapping[str, Examples]) -> dict[str, str]:
