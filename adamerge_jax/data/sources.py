@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adamerge_jax.data.arrays import read_arrays
+from adamerge_jax.data.choices import choice_examples
 from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples, Subset, drawn
 from adamerge_jax.data.image_conversations import ConversationImages
@@ -25,7 +26,7 @@ from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.words import WORDS_COLUMN, word_examples
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
-from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, WORDS, Problem
+from adamerge_jax.models.problem import CHOICES, CLASSES, LABELS, NUMBERS, WORDS, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,10 +90,10 @@ def load_examples(
                 f"{name}: {source.path}: a sentence embedder's data are texts, not NumPy arrays; "
                 "give a table (.jsonl, .csv, .parquet) with a column of texts, or two of pairs"
             )
-        if problem == WORDS:
+        if problem in (WORDS, CHOICES):
             raise InputError(
                 f"{name}: {source.path}: the data of an expert that gives {problem.predicts} are "
-                "words, not NumPy arrays; give a table (.jsonl, .parquet) with a column of lists"
+                "texts, not NumPy arrays; give a table (.jsonl, .parquet) with columns of them"
             )
         examples = read_arrays(location.file, source, inputs, limits, name, problem, outputs)
     elif language:
@@ -117,15 +118,28 @@ def load_examples(
         is_text = inputs[0] == "input_ids"
         columns = _columns(source.text if is_text else source.image)
         others = [WORDS_COLUMN] if problem == WORDS else []
+        if problem == CHOICES:
+            if source.choices is None:
+                raise InputError(
+                    f"{name}: choices is missing; name the column of lists of choices, or the "
+                    "column of each choice"
+                )
+            others = _columns(source.choices)
         wanted = list(dict.fromkeys([*columns, *others, source.label or "label"]))
         table = read_table(location, source, name, wanted, _draw(source.limit, seed))
-        if others and "text" not in source.model_fields_set and "text" not in table.columns:
+        if (
+            problem == WORDS
+            and "text" not in source.model_fields_set
+            and "text" not in table.columns
+        ):
             columns = others
         kind = "tokenizer" if is_text else "image processor (preprocessor_config.json)"
         table.require_rows(preprocessor, kind)
-        _require_columns(table, columns)
+        _require_columns(table, [*columns, *(others if problem == CHOICES else [])])
         if embeds is not None:
             return _embedded_examples(table, preprocessor, max_length, limits, embeds)
+        if problem == CHOICES and source.choices is not None:
+            return choice_examples(table, columns, source.choices, preprocessor, max_length, limits)
         if problem == WORDS:
             return _words(table, columns, preprocessor, max_length, limits)
         if is_text:

@@ -54,6 +54,28 @@ OF_LABELS = HeadLoss(expit, _binary_cross_entropy, _binary_divergence)
 """The KL divergence of the expert's probability of each label from the head's, in nats."""
 
 
+def of_choices(choices: int) -> HeadLoss:
+    """Returns the KL divergence of the expert's choice from the head's, in nats.
+
+    Outputs are `[N, 1]`, one for each choice; those of an example follow each other.
+
+    Args:
+        choices: The number of choices of an example.
+    """
+
+    def value(outputs: Outputs, wanted: Outputs) -> tuple[float, Outputs]:
+        total, slope = _cross_entropy(outputs.reshape(-1, choices), wanted)
+        return total, slope.reshape(-1, 1)
+
+    return HeadLoss(
+        lambda outputs: OF_CLASSES.wanted(outputs.reshape(-1, choices)),
+        value,
+        lambda outputs, expert: _divergence(
+            outputs.reshape(-1, choices), expert.reshape(-1, choices)
+        ),
+    )
+
+
 def of_numbers(expert_outputs: Outputs) -> HeadLoss:
     """Returns half of the squared difference of numbers, in units of the expert's spread.
 

@@ -25,7 +25,7 @@ from adamerge_jax.models.layers import (
     attention,
     padding_bias,
 )
-from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
+from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
 
 
 class Embeddings(nnx.Module):
@@ -138,15 +138,20 @@ class Bert(nnx.Module):
 class PooledHead(nnx.Module):
     """A head of classes with the pooler, where the backbone has none."""
 
-    def __init__(self, config: Config):
-        self.bert = _OnlyPooler(config)
-        self.classifier = Linear(config.hidden_size, config.num_labels)
+    def __init__(self, config: Config, prefix: str = "bert", outputs: int | None = None):
+        """Makes the pooler under a prefix, and a layer of so many outputs in place of classes."""
+        setattr(self, prefix, OnlyPooler(config))
+        self.prefix = prefix
+        self.classifier = Linear(config.hidden_size, outputs or config.num_labels)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
-        return self.classifier(self.bert.pooler(outputs.last_hidden_state))
+        pooler = getattr(self, self.prefix).pooler
+        return self.classifier(pooler(outputs.last_hidden_state))
 
 
-class _OnlyPooler(nnx.Module):
+class OnlyPooler(nnx.Module):
+    """The pooler of a backbone that lacks it."""
+
     def __init__(self, config: Config):
         self.pooler = Pooler(config)
 
@@ -193,7 +198,8 @@ FAMILY = Family(
     further_heads={
         TOKEN_CLASSIFICATION: HeadForm(
             TokenHead, backbone=_UNPOOLED, ignored=("bert.pooler.*", "pooler.*")
-        )
+        ),
+        MULTIPLE_CHOICE: HeadForm(partial(LinearHead, outputs=1)),
     },
     head_with_rest=PooledHead,
 )

@@ -8,78 +8,28 @@ import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.choices import ChoicesBackbone, ChoicesHead
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.images_in_text import ImagesInText
+from adamerge_jax.models.labels import LabelsHead
 from adamerge_jax.models.layers import Config, Rematerialize
-from adamerge_jax.models.problem import CLASSES, LABELS, Problem
+from adamerge_jax.models.network import Network as Network
+from adamerge_jax.models.problem import CHOICES, CLASSES, LABELS, MULTIPLE_CHOICE, Problem
 
 OUTPUT_LAYER = "lm_head.weight"
 """The usual name of a language model's output layer, where it is not the embedding table."""
 
 
-class Network:
-    """An NNX module as a pure function of its parameters.
-
-    Attributes:
-        shapes: Shape and dtype of every parameter by name, `[L, *shape]` where stacked.
-    """
-
-    def __init__(self, make_module: Callable[[], nnx.Module]):
-        """Builds the module abstractly: no parameter is allocated."""
-        self._graph, state = nnx.split(nnx.eval_shape(make_module))
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = {
-            ".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)
-        }
-
-    def __call__(self, parameters: Mapping[str, Array], *arguments: PyTree, **options: Any) -> Any:
-        """Calls the module with the given parameters, arrays or `Mixture`s by name."""
-        nested: dict[str, Any] = {}
-        for name, leaf in parameters.items():
-            *modules, attribute = name.split(".")
-            module = nested
-            for key in modules:
-                module = module.setdefault(key, {})
-            module[attribute] = leaf
-        return nnx.merge(self._graph, nnx.State(nested))(*arguments, **options)
-
-    def is_same(self, other: object) -> bool:
-        """Returns True if the other is of the same modules: the same function of parameters."""
-        if self is other:
-            return True
-        # Subclasses may be of something else than modules.
-        if type(self) is not Network or type(other) is not Network:
-            return False
-        return self.shapes == other.shapes and self._graph == other._graph
-
-
-class LabelsHead(Network):
-    """A head of labels that do not exclude each other: `(parameters, outputs) -> [B, C, 2]`."""
-
-    def __init__(self, head: Network):
-        """Wraps a head of one logit for each label."""
-        self.shapes = head.shapes
-        self._head = head
-
-    def __call__(self, parameters: Mapping[str, Array], *arguments: PyTree, **options: Any) -> Any:
-        """Returns the logits of the choice between none and each label: 0, and the head's."""
-        logits = self._head(parameters, *arguments, **options)
-        return jnp.stack([jnp.zeros_like(logits), logits], axis=-1)
-
-    def is_same(self, other: object) -> bool:
-        """Returns True if the other is the same function of parameters."""
-        return isinstance(other, LabelsHead) and self._head.is_same(other._head)
-
-
 def solving(problem: Problem, head: Network) -> Network:
     """Returns a head whose outputs are those of a problem, of distributions but for numbers."""
+    if problem == CHOICES:
+        return ChoicesHead(head)
     return LabelsHead(head) if problem == LABELS else head
 
 
@@ -103,6 +53,15 @@ def _network(
 ) -> Network:
     """Returns a network; for an equal config the same one, which JAX has compiled already."""
     return Network(partial(make_module, copy.deepcopy(config.config), *options))
+
+
+def require_choices_alone(auto_classes: Collection[str | None]) -> None:
+    """Refuses experts that choose among texts beside others, which read one text an example."""
+    if any(auto_class != MULTIPLE_CHOICE for auto_class in auto_classes):
+        raise InputError(
+            "config.json: experts of multiple choice read several texts an example and cannot "
+            "share batches with others; learn them in a recipe of their own"
+        )
 
 
 def complete_head(
@@ -194,6 +153,7 @@ class Family:
             table.
         further_heads: The heads of other `transformers` classes of such models than `auto_class`,
             by these classes.
+        reads_choices: True if each example is several texts, of which one is right.
         head_with_rest: Makes the module of `head` together with the parts of the backbone that
             models of `further_heads` lack, where there are some.
     """
@@ -219,6 +179,7 @@ class Family:
     images: ImagesInText | None = None
     output_layer: str = OUTPUT_LAYER
     further_heads: Mapping[str, HeadForm] = dataclasses.field(default_factory=dict)
+    reads_choices: bool = False
     head_with_rest: Callable[[Config], nnx.Module] | None = None
 
     def head_form(self, auto_class: str | None = None) -> HeadForm:
@@ -250,6 +211,10 @@ class Family:
         Raises:
             InputError: The family has no heads of such a class.
         """
+        if MULTIPLE_CHOICE in auto_classes:
+            require_choices_alone(auto_classes)
+            self.head_form(MULTIPLE_CHOICE)  # refuses a family without
+            return dataclasses.replace(self, reads_choices=True)
         backbones = [self.head_form(auto_class).backbone for auto_class in auto_classes]
         backbone = next(filter(None, backbones), None)
         if backbone is None:
@@ -261,7 +226,8 @@ class Family:
         self, config: Config, rematerialize: Rematerialize = "elementwise"
     ) -> Network:
         """Returns the backbone, `(parameters, inputs, hidden_states=False) -> Outputs`."""
-        return _network(self.backbone, _Key(config), rematerialize)
+        network = _network(self.backbone, _Key(config), rematerialize)
+        return ChoicesBackbone(network) if self.reads_choices else network
 
     def build_head(self, config: Config, problem: Problem = CLASSES) -> Network:
         """Returns the head, `(parameters, outputs) -> logits [B, C]`, `[B, T, V]` or `[B, C, 2]`.

@@ -140,8 +140,9 @@ class Linear(nnx.Module):
 class LinearHead(nnx.Module):
     """A classification head of one linear layer, the parameters under `classifier.`."""
 
-    def __init__(self, config: Config):
-        self.classifier = Linear(config.hidden_size, config.num_labels)
+    def __init__(self, config: Config, outputs: int | None = None):
+        """Makes the layer, with so many outputs in place of one for each class."""
+        self.classifier = Linear(config.hidden_size, outputs or config.num_labels)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
         return self.classifier(outputs.pooled)

@@ -7,6 +7,9 @@ from typing import Any
 TOKEN_CLASSIFICATION = "AutoModelForTokenClassification"
 """The `transformers` class of models with a head on every token."""
 
+MULTIPLE_CHOICE = "AutoModelForMultipleChoice"
+"""The `transformers` class of models that choose among several texts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -82,6 +85,16 @@ Each label is a choice of two, so that the outputs of a head are `[B, C, 2]`: 0 
 """
 
 
+CHOICES = Problem(
+    "choices",
+    "one of several choices",
+    ("entropy", "logit_alignment", "cross_entropy", "expert_labels"),
+    "the number of the right choice",
+    auto_class=MULTIPLE_CHOICE,
+)
+"""One of N texts for each example: the classes are the choices, `[B, N]`."""
+
+
 def auto_class_of(classes: Sequence[str]) -> str | None:
     """Returns the `transformers` class that loads models of a class with a head of its own kind.
 
@@ -116,5 +129,5 @@ def problem_of(auto_class: str | None, config: Any) -> Problem:
     return NUMBERS if is_single or config.problem_type == "regression" else CLASSES
 
 
-_OF_OTHERS = (WORDS, NUMBERS, LABELS)
+_OF_OTHERS = (WORDS, NUMBERS, LABELS, CHOICES)
 """The problems but that of classes."""

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder
+from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder, PooledHead
 from adamerge_jax.models.family import Family, HeadForm, LastLayer
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
@@ -24,7 +24,7 @@ from adamerge_jax.models.layers import (
     TokenHead,
     padding_bias,
 )
-from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
+from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
 
 
 def positions_of(token_ids: Int[Array, "B T"], padding: int) -> Int[Array, "B T"]:
@@ -99,5 +99,9 @@ FAMILY = Family(
     last_layer=LastLayer("classifier.out_proj.weight", "classifier.out_proj.bias"),
     # Older versions of `transformers` made and saved it with classifiers that do not read it.
     ignored_in_experts=("roberta.pooler.*",),
-    further_heads={TOKEN_CLASSIFICATION: HeadForm(TokenHead)},
+    further_heads={
+        TOKEN_CLASSIFICATION: HeadForm(TokenHead),
+        # These read the pooler, which bases often lack: it is a part of their heads.
+        MULTIPLE_CHOICE: HeadForm(partial(PooledHead, prefix="roberta", outputs=1)),
+    },
 )

@@ -47,7 +47,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.methods import make_method
 from adamerge_jax.models.embedder import POOLER
-from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
+from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
 from adamerge_jax.parameter_names import matches
 from adamerge_jax.pipeline.initial_merge import merged_names
 from adamerge_jax.pipeline.models import Models, match_backbone
@@ -67,6 +67,7 @@ _TASK_TYPES = {
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     # PEFT's for a model without a head; images have none.
     "AutoModelForSequenceClassification": "FEATURE_EXTRACTION",
+    MULTIPLE_CHOICE: "FEATURE_EXTRACTION",
     TOKEN_CLASSIFICATION: "FEATURE_EXTRACTION",
 }
 """PEFT's task types by the class that loads the model."""

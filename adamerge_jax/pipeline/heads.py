@@ -15,9 +15,9 @@ from adamerge_jax.data.batches import Calibration
 from adamerge_jax.data.expert_targets import StoredTargets
 from adamerge_jax.errors import InputError
 from adamerge_jax.heads.fitted import Kind, fit_head
-from adamerge_jax.heads.losses import OF_CLASSES, OF_LABELS, of_numbers
+from adamerge_jax.heads.losses import OF_CLASSES, OF_LABELS, of_choices, of_numbers
 from adamerge_jax.models.family import LastLayer
-from adamerge_jax.models.problem import LABELS, NUMBERS
+from adamerge_jax.models.problem import CHOICES, LABELS, NUMBERS
 from adamerge_jax.pipeline.export import ZERO_SHOT_FILE
 from adamerge_jax.pipeline.problem_scores import Batches
 from adamerge_jax.pipeline.workspace import Workspace
@@ -60,6 +60,8 @@ def fit_heads(
         problem = workspace.models.problems[task]
         if problem == LABELS:
             loss, rows = OF_LABELS, rows.of_labels()
+        elif problem == CHOICES:
+            loss, rows = of_choices(rows.features.shape[1]), rows.of_choices()
         elif problem == NUMBERS:
             loss = of_numbers(rows.expert_logits)
         fit = fit_head(
@@ -94,6 +96,15 @@ class _Rows(NamedTuple):
     def of_labels(self) -> "_Rows":
         """Returns the rows of a head whose outputs are each the choice between 0 and a logit."""
         return _Rows(self.features[..., 1], self.expert_logits[..., 1], self.groups)
+
+    def of_choices(self) -> "_Rows":
+        """Returns a row for each choice; those of an example are a group."""
+        examples, choices, features = self.features.shape
+        return _Rows(
+            self.features.reshape(-1, features),
+            self.expert_logits.reshape(-1, 1),
+            np.repeat(np.arange(examples), choices),
+        )
 
 
 def _rows(batches: Batches, targets: StoredTargets, seed: int) -> _Rows:

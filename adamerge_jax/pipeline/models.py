@@ -520,9 +520,12 @@ def _open_expert(
         require_same_architecture(base.checkpoint, expert, role=role)
     if has_classes:
         _require_classes(expert, role, auto_class)
+    of_head = head_shapes(expert) if is_any else head(expert.config)
+    # A part that other heads do not use may be one of this head.
+    unused = tuple(pattern for pattern in unused if not any(matches(n, [pattern]) for n in of_head))
     return match(
         expert,
-        backbone | (head_shapes(expert) if is_any else head(expert.config)),
+        backbone | of_head,
         role=role,
         prefixes=family.prefixes,
         optional=family.base_only,

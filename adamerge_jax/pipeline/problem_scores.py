@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from adamerge_jax.data.examples import Examples
-from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, WORDS, Problem
+from adamerge_jax.models.problem import CHOICES, CLASSES, LABELS, NUMBERS, WORDS, Problem
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.pipeline.entity_scores import OUTSIDE, entities_of, tells_entities
 from adamerge_jax.pipeline.number_scores import number_measures
@@ -109,6 +109,7 @@ def _number_scores(batches: Batches, examples: Examples, task: str) -> Measures:
 
 _SCORERS = {
     CLASSES.name: Scorer(("accuracy",), _accuracy),
+    CHOICES.name: Scorer(("accuracy",), _accuracy),
     LABELS.name: Scorer(("micro_f1", "macro_f1"), _label_scores),
     NUMBERS.name: Scorer(("pearson", "spearman", "r2"), _number_scores),
 }

@@ -33,7 +33,7 @@ from adamerge_jax.learning.learner import Forward, forward_with_heads
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
-from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, Problem
+from adamerge_jax.models.problem import CHOICES, CLASSES, LABELS, NUMBERS, Problem
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.base_answers import BaseWriter
@@ -513,7 +513,7 @@ def _require_labels_in_range(
     """Refuses labelled data with a class that the task's head does not have."""
     for part in Data._fields:
         for task, examples in getattr(data, part).items():
-            if examples.labels is None or models.problems[task] == NUMBERS:
+            if examples.labels is None or models.problems[task] in (NUMBERS, CHOICES):
                 continue
             if models.family.auto_class is None:
                 classes = len(heads[task]["text_embeddings"])

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from adamerge_jax.data.arrays import examples_of_arrays
+from adamerge_jax.data.choices import ChoiceExamples
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.errors import InputError
@@ -19,6 +20,9 @@ from adamerge_jax.recipes.schema import DataSource
 ASSUMED_EXAMPLES = 1000
 """The number of examples of a task without a limit whose data is not on this machine."""
 
+ASSUMED_CHOICES = 4
+"""The number of choices of multiple choice whose data is not on this machine."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DataSize:
@@ -28,12 +32,14 @@ class DataSize:
         lengths: The tokens to which each example alone is padded, `[N]`; 0 for images.
         stored_bytes: The size of the examples in memory, in bytes.
         images: The shape of the images in a conversation, `[I, ...]`; None where there are none.
+        choices: The texts of an example of multiple choice.
         assumed: The reason for which these numbers are assumed; None if they were counted.
     """
 
     lengths: Int[np.ndarray, " N"]
     stored_bytes: int = 0
     images: tuple[int, ...] | None = None
+    choices: int = ASSUMED_CHOICES
     assumed: str | None = None
 
     def __len__(self) -> int:
@@ -81,6 +87,8 @@ def data_sizes(
         elif not is_on_hub(source, root):
             examples = load(source, name, task)
             size = DataSize(examples.padded_lengths(), images=shape_of_images(examples))
+            if isinstance(examples, ChoiceExamples):
+                size = dataclasses.replace(size, choices=len(examples.choices))
         else:
             count = source.limit or ASSUMED_EXAMPLES
             longest = models.family.max_tokens(models.config) or max_length

@@ -182,7 +182,11 @@ class Outline:
             return {PIXELS: Abstract(shape, np.float32)}
         sources = self.recipe.calibration_sources
         are_pairs = any(not isinstance(source.text, str) for source in sources)
-        texts = (2,) if self.models.family.embeds is not None and are_pairs else ()
+        texts: tuple[int, ...] = ()
+        if self.models.family.embeds is not None and are_pairs:
+            texts = (2,)
+        elif self.models.family.reads_choices:
+            texts = (max(size.choices for size in self.data["calibration"].values()),)
         return {name: Abstract((examples, *texts, length), np.int32) for name in names}
 
     def _conversations(

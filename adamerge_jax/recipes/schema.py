@@ -122,6 +122,9 @@ class DataSource(_PathSection):
     """Column of the text, or the two columns of a text pair; a sentence embedder reads each text of
     it by itself. Of experts that classify words it is the column of lists of words, by default
     tokens where there is no column text."""
+    choices: str | list[str] | None = None
+    """Column of lists of choices, or the column of each choice, for experts of multiple choice. A
+    choice is read behind the text; with two columns of text the second one stands before each."""
     prompt: str = "prompt"
     """Column of the prompt, for language models."""
     response: str = "response"
@@ -142,8 +145,9 @@ class DataSource(_PathSection):
     """Column of the image."""
     label: str | None = None
     """Column of the class index or of the class's name, of lists of these for words and for labels
-    that do not exclude each other, or of numbers; unlabeled without it. Of a sentence embedder's
-    pairs it is that of their score; without it each second text is to be found."""
+    that do not exclude each other, of numbers, or of the right choice; unlabeled without it. Of a
+    sentence embedder's pairs it is that of their score; without it each second text is to be
+    found."""
     limit: Count | None = None
     """Largest number of examples, drawn with the recipe's seed."""
 

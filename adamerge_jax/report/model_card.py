@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
 from adamerge_jax.coefficients.file import Coefficients
-from adamerge_jax.models.problem import TOKEN_CLASSIFICATION
+from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
 from adamerge_jax.report.coefficients import (
     count_coefficients,
     interference_in_words,
@@ -23,6 +23,7 @@ from adamerge_jax.runs.results import Results
 
 _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
+    MULTIPLE_CHOICE: "multiple-choice",
     TOKEN_CLASSIFICATION: "token-classification",
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForCausalLM": "text-generation",

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit
 
 from adamerge_jax.heads.fitted import fit_head
-from adamerge_jax.heads.losses import OF_CLASSES, OF_LABELS, of_numbers, spread_of
+from adamerge_jax.heads.losses import OF_CLASSES, OF_LABELS, of_choices, of_numbers, spread_of
 
 GENERATOR = np.random.default_rng(0)
 EXPERT = GENERATOR.normal(size=(6, 3)) * [1.0, 4.0, 0.2]
@@ -42,6 +42,17 @@ def test_formulas():
     assert spread_of(np.ones((3, 1))) == [1.0]
     half = 0.5 * np.square(EXPERT / EXPERT.std(0)).sum(-1).mean()
     assert of_numbers(EXPERT).excess(np.zeros_like(EXPERT), EXPERT) == pytest.approx(half)
+
+
+def test_choices_are_classes_side_by_side():
+    outputs = GENERATOR.normal(size=EXPERT.shape)
+    by_choice, of_expert = outputs.reshape(-1, 1), EXPERT.reshape(-1, 1)
+    loss = of_choices(3)
+    total, slope = loss.value(by_choice, loss.wanted(of_expert))
+    expected, expected_slope = OF_CLASSES.value(outputs, OF_CLASSES.wanted(EXPERT))
+    assert total == expected
+    np.testing.assert_array_equal(slope.reshape(-1, 3), expected_slope)
+    assert loss.excess(by_choice, of_expert) == OF_CLASSES.excess(outputs, EXPERT)
 
 
 @pytest.mark.parametrize("kind", ["scaled", "refitted"])

@@ -1,4 +1,4 @@
-"""Heads on words, by families of our own and by PyTorch's forward, against `transformers`."""
+"""Heads on words and of choices, of our own and by PyTorch's forward, against `transformers`."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AlbertConfig,
+    AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
@@ -19,7 +20,13 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
 from adamerge_jax.models.bridge.family import bridged_family
 from adamerge_jax.models.family import complete_head
-from adamerge_jax.models.problem import CLASSES, TOKEN_CLASSIFICATION, WORDS
+from adamerge_jax.models.problem import (
+    CHOICES,
+    CLASSES,
+    MULTIPLE_CHOICE,
+    TOKEN_CLASSIFICATION,
+    WORDS,
+)
 from tests.models.bridge.tiny import WIDTH
 from tests.references import randomise
 
@@ -47,29 +54,57 @@ def test_logits_beside_the_other_head_are_those_of_transformers(name, problem):
     family = family.with_heads_of([*beside, problem.auto_class, TOKEN_CLASSIFICATION])
     backbone, head = family.build_backbone(config, "nothing"), family.build_head(config, problem)
     assert not any("pooler" in key for key in backbone.shapes)
+    stacked = stack(model, backbone)
+    compare(model, backbone, head, stacked, MASK.astype(bool) if problem == WORDS else ...)
+    last = family.head_form(problem.auto_class).last_layer
+    assert {last.weight, last.bias} <= head.shapes.keys()
+
+
+def stack(model, backbone):
+    """The parameters of a backbone from those of a PyTorch model."""
     tensors = {key: jnp.array(value.numpy()) for key, value in model.state_dict().items()}
-    stacked = {
+    return {
         key: tensors[key]
         if key in tensors
         else jnp.stack([tensors[key.replace("*", str(layer))] for layer in range(leaf.shape[0])])
         for key, leaf in backbone.shapes.items()
     }
-    inputs = {"input_ids": jnp.array(TOKENS), "attention_mask": jnp.array(MASK)}
+
+
+def compare(model, backbone, head, parameters, is_read, tokens=TOKENS, mask=MASK):
+    """The logits of a backbone and a head, and those of `transformers`."""
+    inputs = {"input_ids": jnp.array(tokens), "attention_mask": jnp.array(mask)}
+    of_head = {key: jnp.array(model.state_dict()[key].numpy()) for key in head.shapes}
 
     @jax.jit
     def run(parameters, task_parameters, inputs):
         outputs = backbone(parameters, inputs)
         return head(complete_head(head, task_parameters, parameters), outputs)
 
-    ours = run(stacked, {key: tensors[key] for key in head.shapes}, inputs)
+    ours = run(parameters, of_head, inputs)
     with torch.no_grad():
-        theirs = model(torch.tensor(TOKENS), torch.tensor(MASK)).logits.numpy()
+        given = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
+        theirs = model(**given).logits.numpy()
     assert ours.shape == theirs.shape
-    is_read = MASK.astype(bool) if problem == WORDS else ...
     # Two implementations in float32.
     np.testing.assert_allclose(np.asarray(ours)[is_read], theirs[is_read], atol=1e-4)
-    last = family.head_form(problem.auto_class).last_layer
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_choices_are_compared_as_transformers_does(name):
+    config = CONFIGS[name]
+    model = randomise(AutoModelForMultipleChoice.from_config(config))
+    is_ours = name != "distilbert"
+    family = family_of(config) if is_ours else bridged_family(config, type(model).__name__)
+    family = family.with_heads_of([MULTIPLE_CHOICE])
+    backbone, head = family.build_backbone(config, "nothing"), family.build_head(config, CHOICES)
+    tokens = np.stack([TOKENS, TOKENS[::-1], TOKENS + 2], axis=1)
+    mask = np.stack([MASK, MASK[::-1], np.ones_like(MASK)], axis=1)
+    compare(model, backbone, head, stack(model, backbone), ..., tokens, mask)
+    last = family.head_form(MULTIPLE_CHOICE).last_layer
     assert {last.weight, last.bias} <= head.shapes.keys()
+    with pytest.raises(InputError, match="in a recipe of their own"):
+        family.with_heads_of([None, MULTIPLE_CHOICE])
 
 
 def test_models_with_other_backbones_and_without_such_heads():

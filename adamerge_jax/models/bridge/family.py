@@ -17,9 +17,23 @@ from adamerge_jax.models.bridge.empty_model import empty_encoder, empty_model
 from adamerge_jax.models.bridge.images import TorchImages
 from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
-from adamerge_jax.models.family import Family, HeadForm, LastLayer, Network, solving
+from adamerge_jax.models.choices import ChoicesBackbone
+from adamerge_jax.models.family import (
+    Family,
+    HeadForm,
+    LastLayer,
+    Network,
+    require_choices_alone,
+    solving,
+)
 from adamerge_jax.models.layers import Config
-from adamerge_jax.models.problem import CLASSES, TOKEN_CLASSIFICATION, Problem
+from adamerge_jax.models.problem import (
+    CHOICES,
+    CLASSES,
+    MULTIPLE_CHOICE,
+    TOKEN_CLASSIFICATION,
+    Problem,
+)
 from adamerge_jax.models.rematerialization import Rematerialize
 
 
@@ -50,6 +64,7 @@ KINDS = (
         False,
         _TEXT,
     ),
+    Kind(MULTIPLE_CHOICE, "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", False, _TEXT),
     Kind(
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -93,9 +108,10 @@ class BridgedFamily(Family):
 
     def build_backbone(
         self, config: Config, rematerialize: Rematerialize = "elementwise"
-    ) -> TorchBackbone:
+    ) -> Network:
         """Returns the backbone, `(parameters, inputs, hidden_states=False) -> Outputs`."""
-        return self.backbone(config, rematerialize)
+        backbone = self.backbone(config, rematerialize)
+        return ChoicesBackbone(backbone) if self.reads_choices else backbone
 
     def build_head(self, config: Config, problem: Problem = CLASSES) -> Network:
         """Returns the head, `(parameters, outputs) -> logits`."""
@@ -103,6 +119,9 @@ class BridgedFamily(Family):
 
     def with_heads_of(self, auto_classes: Collection[str | None]) -> Family:
         """Returns the family of models of these `transformers` classes side by side."""
+        if MULTIPLE_CHOICE in auto_classes:
+            require_choices_alone(auto_classes)
+            return self
         others = {name for name in auto_classes if name not in (None, self.auto_class)}
         if not others or self.other_heads is None:
             return super().with_heads_of(auto_classes)
@@ -216,7 +235,10 @@ def _family(
         heads=lambda config: {},
         auto_class=kind.auto_class,
         ignored=lambda config: _not_merged(model),
-        last_layer=_last_layer(model) if has_head and not kind.language else None,
+        reads_choices=kind.auto_class == MULTIPLE_CHOICE,
+        last_layer=_last_layer(model, 1 if kind.auto_class == MULTIPLE_CHOICE else None)
+        if has_head and not kind.language
+        else None,
         language=kind.language,
         bridged=True,
         images=images,
@@ -253,15 +275,20 @@ def _not_merged(model: PreTrainedModel) -> tuple[str, ...]:
     return ("*.position_ids", "*.inv_freq", "*.attn.bias", "*.attn.masked_bias", *counters)
 
 
-def _last_layer(model: PreTrainedModel) -> LastLayer | None:
-    """Returns the last linear layer with an output for each class; None without a bias."""
+def _last_layer(model: PreTrainedModel, outputs: int | None = None) -> LastLayer | None:
+    """Returns the last linear layer with an output for each class; None without a bias.
+
+    Args:
+        model: The model.
+        outputs: The outputs of that layer, where there is not one for each class.
+    """
     body = {id(module) for module in model.base_model.modules()}
     last = None
     for name, module in model.named_modules():
         if (
             isinstance(module, torch.nn.Linear)
             and id(module) not in body
-            and module.out_features == model.config.num_labels
+            and module.out_features == (outputs or model.config.num_labels)
             and module.bias is not None
         ):
             last = LastLayer(f"{name}.weight", f"{name}.bias")
@@ -270,16 +297,18 @@ def _last_layer(model: PreTrainedModel) -> LastLayer | None:
 
 def _require_runnable(family: Family, config: Config, *, has_head: bool) -> None:
     """Refuses a model with an operation that JAX does not have; nothing is computed."""
-    backbone, head = family.build_backbone(config, "nothing"), family.build_head(config)
+    backbone = family.build_backbone(config, "nothing")
+    head = family.build_head(config, CHOICES if family.reads_choices else CLASSES)
     if isinstance(family.images, TorchImages):
         inputs = family.images.example(2, 8)
     elif family.inputs[0] == "input_ids":
-        inputs = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in family.inputs}
+        shape = (2, 3, 8) if family.reads_choices else (2, 8)
+        inputs = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in family.inputs}
     else:
         size = getattr(config, "image_size", 32)
         sides = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (2, getattr(config, "num_channels", 3), *sides)
-        inputs = {"pixel_values": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        of_images = (2, getattr(config, "num_channels", 3), *sides)
+        inputs = {"pixel_values": jax.ShapeDtypeStruct(of_images, jnp.float32)}
 
     def run(parameters: Any, head_parameters: Any, inputs: Any) -> Any:
         outputs = backbone(parameters, inputs)

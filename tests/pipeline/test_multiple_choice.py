@@ -1,0 +1,157 @@
+"""Experts of multiple choice: from a recipe to checkpoints that `transformers` opens."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.numpy import load_file
+from transformers import (
+    AutoModelForMultipleChoice,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForMultipleChoice,
+    RobertaModel,
+)
+
+from adamerge_jax.errors import InputError
+from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn
+from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.plan.prediction import make_plan
+from adamerge_jax.recipes.loading import parse_recipe
+from tests.references import bert_tokenizer, fine_tune, randomise, sentences, write_json_lines
+
+CHOICES = 3
+QUIET = Console(quiet=True)
+
+
+class Suite(NamedTuple):
+    root: Path
+    fields: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    experts: dict[str, PreTrainedModel]
+
+
+def logits_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, choices: list[str]
+) -> np.ndarray:
+    encoded = tokenizer([text] * len(choices), choices, padding=True, return_tensors="pt")
+    inputs = {name: array[None] for name, array in encoded.items()}
+    with torch.no_grad():
+        return model(**inputs).logits[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """One task with a list of choices, another with a column for each; labels are the experts'."""
+    root = tmp_path_factory.mktemp("choices")
+    tokenizer = bert_tokenizer(root)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        type_vocab_size=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    base = randomise(RobertaModel(config, add_pooling_layer=False))
+    experts, tasks = {}, {}
+    for seed, task in enumerate(("lists", "columns"), start=1):
+        experts[task] = expert = fine_tune(RobertaForMultipleChoice(config), base, seed)
+        texts = sentences(12, seed)
+        choices = list(zip(*(sentences(12, 10 * seed + n) for n in range(CHOICES)), strict=True))
+        rows = []
+        for text, of_text in zip(texts, choices, strict=True):
+            right = int(logits_of(expert, tokenizer, text, list(of_text)).argmax())
+            if task == "lists":
+                rows.append({"text": text, "endings": of_text, "label": "ABC"[right]})
+            else:
+                named = {f"choice{n}": choice for n, choice in enumerate(of_text)}
+                rows.append({"text": text, **named, "label": str(right)})
+        file = write_json_lines(root / f"{task}.jsonl", rows).name
+        named = [f"choice{n}" for n in range(CHOICES)]
+        data = {"path": file, "choices": "endings" if task == "lists" else named}
+        test = data | {"label": "label"}
+        tasks[task] = {"expert": task, "calibration": data, "test": test}
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    learning = {"steps": 2, "batch_size": 4, "copies": 1}
+    fields = {"base": "base", "tasks": tasks, "learning": learning, "export": {"orbax": False}}
+    return Suite(root, fields, tokenizer, experts)
+
+
+@pytest.fixture(scope="module")
+def merged(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("merged") / "run"
+    return learn(parse_recipe(suite.fields), root=suite.root, out=out, console=QUIET)
+
+
+def test_table_and_export(suite: Suite, merged: Run) -> None:
+    assert {row.metric for row in merged.rows} == {"accuracy"}
+    experts = next(row for row in merged.rows if row.kind == "experts")
+    assert experts.tasks == {"lists": 1.0, "columns": 1.0}
+    for task in suite.experts:
+        model, loaded = AutoModelForMultipleChoice.from_pretrained(
+            merged.folder / "checkpoint" / "tasks" / task, output_loading_info=True
+        )
+        assert not loaded["missing_keys"]
+        right = []
+        for line in (suite.root / f"{task}.jsonl").open():
+            row = json.loads(line)
+            choices = row.get("endings") or [row[f"choice{n}"] for n in range(CHOICES)]
+            given = int(logits_of(model, suite.tokenizer, row["text"], choices).argmax())
+            right.append(row["label"] in ("ABC"[given], str(given)))
+        assert merged.rows[-1].tasks[task] == pytest.approx(np.mean(right))
+
+
+def test_fold_evaluate_and_plan(suite: Suite, merged: Run, tmp_path: Path) -> None:
+    recipe, out = parse_recipe(suite.fields), tmp_path / "folded"
+    file = merged.folder / "coefficients.safetensors"
+    fold_file(file, recipe, root=suite.root, out=out, console=QUIET)
+    for task in suite.experts:
+        tensors = {}
+        for shard in sorted((out / "checkpoint" / "tasks" / task).glob("*.safetensors")):
+            tensors |= load_file(shard)
+        learned = AutoModelForMultipleChoice.from_pretrained(
+            merged.folder / "checkpoint" / "tasks" / task
+        )
+        for name, tensor in learned.state_dict().items():
+            np.testing.assert_array_equal(tensors[name], tensor.numpy(), err_msg=name)
+    row = evaluate(recipe, str(out / "checkpoint"), root=suite.root, console=QUIET)
+    assert row.tasks == pytest.approx(merged.rows[-1].tasks)
+    plan = make_plan(recipe, suite.root)
+    assert plan.fits
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row.update(endings=["a"]), "row 2: column 'endings' has 1 choices, expected"),
+        (lambda row: row.update(endings="abc"), "row 2: column 'endings' holds 'abc', expected"),
+        (lambda row: row.update(label="D"), "row 2: 'label' is 'D'; expected the number of"),
+        (lambda row: row.update(label=3), "row 2: 'label' is 3; expected"),
+        (lambda row: row.update(label=-1), "row 2: 'label' is -1; expected"),
+    ],
+)
+def test_rows_without_choices(change, message, suite: Suite, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (suite.root / "lists.jsonl").open()]
+    change(rows[2])
+    file = write_json_lines(tmp_path / "data.jsonl", rows)
+    task = suite.fields["tasks"]["lists"]
+    for part in ("calibration", "test"):
+        task = task | {part: task[part] | {"path": str(file), "label": "label"}}
+    with pytest.raises(InputError, match=message):
+        open_workspace(parse_recipe(suite.fields | {"tasks": {"lists": task}}), suite.root)
+
+
+def test_choices_must_be_named(suite: Suite) -> None:
+    task = suite.fields["tasks"]["lists"] | {"calibration": "lists.jsonl"}
+    with pytest.raises(InputError, match="calibration data of task 'lists': choices is missing"):
+        open_workspace(parse_recipe(suite.fields | {"tasks": {"lists": task}}), suite.root)
