@@ -56,8 +56,10 @@ def predictions_on_test(
     predictions = {}
     for task, examples in test.items():
         classes = merged[task].classes if task in merged else None
+        if classes is None or examples.labels is None:
+            continue
         names = _class_names(workspace, task, examples)
-        if classes is None or examples.labels is None or len(names) > MOST_CLASSES:
+        if len(names) > MOST_CLASSES:
             continue
         pairs = Counter(zip(examples.labels.tolist(), classes.tolist(), strict=True))
         counts = [

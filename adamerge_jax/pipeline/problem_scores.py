@@ -70,6 +70,12 @@ def _accuracy(batches: Batches, examples: Examples, task: str) -> Measures:
     return {"accuracy": ExampleScores(is_right, counts, predicted.astype(np.int32))}
 
 
+def _accuracy_of_choices(batches: Batches, examples: Examples, task: str) -> Measures:
+    """Returns 1 for each example with the right choice, and 0 for others; no class has a name."""
+    scores = _accuracy(batches, examples, task)["accuracy"]
+    return {"accuracy": scores._replace(classes=None)}
+
+
 def _label_scores(batches: Batches, examples: Examples, task: str) -> Measures:
     """Returns the F1 scores of labels that do not exclude each other: over all, and by class.
 
@@ -109,7 +115,7 @@ def _number_scores(batches: Batches, examples: Examples, task: str) -> Measures:
 
 _SCORERS = {
     CLASSES.name: Scorer(("accuracy",), _accuracy),
-    CHOICES.name: Scorer(("accuracy",), _accuracy),
+    CHOICES.name: Scorer(("accuracy",), _accuracy_of_choices),
     LABELS.name: Scorer(("micro_f1", "macro_f1"), _label_scores),
     NUMBERS.name: Scorer(("pearson", "spearman", "r2"), _number_scores),
 }

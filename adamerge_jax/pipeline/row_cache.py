@@ -249,9 +249,13 @@ def _digest_of_examples(examples: Examples) -> str:
         if labels is not None:
             _add_array(digest, "labels", labels)
             _add_array(digest, "ends", examples.take_ends(index, length))
+        counted = examples.take_counted(index, length)
+        if counted is not None:
+            _add_array(digest, "counted", counted)
     for name in ("scores", "partners"):
         if (of_pairs := getattr(examples, name)) is not None:
             _add_array(digest, name, of_pairs)
+    digest.update(_digest(examples.class_names).encode())
     if (answers := examples.answers) is not None:
         asked = [answers.prompts, answers.responses, list(answers.stops)]
         digest.update(_digest(asked).encode())
