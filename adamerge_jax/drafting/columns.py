@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from adamerge_jax.data.words import WORDS_COLUMN
 from adamerge_jax.drafting.samples import Sample
 
 _TEXT = (
@@ -26,6 +27,15 @@ _MESSAGES = ("messages", "conversation", "conversations", "chat", "dialogue")
 _LABEL = (
     *("label", "labels", "class", "category", "target", "label_idx", "labelid", "label_id"),
     *("coarse_label", "fine_label", "intent", "topic", "sentiment", "stars", "rating", "y"),
+)
+
+_WORDS = ("tokens", "words", "text", "sentence")
+
+_TAGS = ("ner_tags", "tags", "labels", "label", "ner", "entities", "pos_tags", "chunk_tags", "pos")
+
+_NUMBER = (
+    *("label", "labels", "score", "value", "target", "rating", "stars", "similarity", "grade"),
+    *("similarity_score", "y"),
 )
 
 _SCORE = ("score", "label", "similarity", "similarity_score", "relatedness", "relatedness_score")
@@ -89,6 +99,67 @@ def of_embedder(sample: Sample) -> Columns:
     """Returns the columns of pairs of texts, or the one of texts."""
     pair = _pair(sample, None)
     return Columns({"text": pair}) if pair else _one_text(sample)
+
+
+def of_words(sample: Sample) -> Columns:
+    """Returns the column of lists of words."""
+    lists = [name for name, values in sample.columns.items() if _are_lists(values, str)]
+    words = _named(lists, _WORDS)
+    if words is None:
+        return Columns({}, f"has no column of lists of words among {_listed(sample)}")
+    # Without a name the column `text` comes first.
+    is_default = words == WORDS_COLUMN and "text" not in sample.columns
+    return Columns({} if is_default else _without_defaults(text=words))
+
+
+def with_tags(columns: Columns, sample: Sample) -> Columns:
+    """Returns columns with that of a class for each word."""
+    return _with(columns, _lists_of_classes(sample, columns), _TAGS, "classes of words")
+
+
+def with_labels(columns: Columns, sample: Sample) -> Columns:
+    """Returns columns with that of lists of classes, of which an example may have any number."""
+    return _with(columns, _lists_of_classes(sample, columns), _LABEL, "lists of classes")
+
+
+def with_numbers(columns: Columns, sample: Sample) -> Columns:
+    """Returns columns with that of the number, or the numbers, that an expert is to give."""
+    numbers = [
+        name
+        for name, values in sample.columns.items()
+        if sample.arrays
+        or (values and all(_is_number(value) for value in values))
+        or _are_lists(values, int | float)
+    ]
+    return _with(columns, numbers, _NUMBER, "numbers")
+
+
+def _lists_of_classes(sample: Sample, columns: Columns) -> list[str]:
+    if sample.arrays:
+        return list(sample.columns)
+    read = columns.fields.get("text", WORDS_COLUMN)
+    return [
+        name
+        for name, values in sample.columns.items()
+        if name != read and _are_lists(values, int | str)
+    ]
+
+
+def _with(columns: Columns, found: Sequence[str], names: Sequence[str], kind: str) -> Columns:
+    """Returns columns with a label: the column of those found that has the first usual name."""
+    label = _named(found, names) or (found[0] if len(found) == 1 else None)
+    if columns.lacks or label is None:
+        return Columns(columns.fields, columns.lacks or f"has no column of {kind}")
+    return Columns(columns.fields | {"label": label})
+
+
+def _are_lists(values: Sequence[Any], of: Any) -> bool:
+    """Returns True for lists of one kind, of which not all are empty."""
+    return any(values) and all(
+        isinstance(value, list)
+        and all(isinstance(member, of) and not isinstance(member, bool) for member in value)
+        for value in values
+    )
 
 
 def with_label(columns: Columns, sample: Sample) -> Columns:
@@ -181,6 +252,3 @@ def _without_defaults(**fields: str) -> dict[str, Any]:
 
 def _listed(sample: Sample) -> str:
     return ", ".join(list(sample.columns)[:8]) or "none"
-
-
-Read = Callable[[Sample], Columns]

@@ -81,22 +81,27 @@ def draft_recipe(base: str, experts: Sequence[str], data: Sequence[str], file: P
     models, reason = _open(fields, folder)
     notes = []
     found = _find(tasks, data, [base, *experts])
-    kind = None if reason else kind_of(models.family, models.config)
+    kinds = {
+        task: kind_of(models.family, models.config, models.problems[task])
+        for task in (() if reason else tasks)
+    }
     texts = [TaskText(task, path) for task, path in paths.items()]
     chosen: dict[str, dict[str, _Source]] = {}
-    if kind is None:
+    if not kinds:
         notes.append(f"nothing can be learned: {reason}")
     else:
-        chosen, texts = _with_data(kind, models, found, texts, folder, notes)
-    learns = kind is not None and all("calibration" in chosen.get(task, {}) for task in tasks)
-    tokenizer = _tokenizer(models, chosen) if kind and kind.reads_text else None
+        chosen, texts = _with_data(kinds, models, found, texts, folder, notes)
+    learns = bool(kinds) and all("calibration" in chosen.get(task, {}) for task in tasks)
+    reads_text = any(kind.reads_text for kind in kinds.values())
+    tokenizer = _tokenizer(models, chosen) if reads_text else None
+    in_words = " and ".join(dict.fromkeys(kind.words for kind in kinds.values()))
     samples = {t: s["calibration"].sample for t, s in chosen.items() if "calibration" in s}
     text = recipe_text(
         base_path,
         texts,
-        kind=kind,
-        kind_in_words=kind.words if kind else f"models merged by name ({_type_of(models)})",
-        language=models.family.language if kind else False,
+        kinds=kinds,
+        kinds_in_words=in_words or f"models merged by name ({_type_of(models)})",
+        language=models.family.language if kinds else False,
         tokenizer=tokenizer,
         tokens=longest_text({t: s for t, s in samples.items() if s is not None}),
         reason=reason,
@@ -104,7 +109,7 @@ def draft_recipe(base: str, experts: Sequence[str], data: Sequence[str], file: P
         schema=_SCHEMA_FILE if (folder / _SCHEMA_FILE).is_file() else None,
     )
     parse_recipe(read_yaml(text), str(file))  # which refuses what it could not run
-    return Draft(text, kind.words if kind else "", tasks, notes, learns)
+    return Draft(text, in_words, tasks, notes, learns)
 
 
 _SCHEMA_FILE = "recipe.schema.json"
@@ -154,7 +159,7 @@ def _near(models: Sequence[str]) -> list[Path]:
 
 
 def _with_data(
-    kind: Kind,
+    kinds: Mapping[str, Kind],
     models: Models,
     found: Found,
     texts: Sequence[TaskText],
@@ -165,6 +170,7 @@ def _with_data(
     sections: dict[str, dict[str, Part]] = {}
     chosen: dict[str, dict[str, _Source]] = {}
     for task, parts in found.items():
+        kind = kinds[task]
         sections[task], chosen[task] = {}, {}
         for part, data in parts.items():
             on_hub = not Path(data.path).expanduser().exists()
@@ -195,7 +201,7 @@ def _with_data(
 
 def _columns(kind: Kind, part: str, sample: Sample | None) -> Columns:
     if sample is None:
-        return Columns({"label": "label"} if kind.of_classes and part != "calibration" else {})
+        return Columns({"label": "label"} if kind.has_heads and part != "calibration" else {})
     return kind.calibration(sample) if part == "calibration" else kind.scored(sample)
 
 

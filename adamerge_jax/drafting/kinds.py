@@ -10,6 +10,7 @@ from adamerge_jax.drafting import columns
 from adamerge_jax.drafting.columns import Columns
 from adamerge_jax.drafting.samples import Sample
 from adamerge_jax.models.family import Family
+from adamerge_jax.models.problem import CLASSES, LABELS, NUMBERS, WORDS, Problem
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,7 +26,8 @@ class Kind:
         scored: Finds the columns of validation and test examples; None if nothing is learned.
         example: A line of data to learn from, for a recipe that lacks them.
         reads_text: True if the models read texts.
-        of_classes: True if outputs are classes.
+        has_heads: True if each task has a head of its own.
+        of_classes: True if the head gives one of several classes.
     """
 
     words: str
@@ -33,29 +35,37 @@ class Kind:
     scored: Callable[[Sample], Columns]
     example: str
     reads_text: bool = True
+    has_heads: bool = False
     of_classes: bool = False
 
 
-def _labelled(find: Callable[[Sample], Columns]) -> Callable[[Sample], Columns]:
-    return lambda sample: columns.with_label(find(sample), sample)
+_LABELS = {
+    CLASSES.name: columns.with_label,
+    WORDS.name: columns.with_tags,
+    NUMBERS.name: columns.with_numbers,
+    LABELS.name: columns.with_labels,
+}
+"""The functions that find the labels, by the name of the problem."""
+
+_OF_PROBLEMS = {
+    CLASSES.name: "classifier of {}",
+    WORDS.name: "classifier of words",
+    NUMBERS.name: "model that gives numbers for {}",
+    LABELS.name: "classifier of {} with any number of labels",
+}
 
 
-def kind_of(family: Family, config: PretrainedConfig) -> Kind:
-    """Returns the kind of the models of a family that can be run."""
+def kind_of(family: Family, config: PretrainedConfig, problem: Problem) -> Kind:
+    """Returns the kind of a model of a family that can be run.
+
+    Args:
+        family: The family.
+        config: The base's config.
+        problem: The problem that the head of the expert solves.
+    """
     name = config.model_type
     if family.language:
-        pairs_only = bool(config.is_encoder_decoder)
-
-        def language(sample: Sample) -> Columns:
-            return columns.of_language(sample, pairs_only=pairs_only)
-
-        example = '{"prompt": "...", "response": "..."}'
-        if not pairs_only:
-            example += (
-                ', {"messages": [{"role": "user", "content": "..."}, ...]} or {"text": "..."}'
-            )
-        images = " that reads images" if family.images is not None else ""
-        return Kind(f"language model{images} ({name})", language, language, example)
+        return _language_kind(family, config)
     if family.embeds is not None:
         return Kind(
             f"sentence embedder ({name})",
@@ -65,15 +75,33 @@ def kind_of(family: Family, config: PretrainedConfig) -> Kind:
         )
     reads_text = family.inputs[0] == "input_ids"
     find = columns.of_texts if reads_text else columns.of_images
+    example = '{"text": "..."}' if reads_text else "a folder of images"
+    if problem == WORDS:
+        find, example = columns.of_words, '{"tokens": ["a", "word", ...]}'
     heads = ", zero-shot heads from the names of classes" if family.auto_class is None else ""
+    words = _OF_PROBLEMS[problem.name].format("texts" if reads_text else "images")
     return Kind(
-        f"classifier of {'texts' if reads_text else 'images'} ({name}{heads})",
+        f"{words} ({name}{heads})",
         find,
-        _labelled(find),
-        '{"text": "..."}' if reads_text else "a folder of images",
+        lambda sample: _LABELS[problem.name](find(sample), sample),
+        example,
         reads_text,
-        of_classes=True,
+        has_heads=True,
+        of_classes=problem == CLASSES,
     )
+
+
+def _language_kind(family: Family, config: PretrainedConfig) -> Kind:
+    pairs_only = bool(config.is_encoder_decoder)
+
+    def find(sample: Sample) -> Columns:
+        return columns.of_language(sample, pairs_only=pairs_only)
+
+    example = '{"prompt": "...", "response": "..."}'
+    if not pairs_only:
+        example += ', {"messages": [{"role": "user", "content": "..."}, ...]} or {"text": "..."}'
+    images = " that reads images" if family.images is not None else ""
+    return Kind(f"language model{images} ({config.model_type})", find, find, example)
 
 
 def longest_text(samples: Mapping[str, Sample], characters_in_a_token: float = 3.5) -> int:

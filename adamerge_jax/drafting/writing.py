@@ -57,8 +57,8 @@ def recipe_text(
     base: str,
     tasks: Sequence[TaskText],
     *,
-    kind: Kind | None,
-    kind_in_words: str,
+    kinds: Mapping[str, Kind],
+    kinds_in_words: str,
     language: bool,
     tokenizer: str | None,
     tokens: int,
@@ -71,8 +71,8 @@ def recipe_text(
     Args:
         base: The base's path.
         tasks: The tasks.
-        kind: The kind of the models; None if they can only be merged without learning.
-        kind_in_words: The kind in words.
+        kinds: The kind of each expert; empty if they can only be merged without learning.
+        kinds_in_words: The kinds in words.
         language: True for language models.
         tokenizer: The model whose tokenizer the merge is to take; None to name none.
         tokens: The number of tokens that nearly all examples have at most, about.
@@ -81,8 +81,8 @@ def recipe_text(
         schema: The file of the recipe's schema; None to name none.
     """
     lines = [f"# yaml-language-server: $schema={schema}"] if schema else []
-    lines.append(f"# {len(tasks)} expert{'s' * (len(tasks) > 1)} of one base: {kind_in_words}.")
-    if kind is None:
+    lines.append(f"# {len(tasks)} expert{'s' * (len(tasks) > 1)} of one base: {kinds_in_words}.")
+    if not kinds:
         lines += [
             f"# Nothing can be learned: {reason}",
             f"#   adamerge merge {name} --method ties --out merged",
@@ -96,12 +96,12 @@ def recipe_text(
     told: set[str] = set()
     for task in tasks:
         lines += [f"  {_flow(task.task)}:", f"    expert: {_flow(task.expert)}"]
-        lines += _part_lines(task.parts, kind, told) if kind is not None else []
+        lines += _part_lines(task.parts, kinds[task.task], told) if kinds else []
     if tokenizer is not None:
         lines.append(
             f"tokenizer: {_flow(tokenizer)}  # the others' special tokens or template differ"
         )
-    lines += _options(kind, language, tokens)
+    lines += _options(list(kinds.values()), language, tokens)
     return "\n".join(lines) + "\n"
 
 
@@ -120,9 +120,9 @@ def _part_lines(parts: Mapping[str, Part], kind: Kind, told: set[str]) -> Iterat
         yield f"    {mark}{part}: {_flow(value)}" + (f"  # {comment}" if comment else "")
 
 
-def _options(kind: Kind | None, language: bool, tokens: int) -> Iterator[str]:
-    """Yields the options that matter: those that the kind needs, and the others as comments."""
-    if kind is None:
+def _options(kinds: Sequence[Kind], language: bool, tokens: int) -> Iterator[str]:
+    """Yields the options that matter: those that the kinds need, and the others as comments."""
+    if not kinds:
         yield ""
         yield from _comments({"export": ({"dtype": "bfloat16"}, "by default that of the base")})
         return
@@ -132,7 +132,8 @@ def _options(kind: Kind | None, language: bool, tokens: int) -> Iterator[str]:
             "the experts' 64 likeliest tokens",
         )
     fitting = next((length for length in _TEXT_LENGTHS if length >= tokens), _TEXT_LENGTHS[-1])
-    if kind.reads_text and (language or fitting > _TEXT_LENGTHS[0]):
+    reads_text = any(kind.reads_text for kind in kinds)
+    if reads_text and (language or fitting > _TEXT_LENGTHS[0]):
         about = f"tokens; nearly all examples have at most some {tokens}"
         yield _behind(f"max_length: {fitting}", about if tokens else "tokens of the longest text")
     preset: Any = PRESETS[DEFAULT_PRESET]
@@ -151,7 +152,7 @@ def _options(kind: Kind | None, language: bool, tokens: int) -> Iterator[str]:
             ),
         }
     )
-    if kind.of_classes:
+    if any(kind.has_heads for kind in kinds):
         yield from _comments({"heads": (preset["heads"], "or refitted, scaled, kept")})
     if language:
         yield from _comments(

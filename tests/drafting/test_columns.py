@@ -75,3 +75,33 @@ def test_of_sentence_embedders():
     texts = Sample({"question": ["a"]})
     assert columns.of_embedder(texts) == ({"text": "question"}, None)
     assert columns.with_score(columns.of_embedder(texts), texts).lacks == "has no pairs of texts"
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields"),
+    [
+        ({"id": ["1"], "tokens": [["a"]], "ner_tags": [[0]]}, {"label": "ner_tags"}),
+        ({"words": [["a"]], "tags": [["O"]]}, {"text": "words", "label": "tags"}),
+        (
+            {"text": ["a"], "tokens": [["a"]], "labels": [[0]]},
+            {"text": "tokens", "label": "labels"},
+        ),
+    ],
+)
+def test_of_words(rows, fields):
+    sample = Sample(rows)
+    assert columns.with_tags(columns.of_words(sample), sample) == (fields, None)
+
+
+def test_of_any_number_of_labels_and_of_numbers():
+    labels = Sample({"text": ["a", "b"], "labels": [[0, 2], []]})
+    found = columns.with_labels(columns.of_texts(labels), labels)
+    assert found == ({"label": "labels"}, None)
+    number = Sample({"text": ["a"], "grade": [0.5]})
+    found = columns.with_numbers(columns.of_texts(number), number)
+    assert found == ({"label": "grade"}, None)
+    arrays = Sample({"input_ids": [], "label": []}, arrays=True)
+    assert columns.with_numbers(columns.of_texts(arrays), arrays).fields == {"label": "label"}
+    words = columns.of_words(Sample({"text": ["a"]}))
+    assert words.lacks == "has no column of lists of words among text"
+    assert columns.with_tags(columns.of_words(labels), labels).lacks.startswith("has no column")

@@ -22,13 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adamerge_jax.cli import main as cli
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets, TaskOutputs, make_objective
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
-from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from tests.references import bert_tokenizer, fine_tune, randomise, sentences, write_json_lines
 
 TAGS = ["O", "B-person", "I-person", "B-place", "I-place"]
@@ -298,3 +299,15 @@ def test_fold_and_evaluate_repeat_the_merge(suite: Suite, merged: Run, tmp_path:
             np.testing.assert_array_equal(folded[name], array, err_msg=name)
     row = evaluate(recipe, str(out / "checkpoint"), root=suite.root, console=QUIET)
     assert row.tasks == pytest.approx(merged.rows[-1].tasks, abs=1e-3)
+
+
+def test_a_first_recipe_finds_the_data_of_each_kind(suite: Suite, tmp_path: Path):
+    out = tmp_path / "recipe.yaml"
+    models = [str(suite.root / name) for name in ("base", *EXPERTS)]
+    cli.main(["new", *models, "--out", str(out)])
+    for task, fields in load_recipe(out).tasks.items():
+        given = suite.fields["tasks"][task]
+        assert fields.calibration.path == str(suite.root / given["calibration"])
+        assert fields.test.path == str(suite.root / given["test"]["path"])
+        assert fields.test.label == "label"
+    assert "classifier of words (bert) and classifier of texts (bert) and" in out.read_text()
