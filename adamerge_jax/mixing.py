@@ -169,6 +169,41 @@ def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_mixture)
 
 
+def scale_gradient(
+    mixture: Mixture, gradient: Float[Array, "..."], *, stacked: bool
+) -> Float[Array, "K ..."]:
+    """Returns the gradient by a mixture's scale, from that by the merged parameter.
+
+    The task vectors are read once, a layer after the other where they are stacked.
+
+    Args:
+        mixture: The mixture.
+        gradient: The gradient by what `materialize` returns, in float32.
+        stacked: True for a leading axis of layers.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from adamerge_jax import DenseDelta, Mixture
+        >>> from adamerge_jax.mixing import scale_gradient
+        >>> delta = DenseDelta(jnp.array([[2.0, 4.0], [1.0, 0.0]]))  # two experts, a vector
+        >>> mixture = Mixture(jnp.zeros(2), delta, scale=jnp.ones((2, 1)))
+        >>> scale_gradient(mixture, jnp.array([1.0, 10.0]), stacked=False).ravel().tolist()
+        [42.0, 1.0]
+    """
+
+    def of_one(mixture: Mixture, gradient: Float[Array, "..."]) -> Float[Array, "K ..."]:
+        _, transposed = jax.vjp(mixture.delta.weighted_sum, mixture.scale)
+        return transposed(gradient)[0]
+
+    if not stacked:
+        return of_one(mixture, gradient)
+    layers, sources = apart_from_layers(mixture)
+    # Inside the loop, or all layers' task vectors would be kept for it.
+    return jax.lax.map(
+        lambda one: of_one(with_sources(one[0], sources), one[1]), (layers, gradient)
+    )
+
+
 def materialize_compiled(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
     """Turns every `Mixture` in the tree into an array by a compiled function.
 

@@ -20,6 +20,7 @@ from adamerge_jax.data.batches import Batch
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.heads.learned import HeadLearning, Heads, HeadState, replaced_heads
 from adamerge_jax.learning.microbatches import sum_over_parts
+from adamerge_jax.learning.mixed_once import gradient_mixed_once
 from adamerge_jax.mixing import mix
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.objectives import Objective, Targets, TaskOutputs
@@ -152,6 +153,7 @@ def make_learner(
     microbatches: int = 1,
     devices: Devices = ONE_DEVICE,
     head_learning: HeadLearning | None = None,
+    mixes_once: bool = False,
 ) -> Learner:
     """Makes the functions that learn coefficients from the choices of a recipe.
 
@@ -171,6 +173,8 @@ def make_learner(
         devices: The devices that it runs on; each has all coefficients and the whole state of the
             optimizer.
         head_learning: The learning of heads beside the coefficients; None where they are kept.
+        mixes_once: If True, the parts of a batch share one mix of the weights, see
+            `mixed_once.py`; otherwise each mixes its own, layer by layer.
 
     Returns:
         Pure functions; `learn` is the loop around them.
@@ -211,9 +215,14 @@ def make_learner(
     def objectives_of(tasks: int) -> Sequence[Objective]:
         return [objective] * tasks if isinstance(objective, Objective) else objective
 
+    def scales_of(raw: Raw) -> Mapping[str, Array]:
+        return granularity.scales(coefficients(raw))
+
     def run(raw: Raw, learned_heads: Heads, frozen: Frozen, batch: Batch) -> Evaluation:
-        scales = granularity.scales(coefficients(raw))
-        mixed = mix(frozen.base, frozen.deltas, scales)
+        mixed = mix(frozen.base, frozen.deltas, scales_of(raw))
+        return run_mixed(mixed, learned_heads, frozen, batch)
+
+    def run_mixed(mixed: PyTree, learned_heads: Heads, frozen: Frozen, batch: Batch) -> Evaluation:
         heads = replaced_heads(frozen.heads, learned_heads)
         outputs = forward(mixed, heads, batch.inputs)
         if batch.augmented_inputs is not None:
@@ -241,17 +250,33 @@ def make_learner(
         learned = state.raw, state.heads
 
         def total(
+            mixed: PyTree, heads: Heads, part: Batch
+        ) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
+            per_task = run_mixed(mixed, heads, frozen, part).objective
+            return per_task.sum(), per_task
+
+        def mixed_and_total(
             learned: tuple[Raw, Heads], part: Batch
         ) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
-            per_task = run(*learned, frozen, part).objective
-            return per_task.sum(), per_task
+            raw, heads = learned
+            return total(mix(frozen.base, frozen.deltas, scales_of(raw)), heads, part)
 
         def regularization(raw: Raw) -> Float[Array, ""]:
             terms = (w * term(coefficients(raw), state.start) for w, term in regularizers)
             return sum(terms, jnp.zeros(()))
 
-        gradient_of = partial(jax.grad(total, has_aux=True), learned)
-        (gradient, head_gradient), per_task = sum_over_parts(gradient_of, batch, microbatches)
+        if mixes_once and microbatches > 1:
+            scales, gradient_by_raw = jax.vjp(scales_of, state.raw)
+            of_batch = gradient_mixed_once(
+                total, frozen.base, frozen.deltas, scales, state.heads, batch, microbatches
+            )
+            (scale_gradients, head_gradient), per_task = of_batch
+            # A granularity may have scales of parameters that no expert changed.
+            zeros = jax.tree.map(jnp.zeros_like, dict(scales))
+            (gradient,) = gradient_by_raw(zeros | dict(scale_gradients))
+        else:
+            gradient_of = partial(jax.grad(mixed_and_total, has_aux=True), learned)
+            (gradient, head_gradient), per_task = sum_over_parts(gradient_of, batch, microbatches)
         gradient = jax.tree.map(jnp.add, gradient, jax.grad(regularization)(state.raw))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.raw)
         moved = optax.apply_updates(state.raw, updates)

@@ -415,6 +415,7 @@ def learner_of(
         method.microbatches,
         devices,
         method.heads.learning if stage.name == method.result.name else None,
+        method.mixes_once,
     )
 
 

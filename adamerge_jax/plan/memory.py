@@ -8,6 +8,7 @@ import numpy as np
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets, has_positions
+from adamerge_jax.learning.mixed_once import is_summed_once
 from adamerge_jax.methods import make_method
 from adamerge_jax.methods.least_squares import GRAM_BYTES
 from adamerge_jax.models.family import complete_head
@@ -182,6 +183,8 @@ def memory_of(
         "activations of a step": programs.step.kept_bytes,
         "logits of one task in it": logits_bytes(outline),
     }
+    if outline.method.mixes_once:
+        parts["merged model and its gradient in them"] = mixed_once_bytes(outline)
     if uses_experts:
         parts |= {
             "one expert while it is asked": expert,
@@ -222,6 +225,15 @@ def memory_of(
     shard = min(merged, outline.recipe.export.shard_megabytes * 10**6)
     phases.append(Phase("exporting", held, data + beside + targets + shard + 3 * largest))
     return Memory(parts, phases, floor + RUNTIME_BYTES)
+
+
+def mixed_once_bytes(outline: Outline) -> int:
+    """Returns the bytes of the merged weights that microbatches share, and of their gradient.
+
+    The gradient is there twice: that of one part, and the sum over the parts in float32.
+    """
+    summed = [outline.base[name] for name, d in outline.deltas.items() if is_summed_once(d)]
+    return 2 * bytes_of(summed) + 4 * sum(int(np.prod(leaf.shape)) for leaf in summed)
 
 
 def initial_merge_bytes(outline: Outline) -> int:

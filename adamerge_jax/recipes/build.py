@@ -177,6 +177,7 @@ class Method(NamedTuple):
         control: The tasks that must not suffer if another is to be forgotten, else None.
         batch_size: The number of examples of every task per step.
         microbatches: The number of parts in which a step runs its batch.
+        mixes_once: True if the parts of a batch share one mix of the weights.
         copies: The number of changed copies of each calibration example.
         held_out: The part of each task's calibration examples that is held out.
         seed: The seed of all randomness.
@@ -201,6 +202,7 @@ class Method(NamedTuple):
     control: Control | None
     batch_size: int
     microbatches: int
+    mixes_once: bool
     copies: int
     held_out: float
     seed: int
@@ -291,6 +293,7 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         control=_build_control(list(recipe.tasks), recipe.forgotten, learning.control),
         batch_size=learning.batch_size,
         microbatches=learning.microbatches,
+        mixes_once=learning.microbatches > 1 and learning.mix == "step",
         copies=0 if language else learning.copies,
         held_out=learning.held_out,
         seed=recipe.seed,

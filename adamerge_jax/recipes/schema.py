@@ -372,6 +372,10 @@ class LearningRecipe(Section):
     microbatches: Count = 1
     """Equal parts in which a step runs its batch, one after the other: less memory for activations,
     the same coefficients."""
+    mix: Literal["step", "part"] = "step"
+    """How often weights are mixed where there are several microbatches: once a step, which reads
+    the task vectors twice and holds the merged model and its gradient; or in every part, layer by
+    layer, which holds neither. LoRA factors are used in every part."""
     examples: Whole | None = Field(default=None, ge=2, le=10**9)
     """Largest number of calibration examples of each task, drawn with the recipe's seed."""
     copies: Whole = Field(default=0, ge=0, le=1000)
