@@ -13,5 +13,10 @@ DTYPES = {
 FLOAT32 = DTYPES["float32"]
 INT8 = np.dtype(np.int8)
 
-DELTA_DTYPES = DTYPES | {"int8": INT8}
+INT4 = np.dtype(ml_dtypes.int4)
+
+INTEGERS = {"int8": INT8, "int4": INT4}
+"""NumPy dtypes of task vectors that are rounded to multiples of steps."""
+
+DELTA_DTYPES = DTYPES | INTEGERS
 """NumPy dtypes of task vectors."""

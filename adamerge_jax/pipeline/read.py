@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from adamerge_jax.checkpoints.dtypes import FLOAT32, INT8
+from adamerge_jax.checkpoints.dtypes import FLOAT32, INT8, INTEGERS
 from adamerge_jax.checkpoints.finite import all_finite, narrowed, sum_of_squares
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint, match
 from adamerge_jax.checkpoints.peft import Expert
@@ -156,9 +156,9 @@ def load_task_vectors(
     Args:
         models: The base and its experts.
         dtype: The dtype of the deltas; by default each tensor's in the base, float32 for factors.
-            With int8 entries are rounded as they are read, after the interference steps if there
-            are any; factors stay float32: they are small, and their product would have the error
-            of both.
+            With integers, entries are rounded as they are read, after the interference steps if
+            there are any; factors stay float32: they are small, and their product would have the
+            error of both.
         interference: The steps that change the task vectors.
         memory: The place of entries, by default the devices; factors are always there.
 
@@ -185,7 +185,7 @@ def load_task_vectors(
         return deltas, mixed, tuple(interference)
     by_parameter: dict[str, Entries] = {}
     by_tensor: dict[str, Entries] = {}
-    entry_dtype = None if dtype == INT8 else dtype
+    entry_dtype = None if dtype in INTEGERS.values() else dtype
     for name in models.shapes:
         tensors = models.tensors(name)
         values, changed = read_entries(models, name, tensors, entry_dtype, DEVICE)
@@ -199,7 +199,8 @@ def load_task_vectors(
     for name in list(by_parameter):
         # One parameter after the other, so that only one exists twice while it is moved.
         values = by_parameter.pop(name)
-        entries = _quantize(values, name, memory) if dtype == INT8 else values
+        is_rounded = dtype in INTEGERS.values()
+        entries = _quantize(values, name, dtype, memory) if is_rounded else values
         deltas[name] = _make_delta(entries, name, memory)
     return deltas, mixed, fitted
 
@@ -317,11 +318,16 @@ def _rows(entries: Entries) -> Iterable[Entries]:
 def _allocate(
     leading: tuple[int, ...], shape: tuple[int, ...], dtype: np.dtype, memory: Memory
 ) -> Entries:
-    """Allocates the deltas of a parameter; with int8 they are rounded as they are written."""
+    """Allocates the deltas of a parameter; integers are rounded as they are written.
+
+    Vectors are small and sensitive: they have 8 bits at least.
+    """
+    if dtype in INTEGERS.values() and len(shape) < 2:
+        dtype = INT8
     values = memory.empty((*leading, *shape), dtype)
-    if dtype != INT8:
+    if dtype not in INTEGERS.values():
         return values
-    steps = memory.empty((*leading, *QuantizedEntries.steps_shape(shape)), FLOAT32)
+    steps = memory.empty((*leading, *QuantizedEntries.steps_shape(shape, dtype)), FLOAT32)
     return QuantizedEntries(values, steps)
 
 
@@ -334,10 +340,10 @@ def _make_delta(entries: Entries, name: str, memory: Memory) -> LoadedDelta:
     return memory.keep(name, delta)
 
 
-def _quantize(values: np.ndarray, name: str, memory: Memory) -> Entries:
-    """Rounds deltas to 8-bit integers, in the memory in which these are kept."""
+def _quantize(values: np.ndarray, name: str, dtype: np.dtype, memory: Memory) -> Entries:
+    """Rounds deltas to integers, in the memory in which these are kept."""
     leading = 1 + is_stacked(name)
-    entries = _allocate(values.shape[:leading], values.shape[leading:], INT8, memory)
+    entries = _allocate(values.shape[:leading], values.shape[leading:], dtype, memory)
     layers = zip(entries, values, strict=True) if leading == 2 else [(entries, values)]
     for layer_entries, layer_values in layers:
         for row, delta in zip(layer_entries, layer_values, strict=True):
@@ -413,7 +419,7 @@ def _read_factors(
     memory: Memory,
 ) -> tuple[LowRankDelta, list[str]]:
     """Reads deltas as factors, padded with zeros to the largest rank of experts and layers."""
-    dtype = FLOAT32 if dtype in (None, INT8) else dtype
+    dtype = FLOAT32 if dtype in (None, *INTEGERS.values()) else dtype
     places = [
         (layer, position)
         for layer, tensor in enumerate(tensors)

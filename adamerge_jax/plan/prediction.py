@@ -317,8 +317,10 @@ def _candidates(merge: Outline) -> Iterator[tuple[str, Any]]:
         yield "task_vectors.dtype", "bfloat16"
     if recipe.dtype is None or recipe.dtype == "float32":
         yield "dtype", "bfloat16"
-    if recipe.task_vectors.dtype != "int8":
+    if recipe.task_vectors.dtype not in ("int8", "int4"):
         yield "task_vectors.dtype", "int8"
+    if recipe.task_vectors.dtype != "int4" and recipe.task_vectors.memory == "device":
+        yield "task_vectors.dtype", "int4"
     # The cost is time: task vectors are moved in every step.
     if recipe.task_vectors.memory == "device" and recipe.devices.model == 1:
         yield "task_vectors.memory", "host"

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from adamerge_jax.checkpoints.dtypes import INT4
+
 _UNFUSED = {
     "dot_general",
     "conv_general_dilated",
@@ -64,8 +66,14 @@ def work_of(function: Callable[..., Any], *arguments: Any) -> Work:
 
 
 def bytes_of(tree: Any) -> int:
-    """Returns the size in bytes of all arrays, real or abstract, of a pytree."""
-    return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Returns the size in bytes of all arrays, real or abstract, of a pytree, on a device."""
+    return sum(_size_on_device(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _size_on_device(leaf: Any) -> int:
+    if leaf.dtype == INT4:  # two share a byte
+        return -(-prod(leaf.shape) // 2)
+    return prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _size(variable: Any) -> int:

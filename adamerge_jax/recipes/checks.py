@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from adamerge_jax.checkpoints.dtypes import INTEGERS
 from adamerge_jax.checkpoints.folders import require_run_name, require_task_name
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import GRANULARITIES, make_granularity
@@ -204,9 +205,14 @@ def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVect
         # Without parameters only options are looked at; those of heads may be left to the model.
         if options or name != "head":
             takes_rows_apart = make_granularity(name, options, {}).prepares
-    if task_vectors.dtype == "int8" and takes_rows_apart:
+    if task_vectors.dtype == "int4" and task_vectors.memory != "device":
         raise InputError(
-            f"task_vectors.dtype: int8 has a step for each row, and the granularity {name!r} "
-            "takes rows apart; take row, column, head, tensor or a coarser one, or bfloat16 task "
-            "vectors"
+            f"task_vectors.memory: is {task_vectors.memory}, and two int4 share a byte on the "
+            "device only; take device, or int8"
+        )
+    if task_vectors.dtype in INTEGERS and takes_rows_apart:
+        raise InputError(
+            f"task_vectors.dtype: {task_vectors.dtype} has a step for each row, and the "
+            f"granularity {name!r} takes rows apart; take row, column, head, tensor or a coarser "
+            "one, or bfloat16 task vectors"
         )

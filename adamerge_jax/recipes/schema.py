@@ -304,9 +304,10 @@ class InterferenceRecipe(Section):
 class TaskVectorsRecipe(Section):
     """The storage of task vectors while learning; the exported merge is exact in any case."""
 
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
     """Dtype of the task vectors; by default that of the weights. int8 rounds by a step for each row
-    of a matrix, and half a step is the largest error; LoRA factors then stay float32."""
+    of a matrix, int4 by a step for 64 entries of a row, and half a step is the largest error; LoRA
+    factors then stay float32."""
     memory: Literal["device", "host", "disk"] = "device"
     """Place of the task vectors: device; host, the host's memory, from which the compiled step
     fetches one expert's piece of one layer at a time; or disk, a temporary file (under TMPDIR) that

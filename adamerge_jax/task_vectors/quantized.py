@@ -1,4 +1,4 @@
-"""Task vectors as 8-bit integers with a step for each row."""
+"""Task vectors as integers of 8 or 4 bits, with a step for each row or for 64 entries of it."""
 
 import dataclasses
 import functools
@@ -8,13 +8,13 @@ from types import EllipsisType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.task_vectors.entries import Entries
 
-LARGEST = 127
-"""The largest integer; -128 is not used, so that a delta and its negative are alike."""
+GROUP = 64
+"""Entries of a row that share a step in 4 bits, where rows are a multiple of them."""
 
 
 @jax.tree_util.register_dataclass
@@ -23,16 +23,17 @@ class QuantizedDelta:
     """Deltas rounded to multiples of a step: `tau_k ~ values_k * steps_k`, off by half a step.
 
     A matrix, or what has more axes, has one step for each row (entries of one output unit), the
-    127th part of the row's largest entry. A vector has one step for all of it.
+    127th part of the row's largest entry; in 4 bits one for each `GROUP` entries of a row of a
+    matrix, the 7th part of the largest. A vector has one step for all of it.
 
     Attributes:
-        values: `[K, *shape]`.
-        steps: `[K, m, 1, ...]`, or `[K, 1]` for a vector.
+        values: `[K, *shape]`, int8 or int4.
+        steps: `[K, m, 1, ...]`, or `[K, 1]` for a vector, or `[K, m, n / GROUP]`.
 
     A stacked parameter has a leading axis of length L on both.
     """
 
-    values: Int8[Array, "K ..."]
+    values: Int[Array, "K ..."]
     steps: Float[Array, "K ..."]
 
     def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
@@ -60,8 +61,9 @@ class QuantizedDelta:
             InputError: Always.
         """
         raise InputError(
-            "task_vectors.dtype: int8 has a step for each row, and this granularity cuts across "
-            "rows; take row, column, head, tensor or a coarser one, or bfloat16 task vectors"
+            f"task_vectors.dtype: {self.values.dtype} has a step for each row, and this "
+            "granularity cuts across rows; take row, column, head, tensor or a coarser one, or "
+            "bfloat16 task vectors"
         )
 
     def by_direction(self, rank: int | None) -> None:
@@ -71,21 +73,32 @@ class QuantizedDelta:
             InputError: Always.
         """
         raise InputError(
-            "task_vectors.dtype: int8 does not go with singular directions, which are floating "
-            "point; take another granularity, or bfloat16 task vectors"
+            f"task_vectors.dtype: {self.values.dtype} does not go with singular directions, which "
+            "are floating point; take another granularity, or bfloat16 task vectors"
         )
 
     def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
         """Returns the Frobenius norm of each expert's rounded delta."""
         leading = self.values.shape[: 1 + stacked]
-        deltas = jnp.asarray(self.values).astype(jnp.float32) * jnp.asarray(self.steps)
+        deltas = _restored(jnp.asarray(self.values), jnp.asarray(self.steps))
         return jnp.linalg.norm(deltas.reshape(*leading, -1), axis=-1)
 
 
+def _restored(values: Int[Array, "..."], steps: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns integers times their steps, in float32."""
+    wide, groups = values.astype(jnp.float32), steps.shape[-1]
+    if groups in (1, values.shape[-1]):
+        return wide * steps
+    grouped = wide.reshape(*values.shape[:-1], groups, -1)
+    return (grouped * steps[..., None]).reshape(values.shape)
+
+
 def _of_expert(
-    values: Int8[Array, "..."], steps: Float[Array, "..."], scale: Float[Array, "..."]
+    values: Int[Array, "..."], steps: Float[Array, "..."], scale: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    return (scale * steps) * values.astype(jnp.float32)
+    if steps.shape[-1] == 1:
+        return (scale * steps) * values.astype(jnp.float32)
+    return scale * _restored(values, steps)
 
 
 @jax.custom_vjp
@@ -122,8 +135,8 @@ class QuantizedEntries:
     """Entries that are filled one expert and one tensor at a time, and rounded as they come.
 
     Attributes:
-        values: `[..., *shape]`, int8.
-        steps: `[..., m, 1, ...]` or `[..., 1]`, float32.
+        values: `[..., *shape]`, int8 or int4.
+        steps: `[..., m, 1, ...]`, `[..., 1]` or `[..., m, n / GROUP]`, float32.
     """
 
     values: Entries
@@ -135,8 +148,10 @@ class QuantizedEntries:
         return np.dtype(np.float32)
 
     @staticmethod
-    def steps_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of a parameter's steps."""
+    def steps_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+        """Returns the shape of a parameter's steps, with integers of the given dtype."""
+        if _bits(dtype) == 4 and len(shape) == 2 and shape[1] % GROUP == 0:
+            return shape[0], shape[1] // GROUP
         return (shape[0], *(1 for _ in shape[1:])) if len(shape) > 1 else (1,) * len(shape)
 
     def __len__(self) -> int:
@@ -148,17 +163,33 @@ class QuantizedEntries:
 
     def __setitem__(self, where: EllipsisType, deltas: Float[np.ndarray, "..."] | int) -> None:
         self.values[...], self.steps[...] = quantize(
-            np.broadcast_to(np.asarray(deltas, np.float32), self.values.shape)
+            np.broadcast_to(np.asarray(deltas, np.float32), self.values.shape),
+            self.values.dtype,
         )
 
 
 def quantize(
-    delta: Float[np.ndarray, "*shape"],
-) -> tuple[Int8[np.ndarray, "*shape"], Float[np.ndarray, "..."]]:
-    """Returns one expert's delta of one parameter as integers and steps; see `QuantizedDelta`."""
-    axes = tuple(range(1, delta.ndim)) if delta.ndim > 1 else None
-    largest = np.abs(delta).max(axes, keepdims=True, initial=0)
-    steps = (largest / LARGEST).astype(np.float32)
-    values = np.divide(delta, steps, out=np.zeros(delta.shape, np.float32), where=steps > 0)
+    delta: Float[np.ndarray, "*shape"], dtype: np.dtype
+) -> tuple[Int[np.ndarray, "*shape"], Float[np.ndarray, "..."]]:
+    """Returns one expert's delta of one parameter as integers and steps; see `QuantizedDelta`.
+
+    Args:
+        delta: The delta.
+        dtype: int8 or int4.
+    """
+    # The smallest integer is not used, so that a delta and its negative are alike.
+    highest = 2 ** (_bits(dtype) - 1) - 1
+    shape = QuantizedEntries.steps_shape(delta.shape, dtype)
+    is_grouped = len(shape) == 2 and shape[1] > 1
+    grouped = delta.reshape(*shape, GROUP) if is_grouped else delta
+    axes = tuple(range(len(shape), grouped.ndim)) if is_grouped else tuple(range(1, delta.ndim))
+    largest = np.abs(grouped).max(axes or None, keepdims=True, initial=0)
+    steps = (largest / highest).astype(np.float32)
+    values = np.divide(grouped, steps, out=np.zeros(grouped.shape, np.float32), where=steps > 0)
     np.rint(values, out=values)
-    return np.clip(values, -LARGEST, LARGEST, out=values).astype(np.int8), steps
+    np.clip(values, -highest, highest, out=values)
+    return values.astype(dtype).reshape(delta.shape), steps.reshape(shape)
+
+
+def _bits(dtype: np.dtype) -> int:
+    return jnp.iinfo(dtype).bits

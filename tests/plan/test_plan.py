@@ -82,7 +82,7 @@ ALIGNMENT = [{"name": "logit_alignment", "options": {"cross_task": 0.1}}]
         },
         {"coefficients": {"granularity": "partition", "granularity_options": {"groups": 3}}},
         {"coefficients": {"granularity": "singular", "granularity_options": {"rank": 2}}},
-        {"task_vectors": {"dtype": "int8"}, "learning": {"steps": 1, "batch_size": 4}},
+        {"task_vectors": {"dtype": "int4"}, "learning": {"steps": 1, "batch_size": 4}},
         {
             "objectives": [{"name": "hidden_state_alignment", "options": {"layers": [1, -1]}}],
             "interference": [{"name": "trim", "options": {"density": 0.5}}],

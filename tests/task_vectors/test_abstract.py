@@ -47,7 +47,10 @@ def low_rank(leading: tuple[int, ...], experts: int, rank: int) -> LowRankDelta:
 
 def int8(leading: tuple[int, ...], experts: int) -> QuantizedDelta:
     matrices = draw(3, *leading, experts, ROWS, COLUMNS)
-    values, steps = zip(*map(quantize, matrices.reshape(-1, ROWS, COLUMNS)), strict=True)
+    values, steps = zip(
+        *(quantize(matrix, np.dtype(np.int8)) for matrix in matrices.reshape(-1, ROWS, COLUMNS)),
+        strict=True,
+    )
     shape = (*leading, experts)
     return QuantizedDelta(
         np.stack(values).reshape(matrices.shape), np.stack(steps).reshape(*shape, ROWS, 1)

@@ -1,7 +1,8 @@
-"""8-bit task vectors against NumPy in float64, and against the error that a step allows."""
+"""Task vectors of 8 and 4 bits against float64, and against the error that a step allows."""
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,11 +20,14 @@ def draw(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def filled(values: np.ndarray) -> QuantizedDelta:
+INT8, INT4 = np.dtype(np.int8), np.dtype(ml_dtypes.int4)
+
+
+def filled(values: np.ndarray, dtype: np.dtype = INT8) -> QuantizedDelta:
     """Deltas `[K, *shape]`, written expert by expert as the loader does it."""
-    shape = QuantizedEntries.steps_shape(values.shape[1:])
+    shape = QuantizedEntries.steps_shape(values.shape[1:], dtype)
     entries = QuantizedEntries(
-        np.empty(values.shape, np.int8), np.empty((len(values), *shape), np.float32)
+        np.empty(values.shape, dtype), np.empty((len(values), *shape), np.float32)
     )
     for row, delta in zip(entries, values, strict=True):
         row[...] = delta
@@ -31,7 +35,10 @@ def filled(values: np.ndarray) -> QuantizedDelta:
 
 
 def restored(delta: QuantizedDelta) -> np.ndarray:
-    return np.asarray(delta.values, np.float64) * np.asarray(delta.steps, np.float64)
+    values, steps = np.asarray(delta.values, np.float64), np.asarray(delta.steps, np.float64)
+    if steps.shape[-1] > 1:
+        steps = np.repeat(steps, values.shape[-1] // steps.shape[-1], axis=-1)
+    return values * steps
 
 
 @pytest.mark.parametrize("shape", [(7,), (6, 5), (4, 3, 2, 2)])
@@ -56,12 +63,33 @@ def test_steps_are_per_row_and_per_vector():
     assert filled(draw(0, EXPERTS, 6)).steps.shape == (EXPERTS, 1)
 
 
-@pytest.mark.parametrize("along", [(1, 1), (6, 1), (1, 5)])
-def test_sums_and_gradients(along):
+def test_four_bits_have_a_step_for_64_entries():
+    # Groups of unlike size, one of them all 0.
+    values = draw(0, EXPERTS, 6, 128) * np.repeat([1.0, 1e-4], 64)
+    values[1, 2] = 0
+    delta = filled(values, INT4)
+    assert delta.values.dtype == INT4 and delta.steps.shape == (EXPERTS, 6, 2)
+    steps = np.repeat(np.asarray(delta.steps), 64, axis=-1)
+    assert np.all(np.abs(restored(delta) - values) <= steps * (0.5 + 1e-4))
+    largest = np.abs(delta.values.astype(int)).reshape(EXPERTS, 6, 2, 64).max(-1)
+    np.testing.assert_array_equal(largest, np.where(delta.steps > 0, 7, 0))
+    # Rows that are no multiple of 64 have one step each, as those of more axes do.
+    assert filled(draw(0, EXPERTS, 6, 65), INT4).steps.shape == (EXPERTS, 6, 1)
+    assert filled(draw(0, EXPERTS, 6, 8, 64), INT4).steps.shape == (EXPERTS, 6, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("along", "shape", "dtype"),
+    [
+        *(((1, 1), (6, 5), INT8), ((6, 1), (6, 5), INT8), ((1, 5), (6, 5), INT8)),
+        *(((6, 1), (6, 128), INT4), ((1, 128), (6, 128), INT4), ((6, 1), (6, 5), INT4)),
+    ],
+)
+def test_sums_and_gradients(along, shape, dtype):
     delta, scale, cotangent = (
-        filled(draw(0, EXPERTS, 6, 5)),
+        filled(draw(0, EXPERTS, *shape), dtype),
         draw(1, EXPERTS, *along),
-        draw(2, 6, 5),
+        draw(2, *shape),
     )
 
     @jax.jit
@@ -94,15 +122,17 @@ def test_no_delta_exists_as_floating_point(along):
     assert temporary < experts * size * size * 4 / 4
 
 
-def test_norms():
-    delta = filled(draw(0, EXPERTS, 6, 5))
+@pytest.mark.parametrize(("shape", "dtype"), [((6, 5), INT8), ((6, 128), INT4)])
+def test_norms(shape, dtype):
+    delta = filled(draw(0, EXPERTS, *shape), dtype)
     expected = np.linalg.norm(restored(delta).reshape(EXPERTS, -1), axis=-1)
     np.testing.assert_allclose(delta.norms(stacked=False), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (6,)])
-def test_rows(shape):
-    delta, index = filled(draw(0, EXPERTS, *shape)), np.array([[1, 3], [0, 1]])
+@pytest.mark.parametrize(("shape", "dtype"), [((6, 5), INT8), ((6,), INT8), ((6, 128), INT4)])
+def test_rows(shape, dtype):
+    delta = filled(draw(0, EXPERTS, *shape), dtype)
+    index = np.array([[1, 3], [0, 1]])
     np.testing.assert_allclose(
         restored(delta.rows(index)) if len(shape) > 1 else restored_vector(delta.rows(index)),
         restored(delta)[:, index],
@@ -115,8 +145,8 @@ def restored_vector(delta: QuantizedDelta) -> np.ndarray:
 
 
 def test_quantizing_twice_changes_nothing():
-    values, steps = quantize(draw(0, 6, 5))
-    again, same = quantize((values * steps).astype(np.float32))
+    values, steps = quantize(draw(0, 6, 5), INT8)
+    again, same = quantize((values * steps).astype(np.float32), INT8)
     np.testing.assert_array_equal(again, values)
     np.testing.assert_allclose(same, steps, rtol=1e-6)
 

@@ -38,7 +38,7 @@ def draw(seed: int, *shape: int) -> np.ndarray:
 
 def quantized(values: np.ndarray, leading: int) -> QuantizedDelta:
     rows = values.reshape(-1, *values.shape[leading:])
-    integers, steps = zip(*map(quantize, rows), strict=True)
+    integers, steps = zip(*(quantize(row, np.dtype(np.int8)) for row in rows), strict=True)
     steps = np.stack(steps)
     return QuantizedDelta(
         np.stack(integers).reshape(values.shape),
