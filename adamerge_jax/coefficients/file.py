@@ -59,6 +59,10 @@ def file_in(path: Path) -> Path:
     )
 
 
+IN_MEMORY = "in-memory"
+"""The `Source.source` of a model that no file holds."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """The origin of a model.

@@ -27,20 +27,20 @@ _ONLY = "inputs"
 
 
 def name_experts(
-    experts: Mapping[str, Any] | Sequence[Any], data: Data
+    experts: Mapping[str, Any] | Sequence[Any], data: Data, argument: str = "data"
 ) -> tuple[dict[str, Any], dict[str, TaskData]]:
     """Returns experts and data by the names of tasks, in the order of the experts.
 
     Names are those of the experts, or else those of the data; without any they are `expert_0`,
-    `expert_1`, ...
+    `expert_1`, ... The argument is that of `merge`, for messages.
 
     Raises:
         InputError: There are no experts, or data and experts are not those of the same tasks.
     """
     if isinstance(data, jax.Array | np.ndarray) or not isinstance(data, Mapping | Sequence):
         raise InputError(
-            f"data: is {_kind(data)}, expected the examples of each task: by name, or a list in "
-            "the order of the experts"
+            f"{argument}: is {_kind(data)}, expected the examples of each task: by name, or a list "
+            "in the order of the experts"
         )
     if not isinstance(experts, Mapping) and not isinstance(experts, list | tuple):
         raise InputError(
@@ -50,8 +50,8 @@ def name_experts(
         raise InputError("experts: there are none; give at least one")
     if len(data) != len(experts):
         raise InputError(
-            f"data: is of {len(data)} tasks, and there are {len(experts)} experts; give examples "
-            "of the task of each expert"
+            f"{argument}: is of {len(data)} tasks, and there are {len(experts)} experts; give "
+            "examples of the task of each expert"
         )
     if isinstance(experts, Mapping):
         names = list(experts)
@@ -63,15 +63,15 @@ def name_experts(
         data = dict(zip(names, data, strict=True))
     if missing := [name for name in names if name not in data]:
         raise InputError(
-            f"data: {missing[0]!r} is missing; found {', '.join(map(repr, data))}, expected "
+            f"{argument}: {missing[0]!r} is missing; found {', '.join(map(repr, data))}, expected "
             "examples under the name of each expert"
         )
     models = experts.values() if isinstance(experts, Mapping) else experts
     return dict(zip(names, models, strict=True)), {name: data[name] for name in names}
 
 
-def make_examples(data: Mapping[str, TaskData]) -> dict[str, ArrayExamples]:
-    """Returns the examples of each task.
+def make_examples(data: Mapping[str, TaskData], argument: str = "data") -> dict[str, ArrayExamples]:
+    """Returns the examples of each task; the argument is that of `merge`, for messages.
 
     Raises:
         InputError: The data of a task are no arrays of as many examples, or labels are no classes.
@@ -82,17 +82,21 @@ def make_examples(data: Mapping[str, TaskData]) -> dict[str, ArrayExamples]:
         if isinstance(of_task, tuple):
             if len(of_task) != 2:
                 raise InputError(
-                    f"data: {task!r} is a tuple of {len(of_task)}, expected inputs and labels"
+                    f"{argument}: {task!r} is a tuple of {len(of_task)}, expected inputs and labels"
                 )
             inputs, labels = of_task
         by_name = inputs if isinstance(inputs, Mapping) else {_ONLY: inputs}
-        arrays = {name: _as_array(task, name, array) for name, array in by_name.items()}
+        arrays = {
+            name: _as_array(f"{argument}: {task!r}", name, array) for name, array in by_name.items()
+        }
         if not arrays:
-            raise InputError(f"data: {task!r} has no inputs")
+            raise InputError(f"{argument}: {task!r} has no inputs")
         try:
-            examples[task] = ArrayExamples(arrays, _as_labels(task, labels))
+            examples[task] = ArrayExamples(
+                arrays, _as_labels(f"{argument}: labels of {task!r}", labels)
+            )
         except InputError as error:
-            raise InputError(f"data: {task!r}: {error}") from error
+            raise InputError(f"{argument}: {task!r}: {error}") from error
     return examples
 
 
@@ -101,7 +105,9 @@ def unwrap(inputs: Mapping[str, Any]) -> PyTree:
     return inputs[_ONLY] if inputs.keys() == {_ONLY} else dict(inputs)
 
 
-def require_labels_in_range(task: str, examples: ArrayExamples, classes: int) -> None:
+def require_labels_in_range(
+    task: str, examples: ArrayExamples, classes: int, argument: str = "data"
+) -> None:
     """Refuses labels that are none of the classes, but for those below 0, which count for nothing.
 
     Raises:
@@ -110,15 +116,15 @@ def require_labels_in_range(task: str, examples: ArrayExamples, classes: int) ->
     labels = examples.labels
     if labels is not None and labels.size and labels.max() >= classes:
         raise InputError(
-            f"data: {task!r} has the label {labels.max()}, and forward gives {classes} logits; "
-            f"labels are from 0 to {classes - 1}"
+            f"{argument}: {task!r} has the label {labels.max()}, and forward gives {classes} "
+            f"logits; labels are from 0 to {classes - 1}"
         )
 
 
-def _as_array(task: str, name: str, array: Any) -> np.ndarray[Any, Any]:
-    where = f"data: {task!r}" + ("" if name == _ONLY else f", input {name!r}")
+def _as_array(where: str, name: str, array: Any) -> np.ndarray[Any, Any]:
     if not isinstance(name, str):
-        raise InputError(f"data: {task!r} has an input called {name!r}; names are texts")
+        raise InputError(f"{where} has an input called {name!r}; names are texts")
+    where += "" if name == _ONLY else f", input {name!r}"
     if not hasattr(array, "__array__"):
         raise InputError(
             f"{where} is {_kind(array)}, expected an array with an example a row; labels go into "
@@ -136,13 +142,13 @@ def _as_array(task: str, name: str, array: Any) -> np.ndarray[Any, Any]:
     return values
 
 
-def _as_labels(task: str, labels: Any) -> np.ndarray[Any, Any] | None:
+def _as_labels(where: str, labels: Any) -> np.ndarray[Any, Any] | None:
     if labels is None:
         return None
     array = np.asarray(labels)
     if array.dtype.kind not in "iu" or not 1 <= array.ndim <= 2:
         raise InputError(
-            f"data: labels of {task!r} are {array.dtype} of shape {array.shape}, expected whole "
+            f"{where} are {array.dtype} of shape {array.shape}, expected whole "
             "numbers [N], the class of each example"
         )
     return array

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from adamerge_jax.coefficients.file import Coefficients, Source
+from adamerge_jax.coefficients.file import IN_MEMORY, Coefficients, Source
 from adamerge_jax.coefficients.identities import namesake, other_contents
 from adamerge_jax.errors import InputError
 from adamerge_jax.interference import apply_steps
@@ -22,7 +22,6 @@ from adamerge_jax.own_model.leaves import (
     require_alike,
     take_apart,
 )
-from adamerge_jax.own_model.options import IN_MEMORY
 from adamerge_jax.parameter_names import matches
 from adamerge_jax.task_vectors import DenseDelta
 

@@ -21,10 +21,14 @@ from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
     METRICS_FILE,
+    PREDICTIONS_FILE,
     RECIPE_FILE,
     RECORD_FILE,
+    RESULTS_FILE,
 )
 from adamerge_jax.runs.folder import StepRecord
+from adamerge_jax.runs.predictions import Predictions, write_predictions
+from adamerge_jax.runs.results import Results, write_results
 
 _FILES = {RECIPE_FILE, METRICS_FILE, COEFFICIENTS_FILE, RECORD_FILE}
 """The files by which a folder is known to be of a merge, and may be written anew."""
@@ -42,6 +46,8 @@ class Merged(Generic[Model]):
         arrays: All arrays of the merge by name, `[*shape]`.
         heads: The parameters that each task keeps for itself, by task and name.
         rebuild: From arrays by name to a model like the base.
+        results: The table of accuracies on test data, and what the merge reaches; None without.
+        predictions: The classes that the merge takes for others on test data, by task.
 
     Examples:
         >>> import tempfile
@@ -70,6 +76,8 @@ class Merged(Generic[Model]):
     arrays: Mapping[str, Array]
     heads: Mapping[str, Mapping[str, Array]]
     rebuild: Callable[[Mapping[str, Array]], Model]
+    results: Results | None = None
+    predictions: Predictions = dataclasses.field(default_factory=dict)
 
     @cached_property
     def parameters(self) -> Model:
@@ -126,6 +134,11 @@ class Merged(Generic[Model]):
         text = json.dumps(self.record, indent=2, ensure_ascii=False)
         write_whole(out / RECORD_FILE, f"{text}\n")
         self.coefficients.save(out / COEFFICIENTS_FILE)
+        for file in (RESULTS_FILE, PREDICTIONS_FILE):  # of an earlier report
+            (out / file).unlink(missing_ok=True)
+        if self.results is not None:
+            write_results(self.results, out / RESULTS_FILE)
+            write_predictions(self.predictions, out / PREDICTIONS_FILE)
         return write_page(out)
 
     def __repr__(self) -> str:
@@ -140,8 +153,19 @@ class Merged(Generic[Model]):
             f"{len(coefficients.names)} experts, {count_coefficients(coefficients):,} coefficients "
             f"by {coefficients.granularity}, best after {coefficients.step} of {taken} steps"
         )
+        if self.results is not None:
+            return f"{words}, {self._accuracies()}"
         agreement = self._agreement()
         return words if agreement is None else f"{words}, held-out agreement {agreement:.1%}"
+
+    def _accuracies(self) -> str:
+        """Returns the average accuracies of the base, the merge and the experts, in words."""
+        assert self.results is not None
+        rows = {row.kind: row.average for row in reversed(self.results.rows)}
+        return (
+            f"accuracy {rows['learned']:.1%} (base {self.results.rows[0].average:.1%}, experts "
+            f"{rows['experts']:.1%})"
+        )
 
     def _agreement(self) -> float | None:
         """Returns the mean held-out agreement over the tasks that have one."""

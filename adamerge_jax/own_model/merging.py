@@ -41,6 +41,11 @@ from adamerge_jax.own_model.leaves import (
 from adamerge_jax.own_model.merged import Merged
 from adamerge_jax.own_model.options import make_recipe
 from adamerge_jax.own_model.progress import OnStep, show_line
+from adamerge_jax.own_model.results import (
+    measure_results,
+    predictions_in_memory,
+    require_classes,
+)
 from adamerge_jax.own_model.workspace import OwnModels, OwnWorkspace
 from adamerge_jax.parameter_names import is_stacked, matches
 from adamerge_jax.pipeline.learn import LearningInputs, learn_coefficients, require_any_merged
@@ -88,6 +93,7 @@ def merge(
     optimizer: str | None = None,
     seed: int = 0,
     recipe: Mapping[str, Any] | None = None,
+    test: Data | None = None,
     progress: bool = True,
 ) -> Merged[Model]:
     """Learns how much of each expert goes where, and merges by that.
@@ -132,6 +138,8 @@ def merge(
         optimizer: An optimizer of optax by name.
         seed: The seed of all randomness: the same models, data and seed give the same merge.
         recipe: Further fields of a recipe, of its sections `coefficients`, `learning`, ...
+        test: Labelled examples of each task, as `data` has them, for a table of accuracies: of the
+            base, the experts, merges without learning and the merge.
         progress: False for no progress line in terminals and notebooks.
 
     Returns:
@@ -160,6 +168,8 @@ def merge(
     """
     experts, of_tasks = name_experts(experts, data)
     examples = make_examples(of_tasks)
+    tested = {} if test is None else make_examples(name_experts(experts, test, "test")[1], "test")
+    require_classes(tested)
     ours = take_apart(base, "base")
     theirs = {name: take_apart(expert, f"expert {name!r}") for name, expert in experts.items()}
     keywords = {
@@ -179,7 +189,7 @@ def merge(
         "learning_rate": learning_rate,
         "optimizer": optimizer,
     }
-    parsed = make_recipe(ours, examples, preset, seed, recipe or {}, keywords)
+    parsed = make_recipe(ours, examples, bool(tested), preset, seed, recipe or {}, keywords)
     own_heads = _names_of_heads(ours, head_parameters)
     for expert in theirs.values():
         require_alike(ours, expert, own_heads)
@@ -188,6 +198,8 @@ def merge(
     seconds: dict[str, float] = {}
     with _measured("task vectors and the experts' answers", seconds):
         inputs = _prepare(parsed, ours, theirs, examples, forward, own_heads, heads is not None)
+        for task, of_task in tested.items():
+            _try_forward(inputs.workspace, task, of_task, TargetSpec(), "test")
     stages: list[list[StepRecord]] = []
     console = Console(quiet=not progress)
 
@@ -206,17 +218,35 @@ def merge(
     with _measured("learning", seconds):
         result = learn_coefficients(inputs, show_stage=show_stage)
     merged = fold_leaves(ours, theirs, result.coefficients)
+    task_heads = {
+        task: heads_of(expert, result.coefficients, task, own_heads)
+        for task, expert in theirs.items()
+    }
+    results = None
+    if tested:
+        with _measured("evaluating", seconds):
+            run = _compiled(inputs.workspace)
+            results = measure_results(
+                lambda arrays, of_batch: run(arrays, of_batch)[0],
+                ours,
+                theirs,
+                inputs.deltas,
+                merged,
+                task_heads,
+                tested,
+                parsed.evaluation.batch_size,
+                f"learned ({result.coefficients.granularity})",
+            )
     return Merged(
         coefficients=result.coefficients,
+        results=results,
+        predictions={} if results is None else predictions_in_memory(tested, results),
         stages=stages,
         recipe=parsed,
-        record=_record(inputs, seconds),
+        record=_record(inputs, tested, seconds),
         rebuild=ours.rebuild,
         arrays=merged,
-        heads={
-            task: heads_of(expert, result.coefficients, task, own_heads)
-            for task, expert in theirs.items()
-        },
+        heads=task_heads,
     )
 
 
@@ -335,7 +365,11 @@ def _choose_heads(
 
 
 def _try_forward(
-    workspace: OwnWorkspace, task: str, examples: ArrayExamples, spec: TargetSpec
+    workspace: OwnWorkspace,
+    task: str,
+    examples: ArrayExamples,
+    spec: TargetSpec,
+    argument: str = "data",
 ) -> None:
     """Traces `forward` on two examples of a task, and refuses what does not fit.
 
@@ -346,7 +380,7 @@ def _try_forward(
     inputs = examples.take(np.array([0, 0]), examples.padded_length(np.array([0])))
     arrays = {**workspace.base.arrays, **workspace.heads[task]}
     outputs = jax.eval_shape(workspace.outputs, arrays, inputs)
-    require_labels_in_range(task, examples, outputs.logits.shape[-1])
+    require_labels_in_range(task, examples, outputs.logits.shape[-1], argument)
     if missing := set(spec.hidden_states) - outputs.hidden_states.keys():
         raise InputError(
             f"forward: an objective asks for the hidden states of layer {min(missing)}; return "
@@ -404,14 +438,7 @@ def _ask_experts(
     batch_size: int,
 ) -> dict[str, StoredTargets]:
     """Computes the targets of each expert for the examples of its task."""
-
-    @jax.jit
-    def outputs(
-        arrays: Mapping[str, Array], inputs: Mapping[str, Array]
-    ) -> tuple[Array, Mapping[int, Array]]:
-        computed = workspace.outputs(arrays, inputs)
-        return computed.logits, computed.hidden_states
-
+    outputs = _compiled(workspace)
     targets = {}
     for task, spec in specs.items():
         if spec.expert:
@@ -422,13 +449,30 @@ def _ask_experts(
     return targets
 
 
-def _record(inputs: LearningInputs, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _compiled(
+    workspace: OwnWorkspace,
+) -> Callable[[Mapping[str, Array], Mapping[str, Any]], tuple[Array, Mapping[int, Array]]]:
+    """Returns the compiled function from arrays and inputs to logits and hidden states."""
+
+    @jax.jit
+    def outputs(
+        arrays: Mapping[str, Array], inputs: Mapping[str, Array]
+    ) -> tuple[Array, Mapping[int, Array]]:
+        computed = workspace.outputs(arrays, inputs)
+        return computed.logits, computed.hidden_states
+
+    return outputs
+
+
+def _record(
+    inputs: LearningInputs, test: Mapping[str, ArrayExamples], seconds: Mapping[str, float]
+) -> dict[str, Any]:
     """Returns the facts of a merge, as a run's record has them."""
     models = inputs.workspace.models
     return {
         **describe_start(),
         **describe_machine(),
-        **describe_data(inputs.calibration, {}, language=False),
+        **describe_data(inputs.calibration, test, language=False),
         "tensors": describe_tensors(models.base, (), inputs.mixed),
         "similarity": similarity(list(models.experts), inputs.deltas, inputs.shapes, inputs.mixed),
         "seconds": dict(seconds),

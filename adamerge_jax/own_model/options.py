@@ -4,15 +4,13 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+from adamerge_jax.coefficients.file import IN_MEMORY
 from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.errors import InputError
 from adamerge_jax.own_model.leaves import Leaves
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS
 from adamerge_jax.recipes.schema import Recipe
-
-IN_MEMORY = "in-memory"
-"""The source of models and data that no file holds."""
 
 _FIELDS = {
     "granularity": "coefficients.granularity",
@@ -51,6 +49,7 @@ _SECTIONS = (
 def make_recipe(
     base: Leaves[Any],
     examples: Mapping[str, ArrayExamples],
+    has_test: bool,
     preset: str,
     seed: int,
     recipe: Mapping[str, Any],
@@ -61,6 +60,7 @@ def make_recipe(
     Args:
         base: The base, whose kernels decide on the granularity that the preset leaves open.
         examples: The examples by task.
+        has_test: True where there are test examples, too.
         preset: The preset that fills in what is not given.
         seed: The seed of all randomness.
         recipe: Further fields of a recipe, for which there is no keyword.
@@ -81,6 +81,7 @@ def make_recipe(
             "expert": IN_MEMORY,
             "calibration": {"path": IN_MEMORY}
             | ({} if of_task.labels is None else {"label": "labels"}),
+            "test": {"path": IN_MEMORY, "label": "labels"} if has_test else None,
         }
         for task, of_task in examples.items()
     }

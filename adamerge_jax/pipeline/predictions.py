@@ -37,7 +37,7 @@ Show = Callable[[Examples, int], tuple[str | None, str | None]]
 """From examples and a position to the text and the image, as they are kept."""
 
 
-def predictions_on_test(
+def predictions_of_run(
     workspace: Workspace, rows: Sequence[Row], tokenizer: str | None
 ) -> dict[str, TaskPredictions]:
     """Returns what a merge of classifiers takes for what, by task.
@@ -50,7 +50,33 @@ def predictions_on_test(
     Returns:
         Nothing for models that give no classes.
     """
-    test, merged = workspace.data.test, rows[-1].examples or {}
+    test = workspace.data.test
+    return predictions_on_test(
+        test,
+        rows,
+        lambda task: _class_names(workspace, task, test[task]),
+        lambda: _show_of(workspace, tokenizer),
+    )
+
+
+def predictions_on_test(
+    test: Mapping[str, Examples],
+    rows: Sequence[Row],
+    class_names: Callable[[str], list[str]],
+    make_show: Callable[[], Show],
+) -> dict[str, TaskPredictions]:
+    """Returns what a merge takes for what, by task.
+
+    Args:
+        test: The test examples by task.
+        rows: The table of results, with the scores of examples, the merge last.
+        class_names: From a task to the names of its classes; called where it has some.
+        make_show: Makes the function that makes examples visible; called where it is needed.
+
+    Returns:
+        Nothing for tasks without classes.
+    """
+    merged = rows[-1].examples or {}
     experts = next((row.examples or {} for row in rows if row.kind == "experts"), {})
     show: Show | None = None
     predictions = {}
@@ -58,7 +84,7 @@ def predictions_on_test(
         classes = merged[task].classes if task in merged else None
         if classes is None or examples.labels is None:
             continue
-        names = _class_names(workspace, task, examples)
+        names = class_names(task)
         if len(names) > MOST_CLASSES:
             continue
         pairs = Counter(zip(examples.labels.tolist(), classes.tolist(), strict=True))
@@ -69,7 +95,7 @@ def predictions_on_test(
         predictions[task] = TaskPredictions(class_names=names, counts=counts)
         of_expert = experts[task].classes if task in experts else None
         if of_expert is not None:
-            show = show or _show_of(workspace, tokenizer)
+            show = show or make_show()
             predictions[task] = predictions[task].model_copy(
                 update=_differences(examples, classes, of_expert, show)
             )

@@ -50,7 +50,7 @@ from adamerge_jax.pipeline.learn import LearningInputs, OnStep, learn_coefficien
 from adamerge_jax.pipeline.match import prepare_fold
 from adamerge_jax.pipeline.merge import merge_from_data
 from adamerge_jax.pipeline.models import Models, match_backbone, open_models
-from adamerge_jax.pipeline.predictions import predictions_on_test
+from adamerge_jax.pipeline.predictions import predictions_of_run
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
@@ -329,7 +329,7 @@ def export_and_compare(
         results = Results.of_rows(rows)
         if first:
             write_results(results, out / RESULTS_FILE)
-            predictions = predictions_on_test(inputs.workspace, rows, recipe.tokenizer)
+            predictions = predictions_of_run(inputs.workspace, rows, recipe.tokenizer)
             if predictions:
                 write_predictions(predictions, out / PREDICTIONS_FILE)
             write_card(job_of(results=results), out)

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from adamerge_jax.checkpoints.folders import readable_size
-from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.coefficients.file import IN_MEMORY, Coefficients
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.report.coefficients import (
     LayerSpread,
@@ -109,7 +109,7 @@ def write_page(folder: Path) -> Path:
 def _facts(run: SavedRun) -> list[str]:
     """Describes the run in a few sentences."""
     fields = run.recipe["coefficients"]
-    origin = f"{len(run.tasks)} experts of {one_line(run.recipe['base']['path'])}; "
+    origin = f"{len(run.tasks)} experts of {_named(run.recipe['base']['path'])}; "
     if run.evaluations:
         words, _ = _score(run)
         facts = [f"{origin}{len(run.evaluations)} merges were scored by {words}."]
@@ -125,6 +125,10 @@ def _facts(run: SavedRun) -> list[str]:
     if run.rows:
         facts.append(outcome_in_words(run.outcome, run.rows[-1].metric, name=one_line))
     return facts
+
+
+def _named(source: str) -> str:
+    return "a model in memory" if source == IN_MEMORY else one_line(source)
 
 
 def _origin(run: SavedRun) -> dict[str, Any]:

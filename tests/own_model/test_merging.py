@@ -161,6 +161,33 @@ def test_a_merge_starts_from_a_file(merged: am.Merged[dict[str, Any]], tmp_path:
     assert second.coefficients.started_from == str(file)
 
 
+def test_test_data_give_a_table(tmp_path: Path):
+    labels = {task: np.asarray(forward(EXPERTS[task], INPUTS).argmax(-1)) for task in TASKS}
+    test = {task: (INPUTS, labels[task]) for task in TASKS}
+    options = QUICK | {"test": test, "head_parameters": ["out.*"]}
+    made = am.merge(BASE, EXPERTS, forward, DATA, **options)
+    rows = {row.method: row for row in made.results.rows}
+    names = ["base", "experts (one model each)", "average", "task arithmetic (0.3)"]
+    assert list(rows) == [*names, "learned (task)"]
+
+    def accuracy(model: Any, task: str) -> float:
+        return float((forward(model, INPUTS).argmax(-1) == labels[task]).mean())
+
+    for task in TASKS:
+        assert rows["experts (one model each)"].tasks[task] == 1.0
+        of_merge = accuracy(made.for_task(task), task)
+        assert rows["learned (task)"].tasks[task] == pytest.approx(of_merge)
+        # A merge without learning has the expert's own head.
+        halves = [EXPERTS[other]["body"] for other in TASKS]
+        body = jax.tree.map(lambda one, other: (one + other) / 2, *halves)
+        average = EXPERTS[task] | {"body": body}
+        assert rows["average"].tasks[task] == pytest.approx(accuracy(average, task))
+    assert "accuracy" in repr(made) and "experts 100.0%" in repr(made)
+    page = made.report(tmp_path / "report").read_text()
+    assert "The merge beside the experts" in page and "what the merge says across" in page
+    assert "2 experts of a model in memory" in page
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -191,6 +218,9 @@ def test_a_merge_starts_from_a_file(merged: am.Merged[dict[str, Any]], tmp_path:
         ({"steps": 0}, "learning.steps: found 0"),
         ({"batch_size": 64}, "lower learning.batch_size"),
         ({"recipe": {"export": {}}}, "merge: recipe has 'export'"),
+        ({"test": DATA}, "test: 'law' has no class for each example"),
+        ({"test": {"law": LABELLED["law"]}}, "test: is of 1 tasks, and there are 2 experts"),
+        ({"test": [(INPUTS, [5] * 40)] * 2}, "test: 'law' has the label 5, and forward gives 3"),
         ({"recipe": {"learning": {"copies": 2}}}, "merge: learning.copies"),
         ({"recipe": {"learning": {"step": 2}}}, "unknown field learning.step"),
     ],
