@@ -275,24 +275,33 @@ class Evaluate(RecipeCommand):
         evaluate(call.recipe, self.checkpoint, root=call.root, console=call.console)
 
 
+GROUPS: dict[str, dict[str, type]] = {
+    "begin": {"quickstart": Quickstart, "new": New, "schema": Schema},
+    "merge": {
+        "plan": Plan,
+        "learn": Learn,
+        "search": Search,
+        "front": Front,
+        "merge": Merge,
+        "compare-methods": CompareMethods,
+    },
+    "look at results": {
+        "evaluate": Evaluate,
+        "report": Report,
+        "inspect": Inspect,
+        "compare": Compare,
+    },
+    "use and publish": {
+        "fold": Fold,
+        "coarsen": Coarsen,
+        "mergekit": Mergekit,
+        "push": Push,
+    },
+}
+"""The commands by name, in the groups of the help."""
+
 COMMANDS: dict[str, type] = {
-    "quickstart": Quickstart,
-    "new": New,
-    "learn": Learn,
-    "search": Search,
-    "front": Front,
-    "plan": Plan,
-    "fold": Fold,
-    "merge": Merge,
-    "compare-methods": CompareMethods,
-    "coarsen": Coarsen,
-    "mergekit": Mergekit,
-    "evaluate": Evaluate,
-    "inspect": Inspect,
-    "compare": Compare,
-    "report": Report,
-    "push": Push,
-    "schema": Schema,
+    name: command for group in GROUPS.values() for name, command in group.items()
 }
 """The commands by name."""
 

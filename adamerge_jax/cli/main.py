@@ -1,9 +1,12 @@
 """The `adamerge` command: parsing, and the one place where an error becomes an exit status."""
 
+import inspect
 import os
 import select
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,16 +16,17 @@ import tyro
 from rich.console import Console
 
 from adamerge_jax.cli.command import Command, RecipeCommand
-from adamerge_jax.cli.commands import COMMANDS
+from adamerge_jax.cli.commands import COMMANDS, GROUPS
 from adamerge_jax.cli.console import make_console, show_log_lines
 from adamerge_jax.cli.last_catch import explain
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError, readable
 from adamerge_jax.runs.invocation import COMMAND
 from adamerge_jax.stopping import Stopped, stop_on_signals
 
-_DESCRIPTION = (
-    "Merge fine-tuned experts of one base model into one checkpoint. "
-    "`adamerge --version` prints the version."
+_DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
+
+_ENDING = (
+    "adamerge COMMAND --help tells the options of a command; adamerge --version prints the version."
 )
 
 
@@ -96,9 +100,8 @@ def parse(arguments: Sequence[str]) -> Invocable:
         InputError: There is no such command, or its recipe cannot be used.
     """
     if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="adamerge", description=_DESCRIPTION, args=["--help"]
-        )
+        _print_commands()
+        sys.exit(0)
     name, *options = arguments
     if name not in COMMANDS:
         raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
@@ -108,6 +111,20 @@ def parse(arguments: Sequence[str]) -> Invocable:
     from adamerge_jax.cli.recipe_options import parse_with_recipe
 
     return parse_with_recipe(name, COMMANDS[name], options)
+
+
+def _print_commands() -> None:
+    """Prints the commands in their groups, with the first line of what each does."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    indent = max(map(len, COMMANDS)) + 4
+    print(f"usage: adamerge COMMAND ...\n\n{textwrap.fill(_DESCRIPTION, width)}")
+    for heading, commands in GROUPS.items():
+        print(f"\n{heading}")
+        for name, command in commands.items():
+            does = inspect.getdoc(command).partition("\n\n")[0]
+            lead = f"  {name}".ljust(indent)
+            print(textwrap.fill(does, width, initial_indent=lead, subsequent_indent=" " * indent))
+    print(f"\n{textwrap.fill(_ENDING, width)}")
 
 
 def _how_to_go_on(arguments: Sequence[str]) -> str:

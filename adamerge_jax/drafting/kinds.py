@@ -24,7 +24,7 @@ class Kind:
         words: The kind in words.
         calibration: Finds the columns of examples to learn from.
         scored: Finds the columns of validation and test examples; None if nothing is learned.
-        example: A line of data to learn from, for a recipe that lacks them.
+        example: Data to learn from in words, for a recipe that lacks them.
         reads_text: True if the models read texts.
         has_heads: True if each task has a head of its own.
         of_classes: True if the head gives one of several classes.
@@ -71,13 +71,13 @@ def kind_of(family: Family, config: PretrainedConfig, problem: Problem) -> Kind:
             f"sentence embedder ({name})",
             columns.of_embedder,
             lambda sample: columns.with_score(columns.of_embedder(sample), sample),
-            '{"text": "..."}',
+            'lines {"text": "..."}',
         )
     reads_text = family.inputs[0] == "input_ids"
     find = columns.of_texts if reads_text else columns.of_images
-    example = '{"text": "..."}' if reads_text else "a folder of images"
+    example = 'lines {"text": "..."}' if reads_text else "a folder of images"
     if problem == WORDS:
-        find, example = columns.of_words, '{"tokens": ["a", "word", ...]}'
+        find, example = columns.of_words, 'lines {"tokens": ["a", "word", ...]}'
     heads = ", zero-shot heads from the names of classes" if family.auto_class is None else ""
     words = _OF_PROBLEMS[problem.name].format("texts" if reads_text else "images")
     return Kind(
@@ -97,7 +97,7 @@ def _language_kind(family: Family, config: PretrainedConfig) -> Kind:
     def find(sample: Sample) -> Columns:
         return columns.of_language(sample, pairs_only=pairs_only)
 
-    example = '{"prompt": "...", "response": "..."}'
+    example = 'lines {"prompt": "...", "response": "..."}'
     if not pairs_only:
         example += ', {"messages": [{"role": "user", "content": "..."}, ...]} or {"text": "..."}'
     images = " that reads images" if family.images is not None else ""

@@ -21,7 +21,7 @@ _PARTS = {
 _TEXT_LENGTHS = (128, 256, 512, 1024)
 """Values of max_length; a longer one is its user's choice, as memory grows with it."""
 
-_BEHIND = 42
+_BEHIND = 44
 """Column in which comments behind options begin."""
 
 
@@ -108,7 +108,7 @@ def recipe_text(
 def _part_lines(parts: Mapping[str, Part], kind: Kind, told: set[str]) -> Iterator[str]:
     """Yields the lines of a task's data; a part is explained where it comes first."""
     if "calibration" not in parts:
-        yield f"    # calibration: DATA  # a file of lines {kind.example}"
+        yield f"    # calibration: DATA  # {kind.example}"
     for part, explanation in _PARTS.items():
         if part not in parts:
             continue
