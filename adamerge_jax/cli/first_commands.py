@@ -80,7 +80,7 @@ class New(Command):
         for note in draft.notes:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         console.print(
-            f"recipe  {out}: {len(draft.tasks)} tasks ({', '.join(draft.tasks)})"
+            f"recipe  {out}: task{'s' * (len(draft.tasks) > 1)} {', '.join(draft.tasks)}"
             f"{f' of a {draft.kind}' if draft.kind else ''}\n"
             f"next    adamerge {'learn' if draft.learns else 'merge'} {out}"
             f"{'' if draft.learns else ' --method ties --out merged'}",

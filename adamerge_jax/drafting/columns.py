@@ -71,7 +71,11 @@ def of_language(sample: Sample, *, pairs_only: bool = False) -> Columns:
         return Columns(_without_defaults(prompt=prompt, response=response))
     if pairs_only:
         return Columns({}, "has no columns of prompts and responses")
-    return _one_text(sample)
+    found = _one_text(sample)
+    if found.lacks and (turn := _other_turn(sample)):
+        lacks = f"has turns of {', '.join(turn)}; a conversation is a list of role and content"
+        return Columns({}, lacks)
+    return found
 
 
 def of_texts(sample: Sample) -> Columns:
@@ -202,6 +206,14 @@ def _are_conversations(values: Sequence[Any]) -> bool:
         and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
         for value in values
     )
+
+
+def _other_turn(sample: Sample) -> list[str]:
+    """Returns the fields of a turn where conversations are written otherwise; else none."""
+    for values in sample.columns.values():
+        if values and isinstance(values[0], list) and values[0] and isinstance(values[0][0], dict):
+            return list(values[0][0])[:4]
+    return []
 
 
 def _is_label(value: Any) -> bool:

@@ -200,6 +200,8 @@ def _with_data(
 
 
 def _columns(kind: Kind, part: str, sample: Sample | None) -> Columns:
+    if sample is not None and not sample.columns:
+        return Columns({}, "is empty")
     if sample is None:
         return Columns({"label": "label"} if kind.has_heads and part != "calibration" else {})
     return kind.calibration(sample) if part == "calibration" else kind.scored(sample)
@@ -232,11 +234,13 @@ def _section(data: Data, columns: Columns, sample: Sample | None, part: str, fol
     if data.split is not None:
         fields["split"] = data.split
     fields |= columns.fields
-    comment = "check the split and the names of columns" if sample is None else ""
+    comment = "look up its splits and columns" if sample is None else ""
     if sample is not None and sample.is_many and part == "calibration":
         fields["limit"] = _LIMIT
         comment = "a thousand are plenty to learn from"
-    return Part(fields if len(fields) > 1 else fields["path"], comment)
+    # Not every data set of the Hub has a split for it.
+    is_guess = sample is None and part != "calibration"
+    return Part(fields if len(fields) > 1 else fields["path"], comment, is_guess)
 
 
 def _lacks_names(

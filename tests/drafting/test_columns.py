@@ -53,6 +53,8 @@ def test_what_is_lacking_is_said():
     sample = Sample({"text": ["a"], "score": [0.5]})
     assert columns.with_label(columns.of_texts(sample), sample).lacks == "has no column of labels"
     assert "among number" in columns.of_texts(Sample({"number": [1]})).lacks
+    share = Sample({"conversations": [[{"from": "human", "value": "hi"}]]})
+    assert columns.of_language(share).lacks.startswith("has turns of from, value; a conversation")
     assert "pixel_values" in columns.of_images(Sample({"input_ids": []}, arrays=True)).lacks
 
 

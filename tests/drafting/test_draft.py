@@ -179,3 +179,16 @@ def test_models_that_are_merged_by_the_names_of_their_tensors(tmp_path: Path, ca
     assert out.read_text().startswith("# 2 experts of one base: models merged by name (bert).")
     assert "note: nothing can be learned: " in capsys.readouterr().out
     open_models(recipe, tmp_path, read_weights=False, to_run=False)
+
+
+def test_data_that_are_elsewhere_or_empty(decoders: Path, tmp_path: Path, capsys):
+    chats, prompts, texts = TASKS
+    (tmp_path / f"{prompts}.jsonl").touch()
+    out = tmp_path / "recipe.yaml"
+    models = [decoders / name for name in ("base", chats, prompts, texts)]
+    recipe = new(out, *models, "--data", f"{chats}=org/chats", tmp_path)
+    assert recipe.tasks[chats].calibration.path == "org/chats"
+    assert "# test: {path: org/chats, split: test}  # look up its splits" in out.read_text()
+    printed = capsys.readouterr().out
+    assert f"{prompts}.jsonl is left out as calibration data: it is empty" in printed
+    assert f"no data to learn from were found for {prompts}, {texts}" in printed
