@@ -11,15 +11,13 @@ pytest.importorskip("mypy")
 
 SCRIPT = Path(__file__).with_name("users_script.py")
 
-# Following the imports of JAX and NumPy would take half a minute. optax says nothing of its types.
+# Following the imports of JAX and NumPy would take half a minute.
 CONFIG = """
 [mypy]
 strict = true
 follow_imports = skip
 [mypy-adamerge_jax,adamerge_jax.*]
 follow_imports = silent
-[mypy-optax]
-ignore_missing_imports = true
 """
 
 WRONG = {

@@ -13,12 +13,7 @@ from rich.console import Console
 import adamerge_jax as am
 from adamerge_jax.report.coefficients import print_coefficients
 from adamerge_jax.report.comparison import compare
-from tests.own_model.linear import BASE, DATA, EXPERTS, QUICK, TASKS, forward
-
-
-@pytest.fixture(scope="module")
-def merged() -> am.Merged[dict[str, Any]]:
-    return am.merge(BASE, EXPERTS, forward, DATA, initial=0.5, **QUICK)
+from tests.own_model.linear import BASE, EXPERTS, TASKS
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +84,9 @@ def test_other_models_are_refused(
 
 
 def test_coefficients_for_other_tensors_are_refused(merged: am.Merged[dict[str, Any]]):
-    wrong = dataclasses.replace(merged.coefficients, shapes={"head.kernel": (5, 3)})
+    values = {"head.kernel": np.zeros((2, 3), np.float32)}
+    shapes = {"head.kernel": (5, 3)}
+    wrong = dataclasses.replace(merged.coefficients, values=values, shapes=shapes)
     with pytest.raises(am.InputError, match=r"mix 'head.kernel', which the base does not have"):
         am.fold(BASE, EXPERTS, wrong)
 
@@ -106,6 +103,7 @@ def test_a_report_is_written_anew_but_nothing_else_is_written_over(
 
 
 def test_a_notebook_shows_words_and_a_map(merged: am.Merged[dict[str, Any]]):
-    words = f"2 experts, 2 coefficients by task, best after {merged.coefficients.step} of 2 steps"
+    step = merged.coefficients.step
+    words = f"2 experts, 18 coefficients by column, best after {step} of 20 steps"
     assert words in repr(merged) and len(repr(merged)) < 150
     assert words in (shown := merged._repr_html_()) and "data:image/png;base64," in shown
