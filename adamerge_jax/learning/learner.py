@@ -6,47 +6,26 @@ arguments of the compiled functions; none is closed over.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from adamerge_jax.coefficients.constraints import Constraint
 from adamerge_jax.coefficients.granularities import Granularity, Values
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.heads.learned import HeadLearning, Heads, HeadState, replaced_heads
+from adamerge_jax.learning.evaluation import Evaluation, evaluate_tasks, with_augmented
+from adamerge_jax.learning.forward import Forward
 from adamerge_jax.learning.microbatches import sum_over_parts
 from adamerge_jax.learning.mixed_once import gradient_mixed_once
 from adamerge_jax.mixing import mix
-from adamerge_jax.models.family import Network, complete_head
-from adamerge_jax.objectives import Objective, Targets, TaskOutputs
+from adamerge_jax.objectives import Objective, Targets
 from adamerge_jax.objectives.regularizers import Regularizer
 from adamerge_jax.task_vectors import Delta
-
-
-class TaskGroup(NamedTuple):
-    """Tasks whose outputs have the same shapes, so that one program evaluates all of them.
-
-    Attributes:
-        tasks: The positions of the tasks, G of them.
-        outputs: Their outputs, `[G, B, ...]`.
-    """
-
-    tasks: tuple[int, ...]
-    outputs: TaskOutputs
-
-
-Forward = Callable[[PyTree, PyTree, PyTree], Sequence[TaskOutputs] | Sequence[TaskGroup]]
-"""`(parameters, heads, inputs) -> outputs` of each task, from parameters that may be mixtures.
-
-In place of a task's logits there may be a function that computes them. Instead of outputs of each
-task there may be those of groups of tasks, which compile faster where tasks are many.
-"""
-
 
 Raw = Mapping[str, PyTree[Array]]
 """What is learned by group; `Constraint.apply` turns it into coefficients."""
@@ -93,19 +72,6 @@ class State(NamedTuple):
     start: Values
     heads: Heads = ()
     head_optimizer: HeadState | None = None
-
-
-class Evaluation(NamedTuple):
-    """The results of a batch without learning from it.
-
-    Attributes:
-        objective: The objective of each task, `[tasks]`.
-        predicted: By task the class that the merged model gives each example, `[B]`, or each
-            position of it, `[B, T]`.
-    """
-
-    objective: Float[Array, " tasks"]
-    predicted: Sequence[Int[Array, "B ..."]]
 
 
 class Learner(NamedTuple):
@@ -228,8 +194,8 @@ def make_learner(
         if batch.augmented_inputs is not None:
             augmented = forward(mixed, heads, batch.augmented_inputs)
             pairs = zip(outputs, augmented, strict=True)
-            outputs = [_with_augmented(plain, other) for plain, other in pairs]
-        return _evaluate(objectives_of(len(batch.targets)), outputs, batch)
+            outputs = [with_augmented(plain, other) for plain, other in pairs]
+        return evaluate_tasks(objectives_of(len(batch.targets)), outputs, batch)
 
     def init(values: Values, heads: Heads = ()) -> State:
         raw = {
@@ -313,166 +279,3 @@ def make_learner(
         lambda state: coefficients(state.raw),
         floor if has_floor else None,
     )
-
-
-def _with_augmented(
-    plain: TaskOutputs | TaskGroup, augmented: TaskOutputs | TaskGroup
-) -> TaskOutputs | TaskGroup:
-    """Returns outputs with the logits of the augmented examples."""
-    if isinstance(plain, TaskGroup):
-        return plain._replace(outputs=_with_augmented(plain.outputs, augmented.outputs))
-    return plain._replace(augmented_logits=augmented.logits)
-
-
-def _evaluate(
-    objectives: Sequence[Objective], outputs: Sequence[TaskOutputs | TaskGroup], batch: Batch
-) -> Evaluation:
-    """Returns the objective of each task, and the classes predicted."""
-    values: dict[int, Float[Array, ""]] = {}
-    predicted: dict[int, Int[Array, "B ..."]] = {}
-    for entry in outputs:
-        if not isinstance(entry, TaskGroup):
-            task = len(values)
-            values[task], predicted[task] = _evaluate_task(
-                objectives[task], entry, batch.targets[task], batch.weights[task]
-            )
-            continue
-        for tasks in _alike(entry.tasks, [(objectives[t], batch.targets[t]) for t in entry.tasks]):
-            places = [entry.tasks.index(task) for task in tasks]
-            group_values, group_predicted = jax.vmap(partial(_evaluate_task, objectives[tasks[0]]))(
-                _rows(entry.outputs, places, len(entry.tasks)),
-                _stacked([batch.targets[task] for task in tasks]),
-                _rows(batch.weights, tasks, len(objectives)),
-            )
-            values |= zip(tasks, group_values, strict=True)
-            predicted |= zip(tasks, group_predicted, strict=True)
-    order = range(len(objectives))
-    return Evaluation(jnp.stack([values[t] for t in order]), [predicted[t] for t in order])
-
-
-def _alike(
-    tasks: Sequence[int], contents: Sequence[tuple[Objective, Targets]]
-) -> list[tuple[int, ...]]:
-    """Divides tasks into those with the same objective and targets of the same shapes."""
-    groups: dict[Any, list[int]] = {}
-    for task, (objective, targets) in zip(tasks, contents, strict=True):
-        leaves, structure = jax.tree.flatten(targets)
-        form = (id(objective), structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-        groups.setdefault(form, []).append(task)
-    return [tuple(group) for group in groups.values()]
-
-
-def _stacked(trees: Sequence[PyTree[Array]]) -> PyTree[Array]:
-    """Stacks the leaves of trees of the same shapes, `[trees, ...]`."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _rows(tree: PyTree[Array], rows: Sequence[int], count: int) -> PyTree[Array]:
-    """Returns some rows of arrays that have so many; the arrays themselves if these are all."""
-    if tuple(rows) == tuple(range(count)):
-        return tree
-    return jax.tree.map(lambda array: array[np.array(rows)], tree)
-
-
-def _evaluate_task(
-    objective: Objective, outputs: TaskOutputs, targets: Targets, weights: Float[Array, " B"]
-) -> tuple[Float[Array, ""], Int[Array, "B ..."]]:
-    """Returns the objective of one task, and the classes predicted."""
-    objective.target_spec.require_given(outputs, targets)
-
-    def evaluate() -> tuple[Array, Array]:
-        computed = outputs
-        if callable(outputs.logits):
-            computed = outputs._replace(logits=outputs.logits())
-        return (weights * objective.value(computed, targets)).sum(), computed.logits.argmax(-1)
-
-    # Logits that come as a function are those of one task at a time, forwards and backwards.
-    return jax.checkpoint(evaluate)() if callable(outputs.logits) else evaluate()
-
-
-def forward_with_heads(
-    backbone: Network,
-    heads: Sequence[Network],
-    hidden_states: Sequence[int] = (),
-    cross_task: bool = False,
-    logits_again: bool = False,
-    embeds: bool = False,
-) -> Forward:
-    """Returns a forward function that runs one backbone on all examples, then each task's head.
-
-    Args:
-        backbone: From parameters and inputs `[tasks * B, ...]` to outputs.
-        heads: One per task, from its parameters and the outputs of its B examples to logits.
-        hidden_states: Layers whose hidden states the outputs are to hold.
-        cross_task: True if they are to hold each head's logits on the other tasks' examples.
-        logits_again: True if a task's logits are computed again in the backward pass rather than
-            kept: those of a language model are the largest arrays of a step.
-        embeds: True if the heads give a sentence embedder's embeddings in place of logits.
-    """
-    groups = _with_the_same_head(heads)
-    others = np.array([[t for t in range(len(heads)) if t != own] for own in range(len(heads))])
-
-    def forward(
-        parameters: PyTree, head_parameters: PyTree, inputs: PyTree
-    ) -> list[TaskOutputs] | list[TaskGroup]:
-        outputs = backbone(parameters, inputs, hidden_states=bool(hidden_states))
-        mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-        states = {layer: outputs.hidden_states[layer] for layer in hidden_states}
-        outputs = outputs._replace(hidden_states=None, cache=None)
-        by_task = jax.tree.map(
-            lambda array: array.reshape(len(heads), -1, *array.shape[1:]), (outputs, states, mask)
-        )
-
-        def of_task(
-            head: Network, stored: PyTree, own: PyTree, task: Any, rest: Any
-        ) -> TaskOutputs:
-            complete = complete_head(head, stored, parameters)
-            task_outputs, task_states, task_mask = own
-            logits_of_others = None
-            if logits_again:
-                logits = partial(head, complete, task_outputs)
-            elif cross_task:
-                logits_of_all = head(complete, outputs)
-                logits_of_all = logits_of_all.reshape(len(heads), -1, *logits_of_all.shape[1:])
-                logits, logits_of_others = logits_of_all[task], logits_of_all[rest].swapaxes(0, 1)
-            else:
-                logits = head(complete, task_outputs)
-            return TaskOutputs(
-                jnp.zeros((len(logits), 1)) if embeds else logits,
-                task_states,
-                task_mask,
-                cross_task_logits=logits_of_others,
-                embeddings=logits if embeds else None,
-            )
-
-        def of_one(task: int) -> TaskOutputs:
-            own = jax.tree.map(lambda array: array[task], by_task)
-            return of_task(heads[task], head_parameters[task], own, task, others[task])
-
-        def of_group(tasks: tuple[int, ...]) -> TaskOutputs:
-            if len(tasks) == 1:
-                return jax.tree.map(lambda array: array[None], of_one(tasks[0]))
-            return jax.vmap(partial(of_task, heads[tasks[0]]))(
-                _stacked([head_parameters[task] for task in tasks]),
-                _rows(by_task, tasks, len(heads)),
-                np.array(tasks),
-                others[np.array(tasks)],
-            )
-
-        if logits_again:
-            return [of_one(task) for task in range(len(heads))]
-        return [TaskGroup(tasks, of_group(tasks)) for tasks in groups]
-
-    return forward
-
-
-def _with_the_same_head(heads: Sequence[Network]) -> list[tuple[int, ...]]:
-    """Divides tasks into those whose heads are the same function of their parameters."""
-    groups: list[list[int]] = []
-    for task, head in enumerate(heads):
-        group = next((group for group in groups if heads[group[0]].is_same(head)), None)
-        if group is None:
-            groups.append([task])
-        else:
-            group.append(task)
-    return [tuple(group) for group in groups]

@@ -12,7 +12,7 @@ from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError
-from adamerge_jax.learning.learner import Forward
+from adamerge_jax.learning.forward import Forward
 from adamerge_jax.mixing import materialize
 from adamerge_jax.models.family import Family, HeadForm
 from adamerge_jax.models.problem import CLASSES, Problem

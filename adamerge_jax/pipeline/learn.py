@@ -32,8 +32,9 @@ from adamerge_jax.data.expert_targets import StoredTargets, ask_cross_task, ask_
 from adamerge_jax.devices import Devices, fetch, is_first_process, return_freed_memory
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
 from adamerge_jax.interference import FittedStep
+from adamerge_jax.learning.forward import Forward
 from adamerge_jax.learning.held_out import evaluate_held_out
-from adamerge_jax.learning.learner import Forward, Frozen, Learner, make_learner
+from adamerge_jax.learning.learner import Frozen, Learner, make_learner
 from adamerge_jax.learning.loop import Learned, Progress, Snapshot, learn
 from adamerge_jax.learning.single_coefficient import best_single_coefficient
 from adamerge_jax.learning.snapshots import load_snapshot, save_snapshot

@@ -29,7 +29,7 @@ from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.files.json_object import read_object, read_object_if_there
-from adamerge_jax.learning.learner import Forward, forward_with_heads
+from adamerge_jax.learning.forward import Forward, forward_with_heads
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry

@@ -23,7 +23,8 @@ from transformers import BertConfig
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, tensor
 from adamerge_jax.data.batches import Batch
-from adamerge_jax.learning.learner import Frozen, forward_with_heads, make_learner
+from adamerge_jax.learning.forward import forward_with_heads
+from adamerge_jax.learning.learner import Frozen, make_learner
 from adamerge_jax.models import family_of
 from adamerge_jax.models.bridge.family import bridged_family
 from adamerge_jax.objectives import Targets, entropy

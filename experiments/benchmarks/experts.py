@@ -31,7 +31,8 @@ def measure(experts: int) -> dict[str, float]:
     from adamerge_jax.coefficients.granularities import constant, row
     from adamerge_jax.data.batches import Batch
     from adamerge_jax.heads.learned import HeadLearning
-    from adamerge_jax.learning.learner import Frozen, forward_with_heads, make_learner
+    from adamerge_jax.learning.forward import forward_with_heads
+    from adamerge_jax.learning.learner import Frozen, make_learner
     from adamerge_jax.models import family_of
     from adamerge_jax.objectives import Targets, logit_alignment
     from adamerge_jax.objectives.targets import CrossTaskTargets

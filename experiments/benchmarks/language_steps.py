@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.data.batches import Batch
-from adamerge_jax.learning.learner import Frozen, forward_with_heads, make_learner
+from adamerge_jax.learning.forward import forward_with_heads
+from adamerge_jax.learning.learner import Frozen, make_learner
 from adamerge_jax.models import family_of
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.objectives import NOT_PREDICTED, Targets, cross_entropy, token_losses

@@ -32,6 +32,7 @@ from adamerge_jax.cli.console import make_console
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.forward import forward_with_heads
 from adamerge_jax.learning.optimizer import build_optimizer
 from adamerge_jax.models import family_of
 from adamerge_jax.parameter_names import is_stacked, unstack
@@ -120,7 +121,7 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
     granularity = make_granularity("tensor", {}, inputs.shapes)
     heads = list(workspace.head_networks.values())
     learner = learning.make_learner(
-        learning.forward_with_heads(workspace.backbone, heads),
+        forward_with_heads(workspace.backbone, heads),
         granularity,
         CONSTRAINTS["clip"],
         list(build_objectives(recipe.objectives, recipe.tasks).values()),

@@ -12,6 +12,7 @@ import pytest
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.forward import forward_with_heads
 from adamerge_jax.learning.optimizer import build_optimizer
 from adamerge_jax.recipes.build import build_objectives
 from adamerge_jax.recipes.loading import parse_recipe
@@ -61,7 +62,7 @@ def objective_and_gradient(
     workspace = inputs.workspace
     granularity = make_granularity("tensor", {}, inputs.shapes)
     learner = learning.make_learner(
-        learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
+        forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         granularity,
         CONSTRAINTS["free"],
         list(build_objectives(recipe.objectives, recipe.tasks).values()),

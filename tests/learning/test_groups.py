@@ -10,17 +10,13 @@ from transformers import ViTConfig
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, tensor
 from adamerge_jax.data.batches import Batch
-from adamerge_jax.learning.learner import (
-    Frozen,
-    TaskGroup,
-    TaskOutputs,
-    forward_with_heads,
-    make_learner,
-)
+from adamerge_jax.learning.forward import TaskGroup, forward_with_heads
+from adamerge_jax.learning.learner import Frozen, make_learner
 from adamerge_jax.models import family_of
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.objectives import (
     Targets,
+    TaskOutputs,
     hidden_state_alignment,
     logit_alignment,
     weighted_sum,

@@ -36,6 +36,7 @@ from adamerge_jax.coefficients.file import Coefficients, unstack_values
 from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.forward import forward_with_heads
 from adamerge_jax.learning.optimizer import build_optimizer
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.pipeline.learn import LearningInputs, learn_coefficients
@@ -286,7 +287,7 @@ def test_same_coefficients_as_a_pytorch_loop(llama, tmp_path):
     workspace = inputs.workspace
     granularity = make_granularity("tensor", {}, inputs.shapes)
     learner = learning.make_learner(
-        learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
+        forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         granularity,
         CONSTRAINTS["clip"],
         list(build_objectives(recipe.objectives, recipe.tasks).values()),

@@ -27,8 +27,10 @@ from adamerge_jax.data.expert_targets import StoredTargets
 from adamerge_jax.errors import NonFiniteObjectiveError
 from adamerge_jax.learning import held_out
 from adamerge_jax.learning import learner as learning
+from adamerge_jax.learning.evaluation import Evaluation
+from adamerge_jax.learning.forward import forward_with_heads
 from adamerge_jax.learning.held_out import Control
-from adamerge_jax.learning.learner import Evaluation, Frozen, Learner, State
+from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.learning.loop import Progress, learn
 from adamerge_jax.learning.optimizer import build_optimizer
 from adamerge_jax.mixing import materialize_compiled, mix
@@ -84,7 +86,7 @@ def set_up(
     workspace = inputs.workspace
     chosen = make_granularity(granularity, {}, inputs.shapes)
     learner = learning.make_learner(
-        learning.forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
+        forward_with_heads(workspace.backbone, list(workspace.head_networks.values())),
         chosen,
         CONSTRAINTS[constraint],
         make_objective(objective, {}),
@@ -403,7 +405,7 @@ def test_tasks_learn_from_each_others_examples(text_recipe, tmp_path):
     batch = next(inputs.calibration.batches())
     backbone, heads = workspace.backbone, workspace.head_networks
     learner = learning.make_learner(
-        learning.forward_with_heads(backbone, list(heads.values()), cross_task=True),
+        forward_with_heads(backbone, list(heads.values()), cross_task=True),
         make_granularity("tensor", {}, inputs.shapes),
         CONSTRAINTS["clip"],
         list(build_objectives(recipe.objectives, recipe.tasks).values()),

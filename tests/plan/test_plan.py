@@ -252,7 +252,7 @@ def test_task_vectors_elsewhere_and_batches_in_parts(text_recipe, tmp_path):
     moved = here.parts["task vectors of 3 experts"]
     assert at(here, "device") - moved == at(host, "device") == at(disk, "device")
     assert at(host, "host") - moved == at(here, "host") == at(disk, "host")
-    parts = memory(learning=text_recipe["learning"] | {"microbatches": 4})
+    parts = memory(learning=text_recipe["learning"] | {"microbatches": 4, "mix": "part"})
     name = "activations of a step"
     assert parts.parts[name] < 0.6 * here.parts[name]
     assert at(memory(devices={"model": 2}), "device") < 0.6 * at(here, "device")
