@@ -26,9 +26,12 @@ from adamerge_jax.stopping import Stopped, stop_on_signals
 _DESCRIPTION = "Merge fine-tuned experts of one base model into one checkpoint."
 
 _ENDING = (
-    "adamerge COMMAND --help tells the options of a command; adamerge --version prints the version."
+    "adamerge COMMAND --help tells the options of a command, adamerge --version the version; "
+    "adamerge --completion bash prints a script for completion in the shell."
 )
 
+
+_SHELLS = ("bash", "zsh", "tcsh")
 
 _BROKEN_PIPE = 128 + 13
 """The exit status of a process that SIGPIPE ended."""
@@ -103,6 +106,8 @@ def parse(arguments: Sequence[str]) -> Invocable:
         _print_commands()
         sys.exit(0)
     name, *options = arguments
+    if name == "--completion":
+        _print_completion(options)
     if name not in COMMANDS:
         raise InputError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
     if not issubclass(COMMANDS[name], RecipeCommand):
@@ -125,6 +130,19 @@ def _print_commands() -> None:
             lead = f"  {name}".ljust(indent)
             print(textwrap.fill(does, width, initial_indent=lead, subsequent_indent=" " * indent))
     print(f"\n{textwrap.fill(_ENDING, width)}")
+
+
+def _print_completion(arguments: Sequence[str]) -> NoReturn:
+    """Prints the script with which a shell completes commands and their options, and ends.
+
+    Raises:
+        InputError: Another shell is asked for, or none.
+    """
+    if len(arguments) != 1 or arguments[0] not in _SHELLS:
+        raise InputError(f"--completion: give one of {', '.join(_SHELLS)}")
+    asked = ["--tyro-print-completion", *arguments]
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="adamerge", args=asked)
+    sys.exit(0)
 
 
 def _how_to_go_on(arguments: Sequence[str]) -> str:

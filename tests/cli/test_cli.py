@@ -1,4 +1,5 @@
 import importlib.metadata
+import os
 import re
 import runpy
 import shlex
@@ -69,14 +70,33 @@ def test_no_line_of_help_is_torn(capsys, monkeypatch):
     assert "adamerging-task, adamerging, adamerging++" in printed
 
 
-def test_a_reader_that_goes_away_is_no_fault():
-    command = [sys.executable, "-m", "adamerge_jax", "learn", "--help-all"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode in (0, 141)  # 0 where all of it fits into the pipe
+def test_a_reader_that_goes_away_is_no_fault(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as closed, pytest.raises(SystemExit) as caught:
+        monkeypatch.setattr(sys, "stdout", closed)
+        cli.main(["learn", "--help-all"])
+    assert caught.value.code == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_shell_completes_commands_and_options(tmp_path, capsys):
+    script = tmp_path / "adamerge"
+    script.write_text(help_of("--completion", "bash", capsys=capsys))
+    asked = """
+        source "$1"
+        complete -p adamerge
+        COMP_WORDS=(adamerge coa) COMP_CWORD=1
+        $(complete -p adamerge | sed 's/.*-F \\([^ ]*\\).*/\\1/') adamerge coa adamerge
+        echo "${COMPREPLY[@]}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", asked, "bash", str(script)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1].split() == ["coarsen"]
+    with pytest.raises(SystemExit):
+        cli.main(["--completion", "bush"])
+    assert "--completion: give one of bash, zsh, tcsh" in capsys.readouterr().err
 
 
 MINIMAL = {
