@@ -166,6 +166,7 @@ def merge(
         >>> merged.parameters["kernel"].shape
         (3, 2)
     """
+    started = describe_start()
     experts, of_tasks = name_experts(experts, data)
     examples = make_examples(of_tasks)
     tested = {} if test is None else make_examples(name_experts(experts, test, "test")[1], "test")
@@ -243,7 +244,7 @@ def merge(
         predictions={} if results is None else predictions_in_memory(tested, results),
         stages=stages,
         recipe=parsed,
-        record=_record(inputs, tested, seconds),
+        record={**started, **_record(inputs, tested, seconds)},
         rebuild=ours.rebuild,
         arrays=merged,
         heads=task_heads,
@@ -470,7 +471,6 @@ def _record(
     """Returns the facts of a merge, as a run's record has them."""
     models = inputs.workspace.models
     return {
-        **describe_start(),
         **describe_machine(),
         **describe_data(inputs.calibration, test, language=False),
         "tensors": describe_tensors(models.base, (), inputs.mixed),
