@@ -20,8 +20,11 @@ from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.files.strict_yaml import read_yaml
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.report.plain_text import one_line
 
 log = logging.getLogger(__name__)
+
+_LONGEST_NOTE = 500
 
 _LIMIT = 1000
 """Examples of a source with many rows that a recipe asks for."""
@@ -109,6 +112,7 @@ def draft_recipe(base: str, experts: Sequence[str], data: Sequence[str], file: P
         schema=_SCHEMA_FILE if (folder / _SCHEMA_FILE).is_file() else None,
     )
     parse_recipe(read_yaml(text), str(file))  # which refuses what it could not run
+    notes = [one_line(note, _LONGEST_NOTE) for note in notes]  # columns have strangers' names
     return Draft(text, in_words, tasks, notes, learns)
 
 
@@ -309,7 +313,8 @@ def _same(base: str, experts: Sequence[str]) -> bool:
 
 
 def _type_of(models: Models) -> str:
-    return str(getattr(models.config, "model_type", None) or "no config")
+    """Returns the type of models as their file has it, which may be any text."""
+    return one_line(getattr(models.config, "model_type", None) or "no config")
 
 
 __all__ = ["PARTS", "Draft", "draft_recipe"]

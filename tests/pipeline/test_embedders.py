@@ -21,6 +21,7 @@ from transformers import (
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.sentence_modules import read_embedding_form, write_embedding_form
+from adamerge_jax.cli import main as cli
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.pipeline.merge import open_statistics
@@ -29,7 +30,7 @@ from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn, merge
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
-from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from tests.language_references import language_expert, rows_of
 from tests.references import bert_tokenizer, randomise, require_sum, sentences, write_json_lines
 
@@ -278,3 +279,21 @@ def test_embedders_of_one_form_are_merged(embedders: Embedders, tmp_path: Path) 
     (other / "modules.json").unlink()
     with pytest.raises(InputError, match=r"'colours' is a sentence embedder .* 'animals' is none"):
         open_workspace(parse_recipe(fields), embedders.root)
+
+
+def test_a_first_recipe_has_the_pairs(embedders: Embedders, tmp_path: Path) -> None:
+    out, root = tmp_path / "recipe.yaml", embedders.root
+    shutil.copy(root / f"{TASKS[0]}.jsonl", tmp_path / f"{TASKS[0]}.test.jsonl")
+    shutil.copy(root / f"{TASKS[1]}.jsonl", tmp_path / f"{TASKS[1]}.test.jsonl")
+    models = [str(root / name) for name in ("base", *TASKS)]
+    cli.main(["new", *models, "--data", str(root), str(tmp_path), "--out", str(out)])
+    recipe = load_recipe(out)
+    assert "sentence embedder (bert)" in out.read_text()
+    for task, fields in recipe.tasks.items():
+        assert (fields.calibration.path, fields.calibration.label) == (
+            str(root / f"{task}.jsonl"),
+            None,
+        )
+        assert fields.test.path == f"{task}.test.jsonl"
+        assert (fields.test.text, fields.test.label) == (("first", "second"), "score")
+    build(recipe, open_models(recipe, tmp_path, read_weights=False))
