@@ -62,6 +62,14 @@ def test_pages_ask_no_other_host(site: Path):
             assert "//" not in "".join(addresses), page
 
 
+def test_search_works_from_a_folder(site: Path):
+    """Where browsers neither start workers nor read files that a page has not named."""
+    assert (site / "search" / "search_index.js").read_text().startswith("var __index = {")
+    for page in site.rglob("*.html"):
+        (script,) = re.findall(r'<script src="([^"]*iframe-worker.js)"', page.read_text())
+        assert (page.parent / script).is_file() or page.name == "404.html"
+
+
 def test_no_marker_is_left(site: Path):
     for page in site.rglob("*.html"):
         assert "{{ " not in words(page), page
