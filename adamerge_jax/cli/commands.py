@@ -144,7 +144,11 @@ class Plan(RecipeCommand):
         """Prints the prediction."""
         from adamerge_jax.plan import make_plan, print_plan
 
-        print_plan(make_plan(call.recipe, call.root, self.device), call.console)
+        with call.console.status("planning") as status:
+            plan = make_plan(
+                call.recipe, call.root, self.device, lambda line: status.update(f"planning: {line}")
+            )
+        print_plan(plan, call.console)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -3,6 +3,8 @@
 Figures are of one device, dense (no structured sparsity):
 
 - `h100` and `a100` (SXM, 80 GB), `h200`, `l4`: NVIDIA's datasheets of these Tensor Core GPUs.
+- Their links to the host: PCI Express, generation 5 for `h100` and `h200`, 4 for the others. Of
+  TPUs none is published, and 16 GB/s are assumed.
 - `tpu-v4`, `tpu-v5e`, `tpu-v5p`, `tpu-v6e`: Google Cloud TPU documentation, one page a version.
 
 float32 is the default precision of JAX for float32 matrix products there: TF32 on NVIDIA's, one
@@ -34,6 +36,7 @@ class Device(NamedTuple):
         attainable: The part of these rates that a step is assumed to reach: 1 for measured rates.
         kinds: Parts of JAX's name for the device, in lower case.
         is_cpu: True if its memory is the host's.
+        link: The bandwidth from the host's memory to the device, in bytes per second.
     """
 
     name: str
@@ -43,21 +46,30 @@ class Device(NamedTuple):
     attainable: float
     kinds: tuple[str, ...] = ()
     is_cpu: bool = False
+    link: float = 16e9
 
 
 ATTAINABLE = 0.4
 """The part of a published rate that a step is assumed to reach, without a measurement."""
 
+PCIE_4, PCIE_5 = 32e9, 64e9
+"""The bandwidth of 16 lanes in one direction, in bytes per second."""
+
+DISK = 2e9
+"""The bytes per second that are read from a disk, assumed."""
+
 GPU_SHARE = 0.75
 """The part of a GPU's memory that JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)."""
 
 
-def _gpu(name: str, half: float, single: float, bandwidth: float, gigabytes: float) -> Device:
-    """Makes a GPU from its TFLOP/s in 16 bits and in float32, GB/s and GB."""
+def _gpu(
+    name: str, half: float, single: float, bandwidth: float, gigabytes: float, link: float
+) -> Device:
+    """Makes a GPU from its TFLOP/s in 16 bits and in float32, GB/s, GB, and its link in B/s."""
     flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
     memory = int(GPU_SHARE * gigabytes * 1e9)
     kinds = (name.split()[0].lower(),)
-    return Device(f"NVIDIA {name}", flops, bandwidth * 1e9, memory, ATTAINABLE, kinds)
+    return Device(f"NVIDIA {name}", flops, bandwidth * 1e9, memory, ATTAINABLE, kinds, link=link)
 
 
 def _tpu(name: str, rate: float, bandwidth: float, gibibytes: int, *kinds: str) -> Device:
@@ -67,10 +79,10 @@ def _tpu(name: str, rate: float, bandwidth: float, gibibytes: int, *kinds: str) 
 
 
 DEVICES = {
-    "h100": _gpu("H100 SXM", 989, 494, 3350, 80),
-    "h200": _gpu("H200 SXM", 989, 494, 4800, 141),
-    "a100": _gpu("A100 SXM 80 GB", 312, 156, 2039, 80),
-    "l4": _gpu("L4", 121, 60, 300, 24),
+    "h100": _gpu("H100 SXM", 989, 494, 3350, 80, PCIE_5),
+    "h200": _gpu("H200 SXM", 989, 494, 4800, 141, PCIE_5),
+    "a100": _gpu("A100 SXM 80 GB", 312, 156, 2039, 80, PCIE_4),
+    "l4": _gpu("L4", 121, 60, 300, 24, PCIE_4),
     "tpu-v4": _tpu("v4", 275, 1228, 32, "tpu v4"),
     "tpu-v5e": _tpu("v5e", 197, 819, 16, "tpu v5 lite", "tpu v5e"),
     "tpu-v5p": _tpu("v5p", 459, 2765, 95, "tpu v5p", "tpu v5"),
@@ -131,8 +143,15 @@ def measure_cpu(side: int = 1024) -> Device:
         bandwidth = 2 * vector.nbytes / _best_seconds(lambda: add(vector))
     # Half precision is widened before it is multiplied.
     rates = dict.fromkeys(("float32", "bfloat16", "float16"), flops)
-    name = f"this machine's CPU ({os.cpu_count()} cores)"
-    return Device(name, rates, bandwidth, host_memory(), 1.0, is_cpu=True)
+    name = f"this machine's CPU ({usable_cores()} cores)"
+    return Device(name, rates, bandwidth, host_memory(), 1.0, is_cpu=True, link=bandwidth)
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _best_seconds(run: Callable[[], object]) -> float:

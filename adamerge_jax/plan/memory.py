@@ -1,5 +1,6 @@
 """The arrays that live in each phase of a run, on the device and on the host."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,7 +82,12 @@ class Memory(NamedTuple):
 
 
 def programs_of(
-    outline: Outline, learning: AbstractLearning, *, compiled: bool, is_cpu: bool
+    outline: Outline,
+    learning: AbstractLearning,
+    *,
+    compiled: bool,
+    is_cpu: bool,
+    names: Sequence[str] = ("step", "evaluate", "expert"),
 ) -> Programs:
     """Returns the work of the functions that a run compiles.
 
@@ -91,7 +97,13 @@ def programs_of(
         compiled: If True, they are compiled for the present device, and the kept bytes are the
             compiler's; otherwise these are estimated from their traces.
         is_cpu: True for a run on the processor.
+        names: The programs that are wanted; others take nothing.
     """
+    # A trace cannot tell that the sum of gradients grows in place.
+    beside = 0 if compiled else mixed_once_bytes(outline)
+    if beside:
+        outline = outline.changed("learning.mix", "part")
+        learning = outline.learning()
     batch = outline.batch(outline.longest)
     step = (learning.learner.step, learning.state, learning.frozen, batch)
     evaluate = (learning.learner.evaluate, learning.state, learning.frozen, batch)
@@ -104,15 +116,14 @@ def programs_of(
         outline.head_parameters[task],
         outline.inputs(size, outline.longest),
     )
-    calls = (step, evaluate, expert)
-    works = [work_of(*call) for call in calls]
-    if compiled:
-        works = [
-            work._replace(kept_bytes=_compiled_bytes(*call))
-            for work, call in zip(works, calls, strict=True)
-        ]
-    step_work, evaluate_work, expert_work = works
-    return Programs(step_work, evaluate_work, expert_work, size)
+    calls = {"step": step, "evaluate": evaluate, "expert": expert}
+    works = dict.fromkeys(calls, Work(0.0, 0.0, 0))
+    for name in names:
+        works[name] = work_of(*calls[name])
+        if compiled:
+            works[name] = works[name]._replace(kept_bytes=_compiled_bytes(*calls[name]))
+    step_work = works["step"]._replace(kept_bytes=works["step"].kept_bytes + beside)
+    return Programs(step_work, works["evaluate"], works["expert"], size)
 
 
 def _run_expert(
@@ -180,11 +191,11 @@ def memory_of(
         "their gradient": coefficients,
         "optimizer state": bytes_of(learning.state.optimizer),
         "batch": batch,
-        "activations of a step": programs.step.kept_bytes,
+        "activations of a step": max(0, programs.step.kept_bytes - mixed_once_bytes(outline)),
         "logits of one task in it": logits_bytes(outline),
     }
     if outline.method.mixes_once:
-        parts["merged model and its gradient in them"] = mixed_once_bytes(outline)
+        parts["merged model and its gradient"] = mixed_once_bytes(outline)
     if uses_experts:
         parts |= {
             "one expert while it is asked": expert,
@@ -230,8 +241,11 @@ def memory_of(
 def mixed_once_bytes(outline: Outline) -> int:
     """Returns the bytes of the merged weights that microbatches share, and of their gradient.
 
-    The gradient is there twice: that of one part, and the sum over the parts in float32.
+    The gradient is there twice: that of one part, and the sum over the parts in float32. 0 where
+    every part mixes.
     """
+    if not outline.method.mixes_once:
+        return 0
     summed = [outline.base[name] for name, d in outline.deltas.items() if is_summed_once(d)]
     return 2 * bytes_of(summed) + 4 * sum(int(np.prod(leaf.shape)) for leaf in summed)
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -53,6 +53,42 @@ ASSUMED_CLASSES = 100
 """The number of classes of a zero-shot head whose class names only the data set has."""
 
 
+R = TypeVar("R")
+
+
+def _remembered(method: Callable[..., R]) -> Callable[..., R]:
+    """Returns a method of an outline that traces a model once for the same arguments."""
+
+    @functools.wraps(method)
+    def call(outline: "Outline", *arguments: Any) -> R:
+        memory = outline.__dict__.setdefault("_memory", {})
+        key = (method.__name__, arguments)
+        if key not in memory:
+            memory[key] = method(outline, *arguments)
+        return memory[key]
+
+    return call
+
+
+_OF_MODELS = ("_memory", "base", "heads", "head_parameters")
+
+_UNCHANGED_BY = {
+    **dict.fromkeys(
+        (
+            "learning.rematerialize",
+            "learning.microbatches",
+            "learning.mix",
+            "learning.batch_size",
+            "evaluation.batch_size",
+        ),
+        (*_OF_MODELS, "task_vectors"),
+    ),
+    "task_vectors.dtype": _OF_MODELS,
+    "task_vectors.memory": _OF_MODELS,
+}
+"""The attributes of an outline that stay the same when a field changes, by the field."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Outline:
     """A merge without its weights.
@@ -84,7 +120,12 @@ class Outline:
             }
             for part, sizes in self.data.items()
         }
-        return Outline(recipe, self.models, shortened)
+        changed = Outline(recipe, self.models, shortened)
+        # What is known already need not be traced anew.
+        for name in _UNCHANGED_BY.get(field, ()):
+            if name in self.__dict__:
+                changed.__dict__[name] = self.__dict__[name]
+        return changed
 
     @functools.cached_property
     def method(self) -> Method:
@@ -206,17 +247,26 @@ class Outline:
             inputs[PIXELS] = Abstract(shape, np.float32)
         return inputs
 
+    @_remembered
     def outputs(self, examples: int, length: int) -> Outputs:
         """Returns the backbone's abstract outputs for some examples, with all hidden states."""
         run = partial(self.backbone, hidden_states=True)
         return jax.eval_shape(run, self.base, self.inputs(examples, length))
 
+    @_remembered
     def logits(self, task: str, examples: int, length: int) -> Abstract:
         """Returns the abstract logits of a task's head, `[B, C]` or `[B, T, V]`."""
-        head = self.heads[task]
-        head_parameters = complete_head(head, self.head_parameters[task], self.base)
+        head, parameters = self.heads[task], self.head_parameters[task]
+        for other in self.heads:
+            if other == task:
+                break
+            # A language model has one head for all tasks.
+            if self.heads[other] is head and self.head_parameters[other] == parameters:
+                return self.logits(other, examples, length)
+        head_parameters = complete_head(head, parameters, self.base)
         return jax.eval_shape(head, head_parameters, self.outputs(examples, length))
 
+    @_remembered
     def targets(self, task: str, examples: int, length: int) -> Targets:
         """Returns the abstract targets of some examples of a task."""
         spec = self.target_specs[task]

@@ -1,6 +1,6 @@
 """The cost of a recipe: sizes, memory, time, disk, and changes that make it fit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +10,11 @@ import numpy as np
 
 from adamerge_jax.coefficients.granularities import count_units
 from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER
-from adamerge_jax.errors import InputError
+from adamerge_jax.methods import make_method
+from adamerge_jax.pipeline.baselines import MOST_TO_FIT
 from adamerge_jax.pipeline.export import export_bytes
 from adamerge_jax.pipeline.general import RETAINED
+from adamerge_jax.plan.advice import Change, Target, advise
 from adamerge_jax.plan.hardware import (
     DEVICES,
     Device,
@@ -21,26 +23,11 @@ from adamerge_jax.plan.hardware import (
     resident_bytes,
 )
 from adamerge_jax.plan.memory import Memory, Programs, memory_of, programs_of
+from adamerge_jax.plan.mixing_time import Mixing
 from adamerge_jax.plan.outline import Outline, outline
 from adamerge_jax.plan.work import Work
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.registry import choice_in_words
-
-
-class Change(NamedTuple):
-    """An advised change of a recipe, made after those before it.
-
-    Attributes:
-        field: The field of the recipe.
-        value: The new value of the field.
-        peak: The predicted peak in bytes, with all changes up to this one.
-        fits: True if this peak is within the device's memory.
-    """
-
-    field: str
-    value: Any
-    peak: int
-    fits: bool
 
 
 class Seconds(NamedTuple):
@@ -54,6 +41,10 @@ class Seconds(NamedTuple):
             choose the initial coefficient.
         head_fits: The time of the merged model on all examples that heads are fitted to and, where
             the device is the CPU, of the fits.
+        first_merge: The time of the models on the calibration data, of which a method makes the
+            merge that learning starts from.
+        results: The time of all models of the table of results on the test data, of task
+            arithmetic on the validation data, and of the heads that are fitted to them.
     """
 
     step: float
@@ -61,11 +52,13 @@ class Seconds(NamedTuple):
     steps: float
     held_out_evaluations: float
     head_fits: float
+    first_merge: float
+    results: float
 
     @property
     def total(self) -> float:
         """The sum of these; `Plan.notes` name what is not in it."""
-        return self.expert_targets + self.steps + self.held_out_evaluations + self.head_fits
+        return sum(self) - self.step
 
 
 class Plan(NamedTuple):
@@ -102,7 +95,7 @@ class Plan(NamedTuple):
     @property
     def peak(self) -> int:
         """The peak memory in bytes of the device, or of the process if the device is the CPU."""
-        return _peak(self.memory, self.device)
+        return Target(self.device, self.memory.floor).peak(self.memory)
 
     @property
     def fits(self) -> bool:
@@ -118,14 +111,16 @@ _HEAD_FIT_EVALUATIONS = 400
 for three unlike heads."""
 
 
-class _Spread(NamedTuple):
-    """The numbers of devices among which examples and parameters are split."""
-
-    devices: int = 1
-    split: int = 1
+_STATISTICS = 3
+"""The forward passes that take as long as one from which a method learns of a layer's inputs."""
 
 
-def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    root: Path,
+    device: str | None = None,
+    report: Callable[[str], Any] = lambda line: None,
+) -> Plan:
     """Predicts the cost of a recipe's run; reads no weight.
 
     Args:
@@ -133,25 +128,32 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
         root: Folder that its relative paths start from.
         device: A key of `DEVICES`, `cpu`, or None for the present device, for which the step is
             compiled: the sizes of activations are then the compiler's.
+        report: Shows what is looked at.
 
     Raises:
         InputError: A checkpoint, a file or the device cannot be used.
     """
+    report("measuring the device")
     chosen = find_device(device)
+    report("opening checkpoints and data")
     merge = outline(recipe, root)
     floor = resident_bytes()
     present = jax.devices()[0].platform
     compiled = device is None or (device == "cpu" and present == "cpu")
+    report("compiling the step" if compiled else "tracing the step")
     learning = merge.learning()
     programs = programs_of(merge, learning, compiled=compiled, is_cpu=chosen.is_cpu)
-    spread = _Spread()
+    target = Target(chosen, floor)
     if not chosen.is_cpu:
         split = recipe.devices.model
-        spread = _Spread(split if device in DEVICES else jax.device_count(), split)
-    memory = memory_of(merge, learning, programs, floor=floor, **spread._asdict())
+        devices = split if device in DEVICES else jax.device_count()
+        target = Target(chosen, floor, devices, split)
+    memory = memory_of(
+        merge, learning, programs, floor=floor, devices=target.devices, split=target.split
+    )
     parameters = sum(int(np.prod(leaf.shape)) for leaf in merge.base.values())
     shapes = merge.shapes
-    fits = _peak(memory, chosen) <= chosen.memory
+    fits = target.peak(memory) <= chosen.memory
     return Plan(
         parameters,
         sum(int(np.prod(shape)) for shape in shapes.values()),
@@ -160,9 +162,9 @@ def make_plan(recipe: Recipe, root: Path, device: str | None = None) -> Plan:
         programs,
         memory,
         host_memory(),
-        _seconds(merge, programs, chosen, spread),
+        _seconds(merge, programs, chosen, target.devices),
         export_bytes(merge.models, recipe.export),
-        [] if fits else list(_changes(merge, chosen, floor, spread)),
+        [] if fits else advise(merge, target, programs, report),
         compiled,
         [
             *(
@@ -181,7 +183,9 @@ def _not_counted(merge: Outline, device: Device) -> str:
     parts = ["opening, reading and writing files", "compiling"]
     if (chosen := merge.recipe.coefficients.initial_merge) is not None:
         in_words = choice_in_words(chosen.name, chosen.options)
-        parts.append(f"the merge by {in_words} that learning starts from (initial_merge)")
+        needs_data = make_method(chosen.name, chosen.options).needs_data
+        of_merge = "the equations of the merge" if needs_data else "the merge"
+        parts.append(f"{of_merge} by {in_words} that learning starts from (initial_merge)")
     if merge.recipe.interference:
         parts.append("interference steps")
     if merge.method.copies:
@@ -191,19 +195,17 @@ def _not_counted(merge: Outline, device: Device) -> str:
     general = merge.data["calibration"].get(RETAINED)
     if general is not None:
         parts.append("the base's writing of answers to general text that has none")
-    if merge.data["test"]:
-        parts.append("the table of results")
+    if merge.data["test"] and merge.models.family.language:
+        parts.append("the writing of answers for the table of results")
+    if merge.data["test"] and merge.recipe.evaluation.methods:
+        parts.append("merges by evaluation.methods, beside their evaluation")
     return f"not in the total time: {'; '.join(parts)}"
 
 
-def _peak(memory: Memory, device: Device) -> int:
-    return memory.host_peak(shared=True)[1] if device.is_cpu else memory.device_peak().device
-
-
-def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread) -> Seconds:
+def _seconds(merge: Outline, programs: Programs, device: Device, devices: int) -> Seconds:
     recipe = merge.recipe
     dtype = np.dtype(next(iter(merge.base.values())).dtype).name
-    attained = device.attainable * spread.devices
+    attained = device.attainable * devices
     rate = device.flops.get(dtype, device.flops["float32"]) * attained
     bandwidth = device.bandwidth * attained
 
@@ -227,7 +229,11 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
     )
     evaluations += _TRIED_INITIAL * method.chooses_initial
     held_out = max(max(1, round(recipe.learning.held_out * len(s))) for s in calibration.values())
-    step = share * seconds(programs.step)
+    mixing = Mixing.of(merge)
+    step = share * seconds(programs.step) + mixing.seconds(device, devices)
+    # Without a backward pass task vectors are read once.
+    evaluate = mixing._replace(parts=1, once=False, recomputed=False).seconds(device, devices) / 2
+    evaluate += share * seconds(programs.evaluate)
     batches = ceil(held_out / recipe.learning.batch_size)
     example = share * seconds(programs.expert) / programs.expert_examples
     head_fits = 0.0
@@ -240,9 +246,38 @@ def _seconds(merge: Outline, programs: Programs, device: Device, spread: _Spread
         step,
         example * expert_examples,
         step * sum(stages),
-        share * seconds(programs.evaluate) * batches * evaluations,
+        evaluate * batches * evaluations,
         head_fits,
+        _first_merge_examples(merge) * example,
+        _result_examples(merge, with_copies) * example,
     )
+
+
+def _first_merge_examples(merge: Outline) -> int:
+    """Returns the examples that a method is run on for the merge that learning starts from."""
+    chosen = merge.recipe.coefficients.initial_merge
+    if chosen is None or not make_method(chosen.name, chosen.options).needs_data:
+        return 0
+    return _STATISTICS * sum(map(len, merge.data["calibration"].values()))
+
+
+def _result_examples(merge: Outline, with_copies: Mapping[str, int]) -> int:
+    """Returns the examples that models are run on for the table of results."""
+    evaluation, tested = merge.recipe.evaluation, sum(map(len, merge.data["test"].values()))
+    if not tested:
+        return 0
+    # Task arithmetic; and with all of them the base and the average.
+    single = {"none": 0, "quick": 1, "all": 3}[evaluation.baselines] + len(evaluation.methods)
+    validated = 0
+    if evaluation.baselines != "none":
+        single += merge.recipe.coefficients.initial_merge is not None
+        tried = min(len(evaluation.task_arithmetic), ceil(len(evaluation.task_arithmetic) / 3) + 2)
+        validated = tried * sum(map(len, merge.data["validation"].values()))
+    fitted = 0
+    if merge.method.heads.fit is not None:
+        fitted = sum(min(count, MOST_TO_FIT) for count in with_copies.values())
+    experts_and_merge = 1 + (evaluation.baselines != "none")
+    return single * (tested + fitted) + experts_and_merge * tested + validated
 
 
 def _head_fit_flops(merge: Outline, examples: Mapping[str, int]) -> float:
@@ -264,73 +299,3 @@ def _average_length(merge: Outline) -> float:
     sizes = merge.data["calibration"].values()
     longest = [np.quantile(size.lengths, quantiles, method="higher") for size in sizes]
     return float(np.max(longest, axis=0).mean())
-
-
-def _changes(merge: Outline, device: Device, floor: int, spread: _Spread) -> Iterator[Change]:
-    """Yields changes that lower the peak, the cheapest first, until the run fits.
-
-    Their peaks come from the traces of the changed programs, which are not compiled.
-    """
-
-    def peak_of(changed: Outline) -> int:
-        learning = changed.learning()
-        programs = programs_of(changed, learning, compiled=False, is_cpu=device.is_cpu)
-        memory = memory_of(changed, learning, programs, floor=floor, **spread._asdict())
-        return _peak(memory, device)
-
-    before = peak_of(merge)
-    useless = set()
-    for field, value in _candidates(merge):
-        if field in useless:
-            continue
-        try:
-            changed = merge.changed(field, value)
-        except InputError:
-            # The other fields of the recipe do not go with it.
-            useless.add(field)
-            continue
-        peak = peak_of(changed)
-        # A change that hardly helps is not advised, nor are further values of its field.
-        if peak > 0.98 * before:
-            useless.add(field)
-            continue
-        merge, before = changed, peak
-        yield Change(field, value, peak, peak <= device.memory)
-        if peak <= device.memory:
-            return
-
-
-def _candidates(merge: Outline) -> Iterator[tuple[str, Any]]:
-    """Yields fields and values that take less memory, the cheapest first."""
-    recipe = merge.recipe
-    # The cost is a little time: more is computed twice.
-    if recipe.learning.rematerialize != "layer":
-        yield "learning.rematerialize", "layer"
-    # The cost is smaller matrix products.
-    batch_size = recipe.learning.batch_size
-    for parts in range(recipe.learning.microbatches + 1, batch_size + 1):
-        if batch_size % parts == 0:
-            yield "learning.microbatches", parts
-    yield from (("evaluation.batch_size", size) for size in _halves(recipe.evaluation.batch_size))
-    # The cost is precision.
-    if recipe.task_vectors.dtype is None:
-        yield "task_vectors.dtype", "bfloat16"
-    if recipe.dtype is None or recipe.dtype == "float32":
-        yield "dtype", "bfloat16"
-    if recipe.task_vectors.dtype not in ("int8", "int4"):
-        yield "task_vectors.dtype", "int8"
-    if recipe.task_vectors.dtype != "int4" and recipe.task_vectors.memory == "device":
-        yield "task_vectors.dtype", "int4"
-    # The cost is time: task vectors are moved in every step.
-    if recipe.task_vectors.memory == "device" and recipe.devices.model == 1:
-        yield "task_vectors.memory", "host"
-    if recipe.task_vectors.memory != "disk" and recipe.devices.model == 1:
-        yield "task_vectors.memory", "disk"
-    # The cost is noisier gradients.
-    yield from (("learning.batch_size", size) for size in _halves(batch_size))
-    # The cost is the end of long texts.
-    yield from (("max_length", length) for length in _halves(recipe.max_length) if length >= 32)
-
-
-def _halves(size: int) -> list[int]:
-    return [size >> shift for shift in range(1, size.bit_length())]

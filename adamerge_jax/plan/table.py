@@ -56,7 +56,7 @@ def _time(plan: Plan) -> Table:
     table.add_row("floating-point operations per step", f"{step.flops / 1e12:.3g} TFLOP")
     table.add_row("memory moved per step", readable_size(int(step.moved_bytes)))
     table.add_row("one step", _duration(plan.seconds.step))
-    for name in ("expert_targets", "steps", "held_out_evaluations", "head_fits", "total"):
+    for name in (*plan.seconds._fields[1:], "total"):
         title = name.replace("_", " ").replace("held out", "held-out")
         table.add_row(title, _duration(getattr(plan.seconds, name)))
     if plan.device.attainable < 1:

@@ -16,6 +16,7 @@ from adamerge_jax.pipeline.learn import prepare
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.plan import hardware, make_plan
 from adamerge_jax.plan.memory import Memory
+from adamerge_jax.plan.mixing_time import Mixing
 from adamerge_jax.plan.outline import outline
 from adamerge_jax.plan.work import BESIDE_THE_TRACE, bytes_of, work_of
 from adamerge_jax.recipes.build import build
@@ -173,6 +174,54 @@ def test_what_to_change(text_recipe, tmp_path, monkeypatch, no_weights):
         section, _, name = change.field.rpartition(".")
         (fields[section] if section else fields)[name] = change.value
     assert make_plan(parse_recipe(fields), tmp_path, "h100").fits
+
+
+def test_the_fastest_that_fits_is_advised(text_recipe, tmp_path, monkeypatch, no_weights):
+    """Rounding is quicker than moving task vectors over the link, where it is enough."""
+    text_recipe["evaluation"] = {"batch_size": 2}
+    text_recipe["learning"] |= {"batch_size": 2, "rematerialize": "layer"}
+    recipe = parse_recipe(text_recipe)
+    plan = make_plan(recipe, tmp_path, "h100")
+    task_vectors = plan.memory.parts["task vectors of 3 experts"]
+    advised = []
+    for share in (0.3, 0.05):
+        memory = int(plan.peak - (1 - share) * task_vectors)
+        changes = make_plan(recipe, tmp_path, device(monkeypatch, memory)).changes
+        assert changes[-1].fits
+        advised.append({change.field: change.value for change in changes})
+    assert advised[0] in [{"task_vectors.dtype": dtype} for dtype in ("int8", "int4")]
+    assert advised[1]["task_vectors.memory"] == "host"
+    assert "max_length" not in advised[1]
+
+
+def test_task_vectors_are_read_at_the_speed_of_their_place():
+    device = hardware.DEVICES["h100"]
+    part = Mixing(10**9, 10**8, "host", parts=4, once=False, recomputed=True)
+    assert part.seconds(device) == pytest.approx(3 * 4 * 10**9 / 64e9)
+    once = part._replace(once=True)
+    assert once.seconds(device) == pytest.approx(2 * 10**9 / 64e9, rel=0.2)
+    here = part._replace(place="device")
+    assert here.seconds(device) == pytest.approx(3 * 4 * 10**9 / (0.4 * 3350e9))
+
+
+def test_the_table_of_results_takes_time(text_recipe, tmp_path):
+    def results(**evaluation: Any) -> float:
+        recipe = parse_recipe(text_recipe | {"evaluation": evaluation})
+        return make_plan(recipe, tmp_path, "h100").seconds.results
+
+    merge = results(baselines="none")
+    assert merge > 0
+    # Experts and task arithmetic; the base and the average.
+    assert results(baselines="quick") == pytest.approx(3 * merge)
+    assert results() == pytest.approx(5 * merge)
+    for task in text_recipe["tasks"].values():
+        del task["test"]
+    assert results() == 0
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert hardware.usable_cores() == 1
 
 
 def test_nothing_helps(text_recipe, tmp_path, monkeypatch, capsys, no_weights):
