@@ -340,7 +340,6 @@ class _Combinations:
         """Returns the bits of a task vector's entry; None for those of the base."""
         if dtype is None:
             return min(8 * leaf.dtype.itemsize for leaf in self.merge.base.values())
-        # In memory of its own, JAX gives each a byte.
         return 4 if dtype == "int4" else 8 * jnp.dtype(dtype).itemsize
 
     def _places(self) -> list[str]:
