@@ -127,11 +127,7 @@ def load_examples(
             others = _columns(source.choices)
         wanted = list(dict.fromkeys([*columns, *others, source.label or "label"]))
         table = read_table(location, source, name, wanted, _draw(source.limit, seed))
-        if (
-            problem == WORDS
-            and "text" not in source.model_fields_set
-            and "text" not in table.columns
-        ):
+        if problem == WORDS and columns == ["text"] and "text" not in table.columns:
             columns = others
         kind = "tokenizer" if is_text else "image processor (preprocessor_config.json)"
         table.require_rows(preprocessor, kind)

@@ -87,11 +87,11 @@ def _account_of(models: Models, merged: Collection[str]) -> list[str]:
     unchanged = [name for name in left if name not in models.kept_from_base]
     if unchanged:
         lines.append(f"as in the base, not merged: {_named(unchanged)}")
-    heads = {name for task in models.experts for name in models.head_names(task)}
-    carried = [name for name in base.extra if name not in heads]
+    replaced = models.replaced
+    carried = [name for name in base.extra if name not in replaced]
     if carried:
         lines.append(f"as in the base, no parameters that experts share: {_named(carried)}")
-    if replaced := [name for name in base.extra if name in heads]:
+    if replaced:
         lines.append(f"not in the merge, each task has its own: {_named(replaced)}")
     spoken_of = {*base.names.values(), *base.extra}
     if dropped := [name for name in in_files if name not in spoken_of]:

@@ -247,12 +247,12 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         return
     cast = partial(_cast, dtype=dtype)
     # A head of the base would stand beside each task's head under the same name.
-    replaced = {name for task in models.experts for name in models.head_names(task)}
+    replaced = models.replaced
     embeds = models.family.embeds
     carried = [
         name
         for name in models.base.extra
-        if not {name, models.prefix + name} & replaced and (embeds is None or matches(name, POOLER))
+        if name not in replaced and (embeds is None or matches(name, POOLER))
     ]
     loses_head = len(carried) < len(models.base.extra) or embeds is not None
     owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base

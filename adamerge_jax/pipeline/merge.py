@@ -127,7 +127,8 @@ def _batches(examples: Examples, size: int, workspace: Workspace) -> Iterator[Ca
         yield CalibrationBatch(
             workspace.models.devices.examples(inputs),
             weights,
-            examples.take_labels(full, length),
+            # Of classifiers none is read, and these would be taken for tokens.
+            None if examples.by_class else examples.take_labels(full, length),
             examples.take_counted(full, length),
         )
 

@@ -124,6 +124,12 @@ class Models:
         """Returns the names of the checkpoint tensors that make up a parameter of the backbone."""
         return tensors_of(name, self.shapes[name])
 
+    @property
+    def replaced(self) -> list[str]:
+        """The names in the base's files of tensors that each task's head has in their place."""
+        of_heads = {name for task in self.experts for name in self.head_names(task)}
+        return [name for name in self.base.extra if {name, self.prefix + name} & of_heads]
+
     def head_names(self, task: str) -> list[str]:
         """Returns the names of the head's parameters in a task's checkpoint."""
         return [name for name in self.experts[task].names if name not in self.base.names]

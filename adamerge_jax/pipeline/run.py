@@ -624,6 +624,7 @@ def export_job(
             datasets=datasets,
             account=account_lines,
             auto_class=models.auto_class(next(iter(models.experts))),
+            auto_classes={task: models.auto_class(task) for task in models.experts},
             embeds=models.family.embeds is not None,
         ),
         coefficients=coefficients,

@@ -1,7 +1,8 @@
 """The model card of a merged checkpoint, in the Hugging Face Hub's format."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
@@ -85,6 +86,7 @@ def model_card(
     method: str = "",
     account: Sequence[str] = (),
     embeds: bool = False,
+    auto_classes: Mapping[str, str | None] = MappingProxyType({}),
 ) -> str:
     """Returns a README.md for the merged checkpoint: metadata for the Hub, then text for readers.
 
@@ -102,6 +104,7 @@ def model_card(
         method: The merge method with its options, where there are no coefficients.
         account: Lines that say what became of the base's tensors.
         embeds: True for a sentence embedder.
+        auto_classes: The class that loads the model of each task, where they are of several.
     """
     if coefficients is not None and coefficients.is_searched:
         datasets = ()  # its calibration data was not looked at
@@ -139,9 +142,23 @@ def model_card(
         embeds=embeds,
         reader=_READERS.get(auto_class or ""),
         task_folders=task_folders,
+        other_classes=_other_classes(task_folders, auto_classes),
         tables=[_table_in_words(table) for table in (results, *results.further)] if rows else [],
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _other_classes(
+    tasks: Sequence[str], auto_classes: Mapping[str, str | None]
+) -> dict[str, list[str]]:
+    """Returns the tasks whose models another class loads than the first one's, by that class."""
+    first, *others = tasks or [""]
+    classes: dict[str, list[str]] = {}
+    for task in others:
+        name = auto_classes.get(task)
+        if name is not None and name != auto_classes.get(first):
+            classes.setdefault(name, []).append(task)
+    return classes
 
 
 def shared_license(origins: Sequence[Origin]) -> str | None:

@@ -118,8 +118,8 @@ def mean_loss(logits: Logits) -> Callable[..., float]:
     """Returns the function that computes a model's mean loss on its data, in nats.
 
     The function is `(parameters, head, batches)`. The loss is the entropy of a classifier's
-    prediction, or the mean of those of words, for which no label is read; or the mean cross-entropy
-    of the tokens of a text.
+    prediction, or the mean of those of words or of labels, for which no label is read; or the mean
+    cross-entropy of the tokens of a text.
 
     Args:
         logits: The model.
@@ -130,9 +130,10 @@ def mean_loss(logits: Logits) -> Callable[..., float]:
         parameters: Mapping[str, Array], head: PyTree[Array], batch: CalibrationBatch
     ) -> Float[Array, ""]:
         values = log_softmax(logits(parameters, head, batch.inputs))
-        if values.ndim == 2 or batch.counted is not None:
-            entropies = shannon_entropy(values)
-            losses = entropies if values.ndim == 2 else masked_mean(entropies, batch.counted)
+        if values.ndim == 2:
+            losses = shannon_entropy(values)
+        elif batch.counted is not None or batch.labels is None:
+            losses = masked_mean(shannon_entropy(values), batch.counted)
         else:
             predicted = batch.labels != NOT_PREDICTED
             of_token = -pick(values, jnp.maximum(batch.labels, 0)) * predicted

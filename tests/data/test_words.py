@@ -71,7 +71,8 @@ def test_a_word_is_read_at_its_first_token(tmp_path, tokenizer):
 
 def test_without_labels_all_words_count(tmp_path, tokenizer):
     file = write_json_lines(tmp_path / "data.jsonl", rows())
-    examples = load(tmp_path, tokenizer, path=file.name)
+    # As a recipe that was written out names all its fields.
+    examples = load(tmp_path, tokenizer, path=file.name, text="text")
     assert examples.take_labels(np.array([0]), 10) is None
     first = load(tmp_path, tokenizer, path=file.name, label="tags")
     np.testing.assert_array_equal(

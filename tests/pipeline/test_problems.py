@@ -25,6 +25,7 @@ from transformers import (
 from adamerge_jax.cli import main as cli
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets, TaskOutputs, make_objective
+from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
@@ -232,6 +233,11 @@ def test_an_expert_of_words_with_one_class_is_refused(suite: Suite, tmp_path: Pa
         open_models(recipe, suite.root)
 
 
+def test_account_says_that_the_pooler_is_a_part_of_heads(workspace: Workspace) -> None:
+    lines = account(workspace.models, workspace.models.base.names)
+    assert any("each task has its own: 2 (pooler.dense.bias, pooler" in line for line in lines)
+
+
 def test_table(merged: Run, suite: Suite) -> None:
     assert {row.metric for row in merged.rows} == {"of_each_task"}
     experts = next(row for row in merged.rows if row.kind == "experts")
@@ -253,6 +259,9 @@ def test_exported_models_open_in_transformers_and_have_the_scores_of_the_table(
     suite: Suite, merged: Run
 ) -> None:
     table = {other.metric: other.tasks for other in merged.rows[-1].further}
+    card = (merged.folder / "checkpoint" / "README.md").read_text()
+    assert "AutoModelForTokenClassification.from_pretrained(" in card
+    assert "`AutoModelForSequenceClassification` loads `tasks/topic`, `tasks/rating`" in card
     for task in EXPERTS:
         is_words = task == "entities"
         auto = AutoModelForTokenClassification if is_words else AutoModelForSequenceClassification

@@ -65,3 +65,25 @@ def test_the_loss_is_the_mean_over_predicted_tokens(texts: Any):
         tokens = batch.labels[example][counted]
         losses.append(-np.log(shares[example][counted, tokens]).mean())
     np.testing.assert_allclose(statistics.loss(0, parameters), np.mean(losses), atol=1e-5)
+
+
+@pytest.mark.parametrize("of_words", [True, False])
+def test_words_and_labels_are_as_sure_as_their_predictions(texts: Any, of_words: bool):
+    """Of words those count that are classified, of labels all; no label is read."""
+    _, parameters, batch = texts
+    counted = batch.labels != NOT_PREDICTED if of_words else None
+    unlabeled = batch._replace(labels=None, counted=counted)
+
+    def logits(parameters: Mapping[str, Any], head: Any, inputs: Mapping[str, Any]) -> Any:
+        return inputs["x"] @ parameters["weight"].T
+
+    statistics = Statistics(lambda p, i: None, [TaskData(lambda: [unlabeled], 1, logits, ())])
+    shares = shares_of(parameters, batch)[:2]
+    entropies = -(shares * np.log(shares)).sum(-1)
+    is_read = np.ones(entropies.shape, bool) if counted is None else counted[:2]
+    expected = np.mean([row[mask].mean() for row, mask in zip(entropies, is_read, strict=True)])
+    assert statistics.loss(0, parameters) == pytest.approx(expected, rel=1e-5)
+    of_all = statistics.fisher(0, parameters, ["weight"], samples=1, seed=3)["weight"]
+    labelled = Statistics(lambda p, i: None, [TaskData(lambda: [batch], 1, logits, ())])
+    of_counted = labelled.fisher(0, parameters, ["weight"], samples=1, seed=3)["weight"]
+    assert np.allclose(of_all, of_counted) == of_words
