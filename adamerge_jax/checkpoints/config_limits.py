@@ -102,7 +102,7 @@ def require_possible(
         tensors: The tensors of the checkpoint: many layers need as many tensors, and many classes
             or experts of a mixture a tensor with as many rows.
         usual: If False, the model is of an architecture without a family here, in which a count may
-            be 0, or a list with one for each stage.
+            be 0, or a list with one for each stage, and the number of positions 1200.0.
 
     Raises:
         InputError: With the first such field, its value, and the values that are possible.
@@ -246,6 +246,8 @@ def _expected(field: str, value: Any) -> str | None:
 def _is_unusual(field: str, value: Any) -> bool:
     """Returns True for the values of fields that only other architectures have."""
     counts = value if isinstance(value, list) else [value]
+    if field == "max_position_embeddings" and isinstance(value, float) and value.is_integer():
+        return _is_count(int(value))  # MusicFlamingo's is 1200.0
     if field in _SWITCHES and isinstance(value, list):
         return all(isinstance(switch, bool) for switch in value)
     if field in (*_COUNTS, *_SIDES) and value != [] and (isinstance(value, list) or value == 0):

@@ -508,6 +508,12 @@ def _open_expert(
         )
         _warn_of_other_base(adapter, base_source)
         missing = [name for name in head(adapter.checkpoint.config) if name not in adapter.names]
+        if missing and family.head is family.head_with_rest:
+            raise InputError(
+                f"{role} ({source.path}) lacks {missing[0]}, a part of its head where experts of "
+                "words are beside it, as these have none; merge it into its model with PEFT's "
+                "merge_and_unload() and give that, or learn them in recipes of their own"
+            )
         if missing:
             raise InputError(
                 f"{role} ({source.path}) lacks {missing[0]}: an adapter for classification must "

@@ -280,3 +280,17 @@ def test_counts_of_other_architectures_may_be_lists_or_zero():
     ):
         with pytest.raises(InputError, match="expected"):
             require_possible(wrong, "config.json", {}, usual=False)
+
+
+def test_the_number_of_positions_of_other_architectures_may_be_written_as_1200_0():
+    fields = {"max_position_embeddings": 1200.0}
+    require_possible(fields, "config.json", {}, usual=False)
+    wrong = [
+        *({"max_position_embeddings": value} for value in (0.0, 1.5, 1e10, float("inf"))),
+        {"hidden_size": 16.0},
+    ]
+    for other in wrong:
+        with pytest.raises(InputError, match="expected a whole number above 0"):
+            require_possible(other, "config.json", {}, usual=False)
+    with pytest.raises(InputError, match="is 1200.0; expected a whole number"):
+        require_possible(fields, "config.json", {})

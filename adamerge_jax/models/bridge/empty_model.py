@@ -33,6 +33,9 @@ def empty_model(auto_class: str, config: Config, **options: Any) -> PreTrainedMo
         model = getattr(transformers, auto_class).from_config(
             config, attn_implementation="eager", **options
         )
+    # Some classes are called after the part of a larger model that they are.
+    if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
+        model.base_model_prefix = "model"
     return model.eval().requires_grad_(False)
 
 

@@ -217,6 +217,11 @@ def _family(
     """Returns the family of models that a function makes without values, if they run in JAX."""
     torch_in_jax()
     model = make_empty(config)
+    if has_head and model.base_model is model:
+        raise InputError(
+            f"config.json: a {type(model).__name__} has no part that ends before its output layer, "
+            f"so that its coefficients cannot be learned; {_STILL_FOLDS}"
+        )
     images = TorchImages(model) if kind.images else None
     reads = TorchBackbone(model, "nothing", language=kind.language).inputs
     if kind.inputs[0] not in reads:
@@ -256,7 +261,8 @@ _STILL_FOLDS = (
 def _longest(model: PreTrainedModel) -> int | None:
     """Returns the number of tokens that the model has positions for; None for any number."""
     config = model.config.get_text_config()
-    sizes = [getattr(config, "max_position_embeddings", None)]
+    size = getattr(config, "max_position_embeddings", None)
+    sizes = [int(size) if isinstance(size, float) else size]
     # The positions of an image's patches are no limit of texts.
     for name, module in model.named_modules() if config is model.config else ():
         if isinstance(module, torch.nn.Embedding) and "position" in name.rpartition(".")[2]:
