@@ -292,5 +292,5 @@ def test_the_number_of_positions_of_other_architectures_may_be_written_as_1200_0
     for other in wrong:
         with pytest.raises(InputError, match="expected a whole number above 0"):
             require_possible(other, "config.json", {}, usual=False)
-    with pytest.raises(InputError, match="is 1200.0; expected a whole number"):
+    with pytest.raises(InputError, match=r"is 1200\.0; expected a whole number"):
         require_possible(fields, "config.json", {})

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from adamerge_jax.data.arrays import ArrayExamples
+from adamerge_jax.data.arrays import ArrayExamples, read_arrays
 from adamerge_jax.data.class_names import align_labels
 from adamerge_jax.data.examples import Subset
 from adamerge_jax.data.labels import LabelColumn, give_labels, labels_of, numbers_of
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.problem import LABELS, NUMBERS
+from adamerge_jax.recipes.schema import DataSource
 
 
 def column(*values):
@@ -72,3 +73,18 @@ def test_a_subset_has_the_numbers_of_its_examples():
     give_labels(examples, column(1, 2, 3), NUMBERS, 1)
     part = Subset(examples, np.array([2, 0]))
     assert part.take_labels(np.array([1]), 0).tolist() == [[1.0]]
+
+
+def test_labels_of_numpy_files(tmp_path):
+    pixels, labels = np.zeros((2, 1, 4, 4), np.float32), [[1, 0, 1], [0, 0, 0]]
+    np.savez(tmp_path / "data.npz", pixel_values=pixels, labels=labels, score=[0.5, 2])
+    file = tmp_path / "data.npz"
+
+    def read(label, problem, outputs):
+        source = DataSource(path=str(file), label=label)
+        return read_arrays(file, source, ["pixel_values"], None, "data", problem, outputs)
+
+    assert read("labels", LABELS, 3).labels.tolist() == labels
+    assert read("score", NUMBERS, 1).labels.tolist() == [[0.5], [2]]
+    with pytest.raises(InputError, match=r"row 0: 'labels' is .*; expected a number"):
+        read("labels", NUMBERS, 1)

@@ -43,8 +43,11 @@ TOKENS = np.array([[2, 5, 6, 7, 8, 9], [2, 30, 31, 3, 1, 1]])
 MASK = (TOKENS != 1).astype(int)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("problem", MODELS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("bert", WORDS), ("bert", CLASSES), ("roberta", WORDS), ("distilbert", WORDS)],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_logits_beside_the_other_head_are_those_of_transformers(name, problem):
     config = CONFIGS[name]
     model = randomise(MODELS[problem].from_config(config))
@@ -90,7 +93,7 @@ def compare(model, backbone, head, parameters, is_read, tokens=TOKENS, mask=MASK
     np.testing.assert_allclose(np.asarray(ours)[is_read], theirs[is_read], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["roberta", "distilbert"])
 def test_choices_are_compared_as_transformers_does(name):
     config = CONFIGS[name]
     model = randomise(AutoModelForMultipleChoice.from_config(config))

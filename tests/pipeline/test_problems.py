@@ -121,8 +121,13 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     for name, model in {"base": base, **experts}.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    learning = {"steps": 2, "batch_size": 4, "copies": 1}
-    fields = {"base": "base", "tasks": tasks, "learning": learning, "export": {"orbax": False}}
+    fields = {
+        "base": "base",
+        "tasks": tasks,
+        "coefficients": {"granularity": "tensor", "initial": 0.3},
+        "learning": {"steps": 2, "batch_size": 4, "copies": 1},
+        "export": {"orbax": False},
+    }
     return Suite(root, fields, tokenizer, experts)
 
 
