@@ -129,13 +129,14 @@ def advise(
         combinations = _Combinations(merge, target, report, given)
         if resort is not None:
             before[field] = Change(field, value, combinations.peak({}), fits=False)
-        for fields in combinations.fastest():
+        fastest = combinations.fastest()
+        for fields in fastest:
             report(f"tracing {_in_words(fields)}")
             peak = target.measured(combinations.with_fields(fields))
             changes = _one_by_one(combinations, [*before.values()], fields, peak)
             if changes and changes[-1].fits:
                 return changes
-        if combinations.fastest():
+        if fastest:
             continue  # the estimates were too low
         fields = combinations.smallest()
         peak = target.measured(combinations.with_fields(fields))
@@ -169,6 +170,7 @@ class _Combinations:
             programs: The work of the merge's programs, where they are traced already.
         """
         self._programs = programs
+        self._itemsize = max(leaf.dtype.itemsize for leaf in merge.base.values())
         self.merge = merge
         self.target = target
         recipe = merge.recipe
@@ -237,8 +239,7 @@ class _Combinations:
         examples = self._batch // parts
         step = _between(self._steps[fields["learning.rematerialize"]], examples).kept_bytes
         if parts > 1 and fields["learning.mix"] == "step":
-            itemsize = max(leaf.dtype.itemsize for leaf in self.merge.base.values())
-            step += (2 * itemsize + 4) * mixing.weights
+            step += (2 * self._itemsize + 4) * mixing.weights
         expert = _between(self._experts, fields["evaluation.batch_size"]).kept_bytes
         of_programs = {
             "learning": step // self.target.devices,

@@ -7,6 +7,9 @@ For merges of four kinds, with random weights, in a temporary folder:
 - a language model with whole experts, aligned with the likely tokens,
 - the same with LoRA adapters.
 
+`--headers` plans a merge of eight experts of 7 billion parameters instead, of whose weights there
+are the headers alone (files with holes, which take no disk), and prints the seconds and the advice.
+
 The plan and the merge run each in a process of its own. The peak is the resident size of the
 process where the device is the CPU, elsewhere what the device's allocator reports.
 """
@@ -16,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +187,48 @@ def write_recipe(folder: Path, kind: str) -> Path:
     return file
 
 
+def write_headers(folder: Path, config: PretrainedConfig) -> None:
+    """Writes a checkpoint in bfloat16 whose weights are holes in a file."""
+    family, header, size = family_of(config), {}, 0
+    for name, leaf in family.build_backbone(config).shapes.items():
+        stacked = is_stacked(name)
+        for tensor in tensors_of(name, leaf.shape) if stacked else [name]:
+            shape = leaf.shape[stacked:]
+            end = size + 2 * int(np.prod(shape))
+            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, end]}
+            size = end
+    text = json.dumps(header).encode()
+    config.save_pretrained(folder)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    save_tokenizer(folder, config.vocab_size)
+
+
+def plan_of_headers(device: str) -> None:
+    """Plans a merge of eight experts of 7 B parameters."""
+    from adamerge_jax import load_recipe
+    from adamerge_jax.plan import make_plan, print_plan
+
+    config = LlamaConfig(dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    with tempfile.TemporaryDirectory() as name:
+        folder, tasks = Path(name), {}
+        write_headers(folder / "base", config)
+        for task in (f"task{number}" for number in range(8)):
+            write_headers(folder / task, config)
+            save_texts(folder / f"{task}.jsonl", config.vocab_size, 200, (100, 500), 0)
+            data = f"{task}.jsonl"
+            tasks[task] = {"expert": task, "calibration": data, "test": data}
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({"base": "base", "max_length": 512, "tasks": tasks}))
+        began = time.process_time()
+        plan = make_plan(load_recipe(recipe), folder, device)
+        seconds = time.process_time() - began
+    console = make_console()
+    print_plan(plan, console)
+    console.print(f"{seconds:.1f} processor seconds")
+
+
 def in_own_process(what: str, recipe: Path) -> dict[str, float]:
     """What this script prints as JSON about a recipe, from a process of its own."""
     command = [sys.executable, __file__, "--process", what, str(recipe)]
@@ -220,7 +266,11 @@ def main() -> None:
     )
     parser.add_argument("--kind", choices=list(KINDS), help="one merge only")
     parser.add_argument("--process", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--headers", metavar="DEVICE", help="plan eight 7B experts for a device")
     arguments = parser.parse_args()
+    if arguments.headers:
+        plan_of_headers(arguments.headers)
+        return
     if arguments.process:
         what, recipe = arguments.process
         print(json.dumps({"plan": predict, "learn": measure}[what](Path(recipe))))
