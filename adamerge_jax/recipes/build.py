@@ -293,7 +293,10 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         control=_build_control(list(recipe.tasks), recipe.forgotten, learning.control),
         batch_size=learning.batch_size,
         microbatches=learning.microbatches,
-        mixes_once=learning.microbatches > 1 and learning.mix == "step",
+        # Split among devices, the merged model would be gathered as a whole.
+        mixes_once=learning.microbatches > 1
+        and learning.mix == "step"
+        and recipe.devices.model == 1,
         copies=0 if language else learning.copies,
         held_out=learning.held_out,
         seed=recipe.seed,

@@ -376,7 +376,8 @@ class LearningRecipe(Section):
     mix: Literal["step", "part"] = "step"
     """How often weights are mixed where there are several microbatches: once a step, which reads
     the task vectors twice and holds the merged model and its gradient; or in every part, layer by
-    layer, which holds neither. LoRA factors are used in every part."""
+    layer, which holds neither. LoRA factors are used in every part, and so are parameters that are
+    split among devices."""
     examples: Whole | None = Field(default=None, ge=2, le=10**9)
     """Largest number of calibration examples of each task, drawn with the recipe's seed."""
     copies: Whole = Field(default=0, ge=0, le=1000)
