@@ -167,6 +167,8 @@ def _learn(
     if models.family.language and workspace.general is None:
         _print_notes([UNWATCHED], console)
     _print_notes(models.notes, console)
+    if method.heads.note is not None:
+        _print_notes([method.heads.note], console)
     if inputs.start is not None:
         _print_notes(inputs.start.notes, console)
 

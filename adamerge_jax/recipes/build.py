@@ -144,11 +144,13 @@ class HeadChoice(NamedTuple):
         kind: kept, scaled, refitted or learned; see `HeadsRecipe`.
         learning: The learning of heads beside the coefficients; None unless they are learned.
         fitted: False for heads that are not known to be linear layers, and cannot be fitted.
+        note: A sentence on heads that are kept though the preset says otherwise, if there is one.
     """
 
     kind: HeadKind
     learning: HeadLearning | None = None
     fitted: bool = True
+    note: str | None = None
 
     @property
     def fit(self) -> FitKind | None:
@@ -317,19 +319,21 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
     if choice.kind == "kept":
         return HeadChoice("kept")
     names_kind = choice != recipe.heads_of_preset
-    layers = [models.head_form(task).last_layer for task in recipe.tasks]
-    present = [last for last in layers if last is not None]
-    if len(present) < len(layers) or recipe.forgotten:
+    layers = {task: models.head_form(task).last_layer for task in recipe.tasks}
+    present = [last for last in layers.values() if last is not None]
+    unfit = [task for task, last in layers.items() if last is None]
+    without_bias = f"the last layer of the head of {unfit[0]!r} has no bias" if unfit else ""
+    if unfit or recipe.forgotten:
         if names_kind:
-            reason = "a task is to be forgotten"
-            if len(present) < len(layers):
-                reason = "the last layer of this model's heads has no bias"
+            reason = without_bias or "a task is to be forgotten"
             if models.family.language:
                 reason = "language models have none of their own"
             if models.family.embeds is not None:
                 reason = "sentence embedders have none"
             raise InputError(f"heads: are to be {choice.kind}, but {reason}; leave heads out")
-        return HeadChoice("kept")
+        has_heads = not models.family.language and models.family.embeds is None
+        note = f"all heads are kept: {without_bias}" if unfit and has_heads else None
+        return HeadChoice("kept", note=note)
     if any(last.scaled_only for last in present) and choice.kind != "scaled":
         if names_kind:
             raise InputError(
