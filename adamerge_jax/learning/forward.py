@@ -53,7 +53,6 @@ def forward_with_heads(
             kept: those of a language model are the largest arrays of a step.
         embeds: True if the heads give a sentence embedder's embeddings in place of logits.
     """
-    groups = _with_the_same_head(heads)
     others = np.array([[t for t in range(len(heads)) if t != own] for own in range(len(heads))])
 
     def forward(
@@ -105,17 +104,28 @@ def forward_with_heads(
 
         if logits_again:
             return [of_one(task) for task in range(len(heads))]
+        groups = _with_the_same_head(heads, head_parameters)
         return [TaskGroup(tasks, of_group(tasks)) for tasks in groups]
 
     return forward
 
 
-def _with_the_same_head(heads: Sequence[Network]) -> list[tuple[int, ...]]:
-    """Divides tasks into those whose heads are the same function of their parameters."""
+def _with_the_same_head(
+    heads: Sequence[Network], head_parameters: Sequence[PyTree]
+) -> list[tuple[int, ...]]:
+    """Divides tasks into those whose heads are one function, of parameters of the same shapes.
+
+    Zero-shot heads are one function for any number of classes.
+    """
+    shapes = [jax.tree.map(jnp.shape, parameters) for parameters in head_parameters]
     groups: list[list[int]] = []
     for task, head in enumerate(heads):
-        group = next((group for group in groups if heads[group[0]].is_same(head)), None)
-        if group is None:
+        alike = (
+            group
+            for group in groups
+            if heads[group[0]].is_same(head) and shapes[group[0]] == shapes[task]
+        )
+        if (group := next(alike, None)) is None:
             groups.append([task])
         else:
             group.append(task)
