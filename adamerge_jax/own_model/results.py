@@ -87,14 +87,8 @@ def measure_results(
 
 def predictions_in_memory(test: Mapping[str, ArrayExamples], results: Results) -> Predictions:
     """Returns what the merge takes for what; classes are numbers, and examples are not shown."""
-    rows = results.rows
-    names = {}
-    for task, examples in test.items():
-        given = [row.examples[task].classes for row in rows if row.examples]
-        classes = [examples.labels, *(array for array in given if array is not None)]
-        names[task] = [str(number) for number in range(max(int(c.max()) for c in classes) + 1)]
     return predictions_on_test(
-        test, rows, names.__getitem__, lambda: lambda examples, position: (None, None)
+        test, results.rows, lambda task: [], lambda: lambda examples, position: (None, None)
     )
 
 

@@ -1,6 +1,7 @@
 """The evaluation: accuracy of each task with its head, or a language model's loss per task."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -95,7 +96,15 @@ class Evaluator:
         """Returns the settings that decide on its numbers, as JSON."""
         answering = self._answering
         answers = answering and [answering.exact_match, answering.max_new_tokens]
-        return {"batch_size": self.batch_size, "metric": self.metric, "answers": answers}
+        return {
+            "batch_size": self.batch_size,
+            "metric": self.metric,
+            "answers": answers,
+            "embeds": self._embeds and dataclasses.asdict(self._embeds),
+            "scorers": {
+                task: [scorer.metrics, scorer.class_names] for task, scorer in self._scorers.items()
+            },
+        }
 
     def with_heads(self, heads: Mapping[str, Parameters]) -> "Evaluator":
         """Returns an evaluator with other parameters of heads; it shares what is compiled.

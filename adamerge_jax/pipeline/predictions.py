@@ -70,7 +70,8 @@ def predictions_on_test(
     Args:
         test: The test examples by task.
         rows: The table of results, with the scores of examples, the merge last.
-        class_names: From a task to the names of its classes; called where it has some.
+        class_names: From a task to the names of its classes, as far as they have some; called where
+            a task has classes. The others are called by their numbers.
         make_show: Makes the function that makes examples visible; called where it is needed.
 
     Returns:
@@ -84,16 +85,19 @@ def predictions_on_test(
         classes = merged[task].classes if task in merged else None
         if classes is None or examples.labels is None:
             continue
+        of_expert = experts[task].classes if task in experts else None
+        all_classes = [examples.labels, classes, *([] if of_expert is None else [of_expert])]
         names = class_names(task)
-        if len(names) > MOST_CLASSES:
+        most = max(int(array.max(initial=-1)) for array in all_classes) + 1
+        if max(len(names), most) > MOST_CLASSES:
             continue
+        names = [*names, *map(str, range(len(names), most))]
         pairs = Counter(zip(examples.labels.tolist(), classes.tolist(), strict=True))
         counts = [
             Mistake(label=label, merge=given, count=count)
             for (label, given), count in sorted(pairs.items())
         ]
         predictions[task] = TaskPredictions(class_names=names, counts=counts)
-        of_expert = experts[task].classes if task in experts else None
         if of_expert is not None:
             show = show or make_show()
             predictions[task] = predictions[task].model_copy(
@@ -103,13 +107,11 @@ def predictions_on_test(
 
 
 def _class_names(workspace: Workspace, task: str, examples: Examples) -> list[str]:
-    """Returns the names of a task's classes, or their numbers where there are none."""
-    names = examples.class_names
-    if names is None:
-        config = workspace.models.experts[task].checkpoint.config
-        names = names_of_outputs(getattr(config, "id2label", None))
-    largest = 0 if examples.labels is None else int(examples.labels.max(initial=0))
-    return [*names, *map(str, range(len(names), largest + 1))]
+    """Returns the names of a task's classes in the data, or else in the expert's config."""
+    if examples.class_names is not None:
+        return examples.class_names
+    config = workspace.models.experts[task].checkpoint.config
+    return names_of_outputs(getattr(config, "id2label", None))
 
 
 def _differences(

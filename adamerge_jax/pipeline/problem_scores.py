@@ -26,10 +26,12 @@ class Scorer(NamedTuple):
     Attributes:
         metrics: The metrics, that of the row first.
         measure: The function from the outputs for labelled examples to their scores.
+        class_names: The names of classes that the scores depend on; of most scores none.
     """
 
     metrics: tuple[Metric, ...]
     measure: Callable[[Batches, Examples, str], Measures]
+    class_names: tuple[str, ...] = ()
 
 
 def scorer_of(
@@ -55,7 +57,7 @@ def scorer_of(
     def measure(batches: Batches, examples: Examples, task: str) -> Measures:
         return _entity_scores(batches, examples, task, class_names)
 
-    return Scorer(("entity_f1", "word_accuracy"), measure)
+    return Scorer(("entity_f1", "word_accuracy"), measure, tuple(class_names))
 
 
 def _accuracy(batches: Batches, examples: Examples, task: str) -> Measures:
@@ -138,9 +140,12 @@ def _entity_scores(
     F1 is `2 hits / (entities of the labels + entities of the model)` over all examples.
     """
     hits, entities, right, counts = np.zeros((4, len(examples)), np.int32)
-    names = [*class_names, ""]  # the last for no class
+    names = dict(enumerate(class_names))  # a model may have more classes, and NaN are none
     for example, predicted, labels in _words(batches, examples, task):
-        wanted, given = (entities_of([names[tag] for tag in tags]) for tags in (labels, predicted))
+        wanted, given = (
+            entities_of([names.get(tag, OUTSIDE) for tag in tags.tolist()])
+            for tags in (labels, predicted)
+        )
         hits[example], entities[example] = len(wanted & given), len(wanted) + len(given)
         right[example], counts[example] = (predicted == labels).sum(), len(labels)
     return {

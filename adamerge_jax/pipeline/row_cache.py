@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,12 @@ MOST_BYTES = 200_000_000
 
 LARGEST_FILE = 50_000_000
 """The size of the largest file that is kept, or read."""
+
+_COMPUTING = ("adamerge_jax", "jax", "jaxlib", "transformers", "torch", "torchax")
+"""The packages that decide on numbers: models without a family here are run by those of PyTorch."""
+
+_PRECISION = ("jax_default_matmul_precision", "jax_enable_x64")
+"""The settings of JAX that decide on numbers."""
 
 _EXAMPLES_AT_ONCE = 64
 """The examples that are put into a digest together."""
@@ -90,9 +96,9 @@ class RowCache:
     def find(self, facts: RowFacts) -> list[Row] | None:
         """Returns the rows of a model; None where there are none, or none that can be read."""
         file, key = self._place(facts)
-        if not file.is_file():
-            return None
         try:
+            if not file.is_file():
+                return None
             if file.stat().st_size > LARGEST_FILE:
                 raise InputError(f"it has over {LARGEST_FILE:,} bytes")
             saved = _SavedRows.model_validate(read_object(file))
@@ -163,7 +169,7 @@ class RowCache:
             openings = None if general.openings is None else general.openings.tolist()
             general_facts = [_digest_of_examples(general.test), openings]
         return {
-            "models": [_describe_model(model) for model in models.by_name.values()],
+            "models": [[name, *_describe_model(model)] for name, model in models.by_name.items()],
             "mixed": _digest(inputs.mixed),
             "interference": _digest(
                 [[step.name, dict(step.options), step.fitted] for step in inputs.interference]
@@ -174,7 +180,8 @@ class RowCache:
             "evaluator": evaluator.settings(),
             "general": general_facts,
             "devices": [device.platform, device.device_kind, str(models.devices)],
-            "versions": [version("adamerge_jax"), jax.__version__, code_digest()],
+            "precision": [getattr(jax.config, name) for name in _PRECISION],
+            "versions": [*map(_version, _COMPUTING), code_digest()],
         }
 
     @functools.cached_property
@@ -210,9 +217,19 @@ def _is_measured(row: Row, sizes: Mapping[str, int] | None) -> bool:
             return False
         if not np.isfinite(scores.values).all() or (scores.counts < 0).any():
             return False
+        if scores.classes is not None and len(scores.classes) != len(scores.values):
+            return False
         if not scores.counts.any() or not math.isclose(row.tasks[task], scores.mean, rel_tol=1e-6):
             return False
     return True
+
+
+def _version(package: str) -> str | None:
+    """Returns the version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _describe_model(model: Any) -> list[Any]:

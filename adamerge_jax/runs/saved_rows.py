@@ -1,11 +1,14 @@
 """Rows of results with the scores of their examples, as files keep them."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from adamerge_jax.runs.rows import ExampleScores, Row
+
+_LARGEST = 2**31 - 1
+"""The largest number of int32, which counts and classes are read as."""
 
 
 class SavedScores(BaseModel):
@@ -13,8 +16,8 @@ class SavedScores(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     values: list[float]
-    counts: list[int]
-    classes: list[int] | None = None
+    counts: list[Annotated[int, Field(ge=0, le=_LARGEST)]]
+    classes: list[Annotated[int, Field(ge=-1, le=_LARGEST)]] | None = None
 
 
 class SavedRow(BaseModel):
@@ -30,8 +33,8 @@ class SavedRow(BaseModel):
         """Returns a row as it is saved."""
         examples = {
             task: SavedScores(
-                # The shortest decimal numbers that are read as the same in float32.
-                values=[float(str(value)) for value in scores.values],
+                # Exactly: a correlation near 0 is the mean of much larger numbers.
+                values=scores.values.tolist(),
                 counts=scores.counts.tolist(),
                 classes=None if scores.classes is None else scores.classes.tolist(),
             )
@@ -50,7 +53,7 @@ class SavedRow(BaseModel):
         """
         examples = {
             task: ExampleScores(
-                np.asarray(scores.values, np.float32),
+                np.asarray(scores.values, np.float64),
                 np.asarray(scores.counts, np.int32),
                 None if scores.classes is None else np.asarray(scores.classes, np.int32),
             )

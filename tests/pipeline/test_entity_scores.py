@@ -75,6 +75,15 @@ def test_f1_is_that_of_all_entities_and_words_without_a_label_do_not_count(caplo
     assert (row.metric, row.further[0].metric) == ("entity_f1", "word_accuracy")
 
 
+def test_classes_without_a_name_are_no_entity():
+    examples = Words([[1, 2, 0]])
+    logits = np.eye(5)[[[1, 2, 4]]]  # the data name three classes, the model has five
+    scorer = scorer_of(WORDS, TAGS[:3], [examples])
+    measures = scorer.measure([(np.array([0]), logits)], examples, "ner")
+    assert measures["entity_f1"].mean == 1
+    assert measures["word_accuracy"].mean == pytest.approx(2 / 3)
+
+
 def test_data_without_entities_have_no_f1():
     assert scorer_of(WORDS, TAGS, [Words([[0, 0], [0, NOT_PREDICTED]])]).metrics == (
         "word_accuracy",

@@ -7,6 +7,8 @@ from scipy.stats import pearsonr, spearmanr
 from adamerge_jax.models.problem import LABELS, NUMBERS
 from adamerge_jax.pipeline.number_scores import number_measures, pearson, r_squared
 from adamerge_jax.pipeline.problem_scores import scorer_of
+from adamerge_jax.runs.rows import Row
+from adamerge_jax.runs.saved_rows import SavedRow
 from tests.pipeline.test_entity_scores import Words
 
 GENERATOR = np.random.default_rng(0)
@@ -63,3 +65,14 @@ def test_f1_scores_of_labels():
 def test_a_model_without_numbers_has_no_score(score):
     assert np.isnan(score(np.full(3, np.nan), np.arange(3.0))).all()
     assert np.isnan(score(np.arange(3.0), np.ones(3))).all()
+
+
+def test_scores_near_0_are_read_as_they_were_saved():
+    given = np.random.default_rng(2).normal(size=(N, 1)) * 100
+    measures = dict(number_measures(given, LABELLED[:, :1]))
+    first = Row.of_measures("base", {"rating": measures})
+    for row in (first, *first.further):
+        restored = SavedRow.of(row).restored()
+        values = row.examples["rating"].values
+        np.testing.assert_array_equal(restored.examples["rating"].values, values)
+        assert restored.examples["rating"].mean == row.tasks["rating"]

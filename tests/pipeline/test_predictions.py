@@ -8,7 +8,14 @@ import pytest
 from PIL import Image
 
 from adamerge_jax.data.arrays import ArrayExamples
-from adamerge_jax.pipeline.predictions import MOST_SHOWN, _differences, small_png
+from adamerge_jax.pipeline.predictions import (
+    MOST_SHOWN,
+    _differences,
+    predictions_on_test,
+    small_png,
+)
+from adamerge_jax.runs.predictions import read_predictions, write_predictions
+from adamerge_jax.runs.rows import ExampleScores, Row
 
 
 def test_examples_that_the_merge_lost_come_first():
@@ -39,3 +46,21 @@ def test_what_is_no_image_is_not_shown():
     assert small_png(np.zeros((4, 8, 8))) is None
     assert small_png(np.full((1, 8, 8), np.nan)) is None
     assert small_png(np.zeros((1, 8, 8))) is not None
+
+
+@pytest.mark.parametrize(("of_merge", "of_expert"), [(4, 0), (0, 4)])
+def test_classes_that_the_data_have_no_name_for_are_called_by_their_numbers(
+    tmp_path, of_merge, of_expert
+):
+    def row(name, given, kind):
+        scores = ExampleScores(np.zeros(2, np.float32), np.ones(2, np.int32), np.array([0, given]))
+        return Row.of_examples(name, {"pets": scores}, "accuracy", kind)
+
+    examples = ArrayExamples({"x": np.zeros((2, 1))}, np.array([0, 1]))
+    rows = [row("experts", of_expert, "experts"), row("merge", of_merge, "learned")]
+    predictions = predictions_on_test(
+        {"pets": examples}, rows, lambda task: ["cat", "dog"], lambda: lambda *one: (None, None)
+    )
+    assert predictions["pets"].class_names == ["cat", "dog", "2", "3", "4"]
+    write_predictions(predictions, tmp_path / "predictions.json")
+    assert read_predictions(tmp_path / "predictions.json") == predictions

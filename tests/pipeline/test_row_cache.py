@@ -1,18 +1,26 @@
 """Rows of baselines that another run with the same models and data need not measure."""
 
+import copy
+import dataclasses
 import json
 import os
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from adamerge_jax.files.caches import keep_in_cache
+from adamerge_jax.models.embedding_form import EmbeddingForm
+from adamerge_jax.pipeline import row_cache
 from adamerge_jax.pipeline.baselines import baseline_rows
 from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.learn import LearningInputs
-from adamerge_jax.pipeline.row_cache import FOLDER, RowCache
+from adamerge_jax.pipeline.problem_scores import Scorer
+from adamerge_jax.pipeline.row_cache import FOLDER, RowCache, RowFacts
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import EvaluationRecipe
 from adamerge_jax.runs.rows import Row
@@ -85,9 +93,58 @@ def test_rows_are_measured_once(image_recipe, tmp_path, cache, evaluated):
     assert len(list(cache.iterdir())) == kept + 2
 
 
+def test_all_that_decides_on_rows_tells_them_apart(image_recipe, tmp_path, cache, monkeypatch):
+    inputs = inputs_of(image_recipe, tmp_path)
+    rows = table(inputs, baselines="quick")[:1]
+    facts = RowFacts([rows[0].method], [rows[0].kind], {}, False)
+    # Heads of language models are empty, and do not tell tasks apart.
+    inputs = with_workspace(inputs, heads={task: {} for task in inputs.workspace.heads})
+    RowCache(inputs).keep(facts, rows)
+
+    def is_there(inputs: LearningInputs) -> bool:
+        return RowCache(inputs).find(facts) is not None
+
+    assert is_there(inputs)
+    models = inputs.workspace.models
+    swapped = dict(zip(reversed(models.experts), models.experts.values(), strict=True))
+    assert not is_there(with_workspace(inputs, models=dataclasses.replace(models, experts=swapped)))
+    for attribute, value in [
+        ("_scorers", {"shape": Scorer(("entity_f1",), lambda *arguments: {}, ("O", "B-a"))}),
+        ("_embeds", EmbeddingForm("cls", normalised=True)),
+    ]:
+        evaluator = copy.copy(inputs.workspace.evaluator)
+        setattr(evaluator, attribute, value)
+        assert not is_there(with_workspace(inputs, evaluator=evaluator))
+    with jax.default_matmul_precision("bfloat16"):
+        assert not is_there(inputs)
+    for package in ("transformers", "torch", "torchax"):
+        with monkeypatch.context() as patch:
+            patch.setattr(row_cache, "version", partial(other_version, package))
+            assert not is_there(inputs)
+    assert is_there(inputs)
+
+
+def other_version(changed: str, package: str) -> str:
+    return "0" if package == changed else version(package)
+
+
+def with_workspace(inputs: LearningInputs, **changes: Any) -> LearningInputs:
+    return inputs._replace(workspace=inputs.workspace._replace(**changes))
+
+
+def test_a_cache_folder_that_cannot_be_read_is_no_hindrance(
+    image_recipe, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("x" * 300)))  # too long for a name
+    inputs = inputs_of(image_recipe, tmp_path)
+    assert starts(table(inputs, baselines="quick"), QUICK)
+    assert "cannot keep the rows" in caplog.text
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda fields: fields["rows"][0]["examples"]["digits"].update(classes=[2**40]),
         lambda fields: fields["rows"][0]["examples"]["digits"]["values"].append(1.0),
         lambda fields: fields["rows"][0]["row"].update(method="[link=evil]base"),
         lambda fields: fields["rows"][0]["row"].update(kind="learned"),
