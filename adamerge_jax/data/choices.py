@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MOST_CHOICES = 256
+"""The largest number of choices of an example, each of which is a text of a batch."""
+
+
 class ChoiceExamples(Examples):
     """Examples of N texts each, `[examples, N, T]`.
 
@@ -110,10 +114,10 @@ def _lists_of_choices(table: Table, column: str) -> list[list[str]]:
         where = f"{table.name}: {table.source.path}, row {number}: column {column!r}"
         if not isinstance(row, list) or not all(isinstance(choice, str) for choice in row):
             raise InputError(f"{where} holds {row!r:.60}, expected a list of texts")
-        if len(row) < 2 or len(row) != len(rows[0]):
+        if not 2 <= len(row) <= MOST_CHOICES or len(row) != len(rows[0]):
             raise InputError(
-                f"{where} has {len(row)} choices, expected as many in every row, and at least 2; "
-                "leave such rows out"
+                f"{where} has {len(row)} choices, expected as many in every row, 2 to "
+                f"{MOST_CHOICES}; leave such rows out"
             )
     return rows
 

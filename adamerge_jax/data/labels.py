@@ -118,6 +118,11 @@ def labels_of(
         return np.array([[int(value) for value in row] for row in rows], np.int32), None
     if all(isinstance(value, str) and value.strip() for row in rows for value in row):
         names = sorted({value for row in rows for value in row})
+        if len(names) > outputs:
+            raise InputError(
+                f"{column.where}: column {column.name!r} has {len(names)} classes, the task's head "
+                f"has {outputs}; check that data and expert belong together"
+            )
         places = {name: place for place, name in enumerate(names)}
         rows = [[places[value] for value in row] for row in rows]
         count = len(names)

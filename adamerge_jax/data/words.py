@@ -81,7 +81,7 @@ class WordExamples(TextExamples):
         self._keep(encoded, tokenizer, max_length, name, limits)
         self._first_tokens: list[Int[np.ndarray, " W"]] = []
         cut = np.zeros(len(words), bool)
-        for row, text in enumerate(words):
+        for row, text in enumerate(shortened):
             of_tokens = encoded.word_ids(row)
             first = np.full(len(text), _NO_TOKEN, np.int32)
             for position in reversed(range(len(of_tokens))):
@@ -90,7 +90,7 @@ class WordExamples(TextExamples):
                     first[word] = position
             self._first_tokens.append(first)
             is_full = len(of_tokens) == max_length
-            cut[row] = is_full and len(text) > 0 and first[-1] == _NO_TOKEN
+            cut[row] = len(text) < len(words[row]) or (is_full and first[-1] == _NO_TOKEN)
         self.cut = Cut(cut, max_length)
 
     def take_labels(
@@ -167,12 +167,15 @@ def word_examples(
             names, examples.names_have_order = sorted({tag for tags in rows for tag in tags}), False
             by_name = {name: position for position, name in enumerate(names)}
             rows = [[by_name[tag] for tag in tags] for tags in rows]
-        examples.labels = np.full((len(rows), max(map(len, rows))), NOT_PREDICTED, np.int32)
+        # No further words are read: one long text must not make all rows long.
+        width = min(max_length, max(map(len, rows)))
+        examples.labels = np.full((len(rows), width), NOT_PREDICTED, np.int32)
         for row, (number, tags) in enumerate(zip(table.rows.numbers, rows, strict=True)):
             given = [tag for tag in tags if tag != NOT_PREDICTED]
             indices = class_indices(given, [number] * len(given), table.source, table.name)
-            is_given = [tag != NOT_PREDICTED for tag in tags]
-            examples.labels[row, : len(tags)][is_given] = indices
+            classes = np.full(len(tags), NOT_PREDICTED, np.int32)
+            classes[[tag != NOT_PREDICTED for tag in tags]] = indices
+            examples.labels[row, : len(tags)] = classes[:width]
         if names is not None and examples.labels.max() >= len(names):
             row = int(np.argmax(examples.labels.max(1) >= len(names)))
             raise InputError(

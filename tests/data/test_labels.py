@@ -54,6 +54,11 @@ def test_no_labels(rows):
         labels_of(column([0], *rows), 3, None)
 
 
+def test_more_names_than_the_head_has_are_refused():
+    with pytest.raises(InputError, match="'label' has 4 classes, the task's head has 3"):
+        labels_of(column(["a", "b"], ["c", "d"]), 3, None)
+
+
 def test_labels_are_matched_by_name():
     examples = ArrayExamples({"x": np.zeros((3, 1))})
     give_labels(examples, column(["sad"], ["calm", "glad"], []), LABELS, 3)

@@ -69,6 +69,15 @@ def test_a_word_is_read_at_its_first_token(tmp_path, tokenizer):
     np.testing.assert_array_equal(copies.take_counted(np.array([5]), 10), labels[:1] != -100)
 
 
+def test_a_long_text_makes_no_wide_array(tmp_path, tokenizer):
+    rows = [{"tokens": ["a"] * 10_000, "tags": [1] * 10_000}, {"tokens": ["b"], "tags": [2]}]
+    file = write_json_lines(tmp_path / "data.jsonl", rows)
+    examples = load(tmp_path, tokenizer, path=file.name, label="tags")
+    assert examples.labels.shape == (2, 10)
+    assert examples.cut.examples.tolist() == [True, False]
+    assert examples.take_counted(np.array([0, 1]), 10).sum(1).tolist() == [8, 1]
+
+
 def test_without_labels_all_words_count(tmp_path, tokenizer):
     file = write_json_lines(tmp_path / "data.jsonl", rows())
     # As a recipe that was written out names all its fields.
