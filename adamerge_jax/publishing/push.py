@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from adamerge_jax.errors import InputError, in_hand, in_one_line
+from adamerge_jax.files.json_object import read_object
 from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.files.writing import is_partial
 from adamerge_jax.pipeline.export import CARD_FILE, CHECKPOINT_FOLDER
@@ -74,8 +76,8 @@ def plan_upload(run: Path, repository: str) -> Upload:
         repository: The id of the model on the Hub, `org/name`.
 
     Raises:
-        InputError: The run has not ended or has no checkpoint, a file cannot be read, or the id can
-            be none.
+        InputError: The run has not ended or has no checkpoint, a file cannot be read or is a link,
+            or the id can be none.
     """
     _require_id(repository)
     checkpoint = run / CHECKPOINT_FOLDER
@@ -88,19 +90,19 @@ def plan_upload(run: Path, repository: str) -> Upload:
         raise InputError(f"{run} is of a run that has not ended; go on with it (--resume) first")
     with in_hand(run / RESULTS_FILE):
         results = read_results(run / RESULTS_FILE)
-    card = (checkpoint / CARD_FILE).read_text(encoding="utf-8")
+    card = _no_link(checkpoint / CARD_FILE).read_text(encoding="utf-8")
     files = [File(CARD_FILE, published_card(card, repository, results).encode())]
     files += [
-        File(file.relative_to(checkpoint).as_posix(), file)
+        File(file.relative_to(checkpoint).as_posix(), _no_link(file))
         for file in _files_in(checkpoint)
         if file != checkpoint / CARD_FILE
     ]
     files += [
-        File(f"{MERGE_FOLDER}/{name}", run / name)
+        File(f"{MERGE_FOLDER}/{name}", _no_link(run / name))
         for name in _OF_THE_MERGE
         if (run / name).is_file()
     ]
-    return Upload(repository, files, _notes(run, results.rows))
+    return Upload(repository, files, _notes(run, card, files, results.rows))
 
 
 def push(upload: Upload, *, private: bool, force: bool, api: HfApi | None = None) -> str:
@@ -169,18 +171,36 @@ def _files_in(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _notes(run: Path, rows: Sequence[object]) -> list[str]:
+def _no_link(file: Path) -> Path:
+    """Returns a file of a run; no run has links, and a stranger's may lead to any file here."""
+    if file.is_symlink():
+        raise InputError(f"{file} is a link; put the file itself there, or take it away")
+    return file
+
+
+def _notes(run: Path, card: str, files: Sequence[File], rows: Sequence[object]) -> list[str]:
     """Returns sentences on what a stranger will read, or miss."""
     notes = [] if rows else ["the card has no scores: the merge was not evaluated"]
     if (run / RECIPE_FILE).is_file():
-        fields = read_yaml_file(run / RECIPE_FILE)
-        local = next((path for path in _texts(fields) if Path(path).is_absolute()), None)
-        if local is not None:
-            notes.append(
-                f"{MERGE_FOLDER}/{RECIPE_FILE}, the coefficients and the card name folders of this "
-                f"machine, such as {local}"
-            )
+        named_by = f"{MERGE_FOLDER}/{RECIPE_FILE}, the coefficients and the card"
+        local = _local(_texts(read_yaml_file(run / RECIPE_FILE)))
+    else:
+        named_by = "the card and the coefficients"
+        local = _local(re.findall("`([^`]+)`", card))
+    if local is not None:
+        notes.append(f"{named_by} name folders of this machine, such as {local}")
+    for name, content in files:
+        if isinstance(content, Path) and name.endswith("config.json"):
+            local = _local(_texts(read_object(content)))
+            if local is not None:
+                notes.append(f"{name} names a folder of this machine, {local}")
     return notes
+
+
+def _local(texts: Iterable[str]) -> str | None:
+    """Returns the first text that is a path of this machine."""
+    paths = (text for text in texts if text.isprintable() and Path(text).is_absolute())
+    return next((path for path in paths if len(Path(path).parts) > 2), None)
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """A merge on its way to the Hub, whose client is stood in for where a network would begin."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +117,30 @@ def test_a_card_without_scores_has_no_model_index(run: Path):
     upload = plan_upload(run, "me/merged")
     assert b"model-index" not in upload.files[0].content
     assert upload.notes[0] == "the card has no scores: the merge was not evaluated"
+
+
+def test_folders_of_this_machine_are_told_wherever_they_are(run: Path):
+    (run / "recipe.yaml").unlink()  # as of a merge that was folded
+    (run / "checkpoint/README.md").write_text(f"{CARD}\nOf `/` and `/home/me/base`.\n")
+    for name, tokenizer in {".": "/home/me/law", "tasks/law": "me/law"}.items():
+        file = run / "checkpoint" / name / "tokenizer_config.json"
+        file.write_text(json.dumps({"pad": "/", "name_or_path": tokenizer}))
+    assert plan_upload(run, "me/merged").notes == [
+        "the card and the coefficients name folders of this machine, such as /home/me/base",
+        "tokenizer_config.json names a folder of this machine, /home/me/law",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint/README.md", "checkpoint/notes.txt", "recipe.yaml", "results.json"]
+)
+def test_links_are_refused(name: str, run: Path, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("home") / "token"
+    secret.write_text("{}")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(secret)
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        plan_upload(run, "me/merged")
 
 
 def test_a_model_with_files_is_left_alone(run: Path):
