@@ -4,6 +4,7 @@
 with `train/` and `test/` in it are all found.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import NamedTuple
 from adamerge_jax.data.image_folders import IMAGE_SUFFIXES, METADATA
 from adamerge_jax.data.listing import files_below, split_of
 from adamerge_jax.data.locations import table_kind
-from adamerge_jax.errors import InputError, in_hand
+from adamerge_jax.errors import InputError, in_hand, in_one_line
 from adamerge_jax.files.json_object import read_object
+
+log = logging.getLogger(__name__)
 
 PARTS = ("calibration", "validation", "test")
 
@@ -118,7 +121,7 @@ def _of_folder(
         if whole:
             yield from ((candidate, words) for candidate in whole)
             return
-    for child in sorted(folder.iterdir()):
+    for child in children(folder):
         inner = (*words, *_words(child.name))
         if child.name.startswith("."):
             continue
@@ -126,6 +129,15 @@ def _of_folder(
             yield from _of_file(child, inner)
         elif child.is_dir() and depth < _DEEPEST:
             yield from _of_folder(child, inner, tasks, depth + 1)
+
+
+def children(folder: Path) -> list[Path]:
+    """Returns what lies in a folder, sorted; of one that may not be listed nothing."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        log.warning(f"{folder} cannot be looked through: {error.strerror or in_one_line(error)}")
+        return []
 
 
 def _of_file(file: Path, words: tuple[str, ...]) -> Iterator[tuple[Candidate, tuple[str, ...]]]:

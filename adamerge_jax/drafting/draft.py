@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from adamerge_jax.data.class_names import names_of_outputs, tell_nothing
 from adamerge_jax.data.tokenizers import find_tokenizer
 from adamerge_jax.drafting.columns import Columns, label_of
-from adamerge_jax.drafting.data_files import PARTS, Data, Found, data_of_one, find_data
+from adamerge_jax.drafting.data_files import PARTS, Data, Found, children, data_of_one, find_data
 from adamerge_jax.drafting.kinds import Kind, kind_of, longest_text
 from adamerge_jax.drafting.names import expand, task_names
 from adamerge_jax.drafting.samples import Sample, read_sample
@@ -156,7 +156,7 @@ def _near(models: Sequence[str]) -> list[Path]:
         if (place / "data").is_dir():
             return [place / "data"]
     for place in above:
-        files = sorted(file for file in place.iterdir() if file.is_file())
+        files = [file for file in children(place) if file.is_file()]
         if any(file.suffix in (".jsonl", ".csv", ".parquet", ".npz") for file in files):
             return files
     return []

@@ -180,7 +180,30 @@ def _behind(text: str, comment: str) -> str:
 
 def _flow(value: Any) -> str:
     """Returns a value as YAML in one line."""
-    text = yaml.safe_dump(
-        value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
-    )
-    return text.removesuffix("...\n").strip()
+
+    def dump(*, allow_unicode: bool) -> str:
+        text = yaml.dump(
+            value,
+            Dumper=_OneLineDumper,
+            default_flow_style=True,
+            width=float("inf"),
+            allow_unicode=allow_unicode,
+            sort_keys=False,
+        )
+        return text.removesuffix("...\n").strip()
+
+    text = dump(allow_unicode=True)
+    # PyYAML leaves marks of direction as they are.
+    return text if text.isprintable() else dump(allow_unicode=False)
+
+
+class _OneLineDumper(yaml.SafeDumper):
+    """Writes texts in one line: in a comment the second one would be a part of the recipe."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Quotes a text in which there are ends of lines, so that these are escaped."""
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_OneLineDumper.add_representer(str, _OneLineDumper.represent_text)

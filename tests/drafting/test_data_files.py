@@ -1,6 +1,7 @@
 """Layouts of data: each is made of empty files."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,18 @@ def test_missing_data_are_told(tmp_path: Path):
     with pytest.raises(InputError, match="--data: no such file or folder: "):
         find_data(["law"], [tmp_path / "data"])
     assert find_data(["law"], [tmp_path]) == {}
+
+
+def test_a_folder_that_may_not_be_listed_is_passed_over(tmp_path: Path, monkeypatch, caplog):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "law.train.jsonl").touch()
+    list_folder = Path.iterdir
+
+    def refuse(folder: Path) -> Iterator[Path]:  # a test run by root may list any folder
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return list_folder(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert set(find_data(["law"], [tmp_path])["law"]) == {"calibration"}
+    assert "lost+found cannot be looked through: Permission denied" in caplog.text
