@@ -28,13 +28,19 @@ def require_classes(test: Mapping[str, ArrayExamples]) -> None:
     """Refuses test data that have no accuracy.
 
     Raises:
-        InputError: Labels are missing, or are not one for each example.
+        InputError: Labels are missing, are not one for each example, or one of them is no class.
     """
     for task, examples in test.items():
         if examples.labels is None or examples.labels.ndim != 1:
             raise InputError(
                 f"test: {task!r} has no class for each example; give a tuple (inputs, labels) with "
                 "labels [N]"
+            )
+        if examples.labels.min() < 0:
+            row = int(examples.labels.argmin())
+            raise InputError(
+                f"test: {task!r} has the label {examples.labels[row]} in row {row}, which is no "
+                "class; leave such examples out"
             )
 
 

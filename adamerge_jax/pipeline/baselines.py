@@ -85,19 +85,19 @@ def baseline_rows(
         second row, with heads fitted to it.
     """
     baselines = _Table(inputs, settings, console, cache).baselines()
-    found = [
+    cached = [
         None if cache is None or baseline.facts is None else cache.find(baseline.facts)
         for baseline in baselines
     ]
     examples = sum(
-        baseline.examples for baseline, rows in zip(baselines, found, strict=True) if rows is None
+        baseline.examples for baseline, rows in zip(baselines, cached, strict=True) if rows is None
     )
-    if console is not None and examples and len(found) > found.count(None):
+    if console is not None and examples and len(cached) > cached.count(None):
         console.print(_FROM_CACHE, highlight=False, soft_wrap=True)
     table = []
     show = count_silently if console is None else count_on(console)
     with inputs.workspace.evaluator.tally.shown(show, "baselines: examples", examples):
-        for baseline, rows in zip(baselines, found, strict=True):
+        for baseline, rows in zip(baselines, cached, strict=True):
             if rows is None:
                 rows = baseline.measure()
                 if cache is not None and baseline.facts is not None:

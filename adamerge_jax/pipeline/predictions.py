@@ -1,4 +1,4 @@
-"""What the merge takes for what on the test data, and examples on which it differs from experts."""
+"""The classes that a merge gives test examples, and some on which it differs from experts."""
 
 import base64
 import io

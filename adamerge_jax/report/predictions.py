@@ -1,4 +1,4 @@
-"""What a merged classifier takes for what, and where it differs from its experts."""
+"""The classes that a merge gives test examples, and some on which it differs from experts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

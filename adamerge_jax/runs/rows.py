@@ -131,10 +131,12 @@ class Row(NamedTuple):
         for task, scores in measures.items():
             for metric, task_scores in scores.items():
                 by_metric.setdefault(metric, {})[task] = task_scores
-        own = {task: next(iter(scores)) for task, scores in measures.items()}
-        first = common_metric(own.values())
+        first_metrics = {task: next(iter(scores)) for task, scores in measures.items()}
+        first = common_metric(first_metrics.values())
         if first == OF_EACH_TASK:
-            by_metric[first] = {task: measures[task][metric] for task, metric in own.items()}
+            by_metric[first] = {
+                task: measures[task][metric] for task, metric in first_metrics.items()
+            }
         rows = {
             metric: cls.of_examples(method, by_metric[metric], metric, kind)
             for metric in get_args(Metric)

@@ -215,6 +215,7 @@ def test_test_data_give_a_table(tmp_path: Path):
         ({"recipe": {"export": {}}}, "merge: recipe has 'export'"),
         ({"test": DATA}, "test: 'law' has no class for each example"),
         ({"test": {"law": LABELLED["law"]}}, "test: is of 1 tasks, and there are 2 experts"),
+        ({"test": [(INPUTS, [0] * 39 + [-100])] * 2}, "test: 'law' has the label -100 in row 39"),
         ({"test": [(INPUTS, [5] * 40)] * 2}, "test: 'law' has the label 5, and forward gives 3"),
         ({"recipe": {"learning": {"copies": 2}}}, "merge: learning.copies"),
         ({"recipe": {"learning": {"step": 2}}}, "unknown field learning.step"),
