@@ -124,6 +124,11 @@ def load_examples(
                     f"{name}: choices is missing; name the column of lists of choices, or the "
                     "column of each choice"
                 )
+            if not isinstance(source.choices, str) and len(source.choices) < 2:
+                raise InputError(
+                    f"{name}: choices has {len(source.choices)} columns, expected one for each of "
+                    "two or more choices, or the name of a column of lists"
+                )
             others = _columns(source.choices)
         wanted = list(dict.fromkeys([*columns, *others, source.label or "label"]))
         table = read_table(location, source, name, wanted, _draw(source.limit, seed))

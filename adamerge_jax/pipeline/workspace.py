@@ -33,8 +33,8 @@ from adamerge_jax.learning.forward import Forward, forward_with_heads
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
 from adamerge_jax.models.inputs import ImageGeometry
-from adamerge_jax.models.problem import CHOICES, CLASSES, LABELS, NUMBERS, Problem
-from adamerge_jax.objectives import TargetSpec
+from adamerge_jax.models.problem import CHOICES, CLASSES, LABELS, NUMBERS, WORDS, Problem
+from adamerge_jax.objectives import NOT_PREDICTED, TargetSpec
 from adamerge_jax.pipeline.answering import Answering
 from adamerge_jax.pipeline.base_answers import BaseWriter
 from adamerge_jax.pipeline.embedding_scores import embedding_metric, require_pairs
@@ -400,6 +400,8 @@ def _load_data(
             field, problem = f"tasks.{task}.{part}.label", models.problems[task]
             if examples.labels is None and not family.language:
                 raise InputError(f"{field}: is missing; name the column of {problem.label}")
+            if problem == WORDS and (examples.labels == NOT_PREDICTED).all():
+                raise InputError(f"{field}: no word has a class; give other data")
             if problem == LABELS and not examples.labels.any():
                 raise InputError(f"{field}: no example has a label; give other data")
             if problem == NUMBERS and (np.ptp(examples.labels, axis=0) == 0).any():

@@ -162,3 +162,11 @@ def test_choices_must_be_named(suite: Suite) -> None:
     task = suite.fields["tasks"]["lists"] | {"calibration": "lists.jsonl"}
     with pytest.raises(InputError, match="calibration data of task 'lists': choices is missing"):
         open_workspace(parse_recipe(suite.fields | {"tasks": {"lists": task}}), suite.root)
+
+
+@pytest.mark.parametrize("columns", [[], ["choice0"]])
+def test_one_choice_is_none(columns: list[str], suite: Suite) -> None:
+    task = suite.fields["tasks"]["columns"]
+    task = task | {"calibration": task["calibration"] | {"choices": columns}}
+    with pytest.raises(InputError, match=f"choices has {len(columns)} columns, expected one for"):
+        open_workspace(parse_recipe(suite.fields | {"tasks": {"columns": task}}), suite.root)

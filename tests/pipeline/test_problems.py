@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -325,3 +326,21 @@ def test_a_first_recipe_finds_the_data_of_each_kind(suite: Suite, tmp_path: Path
         assert fields.test.path == str(suite.root / given["test"]["path"])
         assert fields.test.label == "label"
     assert "classifier of words (bert) and classifier of texts (bert) and" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "message"),
+    [
+        ("entities", lambda row: [-100] * len(row["tokens"]), "no word has a class"),
+        ("moods", lambda row: [], "no example has a label"),
+        ("rating", lambda row: 1, "all numbers are the same"),
+    ],
+)
+def test_labels_that_nothing_can_be_scored_by(
+    task: str, label: Callable[[dict[str, Any]], Any], message: str, suite: Suite, tmp_path: Path
+) -> None:
+    rows = [row | {"label": label(row)} for row in suite.rows(task)]
+    test = {"path": str(write_json_lines(tmp_path / "test.jsonl", rows)), "label": "label"}
+    fields = suite.fields | {"tasks": {task: suite.fields["tasks"][task] | {"test": test}}}
+    with pytest.raises(InputError, match=rf"tasks\.{task}\.test\.label: {message}"):
+        open_workspace(parse_recipe(fields), suite.root)
