@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import is_partial, write_whole
 
 
@@ -13,11 +14,20 @@ def cache_folder(name: str) -> Path:
     """Returns a folder for things that can be made again; it need not be there.
 
     It is under `adamerge_jax` in `XDG_CACHE_HOME`, or in `~/.cache`.
+
+    Raises:
+        InputError: The user has no home folder.
     """
     # The standard says that a relative path there is to be ignored.
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():
-        cache = Path.home() / ".cache"
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError as error:  # an id of a container, that no user has
+            raise InputError(
+                "there is no home folder for the cache; set XDG_CACHE_HOME to the absolute path of "
+                "a folder that this process may write to"
+            ) from error
     return cache / "adamerge_jax" / name
 
 
