@@ -134,11 +134,11 @@ def _digest(value: Any) -> str:
 
 def _read(file: Path, facts: Mapping[str, Any]) -> list[list[int]] | None:
     """Returns the answers in a file; None where there are none of these facts, or it is damaged."""
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return None
         saved = _SavedAnswers.model_validate(read_object(file))
-    except (InputError, ValidationError) as error:
+    except (OSError, InputError, ValidationError) as error:
         log.warning(f"{file} cannot be read, and the base writes its answers anew: {error}")
         return None
     if saved.facts != facts or saved.digest != _digest(saved.answers):

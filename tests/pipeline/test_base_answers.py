@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adamerge_jax.pipeline.base_answers import BaseWriter
+from adamerge_jax.pipeline.base_answers import BaseWriter, _read
 from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_backbone
@@ -152,3 +152,8 @@ def test_answers_that_cannot_be_kept_are_answers(base, tmp_path, caplog):
     (tmp_path / "adamerge_jax/answers").touch()
     assert base.answers() == answers
     assert "cannot keep the base's answers" in caplog.text
+
+
+def test_a_cache_folder_that_cannot_be_read_has_no_answers(tmp_path, caplog):
+    assert _read(tmp_path / ("x" * 300) / "answers.json", {}) is None
+    assert "the base writes its answers anew" in caplog.text
