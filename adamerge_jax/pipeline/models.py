@@ -161,29 +161,26 @@ def open_models(
         task: _locate(f"expert {task!r}", task_recipe.expert, root)
         for task, task_recipe in recipe.tasks.items()
     }
-    whole_experts: dict[str, Checkpoint] = {}
     embeds = _read_form(base, located)
-    auto_classes: dict[str, str | None] = dict.fromkeys(located)
-    try:
-        with in_hand(recipe.base.path):
-            if not to_run:
-                whole_experts = _whole_experts(base, located)
-                family = _family_to_fold(base, list(whole_experts.values()), embeds)
-            elif isinstance(base, Pipeline):
-                raise InputError(
-                    "a diffusion pipeline is merged without learning (adamerge merge, adamerge "
-                    "fold); there is nothing to learn its coefficients from"
-                )
-            else:
-                has_family = is_known(base.config)
-                architecture = None if has_family else _architecture(base, located)
-                family = family_of(base.config, architecture, embeds=embeds)
-            if _has_heads(family):
-                auto_classes = _auto_classes(base, located)
-                family = family.with_heads_of(auto_classes.values())
-            network = family.build_backbone(base.config)
-    except InputError as error:
-        raise InputError(f"base ({base.source}): {error}") from error
+    whole_experts = {} if to_run else _whole_experts(base, located)
+    needs_forward = to_run and not isinstance(base, Pipeline) and not is_known(base.config)
+    architecture = _architecture(base, located) if needs_forward else None
+    with _of_base(recipe.base, base):
+        if not to_run:
+            family = _family_to_fold(base, list(whole_experts.values()), embeds)
+        elif isinstance(base, Pipeline):
+            raise InputError(
+                "a diffusion pipeline is merged without learning (adamerge merge, adamerge "
+                "fold); there is nothing to learn its coefficients from"
+            )
+        else:
+            family = family_of(base.config, architecture, embeds=embeds)
+    has_heads = _has_heads(family)
+    auto_classes = _auto_classes(base, located) if has_heads else dict.fromkeys(located)
+    with _of_base(recipe.base, base):
+        if has_heads:
+            family = family.with_heads_of(auto_classes.values())
+        network = family.build_backbone(base.config)
     shapes = {name: leaf.shape for name, leaf in network.shapes.items()}
     backbone = unstacked_shapes(shapes)
     for pattern in recipe.own_keep_from_base:
@@ -209,9 +206,7 @@ def open_models(
                 auto_class=auto_classes[task],
             )
     problems = {
-        task: problem_of(auto_classes[task], expert.checkpoint.config)
-        if _has_heads(family)
-        else CLASSES
+        task: problem_of(auto_classes[task], expert.checkpoint.config) if has_heads else CLASSES
         for task, expert in experts.items()
     }
     if isinstance(family, AnyModel):
@@ -332,8 +327,8 @@ def _auto_classes(base: Checkpoint, located: Mapping[str, _Located]) -> dict[str
     found = {}
     for task, expert in located.items():
         if is_adapter(expert.folder):
-            with expert.opening():
-                fields = read_adapter_config(expert.folder, expert.role)
+            with in_hand(expert.source.path):
+                fields = read_adapter_config(expert.folder, f"{expert.role} ({expert.path})")
             found[task] = TASK_TYPES.get(str(fields.get("task_type")))
         else:
             found[task] = auto_class_of(_classes(base, expert))
@@ -567,3 +562,13 @@ def _opening(role: str, source: ModelSource, root: Path) -> Iterator[None]:
             yield
         except InputError as error:
             raise InputError(f"{role}: {error} (relative paths start at {root})") from error
+
+
+@contextmanager
+def _of_base(source: ModelSource, base: Checkpoint) -> Iterator[None]:
+    """Adds to error messages that it is the base whose architecture is at fault."""
+    with in_hand(source.path):
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"base ({base.source}): {error}") from error
