@@ -180,6 +180,7 @@ def test_only_the_order_of_sums_differs_between_devices(encoder, tmp_path):
 def test_two_processes(image_fields, tmp_path):
     """Whole runs by the command: one merge, written once, each process with a part of it."""
     fields = image_fields | RECOMMENDED | {"learning": LEARNING, "export": {}}
+    fields |= {"evaluation": {"baselines": "quick"}}
     recipe = write_recipe(tmp_path, fields)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -28,7 +28,7 @@ RUNNER = load_script(FOLDER / "execute.py")
 
 LONG = {
     "ablation": {
-        "STEPS = 60": "STEPS = 5",
+        "STEPS = 60": "STEPS = 3",
         "[10, 25, 70, 200]": "[40]",
         '("task", "tensor", "row")\n': '("task", "row")\n',
         '"osD", strict=True': '"os", strict=True',
@@ -46,7 +46,7 @@ LONG = {
 """What a test writes instead, so that a notebook learns less, by its name."""
 
 
-EXAMPLES = {"calibration": 60, "validation": 30, "test": 30}
+EXAMPLES = {"calibration": 60, "validation": 12, "test": 12}
 """How many images of each task a notebook gets, where the quickstart has hundreds."""
 
 

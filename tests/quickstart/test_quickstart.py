@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {part: (x[:90], y[:90]) for part, (x, y) in digits.load_digits().items()}
+    parts = {part: (x[:60], y[:60]) for part, (x, y) in digits.load_digits().items()}
     recipe = experts._recipe
-    learning = {"learning": {"steps": 10, "evaluate_every": 5, "copies": 1}}
+    learning = {"learning": {"steps": 4, "evaluate_every": 2, "copies": 1}}
     monkeypatch.setattr(experts, "load_digits", lambda: parts)
     monkeypatch.setattr(experts, "_recipe", lambda seed: recipe(seed) | learning)
     brief = partial(quickstart.prepare, base_steps=10, expert_steps=10)
