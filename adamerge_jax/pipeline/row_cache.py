@@ -120,7 +120,7 @@ class RowCache:
         saved_rows = [SavedRow.of(row) for row in rows]
         saved = _SavedRows(facts=key, rows=saved_rows, digest=_digest(_as_json(saved_rows)))
         content = json.dumps(saved.model_dump(), ensure_ascii=False) + "\n"
-        if len(content) > LARGEST_FILE:
+        if len(content.encode()) > LARGEST_FILE:
             return
         try:
             keep_in_cache(file, content, MOST_BYTES)

@@ -128,6 +128,18 @@ def other_version(changed: str, package: str) -> str:
     return "0" if package == changed else version(package)
 
 
+def test_files_are_as_large_as_their_bytes(image_recipe, tmp_path, cache, monkeypatch):
+    """A file that is too large to be read is not written, whatever letters it has."""
+    inputs = inputs_of(image_recipe, tmp_path)
+    method = "é" * 3000  # two bytes each
+    rows = [table(inputs, baselines="quick")[0]._replace(method=method)]
+    facts = RowFacts([method], [rows[0].kind], {}, False)
+    monkeypatch.setattr(row_cache, "LARGEST_FILE", 5000)
+    before = set(cache.rglob("*.json"))
+    RowCache(inputs).keep(facts, rows)
+    assert set(cache.rglob("*.json")) == before
+
+
 def with_workspace(inputs: LearningInputs, **changes: Any) -> LearningInputs:
     return inputs._replace(workspace=inputs.workspace._replace(**changes))
 
