@@ -106,7 +106,7 @@ class StoredTargets:
         """
         leaves = [None if leaf is None else leaf[: len(examples)] for leaf in self._leaves]
         whole = jax.tree.unflatten(self._structure, leaves)
-        return StoredTargets(examples, whole, self._by_position)
+        return StoredTargets(examples, whole, self._by_position, self._spread)
 
     @property
     def has_expert(self) -> bool:

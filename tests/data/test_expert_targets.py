@@ -89,6 +89,15 @@ def test_examples_of_one_shape_keep_it(memory_bytes):
     assert targets.labels is None
 
 
+def test_the_first_examples_keep_the_spread_of_all():
+    numbers = np.array([[1.0], [3.0], [8.0]], np.float32)
+    examples = ArrayExamples({"number": numbers})
+    needs = TargetSpec(expert_logits=True, expert_spread=True)
+    stored = ask_expert(lambda inputs: (inputs["number"], {}), examples, needs, batch_size=3)
+    first = stored.first(ArrayExamples({"number": numbers[:2]})).take(np.array([1]), 0)
+    np.testing.assert_allclose(first.expert_spread, [[numbers.std()]], rtol=1e-6)
+
+
 class OneShape(ArrayExamples):
     """Examples that need no padding to go together, whatever part of them is padding."""
 
