@@ -30,6 +30,7 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionModel,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -205,6 +206,27 @@ def random_coefficients(
         step=0,
         depths=stack_depths(models.base.names),
     )
+
+
+def save_suite(
+    root: Path,
+    base: PreTrainedModel,
+    experts: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Any],
+    copies: int,
+) -> dict[str, Any]:
+    """Saves a base and its experts, and returns the fields of a recipe of a few steps for them."""
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return {
+        "base": "base",
+        "tasks": tasks,
+        "coefficients": {"granularity": "tensor", "initial": 0.3},
+        "learning": {"steps": 2, "batch_size": 4, "copies": copies},
+        "export": {"orbax": False},
+    }
 
 
 def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> Path:

@@ -54,7 +54,7 @@ def recipe_schema() -> dict[str, Any]:
     """Returns the JSON schema of recipe files, in the dialect 2020-12."""
     schema = Recipe.model_json_schema()
     definitions = schema.pop("$defs")
-    for section in dict.fromkeys(_sections(Recipe)):
+    for section in dict.fromkeys(sections(Recipe)):
         fields = schema if section is Recipe else definitions[section.__name__]
         for name, field in section.model_fields.items():
             if SWITCHED_OFF in field.metadata:
@@ -86,11 +86,11 @@ def _with_limits(schema: Any) -> Any:
     }
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yields the sections within a type, at any depth."""
+def sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yields the sections of a recipe within a type, at any depth."""
     for part in get_args(annotation):
-        yield from _sections(part)
+        yield from sections(part)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
         for field in annotation.model_fields.values():
-            yield from _sections(field.annotation)
+            yield from sections(field.annotation)

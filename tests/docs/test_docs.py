@@ -2,13 +2,10 @@
 
 import html
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 import adamerge_jax
 from adamerge_jax import parse_recipe
@@ -18,6 +15,7 @@ from adamerge_jax.interference import STEPS
 from adamerge_jax.methods import METHODS
 from adamerge_jax.objectives import OBJECTIVES
 from adamerge_jax.objectives.regularizers import REGULARIZERS
+from adamerge_jax.recipes.json_schema import sections
 from adamerge_jax.recipes.presets import PRESETS
 from adamerge_jax.recipes.schema import Recipe
 
@@ -41,16 +39,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(page: Path) -> str:
     return html.unescape(re.sub("<[^>]*>", "", page.read_text()))
-
-
-def sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yields the sections of a recipe within a type, at any depth."""
-    for part in get_args(annotation):
-        yield from sections(part)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-        for field in annotation.model_fields.values():
-            yield from sections(field.annotation)
 
 
 def test_pages_ask_no_other_host(site: Path):

@@ -23,7 +23,14 @@ from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.plan.outline import outline
 from adamerge_jax.recipes.loading import parse_recipe
-from tests.references import bert_tokenizer, fine_tune, randomise, sentences, write_json_lines
+from tests.references import (
+    bert_tokenizer,
+    fine_tune,
+    randomise,
+    save_suite,
+    sentences,
+    write_json_lines,
+)
 
 CHOICES = 3
 QUIET = Console(quiet=True)
@@ -79,16 +86,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
         data = {"path": file, "choices": "endings" if task == "lists" else named}
         test = data | {"label": "label"}
         tasks[task] = {"expert": task, "calibration": data, "test": test}
-    for name, model in {"base": base, **experts}.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    fields = {
-        "base": "base",
-        "tasks": tasks,
-        "coefficients": {"granularity": "tensor", "initial": 0.3},
-        "learning": {"steps": 2, "batch_size": 4, "copies": 0},
-        "export": {"orbax": False},
-    }
+    fields = save_suite(root, base, experts, tokenizer, tasks, copies=0)
     return Suite(root, fields, tokenizer, experts)
 
 

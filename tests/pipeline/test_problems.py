@@ -32,7 +32,14 @@ from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe
-from tests.references import bert_tokenizer, fine_tune, randomise, sentences, write_json_lines
+from tests.references import (
+    bert_tokenizer,
+    fine_tune,
+    randomise,
+    save_suite,
+    sentences,
+    write_json_lines,
+)
 
 TAGS = ["O", "B-person", "I-person", "B-place", "I-place"]
 EXPERTS = {
@@ -119,16 +126,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
             "calibration": calibration.name,
             "test": {"path": test.name, "label": "label"},
         }
-    for name, model in {"base": base, **experts}.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    fields = {
-        "base": "base",
-        "tasks": tasks,
-        "coefficients": {"granularity": "tensor", "initial": 0.3},
-        "learning": {"steps": 2, "batch_size": 4, "copies": 1},
-        "export": {"orbax": False},
-    }
+    fields = save_suite(root, base, experts, tokenizer, tasks, copies=1)
     return Suite(root, fields, tokenizer, experts)
 
 
