@@ -228,7 +228,7 @@ class CompareMethods(RecipeCommand):
     answers = True
 
     methods: tuple[str, ...] = ("methods", "recipe")
-    """What to compare: merge methods, presets, recipe (learning as the recipe says), methods or
+    """Contenders: merge methods, presets, recipe (learning as the recipe says), methods or
     presets (all of them). With options in YAML: '{ties: {density: 0.3}}', of a preset or the recipe
     fields: '{recipe: {learning: {steps: 50}}}'. Of a list of numbers, '{dare: {coefficient: [0.2,
     0.4]}}', validation data choose one."""

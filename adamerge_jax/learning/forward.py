@@ -53,7 +53,7 @@ def forward_with_heads(
             kept: those of a language model are the largest arrays of a step.
         embeds: True if the heads give a sentence embedder's embeddings in place of logits.
     """
-    others = np.array([[t for t in range(len(heads)) if t != own] for own in range(len(heads))])
+    others = np.array([[o for o in range(len(heads)) if o != task] for task in range(len(heads))])
 
     def forward(
         parameters: PyTree, head_parameters: PyTree, inputs: PyTree
@@ -67,10 +67,10 @@ def forward_with_heads(
         )
 
         def of_task(
-            head: Network, stored: PyTree, own: PyTree, task: Any, rest: Any
+            head: Network, stored: PyTree, of_examples: PyTree, task: Any, rest: Any
         ) -> TaskOutputs:
             complete = complete_head(head, stored, parameters)
-            task_outputs, task_states, task_mask = own
+            task_outputs, task_states, task_mask = of_examples
             logits_of_others = None
             if logits_again:
                 logits = partial(head, complete, task_outputs)
@@ -89,8 +89,8 @@ def forward_with_heads(
             )
 
         def of_one(task: int) -> TaskOutputs:
-            own = jax.tree.map(lambda array: array[task], by_task)
-            return of_task(heads[task], head_parameters[task], own, task, others[task])
+            of_examples = jax.tree.map(lambda array: array[task], by_task)
+            return of_task(heads[task], head_parameters[task], of_examples, task, others[task])
 
         def of_group(tasks: tuple[int, ...]) -> TaskOutputs:
             if len(tasks) == 1:

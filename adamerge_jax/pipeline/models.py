@@ -324,15 +324,15 @@ def _architecture(base: Checkpoint, located: Mapping[str, _Located]) -> str | No
 
 def _auto_classes(base: Checkpoint, located: Mapping[str, _Located]) -> dict[str, str | None]:
     """Returns by task the `transformers` class of an expert with another head than of classes."""
-    found = {}
+    auto_classes = {}
     for task, expert in located.items():
         if is_adapter(expert.folder):
             with in_hand(expert.source.path):
                 fields = read_adapter_config(expert.folder, f"{expert.role} ({expert.path})")
-            found[task] = TASK_TYPES.get(str(fields.get("task_type")))
+            auto_classes[task] = TASK_TYPES.get(str(fields.get("task_type")))
         else:
-            found[task] = auto_class_of(_classes(base, expert))
-    return found
+            auto_classes[task] = auto_class_of(_classes(base, expert))
+    return auto_classes
 
 
 def _has_heads(family: Family) -> bool:

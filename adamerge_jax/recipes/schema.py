@@ -374,8 +374,8 @@ class LearningRecipe(Section):
     """Equal parts in which a step runs its batch, one after the other: less memory for activations,
     the same coefficients."""
     mix: Literal["step", "part"] = "step"
-    """How often weights are mixed where there are several microbatches: once a step, which reads
-    the task vectors twice and holds the merged model and its gradient; or in every part, layer by
+    """The mixing of weights where there are several microbatches: once a step, which reads the
+    task vectors twice and holds the merged model and its gradient; or in every part, layer by
     layer, which holds neither. LoRA factors are used in every part, and so are parameters that are
     split among devices."""
     examples: Whole | None = Field(default=None, ge=2, le=10**9)
@@ -414,8 +414,8 @@ class EvaluationRecipe(Section):
     methods: list[MethodRecipe] = []
     """Merges without learning that have a row of their own in the table."""
     exact_match: bool | None = None
-    """Whether language models write answers to the prompts of the test data, which are compared
-    with the responses; by default where the median response has at most 16 tokens."""
+    """True if language models are to write answers to the prompts of the test data, which are
+    compared with the responses; by default where the median response has at most 16 tokens."""
     max_new_tokens: Count = 64
     """Largest number of tokens of such an answer, which may be short of a response: that is then
     wrong."""
