@@ -108,7 +108,7 @@ def require_possible(
         InputError: With the first such field, its value, and the values that are possible.
     """
     rows = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    for name, value in _all_fields(fields):
+    for name, value in _all_fields(_without_absent_window(fields)):
         if value is None:
             continue  # a default, or nothing of the kind
         field = name.rpartition(".")[2]
@@ -212,6 +212,16 @@ def _all_fields(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[s
         yield before + name, value
         if isinstance(value, dict) and name.endswith(_PART_ENDINGS) and name not in _NO_PARTS:
             yield from _all_fields(value, f"{before}{name}.")
+
+
+def _without_absent_window(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns fields without a `sliding_window` of 0, as a Qwen2-MoE that has none is saved."""
+    is_absent = fields.get("sliding_window") == 0 and fields.get("use_sliding_window") is False
+    return {
+        name: _without_absent_window(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if not (is_absent and name == "sliding_window")
+    }
 
 
 def _expected(field: str, value: Any) -> str | None:

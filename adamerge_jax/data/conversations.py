@@ -75,19 +75,32 @@ def conversations(
         with_end: True to predict what the template puts behind a response, too.
 
     Raises:
-        InputError: The tokenizer cannot tell the tokens of responses, a row is no conversation, or
-            the template does not write it.
+        InputError: The tokenizer cannot tell the tokens of responses, a row is no conversation or
+            holds images, or the template does not write it.
     """
     require_offsets(tokenizer, table.name)
     sequences = []
     for row, messages in enumerate(table.rows[table.source.messages]):
         where = f"{table.name}: {table.source.path}, row {row}"
+        _require_texts(messages, where)
         marked = mark_responses(messages, where, table.source, tokenizer, with_end=with_end)
         encoded = encode(
             tokenizer, [marked.text], where, add_special_tokens=False, return_offsets_mapping=True
         )
         sequences.append(marked.tokens(encoded["input_ids"][0], encoded["offset_mapping"][0]))
     return sequences
+
+
+def _require_texts(messages: Any, where: str) -> None:
+    """Refuses a conversation with images, which a chat template would leave out."""
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, dict) and part.get("type") in ("image", "image_url", "video"):
+                raise InputError(
+                    f"{where}: a message holds a part of type {part['type']!r}, and this model is "
+                    "learned from texts alone; leave the row out"
+                )
 
 
 def require_offsets(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -149,6 +149,8 @@ class Family:
             head gives embeddings in place of logits.
         embedding_backbone: Makes the backbone of sentence embedders, where that lacks a part.
         images: The images that a language model reads among its tokens; None if it reads none.
+        blind: The reason for which a model that reads images among its tokens is learned from texts
+            alone; None for others.
         output_layer: The name of a language model's output layer, where it is not the embedding
             table.
         further_heads: The heads of other `transformers` classes of such models than `auto_class`,
@@ -177,6 +179,7 @@ class Family:
     embeds: EmbeddingForm | None = None
     embedding_backbone: Callable[[Config, Rematerialize], nnx.Module] | None = None
     images: ImagesInText | None = None
+    blind: str | None = None
     output_layer: str = OUTPUT_LAYER
     further_heads: Mapping[str, HeadForm] = dataclasses.field(default_factory=dict)
     reads_choices: bool = False

@@ -101,9 +101,15 @@ class Models:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on tensors that are not read as they lie in files, each with its model."""
+        """Sentences on what is not read as it lies in files, each with its model."""
         models = (self.base, *self.experts.values())
-        return [f"{model.role}: {note}" for model in models for note in model.checkpoint.notes]
+        notes = [f"{model.role}: {note}" for model in models for note in model.checkpoint.notes]
+        if self.family.blind is not None:
+            notes.append(
+                "base: coefficients are learned from texts alone, as its images cannot be read: "
+                f"{self.family.blind}"
+            )
+        return notes
 
     @property
     def config(self) -> PretrainedConfig:

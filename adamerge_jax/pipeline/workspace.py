@@ -437,7 +437,8 @@ def _image_shape(family: Family, checkpoint: Checkpoint) -> tuple[int, int, int]
     if not family.bridged:
         image = ImageGeometry.of(getattr(config, "vision_config", config))
         return image.channels, image.height, image.width
-    size = getattr(config, "image_size", None)
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None)
     if size is None:
         fields = read_object(checkpoint.folder / PROCESSOR_FILE)
         size = (fields.get("do_center_crop") and fields.get("crop_size")) or fields.get("size")
@@ -450,7 +451,7 @@ def _image_shape(family: Family, checkpoint: Checkpoint) -> tuple[int, int, int]
             f"{checkpoint.source}: neither image_size in its config.json nor size in its "
             f"{PROCESSOR_FILE} is the height and width of its images; add image_size"
         )
-    return getattr(config, "num_channels", 3), height, width
+    return getattr(vision, "num_channels", 3), height, width
 
 
 def _read_decoder_start(models: Models) -> int:

@@ -23,6 +23,7 @@ import os
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ from tiny_inputs import NoInputsError, tiny_inputs
 from tiny_models import NotMadeError, in_short, model_class, model_types, tiny_model
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.renamed import current_name
 from adamerge_jax.errors import InputError
+from adamerge_jax.models import family_of, is_known
 from adamerge_jax.pipeline.run import merge
 from adamerge_jax.recipes.loading import parse_recipe
 
@@ -187,8 +190,6 @@ def _tables(model_type: str) -> tuple[str, ...]:
     """Returns the tables in which the class of a type is looked up first."""
     from transformers import CONFIG_MAPPING
 
-    from adamerge_jax.models import family_of, is_known
-
     config = CONFIG_MAPPING[model_type]
     try:
         config = config()
@@ -223,7 +224,7 @@ def learn(model: Any) -> dict[str, Any]:
     try:
         outcome = learn_both(model, inputs)
     except (NotLearnedError, InputError) as error:
-        return {**names, "learns": f"refused: {' '.join(str(error).split())[:200]}"}
+        return {**names, "learns": f"refused: {' '.join(str(error).split())[:300]}"}
     except Exception as error:  # every failure is a row of the table
         return {**names, "learns": f"fails: {in_short(error)}"}
     is_equal = outcome["difference"] <= 1e-4 and outcome["moved"] > 1e-2
@@ -262,10 +263,12 @@ def _merge(model: Any, folder: Path) -> dict[str, Any]:
     checkpoint = out / "checkpoint"
     has_heads = (checkpoint / "tasks").is_dir()
     merged = [Checkpoint.open(checkpoint / "tasks" / t if has_heads else checkpoint) for t in TASKS]
+    is_outside = _outside_of_merge(model.config)
     wrong = [
         name
         for name in base.tensors
         if not all(_is_merged(name, base, experts, one) for one in merged)
+        and not (is_outside(name) and all(_is_kept(name, base, one) for one in merged))
         and not all(_is_kept(name, e, m) for e, m in zip(experts, merged, strict=True))
     ]
     reason = f"{wrong[0]} and {len(wrong) - 1} more differ" if wrong else "equal"
@@ -273,9 +276,10 @@ def _merge(model: Any, folder: Path) -> dict[str, Any]:
 
 
 def _is_merged(name: str, base: Checkpoint, experts: list[Checkpoint], merged: Checkpoint) -> bool:
-    if name not in merged.tensors:
+    written = name if name in merged.tensors else current_name(name)
+    if written not in merged.tensors:
         return False
-    before, after = base.read(name), merged.read(name)
+    before, after = base.read(name), merged.read(written)
     if before.dtype.kind in "iub":
         return np.array_equal(before, after)
     start = before.astype(np.float64)
@@ -284,8 +288,15 @@ def _is_merged(name: str, base: Checkpoint, experts: list[Checkpoint], merged: C
     return bool(np.abs(after - expected).max(initial=0) <= TOLERANCE * largest)
 
 
+def _outside_of_merge(config: Any) -> Callable[[str], bool]:
+    """Returns the test for names that are no part of a merge: all but the images' of a CLIP."""
+    if not (is_known(config) and family_of(config).auto_class is None):
+        return lambda name: False
+    return lambda name: not name.startswith(("vision_model.", "visual_projection."))
+
+
 def _is_kept(name: str, expert: Checkpoint, merged: Checkpoint) -> bool:
-    """Returns True for a tensor of a head, of which each task's model has its own."""
+    """Returns True for a tensor of one model that the merge has too."""
     if name not in merged.tensors:
         return False
     return np.array_equal(expert.read(name), merged.read(name))

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from tiny_inputs import Inputs
+from tiny_inputs import Inputs, texts_of
 from torch.func import functional_call
 from torch.utils import _pytree
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from adamerge_jax.coefficients.granularities import constant, tensor
+from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import mix
 from adamerge_jax.models import family_of, is_known
 from adamerge_jax.models.bridge.family import kind_of
@@ -65,6 +66,8 @@ class InJax(NamedTuple):
 def learn(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
     """Learns by JAX and by PyTorch, and returns the way, the difference and the seconds.
 
+    Where recipes refuse the model, `recipe` is their reason.
+
     Raises:
         NotLearnedError: PyTorch's own loop cannot run, or says nothing.
         InputError: The package refuses the model.
@@ -74,8 +77,7 @@ def learn(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
         read = model.get_image_features
         model.forward = lambda **images: (read(**images).pooler_output,)
         inputs = {"pixel_values": inputs["pixel_values"]}
-    module = Reference(model, inputs)
-    in_jax = _in_jax(model, inputs, module)
+    module, in_jax, refusal = _in_jax(model, inputs)
     deltas = module.deltas(
         {name for n, shape in in_jax.shapes.items() for name in tensors_of(n, shape)}
     )
@@ -89,6 +91,8 @@ def learn(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
     difference = max(float(np.abs(rows[name] - row).max()) for name, row in expected.items())
     moved = max(float(np.abs(row - START).max()) for row in expected.values())
     return {
+        **({} if refusal is None else {"recipe": refusal}),
+        "inputs": sorted(in_jax.inputs),
         "way": in_jax.way,
         "difference": difference,
         "moved": round(moved, 4),
@@ -241,11 +245,31 @@ def _leaves(result: Any) -> list[Any]:
     return _pytree.tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
 
 
-def _in_jax(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJax:
+def _in_jax(model: PreTrainedModel, inputs: Inputs) -> tuple[Reference, InJax, str | None]:
+    """Returns the model as PyTorch and as JAX run it, and the reason for which recipes refuse it.
+
+    A model that recipes learn from texts alone gets no images. A model that they refuse is run
+    whole.
+    """
+    refusal = None
     architecture = type(model).__name__
     if is_known(model.config) or kind_of(model.config, architecture) is not None:
-        family = family_of(model.config, architecture)
-        return _by_family(family, model, inputs, reference)
+        try:
+            family = family_of(model.config, architecture)
+            given = texts_of(model) if family.blind is not None else inputs
+            reference = Reference(model, given)
+            return reference, _by_family(family, model, given, reference), None
+        except (InputError, NotLearnedError) as error:
+            refusal = " ".join(str(error).split())
+    reference = Reference(model, inputs)
+    try:
+        return reference, _whole(model, inputs, reference), refusal
+    except Exception as error:
+        raise error if refusal is None else NotLearnedError(refusal) from error
+
+
+def _whole(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJax:
+    """Returns a model whose whole forward is run by the bridge."""
     runnable = copy.deepcopy(model)
     runnable.set_experts_implementation("batched_mm")
     bridged = TorchModel(runnable, "nothing")
@@ -258,12 +282,13 @@ def _in_jax(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJ
 
     given = {name: _array(name, value) for name, value in inputs.items()}
     arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+    jax.eval_shape(forward, bridged.weights.shapes, {}, arrays)
     return InJax("whole", shapes, forward, {}, arrays)
 
 
 def _array(name: str, value: torch.Tensor) -> np.ndarray | torch.Tensor:
     """Returns an input as an array, but for sizes, which are known as a function is compiled."""
-    if name in ("image_grid_thw", "image_sizes"):
+    if name in ("image_grid_thw", "grid_thw", "image_sizes", "spatial_shapes"):
         return value
     return value.numpy() if value.is_floating_point() else value.numpy().astype(np.int32)
 

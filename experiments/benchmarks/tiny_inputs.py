@@ -40,6 +40,11 @@ def tiny_inputs(model: PreTrainedModel) -> Inputs:
     raise NoInputsError(reason or f"no rule for {model.main_input_name}")
 
 
+def texts_of(model: PreTrainedModel) -> Inputs:
+    """Returns texts for a model that could read more."""
+    return _texts(model, inspect.signature(model.forward).parameters)
+
+
 def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
     """Yields inputs: with images before without, sounds in both layouts, texts alone at last."""
     arguments = inspect.signature(model.forward).parameters
@@ -65,6 +70,12 @@ def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
             ended[:, -1] = end
             yield {**texts, "input_ids": ended}
     yield from _hidden_states(model, arguments)
+    if "grid_thw" in arguments:
+        yield from _patches_alone(model, arguments)
+    if "flattened_patches" in arguments:
+        yield from _flattened(model, texts)
+    if "spatial_shapes" in arguments:
+        yield from _shaped(model)
 
 
 def _texts(model: PreTrainedModel, arguments: Any, tokens: int = TOKENS) -> Inputs:
@@ -81,8 +92,9 @@ def _texts(model: PreTrainedModel, arguments: Any, tokens: int = TOKENS) -> Inpu
     }
     usable = torch.tensor([n for n in range(largest) if n not in special] or [0])
     texts: Inputs = {}
-    for name in ("input_ids", "decoder_input_ids"):
-        is_read = name in arguments and (name == "input_ids" or _is_encoder_decoder(model))
+    for name in ("input_ids", "decoder_input_ids", "qformer_input_ids"):
+        is_decoders = name == "decoder_input_ids"
+        is_read = name in arguments and (not is_decoders or _is_encoder_decoder(model))
         if is_read:
             drawn = torch.randint(len(usable), (ROWS, tokens), generator=generator)
             texts[name] = usable[drawn]
@@ -122,8 +134,14 @@ def _first(config: Any, *names: str) -> Any:
     return None
 
 
+_IMAGE_TOKENS = (
+    *("image_token_id", "image_token_index", "media_placeholder_token_id"),
+    *("video_token_id", "video_token_index"),
+)
+
+
 def _image_token(config: Any) -> int | None:
-    token = _first(config, "image_token_id", "image_token_index", "media_placeholder_token_id")
+    token = _first(config, *_IMAGE_TOKENS)
     return token if isinstance(token, int) else None
 
 
@@ -201,6 +219,49 @@ def _patched_images(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
             pixels = torch.randn(patches, *shape, generator=generator)
             images = {"pixel_values": pixels, "image_grid_thw": grid}
             yield from _with_image_tokens(model, arguments, images, count=4)
+
+
+def _patches_alone(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
+    """Yields the patches of images, which a tower of Qwen2-VL's kind reads."""
+    import torch
+
+    config = model.config
+    side, frames = getattr(config, "patch_size", 14), getattr(config, "temporal_patch_size", 1)
+    merged = getattr(config, "spatial_merge_size", 2)
+    grid = torch.tensor([[1, 2 * merged, 2 * merged]] * ROWS)
+    channels = _first(config, "in_channels", "in_chans", "num_channels") or 3
+    generator = torch.Generator().manual_seed(1)
+    for name in ("hidden_states", "pixel_values"):
+        for shape in ((channels * frames * side * side,), (channels, side, side)):
+            if name in arguments:
+                pixels = torch.randn(int(grid.prod(-1).sum()), *shape, generator=generator)
+                yield {name: pixels, "grid_thw": grid}
+
+
+def _flattened(model: PreTrainedModel, texts: Inputs) -> Iterator[Inputs]:
+    """Yields patches with their rows and columns, as a Pix2Struct reads them."""
+    import torch
+
+    width = _first(model.config, "patch_embed_hidden_size") or 768
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(ROWS, 16, width, generator=generator)
+    places = torch.cartesian_prod(torch.arange(1.0, 5.0), torch.arange(1.0, 5.0))
+    patches = torch.cat([places.expand(ROWS, 16, 2), pixels], dim=-1)
+    yield {**texts, "flattened_patches": patches}
+
+
+def _shaped(model: PreTrainedModel) -> Iterator[Inputs]:
+    """Yields patches of images with their numbers of rows and columns, as in SigLIP 2."""
+    import torch
+
+    side = _first(model.config, "patch_size")
+    side = side if isinstance(side, int) else 16
+    generator = torch.Generator().manual_seed(1)
+    yield {
+        "pixel_values": torch.randn(ROWS, 16, 3 * side * side, generator=generator),
+        "pixel_attention_mask": torch.ones(ROWS, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]] * ROWS),
+    }
 
 
 def _sounds(config: Any, name: str) -> Iterator[torch.Tensor]:

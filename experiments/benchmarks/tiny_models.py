@@ -84,7 +84,7 @@ _TABLES = {
     **dict.fromkeys(
         (
             *("vocab_size", "vocab_size_per_layer_input", "n_vocab", "text_vocab_size"),
-            "encoder_hash_byte_group_vocab",
+            *("encoder_hash_byte_group_vocab", "unpadded_vocab_size"),
         ),
         _VOCABULARY,
     ),
@@ -99,7 +99,7 @@ _TABLES = {
 
 _LISTS_BY_LAYER = re.compile(
     r"(layer|layers_block|mlp_layer|indexer|block)_types?|no_rope_layers|layers_block_type"
-    r"|out_features|out_indices|stage_names|layer_rope_theta"
+    r"|out_features|out_indices|stage_names|layer_rope_theta|per_layer_config"
 )
 """Fields with an entry for each layer, which a config makes anew for fewer layers."""
 
@@ -110,8 +110,31 @@ _DEPTHS = (
 _COEFFICIENTS = {"depth_coefficient": 0.3, "width_coefficient": 0.25}
 """Factors of depths and widths."""
 
-_ABSENT = {"vocab_size": _VOCABULARY, "prediction_length": 4, "n_routed_experts": 8}
-"""Numbers of fields whose default is None, which their architectures refuse."""
+_ABSENT = {
+    **{"vocab_size": _VOCABULARY, "prediction_length": 4, "n_routed_experts": 8},
+    **{"num_experts_per_tok": 2, "rope_theta": 1e4, "default_language": "en_XX"},
+}
+"""Values of fields whose default is None, which their architectures refuse."""
+
+_OF_TYPES: dict[str, dict[str, Any]] = {
+    "aria": {
+        "vision_config.image_size": 56,
+        "vision_config.patch_size": 14,
+        "projector_patch_to_query_dict": {16: 4},
+    },
+    "aya_vision": {"vision_config.image_size": 56, "vision_config.patch_size": 14},
+    "blip-2": {"image_token_index": 99},
+    "gemma3": {"vision_config.image_size": 256},
+    "idefics3": {"vision_config.image_size": 64, "vision_config.patch_size": 8},
+    "instructblip": {"image_token_index": 99},
+    "instructblipvideo": {"video_token_index": 99},
+    "kimi_k25": {"vision_config.hidden_size": 64},
+    "mamba2": {"num_heads": 8},
+    "shieldgemma2": {"vision_config.image_size": 256},
+    "smolvlm": {"vision_config.image_size": 64, "vision_config.patch_size": 8},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+}
+"""Values by dotted name and type, of sizes that depend on one another."""
 
 _DIVISOR = "*"
 """The entry of settings whose value divides all widths that have no setting of their own."""
@@ -261,6 +284,13 @@ def tiny_config(model_type: str, settings: Mapping[str, Any] = _SHRINKAGES[0]) -
 
     config_class = CONFIG_MAPPING[model_type]
     fields = _shrunk(config_class().to_dict(), settings)
+    if "hidden_size" in settings:
+        for name, value in _OF_TYPES.get(model_type, {}).items():
+            *parts, field = name.split(".")
+            holder = fields
+            for part in parts:
+                holder = holder[part]
+            holder[field] = value
     config = config_class.from_dict(fields, attn_implementation="eager")
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
@@ -285,11 +315,15 @@ def _shrunk(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     small = dict(_shrunk_fields(fields, settings))
     if shrinks_layers:
         small = {name: value for name, value in small.items() if not _is_by_layer(name, value)}
+        layers = fields.get("num_hidden_layers")
+        for name, value in small.items():  # an entry for each layer of any other name
+            if isinstance(value, list) and len(value) == layers:
+                small[name] = value[: settings["num_hidden_layers"]]
     return small
 
 
 def _is_by_layer(name: str, value: Any) -> bool:
-    return isinstance(value, list) and _LISTS_BY_LAYER.fullmatch(str(name)) is not None
+    return isinstance(value, list | dict) and _LISTS_BY_LAYER.fullmatch(str(name)) is not None
 
 
 def _shrunk_fields(

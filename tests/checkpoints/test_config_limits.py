@@ -294,3 +294,13 @@ def test_the_number_of_positions_of_other_architectures_may_be_written_as_1200_0
             require_possible(other, "config.json", {}, usual=False)
     with pytest.raises(InputError, match=r"is 1200\.0; expected a whole number"):
         require_possible(fields, "config.json", {})
+
+
+def test_a_model_without_windows_may_be_saved_with_a_window_of_0():
+    """As a Qwen2-MoE is."""
+    without = {"use_sliding_window": False, "sliding_window": 0}
+    for fields in (without, {"text_config": without}):
+        require_possible(fields, "config.json", {})
+    for wrong in ({"sliding_window": 0}, without | {"use_sliding_window": True}):
+        with pytest.raises(InputError, match="sliding_window is 0; expected a whole number"):
+            require_possible(wrong, "config.json", {})

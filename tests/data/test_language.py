@@ -394,6 +394,7 @@ def test_a_template_that_rewrites_earlier_turns():
         ([], r"it holds \[\]"),
         (None, "it holds None"),
         ([{"role": "judge", "content": "no"}], "row 0: .*cannot write .*: nobody is called judge"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "row 0: .* a part of type 'image'"),
     ],
 )
 def test_what_is_no_conversation(messages, message):

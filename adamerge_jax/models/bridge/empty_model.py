@@ -34,8 +34,9 @@ def empty_model(auto_class: str, config: Config, **options: Any) -> PreTrainedMo
             config, attn_implementation="eager", **options
         )
     # Some classes are called after the part of a larger model that they are.
-    if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
-        model.base_model_prefix = "model"
+    parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
+    if model.base_model is model and len(parts) == 1:
+        model.base_model_prefix = parts[0]
     return model.eval().requires_grad_(False)
 
 

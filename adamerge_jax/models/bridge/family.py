@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.models.bridge.body import AllButLastLayer, BaseModel, Body, bodies_of
 from adamerge_jax.models.bridge.empty_model import empty_encoder, empty_model
-from adamerge_jax.models.bridge.images import TorchImages
+from adamerge_jax.models.bridge.images import TorchImages, image_shape
 from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.choices import ChoicesBackbone
@@ -166,17 +167,17 @@ def _heads_beside(family: Family, config: Config, auto_class: str) -> HeadForm:
     """
     make_empty = partial(empty_model, auto_class)
     model = make_empty(config)
-    backbone = TorchBackbone(model, "nothing", language=False)
+    backbone = TorchBackbone(BaseModel(model), "nothing", language=False)
     if backbone.shapes != family.build_backbone(config, "nothing").shapes:
         raise InputError(
             f"config.json: a {type(model).__name__} has another backbone than the models of "
             f"{family.auto_class} beside it; learn them in recipes of their own"
         )
     other = dataclasses.replace(
-        family, auto_class=auto_class, head=lambda config: TorchHead(make_empty(config))
+        family, auto_class=auto_class, head=lambda config: TorchHead(BaseModel(make_empty(config)))
     )
     _require_runnable(other, config, has_head=True)
-    return HeadForm(other.head, _last_layer(model))
+    return HeadForm(other.head, _last_layer(BaseModel(model)))
 
 
 def bridged_encoder(config: Config) -> Family:
@@ -214,26 +215,71 @@ def _family(
     *,
     has_head: bool = True,
 ) -> BridgedFamily:
-    """Returns the family of models that a function makes without values, if they run in JAX."""
+    """Returns the family of models that a function makes without values, if they run in JAX.
+
+    A model that reads images among its tokens, and in which they cannot be read in JAX, is one of
+    texts alone.
+    """
     torch_in_jax()
     model = make_empty(config)
-    if has_head and model.base_model is model:
+    ways = bodies_of(model) if has_head else [BaseModel]
+    if not ways:
         raise InputError(
             f"config.json: a {type(model).__name__} has no part that ends before its output layer, "
             f"so that its coefficients cannot be learned; {_STILL_FOLDS}"
         )
+    refusals = []
+    of_texts = [_of_texts(kind, config)] if kind.images else []
+    for chosen in (kind, *of_texts):
+        for way in ways:
+            try:
+                family = _family_of_body(chosen, way, make_empty, model)
+                _require_runnable(family, config, has_head=has_head)
+            except InputError as refusal:
+                refusals.append(refusal)
+                continue
+            if kind.images and not chosen.images:
+                return dataclasses.replace(family, blind=_cause_of(refusals[0]))
+            return family
+    raise refusals[0]
+
+
+def _cause_of(refusal: InputError) -> str:
+    """Returns the cause of a refusal, without what is still possible."""
+    return str(refusal).removeprefix("config.json: ").removesuffix(f"; {_STILL_FOLDS}")
+
+
+def _of_texts(kind: Kind, config: Config) -> Kind:
+    """Returns a kind of models that read images among tokens, without images."""
+    names = _TEXT[:2]
+    if config.is_encoder_decoder:
+        names += tuple(f"decoder_{name}" for name in names)
+    return kind._replace(images=False, inputs=names)
+
+
+def _family_of_body(
+    kind: Kind,
+    way: type[BaseModel] | type[AllButLastLayer],
+    make_empty: Callable[[Config], PreTrainedModel],
+    model: PreTrainedModel,
+) -> BridgedFamily:
+    """Returns the family of models that are divided in one way."""
     images = TorchImages(model) if kind.images else None
-    reads = TorchBackbone(model, "nothing", language=kind.language).inputs
+    body = way(model)
+    reads = TorchBackbone(body, "nothing", language=kind.language).inputs
     if kind.inputs[0] not in reads:
         raise InputError(
             f"config.json: the base model of a {type(model).__name__} reads no {kind.inputs[0]}, "
             f"so that its coefficients cannot be learned; {_STILL_FOLDS}"
         )
-    family = BridgedFamily(
+    last = None
+    if not kind.language:
+        last = _last_layer(body, 1 if kind.auto_class == MULTIPLE_CHOICE else None)
+    return BridgedFamily(
         backbone=lambda config, rematerialize: TorchBackbone(
-            make_empty(config), rematerialize, language=kind.language, images=images
+            way(make_empty(config)), rematerialize, language=kind.language, images=images
         ),
-        head=lambda config: TorchHead(make_empty(config)),
+        head=lambda config: TorchHead(way(make_empty(config))),
         prefixes=(f"{model.base_model_prefix}.",),
         inputs=tuple(name for name in kind.inputs if name in reads),
         max_tokens=lambda config: None if kind.inputs[0] != "input_ids" else _longest(model),
@@ -241,15 +287,11 @@ def _family(
         auto_class=kind.auto_class,
         ignored=lambda config: _not_merged(model),
         reads_choices=kind.auto_class == MULTIPLE_CHOICE,
-        last_layer=_last_layer(model, 1 if kind.auto_class == MULTIPLE_CHOICE else None)
-        if has_head and not kind.language
-        else None,
+        last_layer=last,
         language=kind.language,
         bridged=True,
         images=images,
     )
-    _require_runnable(family, config, has_head=has_head)
-    return family
 
 
 _STILL_FOLDS = (
@@ -281,20 +323,19 @@ def _not_merged(model: PreTrainedModel) -> tuple[str, ...]:
     return ("*.position_ids", "*.inv_freq", "*.attn.bias", "*.attn.masked_bias", *counters)
 
 
-def _last_layer(model: PreTrainedModel, outputs: int | None = None) -> LastLayer | None:
+def _last_layer(body: Body, outputs: int | None = None) -> LastLayer | None:
     """Returns the last linear layer with an output for each class; None without a bias.
 
     Args:
-        model: The model.
+        body: The body of a model.
         outputs: The outputs of that layer, where there is not one for each class.
     """
-    body = {id(module) for module in model.base_model.modules()}
     last = None
-    for name, module in model.named_modules():
+    for name, module in body.model.named_modules():
         if (
             isinstance(module, torch.nn.Linear)
-            and id(module) not in body
-            and module.out_features == (outputs or model.config.num_labels)
+            and not body.has(name)
+            and module.out_features == (outputs or body.model.config.num_labels)
             and module.bias is not None
         ):
             last = LastLayer(f"{name}.weight", f"{name}.bias")
@@ -305,29 +346,30 @@ def _require_runnable(family: Family, config: Config, *, has_head: bool) -> None
     """Refuses a model with an operation that JAX does not have; nothing is computed."""
     backbone = family.build_backbone(config, "nothing")
     head = family.build_head(config, CHOICES if family.reads_choices else CLASSES)
-    if isinstance(family.images, TorchImages):
-        inputs = family.images.example(2, 8)
-    elif family.inputs[0] == "input_ids":
-        shape = (2, 3, 8) if family.reads_choices else (2, 8)
-        inputs = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in family.inputs}
-    else:
-        size = getattr(config, "image_size", 32)
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        of_images = (2, getattr(config, "num_channels", 3), *sides)
-        inputs = {"pixel_values": jax.ShapeDtypeStruct(of_images, jnp.float32)}
 
     def run(parameters: Any, head_parameters: Any, inputs: Any) -> Any:
         outputs = backbone(parameters, inputs)
         return head({**parameters, **head_parameters}, outputs) if has_head else outputs
 
     try:
-        jax.eval_shape(run, backbone.shapes, head.shapes, inputs)
+        jax.eval_shape(run, backbone.shapes, head.shapes, _example(family, config))
     # PyTorch's code for a model may raise anything.
     except Exception as error:
         raise InputError(
             f"config.json: model_type {config.model_type!r} has no family here, and its PyTorch "
             f"forward cannot run in JAX: {_operation_of(error)}; {_STILL_FOLDS}"
         ) from error
+
+
+def _example(family: Family, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch."""
+    if isinstance(family.images, TorchImages):
+        return family.images.example(2, 8)
+    if family.inputs[0] == "input_ids":
+        shape = (2, 3, 8) if family.reads_choices else (2, 8)
+        return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in family.inputs}
+    of_images = (2, *image_shape(config, 32))
+    return {"pixel_values": jax.ShapeDtypeStruct(of_images, jnp.float32)}
 
 
 def _operation_of(error: Exception) -> str:

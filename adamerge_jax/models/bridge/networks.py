@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adamerge_jax.mixing import Lazy
+from adamerge_jax.models.bridge.body import Body, BodyOutput
 from adamerge_jax.models.bridge.images import TOKENS, TorchImages
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.bridge.torch_model import TorchModel
@@ -29,27 +28,27 @@ class TorchBackbone(Network):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        body: Body,
         rematerialize: Rematerialize,
         *,
         language: bool,
         images: TorchImages | None = None,
     ):
-        """Keeps the parameters under `model.base_model`, or all of a language model.
+        """Keeps the parameters of the body, or all of a language model.
 
         Args:
-            model: A model with a head, without values.
+            body: The body of a model without values.
             rematerialize: The values that the backward pass computes again.
             language: True for a language model, whose output layer is merged.
             images: The images of a language model that reads some.
         """
         self._images = images
-        self._torch = TorchModel(model, rematerialize)
-        self._body = model.base_model
-        in_head = set() if language else _names_of_head(model, self._torch)
+        self._torch = TorchModel(body.model, rematerialize)
+        self._body = body
+        in_head = set() if language else _names_of_head(body, self._torch)
         shapes = self._torch.weights.shapes
         self.shapes = {name: leaf for name, leaf in shapes.items() if name not in in_head}
-        self.inputs = tuple(inspect.signature(type(self._body).forward).parameters)
+        self.inputs = tuple(inspect.signature(type(body.module).forward).parameters)
 
     def __call__(
         self,
@@ -59,9 +58,10 @@ class TorchBackbone(Network):
     ) -> Outputs:
         """Runs the model without its head."""
         if self._images is None:
-            given, forward, of_tokens = inputs, self._body.forward, dict(inputs)
+            given, forward, of_tokens = inputs, self._body.module.forward, dict(inputs)
         else:
-            given, forward = self._images.arguments(inputs), self._images.forward(self._body)
+            given = self._images.arguments(inputs)
+            forward = self._images.forward(self._body.module)
             # A head of tokens has no use for images.
             of_tokens = {name: array for name, array in inputs.items() if name in TOKENS}
         arguments: dict[str, Any] = {
@@ -69,7 +69,11 @@ class TorchBackbone(Network):
         }
         if hidden_states:
             arguments["output_hidden_states"] = True
-        result = self._torch.call(parameters, forward, arguments)
+
+        def run(**arguments: Any) -> Any:
+            return self._body.run(forward, arguments)
+
+        result = self._torch.call(parameters, run, arguments)
         pooled = getattr(result, "pooler_output", None)
         states = None
         if hidden_states:
@@ -92,67 +96,32 @@ class TorchHead(Network):
         of_body: The names of the parameters that the base model has.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        """Keeps the parameters outside of `model.base_model`, and what they are tied to.
+    def __init__(self, body: Body):
+        """Keeps the parameters outside of the body, and what they are tied to.
 
         Args:
-            model: A model with a head, without values.
+            body: The body of a model without values.
         """
-        self._torch = TorchModel(model, "nothing")
-        self._body = model.base_model
-        names = _names_of_head(model, self._torch)
+        self._torch = TorchModel(body.model, "nothing")
+        self._body = body
+        names = _names_of_head(body, self._torch)
         self.shapes = {name: self._torch.weights.shapes[name] for name in names}
-        self.of_body = _names_of_body(model, self._torch)
-        self._reads = inspect.signature(type(model).forward).parameters
+        self.of_body = frozenset(_names_under(body, self._torch, in_body=True))
 
     def __call__(self, parameters: Mapping[str, Array | Lazy], outputs: Outputs) -> Array:
         """Runs the head on the outputs of the backbone."""
         environment = torch_in_jax()
-        body = _BodyOutput(
+        output = BodyOutput(
             last_hidden_state=environment.j2t_iso(outputs.last_hidden_state),
             pooler_output=environment.j2t_iso(outputs.pooled),
         )
-        self._body.forward = lambda *arguments, **options: body
-        try:
-            inputs = {n: a for n, a in (outputs.inputs or {}).items() if n in self._reads}
-            result = self._torch.call(parameters, self._torch.model.forward, inputs)
-        finally:
-            del self._body.forward
-        return result.logits.jax().astype(jnp.float32)
+        inputs = {n: a for n, a in (outputs.inputs or {}).items() if n in self._body.reads}
 
+        def run(**arguments: Any) -> Any:
+            return self._body.run_head(output, arguments)
 
-class _BodyOutput(BaseModelOutputWithPooling):
-    """The output of a base model of any kind: what it does not have is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
-def _names_of_head(model: PreTrainedModel, network: TorchModel) -> list[str]:
-    """Returns the checkpoint's tensors that are read outside of the base model."""
-    body = {id(module) for module in model.base_model.modules()}
-    tied = model.all_tied_weights_keys
-    names: list[str] = []
-    for path, module in model.named_modules():
-        if id(module) in body:
-            continue
-        for key in (*module._parameters, *module._buffers):
-            name = f"{path}.{key}" if path else key
-            names.extend(network.weights.sources.get(tied.get(name, name), ()))
-    return list(dict.fromkeys(names))
-
-
-def _names_of_body(model: PreTrainedModel, network: TorchModel) -> frozenset[str]:
-    """Returns the checkpoint's tensors that the base model is made of."""
-    path = next(name for name, module in model.named_modules() if module is model.base_model)
-    return frozenset(
-        tensor
-        for parameter, tensors in network.weights.sources.items()
-        if parameter.startswith(f"{path}.")
-        for tensor in tensors
-    )
+        logits = self._torch.call(parameters, run, inputs)
+        return logits.jax().astype(jnp.float32)
 
 
 def _as_dtype_of(parameters: Mapping[str, Any], array: Array) -> Array:
@@ -161,3 +130,21 @@ def _as_dtype_of(parameters: Mapping[str, Any], array: Array) -> Array:
         return array
     leaf = jax.tree.leaves(parameters)[0]
     return array.astype(leaf.dtype)
+
+
+def _names_of_head(body: Body, network: TorchModel) -> list[str]:
+    """Returns the checkpoint's tensors that are read outside of the body."""
+    return _names_under(body, network, in_body=False)
+
+
+def _names_under(body: Body, network: TorchModel, *, in_body: bool) -> list[str]:
+    """Returns the checkpoint's tensors that modules read, inside the body or outside of it."""
+    tied = body.model.all_tied_weights_keys
+    names: list[str] = []
+    for path, module in body.model.named_modules():
+        if body.has(path) != in_body:
+            continue
+        for key in (*module._parameters, *module._buffers):
+            name = f"{path}.{key}" if path else key
+            names.extend(network.weights.sources.get(tied.get(name, name), ()))
+    return list(dict.fromkeys(names))

@@ -43,7 +43,7 @@ def _take_in_constants(environment: Any) -> None:
     from torch.utils import _pytree
     from torchax.tensor import Tensor
 
-    unwrap = environment.t2j_iso
+    unwrap, dispatch = environment.t2j_iso, environment.dispatch
 
     def take_in(value: Any) -> Any:
         return value if is_in_jax(value) else Tensor(environment.t2j_copy(value), environment)
@@ -51,7 +51,19 @@ def _take_in_constants(environment: Any) -> None:
     def unwrap_all(values: Any) -> Any:
         return unwrap(_pytree.tree_map_only(torch.Tensor, take_in, values))
 
+    def dispatch_indices(function: Any, types: Any, arguments: Any, options: Any = None) -> Any:
+        if function is torch.Tensor.__getitem__ and any(map(is_in_jax, _leaves(arguments[1]))):
+            arguments = (take_in(arguments[0]), *arguments[1:])
+        return dispatch(function, types, arguments, options)
+
     environment.t2j_iso = unwrap_all
+    environment.dispatch = dispatch_indices
+
+
+def _leaves(value: Any) -> list[Any]:
+    from torch.utils import _pytree
+
+    return _pytree.tree_leaves(value)
 
 
 def _stop_gradients(environment: Any) -> None:

@@ -81,3 +81,15 @@ def test_functions_with_a_backward_of_their_own_have_gradients():
             return environment.t2j_iso(total(environment.j2t_iso(x)))
 
     np.testing.assert_allclose(jax.grad(in_jax)(jnp.asarray(values)), leaf.grad, rtol=1e-6)
+
+
+def test_plain_tensors_are_indexed_by_those_that_jax_computes():
+    environment = torch_in_jax()
+    sizes = torch.tensor([[1, 4, 6], [1, 2, 8]])
+
+    @jax.jit
+    def look_up(rows):
+        with environment:
+            return environment.t2j_iso(sizes[environment.j2t_iso(rows), 1])
+
+    np.testing.assert_array_equal(look_up(jnp.array([1, 0, 1])), [2, 4, 2])
