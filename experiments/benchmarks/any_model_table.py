@@ -19,12 +19,13 @@ _EXPLAINED = """\
   merge in float64.
 - **learn**: five steps of Adam give a PyTorch loop's coefficients within 1e-4. **own**: by our own
   family. **bridge**: by the model's own PyTorch forward, as `adamerge learn` does it. **whole**: by
-  the same bridge, in classes for which recipes have no kind yet; the Python API alone learns them.
+  the same bridge, in classes for which recipes have no kind yet, and of models that recipes refuse;
+  the Python API alone learns them.
 - **learn, of those made**: the three together.
 - A run that was interrupted goes on where it was. Types come at random, those that recipes can
   learn first, so that the types of an unfinished run are a sample of them.
-- Models that read images and texts are given both where a rule makes such inputs; the list says
-  which were given texts alone.
+- Models that read images and texts are given both where a rule makes such inputs and recipes take
+  images of this kind; the list says which were given texts alone.
 - A refusal may come from the tiny config, which is made by rule, and not from the type: the patches
   of its images may not fill the pieces that the model joins them to. Types that run in configs of
   their own are named in [Models without a family here](pytorch_forward.md) and
@@ -98,6 +99,8 @@ def page(results: Sequence[Result], count: int) -> list[str]:
     lines += _list("Do not fold", unequal, lambda result: result["folds"])
     others = [result for result in made if result["learns"] != "equal"]
     lines += _list("Do not learn", others, _reason)
+    refused = [result for result in learned if "recipe" in result]
+    lines += _list("Learned by the Python API alone", refused, lambda result: result["recipe"])
     absent = [result for result in results if not result.get("made")]
     lines += _list("Not made", absent, lambda result: result.get("reason", ""))
     lines += ["", "## Learn", ""]

@@ -43,7 +43,7 @@ def run(
         return
     for size in [arguments.size] if arguments.size else titles:
         table = Table(title=f"{titles[size]}; on {jax.devices()[0].device_kind}")
-        for column in ("", "ms/step", "times a", "peak GB", "times a"):
+        for column in ("", "ms/step", "times a", "CPU ms/step", "times a", "peak GB", "times a"):
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         first = None
         with Live(table, console=make_console(), refresh_per_second=1):
@@ -53,24 +53,28 @@ def run(
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 result = json.loads(output.splitlines()[-1])
                 first = first or result
-                table.add_row(
-                    variant,
-                    f"{1000 * result['seconds']:.1f}",
-                    f"{result['seconds'] / first['seconds']:.2f}",
-                    f"{result['peak'] / 1e9:.2f}",
-                    f"{result['peak'] / first['peak']:.2f}",
-                )
+                cells = []
+                for name, unit in (("seconds", 1e-3), ("processor_seconds", 1e-3), ("peak", 1e9)):
+                    cells.append(f"{result[name] / unit:.{2 if name == 'peak' else 1}f}")
+                    cells.append(f"{result[name] / first[name]:.2f}")
+                table.add_row(variant, *cells)
 
 
 def measure(step: Callable[[], object], repeats: int) -> dict[str, float]:
     """Median seconds of a step after a first one, and the peak memory in bytes.
 
-    The peak is the device's, or this process's where the device is the CPU.
+    Processor seconds are of this process alone: others beside it do not change them much. The peak
+    is the device's, or this process's where the device is the CPU.
     """
     step()
-    seconds = []
+    seconds, processor_seconds = [], []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         step()
         seconds.append(time.perf_counter() - started)
-    return {"seconds": float(np.median(seconds)), "peak": peak_memory_of_arrays()}
+        processor_seconds.append(time.process_time() - used)
+    return {
+        "seconds": float(np.median(seconds)),
+        "processor_seconds": float(np.median(processor_seconds)),
+        "peak": peak_memory_of_arrays(),
+    }

@@ -55,6 +55,7 @@ def test_the_page_counts_and_lists(scripts):
         {"type": "c", **both, **equal, "way": "bridge", "inputs": ["input_ids", "pixel_values"]},
         {"type": "d", **both, **equal, "way": "bridge", "inputs": ["input_ids"]},
         {"type": "e", "made": False, "modalities": ["image"], "reason": "9 M parameters"},
+        {"type": "j", **texts, **equal, "way": "whole", "recipe": "it has no body"},
         {"type": "f", **texts, **equal, "folds": "fails: /tmp/tmpi29_x8ab/x_y", "way": "whole"},
         *(
             table.timed_out({"type": name, "modalities": ["text", "audio"], **stages}, 120)
@@ -65,15 +66,17 @@ def test_the_page_counts_and_lists(scripts):
             }.items()
         ),
     ]
-    lines = table.page(results, count=13)
-    assert "| text | 3 | 3 | 2 | 1 | 0 | 1 | 2 (67%) |" in lines
+    lines = table.page(results, count=14)
+    assert "| text | 4 | 4 | 3 | 1 | 0 | 2 | 3 (75%) |" in lines
     assert "| image-text | 2 | 2 | 2 | 0 | 2 | 0 | 2 (100%) |" in lines
     assert "| other | 3 | 2 | 1 | 0 | 0 | 0 | 0 (0%) |" in lines
-    assert "| all | 9 | 7 | 5 | 1 | 2 | 1 | 4 (57%) |" in lines
+    assert "| all | 10 | 8 | 6 | 1 | 2 | 2 | 5 (62%) |" in lines
     assert "- `f`: fails: x\\_y" in lines
     assert "- `b`: by bridge, 2e-02 from PyTorch's" in lines
     for names in ("`g`", "`g`, `h`", "`i`"):  # do not fold, do not learn, are not made
         assert f"- {names}: no result within the time limit" in lines
+    place = lines.index("## Learned by the Python API alone")
+    assert lines[place + 2] == "- `j`: it has no body"
     assert "- `e`: 9 M parameters" in lines
     assert "- **bridge**: `c`, `d` (texts alone)" in lines
     assert any("The other 4 were not run." in line for line in lines)

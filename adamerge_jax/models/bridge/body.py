@@ -11,6 +11,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from adamerge_jax.errors import InputError
 
 
+class NotDividedError(InputError):
+    """A model that cannot be divided in this way."""
+
+
 class Body(Protocol):
     """A way to divide a model into a body, which is merged, and a head.
 
@@ -79,7 +83,7 @@ class BaseModel:
         """Runs the model's forward, in which the body gives this output.
 
         Raises:
-            InputError: The forward does not call the base model, but parts of it.
+            NotDividedError: The forward does not call the base model, but parts of it.
         """
         was_called = False
 
@@ -94,7 +98,7 @@ class BaseModel:
         finally:
             del self.module.forward
         if not was_called:
-            raise InputError("the forward of the whole model does not call its base model")
+            raise NotDividedError("the forward of the whole model does not call its base model")
         return result.logits
 
 
@@ -121,7 +125,7 @@ class AllButLastLayer:
         """Runs the model up to its last layer.
 
         Raises:
-            InputError: The output of the model is not that of the layer.
+            NotDividedError: The output of the model is not that of the layer.
         """
         features: list[torch.Tensor] = []
 
@@ -135,7 +139,7 @@ class AllButLastLayer:
         finally:
             del self._layer.forward
         if len(features) != 1 or result.logits is not features[0]:
-            raise InputError(f"the output of the model is not that of its layer {self._path}")
+            raise NotDividedError(f"the output of the model is not that of its layer {self._path}")
         return result
 
     def run_head(self, output: BodyOutput, arguments: Mapping[str, Any]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from adamerge_jax.errors import InputError, in_one_line
-from adamerge_jax.models.bridge.body import AllButLastLayer, BaseModel, Body, bodies_of
+from adamerge_jax.models.bridge.body import (
+    AllButLastLayer,
+    BaseModel,
+    Body,
+    NotDividedError,
+    bodies_of,
+)
 from adamerge_jax.models.bridge.empty_model import empty_encoder, empty_model
 from adamerge_jax.models.bridge.images import TorchImages, image_shape
 from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
@@ -228,9 +234,9 @@ def _family(
             f"config.json: a {type(model).__name__} has no part that ends before its output layer, "
             f"so that its coefficients cannot be learned; {_STILL_FOLDS}"
         )
-    refusals = []
-    of_texts = [_of_texts(kind, config)] if kind.images else []
-    for chosen in (kind, *of_texts):
+    kinds = [kind, _of_texts(kind, config)] if kind.images else [kind]
+    refusals: list[InputError] = []
+    for chosen in kinds:
         for way in ways:
             try:
                 family = _family_of_body(chosen, way, make_empty, model)
@@ -239,9 +245,15 @@ def _family(
                 refusals.append(refusal)
                 continue
             if kind.images and not chosen.images:
-                return dataclasses.replace(family, blind=_cause_of(refusals[0]))
+                return dataclasses.replace(family, blind=_cause_of(_told(refusals)))
             return family
-    raise refusals[0]
+    raise _told(refusals[: len(ways)])
+
+
+def _told(refusals: Sequence[InputError]) -> InputError:
+    """Returns the refusal that says most: the last one that is not about ways of dividing."""
+    reasons = [one for one in refusals if not isinstance(one.__cause__, NotDividedError)]
+    return reasons[-1] if reasons else refusals[0]
 
 
 def _cause_of(refusal: InputError) -> str:
