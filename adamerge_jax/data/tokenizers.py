@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
@@ -91,7 +91,9 @@ def find_tokenizer(
         ):
             where = f"{model.role} ({model.checkpoint.source})"
             other = load_tokenizer(model.checkpoint, model.role)
-            _require_same(tokenizer, other, where, reference, strict=chosen is None)
+            _require_same(
+                tokenizer, other, where, reference, left_out=model.left_out, strict=chosen is None
+            )
     return tokenizer
 
 
@@ -112,9 +114,19 @@ def _require_same(
     where: str,
     reference: str,
     *,
+    left_out: Collection[str],
     strict: bool,
 ) -> None:
-    """Refuses an expert's tokenizer whose tokens are others than those of the reference."""
+    """Refuses an expert's tokenizer whose tokens are others than those of the reference.
+
+    Args:
+        tokenizer: The tokenizer of the merge.
+        other: The expert's.
+        where: The expert, for messages.
+        reference: The model that the tokenizer of the merge is of.
+        left_out: The expert's tokens that the merge has no rows for.
+        strict: False if the recipe chose the tokenizer.
+    """
     ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
     padding = {tokenizer.pad_token, other.pad_token}
     differing = []
@@ -126,6 +138,9 @@ def _require_same(
             for token, _ in tokens
             if ids.get(token) != other_ids.get(token) and token not in padding
         ]
+    beyond = [token for token in differing if token in left_out and token not in ids]
+    if not strict:  # texts are read without them, as the merge reads them
+        differing = [token for token in differing if token not in beyond]
     if differing and not strict and not any(token in other_ids for token in differing):
         log.warning("%s lacks %d token(s) of %s, which are kept", where, len(differing), reference)
         differing = []
@@ -135,9 +150,15 @@ def _require_same(
             f"{token!r} is {_place(other_ids, token)} there and {_place(ids, token)} in {reference}"
             for token in differing[:_SHOWN]
         )
+        advice = "; all models of a merge must have one tokenizer"
+        if len(beyond) == len(differing):
+            advice = (
+                "; the merge has the base's rows and none for them: say that texts are read "
+                "without them (tokenizer: base), or leave the expert out"
+            )
         raise InputError(
             f"{where} has another vocabulary than {reference}: {len(differing)} token(s) differ: "
-            f"{shown}{more}; all models of a merge must have one tokenizer"
+            f"{shown}{more}{advice}"
         )
     for name in _SPECIAL:
         if getattr(other, name) != getattr(tokenizer, name):

@@ -303,6 +303,26 @@ def test_a_token_that_the_base_has_no_row_for(root):
     assert "'<new>' is 333 there and missing in the base; all models" in refused(root)
 
 
+def test_tokens_beyond_the_rows_of_the_base(root, caplog):
+    """Texts are read without them where the recipe says so, as the merge reads them."""
+    free = [f"<{number}>" for number in range(len(byte_tokenizer()), ROWS)]
+    for name in ("base", *TASKS):
+        add_tokens(root, name, [*free, "<new>"] if name == "naming" else free)
+
+    def grow(tensors: dict[str, np.ndarray]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = np.pad(tensors[name], [(0, 1), (0, 0)])
+
+    edit_weights(root / "naming", grow)
+    models = models_in(root)
+    assert "<new>" not in find_tokenizer(models.by_name, "base").get_vocab()
+    assert "has 1 token(s) that the base has no rows for ('<new>')" in caplog.text
+    with pytest.raises(InputError, match=r"'<new>' is 420 there .* \(tokenizer: base\), or leave"):
+        find_tokenizer(models.by_name)
+    with pytest.raises(InputError, match=r"'<new>' first: it has the base's tables"):
+        find_tokenizer(models.by_name, "naming")
+
+
 def without_weights(folder: Path, config: PreTrainedConfig) -> Checkpoint:
     """A checkpoint of which only the other files matter."""
     config.save_pretrained(folder)
