@@ -23,7 +23,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Compiling took half of the time. These leave out what would make tiny programs faster.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_multi_thread_eigen=false"
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
 )
 # One thread a process: two processes share the tests, and their arrays are too small for more.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -52,6 +52,21 @@ _LONG = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts with the longest modules: at the end one worker would wait for the other's."""
     items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def written_by_the_system() -> Iterator[None]:
+    """Leaves it to the system when files reach the disk: no test cuts the power.
+
+    A file that is closed is still refused.
+    """
+
+    def fsync(file: int) -> None:
+        os.fstat(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
 
 
 def pytest_collection_finish() -> None:

@@ -38,6 +38,7 @@ class Constraint(NamedTuple):
     project: Callable[[PyTree], PyTree] = lambda raw: raw
 
 
+@jax.jit  # traced once for all groups of a shape
 def _clip(raw: Array) -> Array:
     """Clips to [0, 1]; the gradient is 1 on the closed interval, as that of `torch.clamp`."""
     inside = (raw >= 0) & (raw <= 1)
