@@ -59,7 +59,7 @@ class WithCopies(Examples):
 
     def with_fewer(self, most: int) -> "WithCopies":
         """Returns the same with fewer copies, such that they are `most` examples or N."""
-        copies = min(self.copies, max(0, most // len(self.unchanged) - 1))
+        copies = copies_within(most, len(self.unchanged), self.copies)
         return WithCopies(self.unchanged, copies, self._seed)
 
     def __len__(self) -> int:
@@ -100,6 +100,17 @@ class WithCopies(Examples):
 
         _for_all(make_copy, np.flatnonzero(index >= len(self.unchanged)), rows[0].size >= _LARGE)
         return {**inputs, name: rows}
+
+
+def copies_within(most: int, examples: int, copies: int) -> int:
+    """Returns how many copies of each example there may be.
+
+    Args:
+        most: The number of examples with their copies, at most, unless there are more without.
+        examples: The number of examples.
+        copies: The number of copies that there are of each.
+    """
+    return min(copies, max(0, most // examples - 1))
 
 
 def with_copies(

@@ -1,7 +1,8 @@
 """The choice of the best coefficients by held-out data."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -134,14 +135,25 @@ def evaluate_held_out(
     frozen: Frozen,
     calibration: Calibration,
     devices: Devices,
+    on_count: Callable[[int], Any] = lambda done: None,
 ) -> HeldOutMetrics:
-    """Evaluates the coefficients of a state on every held-out example once."""
-    objective = np.zeros(len(calibration.examples))
+    """Evaluates the coefficients of a state on every held-out example once.
+
+    Args:
+        learner: The compiled functions of learning.
+        state: The coefficients.
+        frozen: Base, deltas and heads.
+        calibration: The held-out examples.
+        devices: The devices of the learner.
+        on_count: Told after each batch how many examples have been evaluated.
+    """
+    objective, evaluated = np.zeros(len(calibration.examples)), 0
     predicted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
     wanted: list[list[np.ndarray]] = [[] for _ in calibration.examples]
     for batch in calibration.held_out_batches():
         evaluation = jax.device_get(learner.evaluate(state, frozen, batch.spread(devices)))
         objective += evaluation.objective
+        on_count(evaluated := evaluated + int((batch.weights > 0).sum()))
         for position, (weights, targets) in enumerate(
             zip(batch.weights, batch.targets, strict=True)
         ):

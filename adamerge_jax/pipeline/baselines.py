@@ -19,7 +19,7 @@ from adamerge_jax.methods import (
     task_arithmetic,
 )
 from adamerge_jax.pipeline.evaluate import Evaluator
-from adamerge_jax.pipeline.heads import fit_heads
+from adamerge_jax.pipeline.heads import MOST_TO_FIT, fit_heads
 from adamerge_jax.pipeline.learn import (
     LearningInputs,
     MergeResult,
@@ -39,10 +39,6 @@ from adamerge_jax.walk import lowest_from_coarse
 
 PLAIN_TASK_ARITHMETIC = 0.3
 """Task arithmetic's coefficient where there is no labelled data to choose it with."""
-
-MOST_TO_FIT = 1000
-"""Examples of a task with their changed copies, at most, that heads of baselines are fitted to. Of
-60 examples the copies give refitted heads of the base 5% more, of average 1.5%."""
 
 _FROM_CACHE = "some baselines are those of an earlier run with the same models and data"
 

@@ -42,7 +42,7 @@ from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
 from adamerge_jax.pipeline.general import RETAINED
-from adamerge_jax.pipeline.heads import HeadParameters, fit_heads
+from adamerge_jax.pipeline.heads import MOST_TO_FIT, HeadParameters, fit_heads
 from adamerge_jax.pipeline.initial_merge import (
     fit_initial_merge,
     load_initial_merge,
@@ -342,6 +342,7 @@ def learn_coefficients(
     inputs: LearningInputs,
     *,
     show_stage: ShowStage = lambda summary, steps: nullcontext(lambda progress: None),
+    show_count: ShowCount = count_silently,
     on_result: Callable[[Coefficients], None] = lambda coefficients: None,
     state: Path | None = None,
     learned: Coefficients | None = None,
@@ -352,6 +353,8 @@ def learn_coefficients(
         inputs: The inputs of learning.
         show_stage: The context manager of each stage; its value is called with every step's
             progress.
+        show_count: Shows how many held-out examples an initial coefficient has been tried on, where
+            one is chosen.
         on_result: The callback with each stage's coefficients; if learning diverges, with the last
             good ones.
         state: The folder in which each stage saves its state at every held-out evaluation, and
@@ -378,7 +381,7 @@ def learn_coefficients(
         if result is not None:
             start = per_tensor(result.granularity, result.values, inputs.shapes, inputs.experts)
             stage = _resolve_granularity(inputs, stage, start)
-        result = _learn_stage(inputs, stage, start, show_stage, on_result, state)
+        result = _learn_stage(inputs, stage, start, show_stage, show_count, on_result, state)
         initial = result.coefficients.initial
         inputs = inputs._replace(method=inputs.method._replace(initial=initial))
     assert result is not None
@@ -388,7 +391,8 @@ def learn_coefficients(
     if choice.fit is None:
         return result
     parameters = result.parameters(inputs.theta_start)
-    heads = fit_heads(inputs.workspace, parameters, inputs.calibration, choice.fit, seed)
+    calibration = with_fewer_copies(inputs.calibration, MOST_TO_FIT)
+    heads = fit_heads(inputs.workspace, parameters, calibration, choice.fit, seed)
     coefficients = dataclasses.replace(result.coefficients, heads=choice.kind, head_tensors=heads)
     on_result(coefficients)
     return result._replace(coefficients=coefficients, heads=heads)
@@ -458,6 +462,7 @@ def _learn_stage(
     stage: Stage,
     start: WarmStart | PerTensor | None,
     show_stage: ShowStage,
+    show_count: ShowCount,
     on_result: Callable[[Coefficients], None],
     state: Path | None,
 ) -> MergeResult:
@@ -477,9 +482,14 @@ def _learn_stage(
             """Returns the objective of one coefficient on the held-out data, over all tasks."""
             values = granularity.init(constant(inputs.shapes, inputs.experts, coefficient))
             first = devices.replicate(learner.init(values, expert_heads))
-            metrics = evaluate_held_out(learner, first, frozen, inputs.calibration, devices)
+            words = f"trying the initial coefficient {coefficient:g}: held-out examples"
+            with show_count(words, held_out) as on_count:
+                metrics = evaluate_held_out(
+                    learner, first, frozen, inputs.calibration, devices, on_count
+                )
             return float(metrics.objective.sum())
 
+        held_out = sum(map(len, inputs.calibration.held_out.values()))
         best = best_single_coefficient(objective)
         inputs = inputs._replace(method=method._replace(initial=best))
         start = constant(inputs.shapes, inputs.experts, best)

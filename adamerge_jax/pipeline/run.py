@@ -253,6 +253,7 @@ def _learn_and_export(
             result = learn_coefficients(
                 inputs,
                 show_stage=show_stage,
+                show_count=count_on(console),
                 on_result=save,
                 state=out / STATE_FOLDER,
                 learned=learned,

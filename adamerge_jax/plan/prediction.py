@@ -10,10 +10,11 @@ import numpy as np
 
 from adamerge_jax.coefficients.granularities import count_units
 from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER
+from adamerge_jax.data.copies import copies_within
 from adamerge_jax.methods import make_method
-from adamerge_jax.pipeline.baselines import MOST_TO_FIT
 from adamerge_jax.pipeline.export import export_bytes
 from adamerge_jax.pipeline.general import RETAINED
+from adamerge_jax.pipeline.heads import MOST_TO_FIT
 from adamerge_jax.plan.advice import Change, Target, advise
 from adamerge_jax.plan.hardware import (
     DEVICES,
@@ -237,11 +238,12 @@ def _seconds(merge: Outline, programs: Programs, device: Device, devices: int) -
     batches = ceil(held_out / recipe.learning.batch_size)
     example = share * seconds(programs.expert) / programs.expert_examples
     head_fits = 0.0
-    if method.heads.fit is not None:
-        head_fits = example * sum(with_copies.values())
+    fitted = {} if method.heads.fit is None else _fitted_examples(merge)
+    if fitted:
+        head_fits = example * sum(fitted.values())
         if device.is_cpu:
             # In float64.
-            head_fits += 2 * _head_fit_flops(merge, with_copies) / device.flops["float32"]
+            head_fits += 2 * _head_fit_flops(merge, fitted) / device.flops["float32"]
     return Seconds(
         step,
         example * expert_examples,
@@ -249,8 +251,17 @@ def _seconds(merge: Outline, programs: Programs, device: Device, devices: int) -
         evaluate * batches * evaluations,
         head_fits,
         _first_merge_examples(merge) * example,
-        _result_examples(merge, with_copies) * example,
+        _result_examples(merge, sum(fitted.values())) * example,
     )
+
+
+def _fitted_examples(merge: Outline) -> dict[str, int]:
+    """Returns the examples with their copies that each task's head is fitted to."""
+    counts = {task: len(size) for task, size in merge.data["calibration"].items()}
+    return {
+        task: count * (1 + copies_within(MOST_TO_FIT, count, merge.method.copies))
+        for task, count in counts.items()
+    }
 
 
 def _first_merge_examples(merge: Outline) -> int:
@@ -261,8 +272,13 @@ def _first_merge_examples(merge: Outline) -> int:
     return _STATISTICS * sum(map(len, merge.data["calibration"].values()))
 
 
-def _result_examples(merge: Outline, with_copies: Mapping[str, int]) -> int:
-    """Returns the examples that models are run on for the table of results."""
+def _result_examples(merge: Outline, fitted: int) -> int:
+    """Returns the examples that models are run on for the table of results.
+
+    Args:
+        merge: The merge.
+        fitted: The number of examples that heads are fitted to.
+    """
     evaluation, tested = merge.recipe.evaluation, sum(map(len, merge.data["test"].values()))
     if not tested:
         return 0
@@ -273,9 +289,6 @@ def _result_examples(merge: Outline, with_copies: Mapping[str, int]) -> int:
         single += merge.recipe.coefficients.initial_merge is not None
         tried = min(len(evaluation.task_arithmetic), ceil(len(evaluation.task_arithmetic) / 3) + 2)
         validated = tried * sum(map(len, merge.data["validation"].values()))
-    fitted = 0
-    if merge.method.heads.fit is not None:
-        fitted = sum(min(count, MOST_TO_FIT) for count in with_copies.values())
     experts_and_merge = 1 + (evaluation.baselines != "none")
     return single * (tested + fitted) + experts_and_merge * tested + validated
 

@@ -51,6 +51,16 @@ def test_the_indices_of_copies():
     assert with_copies(np.array([0, 2]), IMAGES, COPIES).tolist() == [0, 2, 3, 5, 6, 8]
 
 
+@pytest.mark.parametrize(("most", "copies"), [(1000, COPIES), (8, 1), (5, 0), (2, 0)])
+def test_fewer_copies(most, copies):
+    _, copied = examples()
+    fewer = copied.with_fewer(most)
+    assert len(fewer) == IMAGES * (1 + copies)
+    last = np.array([len(fewer) - 1])
+    taken = [some.take(last, 0)["pixel_values"] for some in (fewer, copied)]
+    np.testing.assert_array_equal(*taken)
+
+
 def test_a_copy_of_a_text_hides_some_of_its_tokens():
     length, texts = 200, 2
     mask = np.ones((texts, length), np.int32)

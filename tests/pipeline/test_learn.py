@@ -23,6 +23,7 @@ class Seen(list):
 
     @contextmanager
     def watch(self, what: str, steps: int):
+        """Of stages and steps, or of whatever else is counted up to a total."""
         self.append((what, steps, []))
         yield self[-1][2].append
 
@@ -166,22 +167,45 @@ def test_two_experts_are_never_in_memory(image_recipe, tmp_path, monkeypatch):
 
 
 def test_the_initial_value_is_the_one_with_the_lowest_objective(image_recipe, tmp_path):
-    def merge(initial: Any, seen: Seen) -> MergeResult:
+    def merge(initial: Any, seen: Seen, tried: Seen) -> MergeResult:
         changes = {
             "coefficients": {"constraint": "free", "initial": initial},
             "learning": image_recipe["learning"] | {"steps": 1},
         }
-        return learned(image_recipe, tmp_path, seen, **changes)
+        inputs = inputs_of(image_recipe, tmp_path, **changes)
+        return learn_coefficients(inputs, show_stage=seen.watch, show_count=tried.watch)
 
     def objective(initial: float) -> float:
-        seen = Seen()
-        merge(initial, seen)
+        seen, tried = Seen(), Seen()
+        merge(initial, seen, tried)
+        assert not tried
         return float(seen[0][2][0].held_out.objective.sum())
 
-    chosen = merge("auto", Seen()).coefficients.initial
+    tried = Seen()
+    chosen = merge("auto", Seen(), tried).coefficients.initial
+    words = "trying the initial coefficient {:g}: held-out examples"
+    assert {words.format(chosen), words.format(0.3)} <= {shown for shown, _, _ in tried}
+    assert all(counts[-1] == total > 0 for _, total, counts in tried)
     position = CANDIDATES.index(chosen)
     around = CANDIDATES[max(position - 1, 0) : position + 2]
     assert min(around, key=objective) == chosen
+
+
+def test_heads_are_fitted_to_few_copies(image_recipe, tmp_path, monkeypatch):
+    fitted = {}
+
+    def fit(workspace, parameters, calibration, kind, seed):
+        for task, examples in calibration.examples.items():
+            fitted[task] = len(examples), len(calibration.targets[task].expert_logits)
+        return {}
+
+    monkeypatch.setattr("adamerge_jax.pipeline.learn.fit_heads", fit)
+    monkeypatch.setattr("adamerge_jax.pipeline.learn.MOST_TO_FIT", 59)
+    objectives = [{"name": "logit_alignment"}]
+    learning = image_recipe["learning"] | {"steps": 1, "copies": 3}
+    chosen = {"heads": "refitted", "objectives": objectives, "learning": learning}
+    learned(image_recipe, tmp_path, Seen(), **chosen)
+    assert fitted == dict.fromkeys(image_recipe["tasks"], (40, 40))  # 20 images, and a copy of each
 
 
 @pytest.mark.parametrize("kind", ["image_recipe", "text_recipe"])
