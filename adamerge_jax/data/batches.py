@@ -4,7 +4,7 @@ Texts are padded to one of a few bucket lengths, so that few shapes are compiled
 length share a batch, so that little is computed on padding.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ class Calibration(NamedTuple):
         augmented: Whether batches hold their examples augmented too.
         cross_task: By task, its expert's logits on the examples of the other tasks; batches to
             learn from have them as targets.
+        prompts: The tasks whose batches to learn from have the positions of prompts as targets.
     """
 
     learning: dict[str, Int[np.ndarray, " N"]]
@@ -68,6 +69,7 @@ class Calibration(NamedTuple):
     targets: Mapping[str, StoredTargets]
     augmented: bool = False
     cross_task: Mapping[str, CrossTaskLogits] = {}
+    prompts: Collection[str] = ()
 
     def with_fewer_held_out(self, task: str) -> "Calibration":
         """Returns the same with no more held-out examples of a task than of the others.
@@ -117,19 +119,18 @@ class Calibration(NamedTuple):
                     continue
                 chosen = {task: rows[part] for task, rows in parts.items()}
                 generator_of_batch = np.random.default_rng([self.seed, 4, number])
-                batch = self._batch(chosen, weights, generator_of_batch)
-                yield batch._replace(targets=self._with_cross_task(batch.targets, chosen))
+                yield self._batch(chosen, weights, generator_of_batch, learns=True)
 
-    def _with_cross_task(
-        self, targets: Sequence[Targets], chosen: Mapping[str, Int[np.ndarray, " B"]]
-    ) -> list[Targets]:
-        """Adds each expert's logits on the chosen examples of the other tasks."""
-        return [
-            task_targets._replace(cross_task=self.cross_task[task].take(chosen))
-            if task in self.cross_task
-            else task_targets
-            for task, task_targets in zip(chosen, targets, strict=True)
-        ]
+    def _while_learning(
+        self, targets: Targets, task: str, chosen: Mapping[str, Int[np.ndarray, " B"]], length: int
+    ) -> Targets:
+        """Adds the targets of a task that held-out examples do not have."""
+        if task in self.cross_task:
+            targets = targets._replace(cross_task=self.cross_task[task].take(chosen))
+        if task in self.prompts:
+            prompts = self.examples[task].take_prompts(chosen[task], length)
+            targets = targets._replace(prompts=prompts)
+        return targets
 
     def _draws(self, position: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
         """Yields one task's examples without end, reshuffled when they are used up."""
@@ -159,11 +160,18 @@ class Calibration(NamedTuple):
         chosen: Mapping[str, Int[np.ndarray, " B"]],
         weights: Float[np.ndarray, "tasks B"],
         generator: np.random.Generator,
+        *,
+        learns: bool = False,
     ) -> Batch:
         length = max(self.examples[task].padded_length(index) for task, index in chosen.items())
         parts = [self.examples[task].take(index, length) for task, index in chosen.items()]
         inputs = joined(parts)
         targets = [self.targets[task].take(index, length) for task, index in chosen.items()]
+        if learns:
+            targets = [
+                self._while_learning(of_task, task, chosen, length)
+                for task, of_task in zip(chosen, targets, strict=True)
+            ]
         augmented_inputs = augment(inputs, generator) if self.augmented else None
         return Batch(inputs, weights, targets, augmented_inputs)
 

@@ -106,6 +106,13 @@ class Examples(ABC):
         """Returns True for the positions of a language model that predict an end."""
         return np.zeros((len(index), length), bool)
 
+    def take_prompts(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
+        """Returns True for the positions of a language model behind which a prompt goes on.
+
+        Not for those in what all of the prompts begin with.
+        """
+        return np.zeros((len(index), length), bool)
+
 
 COMPLETED = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
 """Inputs that a text may lack, and the functions that make them of its token ids: without a mask
@@ -192,6 +199,9 @@ class Subset(Examples):
 
     def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
         return self._examples.take_ends(self._index[index], length)
+
+    def take_prompts(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
+        return self._examples.take_prompts(self._index[index], length)
 
 
 def drawn(size: int, limit: int, seed: int) -> Int[np.ndarray, " N"]:

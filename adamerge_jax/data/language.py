@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ class DecoderExamples(Examples):
         ]
         self._padding = padding
         self._max_length = max_length
+        columns = zip(*(sequence.ids for sequence in self._sequences), strict=False)
+        self._shared = len(list(takewhile(lambda tokens: len(set(tokens)) == 1, columns)))
         self.cut = Cut(
             np.array([len(sequence.ids) > max_length for sequence in sequences]), max_length
         )
@@ -74,6 +77,14 @@ class DecoderExamples(Examples):
             # The first token of all is predicted nowhere.
             is_end[row, [end - 1 for end in self._sequences[i].ends if end > 0]] = True
         return is_end
+
+    def take_prompts(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
+        in_prompt = np.zeros((len(index), length), bool)
+        for row, i in enumerate(index):
+            counts = np.array(self._sequences[i].predicted, bool)
+            in_prompt[row, : len(counts) - 1] = ~counts[1:]
+        in_prompt[:, : max(0, self._shared - 1)] = False
+        return in_prompt
 
 
 class EncoderDecoderExamples(Examples):

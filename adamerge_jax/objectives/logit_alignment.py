@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from adamerge_jax.objectives.distributions import (
     log_softmax,
+    masked_mean,
     mean_per_example,
     pick,
     shannon_entropy,
@@ -24,6 +25,7 @@ def logit_alignment(
     cross_task: float = 0.0,
     cross_task_examples: int = 100,
     top_tokens: int | None = 64,
+    prompts: float = 0.3,
     *,
     elsewhere: float | None = None,
     elsewhere_examples: int | None = None,
@@ -51,6 +53,10 @@ def logit_alignment(
         top_tokens: k: keep the k likeliest tokens of a language model's expert at each position,
             and what is left as the probability of one more token; None for all. Classes are always
             kept all.
+        prompts: Weight of the mean of the same over the tokens of a language model's prompts,
+            but for those that all prompts of the task begin with. Responses of few tokens tell
+            little of an expert; what it makes of the prompts in front of them tells more. It
+            counts while learning, not on the held-out data.
         elsewhere: The old name of `cross_task`.
         elsewhere_examples: The old name of `cross_task_examples`.
 
@@ -83,6 +89,8 @@ def logit_alignment(
         raise ValueError(f"cross_task is {cross_task}, expected from 0 to 1e6")
     if not 1 <= cross_task_examples <= 10**9:
         raise ValueError(f"cross_task_examples is {cross_task_examples}, expected from 1 to 1e9")
+    if not 0 <= prompts <= 1e6:
+        raise ValueError(f"prompts is {prompts}, expected from 0 to 1e6")
     if top_tokens is not None and not 1 <= top_tokens <= 10**9:
         raise ValueError(f"top_tokens is {top_tokens}, expected from 1 to 1e9")
 
@@ -97,6 +105,12 @@ def logit_alignment(
             cross_entropy -= shannon_entropy(expert)
         return temperature**2 * cross_entropy
 
+    def over_positions(losses: Float[Array, "B ..."], targets: Targets) -> Float[Array, " B"]:
+        mean = mean_per_example(losses, targets)
+        if not prompts or targets.prompts is None:
+            return mean
+        return mean + prompts * masked_mean(losses, targets.prompts)
+
     def value(outputs: TaskOutputs, targets: Targets) -> Float[Array, " B"]:
         if targets.expert_top is not None and form == "hard":
             # Not the rest, even where it is likelier than any one token.
@@ -105,7 +119,7 @@ def logit_alignment(
             losses = divergence(*with_rest(outputs.logits, targets.expert_top))
         else:
             losses = divergence(outputs.logits, targets.expert_logits)
-        losses = mean_per_example(losses, targets)
+        losses = over_positions(losses, targets)
         if not cross_task or targets.cross_task is None:
             return losses
         expert_logits, weights = targets.cross_task
@@ -120,7 +134,7 @@ def logit_alignment(
 
         top = targets.expert_top
         expert_logits = targets.expert_logits if top is None else top_with_rest(top)
-        entropies = mean_per_example(own_entropy(expert_logits), targets)
+        entropies = over_positions(own_entropy(expert_logits), targets)
         if not cross_task or targets.cross_task is None:
             return entropies
         expert_logits, weights = targets.cross_task
@@ -131,6 +145,7 @@ def logit_alignment(
         expert_logits=True,
         cross_task=cross_task_examples if cross_task else 0,
         top_tokens=top_tokens,
+        prompts=prompts > 0,
     )
     return Objective(value, spec, floor if form == "soft" else None)
 

@@ -95,6 +95,8 @@ class Targets(NamedTuple):
             where labels say so, or where there is one prediction for an example.
         expert_spread: `[B, R]`, the standard deviation of the expert's numbers over all of the
             task's examples, the same for each, or None.
+        prompts: `[B, T]`, True for the positions of a language model that read a prompt and have
+            one more of its tokens behind them; None but while coefficients are learned.
     """
 
     expert_logits: Float[Array, "B ... C"] | None = None
@@ -106,6 +108,7 @@ class Targets(NamedTuple):
     partners: Int[Array, " B"] | None = None
     counted: Bool[Array, "B T"] | None = None
     expert_spread: Float[Array, "B R"] | None = None
+    prompts: Bool[Array, "B T"] | None = None
 
 
 class TargetSpec(NamedTuple):
@@ -131,6 +134,8 @@ class TargetSpec(NamedTuple):
         pairs: True if each example must have two texts.
         expert_spread: True if the targets must hold the spread of the expert's numbers.
         by_label: True if the second axis of the expert's logits is of labels, not of positions.
+        prompts: True if the targets must hold the positions of prompts while coefficients are
+            learned.
 
     Examples:
         >>> from adamerge_jax.objectives import TargetSpec
@@ -151,6 +156,7 @@ class TargetSpec(NamedTuple):
     pairs: bool = False
     expert_spread: bool = False
     by_label: bool = False
+    prompts: bool = False
 
     @property
     def expert(self) -> bool:
@@ -173,6 +179,7 @@ class TargetSpec(NamedTuple):
             self.pairs or other.pairs,
             self.expert_spread or other.expert_spread,
             self.by_label or other.by_label,
+            self.prompts or other.prompts,
         )
 
     def require_given(self, outputs: TaskOutputs, targets: Targets) -> None:

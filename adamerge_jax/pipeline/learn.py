@@ -264,6 +264,7 @@ def ask_experts(inputs: LearningInputs, show_count: ShowCount = count_silently) 
         targets=targets,
         augmented=any(spec.augmented for spec in method.target_specs.values()),
         cross_task=cross_task,
+        prompts=[task for task, spec in method.target_specs.items() if spec.prompts],
     )
     return inputs._replace(calibration=calibration)
 

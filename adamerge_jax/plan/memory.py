@@ -282,7 +282,7 @@ def targets_bytes(outline: Outline) -> int:
             everything = sum(map(len, outline.data["calibration"].values()))
             rows = max(rows, (1 + copies) * everything)
         by_position, positions = 0, 1
-        targets = targets._replace(cross_task=None)
+        targets = targets._replace(cross_task=None, prompts=None)
         leaves = jax.tree.leaves(targets, is_leaf=lambda leaf: leaf is None)
         for leaf, by_row in zip(leaves, has_positions(targets, spec), strict=True):
             if leaf is None:

@@ -297,6 +297,8 @@ class Outline:
             cross_task_logits = Abstract((*others, logits.shape[-1]), logits.dtype)
             weights = Abstract(others, np.float32)
             targets = targets._replace(cross_task=CrossTaskTargets(cross_task_logits, weights))
+        if spec.prompts:
+            targets = targets._replace(prompts=Abstract(positions, bool))
         return targets
 
     def batch(self, length: int) -> Batch:

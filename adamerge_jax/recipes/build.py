@@ -272,6 +272,8 @@ def build(recipe: Recipe, models: OpenedModels) -> Method:
         # With one output layer for all tasks experts would contradict each other; one task has no
         # others.
         specs = {task: spec._replace(cross_task=0) for task, spec in specs.items()}
+    if not language:
+        specs = {task: spec._replace(prompts=False) for task, spec in specs.items()}
     if learning.control is not None and not language:
         # Control without labels needs the agreement with the experts.
         specs = {task: spec._replace(expert_logits=True) for task, spec in specs.items()}

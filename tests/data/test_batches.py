@@ -33,6 +33,22 @@ def seen(calibration: Calibration, count: int) -> np.ndarray:
     return np.stack(batches).reshape(count, 2, calibration.batch_size)
 
 
+def test_prompts_are_targets_of_what_is_learned_from_alone():
+    class Prompts(ArrayExamples):
+        def take_prompts(self, index, length):
+            return self.take(index, length)["pixel_values"][:, None] % 2 == 0
+
+    numbers = {task: data.take(np.arange(len(data)), 0) for task, data in numbered().items()}
+    examples = {task: Prompts(inputs) for task, inputs in numbers.items()}
+    split = calibrate(examples, batch_size=4, held_out=0.2, seed=0)._replace(prompts=["large"])
+    for batch in islice(split.batches(), 3):
+        small, large = batch.targets
+        assert small.prompts is None
+        of_large = batch.inputs["pixel_values"][4:]
+        np.testing.assert_array_equal(large.prompts[:, 0], of_large % 2 == 0)
+    assert all(targets.prompts is None for targets in next(split.held_out_batches()).targets)
+
+
 @pytest.mark.parametrize("held_out", [0.01, 0.2, 0.5])
 def test_every_example_is_on_one_side_of_the_split(held_out):
     split = calibration(held_out=held_out)

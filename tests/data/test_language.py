@@ -167,6 +167,30 @@ class TestTokenizers:
         assert (examples.take_labels(np.array([0, 1]), 96) == end).sum() == 3
 
 
+@pytest.mark.parametrize("kind", ["plain", "adding"])
+def test_the_tokens_of_prompts_behind_what_all_of_them_begin_with(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    rows = [{"prompt": f"a b {word} c", "response": "b a"} for word in ("a", "b", "c a b")]
+    examples = load(rows, tokenizer)
+    index = np.arange(len(rows))
+    length = examples.padded_length(index)
+    ids = examples.take(index, length)["input_ids"]
+    labels, prompts = examples.take_labels(index, length), examples.take_prompts(index, length)
+    shared = int((ids == ids[0]).all(0).argmin())
+    assert shared >= len(encode(tokenizer, "a b"))
+    for row, prompt in enumerate(rows):
+        end = int((labels[row] != NOT_PREDICTED).argmax())  # the last token of the prompt
+        assert np.flatnonzero(prompts[row]).tolist() == list(range(shared - 1, end))
+        behind = ids[row][np.flatnonzero(prompts[row]) + 1].tolist()
+        assert encode(tokenizer, prompt["prompt"])[-len(behind) :] == behind
+    np.testing.assert_array_equal(
+        Subset(examples, index[1:]).take_prompts(index[:2], length), prompts[1:]
+    )
+    # All of a text is predicted, and one prompt alone has nothing that the others lack.
+    assert not load(TEXTS, tokenizer).take_prompts(np.arange(2), 96).any()
+    assert not load(rows[:1], tokenizer).take_prompts(index[:1], length).any()
+
+
 def test_all_tokens_of_conversations(plain):
     ids = [plain.apply_chat_template(messages)["input_ids"] for messages in CHATS]
     examples = load([{"messages": messages} for messages in CHATS], plain, predict="all")

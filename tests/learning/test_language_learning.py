@@ -219,6 +219,14 @@ def response_labels(ids: torch.Tensor, prompts: Mapping[tuple[int, ...], int]) -
     return labels
 
 
+def prompt_positions(ids: Sequence[int], prompts: Mapping[tuple[int, ...], int]) -> torch.Tensor:
+    """True where the next token is the prompt's, and not every prompt of the task begins so."""
+    text = tuple(token for token in ids if token != 0)
+    shared = next(place for place in range(len(text)) if len({own[place] for own in prompts}) > 1)
+    places = torch.arange(len(ids) - 1)
+    return (places + 1 >= shared) & (places + 1 < prompts[text])
+
+
 def pytorch_loop(fields: Mapping[str, Any], batches: Sequence[Any]) -> tuple[dict, list]:
     """Learning as a PyTorch user would write it: each task in turn, one merged state dict.
 
@@ -260,11 +268,17 @@ def pytorch_loop(fields: Mapping[str, Any], batches: Sequence[Any]) -> tuple[dic
             logits = functional_call(base, merged, kwargs=inputs).logits[:, :-1]
             with torch.no_grad():
                 wanted = expert(**inputs).logits[:, :-1].softmax(-1)
-            examples = [
-                cross_entropy(logits[row][labels[row] >= 0], labels[row][labels[row] >= 0])
-                + cross_entropy(logits[row][labels[row] >= 0], wanted[row][labels[row] >= 0])
-                for row in range(BATCH_SIZE)
-            ]
+            examples = []
+            for row, ids in enumerate(inputs["input_ids"].tolist()):
+                predicted = labels[row] >= 0
+                read = prompt_positions(ids, prompts[position])
+                examples.append(
+                    cross_entropy(logits[row][predicted], labels[row][predicted])
+                    + cross_entropy(logits[row][predicted], wanted[row][predicted])
+                    + 0.3
+                    * cross_entropy(logits[row][read], wanted[row][read], reduction="sum")
+                    / max(1, read.sum())
+                )
             losses.append(torch.stack(examples).mean())
         optimizer.zero_grad()
         sum(losses).backward()
@@ -300,6 +314,7 @@ def test_same_coefficients_as_a_pytorch_loop(llama, tmp_path):
     objectives = []
     for batch in batches:
         assert batch.inputs["input_ids"].shape == (len(TASKS) * BATCH_SIZE, 16)
+        assert all(targets.prompts.any() for targets in batch.targets)
         state, per_task = learner.step(state, frozen, batch)
         objectives.append(per_task)
     learned = unstack_values(learner.coefficients(state))

@@ -75,7 +75,7 @@ def test_logit_alignment(form, temperature, spread):
         atol=2e-6 * (max(1, temperature**2) if form == "kl" else 1),
     )
     assert (
-        objective.target_spec == TargetSpec(expert_logits=True, top_tokens=64)
+        objective.target_spec == TargetSpec(expert_logits=True, top_tokens=64, prompts=True)
         and objective.target_spec.expert
     )
 
@@ -270,7 +270,7 @@ def test_likely_tokens_and_the_rest_as_one(form, count):
             if wanted > 1e-12:
                 values[place] -= wanted * np.log(own)
                 values[place] += wanted * np.log(wanted) if form == "kl" else 0.0
-    objective = make_objective("logit_alignment", {"form": form, "top_tokens": count})
+    objective = make_objective("logit_alignment", {"form": form, "top_tokens": count, "prompts": 0})
     assert objective.target_spec == TargetSpec(expert_logits=True, top_tokens=count)
     labels = jnp.asarray(TOKEN_LABELS)
     targets = Targets(labels=labels, expert_top=top_tokens(expert, count))
@@ -282,6 +282,38 @@ def test_likely_tokens_and_the_rest_as_one(form, count):
         all_of_them = Targets(jnp.asarray(expert), labels=labels)
         expected = full.value(TaskOutputs(jnp.asarray(logits)), all_of_them)
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["soft", "kl", "hard"])
+@pytest.mark.parametrize("count", [None, 3])
+def test_the_tokens_of_prompts_count_while_coefficients_are_learned(form, count):
+    logits, expert = draw(0, 1.0, (6, 4, VOCABULARY)), draw(1, 1.5, (6, 4, VOCABULARY))
+    prompts = np.random.default_rng(2).random((6, 4)) < 0.5
+    prompts[3] = False
+    options = {"form": form, "top_tokens": count}
+    objective = make_objective("logit_alignment", options | {"prompts": 0.7})
+    given = {"labels": jnp.asarray(TOKEN_LABELS)}
+    if count is None:
+        given["expert_logits"] = jnp.asarray(expert)
+    else:
+        given["expert_top"] = top_tokens(expert, count)
+    outputs = TaskOutputs(jnp.asarray(logits))
+    held_out = Targets(**given)
+    responses = make_objective("logit_alignment", options | {"prompts": 0})
+    np.testing.assert_array_equal(
+        objective.value(outputs, held_out), responses.value(outputs, held_out)
+    )
+    # The same values where prompts are what is to be predicted.
+    as_labels = jnp.where(prompts, 0, NOT_PREDICTED)
+    swapped = held_out._replace(labels=as_labels)
+    learning = held_out._replace(prompts=jnp.asarray(prompts))
+    expected = responses.value(outputs, held_out) + 0.7 * responses.value(outputs, swapped)
+    np.testing.assert_allclose(objective.value(outputs, learning), expected, rtol=1e-6)
+    differs = np.asarray(expected != responses.value(outputs, held_out))
+    assert differs.tolist() == prompts.any(1).tolist()
+    if objective.floor is not None:
+        expected = responses.floor(held_out) + 0.7 * responses.floor(swapped)
+        np.testing.assert_allclose(objective.floor(learning), expected, rtol=1e-6)
 
 
 def test_the_class_of_an_expert_is_a_token_and_never_the_rest():
@@ -378,7 +410,7 @@ def test_most_top_tokens_that_a_term_asks_for():
     assert asked(8, None) is None
     terms = [("logit_alignment", {"top_tokens": 4}), ("entropy", {}), ("cross_entropy", {})]
     assert weighted_sum([(1.0, make_objective(*term)) for term in terms]).target_spec == TargetSpec(
-        expert_logits=True, labels=True, top_tokens=4
+        expert_logits=True, labels=True, top_tokens=4, prompts=True
     )
 
 
@@ -451,7 +483,7 @@ def test_a_weighted_sum_needs_what_its_terms_need():
     more = [("logit_alignment", {}), ("pseudo_labels", {})]
     terms += [(1.0, make_objective(*term)) for term in more]
     assert weighted_sum(terms).target_spec == TargetSpec(
-        True, True, True, (-1, 1, 3), top_tokens=64, whole_batch=True
+        True, True, True, (-1, 1, 3), top_tokens=64, whole_batch=True, prompts=True
     )
 
 
@@ -469,6 +501,7 @@ def test_a_weighted_sum_needs_what_its_terms_need():
             "cross_task_examples is 0, expected from 1",
         ),
         ("logit_alignment", {"top_tokens": 0}, "top_tokens is 0, expected from 1"),
+        ("logit_alignment", {"prompts": -1}, "prompts is -1, expected from 0"),
         ("hidden_state_alignment", {}, "'layers'; its options are layers, relative"),
         ("hidden_state_alignment", {"layers": []}, "expected a list of numbers"),
         ("hidden_state_alignment", {"layers": 3}, "hidden_state_alignment says: "),
