@@ -194,6 +194,7 @@ def loss_of(
         elif term.name == "logit_alignment":
             temperature = options.pop("temperature", 1.0)
             assert options.pop("form", "soft") in ("soft", "kl")  # the same gradient
+            options.pop("prompts", None)  # classifiers have none
             loss = soft_cross_entropies(model, expert, temperature).mean()
             others = unsureness(cross_task[1]) * soft_cross_entropies(*cross_task, temperature)
             loss = loss + options.pop("cross_task", 0.0) * others.mean()
