@@ -178,7 +178,7 @@ def prepare(
     if RETAINED in examples:
         calibration = calibration.with_fewer_held_out(RETAINED)
     if method.copies:
-        calibration = _with_copies(calibration, method.copies)
+        calibration = _with_copies(calibration, method)
     _require_layers(method.target_specs, models)
     initial_merge = None
     if method.initial_merge is not None:
@@ -293,14 +293,14 @@ def _examples_asked(calibration: Calibration, task: str, spec: TargetSpec) -> in
     return len(calibration.examples[task]) + of_others
 
 
-def _with_copies(calibration: Calibration, copies: int) -> Calibration:
+def _with_copies(calibration: Calibration, method: Method) -> Calibration:
     """Adds changed copies of the examples that are learned from."""
     examples = {
-        task: WithCopies(plain, copies, calibration.seed)
+        task: WithCopies(plain, method.copies_of(len(plain)), calibration.seed)
         for task, plain in calibration.examples.items()
     }
     learning = {
-        task: with_copies(index, len(calibration.examples[task]), copies)
+        task: with_copies(index, len(calibration.examples[task]), examples[task].copies)
         for task, index in calibration.learning.items()
     }
     targets = {task: StoredTargets(with_all) for task, with_all in examples.items()}

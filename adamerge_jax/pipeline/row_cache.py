@@ -194,7 +194,11 @@ class RowCache:
         }
         return {
             "seed": self._inputs.method.seed,
-            "copies": self._inputs.method.copies,
+            "copies": {
+                task: examples.copies
+                for task, examples in calibration.items()
+                if isinstance(examples, WithCopies)
+            },
             "examples": self.digest_of(unchanged),
         }
 

@@ -271,16 +271,16 @@ def _tensors(outline: Outline) -> list[Any]:
 
 def targets_bytes(outline: Outline) -> int:
     """Returns the bytes of the expert targets of all calibration examples, in memory."""
-    total, copies = 0, outline.method.copies
-    for task, size in outline.data["calibration"].items():
+    total, calibration = 0, outline.data["calibration"]
+    times = {task: 1 + outline.method.copies_of(len(size)) for task, size in calibration.items()}
+    for task, size in calibration.items():
         spec = outline.target_specs[task]
         if not spec.expert:
             continue
         targets = outline.targets(task, 1, max(1, outline.longest))._replace(labels=None)
-        rows = (1 + copies) * len(size)
+        rows = times[task] * len(size)
         if spec.cross_task:
-            everything = sum(map(len, outline.data["calibration"].values()))
-            rows = max(rows, (1 + copies) * everything)
+            rows = max(rows, sum(times[other] * len(of) for other, of in calibration.items()))
         by_position, positions = 0, 1
         targets = targets._replace(cross_task=None, prompts=None)
         leaves = jax.tree.leaves(targets, is_leaf=lambda leaf: leaf is None)
@@ -292,7 +292,7 @@ def targets_bytes(outline: Outline) -> int:
             else:
                 positions = leaf.shape[1]
                 by_position += bytes_of(leaf) // positions
-        lengths = (1 + copies) * (int(size.lengths.sum()) or len(size) * positions)
+        lengths = times[task] * (int(size.lengths.sum()) or len(size) * positions)
         total += min(MEMORY_BYTES, by_position * lengths)
     return total
 

@@ -215,7 +215,8 @@ def _seconds(merge: Outline, programs: Programs, device: Device, devices: int) -
 
     share = _average_length(merge) / merge.longest if merge.longest else 1.0
     calibration, method = merge.data["calibration"], merge.method
-    with_copies = {task: (1 + method.copies) * len(size) for task, size in calibration.items()}
+    counts = {task: len(size) for task, size in calibration.items()}
+    with_copies = {t: count * (1 + method.copies_of(count)) for t, count in counts.items()}
     expert_examples = sum(
         count if task == other else min(merge.target_specs[task].cross_task, count)
         for task in calibration
@@ -259,7 +260,7 @@ def _fitted_examples(merge: Outline) -> dict[str, int]:
     """Returns the examples with their copies that each task's head is fitted to."""
     counts = {task: len(size) for task, size in merge.data["calibration"].items()}
     return {
-        task: count * (1 + copies_within(MOST_TO_FIT, count, merge.method.copies))
+        task: count * (1 + copies_within(MOST_TO_FIT, count, merge.method.copies_of(count)))
         for task, count in counts.items()
     }
 

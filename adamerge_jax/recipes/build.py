@@ -15,6 +15,7 @@ import optax
 from adamerge_jax.checkpoints.dtypes import DELTA_DTYPES
 from adamerge_jax.coefficients.granularities import Granularity, Shapes, make_granularity
 from adamerge_jax.coefficients.importance import FROM_COARSE
+from adamerge_jax.data.copies import copies_within
 from adamerge_jax.errors import InputError
 from adamerge_jax.heads.fitted import Kind as FitKind
 from adamerge_jax.heads.learned import HeadLearning
@@ -180,7 +181,7 @@ class Method(NamedTuple):
         batch_size: The number of examples of every task per step.
         microbatches: The number of parts in which a step runs its batch.
         mixes_once: True if the parts of a batch share one mix of the weights.
-        copies: The number of changed copies of each calibration example.
+        copies: The number of changed copies of each calibration example, at most.
         held_out: The part of each task's calibration examples that is held out.
         seed: The seed of all randomness.
         delta_dtype: The dtype of task vectors; None for the checkpoint's.
@@ -217,6 +218,15 @@ class Method(NamedTuple):
         """Returns the method with the objective of one more task."""
         specs = {**self.target_specs, task: objective.target_spec}
         return self._replace(objectives={**self.objectives, task: objective}, target_specs=specs)
+
+    def copies_of(self, examples: int) -> int:
+        """Returns the copies of each of a task's examples, no more than all steps draw.
+
+        Args:
+            examples: The number of the task's examples.
+        """
+        drawn = self.batch_size * sum(stage.steps for stage in self.stages)
+        return copies_within(drawn, examples, self.copies)
 
     @property
     def result(self) -> Stage:

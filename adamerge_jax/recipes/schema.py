@@ -383,7 +383,8 @@ class LearningRecipe(Section):
     copies: Whole = Field(default=0, ge=0, le=1000)
     """Changed copies of each calibration example that are learned from beside it, with the expert's
     logits on them: images slightly turned, scaled and shifted, texts with up to 30% of their tokens
-    hidden. Language models have none."""
+    hidden. Language models have none, and where examples are many there are fewer: as many as all
+    steps draw."""
     held_out: Number = Field(default=0.2, gt=0, lt=1)
     """Part of the calibration data that is held out to choose the best coefficients."""
     evaluate_every: Count | None = None

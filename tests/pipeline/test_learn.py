@@ -202,7 +202,7 @@ def test_heads_are_fitted_to_few_copies(image_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("adamerge_jax.pipeline.learn.fit_heads", fit)
     monkeypatch.setattr("adamerge_jax.pipeline.learn.MOST_TO_FIT", 59)
     objectives = [{"name": "logit_alignment"}]
-    learning = image_recipe["learning"] | {"steps": 1, "copies": 3}
+    learning = image_recipe["learning"] | {"steps": 20, "copies": 3}
     chosen = {"heads": "refitted", "objectives": objectives, "learning": learning}
     learned(image_recipe, tmp_path, Seen(), **chosen)
     assert fitted == dict.fromkeys(image_recipe["tasks"], (40, 40))  # 20 images, and a copy of each
@@ -212,9 +212,22 @@ def test_heads_are_fitted_to_few_copies(image_recipe, tmp_path, monkeypatch):
 def test_copies_are_learned_from_and_not_judged_by(kind, request, tmp_path):
     recipe = request.getfixturevalue(kind)
     plain = inputs_of(recipe, tmp_path).calibration
-    learning = recipe["learning"] | {"copies": 2}
+    learning = recipe["learning"] | {"copies": 2, "steps": 100}
     copied = inputs_of(recipe, tmp_path, learning=learning).calibration
     for task, index in plain.learning.items():
         assert len(copied.learning[task]) == 3 * len(index)
         assert copied.held_out[task].tolist() == plain.held_out[task].tolist()
         assert set(copied.learning[task] % len(plain.examples[task])) == set(index)
+
+
+def test_copies_are_no_more_than_steps_draw(text_recipe, tmp_path):
+    def copies(steps: int) -> dict[str, int]:
+        learning = text_recipe["learning"] | {"copies": 2, "steps": steps}
+        examples = inputs_of(text_recipe, tmp_path, learning=learning).calibration.examples
+        return {task: data.copies for task, data in examples.items()}
+
+    size = len(inputs_of(text_recipe, tmp_path).calibration.examples["tone"])
+    batch = text_recipe["learning"]["batch_size"]
+    assert set(copies(1).values()) == {0}
+    assert set(copies(-(-2 * size // batch)).values()) == {1}
+    assert set(copies(-(-9 * size // batch)).values()) == {2}

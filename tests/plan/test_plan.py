@@ -377,7 +377,7 @@ def test_copies_are_asked_about_and_heads_fitted_to_them(text_recipe, tmp_path):
     """The initial coefficient is chosen by evaluations of the held-out data."""
 
     def plan(copies: int = 0, **changes: Any) -> Any:
-        learning = text_recipe["learning"] | {"steps": 10, "copies": copies}
+        learning = text_recipe["learning"] | {"steps": 200, "copies": copies}
         fields = text_recipe | {"objectives": ALIGNMENT, "learning": learning} | changes
         return make_plan(parse_recipe(fields), tmp_path, "h100")
 
