@@ -4,6 +4,7 @@ Checkpoint tensors keep PyTorch's layout, `(out, in)` for a linear layer. A para
 or lazy, such as a `Mixture`; modules read it through `value`, which mixes it where it is used.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +42,9 @@ Activation = Callable[[Array], Array]
 
 
 def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
+    """Computes GELU by `erf`, in float32: `jax.nn.gelu` takes `erfc`, which costs twice as much."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def _gelu_tanh(x: Array) -> Array:
