@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -384,9 +386,25 @@ def _example(family: Family, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return {"pixel_values": jax.ShapeDtypeStruct(of_images, jnp.float32)}
 
 
+_OF_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerBoolConversionError,
+)
+"""Errors of code that decides by values, or takes as many entries as they say."""
+
+
 def _operation_of(error: Exception) -> str:
-    """Returns the operation that an error names."""
+    """Returns the operation that an error names, and its place in the model's code."""
     operation = re.search(r"Operator with name (\S+) has no lowering", str(error))
     if operation:
-        return f"operation {operation[1]} has no counterpart"
-    return in_one_line(error)[:200]
+        reason = f"operation {operation[1]} has no counterpart"
+    elif isinstance(error, _OF_VALUES):
+        reason = "what it does depends on values, which are not known while JAX compiles it"
+    else:
+        reason = in_one_line(error)[:200]
+    calls = traceback.extract_tb(error.__traceback__)
+    places = [call for call in calls if "/transformers/models/" in call.filename]
+    if not places:
+        return reason
+    return f"{reason} ({Path(places[-1].filename).name}, line {places[-1].lineno})"

@@ -53,6 +53,13 @@ def test_a_model_without_a_body_is_run_up_to_its_output_layer(tmp_path):
     assert family.tied(model.config) == ("shared.weight",)
 
 
+def test_a_classifier_that_looks_for_the_end_of_a_text_is_refused_in_words():
+    config = UMT5Config(**SMALL_T5)
+    message = r"depends on values, .* compiles it \(modeling_umt5.py, line \d+\); merges without"
+    with pytest.raises(InputError, match=message):
+        bridged_family(config, "UMT5ForSequenceClassification")
+
+
 def test_an_output_that_is_not_the_last_layers_is_refused():
     config = ProphetNetConfig(
         **{"vocab_size": 40, "hidden_size": 16, "num_encoder_layers": 1, "num_decoder_layers": 1},
