@@ -34,9 +34,10 @@ def empty_model(auto_class: str, config: Config, **options: Any) -> PreTrainedMo
             config, attn_implementation="eager", **options
         )
     # Some classes are called after the part of a larger model that they are.
-    parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
-    if model.base_model is model and len(parts) == 1:
-        model.base_model_prefix = parts[0]
+    if auto_class != "AutoModel" and model.base_model is model:
+        parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
+        if "model" in parts or len(parts) == 1:
+            model.base_model_prefix = "model" if "model" in parts else parts[0]
     return model.eval().requires_grad_(False)
 
 
