@@ -1,8 +1,18 @@
 """The devices that a run is spread over, and the placement of arrays on them.
 
-Parameters and task vectors are split along the `model` axis of a mesh, each layer's merged weights
-are gathered where they are used (fully-sharded data parallelism). Examples are split over all
-devices. JAX's compiler inserts the communication.
+They are a mesh `(data, model)`. Every parameter of base and experts is split among the devices of a
+`model` group; every device has its own part of each task's examples, with their targets. Compiled
+steps of learning communicate as `learning/on_devices.py` and `split.py` say:
+
+- Among all devices, the gradients of the coefficients and of learned heads are summed. A device
+  contracts the gradients of its merged weights with the task vectors before, so that none is summed
+  for `data` alone.
+- In a `model` group, a layer's merged weights are gathered where the layer uses them, each device's
+  part mixed by itself, and freed behind it. Their gradients are summed part by part: each device
+  keeps the sum for the rows whose task vectors it has.
+
+Coefficients, heads and the state of their optimizers, which are small, are whole on every device.
+Where experts are asked and merges evaluated, JAX's compiler inserts the communication.
 """
 
 import ctypes
@@ -25,7 +35,10 @@ from adamerge_jax.parameter_names import is_stacked
 DATA, MODEL = "data", "model"
 """Names of the axes of the mesh."""
 
-_OVER_ALL = PartitionSpec((DATA, MODEL))
+ALL = (DATA, MODEL)
+"""Both axes: all devices."""
+
+_WHOLE = PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +69,11 @@ class Devices:
             name: The parameter's name.
             array: `[*shape]`, or `[L, *shape]` where the name is stacked.
         """
-        return self._put(array, self._split(array.shape, int(is_stacked(name))))
+        return self._put(array, self.parameter_spec(name, array.shape))
+
+    def parameter_spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """Returns the split of a parameter, see `parameter`."""
+        return self._split(shape, int(is_stacked(name)))
 
     def delta(self, name: str, delta: PyTree) -> PyTree:
         """Returns the deltas of a parameter, split among the devices as `parameter` does.
@@ -65,14 +82,17 @@ class Devices:
             name: The parameter's name.
             delta: Any representation, with arrays `[K, ...]` or `[L, K, ...]`.
         """
+        return jax.tree.map(self._put, delta, self.delta_specs(name, delta))
 
-        def put(path: tuple, array: np.ndarray | Array) -> Array:
+    def delta_specs(self, name: str, delta: PyTree) -> PyTree[PartitionSpec]:
+        """Returns the split of each array of a parameter's deltas, see `delta`."""
+
+        def spec(path: tuple, array: np.ndarray | Array) -> PartitionSpec:
             # A right factor is split by its columns: its rows are summed over.
             by_columns = getattr(path[-1], "name", None) == "right"
-            whole = 1 + is_stacked(name)
-            return self._put(array, self._split(array.shape, whole, by_columns=by_columns))
+            return self._split(array.shape, 1 + is_stacked(name), by_columns=by_columns)
 
-        return jax.tree_util.tree_map_with_path(put, delta)
+        return jax.tree_util.tree_map_with_path(spec, delta)
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Gives every device all arrays of a tree."""
@@ -80,18 +100,22 @@ class Devices:
             return jax.tree.map(jnp.asarray, tree)
         return jax.tree.map(lambda array: self._put(array, PartitionSpec()), tree)
 
-    def examples(self, tree: PyTree[np.ndarray]) -> PyTree[np.ndarray | Array]:
-        """Gives every device its part of the examples, `[N, ...]`.
+    def examples(self, tree: PyTree[np.ndarray], *, axis: int = 0) -> PyTree[np.ndarray | Array]:
+        """Gives every device its part of the examples.
 
         If their number is no multiple of the number of devices, every device is given all of them;
         the computation is split all the same, see `spread`.
+
+        Args:
+            tree: Arrays of the host, `[N, ...]`.
+            axis: The axis of N, where there are others before it.
         """
         if self.mesh is None:
             return tree
 
         def put(array: np.ndarray) -> Array:
-            divisible = len(array) % self.mesh.size == 0
-            return self._put(array, _OVER_ALL if divisible else PartitionSpec())
+            divisible = array.shape[axis] % self.mesh.size == 0
+            return self._put(array, PartitionSpec(*[None] * axis, ALL) if divisible else _WHOLE)
 
         return jax.tree.map(put, tree)
 
@@ -106,7 +130,7 @@ class Devices:
         """
         if self.mesh is None:
             return backbone
-        sharding = NamedSharding(self.mesh, _OVER_ALL)
+        sharding = NamedSharding(self.mesh, PartitionSpec(ALL))
 
         def run(parameters: PyTree, inputs: PyTree, *, hidden_states: bool = False) -> Any:
             given = len(jax.tree.leaves(inputs)[0])

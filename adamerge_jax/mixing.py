@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from adamerge_jax.parameter_names import is_stacked, leaf_name
-from adamerge_jax.task_vectors import Delta
+from adamerge_jax.task_vectors import Delta, JoinedDelta, LowRankDelta
 from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
 MERGED_WEIGHT = "merged_weight"
@@ -42,10 +42,19 @@ class Lazy(abc.ABC):
         """Returns `x * materialize()`, for the weight `[H]` of a normalisation."""
         return x * self.materialize()
 
+    def for_all(self) -> "Array | Lazy":
+        """Returns the parameter for several uses, with the work that they share done."""
+        return self.materialize()
+
 
 def is_lazy(leaf: object) -> bool:
     """Returns True for a leaf that is not an array yet."""
     return isinstance(leaf, Lazy)
+
+
+def for_all(leaf: Array | Lazy) -> Array | Lazy:
+    """Returns a parameter for several uses, with the work that they share done."""
+    return leaf.for_all() if is_lazy(leaf) else leaf
 
 
 @jax.tree_util.register_dataclass
@@ -97,6 +106,17 @@ class Mixture(Lazy):
             scale = scale.reshape(scale.shape[0], *(1 for _ in index.shape), *scale.shape[2:])
         return Mixture(self.base[index], delta, scale).materialize()
 
+    def for_all(self) -> "Array | Mixture":
+        """Returns the merged parameter, or itself where products need no merged matrix."""
+        return self.materialize() if is_summed_once(self.delta) else self
+
+
+def is_summed_once(delta: Delta) -> bool:
+    """Returns False for deltas of low rank, of which no merged matrix is needed."""
+    if isinstance(delta, JoinedDelta):
+        return any(map(is_summed_once, delta.parts))
+    return not isinstance(delta, LowRankDelta)
+
 
 def is_mixture(leaf: object) -> bool:
     """Returns True for a `Mixture`; for `jax.tree.map(..., is_leaf=is_mixture)`."""
@@ -141,8 +161,8 @@ def mix(
     return jax.tree_util.tree_map_with_path(leaf, base)
 
 
-def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
-    """Turns every `Mixture` in the tree into an array, layer by layer where it is stacked.
+def materialize(tree: PyTree[Array | Lazy]) -> PyTree[Array]:
+    """Turns every lazy leaf of a tree into an array, layer by layer where it is stacked.
 
     Args:
         tree: The result of `mix`, or a part of it.
@@ -161,12 +181,12 @@ def materialize(tree: PyTree[Array | Mixture]) -> PyTree[Array]:
         {'bias': [1.0, 2.0], 'other': [1.0]}
     """
 
-    def leaf(path: tuple, parameter: Array | Mixture) -> Array:
-        if not is_mixture(parameter):
+    def leaf(path: tuple, parameter: Array | Lazy) -> Array:
+        if not is_lazy(parameter):
             return parameter
         return _materialize_one(parameter, is_stacked(leaf_name(path)))
 
-    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_mixture)
+    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_lazy)
 
 
 def scale_gradient(
@@ -224,7 +244,7 @@ def _materialize_all(mixtures: tuple[Mixture, ...], stacked: tuple[bool, ...]) -
     return [_materialize_one(*one) for one in zip(mixtures, stacked, strict=True)]
 
 
-def _materialize_one(mixture: Mixture, stacked: bool) -> Array:
+def _materialize_one(mixture: Lazy, stacked: bool) -> Array:
     if not stacked:
         return mixture.materialize()
     layers, sources = apart_from_layers(mixture)

@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,59 +40,134 @@ LEARN = """
 import json, sys
 from contextlib import nullcontext
 from pathlib import Path
-from adamerge_jax.devices import open_devices
-from adamerge_jax.pipeline.learn import learn_coefficients, prepare
-from adamerge_jax.recipes.build import build
-from adamerge_jax.recipes.loading import load_recipe
-from adamerge_jax.pipeline.workspace import open_workspace
-
-for folder in map(Path, sys.argv[1:]):
-    recipe = load_recipe(folder / "recipe.yaml")
-    devices = open_devices(**recipe.devices.model_dump())
-    workspace = open_workspace(recipe, folder, devices)
-    inputs = prepare(build(recipe, workspace.models), workspace)
-    merge = learn_coefficients(inputs, show_stage=lambda *what: nullcontext(lambda progress: None))
-    merge.coefficients.save(folder / "coefficients.safetensors")
-    parts = {name: array.addressable_shards[0].data.shape for name, array in inputs.base.items()}
-    (folder / "parts.json").write_text(json.dumps([str(devices), parts]))
-"""
-
-# Nothing but the order of sums may differ between devices: in float64 it has no weight.
-LEARN_IN_FLOAT64 = """
-import sys
-from contextlib import nullcontext
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
+from adamerge_jax import CONSTRAINTS, Frozen, granularities, materialize, task_vectors
+from adamerge_jax.data.batches import Batch
+from adamerge_jax.devices import ONE_DEVICE, open_devices
+from adamerge_jax.objectives import Targets, TaskOutputs, hidden_state_alignment
+from adamerge_jax.parameter_names import is_stacked
+from adamerge_jax.pipeline import learn as stage
+from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.recipes.build import build
+from adamerge_jax.recipes.loading import load_recipe
+from tests.references import load_script
+
+collectives = load_script(Path("experiments/benchmarks/collectives.py")).collectives
+programs, make_learner = [], stage.make_learner
+
+
+def make_read_learner(*arguments, **options):
+    learner, compiled = make_learner(*arguments, **options), {}
+
+    def step(*arguments):
+        form = str(jax.tree.map(jnp.shape, arguments))
+        if form not in compiled:
+            compiled[form] = learner.step.lower(*arguments).compile()
+            programs.append(collectives(compiled[form].as_text()))
+        return compiled[form](*arguments)
+
+    return learner._replace(step=step)
+
+
+def learn(inputs):
+    return stage.learn_coefficients(
+        inputs, show_stage=lambda *what: nullcontext(lambda progress: None)
+    )
+
+
+stage.make_learner = make_read_learner
+*folders, in_float64 = map(Path, sys.argv[1:])
+for folder in folders:
+    recipe = load_recipe(folder / "recipe.yaml")
+    devices = open_devices(**recipe.devices.model_dump())
+    workspace = open_workspace(recipe, folder, devices)
+    inputs = stage.prepare(build(recipe, workspace.models), workspace)
+    programs.clear()
+    merge = learn(inputs)
+    merge.coefficients.save(folder / "coefficients.safetensors")
+    layers = {}  # bytes of a layer's part of each parameter that is split
+    for name, array in inputs.base.items():
+        part = array.addressable_shards[0].data
+        if part.size < array.size:
+            depth = array.shape[0] if is_stacked(name) else 1
+            layers[name] = (array.nbytes // depth, depth)
+    learned = (dict(merge.values), merge.heads)
+    facts = {
+        "devices": str(devices),
+        "parts": {n: a.addressable_shards[0].data.shape for n, a in inputs.base.items()},
+        "layers": layers,
+        "mixed": list(inputs.deltas),
+        "tasks": len(recipe.tasks),
+        "learned": sum(np.size(array) for array in jax.tree.leaves(learned)),
+        "programs": programs,
+    }
+    (folder / "facts.json").write_text(json.dumps(facts))
+
+# Nothing but the order of sums may differ between devices: in float64 it has no weight.
+stage.make_learner = make_learner
 jax.config.update("jax_enable_x64", True)
 jnp.float32 = jnp.float64
 
-import numpy as np
-from adamerge_jax.devices import ONE_DEVICE, open_devices
-from adamerge_jax.pipeline.learn import learn_coefficients, prepare
-from adamerge_jax.recipes.build import build
-from adamerge_jax.recipes.loading import load_recipe
-from adamerge_jax.pipeline.workspace import open_workspace
 
-def in_float64(tree):
+def wide(tree):
     return jax.tree.map(
         lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
     )
 
-recipe = load_recipe(Path(sys.argv[1]))
+
+recipe = load_recipe(in_float64)
 one = None
 for devices in (ONE_DEVICE, open_devices(model=4)):
     workspace = open_workspace(recipe, Path("/"), devices)
-    inputs = prepare(build(recipe, workspace.models), workspace)
-    base = in_float64(inputs.base)
-    inputs = inputs._replace(base=base, theta_start=base, deltas=in_float64(inputs.deltas))
-    merge = learn_coefficients(inputs, show_stage=lambda *what: nullcontext(lambda progress: None))
-    values = np.concatenate([np.ravel(array) for array in merge.values.values()])
+    inputs = stage.prepare(build(recipe, workspace.models), workspace)
+    base = wide(inputs.base)
+    inputs = inputs._replace(base=base, theta_start=base, deltas=wide(inputs.deltas))
+    values = np.concatenate([np.ravel(array) for array in learn(inputs).values.values()])
     assert values.dtype == np.float64 and np.abs(values - 0.3).max() > 0.005
     one = values if one is None else one
     np.testing.assert_allclose(values, one, rtol=0, atol=1e-12, err_msg=str(devices))
+
+
+def batch_step(devices):
+    # An objective that compares all examples, 17 a task: 3 for a device, or 2, or none.
+    draw, tasks, size = np.random.default_rng(0).standard_normal, 2, 17
+    base = {"kernel": draw((4, 8))}
+    deltas = task_vectors(base, [{"kernel": base["kernel"] + draw((4, 8))} for _ in range(tasks)])
+    granularity = granularities.row(granularities.shapes_of(base, deltas))
+
+    def forward(parameters, heads, inputs):
+        states = inputs["x"] @ materialize(parameters)["kernel"]
+        return [
+            TaskOutputs(of_task[:, 0], {0: of_task[:, None]})
+            for of_task in jnp.split(states, tasks)
+        ]
+
+    learner = make_learner(
+        forward,
+        granularity,
+        CONSTRAINTS["free"],
+        hidden_state_alignment([0], relative=True),
+        optax.sgd(0.1),
+        devices=devices,
+    )
+    targets = [Targets(expert_hidden_states={0: draw((size, 1, 8))}) for _ in range(tasks)]
+    batch = Batch({"x": draw((tasks * size, 4))}, np.full((tasks, size), 1 / size), targets)
+    base = {name: devices.parameter(name, array) for name, array in base.items()}
+    deltas = {name: devices.delta(name, delta) for name, delta in deltas.items()}
+    initial = granularity.init(granularities.constant({"kernel": (4, 8)}, tasks, 0.3))
+    state = devices.replicate(learner.init(initial))
+    state, per_task = learner.step(state, Frozen(base, deltas, ()), batch.spread(devices))
+    return np.concatenate([np.ravel(learner.coefficients(state)["kernel"]), per_task])
+
+
+one = batch_step(ONE_DEVICE)
+for model in (1, 4):
+    np.testing.assert_allclose(batch_step(open_devices(model)), one, rtol=0, atol=1e-12)
 """
 
 
@@ -145,36 +221,75 @@ def on_virtual_devices(count: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags}
 
 
-def test_eight_devices_learn_what_one_does(encoder, adapters, tmp_path):
+LAYOUTS = [("encoder", 1), ("encoder", 8), ("adapters", 4)]
+
+
+@pytest.fixture(scope="module")
+def on_eight(encoder, adapters, tmp_path_factory) -> dict[tuple[str, int], Path]:
+    """Folders of what eight devices learn, and of the programs by which they do.
+
+    In the same process, in float64, the encoder with an objective without stored targets, which are
+    float32, and an objective that compares all examples of a batch.
+    """
+    root = tmp_path_factory.mktemp("eight")
     folders = {}
-    layouts = [("encoder", 1), ("encoder", 8), ("adapters", 4)]
-    for kind, model in layouts:
-        folder = folders[kind, model] = tmp_path / f"{kind}-{model}"
+    for kind, model in LAYOUTS:
+        folder = folders[kind, model] = root / f"{kind}-{model}"
         folder.mkdir()
         fields = encoder if kind == "encoder" else adapters
         write_recipe(folder, fields | {"devices": {"model": model}})
-    subprocess.run(
-        [sys.executable, "-c", LEARN, *map(str, folders.values())],
-        env=on_virtual_devices(8),
-        check=True,
-    )
+    in_float64 = write_recipe(root, encoder | {"preset": "adamerging"})
+    command = [sys.executable, "-c", LEARN, *map(str, folders.values()), str(in_float64)]
+    subprocess.run(command, env=on_virtual_devices(8), check=True, cwd=Path(__file__).parents[1])
+    return folders
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "facts.json").read_text())
+
+
+def test_eight_devices_learn_what_one_does(on_eight, encoder, adapters):
     expected = {"encoder": learn(encoder), "adapters": learn(adapters)}
-    for (kind, model), folder in folders.items():
+    for (kind, model), folder in on_eight.items():
         require_close(Coefficients.load(folder / "coefficients.safetensors"), expected[kind])
-        said, parts = json.loads((folder / "parts.json").read_text())
-        assert said == f"8 devices (cpu; data {8 // model} x model {model})"
+        facts = facts_of(folder)
+        assert facts["devices"] == f"8 devices (cpu; data {8 // model} x model {model})"
         if kind == "encoder":
+            parts = facts["parts"]
             assert parts["vit.encoder.layer.*.intermediate.dense.weight"] == [2, 32 // model, 24]
             assert parts["vit.encoder.layer.*.intermediate.dense.bias"] == [2, 32]
             patches = parts["vit.embeddings.patch_embeddings.projection.weight"]
             assert patches == [24 // model, 3, 4, 4]
 
 
-def test_only_the_order_of_sums_differs_between_devices(encoder, tmp_path):
-    # An objective without stored targets, which are float32.
-    recipe = write_recipe(tmp_path, encoder | {"preset": "adamerging"})
-    command = [sys.executable, "-c", LEARN_IN_FLOAT64, str(recipe)]
-    subprocess.run(command, env=on_virtual_devices(8), check=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_gathered_and_coefficients_summed(on_eight, layout):
+    """All communication of a compiled step, to the byte: none grows with the batch."""
+    facts = facts_of(on_eight[layout])
+    assert facts["programs"]
+    for program in facts["programs"]:
+        by_kind = {}
+        for kind, size, rounds in program:
+            by_kind.setdefault(kind, []).append((size, rounds))
+        # The gradients of what is learned, and the objective of each task.
+        sums = by_kind.pop("all-reduce")
+        assert sum(size * rounds for size, rounds in sums) == 4 * (
+            facts["learned"] + facts["tasks"]
+        )
+        weights = Counter((size, depth) for size, depth in facts["layers"].values())
+        gathers = Counter(by_kind.pop("all-gather", []))
+        if layout[0] == "adapters":
+            # Their factors are gathered too, whose merged matrix nobody needs.
+            assert gathers.keys() >= weights.keys()
+            assert not by_kind
+            continue
+        scatters = Counter(by_kind.pop("reduce-scatter", []))
+        assert not by_kind
+        # Forwards, and again backwards where a layer is computed again; a gradient once.
+        assert all(weights[one] <= gathers[one] <= 2 * weights[one] for one in gathers | weights)
+        mixed = [facts["layers"][name] for name in facts["mixed"] if name in facts["layers"]]
+        assert scatters == Counter(map(tuple, mixed))
+        assert bool(weights) == (layout[1] > 1)
 
 
 def test_two_processes(image_fields, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -17,6 +18,7 @@ from adamerge_jax.data.expert_targets import CrossTaskLogits, StoredTargets
 from adamerge_jax.devices import Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets
+from adamerge_jax.stacks import Stacked
 
 BATCHES_SORTED_TOGETHER = 16
 """The number of batches in a row that share their texts by length: the shortest texts of all tasks
@@ -31,7 +33,8 @@ class Batch(NamedTuple):
         inputs: Model inputs, `[tasks * B, ...]`: B examples of the first task, of the second, ...
         weights: `[tasks, B]`, the share of each example in its task's mean; rows sum to 1, or to
             less where the mean is spread over several batches.
-        targets: The targets of each task's examples, `[B, ...]`.
+        targets: The targets of each task's examples, `[B, ...]`; those of tasks that are alike in
+            one array, `[G, B, ...]`, where they are `Stacked`.
         augmented_inputs: The same examples, augmented, or None where no objective asks for them.
     """
 
@@ -41,8 +44,35 @@ class Batch(NamedTuple):
     augmented_inputs: dict[str, np.ndarray] | None = None
 
     def spread(self, devices: Devices) -> "Batch":
-        """Gives every device its part of the examples."""
-        return devices.examples(self._replace(weights=None))._replace(weights=self.weights)
+        """Gives every device as many examples of every task, one device after the other.
+
+        If B is no multiple of the number of devices, the last example of each task is repeated;
+        `weights` stay those of B examples, by which a step leaves the copies out.
+        """
+        if devices.mesh is None:
+            return self
+        tasks, size = self.weights.shape
+        count = devices.mesh.size
+        missing = -size % count
+
+        def filled(array: np.ndarray) -> np.ndarray:
+            """Fills up `[G, B, ...]`."""
+            widths = [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)
+            return np.pad(array, widths, "edge") if missing else array
+
+        def by_device(array: np.ndarray) -> np.ndarray:
+            shape = array.shape[1:]
+            blocks = filled(array.reshape(tasks, size, *shape)).reshape(tasks, count, -1, *shape)
+            return np.ascontiguousarray(blocks.swapaxes(0, 1)).reshape(-1, *shape)
+
+        targets = jax.tree.map(filled, Stacked.of(self.targets))
+        inputs, augmented = jax.tree.map(by_device, (self.inputs, self.augmented_inputs))
+        return Batch(
+            devices.examples(inputs),
+            self.weights,
+            devices.examples(targets, axis=1),
+            devices.examples(augmented),
+        )
 
 
 class Calibration(NamedTuple):
@@ -173,7 +203,7 @@ class Calibration(NamedTuple):
                 for task, of_task in zip(chosen, targets, strict=True)
             ]
         augmented_inputs = augment(inputs, generator) if self.augmented else None
-        return Batch(inputs, weights, targets, augmented_inputs)
+        return Batch(inputs, weights, Stacked.of(targets), augmented_inputs)
 
 
 def calibrate(

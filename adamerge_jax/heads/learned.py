@@ -1,15 +1,17 @@
 """Heads that are learned with the coefficients, as SyMerge (Jung et al., 2025) learns one layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
+
+from adamerge_jax.stacks import Stacked
 
 Heads = Sequence[Mapping[str, Float[Array, "..."]]]
-"""Parameters of each task's head by name."""
+"""Parameters of each task's head by name; `Stacked` where they are learned."""
 
 
 class HeadState(NamedTuple):
@@ -45,18 +47,28 @@ class HeadLearning(NamedTuple):
     def init(self, expert_heads: Heads) -> tuple[Heads, HeadState]:
         """Returns the heads that learning starts from, float32, and the state."""
         heads = self._learned_parts(expert_heads)
-        flat_heads = [ravel_pytree(head)[0] for head in heads]
-        entries = [head.size for head in flat_heads]
         tiny = jnp.finfo(jnp.float32).tiny
-        squares = [jnp.maximum(jnp.square(head).mean(), tiny) for head in flat_heads]
-        sizes = jnp.concatenate(
-            [jnp.full(n, jnp.sqrt(s)) for n, s in zip(entries, squares, strict=True)]
-        )
+
+        def of_entries(value: Callable[[int, Array], Array]) -> Float[Array, " N"]:
+            """Returns a value of each head, from its size and mean square, at all its entries."""
+
+            def of_group(group: Mapping[str, Float[Array, "G ..."]]) -> PyTree[Array]:
+                flat = {name: array.reshape(len(array), -1) for name, array in group.items()}
+                entries = sum(array.shape[1] for array in flat.values())
+                sums = sum(jnp.square(array).sum(1) for array in flat.values())
+                values = value(entries, jnp.maximum(sums / entries, tiny))
+                return {
+                    name: jnp.broadcast_to(values[:, None], array.shape)
+                    for name, array in flat.items()
+                }
+
+            return ravel_pytree([of_group(group) for group in heads.groups if group])[0]
+
+        sizes = of_entries(lambda entries, square: jnp.sqrt(square))
         pulls = None
         if self.ridge:
-            pairs = zip(entries, squares, strict=True)
-            pulls = jnp.concatenate([jnp.full(n, 2 * self.ridge / (n * s)) for n, s in pairs])
-        return heads, HeadState(self.optimizer.init(jnp.concatenate(flat_heads)), sizes, pulls)
+            pulls = of_entries(lambda entries, square: 2 * self.ridge / (entries * square))
+        return heads, HeadState(self.optimizer.init(ravel_pytree(heads)[0]), sizes, pulls)
 
     def update(
         self, heads: Heads, gradient: Heads, state: HeadState, expert_heads: Heads
@@ -79,17 +91,20 @@ class HeadLearning(NamedTuple):
         updates, optimizer = self.optimizer.update(slopes, state.optimizer, learned)
         return restore(learned + updates * state.sizes), state._replace(optimizer=optimizer)
 
-    def _learned_parts(self, heads: Heads) -> list[dict[str, Float[Array, "..."]]]:
+    def _learned_parts(self, heads: Heads) -> Stacked:
         """Returns those parameters of each head that are learned, float32."""
-        return [
-            {name: jnp.asarray(head[name], jnp.float32) for name in self.names if name in head}
-            for head in heads
-        ]
+        stacks = Stacked.of(heads)
+        groups = (
+            {name: jnp.asarray(group[name], jnp.float32) for name in self.names if name in group}
+            for group in stacks.groups
+        )
+        return Stacked(tuple(groups), stacks.tasks)
 
 
 def replaced_heads(expert_heads: Heads, learned: Heads) -> Heads:
     """Returns the experts' heads with the learned parameters in place of their own."""
     if not learned:
         return expert_heads
-    pairs = zip(expert_heads, learned, strict=True)
-    return [{**expert, **head} for expert, head in pairs]
+    experts = Stacked.of(expert_heads)
+    pairs = zip(experts.groups, Stacked.of(learned).groups, strict=True)
+    return Stacked(tuple({**expert, **head} for expert, head in pairs), experts.tasks)

@@ -163,7 +163,8 @@ def evaluate_held_out(
                 counted = counted[:, None] & targets.counted
             elif labels is not None and labels.ndim == 2:
                 counted = counted[:, None] & (labels != NOT_PREDICTED)
-            predicted[position].append(evaluation.predicted[position][counted].ravel())
+            of_task = evaluation.predicted[position][: len(weights)]  # copies are behind them
+            predicted[position].append(of_task[counted].ravel())
             if labels is not None and np.issubdtype(labels.dtype, np.floating):
                 continue  # numbers agree with nothing to the last digit
             if labels is not None:

@@ -18,10 +18,16 @@ from adamerge_jax.coefficients.granularities import Granularity, Values
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.heads.learned import HeadLearning, Heads, HeadState, replaced_heads
-from adamerge_jax.learning.evaluation import Evaluation, evaluate_tasks, with_augmented
+from adamerge_jax.learning.evaluation import (
+    Evaluation,
+    evaluate_tasks,
+    floors_of,
+    with_augmented,
+)
 from adamerge_jax.learning.forward import Forward
 from adamerge_jax.learning.microbatches import sum_over_parts
 from adamerge_jax.learning.mixed_once import gradient_mixed_once
+from adamerge_jax.learning.on_devices import Share, on_devices
 from adamerge_jax.mixing import mix
 from adamerge_jax.objectives import Objective, Targets
 from adamerge_jax.objectives.regularizers import Regularizer
@@ -140,7 +146,8 @@ def make_learner(
             optimizer.
         head_learning: The learning of heads beside the coefficients; None where they are kept.
         mixes_once: If True, the parts of a batch share one mix of the weights, see
-            `mixed_once.py`; otherwise each mixes its own, layer by layer.
+            `mixed_once.py`; otherwise, and where parameters are split among devices, each mixes its
+            own, layer by layer.
 
     Returns:
         Pure functions; `learn` is the loop around them.
@@ -184,18 +191,18 @@ def make_learner(
     def scales_of(raw: Raw) -> Mapping[str, Array]:
         return granularity.scales(coefficients(raw))
 
-    def run(raw: Raw, learned_heads: Heads, frozen: Frozen, batch: Batch) -> Evaluation:
-        mixed = mix(frozen.base, frozen.deltas, scales_of(raw))
-        return run_mixed(mixed, learned_heads, frozen, batch)
-
-    def run_mixed(mixed: PyTree, learned_heads: Heads, frozen: Frozen, batch: Batch) -> Evaluation:
+    def run(
+        mixed: PyTree, learned_heads: Heads, frozen: Frozen, batch: Batch, share: Share
+    ) -> Evaluation:
         heads = replaced_heads(frozen.heads, learned_heads)
+        mixed = share.parameters(mixed)
         outputs = forward(mixed, heads, batch.inputs)
         if batch.augmented_inputs is not None:
             augmented = forward(mixed, heads, batch.augmented_inputs)
             pairs = zip(outputs, augmented, strict=True)
             outputs = [with_augmented(plain, other) for plain, other in pairs]
-        return evaluate_tasks(objectives_of(len(batch.targets)), outputs, batch)
+        objectives = share.objectives(objectives_of(len(batch.targets)))
+        return evaluate_tasks(objectives, outputs, batch)
 
     def init(values: Values, heads: Heads = ()) -> State:
         raw = {
@@ -211,14 +218,17 @@ def make_learner(
 
     compiled = partial(jax.jit, out_shardings=devices.replicated)
 
-    @compiled
-    def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
-        learned = state.raw, state.heads
+    def gradient_of_share(
+        learned: tuple[Raw, Heads], frozen: Frozen, batch: Batch, share: Share
+    ) -> tuple[tuple[tuple[Raw, Heads], Float[Array, " tasks"]], tuple[()]]:
+        """Returns the gradient of a device's examples by what is learned, and their objectives."""
+        raw, heads = learned
+        parts = share.parts(microbatches, batch)
 
         def total(
             mixed: PyTree, heads: Heads, part: Batch
         ) -> tuple[Float[Array, ""], Float[Array, " tasks"]]:
-            per_task = run_mixed(mixed, heads, frozen, part).objective
+            per_task = run(mixed, heads, frozen, part, share).objective
             return per_task.sum(), per_task
 
         def mixed_and_total(
@@ -227,22 +237,37 @@ def make_learner(
             raw, heads = learned
             return total(mix(frozen.base, frozen.deltas, scales_of(raw)), heads, part)
 
+        if not mixes_once or parts == 1 or share.axes:  # what is split is gathered in every part
+            gradient_of = partial(jax.grad(mixed_and_total, has_aux=True), learned)
+            return sum_over_parts(gradient_of, batch, parts), ()
+        scales, gradient_by_raw = jax.vjp(scales_of, raw)
+        (scale_gradients, head_gradient), per_task = gradient_mixed_once(
+            total, frozen.base, frozen.deltas, scales, heads, batch, parts
+        )
+        # A granularity may have scales of parameters that no expert changed.
+        zeros = jax.tree.map(jnp.zeros_like, dict(scales))
+        (gradient,) = gradient_by_raw(zeros | dict(scale_gradients))
+        return ((gradient, head_gradient), per_task), ()
+
+    def evaluate_share(
+        learned: tuple[Raw, Heads], frozen: Frozen, batch: Batch, share: Share
+    ) -> tuple[Float[Array, " tasks"], Sequence[Array]]:
+        """Returns the objectives of a device's examples, and the classes predicted."""
+        raw, heads = learned
+        mixed = mix(frozen.base, frozen.deltas, scales_of(raw))
+        return tuple(run(mixed, heads, frozen, batch, share))
+
+    gradient_of_batch = on_devices(gradient_of_share, devices)
+    evaluate_batch = on_devices(evaluate_share, devices)
+
+    @compiled
+    def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Float[Array, " tasks"]]:
         def regularization(raw: Raw) -> Float[Array, ""]:
             terms = (w * term(coefficients(raw), state.start) for w, term in regularizers)
             return sum(terms, jnp.zeros(()))
 
-        if mixes_once and microbatches > 1:
-            scales, gradient_by_raw = jax.vjp(scales_of, state.raw)
-            of_batch = gradient_mixed_once(
-                total, frozen.base, frozen.deltas, scales, state.heads, batch, microbatches
-            )
-            (scale_gradients, head_gradient), per_task = of_batch
-            # A granularity may have scales of parameters that no expert changed.
-            zeros = jax.tree.map(jnp.zeros_like, dict(scales))
-            (gradient,) = gradient_by_raw(zeros | dict(scale_gradients))
-        else:
-            gradient_of = partial(jax.grad(mixed_and_total, has_aux=True), learned)
-            (gradient, head_gradient), per_task = sum_over_parts(gradient_of, batch, microbatches)
+        of_batch, _ = gradient_of_batch((state.raw, state.heads), frozen, batch)
+        (gradient, head_gradient), per_task = of_batch
         gradient = jax.tree.map(jnp.add, gradient, jax.grad(regularization)(state.raw))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.raw)
         moved = optax.apply_updates(state.raw, updates)
@@ -257,19 +282,13 @@ def make_learner(
 
     @compiled
     def evaluate(state: State, frozen: Frozen, batch: Batch) -> Evaluation:
-        return run(state.raw, state.heads, frozen, batch)
+        return Evaluation(*evaluate_batch((state.raw, state.heads), frozen, batch))
 
     @compiled
     def floor(
         weights: Float[Array, "tasks B"], targets: Sequence[Targets]
     ) -> Float[Array, " tasks"]:
-        floors = [
-            jnp.zeros(()) if of_task.floor is None else (w * of_task.floor(task_targets)).sum()
-            for of_task, w, task_targets in zip(
-                objectives_of(len(targets)), weights, targets, strict=True
-            )
-        ]
-        return jnp.stack(floors)
+        return floors_of(objectives_of(len(targets)), weights, targets)
 
     has_floor = any(of_task.floor is not None for of_task in objectives_of(1))
     return Learner(

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.errors import InputError
+from adamerge_jax.stacks import Stacked
 
 
 def split(batch: Batch, parts: int) -> Batch:
@@ -29,7 +30,7 @@ def split(batch: Batch, parts: int) -> Batch:
     Raises:
         InputError: B is no such multiple.
     """
-    tasks, size = batch.weights.shape
+    size = batch.weights.shape[1]
     if size % parts:
         raise InputError(
             f"{parts} microbatches cannot have as many each of {size} examples of a task; choose "
@@ -42,8 +43,17 @@ def split(batch: Batch, parts: int) -> Batch:
         blocks = jnp.asarray(array).reshape(-1, parts, size // parts, *shape)
         return blocks.swapaxes(0, 1).reshape(parts, -1, *shape)
 
-    by_part = jax.tree.map(cut, batch._replace(weights=batch.weights.reshape(-1)))
-    return by_part._replace(weights=by_part.weights.reshape(parts, tasks, -1))
+    def cut_group(array: Array) -> Array:
+        """Cuts `[G, B, ...]` to `[parts, G, B / parts, ...]`."""
+        group, _, *shape = array.shape
+        return cut(array.reshape(-1, *shape)).reshape(parts, group, -1, *shape)
+
+    return Batch(
+        jax.tree.map(cut, batch.inputs),
+        cut_group(batch.weights),
+        jax.tree.map(cut_group, Stacked.of(batch.targets)),
+        jax.tree.map(cut, batch.augmented_inputs),
+    )
 
 
 def sum_over_parts(function: Callable[[Batch], PyTree], batch: Batch, parts: int) -> PyTree:

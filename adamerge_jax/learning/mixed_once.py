@@ -18,9 +18,15 @@ from jaxtyping import Array, Float, PyTree
 
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.learning.microbatches import sum_over_parts
-from adamerge_jax.mixing import is_mixture, materialize, mix, scale_gradient
+from adamerge_jax.mixing import (
+    is_mixture,
+    is_summed_once,
+    materialize,
+    mix,
+    scale_gradient,
+)
 from adamerge_jax.parameter_names import is_stacked, leaf_name
-from adamerge_jax.task_vectors import Delta, JoinedDelta, LowRankDelta
+from adamerge_jax.task_vectors import Delta
 
 Scales = Mapping[str, Float[Array, "K ..."]]
 
@@ -85,10 +91,3 @@ def gradient_mixed_once(
             for name, mixture in summed.items()
         }
     return ({**of_summed, **of_low_rank}, of_heads), rest
-
-
-def is_summed_once(delta: Delta) -> bool:
-    """Returns False for deltas of low rank, of which no merged matrix is needed."""
-    if isinstance(delta, JoinedDelta):
-        return any(map(is_summed_once, delta.parts))
-    return not isinstance(delta, LowRankDelta)

@@ -56,6 +56,7 @@ from adamerge_jax.pipeline.warm_start import WarmStart, initial_values, open_war
 from adamerge_jax.pipeline.workspace import Workspace
 from adamerge_jax.recipes.build import GranularityChoice, Method, Stage
 from adamerge_jax.runs.counting import ShowCount, count_silently
+from adamerge_jax.stacks import Stacked
 from adamerge_jax.task_vectors import Delta, LoadedDelta
 from adamerge_jax.task_vectors.offload.memory import make_memory
 
@@ -475,7 +476,7 @@ def _learn_stage(
     }
     forward = workspace.forward(method.target_specs.values())
     learner = learner_of(method, stage, forward, devices, granularity)
-    expert_heads = list(workspace.heads.values())
+    expert_heads = Stacked.of(list(workspace.heads.values()))
     frozen = Frozen(inputs.theta_start, deltas, expert_heads)
     if start is None:
 

@@ -217,7 +217,7 @@ def open_workspace(
     if general is None or general.learning is None:
         networks, heads = ({t: by[t] for t in recipe.tasks} for by in (networks, heads))
     return Workspace(
-        models, data, dtype, spread, heads, networks, evaluator, root, ends.probabilities, general
+        models, data, dtype, backbone, heads, networks, evaluator, root, ends.probabilities, general
     )
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets, has_positions
-from adamerge_jax.learning.mixed_once import is_summed_once
 from adamerge_jax.methods import make_method
 from adamerge_jax.methods.least_squares import GRAM_BYTES
+from adamerge_jax.mixing import is_summed_once
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.pipeline.evaluate import examples_at_once
 from adamerge_jax.pipeline.export import checkpoint_bytes
@@ -211,6 +211,8 @@ def memory_of(
         parts[f"merge by {chosen.name} that learning starts from"] = start
     held = (base + start + deltas + copied - streamed) // split
     step_kept = max(programs.step.kept_bytes, programs.evaluate.kept_bytes) // devices
+    if split > 1:
+        step_kept += 2 * largest  # a weight that is gathered, and its gradient
     expert_kept = programs.expert.kept_bytes // devices
     expert //= split
     # Interference steps read all task vectors together.

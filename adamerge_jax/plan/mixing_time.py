@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adamerge_jax.learning.mixed_once import is_summed_once
+from adamerge_jax.mixing import is_summed_once
 from adamerge_jax.plan.hardware import DISK, Device
 from adamerge_jax.plan.outline import Outline, streamed_bytes
 from adamerge_jax.plan.work import bytes_of

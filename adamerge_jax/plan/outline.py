@@ -39,6 +39,7 @@ from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import DataSource, Recipe
+from adamerge_jax.stacks import Stacked
 from adamerge_jax.task_vectors import (
     Delta,
     DenseDelta,
@@ -308,7 +309,7 @@ class Outline:
         return Batch(
             inputs,
             Abstract((len(tasks), size), np.float32),
-            [self.targets(task, size, length) for task in tasks],
+            Stacked.of([self.targets(task, size, length) for task in tasks]),
             inputs if any(spec.augmented for spec in self.target_specs.values()) else None,
         )
 
@@ -331,7 +332,7 @@ class Outline:
         learner = learner_of(self.method, stage, forward, self.models.devices, granularity)
         start = partial(constant, self.shapes, self.experts, self.recipe.initial_coefficient)
         values = jax.eval_shape(lambda: granularity.init(start()))
-        heads = list(self.head_parameters.values())
+        heads = Stacked.of(list(self.head_parameters.values()))
         state = jax.eval_shape(lambda heads: learner.init(granularity.init(start()), heads), heads)
         frozen = Frozen(self.base, deltas, heads)
         return AbstractLearning(granularity, learner, state, frozen, values)

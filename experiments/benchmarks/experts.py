@@ -11,18 +11,26 @@ import resource
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from adamerge_jax.cli.console import make_console
 
+if TYPE_CHECKING:
+    from adamerge_jax.devices import Devices
+
 IMAGES = 64
 
 
-def measure(experts: int) -> dict[str, float]:
-    """Processor seconds to trace and to compile, seconds of a step, bytes of its arrays."""
-    import jax
-    import jax.numpy as jnp
+def learning_step(experts: int, size: int, devices: "Devices | None" = None) -> tuple[Any, ...]:
+    """Returns a learner, and the state, the frozen arrays and the batch of a step.
+
+    Args:
+        experts: Their number.
+        size: The images of each.
+        devices: The devices; None for one.
+    """
     import numpy as np
     import optax
     import step as sizes
@@ -30,22 +38,29 @@ def measure(experts: int) -> dict[str, float]:
     from adamerge_jax.coefficients.constraints import CONSTRAINTS
     from adamerge_jax.coefficients.granularities import constant, row
     from adamerge_jax.data.batches import Batch
+    from adamerge_jax.devices import ONE_DEVICE
     from adamerge_jax.heads.learned import HeadLearning
     from adamerge_jax.learning.forward import forward_with_heads
     from adamerge_jax.learning.learner import Frozen, make_learner
     from adamerge_jax.models import family_of
     from adamerge_jax.objectives import Targets, logit_alignment
     from adamerge_jax.objectives.targets import CrossTaskTargets
+    from adamerge_jax.stacks import Stacked
     from adamerge_jax.task_vectors import DenseDelta
 
+    devices = devices or ONE_DEVICE
     config, _ = sizes.config_of("small")
     family = family_of(config)
     backbone, head = family.build_backbone(config), family.build_head(config)
     generator = np.random.default_rng(0)
-    base = jax.device_put(sizes.arrays(backbone.shapes, generator))
-    heads = jax.device_put([sizes.arrays(head.shapes, generator) for _ in range(experts)])
+    base = {
+        name: devices.parameter(name, array)
+        for name, array in sizes.arrays(backbone.shapes, generator).items()
+    }
+    heads = [sizes.arrays(head.shapes, generator) for _ in range(experts)]
+    heads = devices.replicate(Stacked.of(heads))
     deltas = {
-        name: DenseDelta(jnp.asarray(array))
+        name: devices.delta(name, DenseDelta(array))
         for name, array in sizes.arrays(backbone.shapes, generator, (experts,)).items()
     }
     shapes = {name: leaf.shape for name, leaf in backbone.shapes.items()}
@@ -56,12 +71,13 @@ def measure(experts: int) -> dict[str, float]:
         CONSTRAINTS["free"],
         logit_alignment(cross_task=0.6),
         optax.adam(1e-3),
+        devices=devices,
         head_learning=HeadLearning(tuple(head.shapes), optax.adam(1e-3)),
     )
     state = learner.init(granularity.init(constant(shapes, experts, 0.3)), heads)
-    size = IMAGES // experts
+    state = devices.replicate(state)
     pixels = generator.standard_normal(
-        (IMAGES, config.num_channels, config.image_size, config.image_size), np.float32
+        (experts * size, config.num_channels, config.image_size, config.image_size), np.float32
     )
 
     def logits(*shape: int) -> np.ndarray:
@@ -77,8 +93,15 @@ def measure(experts: int) -> dict[str, float]:
         for _ in range(experts)
     ]
     weights = np.full((experts, size), 1 / size, np.float32)
-    batch = Batch({"pixel_values": pixels}, weights, targets)
-    frozen = Frozen(base, deltas, heads)
+    batch = Batch({"pixel_values": pixels}, weights, Stacked.of(targets)).spread(devices)
+    return learner, state, Frozen(base, deltas, heads), batch
+
+
+def measure(experts: int) -> dict[str, float]:
+    """Processor seconds to trace and to compile, seconds of a step, bytes of its arrays."""
+    import jax
+
+    learner, state, frozen, batch = learning_step(experts, IMAGES // experts)
     started = time.process_time()
     lowered = learner.step.lower(state, frozen, batch)
     traced = time.process_time()

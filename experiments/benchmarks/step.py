@@ -107,7 +107,7 @@ def learning_step(
     shapes = {name: leaf.shape for name, leaf in backbone.shapes.items()}
     granularity = tensor(shapes)
     learner = make_learner(
-        forward_with_heads(devices.spread(backbone), [head] * experts),
+        forward_with_heads(backbone, [head] * experts),
         granularity,
         CONSTRAINTS["clip"],
         entropy(),
@@ -116,8 +116,8 @@ def learning_step(
     )
     state = devices.replicate(learner.init(granularity.init(constant(shapes, experts, 0.3))))
     weights = np.full((experts, IMAGES_PER_TASK), 1 / IMAGES_PER_TASK, np.float32)
-    pixels = devices.examples({"pixel_values": pixels_of(config, experts)})
-    batch = Batch(pixels, weights, [Targets()] * experts)
+    pixels = {"pixel_values": pixels_of(config, experts)}
+    batch = Batch(pixels, weights, [Targets()] * experts).spread(devices)
     frozen = Frozen(base, deltas, heads)
     return lambda: jax.block_until_ready(learner.step(state, frozen, batch))
 

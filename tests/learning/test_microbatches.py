@@ -1,9 +1,11 @@
 """Batches in parts, against the whole batch."""
 
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,18 +31,19 @@ def test_every_part_has_its_share_of_every_task():
         targets.append(Targets(task_rows, cross_task=CrossTaskTargets(others, others[..., 1])))
     weights = np.arange(tasks * size).reshape(tasks, size)
     parts = split(Batch({"x": rows}, weights, targets, {"x": rows}), 2)
-    for part, places in enumerate([(0, 1), (2, 3)]):
+    for number, places in enumerate([(0, 1), (2, 3)]):
+        part = jax.tree.map(itemgetter(number), parts)
         expected = [[task, place] for task in range(tasks) for place in places]
-        np.testing.assert_array_equal(parts.inputs["x"][part], expected)
-        np.testing.assert_array_equal(parts.augmented_inputs["x"][part], expected)
-        np.testing.assert_array_equal(parts.weights[part], weights[:, list(places)])
-        for task, cut in enumerate(parts.targets):
+        np.testing.assert_array_equal(part.inputs["x"], expected)
+        np.testing.assert_array_equal(part.augmented_inputs["x"], expected)
+        np.testing.assert_array_equal(part.weights, weights[:, list(places)])
+        for task, cut in enumerate(part.targets):
             of_task = [row for row in expected if row[0] == task]
-            np.testing.assert_array_equal(cut.expert_logits[part], of_task)
+            np.testing.assert_array_equal(cut.expert_logits, of_task)
             others = [[[k, place] for k in range(tasks) if k != task] for place in places]
-            np.testing.assert_array_equal(cut.cross_task.expert_logits[part], others)
+            np.testing.assert_array_equal(cut.cross_task.expert_logits, others)
             places_of_others = [[place] * (tasks - 1) for place in places]
-            np.testing.assert_array_equal(cut.cross_task.weights[part], places_of_others)
+            np.testing.assert_array_equal(cut.cross_task.weights, places_of_others)
             assert cut.labels is None
 
 
