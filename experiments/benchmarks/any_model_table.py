@@ -23,7 +23,8 @@ _EXPLAINED = """\
   the Python API alone learns them.
 - **learn, of those made**: the three together.
 - A run that was interrupted goes on where it was. Types come at random, those that recipes can
-  learn first, so that the types of an unfinished run are a sample of them.
+  learn first, so that the types of an unfinished run are a sample of them. Results from before a
+  change of the package stay until `--again` repeats them: a reason below may be gone.
 - Models that read images and texts are given both where a rule makes such inputs and recipes take
   images of this kind; the list says which were given texts alone.
 - A refusal may come from the tiny config, which is made by rule, and not from the type: the patches

@@ -93,3 +93,18 @@ def test_plain_tensors_are_indexed_by_those_that_jax_computes():
             return environment.t2j_iso(sizes[environment.j2t_iso(rows), 1])
 
     np.testing.assert_array_equal(look_up(jnp.array([1, 0, 1])), [2, 4, 2])
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_pytorchs_and_takes_no_erfc(approximate):
+    environment = torch_in_jax()
+    values = np.linspace(-6, 6, 41, dtype=np.float32)
+
+    def compute(x):
+        with environment:
+            x = environment.j2t_iso(x)
+            return environment.t2j_iso(torch.nn.functional.gelu(x, approximate=approximate))
+
+    expected = torch.nn.functional.gelu(torch.tensor(values), approximate=approximate)
+    np.testing.assert_allclose(compute(jnp.asarray(values)), expected, atol=1e-6)
+    assert "erfc" not in str(jax.make_jaxpr(compute)(values))
