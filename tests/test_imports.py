@@ -95,7 +95,8 @@ def test_a_run_needs_no_pytorch(
 ) -> None:
     commands = []
     for kind, fields in {"text": text_recipe, "image": image_recipe}.items():
-        fields |= {"learning": {"steps": 1, "batch_size": 2}, "export": {}}
+        fields["learning"] = {"steps": 1, "batch_size": 2}
+        fields["export"] = {"orbax": kind == "image"}
         # The base has a head, which the merged model has not: its class must be looked up.
         fields["base"] = next(iter(fields["tasks"].values()))["expert"]
         (tmp_path / kind).mkdir()

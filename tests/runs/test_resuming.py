@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def fields(image_fields) -> dict[str, Any]:
         name: {key: own for key, own in task.items() if key != "test"}
         for name, task in image_fields["tasks"].items()
     }
-    return image_fields | COARSE | {"tasks": tasks, "export": {}}
+    return image_fields | COARSE | {"tasks": tasks}
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +162,13 @@ def test_killed_while_exporting(fields, undisturbed, tmp_path, monkeypatch):
 
         patched.setattr("adamerge_jax.pipeline.export.save_parameters", killed)
         with pytest.raises(Killed):
-            learn(tmp_path, fields)
+            learn(tmp_path, fields, "--export.orbax")
     run = tmp_path / "run"
     (run / ".checkpoint.partial-0123").mkdir()
-    assert (run / "checkpoint").is_dir()
-    require_same(learn(tmp_path, fields, "--resume"), undisturbed)
+    assert (run / "checkpoint").is_dir() and not (run / "orbax").exists()
+    learn(tmp_path, fields, "--export.orbax", "--resume")
+    shutil.rmtree(run / "orbax")  # which the undisturbed run has not
+    require_same(run, undisturbed)
 
 
 def test_killed_while_evaluating(image_fields, tmp_path, monkeypatch):
@@ -231,7 +234,8 @@ def test_a_second_start_is_refused(fields, tmp_path, capsys):
 
 def fold(folder: Path, undisturbed: Path) -> Path:
     file = undisturbed / "coefficients.safetensors"
-    cli.main(["fold", str(undisturbed.parent / "recipe.yaml"), str(file), "--out", str(folder)])
+    recipe = str(undisturbed.parent / "recipe.yaml")
+    cli.main(["fold", recipe, str(file), "--out", str(folder), "--export.orbax"])
     return folder
 
 

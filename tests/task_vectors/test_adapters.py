@@ -103,7 +103,9 @@ def learned(fields: Fields, out: Path) -> Coefficients:
 def test_adapters_learn_what_whole_models_learn(kind, objective, request, tmp_path):
     found, expected = (
         learned(
-            form | {"objectives": [{"name": objective}], "export": {"adapter": form is not whole}},
+            form
+            | {"objectives": [{"name": objective}]}
+            | {"export": {"adapter": form is not whole, "orbax": form is not whole}},
             tmp_path / str(form is whole),
         )
         for whole in [request.getfixturevalue(kind).whole]
