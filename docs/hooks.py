@@ -3,7 +3,6 @@
 In a page, on a line of its own:
 
 - `{{ recipe fields }}`: tables of all fields of a recipe;
-- `{{ presets }}`: the presets with their settings;
 - `{{ public names of MODULE }}`: the names that a module exports.
 """
 
@@ -11,7 +10,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from importlib.resources import files as resources
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -22,7 +20,6 @@ from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from adamerge_jax.recipes import presets
 from adamerge_jax.recipes.schema import Recipe
 
 DESCRIBED_ELSEWHERE = ("DenseDelta", "LowRankDelta", "Recipe")
@@ -33,7 +30,7 @@ MARKER = re.compile(r"^\{\{ (.+?) \}\}$", re.MULTILINE)
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fills in the markers of a page."""
-    tables = {"recipe fields": recipe_fields, "presets": all_presets}
+    tables = {"recipe fields": recipe_fields}
 
     def fill(marker: re.Match[str]) -> str:
         table, _, module = marker[1].partition(" of ")
@@ -130,23 +127,6 @@ def _default(field: FieldInfo) -> str:
     if isinstance(field.default, BaseModel):
         return ""
     return "none" if field.default is None else f"`{field.default}`"
-
-
-def all_presets() -> str:
-    """Returns the comment of each preset as text, then its settings."""
-    folder = resources(presets)
-    return "\n\n".join(
-        _preset(name, folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
-        for name in sorted(presets.PRESETS, key=lambda name: (name != presets.DEFAULT_PRESET, name))
-    )
-
-
-def _preset(name: str, text: str) -> str:
-    lines = text.splitlines()
-    length = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    comment = " ".join(line.removeprefix("#").strip() for line in lines[:length])
-    body = "\n".join(lines[length:])
-    return f"## `{name}`\n\n{comment}\n\n```yaml\n{body}\n```"
 
 
 def public_names(module: str) -> str:
