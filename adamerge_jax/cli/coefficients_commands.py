@@ -13,20 +13,58 @@ from adamerge_jax.errors import InputError, in_hand
 
 @dataclasses.dataclass
 class Inspect(Command):
-    """Show what a coefficients file says."""
+    """Show what a coefficients file says.
+
+    Of a run with evaluation.without_experts, also what each task loses without each expert.
+    """
 
     answers = True
 
     coefficients: CoefficientsFile
     """The coefficients.safetensors of a run, or the run folder."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """A .png file to draw the map of coefficients to."""
 
     def run(self, console: Console) -> None:
-        """Prints the file's facts and mean coefficients."""
-        from adamerge_jax.coefficients.file import Coefficients
+        """Prints the file's facts and mean coefficients, and draws them where asked to."""
+        from adamerge_jax.coefficients.file import Coefficients, file_in
         from adamerge_jax.report.coefficients import print_coefficients
+        from adamerge_jax.report.maps import draw_coefficients
+        from adamerge_jax.report.plain_text import one_line
+        from adamerge_jax.report.without_experts import Losses, losses_in_words, losses_table
+        from adamerge_jax.runs.files import RESULTS_FILE, WITHOUT_EXPERTS_FILE
+        from adamerge_jax.runs.results import read_results
+        from adamerge_jax.runs.without_experts import read_without_experts
 
+        out = _png_to_make(self.out)
         with in_hand(self.coefficients):
-            print_coefficients(Coefficients.load(self.coefficients), console)
+            coefficients = Coefficients.load(self.coefficients)
+        if out is not None and coefficients.of_method_alone:
+            raise InputError(
+                f"--out {out}: {self.coefficients} has no coefficients to draw: the merge is that "
+                f"of {coefficients.of_method_alone} alone; leave --out away"
+            )
+        print_coefficients(coefficients, console)
+        folder = file_in(self.coefficients.expanduser()).parent
+        rows = read_results(folder / RESULTS_FILE).rows
+        merge = rows[-1] if rows else None
+        without = read_without_experts(folder / WITHOUT_EXPERTS_FILE, merge)
+        if merge is not None and without:
+            losses = Losses.of(merge, without)
+            console.print(losses_table(losses))
+            words = one_line(losses_in_words(losses), longest=1000)
+            console.print(words, highlight=False, soft_wrap=True)
+        if out is not None:
+            draw_coefficients(coefficients, out)
+            console.print(f"map of coefficients {out}", highlight=False, soft_wrap=True)
+
+
+def _png_to_make(path: Path | None) -> Path | None:
+    """Returns the file to draw to; refuses one that is no PNG, or in no folder."""
+    file = path and path.expanduser()
+    if file is not None and (file.suffix != ".png" or not file.parent.is_dir()):
+        raise InputError(f"--out {file}: expected a .png file in a folder that exists")
+    return file
 
 
 @dataclasses.dataclass
@@ -52,9 +90,7 @@ class Compare(Command):
         from adamerge_jax.runs.files import RESULTS_FILE
         from adamerge_jax.runs.results import read_results
 
-        out = self.out and self.out.expanduser()
-        if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
-            raise InputError(f"--out {out}: expected a .png file in a folder that exists")
+        out = _png_to_make(self.out)
         loaded = []
         for file in (self.first, self.second):
             with in_hand(file):

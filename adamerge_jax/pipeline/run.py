@@ -55,6 +55,7 @@ from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.provenance import hub_datasets, model_origins
 from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.pipeline.row_cache import RowCache
+from adamerge_jax.pipeline.without_experts import rows_without_experts
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.problems import require_no_predictions
@@ -73,6 +74,7 @@ from adamerge_jax.runs.files import (
     RECIPE_FILE,
     RESULTS_FILE,
     STATE_FOLDER,
+    WITHOUT_EXPERTS_FILE,
 )
 from adamerge_jax.runs.lock import hold
 from adamerge_jax.runs.predictions import write_predictions
@@ -92,8 +94,9 @@ from adamerge_jax.runs.resuming import (
     require_startable,
     unfinished,
 )
-from adamerge_jax.runs.rows import Row
+from adamerge_jax.runs.rows import Metric, Row
 from adamerge_jax.runs.tracking import require_installed, track
+from adamerge_jax.runs.without_experts import write_without_experts
 from adamerge_jax.stopping import between_steps, require_going_on
 from adamerge_jax.task_vectors.offload.memory import make_memory
 
@@ -276,6 +279,9 @@ def _learn_and_export(
             learned_row(inputs, result, console),
         ],
         resume=resume,
+        rows_without=partial(rows_without_experts, inputs, result, console=console)
+        if recipe.evaluation.without_experts
+        else None,
     )
     return Run(out, result.coefficients, rows)
 
@@ -291,6 +297,7 @@ def export_and_compare(
     *,
     rows_of: Callable[[], list[Row]],
     resume: bool,
+    rows_without: Callable[[Metric], list[Row]] | None = None,
 ) -> list[Row]:
     """Writes the merge of a run, then its table of results, heat map and page.
 
@@ -305,6 +312,8 @@ def export_and_compare(
         rows_of: The function that evaluates the rows of the table, the merge last; it is called
             where there is test data.
         resume: If True, forms of the merge that are there are kept.
+        rows_without: The function that evaluates the merge without each expert; None where that is
+            not asked for.
 
     Returns:
         The table; empty without test data.
@@ -329,12 +338,15 @@ def export_and_compare(
     if inputs.workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
             rows = rows_of()
+            without = rows_without(rows[-1].metric) if rows_without else []
         results = Results.of_rows(rows)
         if first:
             write_results(results, out / RESULTS_FILE)
             predictions = predictions_of_run(inputs.workspace, rows, recipe.tokenizer)
             if predictions:
                 write_predictions(predictions, out / PREDICTIONS_FILE)
+            if without:
+                write_without_experts(without, out / WITHOUT_EXPERTS_FILE)
             write_card(job_of(results=results), out)
     require_going_on()
     if first:

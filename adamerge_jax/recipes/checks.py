@@ -60,6 +60,7 @@ def check(recipe: Recipe) -> None:
     _check_control(recipe.learning, recipe.forgotten, recipe.tasks)
     _check_coefficients(recipe.coefficients, recipe.task_vectors)
     _check_bounds(recipe.search, recipe.front)
+    _check_without_experts(recipe)
     build_optimizer(recipe.learning.optimizer, recipe.learning.steps)
     _check_own_optimizer(recipe.learning.optimizer, recipe.coefficients.constraint)
     build_regularizers(_of_package(recipe.regularizers))
@@ -156,6 +157,21 @@ def _check_bounds(search: SearchRecipe, front: FrontRecipe) -> None:
                 f"{section}.bounds: found {low:g} to {high:g}, expected the smallest coefficient, "
                 f"then a larger one, both from -{_FARTHEST:g} to {_FARTHEST:g}"
             )
+
+
+def _check_without_experts(recipe: Recipe) -> None:
+    if not recipe.evaluation.without_experts:
+        return
+    if recipe.coefficients.initial_merge is not None:
+        raise InputError(
+            "evaluation.without_experts: coefficients.initial_merge holds all experts, whatever "
+            "the coefficients are; leave one of the two out"
+        )
+    if lacking := [task for task, fields in recipe.tasks.items() if fields.test is None]:
+        raise InputError(
+            f"evaluation.without_experts: scores are those of test data, and tasks.{lacking[0]} "
+            "has none; give it some, or leave this out"
+        )
 
 
 def _check_own_optimizer(optimizer: OptimizerRecipe, constraint: str) -> None:

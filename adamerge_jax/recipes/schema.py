@@ -414,6 +414,9 @@ class EvaluationRecipe(Section):
     third is tried, then the neighbours of the best."""
     methods: list[MethodRecipe] = []
     """Merges without learning that have a row of their own in the table."""
+    without_experts: bool = False
+    """True to evaluate the merge once more for each expert, with that one's coefficients at 0: what
+    each task loses without it. The report and `adamerge inspect` show it."""
     exact_match: bool | None = None
     """True if language models are to write answers to the prompts of the test data, which are
     compared with the responses; by default where the median response has at most 16 tokens."""

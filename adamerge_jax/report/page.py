@@ -50,6 +50,7 @@ from adamerge_jax.report.results import (
 )
 from adamerge_jax.report.score_chart import COUNTED, score_panels
 from adamerge_jax.report.score_curve import LARGEST_DRAWN, draw_scores
+from adamerge_jax.report.without_experts import Losses, losses_grid, losses_in_words
 from adamerge_jax.runs.files import FRONT_FOLDER, FRONT_PICTURE_FILE, PAGE_FILE, RECIPE_FILE
 from adamerge_jax.runs.folder import SavedRun, Stage, StepRecord
 from adamerge_jax.runs.outcome import Outcome
@@ -90,6 +91,7 @@ def write_page(folder: Path) -> Path:
         origin=_origin(run),
         missing=_missing(run),
         results=_results(run),
+        without=_without_experts(run),
         coefficients=_coefficients(run, pictures),
         curves=_curves(run, pictures),
         search=_search(run, pictures),
@@ -247,6 +249,13 @@ def _beside_experts(outcome: Outcome | None, columns: list[str]) -> Grid | None:
         for task, texts in zip(columns, zip(*by_column, strict=True), strict=True)
     ]
     return Grid("The merge beside the experts", headings, lines)
+
+
+def _without_experts(run: SavedRun) -> dict[str, Any] | None:
+    if not run.without_experts:
+        return None
+    losses = Losses.of(run.rows[-1], run.without_experts)
+    return {"grid": losses_grid(losses), "words": losses_in_words(losses)}
 
 
 def _coefficients(run: SavedRun, pictures: Path) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ RECORD_FILE = "run.json"
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.json"
 """The classes that the merge takes for others, and examples on which merge and expert differ."""
+WITHOUT_EXPERTS_FILE = "without_experts.json"
+"""The merge's scores without each of its experts, where they were asked for."""
 COEFFICIENTS_FILE = FILE_NAME
 HEAT_MAP_FILE = "coefficients.png"
 FRONT_FILE = "front.json"

@@ -20,12 +20,14 @@ from adamerge_jax.runs.files import (
     RECIPE_FILE,
     RECORD_FILE,
     RESULTS_FILE,
+    WITHOUT_EXPERTS_FILE,
 )
 from adamerge_jax.runs.front import Front
 from adamerge_jax.runs.outcome import Outcome
 from adamerge_jax.runs.predictions import Predictions, read_predictions
 from adamerge_jax.runs.results import Results, read_results
 from adamerge_jax.runs.rows import Row
+from adamerge_jax.runs.without_experts import read_without_experts
 
 _FILLED_IN = (
     "base.path",
@@ -77,6 +79,7 @@ class SavedRun:
         evaluations: The merges that a search or a front has scored.
         front: The front.
         predictions: What the merge takes for what, by task; empty where that is not known.
+        without_experts: A row of scores without each expert; empty where that is not known.
     """
 
     folder: Path
@@ -88,6 +91,7 @@ class SavedRun:
     evaluations: list[Evaluation] = dataclasses.field(default_factory=list)
     front: Front | None = None
     predictions: Predictions = dataclasses.field(default_factory=dict)
+    without_experts: list[Row] = dataclasses.field(default_factory=list)
 
     @classmethod
     def open(cls, folder: Path) -> "SavedRun":
@@ -111,6 +115,7 @@ class SavedRun:
         if not isinstance(recipe["tasks"], dict):
             raise InputError(f"{folder / RECIPE_FILE}: tasks: expected tasks by name")
         results = read_results(folder / RESULTS_FILE)
+        merge = results.rows[-1] if results.rows else None
         return cls(
             folder,
             recipe,
@@ -121,6 +126,7 @@ class SavedRun:
             read_evaluations(folder / EVALUATIONS_FILE),
             Front.read(folder / FRONT_FILE),
             read_predictions(folder / PREDICTIONS_FILE),
+            read_without_experts(folder / WITHOUT_EXPERTS_FILE, merge),
         )
 
     @property

@@ -36,10 +36,13 @@ from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_head, load_zero_shot_head
 from adamerge_jax.pipeline.run import export_job
+from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from adamerge_jax.runs.predictions import read_predictions
 from adamerge_jax.runs.results import read_results
+from adamerge_jax.runs.rows import Row
 from adamerge_jax.runs.tracking import flatten
+from adamerge_jax.runs.without_experts import read_without_experts
 from tests.references import (
     BERT,
     LEARNING,
@@ -108,6 +111,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def text_run(text_fields, tmp_path_factory, drawn_figures) -> Run:
     fields = text_fields | {"export": {"shard_megabytes": 1}, "tracking": ["tensorboard"]}
+    fields["evaluation"] = {"without_experts": True}
     with drawn_figures():
         return learn(tmp_path_factory.mktemp("text-run"), fields)
 
@@ -495,6 +499,22 @@ def test_evaluate_gives_the_learned_row(kind, request, capsys):
     cells = [f"{100 * value:.1f}" for value in [*learned["tasks"].values(), learned["average"]]]
     line = next(line for line in printed.splitlines() if cells[-1] in line)
     assert line.replace("│", " ").split()[-len(cells) :] == cells
+
+
+def test_scores_without_an_expert_are_those_of_a_fold_without_it(text_run):
+    recipe = load_recipe(text_run.recipe)
+    workspace = open_workspace(recipe, text_run.recipe.parent)
+    coefficients = Coefficients.load(text_run.folder / "coefficients.safetensors")
+    rows = read_without_experts(
+        text_run.folder / "without_experts.json", Row.from_json(text_run.results[-1])
+    )
+    assert [row.method for row in rows] == list(recipe.tasks)
+    for row in rows:
+        merged = dict(fold(workspace.models, coefficients.times({row.method: 0})))
+        backbone = workspace.models.family.build_backbone(workspace.models.config)
+        scores = workspace.evaluator.row("", parameters_of(backbone, merged), workspace.data.test)
+        assert row.tasks == scores.tasks
+    assert len({tuple(row.tasks.values()) for row in rows}) > 1
 
 
 def test_inspect_and_compare_take_run_folders(text_run, capsys):
