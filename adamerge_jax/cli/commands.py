@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adamerge_jax.cli.coefficients_commands import Coarsen, Compare, Inspect, Mergekit
 from adamerge_jax.cli.command import CoefficientsFile, Invocation, RecipeCommand
-from adamerge_jax.cli.first_commands import New, Quickstart, Schema
+from adamerge_jax.cli.first_commands import FromMergekit, New, Quickstart, Schema
 from adamerge_jax.cli.run_commands import Push, Report
 from adamerge_jax.errors import InputError
 
@@ -280,7 +280,12 @@ class Evaluate(RecipeCommand):
 
 
 GROUPS: dict[str, dict[str, type]] = {
-    "begin": {"quickstart": Quickstart, "new": New, "schema": Schema},
+    "begin": {
+        "quickstart": Quickstart,
+        "new": New,
+        "from-mergekit": FromMergekit,
+        "schema": Schema,
+    },
     "merge": {
         "plan": Plan,
         "learn": Learn,

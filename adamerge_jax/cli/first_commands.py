@@ -1,6 +1,7 @@
 """Commands to begin with: an example that runs by itself, a first recipe, the form of recipes."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -66,15 +67,9 @@ class New(Command):
         from adamerge_jax.drafting.draft import draft_recipe
         from adamerge_jax.files.writing import write_whole
 
-        out = self.out.expanduser()
         if not self.experts:
             raise InputError("adamerge new: give the experts behind the base")
-        if out.suffix not in (".yaml", ".yml") or not out.parent.is_dir():
-            raise InputError(f"--out {out}: expected a .yaml file in a folder that exists")
-        if out.exists() and not (self.force and out.is_file()):
-            raise InputError(
-                f"{out} is there already; give another --out, or --force to replace it"
-            )
+        out = _recipe_to_write(self.out, force=self.force)
         draft = draft_recipe(self.base, self.experts, self.data, out)
         write_whole(out, draft.text)
         for note in draft.notes:
@@ -89,6 +84,61 @@ class New(Command):
         )
 
 
+@dataclasses.dataclass(kw_only=True)
+class FromMergekit(Command):
+    """Write a recipe for the models of a mergekit file, and say what makes the same merge.
+
+    Opens the models without reading their weights; merges nothing. Data that lie near the models
+    are found as by `adamerge new`.
+    """
+
+    answers = True
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MERGEKIT_YAML")]
+    """The file of mergekit."""
+    data: tuple[str, ...] = ()
+    """Files and folders of data, found by the tasks' names in theirs, or TASK=PATH. By default the
+    folder data/ beside the models."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("recipe.yaml")
+    """The recipe to write."""
+    force: bool = False
+    """Write the recipe in place of one that is there."""
+
+    def run(self, console: Console) -> None:
+        """Writes the recipe, and prints the command that makes the same merge."""
+        from adamerge_jax.drafting.draft import draft_recipe
+        from adamerge_jax.drafting.mergekit_file import read_mergekit_file
+        from adamerge_jax.drafting.writing import with_settings_of_mergekit
+        from adamerge_jax.files.writing import write_whole
+
+        out = _recipe_to_write(self.out, force=self.force)
+        file = self.file.expanduser()
+        merge = read_mergekit_file(file)
+        draft = draft_recipe(merge.base, merge.experts, self.data, out)
+        start = None if merge.method else str(file.absolute())
+        write_whole(out, with_settings_of_mergekit(draft.text, merge.dtype, start))
+        for note in (*merge.notes, *draft.notes):
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        options = json.dumps(merge.options).replace('"', "")
+        command = f"merge {out} --method {merge.method} --options '{options}' --out merged"
+        console.print(
+            f"recipe  {out}: task{'s' * (len(draft.tasks) > 1)} {', '.join(draft.tasks)}\n"
+            f"next    adamerge {command if merge.method else f'learn {out}'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _recipe_to_write(path: Path, *, force: bool) -> Path:
+    """Returns the file of a new recipe; refuses one that is there, or in no folder."""
+    out = path.expanduser()
+    if out.suffix not in (".yaml", ".yml") or not out.parent.is_dir():
+        raise InputError(f"--out {out}: expected a .yaml file in a folder that exists")
+    if out.exists() and not (force and out.is_file()):
+        raise InputError(f"{out} is there already; give another --out, or --force to replace it")
+    return out
+
+
 @dataclasses.dataclass
 class Schema(Command):
     """Print the JSON schema of recipes, with which editors complete fields and mark mistakes.
@@ -100,8 +150,6 @@ class Schema(Command):
 
     def run(self, console: Console) -> None:
         """Prints the schema."""
-        import json
-
         from adamerge_jax.recipes.json_schema import recipe_schema
 
         print(json.dumps(recipe_schema(), indent=2))  # no line of it may be cut by the console

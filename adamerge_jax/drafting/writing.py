@@ -105,6 +105,25 @@ def recipe_text(
     return "\n".join(lines) + "\n"
 
 
+def with_settings_of_mergekit(text: str, dtype: str | None, start: str | None) -> str:
+    """Returns the text of a recipe with what a mergekit file says beside its models.
+
+    Args:
+        text: The text of `recipe_text`.
+        dtype: The dtype of the merge; None for the base's.
+        start: The mergekit file whose weights learning starts from; None to leave them.
+    """
+    lines = []
+    if start is not None:
+        lines.append(
+            _behind(f"coefficients: {_flow({'start': start})}", "the weights in that file")
+        )
+    if dtype is not None:
+        lines.append(f"export: {_flow({'dtype': dtype})}")
+    head, mark, options = text.partition("\n# What is worth a try:\n")
+    return head + "".join(f"{line}\n" for line in lines) + mark + options
+
+
 def _part_lines(parts: Mapping[str, Part], kind: Kind, told: set[str]) -> Iterator[str]:
     """Yields the lines of a task's data; a part is explained where it comes first."""
     if "calibration" not in parts:

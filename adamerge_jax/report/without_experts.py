@@ -88,8 +88,8 @@ def losses_in_words(losses: Losses) -> str:
     row, column = np.unravel_index(candidates.argmin(), candidates.shape)
     change = losses.text(losses.changes[row, column])
     return (
-        f"Of another task's expert, {losses.tasks[column]} needs {losses.experts[row]} most: "
-        f"{change} without it."
+        f"The task that counts most on another task's expert is {losses.tasks[column]}: {change} "
+        f"without {losses.experts[row]}."
     )
 
 

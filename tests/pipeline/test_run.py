@@ -225,6 +225,7 @@ def test_a_run_leaves_everything(text_run):
         "results.json",
         "run.json",
         "tensorboard",
+        "without_experts.json",
     ]
     assert load_recipe(text_run.folder / "recipe.yaml") == load_recipe(text_run.recipe)
     with Image.open(text_run.folder / "coefficients.png") as image:

@@ -52,8 +52,8 @@ def test_orange_is_worse_whatever_the_metric():
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        (SHARES, "cat needs dog most: -5.0 without it."),
-        (NATS, "cat needs dog most: +0.250 without it."),
+        (SHARES, "expert is cat: -5.0 without dog."),
+        (NATS, "expert is cat: +0.250 without dog."),
         (losses("accuracy", [0.8, 0.6], {"cat": [0.1, 0.7]}), "No task loses"),
     ],
 )
