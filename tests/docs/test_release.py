@@ -4,7 +4,10 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -24,9 +27,34 @@ def test_every_command_is_among_the_changes():
     assert [name for name in COMMANDS if f"`{name}`" not in changes] == []
 
 
-def test_dependencies_have_bounds_on_both_sides():
-    for requirement in PROJECT["dependencies"]:
-        assert re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+", requirement), requirement
+OPTIONAL = [
+    requirement
+    for extra in PROJECT["optional-dependencies"].values()
+    for requirement in extra
+    if not requirement.startswith("adamerge_jax[")
+]
+
+
+@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *OPTIONAL])
+def test_dependencies_have_bounds_on_both_sides(requirement: str):
+    bounds = r"[\w-]+(\[\w+\])?(>=[\d.]+,<[\d.]+|==[\d.]+)"
+    assert re.fullmatch(bounds, requirement)
+    assert requirement in OPTIONAL or "==" not in requirement
+
+
+def test_the_versions_that_tests_passed_with_are_within_the_bounds():
+    lines = (ROOT / "tests" / "constraints.txt").read_text().splitlines()
+    passed = {
+        canonicalize_name(name): version
+        for name, equals, version in (line.partition("==") for line in lines)
+        if equals
+    }
+    required = [Requirement(text) for text in (*PROJECT["dependencies"], *OPTIONAL)]
+    measured = [one for one in required if canonicalize_name(one.name) in passed]
+    assert len(measured) > len(PROJECT["dependencies"])
+    for requirement in measured:
+        version = passed[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: {version}"
 
 
 def test_the_sdist_holds_what_the_tests_read():
