@@ -58,7 +58,13 @@ class Stacked(Sequence):
     def __getitem__(self, task: Any) -> Any:
         """Returns the tree of one task."""
         group, place = self._place(operator.index(task))
-        return jax.tree.map(lambda array: array[place], self.groups[group])
+
+        def of(array: Array) -> Array:
+            if isinstance(array, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+            return array[place]
+
+        return jax.tree.map(of, self.groups[group])
 
     def group_of(self, task: int) -> int:
         """Returns the position of a task's group."""
