@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from adamerge_jax.cli.command import CoefficientsFile, Command, Invocation, RecipeCommand
+from adamerge_jax.cli.command import (
+    CoefficientsFile,
+    Command,
+    Invocation,
+    RecipeCommand,
+    to_type,
+)
 from adamerge_jax.errors import InputError, in_hand
 
 
@@ -147,7 +153,7 @@ class Coarsen(RecipeCommand):
             f"{', most in' if lines else ''}",
             *lines,
             f"coefficients {self.out}",
-            f"next         adamerge fold {self.recipe_file} {self.out} --out MERGED",
+            f"next         {to_type('fold', self.recipe_file, self.out, '--out', 'MERGED')}",
             sep="\n",
             highlight=False,
             soft_wrap=True,

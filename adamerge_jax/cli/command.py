@@ -1,6 +1,7 @@
 """A command, and what a command with a recipe gets: the bases of all commands."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
 
 
 CoefficientsFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="COEFFICIENTS")]
+
+
+def to_type(*words: str | Path) -> str:
+    """Returns a command of ours as it is to be typed.
+
+    Args:
+        words: All behind `adamerge`.
+    """
+    return shlex.join(["adamerge", *map(str, words)])
 
 
 class Invocation(NamedTuple):

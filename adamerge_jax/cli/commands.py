@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adamerge_jax.cli.coefficients_commands import Coarsen, Compare, Inspect, Mergekit
-from adamerge_jax.cli.command import CoefficientsFile, Invocation, RecipeCommand
+from adamerge_jax.cli.command import CoefficientsFile, Invocation, RecipeCommand, to_type
 from adamerge_jax.cli.first_commands import FromMergekit, New, Quickstart, Schema
 from adamerge_jax.cli.run_commands import Push, Report
 from adamerge_jax.errors import InputError
@@ -126,7 +126,7 @@ class Front(RecipeCommand):
             f"coefficients      {out / FRONT_FOLDER}/01.safetensors and so on; best on average "
             f"{best.name}\n"
             f"report            {out / PAGE_FILE}\n"
-            f"fold a point with: adamerge fold {self.recipe_file} {best} --out MERGED"
+            f"fold a point with: {to_type('fold', self.recipe_file, best, '--out', 'MERGED')}"
         )
 
 

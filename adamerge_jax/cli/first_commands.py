@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from adamerge_jax.cli.command import Command
+from adamerge_jax.cli.command import Command, to_type
 from adamerge_jax.errors import InputError
 
 
@@ -74,11 +74,11 @@ class New(Command):
         write_whole(out, draft.text)
         for note in draft.notes:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        command = ["learn", out] if draft.learns else ["merge", out, *_TIES]
         console.print(
             f"recipe  {out}: task{'s' * (len(draft.tasks) > 1)} {', '.join(draft.tasks)}"
             f"{f' of a {draft.kind}' if draft.kind else ''}\n"
-            f"next    adamerge {'learn' if draft.learns else 'merge'} {out}"
-            f"{'' if draft.learns else ' --method ties --out merged'}",
+            f"next    {to_type(*command)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -120,13 +120,20 @@ class FromMergekit(Command):
         for note in (*merge.notes, *draft.notes):
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         options = json.dumps(merge.options).replace('"', "")
-        command = f"merge {out} --method {merge.method} --options '{options}' --out merged"
+        command: list[str | Path] = ["learn", out]
+        if merge.method:
+            command = ["merge", out, "--method", merge.method, "--options", options]
+            command += ["--out", "merged"]
         console.print(
             f"recipe  {out}: task{'s' * (len(draft.tasks) > 1)} {', '.join(draft.tasks)}\n"
-            f"next    adamerge {command if merge.method else f'learn {out}'}",
+            f"next    {to_type(*command)}",
             highlight=False,
             soft_wrap=True,
         )
+
+
+_TIES = ("--method", "ties", "--out", "merged")
+"""The options of a merge without learning that a new recipe's line proposes."""
 
 
 def _recipe_to_write(path: Path, *, force: bool) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -80,17 +81,18 @@ def recipe_text(
         name: The name of the recipe's file.
         schema: The file of the recipe's schema; None to name none.
     """
+    typed = shlex.quote(name)
     lines = [f"# yaml-language-server: $schema={schema}"] if schema else []
     lines.append(f"# {len(tasks)} expert{'s' * (len(tasks) > 1)} of one base: {kinds_in_words}.")
     if not kinds:
         lines += [
             f"# Nothing can be learned: {reason}",
-            f"#   adamerge merge {name} --method ties --out merged",
+            f"#   adamerge merge {typed} --method ties --out merged",
         ]
     else:
         lines += [
-            f"#   adamerge plan {name}      # memory, time and disk",
-            f"#   adamerge learn {name}     # to runs/{PurePath(name).stem}",
+            f"#   adamerge plan {typed}      # memory, time and disk",
+            f"#   adamerge learn {typed}     # to runs/{PurePath(name).stem}",
         ]
     lines += [f"base: {_flow(base)}", "tasks:"]
     told: set[str] = set()

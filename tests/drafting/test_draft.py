@@ -36,7 +36,7 @@ def test_a_classifier_of_texts(text_fields: dict[str, Any], tmp_path: Path, caps
     root = Path(text_fields["base"]).parent
     for name in ("base", "experts", "data"):
         (tmp_path / name).symlink_to(root / name)
-    out = tmp_path / "recipe.yaml"
+    out = tmp_path / "my recipe.yaml"
     recipe = new(out, tmp_path / "base", tmp_path / "experts")
     tasks = sorted(text_fields["tasks"])
     assert list(recipe.tasks) == tasks
@@ -46,7 +46,8 @@ def test_a_classifier_of_texts(text_fields: dict[str, Any], tmp_path: Path, caps
     assert {task.test.label for task in recipe.tasks.values()} == {"label"}
     workspace = open_workspace(recipe, tmp_path)
     assert list(workspace.data.test) == tasks
-    assert f"next    adamerge learn {out}" in capsys.readouterr().out
+    assert f"next    adamerge learn '{out}'" in capsys.readouterr().out
+    assert "adamerge learn 'my recipe.yaml'" in out.read_text()
     # Comments are options: without their mark they are a recipe too.
     text = out.read_text()
     options = text.partition("# What is worth a try:\n")[2]
