@@ -7,10 +7,7 @@ the devices, each with twice the examples and with twice the experts too.
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from math import prod
 from typing import NamedTuple
 
@@ -93,6 +90,8 @@ def measure(experts: int, size: int, model: int) -> dict[str, int]:
 
 def main() -> None:
     """Starts a process for every program, and prints the table."""
+    from processes import in_own_process
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,18 +105,9 @@ def main() -> None:
     table = Table(title=f"communication of a step on {count} devices (MB)")
     for column in ("data x model", "experts", "images of each", "weights", "learned", *KINDS):
         table.add_column(column, justify="right")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     for model in (1, count // 2, count):
         for experts, size in ((4, count), (4, 2 * count), (8, count)):
-            command = [sys.executable, __file__, "--measure", *map(str, (experts, size, model))]
-            printed = subprocess.run(
-                command,
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"XLA_FLAGS": flags},
-            ).stdout
-            sums = json.loads(printed.splitlines()[-1])
+            sums = in_own_process(__file__, "--measure", experts, size, model, devices=count)
             figures = (f"{sums[name] / 1e6:.3f}" for name in ("weights", "learned", *KINDS))
             table.add_row(f"{count // model} x {model}", str(experts), str(size), *figures)
     make_console().print(table)

@@ -8,11 +8,10 @@ Batches share 64 images whatever the number of experts. Each number in a process
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from processes import in_own_process
 from rich.table import Table
 
 from adamerge_jax.cli.console import make_console
@@ -137,9 +136,7 @@ def main() -> None:
         table.add_column(column, justify="right")
     table.add_column("peak of the process (MB)", justify="right")
     for experts in arguments.experts:
-        command = [sys.executable, __file__, "--measure", str(experts)]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        result = json.loads(printed.splitlines()[-1])
+        result = in_own_process(__file__, "--measure", experts)
         table.add_row(
             str(experts),
             f"{result['trace']:.1f}",

@@ -15,7 +15,6 @@ a block compares 16 experts with 2: arguments and temporary on the device, and t
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from processes import in_own_process
 from rich.table import Table
 from safetensors.numpy import save_file
 from transformers import ViTConfig
@@ -152,13 +152,6 @@ def measure(folder: Path, place: str, experts: int) -> dict[str, float]:
     }
 
 
-def in_own_process(folder: Path, place: str, experts: int) -> dict[str, float]:
-    """What `measure` says in a new process, so that a peak is its own."""
-    command = [sys.executable, __file__, "--measure", place, str(experts), str(folder)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(
@@ -186,7 +179,8 @@ def main() -> None:
         for place in arguments.places:
             found = {}
             for experts in arguments.experts:
-                own = found[experts] = in_own_process(Path(folder), place, experts)
+                own = in_own_process(__file__, "--measure", place, experts, folder)
+                found[experts] = own
                 values = (own[key] / 1e6 for key in ("device", "host", "temporary"))
                 used = f"{own['used'] / 1e6:.0f}" if own["used"] else "-"
                 resident = f"{own['resident'] / 1e6:.0f}"

@@ -16,8 +16,6 @@ process where the device is the CPU, elsewhere what the device's allocator repor
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from processes import in_own_process
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -229,15 +228,6 @@ def plan_of_headers(device: str) -> None:
     console.print(f"{seconds:.1f} processor seconds")
 
 
-def in_own_process(what: str, recipe: Path) -> dict[str, float]:
-    """What this script prints as JSON about a recipe, from a process of its own."""
-    command = [sys.executable, __file__, "--process", what, str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def predict(recipe: Path) -> dict[str, float]:
     """Peak and seconds of a step as the plan has them."""
     from adamerge_jax import load_recipe
@@ -282,7 +272,9 @@ def main() -> None:
     for kind in [arguments.kind] if arguments.kind else KINDS:
         with tempfile.TemporaryDirectory() as folder:
             recipe = write_recipe(Path(folder), kind)
-            predicted, measured = (in_own_process(what, recipe) for what in ("plan", "learn"))
+            predicted, measured = (
+                in_own_process(__file__, "--process", what, recipe) for what in ("plan", "learn")
+            )
         peaks = predicted["peak"] / 1e9, measured["peak"] / 1e9
         values = (*peaks, peaks[0] / peaks[1], predicted["step"], measured["step"])
         table.add_row(kind, *(f"{value:.2f}" for value in values))

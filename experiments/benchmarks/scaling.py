@@ -7,10 +7,9 @@ virtual: they share its cores, so that the figures say what splitting costs, not
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 
+from processes import in_own_process
 from rich.table import Table
 
 from adamerge_jax.cli.console import make_console
@@ -55,17 +54,9 @@ def main() -> None:
     rows, first = [], None
     meshes = [(count, model) for count in arguments.devices for model in sorted({1, count})]
     for count, model in meshes:
-        command = [sys.executable, __file__, "--size", arguments.size, "--devices", str(count)]
-        command += ["--model", str(model), "--repeats", str(arguments.repeats)]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-        output = subprocess.run(
-            command,
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"XLA_FLAGS": flags},
-        ).stdout
-        result = json.loads(output.splitlines()[-1])
+        options = ("--size", arguments.size, "--devices", count, "--model", model)
+        options += ("--repeats", arguments.repeats)
+        result = in_own_process(__file__, *options, devices=count)
         if result is None:
             continue
         first = first or result

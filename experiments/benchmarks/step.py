@@ -27,6 +27,7 @@ from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, tensor
 from adamerge_jax.data.batches import Batch
 from adamerge_jax.devices import ONE_DEVICE, Devices
+from adamerge_jax.learning.evaluation import evaluate_tasks
 from adamerge_jax.learning.forward import forward_with_heads
 from adamerge_jax.learning.learner import Frozen, make_learner
 from adamerge_jax.models import family_of
@@ -74,13 +75,18 @@ def plain_step(size: str) -> Callable[[], object]:
     parameters = jax.device_put(arrays(backbone.shapes, generator))
     heads = jax.device_put([arrays(head.shapes, generator) for _ in range(experts)])
     forward = forward_with_heads(backbone, [head] * experts)
+    weights = np.full((experts, IMAGES_PER_TASK), 1 / IMAGES_PER_TASK, np.float32)
     inputs = {"pixel_values": jnp.asarray(pixels_of(config, experts))}
-    value = entropy().value
+    batch = Batch(inputs, weights, [Targets()] * experts)
+    objectives = [entropy()] * experts
 
     @jax.jit
     def step(parameters, heads, inputs):
         def loss(parameters):
-            return sum(value(o, Targets()).mean() for o in forward(parameters, heads, inputs))
+            outputs = forward(parameters, heads, inputs)
+            return evaluate_tasks(
+                objectives, outputs, batch._replace(inputs=inputs)
+            ).objective.sum()
 
         return jax.grad(loss)(parameters)
 

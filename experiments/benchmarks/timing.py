@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from processes import in_own_process
 from rich.live import Live
 from rich.table import Table
 
@@ -48,10 +47,8 @@ def run(
         first = None
         with Live(table, console=make_console(), refresh_per_second=1):
             for variant in variants:
-                command = [sys.executable, file, "--variant", variant, "--size", size]
-                command += ["--repeats", str(arguments.repeats)]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                result = json.loads(output.splitlines()[-1])
+                options = ("--variant", variant, "--size", size, "--repeats", arguments.repeats)
+                result = in_own_process(file, *options)
                 first = first or result
                 cells = []
                 for name, unit in (("seconds", 1e-3), ("processor_seconds", 1e-3), ("peak", 1e9)):

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -30,3 +31,11 @@ def test_fold_writes_the_merge_that_it_times(tmp_path, monkeypatch):
     for name, values in merged.items():
         change = sum(expert[name] - base[name] for expert in experts)
         np.testing.assert_allclose(values, base[name] + FOLD.COEFFICIENT * change, atol=1e-6)
+
+
+def test_the_plain_step_that_steps_are_compared_with(monkeypatch):
+    folder = Path(__file__).parents[2] / "experiments" / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    gradient = load_script(folder / "step.py").plain_step("small")()
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(gradient))
+    assert max(np.abs(array).max() for array in jax.tree.leaves(gradient)) > 0
