@@ -100,6 +100,23 @@ class ImageGeometry:
         return pixels[:, :, :height, :width]
 
 
+def stated_image_shape(config: Config) -> tuple[int, int, int] | None:
+    """Returns channels, height and width of a model's images; None if its config does not say.
+
+    Args:
+        config: The config of the model, or of one with a tower for images.
+    """
+    vision = getattr(config, "vision_config", None) or config
+    names = ("image_size", "input_size")
+    size = next((getattr(vision, name) for name in names if hasattr(vision, name)), None)
+    if isinstance(size, Mapping):
+        size = (size["height"], size["width"])
+    if not size:
+        return None
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return getattr(vision, "num_channels", 3), height, width
+
+
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Returns height and width from a config's size, one number where both are the same."""
     height, width = (size, size) if isinstance(size, int) else size

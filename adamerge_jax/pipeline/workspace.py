@@ -32,7 +32,7 @@ from adamerge_jax.files.json_object import read_object, read_object_if_there
 from adamerge_jax.learning.forward import Forward, forward_with_heads
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models.family import Family, Network
-from adamerge_jax.models.inputs import ImageGeometry
+from adamerge_jax.models.inputs import ImageGeometry, stated_image_shape
 from adamerge_jax.models.problem import CHOICES, CLASSES, LABELS, NUMBERS, WORDS, Problem
 from adamerge_jax.objectives import NOT_PREDICTED, TargetSpec
 from adamerge_jax.pipeline.answering import Answering
@@ -437,11 +437,10 @@ def _image_shape(family: Family, checkpoint: Checkpoint) -> tuple[int, int, int]
     if not family.bridged:
         image = ImageGeometry.of(getattr(config, "vision_config", config))
         return image.channels, image.height, image.width
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None)
-    if size is None:
-        fields = read_object(checkpoint.folder / PROCESSOR_FILE)
-        size = (fields.get("do_center_crop") and fields.get("crop_size")) or fields.get("size")
+    if (shape := stated_image_shape(config)) is not None:
+        return shape
+    fields = read_object(checkpoint.folder / PROCESSOR_FILE)
+    size = (fields.get("do_center_crop") and fields.get("crop_size")) or fields.get("size")
     if isinstance(size, Mapping):
         side = size.get("shortest_edge")
         size = (size.get("height", side), size.get("width", side))
@@ -451,6 +450,7 @@ def _image_shape(family: Family, checkpoint: Checkpoint) -> tuple[int, int, int]
             f"{checkpoint.source}: neither image_size in its config.json nor size in its "
             f"{PROCESSOR_FILE} is the height and width of its images; add image_size"
         )
+    vision = getattr(config, "vision_config", config)
     return getattr(vision, "num_channels", 3), height, width
 
 

@@ -5,11 +5,20 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import pytest
-from transformers import BertConfig, CLIPConfig, PretrainedConfig, RobertaConfig, ViTConfig
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    CvtConfig,
+    PretrainedConfig,
+    ResNetConfig,
+    RobertaConfig,
+    ViTConfig,
+)
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
 from adamerge_jax.models.family import Network
+from adamerge_jax.models.inputs import stated_image_shape
 from adamerge_jax.models.zero_shot import text_network
 
 SIZES = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
@@ -59,3 +68,19 @@ def test_oblong_patches() -> None:
     config = ViTConfig(image_size=8, patch_size=(4, 2), **SIZES)
     with pytest.raises(InputError, match="patch_size is 4 x 2"):
         family_of(config).build_backbone(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (ViTConfig(image_size=16, num_channels=1), (1, 16, 16)),
+        (ViTConfig(image_size=[16, 24]), (3, 16, 24)),
+        (PretrainedConfig(image_size={"height": 16, "width": 24}), (3, 16, 24)),
+        (CLIPConfig(vision_config={"image_size": 48}), (3, 48, 48)),
+        (PretrainedConfig(input_size=[3, 16, 24]), (3, 16, 24)),
+        (ResNetConfig(), None),
+        (CvtConfig(), None),
+    ],
+)
+def test_the_images_that_a_config_states(config, shape):
+    assert stated_image_shape(config) == shape

@@ -23,7 +23,7 @@ from adamerge_jax.models.bridge.body import (
     bodies_of,
 )
 from adamerge_jax.models.bridge.empty_model import empty_encoder, empty_model
-from adamerge_jax.models.bridge.images import TorchImages, image_shape
+from adamerge_jax.models.bridge.images import TorchImages
 from adamerge_jax.models.bridge.networks import TorchBackbone, TorchHead
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.choices import ChoicesBackbone
@@ -35,6 +35,7 @@ from adamerge_jax.models.family import (
     require_choices_alone,
     solving,
 )
+from adamerge_jax.models.inputs import stated_image_shape
 from adamerge_jax.models.layers import Config
 from adamerge_jax.models.problem import (
     CHOICES,
@@ -382,7 +383,8 @@ def _example(family: Family, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     if family.inputs[0] == "input_ids":
         shape = (2, 3, 8) if family.reads_choices else (2, 8)
         return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in family.inputs}
-    of_images = (2, *image_shape(config, 32))
+    # A ResNet reads images of any size.
+    of_images = (2, *(stated_image_shape(config) or (getattr(config, "num_channels", 3), 32, 32)))
     return {"pixel_values": jax.ShapeDtypeStruct(of_images, jnp.float32)}
 
 

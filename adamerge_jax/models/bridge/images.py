@@ -17,29 +17,13 @@ from transformers.utils import ModelOutput
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.images_in_text import COUNT, PIXELS, Grid
-from adamerge_jax.models.layers import Config
+from adamerge_jax.models.inputs import stated_image_shape
 
 TOKENS = ("input_ids", "attention_mask")
 """The arrays of a batch that are of its tokens alone."""
 
 _GRIDS = "image_grid_thw"
 """The argument that tells the grid of each image's patches."""
-
-
-def image_shape(config: Config, side: int) -> tuple[int, int, int]:
-    """Returns channels, height and width of the images that a model reads.
-
-    Args:
-        config: The config of the model, or of one with a tower for images.
-        side: Height and width where the config has none, as a ResNet's.
-    """
-    vision = getattr(config, "vision_config", None) or config
-    names = ("image_size", "input_size")
-    size = next((getattr(vision, name) for name in names if hasattr(vision, name)), None) or side
-    if isinstance(size, Mapping):
-        size = (size["height"], size["width"])
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return getattr(vision, "num_channels", 3), height, width
 
 
 @dataclasses.dataclass
@@ -152,7 +136,8 @@ class TorchImages:
                 shapes["position_ids"] = (size, 3, length)
             pixels: tuple[int, ...] = (size, 1, 1, side, side, patch)
         else:
-            pixels = (size, 1, *image_shape(vision, 224))
+            channels = getattr(vision, "num_channels", 3)
+            pixels = (size, 1, *(stated_image_shape(vision) or (channels, 224, 224)))
         example = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
         return {**example, PIXELS: jax.ShapeDtypeStruct(pixels, jnp.float32)}
 
