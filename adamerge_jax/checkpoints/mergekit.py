@@ -17,7 +17,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.parameter_names import numbered_block
 
-_SMALLEST_SUM = 1e-8
+SMALLEST_SUM = 1e-8
 """The smallest sum of weights that mergekit divides by.
 
 Below it, `task_arithmetic` divides by 1 and `linear` fails.
@@ -42,7 +42,7 @@ def read_weights(
     Raises:
         InputError: It is no such file, is of other models, or its merge has no coefficients.
     """
-    config = _read_config(file)
+    config = read_config(file)
     method = config.get("merge_method")
     if method not in ("task_arithmetic", "linear"):
         raise InputError(
@@ -123,7 +123,7 @@ def _linear(values: Float[np.ndarray, " K"], settings: _TensorSettings) -> Float
             f"{settings.file}: the weights of {settings.tensor} sum to {total:g}; without "
             "normalize only weights of base and experts that sum to 1 are coefficients"
         )
-    if abs(total) < _SMALLEST_SUM:
+    if abs(total) < SMALLEST_SUM:
         raise InputError(
             f"{settings.file}: the weights of {settings.tensor} sum to {total:g}, and linear "
             "divides by their sum; choose others, or task_arithmetic"
@@ -136,7 +136,7 @@ def _task_arithmetic(
 ) -> Float[np.ndarray, " K"]:
     """Returns the coefficients of `task_arithmetic`: the weights, normalised on demand."""
     total = values.sum()
-    if settings.shared_value("normalize", False) and abs(total) >= _SMALLEST_SUM:
+    if settings.shared_value("normalize", False) and abs(total) >= SMALLEST_SUM:
         values = values / total
     return values * float(settings.shared_value("lambda", 1.0))
 
@@ -172,7 +172,12 @@ def _parameters_by_role(
     return by_role
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Reads a mergekit file.
+
+    Raises:
+        InputError: It is no such file.
+    """
     config = read_yaml_file(file)
     if not isinstance(config, dict) or "merge_method" not in config:
         raise InputError(f"{file} is no mergekit config: it has no merge_method")
@@ -241,11 +246,7 @@ def _resolve(setting: Any, name: str, depth: float, where: str) -> Any:
 
     A list of numbers is a piecewise linear function of the depth.
     """
-    value = setting
-    if isinstance(setting, str):
-        # In YAML 1.1, 1e-3 is a text.
-        with suppress(ValueError):
-            value = float(setting)
+    value = number_if_it_is(setting)
     if isinstance(setting, list) and setting:
         if all(isinstance(entry, (int, float)) for entry in setting):
             for entry in setting:
@@ -269,6 +270,14 @@ def _resolve(setting: Any, name: str, depth: float, where: str) -> Any:
         )
     _require_finite(value, where)
     return value
+
+
+def number_if_it_is(setting: Any) -> Any:
+    """Returns the number that a text stands for, such as 1e-3 in YAML 1.1; all else as it is."""
+    if isinstance(setting, str):
+        with suppress(ValueError):
+            return float(setting)
+    return setting
 
 
 def _require_finite(value: float, where: str) -> None:

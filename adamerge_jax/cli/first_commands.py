@@ -108,15 +108,16 @@ class FromMergekit(Command):
         """Writes the recipe, and prints the command that makes the same merge."""
         from adamerge_jax.drafting.draft import draft_recipe
         from adamerge_jax.drafting.mergekit_file import read_mergekit_file
-        from adamerge_jax.drafting.writing import with_settings_of_mergekit
         from adamerge_jax.files.writing import write_whole
 
         out = _recipe_to_write(self.out, force=self.force)
         file = self.file.expanduser()
         merge = read_mergekit_file(file)
-        draft = draft_recipe(merge.base, merge.experts, self.data, out)
         start = None if merge.method else str(file.absolute())
-        write_whole(out, with_settings_of_mergekit(draft.text, merge.dtype, start))
+        draft = draft_recipe(
+            merge.base, merge.experts, self.data, out, start=start, dtype=merge.dtype
+        )
+        write_whole(out, draft.text)
         for note in (*merge.notes, *draft.notes):
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         options = json.dumps(merge.options).replace('"', "")

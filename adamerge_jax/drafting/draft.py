@@ -55,7 +55,15 @@ class _Source(NamedTuple):
     sample: Sample | None
 
 
-def draft_recipe(base: str, experts: Sequence[str], data: Sequence[str], file: Path) -> Draft:
+def draft_recipe(
+    base: str,
+    experts: Sequence[str],
+    data: Sequence[str],
+    file: Path,
+    *,
+    start: str | None = None,
+    dtype: str | None = None,
+) -> Draft:
     """Writes a recipe for models and the data that lie with them.
 
     Models are opened as a run opens them, without reading a weight, so that what does not belong
@@ -67,6 +75,8 @@ def draft_recipe(base: str, experts: Sequence[str], data: Sequence[str], file: P
         data: Files and folders to look through, or `TASK=PATH` for a task's. Without any, `data/`
             beside the experts, beside the base or in the current folder.
         file: The file that the recipe is for; its relative paths start from the folder of it.
+        start: The mergekit file whose weights learning starts from; None for the preset's start.
+        dtype: The dtype of the merge; None for the base's.
 
     Raises:
         InputError: A model cannot be opened or is of another base, or there are no such data.
@@ -110,6 +120,8 @@ def draft_recipe(base: str, experts: Sequence[str], data: Sequence[str], file: P
         reason=reason,
         name=file.name,
         schema=_SCHEMA_FILE if (folder / _SCHEMA_FILE).is_file() else None,
+        start=start,
+        dtype=dtype,
     )
     parse_recipe(read_yaml(text), str(file))  # which refuses what it could not run
     notes = [one_line(note, _LONGEST_NOTE) for note in notes]  # columns have strangers' names

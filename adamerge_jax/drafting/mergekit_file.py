@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adamerge_jax.checkpoints.dtypes import DTYPES
+from adamerge_jax.checkpoints.mergekit import SMALLEST_SUM, number_if_it_is, read_config
 from adamerge_jax.errors import InputError
-from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.report.plain_text import one_line
 
 _READ = ("task_arithmetic", "linear", "ties", "dare_linear", "breadcrumbs", "sce")
@@ -57,9 +57,7 @@ def read_mergekit_file(file: Path) -> MergekitFile:
     Raises:
         InputError: It is no such file, or there is no method here that makes its merge.
     """
-    config = read_yaml_file(file)
-    if not isinstance(config, dict) or "merge_method" not in config:
-        raise InputError(f"{file} is no mergekit config: it has no merge_method")
+    config = read_config(file)
     name = config["merge_method"]
     if isinstance(name, str) and name in _AS_STEPS:
         raise InputError(
@@ -112,13 +110,13 @@ class _Settings(NamedTuple):
     values: Mapping[str, Any]
 
     def number(self, key: str, shared: "_Settings", default: float | None = None) -> float | None:
-        """Returns a parameter that is one number, its own or that of all models.
+        """Returns a parameter that is one number, its own or that of all models, or the default.
 
         Raises:
             InputError: It is no finite number, or one for each tensor.
         """
         owner = self if key in self.values else shared
-        value = owner.values.get(key, default)
+        value = number_if_it_is(owner.values.get(key))
         place = ".".join(filter(None, (owner.where, "parameters", key)))
         if isinstance(value, list):
             raise InputError(
@@ -126,7 +124,7 @@ class _Settings(NamedTuple):
                 "write one"
             )
         if value is None:
-            return None
+            return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"{self.file}: {place} is {reprlib.repr(value)}; expected a number")
         if not math.isfinite(value):
@@ -178,10 +176,9 @@ def _task_arithmetic(experts: list[_Settings], base: _Settings, shared: _Setting
     if _differ(experts, shared):
         return None, {}, [_LEARNS]
     weight = _common(experts, shared, "weight")
-    scale = shared.number("lambda", shared, 1.0) or 0.0
-    if shared.flag("normalize", False):
+    if shared.flag("normalize", False) and abs(len(experts) * weight) >= SMALLEST_SUM:
         weight = 1 / len(experts)
-    return "task_arithmetic", {"coefficient": weight * scale}, []
+    return "task_arithmetic", {"coefficient": weight * _scale(shared)}, []
 
 
 def _linear(experts: list[_Settings], base: _Settings, shared: _Settings) -> _Method:
@@ -195,7 +192,7 @@ def _linear(experts: list[_Settings], base: _Settings, shared: _Settings) -> _Me
         )
     total = len(experts) * weight + of_base
     if shared.flag("normalize", True):
-        if abs(total) < 1e-8:
+        if abs(total) < SMALLEST_SUM:
             raise InputError(f"{shared.file}: the weights sum to {total:g}; choose others")
         weight /= total
     elif not math.isclose(total, 1):
@@ -214,7 +211,7 @@ def _ties(experts: list[_Settings], base: _Settings, shared: _Settings) -> _Meth
             "true"
         )
     density = _common(experts, shared, "density", 1.0)
-    options = {"coefficient": shared.number("lambda", shared, 1.0) or 0.0, "density": density}
+    options = {"coefficient": _scale(shared), "density": density}
     note = "ties keeps the largest entries of the whole model here, mergekit those of each tensor"
     return "ties", options, [note]
 
@@ -226,7 +223,8 @@ def _dare(experts: list[_Settings], base: _Settings, shared: _Settings) -> _Meth
             f"{shared.file}: parameters.rescale is false, and dare here always rescales; write true"
         )
     drop = 1 - _common(experts, shared, "density", 1.0)
-    options = {"coefficient": _scaled_weight(experts, shared), "drop": round(drop, 12)}
+    weight = _common(experts, shared, "weight")
+    options = {"coefficient": weight * _scale(shared), "drop": round(drop, 12)}
     note = (
         "dare draws other entries, and divides those that stay by their part; mergekit restores "
         "the sum of magnitudes"
@@ -239,7 +237,7 @@ def _breadcrumbs(experts: list[_Settings], base: _Settings, shared: _Settings) -
     density = _common(experts, shared, "density", 1.0)
     largest = _common(experts, shared, "gamma", 0.01)
     options = {
-        "coefficient": _scaled_weight(experts, shared),
+        "coefficient": _common(experts, shared, "weight") * _scale(shared),
         "smallest": round(max(1 - density - largest, 0.0), 12),
         "largest": largest,
     }
@@ -247,8 +245,7 @@ def _breadcrumbs(experts: list[_Settings], base: _Settings, shared: _Settings) -
 
 
 def _sce(experts: list[_Settings], base: _Settings, shared: _Settings) -> _Method:
-    density = shared.number("select_topk", shared, 1.0)
-    return "sce", {"density": 1.0 if density is None else density}, []
+    return "sce", {"density": _of_all(shared, "select_topk", 1.0)}, []
 
 
 _METHODS = {
@@ -261,9 +258,14 @@ _METHODS = {
 }
 
 
-def _scaled_weight(experts: list[_Settings], shared: _Settings) -> float:
-    scale = shared.number("lambda", shared, 1.0)
-    return _common(experts, shared, "weight") * (1.0 if scale is None else scale)
+def _of_all(shared: _Settings, key: str, default: float) -> float:
+    """Returns a number that is the same for all models."""
+    return _common([shared], shared, key, default)
+
+
+def _scale(shared: _Settings) -> float:
+    """Returns `lambda`, by which sums of task vectors are scaled."""
+    return _of_all(shared, "lambda", 1.0)
 
 
 def _refuse_normalize(shared: _Settings) -> None:
@@ -323,6 +325,3 @@ def _dtype(config: Mapping[str, Any], file: Path) -> str | None:
             f"{file}: {field} is {reprlib.repr(dtype)}; expected one of {', '.join(DTYPES)}"
         )
     return dtype
-
-
-__all__ = ["MergekitFile", "read_mergekit_file"]

@@ -66,6 +66,8 @@ def recipe_text(
     reason: str | None,
     name: str,
     schema: str | None,
+    start: str | None = None,
+    dtype: str | None = None,
 ) -> str:
     """Returns a recipe as YAML.
 
@@ -80,6 +82,8 @@ def recipe_text(
         reason: In words, why nothing can be learned; None if it can.
         name: The name of the recipe's file.
         schema: The file of the recipe's schema; None to name none.
+        start: The mergekit file whose weights learning starts from; None for the preset's start.
+        dtype: The dtype of the merge; None for the base's.
     """
     typed = shlex.quote(name)
     lines = [f"# yaml-language-server: $schema={schema}"] if schema else []
@@ -103,27 +107,13 @@ def recipe_text(
         lines.append(
             f"tokenizer: {_flow(tokenizer)}  # the others' special tokens or template differ"
         )
-    lines += _options(list(kinds.values()), language, tokens)
-    return "\n".join(lines) + "\n"
-
-
-def with_settings_of_mergekit(text: str, dtype: str | None, start: str | None) -> str:
-    """Returns the text of a recipe with what a mergekit file says beside its models.
-
-    Args:
-        text: The text of `recipe_text`.
-        dtype: The dtype of the merge; None for the base's.
-        start: The mergekit file whose weights learning starts from; None to leave them.
-    """
-    lines = []
     if start is not None:
-        lines.append(
-            _behind(f"coefficients: {_flow({'start': start})}", "the weights in that file")
-        )
+        coefficients = f"coefficients: {_flow({'start': start})}"
+        lines.append(_behind(coefficients, "the weights in that file"))
     if dtype is not None:
         lines.append(f"export: {_flow({'dtype': dtype})}")
-    head, mark, options = text.partition("\n# What is worth a try:\n")
-    return head + "".join(f"{line}\n" for line in lines) + mark + options
+    lines += _options(list(kinds.values()), language, tokens)
+    return "\n".join(lines) + "\n"
 
 
 def _part_lines(parts: Mapping[str, Part], kind: Kind, told: set[str]) -> Iterator[str]:
