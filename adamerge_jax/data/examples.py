@@ -109,7 +109,7 @@ class Examples(ABC):
     def take_prompts(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
         """Returns True for the positions of a language model behind which a prompt goes on.
 
-        Not for those in what all of the prompts begin with.
+        Positions within the tokens that all prompts begin with are False.
         """
         return np.zeros((len(index), length), bool)
 

@@ -479,6 +479,7 @@ def _learn_stage(
     expert_heads = Stacked.of(list(workspace.heads.values()))
     frozen = Frozen(inputs.theta_start, deltas, expert_heads)
     if start is None:
+        held_out = sum(map(len, inputs.calibration.held_out.values()))
 
         def objective(coefficient: float) -> float:
             """Returns the objective of one coefficient on the held-out data, over all tasks."""
@@ -491,7 +492,6 @@ def _learn_stage(
                 )
             return float(metrics.objective.sum())
 
-        held_out = sum(map(len, inputs.calibration.held_out.values()))
         best = best_single_coefficient(objective)
         inputs = inputs._replace(method=method._replace(initial=best))
         start = constant(inputs.shapes, inputs.experts, best)
