@@ -1,16 +1,9 @@
 """Values that can be merged: those that are finite in float32, in which all sums are made."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import ml_dtypes
 import numpy as np
 
 from adamerge_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from adamerge_jax.checkpoints.huggingface import Checkpoint
 
 LARGEST = float(np.finfo(np.float32).max)
 """The largest finite number of float32."""
@@ -22,13 +15,13 @@ def is_number(value: object) -> bool:
     return is_numeric and abs(value) <= LARGEST
 
 
-def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, role: str) -> None:
+def require_finite(array: np.ndarray, *, tensor: str, source: str, role: str) -> None:
     """Refuses a tensor with NaN or infinite values: it would spoil the whole merge.
 
     Args:
         array: The tensor's values.
         tensor: The tensor's name, for the message.
-        checkpoint: The checkpoint that it was read from, for the message.
+        source: The checkpoint that it was read from, for the message.
         role: The role of the checkpoint, for the message: `base`, `expert 'trec'`.
 
     Raises:
@@ -43,7 +36,7 @@ def require_finite(array: np.ndarray, *, tensor: str, checkpoint: Checkpoint, ro
     counts = [f"{not_a_number} NaN"] * (not_a_number > 0) + [f"{infinite} Inf"] * (infinite > 0)
     first = [int(index) for index in np.unravel_index(np.argmin(finite), array.shape)]
     raise InputError(
-        f"{role} ({checkpoint.source}): {tensor} holds {' and '.join(counts)} among its "
+        f"{role} ({source}): {tensor} holds {' and '.join(counts)} among its "
         f"{array.size} values, the first at {first}; its training has probably diverged: use an "
         "earlier checkpoint of it, or leave it out"
     )
@@ -54,7 +47,7 @@ def narrowed(
     dtype: np.dtype,
     *,
     tensor: str,
-    checkpoint: Checkpoint,
+    source: str,
     role: str,
     field: str,
 ) -> np.ndarray:
@@ -64,7 +57,7 @@ def narrowed(
         array: The values.
         dtype: The dtype to convert to; values of this dtype are returned as they are.
         tensor: The tensor's name, for the message.
-        checkpoint: The checkpoint that it was read from, for the message.
+        source: The checkpoint that it was read from, for the message.
         role: The role of the checkpoint, for the message.
         field: The field of the recipe that decides the dtype, for the message.
 
@@ -77,7 +70,7 @@ def narrowed(
         converted = array.astype(dtype)
     if not all_finite(converted):
         raise InputError(
-            f"{role} ({checkpoint.source}): {tensor} has values of up to {magnitude(array):.3g}, "
+            f"{role} ({source}): {tensor} has values of up to {magnitude(array):.3g}, "
             f"more than {np.dtype(dtype).name} holds; set {field} to bfloat16 or float32, or leave "
             "it out"
         )

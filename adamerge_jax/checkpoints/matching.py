@@ -71,7 +71,7 @@ class MatchedCheckpoint:
             InputError: It has NaN or infinite values.
         """
         array = self.checkpoint.read(self.names[name])
-        require_finite(array, tensor=name, checkpoint=self.checkpoint, role=self.role)
+        require_finite(array, tensor=name, source=self.checkpoint.source, role=self.role)
         return array
 
     def identity(self) -> str:

@@ -158,7 +158,7 @@ class MatchedAdapter:
             return self.base.read(name)
         with np.errstate(over="ignore"):
             changed = self.base.read(name).astype(np.float32) + factors.left @ factors.right
-        require_finite(changed, tensor=name, checkpoint=self.checkpoint, role=self.role)
+        require_finite(changed, tensor=name, source=self.checkpoint.source, role=self.role)
         return changed
 
     def is_untrained(self) -> bool:
@@ -175,7 +175,7 @@ class MatchedAdapter:
 
     def _read(self, tensor: str) -> np.ndarray:
         array = self.checkpoint.read(tensor)
-        require_finite(array, tensor=tensor, checkpoint=self.checkpoint, role=self.role)
+        require_finite(array, tensor=tensor, source=self.checkpoint.source, role=self.role)
         return array
 
 

@@ -26,7 +26,7 @@ class Quickstart(Command):
 
     def run(self, console: Console) -> None:
         """Trains the experts where they are not there yet, then runs `adamerge learn`."""
-        from adamerge_jax.cli.commands import Learn
+        from adamerge_jax.cli.recipe_commands import Learn
         from adamerge_jax.cli.recipe_options import parse_with_recipe
         from adamerge_jax.quickstart import prepare, recipe_text
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adamerge_jax.comparison.measure import Measured
-from adamerge_jax.pipeline.general import GENERAL_TEXT
+from adamerge_jax.evaluation.retention import GENERAL_TEXT
 from adamerge_jax.runs.outcome import Estimate, Standing, measure_outcome
 from adamerge_jax.runs.rows import (
     ExampleScores,

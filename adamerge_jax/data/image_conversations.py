@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
 from adamerge_jax.data.array_cache import ArrayCache
 from adamerge_jax.data.conversations import Tokens, mark_responses, require_offsets
+from adamerge_jax.data.decoder_examples import DecoderExamples
 from adamerge_jax.data.examples import Examples, padded
 from adamerge_jax.data.image_files import ImageFile, ImageFiles
 from adamerge_jax.data.images import IMAGE_CACHE_BYTES
@@ -18,9 +19,6 @@ from adamerge_jax.data.processors import Processor, ReadText
 from adamerge_jax.data.tables import Table
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
-
-if TYPE_CHECKING:
-    from adamerge_jax.data.language import DecoderExamples
 
 _PATHS = ("image", "path")
 """Fields of an image in a message that name its file."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from adamerge_jax.data.chat_templates import Chat, write_chats
 from adamerge_jax.data.conversations import PROBE, Tokens
+from adamerge_jax.data.decoder_examples import DecoderExamples
 from adamerge_jax.data.end_of_text import without_end
-from adamerge_jax.data.language import DecoderExamples
 from adamerge_jax.data.tables import Table
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import encode, padding_of

@@ -14,10 +14,10 @@ from jaxtyping import Array
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.evaluation.generate import Writer
 from adamerge_jax.files.caches import cache_folder
 from adamerge_jax.files.json_object import read_object
 from adamerge_jax.files.writing import write_whole
-from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.runs.counting import ShowCount
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from adamerge_jax.data.batches import Calibration
 from adamerge_jax.data.examples import Examples
+from adamerge_jax.evaluation.evaluator import Evaluator
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.methods import (
     MergeMethod,
@@ -18,7 +19,6 @@ from adamerge_jax.methods import (
     make_method,
     task_arithmetic,
 )
-from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.heads import MOST_TO_FIT, fit_heads
 from adamerge_jax.pipeline.learn import (
     LearningInputs,

@@ -12,9 +12,9 @@ from jaxtyping import Array
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.devices import fetch
+from adamerge_jax.evaluation.evaluator import Evaluator
 from adamerge_jax.models.family import Network
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
-from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.pipeline.read import load_backbone, load_expert, load_head
 

@@ -301,7 +301,7 @@ def _cast(array: np.ndarray, name: str, model: Expert, dtype: np.dtype | None) -
     """Returns a tensor in the dtype of the merge; None and whole numbers leave it as it is."""
     if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    origin = {"checkpoint": model.checkpoint, "role": model.role, "field": "export.dtype"}
+    origin = {"source": model.checkpoint.source, "role": model.role, "field": "export.dtype"}
     return narrowed(array, dtype, tensor=name, **origin)
 
 
@@ -349,7 +349,7 @@ def _head_of(job: ExportJob, task: str) -> dict[str, np.ndarray]:
             array,
             head[name].dtype,
             tensor=name,
-            checkpoint=expert.checkpoint,
+            source=expert.checkpoint.source,
             role=expert.role,
             field="export.dtype",
         )

@@ -14,12 +14,12 @@ from adamerge_jax.checkpoints.safetensors_file import read_header
 from adamerge_jax.data.batches import Calibration
 from adamerge_jax.data.expert_targets import StoredTargets
 from adamerge_jax.errors import InputError
+from adamerge_jax.evaluation.problem_scores import Batches
 from adamerge_jax.heads.fitted import Kind, fit_head
 from adamerge_jax.heads.losses import OF_CLASSES, OF_LABELS, of_choices, of_numbers
 from adamerge_jax.models.family import LastLayer
 from adamerge_jax.models.problem import CHOICES, LABELS, NUMBERS
 from adamerge_jax.pipeline.export import ZERO_SHOT_FILE
-from adamerge_jax.pipeline.problem_scores import Batches
 from adamerge_jax.pipeline.workspace import Workspace
 
 log = logging.getLogger(__name__)

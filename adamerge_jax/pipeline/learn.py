@@ -31,6 +31,7 @@ from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.expert_targets import StoredTargets, ask_cross_task, ask_expert
 from adamerge_jax.devices import Devices, fetch, is_first_process, return_freed_memory
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
+from adamerge_jax.evaluation.retention import RETAINED
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.learning.forward import Forward
 from adamerge_jax.learning.held_out import evaluate_held_out
@@ -41,7 +42,6 @@ from adamerge_jax.learning.snapshots import load_snapshot, save_snapshot
 from adamerge_jax.mixing import materialize_compiled, mix
 from adamerge_jax.objectives import TargetSpec
 from adamerge_jax.parameter_names import is_stacked, matches, stack_depths
-from adamerge_jax.pipeline.general import RETAINED
 from adamerge_jax.pipeline.heads import MOST_TO_FIT, HeadParameters, fit_heads
 from adamerge_jax.pipeline.initial_merge import (
     fit_initial_merge,

@@ -106,7 +106,7 @@ def read_parameter(
             source.read(tensor),
             array.dtype,
             tensor=tensor,
-            checkpoint=source.checkpoint,
+            source=source.checkpoint.source,
             role=source.role,
             field="dtype",
         )
@@ -394,7 +394,7 @@ def _narrowed_delta(values: np.ndarray, dtype: np.dtype, tensor: str, expert: Ex
         values,
         dtype,
         tensor=f"the task vector of {tensor}",
-        checkpoint=expert.checkpoint,
+        source=expert.checkpoint.source,
         role=expert.role,
         field="task_vectors.dtype",
     )

@@ -20,6 +20,7 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
+from adamerge_jax.evaluation.retention import RETAINED
 from adamerge_jax.files.writing import remove_folder, remove_partial, write_whole
 from adamerge_jax.methods import make_method
 from adamerge_jax.pipeline.account import account
@@ -38,7 +39,6 @@ from adamerge_jax.pipeline.export import (
     write_card,
 )
 from adamerge_jax.pipeline.fold import fold
-from adamerge_jax.pipeline.general import RETAINED
 from adamerge_jax.pipeline.heads import read_heads
 from adamerge_jax.pipeline.initial_merge import (
     coefficients_of_method,

@@ -9,11 +9,11 @@ import numpy as np
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets, has_positions
+from adamerge_jax.evaluation.evaluator import examples_at_once
 from adamerge_jax.methods import make_method
 from adamerge_jax.methods.least_squares import GRAM_BYTES
 from adamerge_jax.mixing import is_summed_once
 from adamerge_jax.models.family import complete_head
-from adamerge_jax.pipeline.evaluate import examples_at_once
 from adamerge_jax.pipeline.export import checkpoint_bytes
 from adamerge_jax.plan.outline import AbstractLearning, Outline, streamed_bytes
 from adamerge_jax.plan.work import Work, bytes_of, work_of

@@ -22,6 +22,7 @@ from adamerge_jax.data.batches import Batch
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.expert_targets import expert_targets
 from adamerge_jax.data.locations import is_on_hub
+from adamerge_jax.evaluation.retention import RETAINED
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.images_in_text import COUNT, PIXELS, ImagesInText
@@ -29,11 +30,12 @@ from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.models.problem import CLASSES, NUMBERS, WORDS
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
-from adamerge_jax.pipeline.general import RETAINED, find_general
+from adamerge_jax.pipeline.example_loader import ExampleLoader, example_loader
+from adamerge_jax.pipeline.general import find_general
 from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_expert, load_task_vectors
-from adamerge_jax.pipeline.workspace import ExampleLoader, example_loader, forward_for
+from adamerge_jax.pipeline.workspace import forward_for
 from adamerge_jax.plan.data_sizes import DataSize, data_sizes, shape_of_images
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build

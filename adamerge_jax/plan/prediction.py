@@ -11,9 +11,9 @@ import numpy as np
 from adamerge_jax.coefficients.granularities import count_units
 from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER
 from adamerge_jax.data.copies import copies_within
+from adamerge_jax.evaluation.retention import RETAINED
 from adamerge_jax.methods import make_method
 from adamerge_jax.pipeline.export import export_bytes
-from adamerge_jax.pipeline.general import RETAINED
 from adamerge_jax.pipeline.heads import MOST_TO_FIT
 from adamerge_jax.plan.advice import Change, Target, advise
 from adamerge_jax.plan.hardware import (

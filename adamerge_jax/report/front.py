@@ -9,8 +9,7 @@ from jaxtyping import Float
 
 from adamerge_jax.report.colours import CATEGORIES, HELD_OUT, SEQUENTIAL
 from adamerge_jax.report.pictures import label_text
-from adamerge_jax.runs.front import Front
-from adamerge_jax.search.front import non_dominated
+from adamerge_jax.runs.front import Front, non_dominated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

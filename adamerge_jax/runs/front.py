@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Float
 from pydantic import TypeAdapter, ValidationError
 
 from adamerge_jax.errors import InputError, in_one_line
@@ -133,6 +135,21 @@ class Front:
                 "changed: take it from the run again, or run again"
             )
         return front
+
+
+def non_dominated(scores: Float[np.ndarray, "N T"]) -> Bool[np.ndarray, " N"]:
+    """Returns True for each point that no other one dominates.
+
+    One point dominates another if it is at least as good in every score and better in one; more is
+    better. Of points with the same scores the first counts.
+    """
+    mask = np.ones(len(scores), bool)
+    for position, point in enumerate(scores):
+        at_least = (scores >= point).all(1)
+        better = at_least & (scores > point).any(1)
+        same_before = at_least[:position] & (scores[:position] == point).all(1)
+        mask[position] = not (better.any() or same_before.any())
+    return mask
 
 
 def _all_scores(point: FrontPoint) -> list[ByTask]:

@@ -1,1 +1,1 @@
-"""Coefficients that are chosen by their scores alone: no gradient, no model, no file."""
+"""Coefficients that are chosen by scores alone: the commands `search` and `front`."""

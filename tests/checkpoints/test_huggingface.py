@@ -429,7 +429,7 @@ def files_downloaded(of_repository, folder, monkeypatch) -> set[str]:
 def test_finite_tensors_pass(sharded):
     checkpoint = Checkpoint.open(sharded)
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
-        require_finite(np.ones((2, 3), dtype), tensor="t", checkpoint=checkpoint, role="base")
+        require_finite(np.ones((2, 3), dtype), tensor="t", source=checkpoint.source, role="base")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -445,6 +445,6 @@ def test_non_finite_tensors_do_not(sharded, dtype):
     )
     with pytest.raises(InputError, match=expected) as caught:
         require_finite(
-            array, tensor="classifier.weight", checkpoint=checkpoint, role="expert 'trec'"
+            array, tensor="classifier.weight", source=checkpoint.source, role="expert 'trec'"
         )
     assert "\n" not in str(caught.value)

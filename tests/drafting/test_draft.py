@@ -12,8 +12,9 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 from adamerge_jax.cli import main as cli
 from adamerge_jax.data.locations import locate_data
 from adamerge_jax.files.strict_yaml import read_yaml_file
+from adamerge_jax.pipeline.example_loader import example_loader
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.workspace import example_loader, open_workspace
+from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.json_schema import recipe_schema
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.recipes.schema import Recipe

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adamerge_jax.evaluation.generate import Writer
 from adamerge_jax.pipeline.base_answers import BaseWriter, _read
-from adamerge_jax.pipeline.generate import Writer
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_backbone
 from adamerge_jax.recipes.loading import parse_recipe

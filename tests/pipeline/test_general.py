@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from adamerge_jax.cli import main as cli
 from adamerge_jax.data.copies import WithCopies
 from adamerge_jax.errors import InputError
+from adamerge_jax.evaluation.retention import GENERAL_TEXT, RETAINED, Retention
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.pipeline import general
-from adamerge_jax.pipeline.general import GENERAL_TEXT, RETAINED, Retention
 from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.plan.outline import outline

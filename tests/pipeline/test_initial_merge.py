@@ -20,7 +20,6 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.methods import METHODS, MergeMethod
 from adamerge_jax.methods.by_tensor import by_tensor
 from adamerge_jax.parameter_names import is_stacked
-from adamerge_jax.pipeline.candidates import Candidates
 from adamerge_jax.pipeline.export import export_mergekit
 from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.initial_merge import (
@@ -36,6 +35,7 @@ from adamerge_jax.pipeline.warm_start import WarmStart, open_warm_start
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.search.candidates import Candidates
 from tests.adapter_references import save_experts
 from tests.references import learning_inputs
 

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from adamerge_jax.evaluation.evaluator import Evaluator
+from adamerge_jax.evaluation.problem_scores import Scorer
 from adamerge_jax.files.caches import keep_in_cache
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.pipeline import row_cache
 from adamerge_jax.pipeline.baselines import baseline_rows
-from adamerge_jax.pipeline.evaluate import Evaluator
 from adamerge_jax.pipeline.learn import LearningInputs
-from adamerge_jax.pipeline.problem_scores import Scorer
 from adamerge_jax.pipeline.row_cache import FOLDER, RowCache, RowFacts
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import EvaluationRecipe

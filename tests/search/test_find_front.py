@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.front import FoundFront, count_samples, find_front
-from adamerge_jax.pipeline.scored import Scored
-from adamerge_jax.pipeline.scores import Score
 from adamerge_jax.recipes.schema import FrontRecipe
+from adamerge_jax.search.find_front import FoundFront, count_samples, find_front
+from adamerge_jax.search.scored import Scored
+from adamerge_jax.search.scores import Score
 
 TOPS = np.array([[0.8, 0.1], [0.2, 0.7]])
 """The coefficients that are best for each of two tasks."""

@@ -8,9 +8,9 @@ import torch
 
 from adamerge_jax.data.answers import Answers
 from adamerge_jax.data.examples import Examples
+from adamerge_jax.evaluation.answering import Answering
+from adamerge_jax.evaluation.generate import Writer
 from adamerge_jax.models import family_of
-from adamerge_jax.pipeline.answering import Answering
-from adamerge_jax.pipeline.generate import Writer
 from tests.language_references import byte_tokenizer
 from tests.models.test_decoders import make
 from tests.references import parameters_of, saved_parameters

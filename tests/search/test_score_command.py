@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.score_command import run_command, split_command
+from adamerge_jax.search.score_command import run_command, split_command
 
 
 def run(code: str, timeout: float = 60, folder: Path = Path("merge")) -> float:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from adamerge_jax.data.arrays import ArrayExamples
-from adamerge_jax.data.language import DecoderExamples, Tokens
+from adamerge_jax.data.conversations import Tokens
+from adamerge_jax.data.decoder_examples import DecoderExamples
+from adamerge_jax.evaluation.evaluator import Evaluator
 from adamerge_jax.models.layers import Outputs
-from adamerge_jax.pipeline.evaluate import Evaluator
 
 VOCABULARY = 11
 

@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 
 from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.embedding_scores import embedding_measures, require_pairs, spearman
+from adamerge_jax.evaluation.embedding_scores import embedding_measures, require_pairs, spearman
 
 GENERATOR = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from adamerge_jax.pipeline.embedding_scores import spearman
+from adamerge_jax.evaluation.embedding_scores import spearman
 from adamerge_jax.runs.rows import ExampleScores, Measures, Metric
 
 Numbers = Float[np.ndarray, " N"]

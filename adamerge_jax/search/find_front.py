@@ -6,12 +6,13 @@ import numpy as np
 from jaxtyping import Float
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.candidates import Candidates
-from adamerge_jax.pipeline.scored import Scored
-from adamerge_jax.pipeline.search import SINGLE
 from adamerge_jax.recipes.schema import FrontRecipe
 from adamerge_jax.runs.evaluations import Evaluation
-from adamerge_jax.search.front import non_dominated, spread_out, sweep, weight_sets
+from adamerge_jax.runs.front import non_dominated
+from adamerge_jax.search.candidates import Candidates
+from adamerge_jax.search.pareto import spread_out, sweep, weight_sets
+from adamerge_jax.search.scored import Scored
+from adamerge_jax.search.search_coefficients import SINGLE
 from adamerge_jax.search.surrogate import Fit, count_unknowns, fit_quadratic
 
 SAMPLE, FRONT = "sample", "front"

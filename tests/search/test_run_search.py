@@ -13,19 +13,18 @@ import pytest
 
 from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients
-from adamerge_jax.pipeline import scored as scored_module
-from adamerge_jax.pipeline.candidates import Candidates
 from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.scored import Scored
-from adamerge_jax.pipeline.scores import on_validation_data, task_score
-from adamerge_jax.pipeline.search import method_without_objective
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from adamerge_jax.runs.evaluations import Evaluation, append_evaluation, read_evaluations
-from adamerge_jax.runs.front import Front
-from adamerge_jax.search.front import non_dominated
+from adamerge_jax.runs.front import Front, non_dominated
+from adamerge_jax.search import scored as scored_module
+from adamerge_jax.search.candidates import Candidates
+from adamerge_jax.search.scored import Scored
+from adamerge_jax.search.scores import on_validation_data, task_score
+from adamerge_jax.search.search_coefficients import method_without_objective
 from tests.references import write_recipe
 
 SINGLES = [0.2, 0.5, 0.8]

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from adamerge_jax.search.front import non_dominated, spread_out, sweep, weight_sets
+from adamerge_jax.runs.front import non_dominated
+from adamerge_jax.search.pareto import spread_out, sweep, weight_sets
 from adamerge_jax.search.surrogate import Quadratic
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from adamerge_jax.data.examples import Examples
+from adamerge_jax.evaluation.entity_scores import entities_of, tells_entities
+from adamerge_jax.evaluation.problem_scores import scorer_of
 from adamerge_jax.models.problem import WORDS
 from adamerge_jax.objectives import NOT_PREDICTED
-from adamerge_jax.pipeline.entity_scores import entities_of, tells_entities
-from adamerge_jax.pipeline.problem_scores import scorer_of
 from adamerge_jax.runs.rows import Row
 
 TAGS = ["O", "B-a", "I-a", "B-b", "I-b"]

@@ -9,12 +9,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.candidates import Candidates
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
-from adamerge_jax.pipeline.scores import on_validation_data, task_score
-from adamerge_jax.pipeline.search import method_without_objective
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.loading import parse_recipe
+from adamerge_jax.search.candidates import Candidates
+from adamerge_jax.search.scores import on_validation_data, task_score
+from adamerge_jax.search.search_coefficients import method_without_objective
 from tests.language_references import TASKS, byte_tokenizer, save_models, split_sentences
 from tests.references import write_json_lines
 

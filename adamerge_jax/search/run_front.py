@@ -11,20 +11,9 @@ from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_f
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import remove_partial
 from adamerge_jax.pipeline.baselines import baseline_rows
-from adamerge_jax.pipeline.candidates import Candidates
-from adamerge_jax.pipeline.front import ROUNDS, FoundFront, count_samples, find_front
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.row_cache import RowCache
-from adamerge_jax.pipeline.run_search import begin_folder, describe_search, with_start
-from adamerge_jax.pipeline.scored import Scored
-from adamerge_jax.pipeline.scores import TaskScore, on_validation_data, task_score
-from adamerge_jax.pipeline.search import (
-    SINGLE,
-    method_without_objective,
-    singles,
-    without_learning,
-)
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.report.page import write_page
@@ -45,6 +34,17 @@ from adamerge_jax.runs.record import RunRecord
 from adamerge_jax.runs.results import Results, write_results
 from adamerge_jax.runs.resuming import require_startable, unfinished
 from adamerge_jax.runs.rows import Row
+from adamerge_jax.search.candidates import Candidates
+from adamerge_jax.search.find_front import ROUNDS, FoundFront, count_samples, find_front
+from adamerge_jax.search.run_search import begin_folder, describe_search, with_start
+from adamerge_jax.search.scored import Scored
+from adamerge_jax.search.scores import TaskScore, on_validation_data, task_score
+from adamerge_jax.search.search_coefficients import (
+    SINGLE,
+    method_without_objective,
+    singles,
+    without_learning,
+)
 
 
 class FrontRun(NamedTuple):

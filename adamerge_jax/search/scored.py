@@ -8,9 +8,9 @@ import numpy as np
 
 from adamerge_jax.devices import is_first_process
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.candidates import Candidates, Point
-from adamerge_jax.pipeline.scores import Score
 from adamerge_jax.runs.evaluations import Evaluation, append_evaluation
+from adamerge_jax.search.candidates import Candidates, Point
+from adamerge_jax.search.scores import Score
 from adamerge_jax.stopping import require_going_on
 
 OnEvaluation = Callable[[Evaluation], None]

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from adamerge_jax.data.examples import Examples
+from adamerge_jax.evaluation.entity_scores import OUTSIDE, entities_of, tells_entities
+from adamerge_jax.evaluation.number_scores import number_measures
 from adamerge_jax.models.problem import CHOICES, CLASSES, LABELS, NUMBERS, WORDS, Problem
 from adamerge_jax.objectives import NOT_PREDICTED
-from adamerge_jax.pipeline.entity_scores import OUTSIDE, entities_of, tells_entities
-from adamerge_jax.pipeline.number_scores import number_measures
 from adamerge_jax.runs.rows import ExampleScores, Measures, Metric
 
 log = logging.getLogger(__name__)

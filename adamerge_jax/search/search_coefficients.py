@@ -5,14 +5,14 @@ from typing import NamedTuple
 import numpy as np
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.candidates import Candidates, Point
 from adamerge_jax.pipeline.models import Models
-from adamerge_jax.pipeline.scored import Scored
-from adamerge_jax.pipeline.scores import Score
 from adamerge_jax.recipes.build import HeadChoice, Method, build
 from adamerge_jax.recipes.schema import Recipe, SearchRecipe
 from adamerge_jax.runs.evaluations import Evaluation
+from adamerge_jax.search.candidates import Candidates, Point
 from adamerge_jax.search.evolution import Best, evolve
+from adamerge_jax.search.scored import Scored
+from adamerge_jax.search.scores import Score
 
 SINGLE, SEARCH = "single", "search"
 """The phases of a search: the same coefficient everywhere, then all of them by evolution."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from adamerge_jax.search.surrogate import Quadratic
 
@@ -15,21 +15,6 @@ _SUM_WEIGHT = 0.05
 
 _LEAST_WEIGHT = 0.02
 """The weight of a score that would have none: of points alike in all others, the better in it."""
-
-
-def non_dominated(scores: Float[np.ndarray, "N T"]) -> Bool[np.ndarray, " N"]:
-    """Returns True for each point that no other one dominates.
-
-    One point dominates another if it is at least as good in every score and better in one; more is
-    better. Of points with the same scores the first counts.
-    """
-    mask = np.ones(len(scores), bool)
-    for position, point in enumerate(scores):
-        at_least = (scores >= point).all(1)
-        better = at_least & (scores > point).any(1)
-        same_before = at_least[:position] & (scores[:position] == point).all(1)
-        mask[position] = not (better.any() or same_before.any())
-    return mask
 
 
 def spread_out(points: Float[np.ndarray, "N D"], first: Sequence[int], count: int) -> list[int]:

@@ -9,15 +9,15 @@ from jaxtyping import Array
 from rich.console import Console
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.evaluation.embedding_scores import embedding_metric
 from adamerge_jax.files.writing import partial_path, remove_folder
 from adamerge_jax.models.problem import CLASSES
 from adamerge_jax.objectives import Targets, TaskOutputs, make_objective
-from adamerge_jax.pipeline.candidates import Candidates, Point
-from adamerge_jax.pipeline.embedding_scores import embedding_metric
 from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER, ExportJob, export
-from adamerge_jax.pipeline.score_command import run_command
 from adamerge_jax.pipeline.workspace import Workspace
 from adamerge_jax.runs.rows import OF_EACH_TASK, Metric
+from adamerge_jax.search.candidates import Candidates, Point
+from adamerge_jax.search.score_command import run_command
 
 Parameters = Mapping[str, Array]
 

@@ -15,15 +15,15 @@ from jaxtyping import Array, Float, Int
 from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.data.pairs import TextPairs
 from adamerge_jax.devices import fetch
+from adamerge_jax.evaluation.answering import Answering
+from adamerge_jax.evaluation.embedding_scores import embedding_measures, embedding_metric
+from adamerge_jax.evaluation.problem_scores import Batches, Scorer, scorer_of
+from adamerge_jax.evaluation.retention import GENERAL_TEXT, RETAINED, General, Retention
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.models.problem import CLASSES
 from adamerge_jax.objectives import NOT_PREDICTED, token_losses
-from adamerge_jax.pipeline.answering import Answering
-from adamerge_jax.pipeline.embedding_scores import embedding_measures, embedding_metric
-from adamerge_jax.pipeline.general import GENERAL_TEXT, RETAINED, General, Retention
-from adamerge_jax.pipeline.problem_scores import Batches, Scorer, scorer_of
 from adamerge_jax.runs.counting import Tally
 from adamerge_jax.runs.rows import ExampleScores, Kind, Measures, Metric, Row
 

@@ -15,7 +15,6 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.baselines import baseline_rows
-from adamerge_jax.pipeline.candidates import Candidates
 from adamerge_jax.pipeline.export import (
     CHECKPOINT_FOLDER,
     ExportJob,
@@ -26,17 +25,6 @@ from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.row_cache import RowCache
 from adamerge_jax.pipeline.run import Run, ended_run, export_and_compare, export_job
-from adamerge_jax.pipeline.score_command import split_command
-from adamerge_jax.pipeline.scored import Scored
-from adamerge_jax.pipeline.scores import Score, of_command, on_validation_data, task_score
-from adamerge_jax.pipeline.search import (
-    SINGLE,
-    Searched,
-    method_without_objective,
-    search_coefficients,
-    singles_of_search,
-    without_learning,
-)
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe, Recipe
 from adamerge_jax.runs.counting import count_on
@@ -47,7 +35,19 @@ from adamerge_jax.runs.lock import hold
 from adamerge_jax.runs.record import RunRecord, describe_machine, describe_tensors, similarity
 from adamerge_jax.runs.resuming import has_ended, require_startable, unfinished
 from adamerge_jax.runs.rows import Row
+from adamerge_jax.search.candidates import Candidates
 from adamerge_jax.search.evolution import require_installed
+from adamerge_jax.search.score_command import split_command
+from adamerge_jax.search.scored import Scored
+from adamerge_jax.search.scores import Score, of_command, on_validation_data, task_score
+from adamerge_jax.search.search_coefficients import (
+    SINGLE,
+    Searched,
+    method_without_objective,
+    search_coefficients,
+    singles_of_search,
+    without_learning,
+)
 
 
 class ScoreCommand(NamedTuple):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
+from adamerge_jax.evaluation.number_scores import number_measures, pearson, r_squared
+from adamerge_jax.evaluation.problem_scores import scorer_of
 from adamerge_jax.models.problem import LABELS, NUMBERS
-from adamerge_jax.pipeline.number_scores import number_measures, pearson, r_squared
-from adamerge_jax.pipeline.problem_scores import scorer_of
 from adamerge_jax.runs.rows import Row
 from adamerge_jax.runs.saved_rows import SavedRow
-from tests.pipeline.test_entity_scores import Words
+from tests.evaluation.test_entity_scores import Words
 
 GENERATOR = np.random.default_rng(0)
 N = 300

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from adamerge_jax.data.answers import Answers
 from adamerge_jax.data.examples import Examples
-from adamerge_jax.pipeline.generate import Writer
+from adamerge_jax.evaluation.generate import Writer
 from adamerge_jax.runs.counting import ShowCount, count_silently
 from adamerge_jax.runs.rows import ExampleScores
 
