@@ -104,9 +104,10 @@ class Compare(Command):
         comparison = compare(*loaded)
         print_comparison(comparison, console)
         for name, file in (("first", self.first), ("second", self.second)):
-            rows, outcome, _ = read_results(file_in(file.expanduser()).parent / RESULTS_FILE)
-            if rows:
-                words = outcome_in_words(outcome, rows[-1].metric, name=one_line)
+            results = read_results(file_in(file.expanduser()).parent / RESULTS_FILE)
+            if results.rows:
+                metric = results.rows[-1].metric
+                words = outcome_in_words(results.outcome, metric, name=one_line)
                 console.print(f"{name}: {words}", highlight=False, soft_wrap=True)
         if out is not None:
             draw_comparison(comparison, out)

@@ -77,7 +77,8 @@ class RecipeCommand(Command):
     root: Path | None = None
     """Folder that relative paths of the recipe start from; by default the recipe's own."""
     allow_code: bool = False
-    """Run the functions of somebody's own that the recipe names, package.module:function."""
+    """Run the code of somebody's own that the recipe names: package.module:function, and tasks in
+    evaluation.lm_eval.include_path."""
 
     @property
     def folder(self) -> Path:

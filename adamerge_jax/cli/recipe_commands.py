@@ -262,7 +262,7 @@ class CompareMethods(RecipeCommand):
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate(RecipeCommand):
-    """Evaluate a checkpoint on a recipe's test data, with the heads of its experts."""
+    """Evaluate a checkpoint on a recipe's test data, with its experts' heads, and by lm-eval."""
 
     answers = True
 

@@ -30,8 +30,8 @@ _MERGE = (*_DATA, "keep_from_base", "task_vectors")
 _NO_INFLUENCE = ("name", "export", "tracking", "devices", "evaluation")
 """The fields that decide on no learned coefficient."""
 
-_CONTENDERS = ("methods", "task_arithmetic")
-"""The fields of the evaluation that name what is compared."""
+_CONTENDERS = ("methods", "task_arithmetic", "lm_eval")
+"""The fields of the evaluation that name what is compared, or what is not looked at."""
 
 
 class _SavedResults(BaseModel):

@@ -20,6 +20,7 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError
+from adamerge_jax.evaluation.harness import Harness, require_harness
 from adamerge_jax.evaluation.retention import RETAINED
 from adamerge_jax.files.writing import remove_folder, remove_partial, write_whole
 from adamerge_jax.methods import make_method
@@ -39,6 +40,7 @@ from adamerge_jax.pipeline.export import (
     write_card,
 )
 from adamerge_jax.pipeline.fold import fold
+from adamerge_jax.pipeline.harness_rows import harness_results, open_harness
 from adamerge_jax.pipeline.heads import read_heads
 from adamerge_jax.pipeline.initial_merge import (
     coefficients_of_method,
@@ -76,6 +78,7 @@ from adamerge_jax.runs.files import (
     STATE_FOLDER,
     WITHOUT_EXPERTS_FILE,
 )
+from adamerge_jax.runs.harness import HarnessResults
 from adamerge_jax.runs.lock import hold
 from adamerge_jax.runs.predictions import write_predictions
 from adamerge_jax.runs.progress import show_progress
@@ -153,6 +156,7 @@ def _learn(
     if resume and has_ended(out, CHECKPOINT_FOLDER):
         return ended_run(out, console)
     require_installed(recipe.tracking)
+    require_harness(recipe.evaluation.lm_eval)
     record = RunRecord(out)
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         check = partial(build, recipe)
@@ -160,6 +164,7 @@ def _learn(
         models = workspace.models
         method = build(recipe, models)
         require_exportable(models, recipe.export, MergeFacts.of_method(method, models), out)
+    harness = open_harness(recipe, models, root, console)
     with (
         console.status("reading task vectors, asking the experts") as status,
         record.phase("task vectors and the experts' answers"),
@@ -178,7 +183,9 @@ def _learn(
     # No process writes before all have checked.
     wait_for_all("checked")
     with by_first_process(unfinished(out, anew=not resume)):
-        return _learn_and_export(recipe, inputs, record, root, out, console, resume, learned)
+        return _learn_and_export(
+            recipe, inputs, record, root, out, console, resume, learned, harness
+        )
 
 
 def _learned_before(out: Path) -> Coefficients | None:
@@ -207,6 +214,7 @@ def _learn_and_export(
     console: Console,
     resume: bool,
     learned: Coefficients | None,
+    harness: Harness | None,
 ) -> Run:
     """Learns, exports and evaluates, in this order: what evaluates has lost nothing if killed.
 
@@ -282,6 +290,7 @@ def _learn_and_export(
         rows_without=partial(rows_without_experts, inputs, result, console=console)
         if recipe.evaluation.without_experts
         else None,
+        harness=harness,
     )
     return Run(out, result.coefficients, rows)
 
@@ -298,8 +307,11 @@ def export_and_compare(
     rows_of: Callable[[], list[Row]],
     resume: bool,
     rows_without: Callable[[Metric], list[Row]] | None = None,
+    harness: Harness | None = None,
 ) -> list[Row]:
     """Writes the merge of a run, then its table of results, heat map and page.
+
+    The scores by lm-eval come last, and are added to what is written: they may need the network.
 
     Args:
         recipe: The recipe.
@@ -314,9 +326,13 @@ def export_and_compare(
         resume: If True, forms of the merge that are there are kept.
         rows_without: The function that evaluates the merge without each expert; None where that is
             not asked for.
+        harness: The tasks of lm-eval that the recipe asks for, if any.
 
     Returns:
         The table; empty without test data.
+
+    Raises:
+        InputError: A task of lm-eval cannot be loaded, or fails; all else is written.
     """
     first = is_first_process()
     if warning := range_warning(coefficients):
@@ -334,7 +350,7 @@ def export_and_compare(
     with record.phase("writing checkpoints"):
         export(job_of(), out, console, keep=resume)
 
-    rows: list[Row] = []
+    results = Results([])
     if inputs.workspace.data.test:
         with console.status("evaluating"), record.phase("evaluating"):
             rows = rows_of()
@@ -352,10 +368,35 @@ def export_and_compare(
     if first:
         draw_coefficients(coefficients, out / HEAT_MAP_FILE)
         write_page(out)
-    if rows:
-        console.print(*results_tables(results), sep="\n\n")
+    if harness is not None and first:
+        with record.phase("evaluating by lm-eval"):
+            scores = _harness_scores(harness, inputs.workspace.models, out, console, results)
+        results = results._replace(harness=scores)
+        write_results(results, out / RESULTS_FILE)
+        write_card(job_of(results=results), out)
+        write_page(out)
+    _print_results(results, console)
     wait_for_all("exported")
-    return rows
+    return results.rows
+
+
+def _harness_scores(
+    harness: Harness, models: Models, out: Path, console: Console, results: Results
+) -> HarnessResults:
+    """Evaluates the checkpoint of a run by lm-eval; shows all other results where that fails."""
+    try:
+        return harness_results(harness, models, out / CHECKPOINT_FOLDER, console)
+    except InputError as error:
+        _print_results(results, console)
+        raise InputError(
+            f"{error}; the merge and its other results are in {out}: mend it and go on with "
+            "--resume, which evaluates what is missing"
+        ) from error
+
+
+def _print_results(results: Results, console: Console) -> None:
+    if tables := results_tables(results):
+        console.print(*tables, sep="\n\n")
 
 
 def fold_file(
@@ -478,6 +519,7 @@ def _merge(
 ) -> None:
     """Checks all input of a merge, then exports to a folder that this process holds."""
     require_new_export(out, EXPORT_FOLDERS)
+    require_harness(recipe.evaluation.lm_eval)
     made = make_method(method, options)
     if made.needs_data:
         with console.status("opening checkpoints and data"):
@@ -491,6 +533,7 @@ def _merge(
     initial = fit_initial_merge(models, method, options)
     coefficients = coefficients_of_method(models, initial)
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
+    harness = open_harness(recipe, models, root, console)
     account_lines = account(models, coefficients.parameters)
     _print_lines(account_lines, console)
     if made.needs_data:
@@ -503,13 +546,31 @@ def _merge(
         coefficients = dataclasses.replace(coefficients, initial_tensors=tensors)
         del parameters
     wait_for_all("checked")
-    job = export_job(
-        models, coefficients, recipe.export, root, account_lines, tokenizer=recipe.tokenizer
+    job_of = partial(
+        export_job,
+        models,
+        coefficients,
+        recipe.export,
+        root,
+        account_lines,
+        tokenizer=recipe.tokenizer,
     )
     with by_first_process(unfinished(out, anew=True)):
-        export(job, out, console)
+        export(job_of(), out, console)
         if is_first_process():
             coefficients.save(out / COEFFICIENTS_FILE)
+    if harness is None or not is_first_process():
+        return
+    try:
+        scores = harness_results(harness, models, out / CHECKPOINT_FOLDER, console)
+    except InputError as error:
+        raise InputError(
+            f"{error}; the merge is in {out}: mend it, and evaluate that with adamerge evaluate"
+        ) from error
+    results = Results([], harness=scores)
+    write_results(results, out / RESULTS_FILE)
+    write_card(job_of(results=results), out)
+    _print_results(results, console)
 
 
 def write_mergekit(file: Path, recipe: Recipe, *, root: Path, out: Path, console: Console) -> None:
@@ -563,8 +624,10 @@ def coarsen_file(
     return coarsened
 
 
-def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row:
+def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -> Row | None:
     """Evaluates a checkpoint on the recipe's test data, with its own heads or those of experts.
+
+    And on the tasks of lm-eval, where the recipe asks for some.
 
     Args:
         recipe: The recipe with the experts and the test data.
@@ -574,25 +637,38 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
         console: The console that shows the table.
 
     Returns:
-        The row of the table, with a score for each task.
+        The row of the table, with a score for each task; None without test data.
 
     Raises:
-        InputError: A model or data cannot be used, or a task has no test data.
+        InputError: A model or data cannot be used, or there is neither test data nor lm-eval.
     """
-    devices = open_devices(**recipe.devices.model_dump())
     console = silence_others(console)
-    workspace = open_workspace(recipe, root, devices, count_on(console))
+    require_harness(recipe.evaluation.lm_eval)
     opened = Checkpoint.open(_checkpoint_in(checkpoint))
-    require_same_architecture(workspace.models.base.checkpoint, opened, role="checkpoint")
-    matched = match_backbone(workspace.models, opened, "checkpoint")
-    if not workspace.data.test:
+    is_tested = all(task.test is not None for task in recipe.tasks.values())
+    if not is_tested and recipe.evaluation.lm_eval is None:
         raise InputError("tasks: every task needs test data to evaluate on")
-    if ends := ends_in_words(workspace.data.test, workspace.asked_ends):
-        console.print(ends, highlight=False, soft_wrap=True)
-    parameters = load_backbone(workspace.models, matched, workspace.dtype)
-    evaluator = workspace.evaluator.with_heads(read_heads(workspace, opened))
-    row = evaluator.row(checkpoint, parameters, workspace.data.test)
-    console.print(*results_tables(Results.of_rows([row])), sep="\n\n")
+    row = None
+    if is_tested:
+        devices = open_devices(**recipe.devices.model_dump())
+        workspace = open_workspace(recipe, root, devices, count_on(console))
+        models = workspace.models
+    else:
+        models = open_models(recipe, root, to_run=False)
+    require_same_architecture(models.base.checkpoint, opened, role="checkpoint")
+    matched = match_backbone(models, opened, "checkpoint")
+    harness = open_harness(recipe, models, root, console)
+    if is_tested:
+        if ends := ends_in_words(workspace.data.test, workspace.asked_ends):
+            console.print(ends, highlight=False, soft_wrap=True)
+        parameters = load_backbone(models, matched, workspace.dtype)
+        evaluator = workspace.evaluator.with_heads(read_heads(workspace, opened))
+        row = evaluator.row(checkpoint, parameters, workspace.data.test)
+        del parameters
+        _print_results(Results.of_rows([row]), console)
+    if harness is not None and is_first_process():
+        scores = harness_results(harness, models, opened.folder, console, name=checkpoint)
+        _print_results(Results([], harness=scores), console)
     return row
 
 

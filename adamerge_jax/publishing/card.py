@@ -43,8 +43,8 @@ def published_card(card: str, repository: str, results: Results) -> str:
 
 def _scores(results: Results, purpose: str) -> Iterator[EvalResult]:
     """Yields the merge's finite scores of each task, by every metric that the Hub knows."""
-    for table in (results, *results.further):
-        if not table.rows or table.rows[-1].metric not in _METRICS:
+    for table in results.tables:
+        if table.rows[-1].metric not in _METRICS:
             continue
         merge = table.rows[-1]
         metric, name = _METRICS[merge.metric]
@@ -58,3 +58,14 @@ def _scores(results: Results, purpose: str) -> Iterator[EvalResult]:
                     metric_name=name,
                     metric_value=round(score, 4),
                 )
+    for line in results.harness.lines() if results.harness else ():
+        value = line.scores[-1].value
+        if value is not None:
+            yield EvalResult(
+                task_type=purpose,
+                dataset_type=line.task,
+                dataset_name=line.task,
+                metric_type=line.scores[-1].metric,
+                metric_name=f"{line.metric}, by lm-eval {results.harness.version}",
+                metric_value=round(value, 4),
+            )

@@ -288,10 +288,6 @@ class HeadsRecipe(Section):
     """Weight of the distance of learned heads from the experts' own, relative to their size."""
 
 
-SHORTHANDS: Mapping[type[Section], str] = {_PathSection: "path", HeadsRecipe: "kind"}
-"""The sections that may be written as one field of theirs alone, and that field."""
-
-
 class InterferenceRecipe(Section):
     """A step that changes task vectors before mixing."""
 
@@ -398,6 +394,36 @@ class LearningRecipe(Section):
     """Values that the backward pass computes again rather than keeps, from fastest to smallest."""
 
 
+class LmEvalRecipe(Section):
+    """The evaluation of checkpoints by EleutherAI's lm-evaluation-harness."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_tasks(cls, value: Any) -> Any:
+        return {"tasks": value} if isinstance(value, list) else value
+
+    tasks: list[str] = Field(min_length=1)
+    """Tasks, groups and tags of the harness, such as arc_easy and mmlu."""
+    models: Literal["all", "merge"] = "all"
+    """Models that are evaluated. all: base, each expert and the merge. merge: the merge alone."""
+    limit: Count | None = None
+    """Largest number of examples of each task, its first ones; by default all."""
+    num_fewshot: Whole | None = Field(default=None, ge=0, le=1000)
+    """Number of solved examples in a prompt; by default that of the task."""
+    batch_size: Count = 8
+    """Prompts that a model runs at once."""
+    chat_template: bool = False
+    """Write prompts as conversations in the merge's chat template, for chat models."""
+    include_path: PathText | None = None
+    """Folder with tasks of your own, YAML files of the harness, which may run code: needs
+    --allow-code."""
+
+    @property
+    def own_tasks(self) -> str | None:
+        """The name by which the code of tasks of somebody's own is allowed; None without any."""
+        return None if self.include_path is None else f"lm_eval:{self.include_path}"
+
+
 class EvaluationRecipe(Section):
     """The evaluation for the table of results."""
 
@@ -423,7 +449,18 @@ class EvaluationRecipe(Section):
     max_new_tokens: Count = 64
     """Largest number of tokens of such an answer, which may be short of a response: that is then
     wrong."""
+    lm_eval: Annotated[LmEvalRecipe | None, SWITCHED_OFF] = None
+    """Tasks of lm-evaluation-harness, such as [arc_easy, hellaswag], on which the exported
+    checkpoint, the base and the experts are evaluated: their names, or these with options. Needs
+    the extra lm-eval."""
 
+
+SHORTHANDS: Mapping[type[Section], str] = {
+    _PathSection: "path",
+    HeadsRecipe: "kind",
+    LmEvalRecipe: "tasks",
+}
+"""The sections that may be written as one field of theirs alone, and that field."""
 
 ScoreName = Literal["accuracy", "loss", "exact_match", "spearman", "recall"]
 """A score on validation data."""
@@ -568,7 +605,7 @@ class Recipe(Section):
 
     @property
     def own_code(self) -> dict[str, str]:
-        """The functions of somebody's own, `package.module:function`, by the field of each."""
+        """The code of somebody's own by the field that names it: `package.module:function`."""
         lists: dict[str, Sequence[Any]] = {
             "interference": self.interference,
             "objectives": self.objectives,
@@ -582,6 +619,8 @@ class Recipe(Section):
         }
         if self.coefficients.initial_merge is not None:
             names["coefficients.initial_merge.name"] = self.coefficients.initial_merge.name
+        if self.evaluation.lm_eval is not None:
+            names["evaluation.lm_eval.include_path"] = self.evaluation.lm_eval.own_tasks or ""
         return {field: name for field, name in names.items() if is_own_code(name)}
 
     @property

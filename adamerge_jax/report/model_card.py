@@ -17,6 +17,7 @@ from adamerge_jax.report.coefficients import (
     scaled_in_words,
     spreads,
 )
+from adamerge_jax.report.harness import HarnessTable
 from adamerge_jax.report.markdown import code_span
 from adamerge_jax.report.rendering import render
 from adamerge_jax.report.results import TITLES, outcome_in_words, scores_in_words
@@ -125,7 +126,6 @@ def model_card(
         fields["license_name"] = _license_name(origins)
     data = ModelCardData(**{name: value for name, value in fields.items() if value is not None})
     results = results or Results([])
-    rows = results.rows
     text = render(
         "model_card.md.jinja",
         coefficients=coefficients,
@@ -143,7 +143,8 @@ def model_card(
         reader=_READERS.get(auto_class or ""),
         task_folders=task_folders,
         other_classes=_other_classes(task_folders, auto_classes),
-        tables=[_table_in_words(table) for table in (results, *results.further)] if rows else [],
+        tables=[_table_in_words(table) for table in results.tables],
+        harness=None if results.harness is None else HarnessTable.of(results.harness),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
@@ -176,7 +177,7 @@ def shared_license(origins: Sequence[Origin]) -> str | None:
 
 def _table_in_words(results: Results) -> dict[str, Any]:
     """Returns the template's values of a table of results."""
-    rows, outcome, _ = results
+    rows, outcome = results.rows, results.outcome
     return {
         "title": TITLES[rows[0].metric],
         "tasks": list(rows[0].tasks),

@@ -28,6 +28,7 @@ from adamerge_jax.report.colours import DIVERGING, SEQUENTIAL, cell_style
 from adamerge_jax.report.curves import ALL_TASKS, draw_curves, summed
 from adamerge_jax.report.front import draw_front
 from adamerge_jax.report.grids import Cell, Grid, Line, Strip
+from adamerge_jax.report.harness import HarnessTable
 from adamerge_jax.report.maps import cosine_range, draw_expert, draw_similarity
 from adamerge_jax.report.pictures import (
     Picture,
@@ -91,6 +92,7 @@ def write_page(folder: Path) -> Path:
         origin=_origin(run),
         missing=_missing(run),
         results=_results(run),
+        harness=_harness(run),
         without=_without_experts(run),
         coefficients=_coefficients(run, pictures),
         curves=_curves(run, pictures),
@@ -199,14 +201,14 @@ def _results(run: SavedRun) -> dict[str, Any] | None:
     if not run.rows:
         return None
     return {
-        "tables": [_score_table(table) for table in (run.results, *run.results.further)],
+        "tables": [_score_table(table) for table in run.results.tables],
         "reference": run.outcome and run.outcome.reference,
     }
 
 
 def _score_table(results: Results) -> dict[str, Any]:
     """Returns a table of results, and the merge beside the experts in it."""
-    rows, outcome, _ = results
+    rows, outcome = results.rows, results.outcome
     best = best_single(rows)
     lines = []
     for row in rows:
@@ -249,6 +251,13 @@ def _beside_experts(outcome: Outcome | None, columns: list[str]) -> Grid | None:
         for task, texts in zip(columns, zip(*by_column, strict=True), strict=True)
     ]
     return Grid("The merge beside the experts", headings, lines)
+
+
+def _harness(run: SavedRun) -> dict[str, Any] | None:
+    if run.results.harness is None:
+        return None
+    table = HarnessTable.of(run.results.harness)
+    return {"grid": table.grid(), "title": table.title, "words": table.in_words}
 
 
 def _without_experts(run: SavedRun) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from adamerge_jax.report.harness import harness_table
 from adamerge_jax.report.plain_text import one_line
 from adamerge_jax.runs.outcome import FEWEST_EXAMPLES, Estimate, Outcome, measure_outcome
 from adamerge_jax.runs.results import Results
@@ -60,8 +61,9 @@ def results_table(rows: Sequence[Row], outcome: Outcome | None = None) -> Table:
 
 
 def results_tables(results: Results) -> list[Table]:
-    """Returns the table of results, then those by other metrics."""
-    return [results_table(table.rows, table.outcome) for table in (results, *results.further)]
+    """Returns the table of results, then those by other metrics, and the scores by lm-eval."""
+    tables = [results_table(table.rows, table.outcome) for table in results.tables]
+    return tables if results.harness is None else [*tables, harness_table(results.harness)]
 
 
 def outcome_in_words(

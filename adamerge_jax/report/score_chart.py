@@ -77,7 +77,7 @@ def score_panels(results: Results) -> list[Panel]:
     Args:
         results: A table with at least one row, and its outcome.
     """
-    rows, outcome, _ = results
+    rows, outcome = results.rows, results.outcome
     tasks = list(rows[0].tasks)
     columns = [None, *tasks] if len(tasks) > 1 else [*tasks]
     sizes = (outcome.examples if outcome else None) or {}
@@ -115,7 +115,7 @@ def _score(row: Row, task: str | None) -> float:
 
 def _interval(results: Results, position: int, task: str | None) -> tuple[float, float] | None:
     """Returns the ends of a score's 95% interval; None where it is not known."""
-    rows, outcome, _ = results
+    rows, outcome = results.rows, results.outcome
     row = rows[position]
     if row.metric in COUNTED:
         sizes = outcome.examples if outcome else None

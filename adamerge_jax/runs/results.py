@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.files.writing import write_whole
+from adamerge_jax.runs.harness import HarnessResults
 from adamerge_jax.runs.outcome import Outcome, measure_outcome
 from adamerge_jax.runs.rows import Row, best_without_learning, further_tables
 
@@ -23,11 +24,18 @@ class Results(NamedTuple):
         rows: The table, the learned merge last; empty without test data.
         outcome: The outcome of the merge; None without rows, or without a finite score.
         further: The tables and outcomes by other metrics, of all tasks or of some.
+        harness: The scores by lm-eval; None where none were asked for.
     """
 
     rows: list[Row]
     outcome: Outcome | None = None
     further: Sequence["Results"] = ()
+    harness: HarnessResults | None = None
+
+    @property
+    def tables(self) -> list["Results"]:
+        """The tables by all metrics, the one of all tasks first; empty without test data."""
+        return [self, *self.further] if self.rows else []
 
     @classmethod
     def of_rows(cls, rows: list[Row]) -> "Results":
@@ -46,6 +54,8 @@ class Results(NamedTuple):
             fields["outcome"] = dataclasses.asdict(self.outcome)
         if self.further:
             fields["further"] = [table.as_json() for table in self.further]
+        if self.harness is not None:
+            fields["lm_eval"] = self.harness.model_dump(mode="json")
         return fields
 
     @classmethod
@@ -60,7 +70,8 @@ class Results(NamedTuple):
         rows = [Row.from_json(row) for row in fields.get("rows", [])]
         outcome = TypeAdapter(Outcome | None).validate_python(fields.get("outcome"))
         tables = TypeAdapter(list[dict[str, Any]]).validate_python(fields.get("further", []))
-        return cls(rows, outcome, tuple(cls.from_json(table) for table in tables))
+        harness = TypeAdapter(HarnessResults | None).validate_python(fields.get("lm_eval"))
+        return cls(rows, outcome, tuple(cls.from_json(table) for table in tables), harness)
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -68,7 +79,7 @@ def write_results(results: Results, path: Path) -> None:
 
     That is `{"rows": [{"method", "kind", "metric", "tasks": {task: score}, "average"}], "outcome"}`
     with the fields of `Outcome`, and for a language model `"further"`, a list of the same by other
-    metrics.
+    metrics, and `"lm_eval"`, the fields of `HarnessResults`.
     """
     write_whole(path, json.dumps(results.as_json(), indent=2, ensure_ascii=False) + "\n")
 
@@ -98,9 +109,11 @@ def read_results(file: Path) -> Results:
 
 def _inconsistency(results: Results) -> str | None:
     """Returns in words why a table and an outcome cannot be of one run, or None."""
-    rows, outcome, further = results
-    if any(not table.rows or table.further for table in further):
+    rows, outcome, further, harness = results
+    if any(not table.rows or table.further or table.harness for table in further):
         return "a table by another metric has no rows, or tables within"
+    if harness is not None and (problem := harness.inconsistency()):
+        return problem
     if not rows:
         return None
     for row in rows:

@@ -12,6 +12,7 @@ from rich.console import Console
 from adamerge_jax.coefficients.file import BY_SCORE, Coefficients
 from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError
+from adamerge_jax.evaluation.harness import require_harness
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.baselines import baseline_rows
@@ -21,6 +22,7 @@ from adamerge_jax.pipeline.export import (
     MergeFacts,
     require_exportable,
 )
+from adamerge_jax.pipeline.harness_rows import open_harness
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.row_cache import RowCache
@@ -109,6 +111,7 @@ def _search(
         return ended_run(out, console)
     grid = singles_of_search(recipe)
     words = split_command(command.command) if command else []
+    require_harness(recipe.evaluation.lm_eval)
     record = RunRecord(out)
     log = read_evaluations(out / EVALUATIONS_FILE) if resume else []
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
@@ -120,6 +123,7 @@ def _search(
             if command
             else _validation_score(recipe, workspace)
         )
+    harness = open_harness(recipe, models, root, console)
     with console.status("reading task vectors"), record.phase("task vectors"):
         inputs = prepare(method._replace(objective_in_words=f"{BY_SCORE}{score.words}"), workspace)
         candidates = Candidates(inputs, recipe.search.layer_groups)
@@ -173,6 +177,7 @@ def _search(
             console,
             rows_of=partial(_rows, recipe, inputs, candidates, searched, console),
             resume=resume,
+            harness=harness,
         )
     return Run(out, coefficients, rows)
 
