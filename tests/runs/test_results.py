@@ -66,7 +66,7 @@ def test_metrics_of_a_row():
 def test_a_file_from_before(tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"rows": OLD}))
-    rows, outcome, further = read_results(file)
+    rows, outcome, further, _ = read_results(file)
     assert not further
     assert [row.kind for row in rows] == ["baseline", "experts", "baseline", "learned"]
     assert outcome.average.closed.value == pytest.approx(0.5)
