@@ -102,6 +102,31 @@ class BaseModel:
         return result.logits
 
 
+class LastEndToken(BaseModel):
+    """The body of a classifier that takes the state of a text's last end token, as BART's does.
+
+    How many end tokens a batch has is not known while a function is compiled, so that the token is
+    looked for here, and the layers behind it are run alone.
+    """
+
+    def run(self, forward: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """Returns what the forward returns; the decoder reads the text shifted by one token."""
+        if hasattr(self.model, "_shift_right"):  # a BART does so by itself
+            decoded = self.model._shift_right(arguments["input_ids"])
+            arguments = {**arguments, "decoder_input_ids": decoded}
+        return super().run(forward, arguments)
+
+    def run_head(self, output: BodyOutput, arguments: Mapping[str, Any]) -> torch.Tensor:
+        """Returns the logits of each text's last end token; NaN for a text that has none."""
+        tokens = arguments["input_ids"]
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        last = torch.where(tokens == self.model.config.eos_token_id, places, -1).amax(1)
+        is_last = (places == last[:, None])[..., None]
+        state = torch.where(is_last, output.last_hidden_state, 0).sum(1)
+        state = torch.where(last[:, None] < 0, torch.nan, state)
+        return self.model.classification_head(state)
+
+
 class AllButLastLayer:
     """The body of a model whose output is that of its last layer: all before that layer.
 
@@ -147,8 +172,17 @@ class AllButLastLayer:
         return self._layer.forward(output.last_hidden_state)
 
 
+_CLASSIFIED_BY_THEIR_END = frozenset(
+    ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5")
+)
+"""Types of models whose classifiers take the state of a text's last end token."""
+
+
 def bodies_of(model: PreTrainedModel) -> list[type[BaseModel] | type[AllButLastLayer]]:
     """Returns the ways in which a model may be divided, the best first."""
+    is_by_end = model.config.model_type in _CLASSIFIED_BY_THEIR_END
+    if is_by_end and type(model).__name__.endswith("ForSequenceClassification"):
+        return [LastEndToken]
     ways: list[type[BaseModel] | type[AllButLastLayer]] = []
     if model.base_model is not model:
         ways.append(BaseModel)

@@ -1,4 +1,4 @@
-"""Operations of PyTorch whose versions in torchax are replaced: for speed, or as they may hang."""
+"""Operations of PyTorch whose versions in torchax are replaced: slow, wrong or hanging ones."""
 
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from adamerge_jax.models.bridge.resizing import cubic, resizer, triangle
 from adamerge_jax.models.layers import ACTIVATIONS, LINEAR_OUTPUT
 
 
@@ -113,6 +114,10 @@ def replace_operations(environment: Any) -> None:
         torch.ops.aten.gelu: gelu,
         torch.linalg.solve_triangular: solve_triangular,
         torch.ops.aten.linalg_solve_triangular: solve_triangular,
+        torch.ops.aten.upsample_bilinear2d: resizer(triangle, antialias=False),
+        torch.ops.aten.upsample_bicubic2d: resizer(cubic, antialias=False),
+        torch.ops.aten._upsample_bilinear2d_aa: resizer(triangle, antialias=True),
+        torch.ops.aten._upsample_bicubic2d_aa: resizer(cubic, antialias=True),
     }
     for operation, replacement in replacements.items():
         environment._ops[operation] = Operator(

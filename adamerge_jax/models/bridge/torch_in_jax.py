@@ -42,6 +42,7 @@ def _take_in_constants(environment: Any) -> None:
     import torch
     from torch.utils import _pytree
     from torchax.tensor import Tensor
+    from torchax.view import View
 
     unwrap, dispatch = environment.t2j_iso, environment.dispatch
 
@@ -54,6 +55,11 @@ def _take_in_constants(environment: Any) -> None:
     def dispatch_indices(function: Any, types: Any, arguments: Any, options: Any = None) -> Any:
         if function is torch.Tensor.__getitem__ and any(map(is_in_jax, _leaves(arguments[1]))):
             arguments = (take_in(arguments[0]), *arguments[1:])
+        if function is torch.Tensor.__getitem__ and isinstance(arguments[0], View):
+            arguments = (arguments[0].torch(), *arguments[1:])
+        if function is torch.arange and "end" in (options or {}):
+            rest = {name: value for name, value in options.items() if name != "end"}
+            arguments, options = (rest.pop("start", 0), options["end"]), rest
         return dispatch(function, types, arguments, options)
 
     environment.t2j_iso = unwrap_all

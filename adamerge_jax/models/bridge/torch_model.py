@@ -10,7 +10,7 @@ import jax
 import torch
 from jaxtyping import Array
 from torch.utils import _pytree
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel, masking_utils, pytorch_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adamerge_jax.mixing import Lazy
@@ -105,6 +105,7 @@ class TorchModel:
                 _without_notes_of_wide_integers(),
                 _without_checks_of_values(),
                 _masks_by_broadcasting(),
+                _without_caches_of_tensors(),
                 custom_functions_have_gradients(),
                 environment,
                 torch.enable_grad(),  # parts of a model may stop gradients
@@ -182,6 +183,17 @@ def _without_checks_of_values() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def _without_caches_of_tensors() -> Iterator[None]:
+    """Keeps models from storing tensors, such as positions, which belong to one compilation."""
+    before = pytorch_utils.is_torchdynamo_compiling
+    pytorch_utils.is_torchdynamo_compiling = lambda: True
+    try:
+        yield
+    finally:
+        pytorch_utils.is_torchdynamo_compiling = before
 
 
 @contextmanager

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
+    BartConfig,
     Gemma3Config,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    LongformerConfig,
     PreTrainedModel,
     ProphetNetConfig,
     SiglipConfig,
@@ -21,6 +24,7 @@ from transformers import (
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.bridge.family import BridgedFamily, bridged_family
 from adamerge_jax.models.family import complete_head
+from adamerge_jax.models.layers import Outputs
 from tests.references import randomise, saved_parameters
 
 
@@ -53,11 +57,39 @@ def test_a_model_without_a_body_is_run_up_to_its_output_layer(tmp_path):
     assert family.tied(model.config) == ("shared.weight",)
 
 
-def test_a_classifier_that_looks_for_the_end_of_a_text_is_refused_in_words():
-    config = UMT5Config(**SMALL_T5)
-    message = r"depends on values, .* compiles it \(modeling_umt5.py, line \d+\); merges without"
+@pytest.mark.parametrize("name", ["Bart", "UMT5"])
+def test_a_classifier_reads_the_last_end_of_a_text(name, tmp_path):
+    """Its texts have one or more end tokens, and padding behind them."""
+    layers = {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    widths = {f"{part}_ffn_dim": 24 for part in ("encoder", "decoder")}
+    small_bart = {"vocab_size": 40, "d_model": 16, "max_position_embeddings": 24}
+    config = {
+        "Bart": lambda: BartConfig(**small_bart, **layers, **heads, **widths, num_labels=3),
+        "UMT5": lambda: UMT5Config(**SMALL_T5, num_labels=3, decoder_start_token_id=0),
+    }[name]()
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    end, padding = config.eos_token_id, config.pad_token_id
+    tokens = np.array([[5, 6, end, 7, 8, end, padding], [9, 8, 7, end, 5, 4, end]])
+    inputs = {"input_ids": tokens, "attention_mask": np.int64(tokens != padding)}
+    inputs["attention_mask"][1] = 1
+    family = require_logits(model, inputs, tmp_path)
+    assert family.last_layer.weight == "classification_head.out_proj.weight"
+    head = family.build_head(config)
+    parameters = {name: jnp.ones(leaf.shape) for name, leaf in head.shapes.items()}
+    tokens = {"input_ids": jnp.array([[5, 6], [7, end]])}
+    logits = head(parameters, Outputs(None, jnp.ones((2, 2, 16)), None, inputs=tokens))
+    assert np.isnan(logits[0]).all() and np.isfinite(logits[1]).all()
+
+
+def test_what_depends_on_values_is_refused_in_words():
+    config = LongformerConfig(
+        **{"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "attention_window": [4]},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    message = r"\(modeling_longformer.py, line \d+\); merges without"
     with pytest.raises(InputError, match=message):
-        bridged_family(config, "UMT5ForSequenceClassification")
+        bridged_family(config, "LongformerForSequenceClassification")
 
 
 def test_an_output_that_is_not_the_last_layers_is_refused():
@@ -96,17 +128,19 @@ def test_a_model_whose_images_cannot_be_read_is_learned_from_texts():
 def require_logits(
     model: PreTrainedModel, tokens: dict[str, np.ndarray], folder: Path
 ) -> BridgedFamily:
-    """Compares a language model's logits with PyTorch's, and returns its family."""
+    """Compares a model's logits with PyTorch's, and returns its family."""
     tensors = saved_parameters(randomise(model), folder)
     family = bridged_family(model.config, type(model).__name__)
     backbone, head = family.build_backbone(model.config, "nothing"), family.build_head(model.config)
     inputs = {name: jnp.array(array) for name, array in tokens.items()}
 
     @jax.jit
-    def run(parameters, inputs):
-        return head(complete_head(head, {}, parameters), backbone(parameters, inputs))
+    def run(parameters, of_head, inputs):
+        return head(complete_head(head, of_head, parameters), backbone(parameters, inputs))
 
-    ours = run({name: jnp.array(tensors[name]) for name in backbone.shapes}, inputs)
+    of_backbone = {name: jnp.array(tensors[name]) for name in backbone.shapes}
+    of_head = {name: jnp.array(tensors[name]) for name in head.shapes.keys() - backbone.shapes}
+    ours = run(of_backbone, of_head, inputs)
     with torch.no_grad():
         theirs = model(**{name: torch.tensor(array) for name, array in tokens.items()})
     np.testing.assert_allclose(ours, theirs.logits.numpy(), atol=1e-4)

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from torch.func import functional_call
 from transformers import (
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
     DistilBertForSequenceClassification,
     DistilBertModel,
     ResNetConfig,
@@ -153,6 +155,41 @@ def test_a_run_exports_what_transformers_loads(fields, tmp_path):
         folded = load_file(again / "checkpoint" / weights.relative_to(run.folder / "checkpoint"))
         assert learned.keys() == folded.keys()  # in the order of the base's file
         assert all(np.array_equal(learned[name], folded[name]) for name in learned)
+
+
+def test_a_bart_that_classifies_texts_is_learned(tmp_path):
+    tokenizer = bert_tokenizer(tmp_path)
+    end = tokenizer.sep_token_id
+    layers = {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    widths = {f"{part}_ffn_dim": 24 for part in ("encoder", "decoder")}
+    config = BartConfig(
+        **{"vocab_size": len(tokenizer), "d_model": 16, "max_position_embeddings": 24},
+        **{"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end, "num_labels": 3},
+        **{"decoder_start_token_id": end, "forced_eos_token_id": end, "init_std": 0.5},
+        **layers | heads | widths,
+    )
+    base = randomise(BartForSequenceClassification(config)).model
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tasks = {}
+    for seed, task in enumerate(["a", "b"], start=1):
+        expert = fine_tune(BartForSequenceClassification(config), base, seed)
+        expert.save_pretrained(tmp_path / task)
+        rows = [{"text": text, "label": 0} for text in sentences(8, seed)]
+        file = str(write_json_lines(tmp_path / f"{task}.jsonl", rows))
+        tasks[task] = {"expert": str(tmp_path / task), "calibration": file}
+    fields = {"preset": "adamerging", "base": str(tmp_path / "base"), "tasks": tasks}
+    fields["learning"] = {"steps": 1, "batch_size": 4, "evaluate_every": 1}
+    run = learn(
+        parse_recipe(fields), root=Path("/"), out=tmp_path / "run", console=Console(quiet=True)
+    )
+    for task in tasks:
+        checkpoint = run.folder / "checkpoint" / "tasks" / task
+        _, report = BartForSequenceClassification.from_pretrained(
+            checkpoint, output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
 def test_a_merge_by_the_inputs_of_layers_is_refused(fields, tmp_path, capsys):

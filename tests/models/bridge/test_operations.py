@@ -108,3 +108,40 @@ def test_gelu_is_pytorchs_and_takes_no_erfc(approximate):
     expected = torch.nn.functional.gelu(torch.tensor(values), approximate=approximate)
     np.testing.assert_allclose(compute(jnp.asarray(values)), expected, atol=1e-6)
     assert "erfc" not in str(jax.make_jaxpr(compute)(values))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("options", [{}, {"antialias": True}, {"align_corners": True}])
+def test_resizing_is_pytorchs(mode, options):
+    environment = torch_in_jax()
+    images = np.random.default_rng(0).normal(size=(2, 3, 6, 7)).astype(np.float32)
+    sizes = [{"size": (9, 4)}, {"size": (1, 14)}, {"scale_factor": 2.0}, {"scale_factor": 0.7}]
+
+    def resize(images):
+        return [
+            torch.nn.functional.interpolate(images, mode=mode, **size, **options) for size in sizes
+        ]
+
+    @jax.jit
+    def in_jax(images):
+        with environment:
+            return environment.t2j_iso(resize(environment.j2t_iso(images)))
+
+    for ours, theirs in zip(in_jax(images), resize(torch.tensor(images)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_views_are_indexed_by_lists_and_ranges_have_names():
+    environment = torch_in_jax()
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+
+    @jax.jit
+    def in_jax(values):
+        with environment:
+            columns = environment.j2t_iso(values)[:, 1:]
+            numbers = torch.arange(end=3, device=columns.device)
+            return environment.t2j_iso((columns[[2, 0]], columns[:, numbers]))
+
+    rows, columns = in_jax(values)
+    np.testing.assert_array_equal(rows, values[[2, 0], 1:])
+    np.testing.assert_array_equal(columns, values[:, 1:4])
