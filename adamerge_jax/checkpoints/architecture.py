@@ -82,7 +82,10 @@ def _field(config: PretrainedConfig, name: str) -> Any:
         getattr(config, field, None) is not None for field in _COMPUTED_POSITIONS
     ):
         return None
-    value = getattr(config, name, None)
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # a Gemma 4's layers have values of their own
+        value = [getattr(layer, name) for layer in config.per_layer_config]
     return _without_legacy_type(_DEFAULTS.get(name) if value is None else value)
 
 

@@ -45,15 +45,16 @@ def without_old_weights(fields: Mapping[str, Any]) -> Fields:
     }
 
 
-def without_head(fields: Mapping[str, Any], architecture: str) -> Fields:
+def without_head(fields: Mapping[str, Any], architecture: str | None) -> Fields:
     """Returns the fields of a config for its model without a head.
 
     Args:
         fields: The fields.
-        architecture: The class of that model.
+        architecture: The class of that model; None where `transformers` has none, as for PP-LCNet.
     """
-    bare = {name: value for name, value in fields.items() if name not in _OF_OLD_HEAD}
-    return bare | {"architectures": [architecture]}
+    left_out = _OF_OLD_HEAD if architecture else (*_OF_OLD_HEAD, "architectures")
+    bare = {name: value for name, value in fields.items() if name not in left_out}
+    return bare | ({"architectures": [architecture]} if architecture else {})
 
 
 def with_head(fields: Mapping[str, Any], architecture: str, classes: Sequence[str]) -> Fields:
@@ -80,6 +81,10 @@ def with_dtype(fields: Mapping[str, Any], dtype: str) -> Fields:
     return changed | dict.fromkeys(used or [_DTYPES[not _is_recent(fields)]], dtype)
 
 
+_OLDER_ROTARY_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""Kinds of rotary positions of `transformers` 4; it has no models with others."""
+
+
 def readable_by_older_versions(fields: Mapping[str, Any]) -> Fields:
     """Returns the fields of a config with what `transformers` 4 must find to compute the same.
 
@@ -93,8 +98,11 @@ def readable_by_older_versions(fields: Mapping[str, Any]) -> Fields:
         # Without rotary positions a type of layer has None.
         by_type = {kind: rotary[kind] or {} for kind in rotary if kind.endswith("_attention")}
         settings = dict(by_type.get("full_attention", {}) if by_type else rotary)
+        kind = settings.get("rope_type", "default")
+        if kind not in _OLDER_ROTARY_KINDS:
+            return dict(fields)
         added["rope_theta"] = settings.pop("rope_theta", None)
-        if settings.get("rope_type", "default") != "default":
+        if kind != "default":
             added["rope_scaling"] = settings
         added["rope_local_base_freq"] = by_type.get("sliding_attention", {}).get("rope_theta")
     if fields.get("scale_decoder_outputs") is False:

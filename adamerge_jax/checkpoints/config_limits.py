@@ -255,6 +255,8 @@ def _expected(field: str, value: Any) -> str | None:
 
 def _is_unusual(field: str, value: Any) -> bool:
     """Returns True for the values of fields that only other architectures have."""
+    if field == "num_hidden_layers" and isinstance(value, dict):
+        return all(map(_is_count, value.values()))  # those of an LXMERT's parts
     counts = value if isinstance(value, list) else [value]
     if field == "max_position_embeddings" and isinstance(value, float) and value.is_integer():
         return _is_count(int(value))  # MusicFlamingo's is 1200.0

@@ -291,6 +291,14 @@ def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
     return class_names[auto_class][config.model_type]
 
 
+def headless_class(config: PretrainedConfig) -> str | None:
+    """Returns the `transformers` class for models without a head; None where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    has_one = config.model_type in MODEL_MAPPING_NAMES
+    return model_class(config) if has_one else None
+
+
 def write_index(index_file: Path, files: Sequence[WeightFile]) -> None:
     """Writes the index that names the file of each tensor.
 

@@ -32,7 +32,11 @@ from adamerge_jax.checkpoints.diffusion_export import copied_files, write_pipeli
 from adamerge_jax.checkpoints.dtypes import DTYPES
 from adamerge_jax.checkpoints.finite import narrowed
 from adamerge_jax.checkpoints.folders import require_space
-from adamerge_jax.checkpoints.huggingface_export import model_class, write_checkpoint
+from adamerge_jax.checkpoints.huggingface_export import (
+    headless_class,
+    model_class,
+    write_checkpoint,
+)
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.checkpoints.mergekit_export import inexpressible, write_merge
 from adamerge_jax.checkpoints.opening import open_checkpoint
@@ -575,7 +579,7 @@ def _merged_config(
     fields = with_tokenizer(without_old_weights(in_file), owner.checkpoint.config_fields, token_ids)
     auto_class = models.family.auto_class if models.family.language else None
     if loses_head:
-        fields = without_head(fields, model_class(models.config))
+        fields = without_head(fields, headless_class(models.config))
     # The class that the base names is in a Python file, or is that of a language model without its
     # output layer, with which the merge is written.
     elif "auto_map" in in_file or (models.family.language and models.prefix):

@@ -53,6 +53,8 @@ def test_a_head_is_dropped_and_given():
     }
     bare = {"architectures": ["BertModel"], "hidden_size": 8}
     assert without_head(fields, "BertModel") == bare
+    del bare["architectures"]
+    assert without_head(fields, None) == bare
     assert with_head(fields, "BertFor", ["a", "b", "c"]) == bare | {
         "architectures": ["BertFor"],
         "id2label": {"0": "a", "1": "b", "2": "c"},
@@ -134,6 +136,7 @@ def test_older_names_are_added_and_change_nothing(tmp_path, config, added):
         {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_parameters": {"full_attention": None}},
+        {"rope_parameters": {"full_attention": {"rope_type": "proportional", "rope_theta": 1e6}}},
         {"rope_parameters": None},
         {"hidden_size": 8},
     ],

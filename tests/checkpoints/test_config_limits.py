@@ -282,6 +282,16 @@ def test_counts_of_other_architectures_may_be_lists_or_zero():
             require_possible(wrong, "config.json", {}, usual=False)
 
 
+def test_the_parts_of_other_architectures_may_have_numbers_of_layers_of_their_own():
+    fields = {"num_hidden_layers": {"vision": 2, "language": 3}}  # an LXMERT's
+    require_possible(fields, "config.json", {}, usual=False)
+    with pytest.raises(InputError, match="num_hidden_layers is a group of fields"):
+        require_possible(fields, "config.json", {}, usual=True)
+    with pytest.raises(InputError, match="num_hidden_layers is a group of fields"):
+        wrong = {"num_hidden_layers": {"vision": 2, "language": -3}}
+        require_possible(wrong, "config.json", {}, usual=False)
+
+
 def test_the_number_of_positions_of_other_architectures_may_be_written_as_1200_0():
     fields = {"max_position_embeddings": 1200.0}
     require_possible(fields, "config.json", {}, usual=False)

@@ -14,6 +14,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -237,6 +238,24 @@ def test_positions_of_another_type_than_those_that_a_base_leaves_out(tmp_path):
     require_same_architecture(
         base, config_only(tmp_path / "absolute", absolute), role="expert 'trec'"
     )
+
+
+def test_layers_with_values_of_their_own_are_compared(tmp_path):
+    layers = ["sliding_attention", "full_attention"]
+    wider = {
+        name: config_only(
+            tmp_path / name,
+            Gemma4TextConfig(num_hidden_layers=2, layer_types=layers, per_layer_config=own),
+        )
+        for name, own in {
+            "base": {1: {"head_dim": 512}},
+            "same": {1: {"head_dim": 512}},
+            "other": {1: {"head_dim": 384}},
+        }.items()
+    }
+    require_same_architecture(wider["base"], wider["same"], role="expert 'trec'")
+    with pytest.raises(InputError, match=r"has head_dim \[256, 384\]"):
+        require_same_architecture(wider["base"], wider["other"], role="expert 'trec'")
 
 
 @pytest.mark.parametrize("of_base", [None, 8])
