@@ -18,6 +18,7 @@ from rich.console import Console
 from adamerge_jax.cli.command import Command, RecipeCommand
 from adamerge_jax.cli.commands import COMMANDS, GROUPS
 from adamerge_jax.cli.console import make_console, show_log_lines
+from adamerge_jax.cli.garbage import leave_garbage_at_exit, uncollected
 from adamerge_jax.cli.last_catch import explain
 from adamerge_jax.errors import InputError, NonFiniteObjectiveError, readable
 from adamerge_jax.runs.invocation import COMMAND
@@ -63,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"adamerge_jax {version('adamerge_jax')}")
         return
     command = None
+    leave_garbage_at_exit()
     try:
         with stop_on_signals():
-            command = parse(given)
+            with uncollected():
+                command = parse(given)
             COMMAND.set(shlex.join(["adamerge", *given]))
             run(command)
     except InputError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adamerge_jax.cli.command import CoefficientsFile, Invocation, RecipeCommand, to_type
+from adamerge_jax.cli.garbage import uncollected
 from adamerge_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -139,9 +140,9 @@ class Plan(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Prints the prediction."""
-        from adamerge_jax.plan import make_plan, print_plan
+        with uncollected(), call.console.status("planning") as status:
+            from adamerge_jax.plan import make_plan, print_plan
 
-        with call.console.status("planning") as status:
             plan = make_plan(
                 call.recipe, call.root, self.device, lambda line: status.update(f"planning: {line}")
             )

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
-from scipy.ndimage import affine_transform
 
 from adamerge_jax.data.examples import completed
 
@@ -63,7 +63,7 @@ def _crop_and_mirror(
     scale = np.sqrt(generator.uniform(SMALLEST_CROP, 1))
     offset = generator.uniform(0, 1, 2) * (1 - scale) * (size - 1)
     cropped = [
-        affine_transform(channel, [scale, scale], offset, order=1, mode="nearest")
+        scipy.ndimage.affine_transform(channel, [scale, scale], offset, order=1, mode="nearest")
         for channel in image.astype(np.float32)
     ]
     pixels = np.stack(cropped).astype(image.dtype)

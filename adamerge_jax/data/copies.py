@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy.ndimage import affine_transform
 
 from adamerge_jax.data.augmentations import hide_tokens
 from adamerge_jax.data.examples import Examples, completed
@@ -159,7 +159,9 @@ def _changed_image(
     offset = centre - matrix @ centre + shift
     return np.stack(
         [
-            affine_transform(channel.astype(np.float32), matrix, offset, order=1, mode="nearest")
+            scipy.ndimage.affine_transform(
+                channel.astype(np.float32), matrix, offset, order=1, mode="nearest"
+            )
             for channel in image
         ]
     )

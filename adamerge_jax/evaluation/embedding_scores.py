@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.errors import InputError
@@ -96,7 +96,9 @@ def spearman(
     counts = np.ones(len(scores), np.int32)
     if not np.isfinite(similarities).all() or np.ptp(similarities) == 0 or np.ptp(scores) == 0:
         return ExampleScores(np.full(len(scores), np.nan), counts)
-    first, second = ((rankdata(side) - 0.5) / len(side) for side in (similarities, scores))
+    first, second = (
+        (scipy.stats.rankdata(side) - 0.5) / len(side) for side in (similarities, scores)
+    )
     centred_first, centred_second = first - 0.5, second - 0.5
     deviation_first, deviation_second = centred_first.std(), centred_second.std()
     scale = deviation_first * deviation_second

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
-from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
 from adamerge_jax.heads.losses import OF_CLASSES, HeadLoss
@@ -187,4 +187,6 @@ def _fit(
 
     flat = np.concatenate([first.factor.ravel(), first.bias])
     options = {"maxiter": MOST_ITERATIONS}
-    return layer_of(minimize(objective, flat, jac=True, method="L-BFGS-B", options=options).x)
+    return layer_of(
+        scipy.optimize.minimize(objective, flat, jac=True, method="L-BFGS-B", options=options).x
+    )

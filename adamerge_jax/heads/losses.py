@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy.special import expit, log_softmax, softmax
 
 Outputs = Float[np.ndarray, "N C"]
 
@@ -26,31 +26,35 @@ class HeadLoss(NamedTuple):
 
 
 def _cross_entropy(logits: Outputs, wanted: Outputs) -> tuple[float, Outputs]:
-    log_probabilities = log_softmax(logits, axis=-1)
+    log_probabilities = scipy.special.log_softmax(logits, axis=-1)
     return -(wanted * log_probabilities).sum(), np.exp(log_probabilities) - wanted
 
 
 def _divergence(logits: Outputs, expert_logits: Outputs) -> float:
-    log_targets = log_softmax(expert_logits, axis=-1)
-    difference = log_targets - log_softmax(logits, axis=-1)
+    log_targets = scipy.special.log_softmax(expert_logits, axis=-1)
+    difference = log_targets - scipy.special.log_softmax(logits, axis=-1)
     return float((np.exp(log_targets) * difference).sum(-1).mean())
 
 
-OF_CLASSES = HeadLoss(lambda logits: softmax(logits, axis=-1), _cross_entropy, _divergence)
+OF_CLASSES = HeadLoss(
+    lambda logits: scipy.special.softmax(logits, axis=-1), _cross_entropy, _divergence
+)
 """The KL divergence of the expert's classes from the head's, in nats."""
 
 
 def _binary_cross_entropy(logits: Outputs, wanted: Outputs) -> tuple[float, Outputs]:
-    return (np.logaddexp(0, logits) - wanted * logits).sum(), expit(logits) - wanted
+    return (np.logaddexp(0, logits) - wanted * logits).sum(), scipy.special.expit(logits) - wanted
 
 
 def _binary_divergence(logits: Outputs, expert_logits: Outputs) -> float:
-    wanted = expit(expert_logits)
+    wanted = scipy.special.expit(expert_logits)
     losses = [_binary_cross_entropy(outputs, wanted)[0] for outputs in (logits, expert_logits)]
     return float(losses[0] - losses[1]) / len(logits)
 
 
-OF_LABELS = HeadLoss(expit, _binary_cross_entropy, _binary_divergence)
+OF_LABELS = HeadLoss(
+    lambda logits: scipy.special.expit(logits), _binary_cross_entropy, _binary_divergence
+)
 """The KL divergence of the expert's probability of each label from the head's, in nats."""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy
 from jaxtyping import Array, Float
 
 from adamerge_jax.methods.experts import expert_parameters, one_hot, set_tensor, tensor_with

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
+import scipy
 from jaxtyping import Array, Float
 
 from adamerge_jax.methods.experts import mean, one_hot, tensor_sum

@@ -1,6 +1,6 @@
 """The arrays that live in each phase of a run, on the device and on the host."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,8 +8,11 @@ import jax
 import numpy as np
 
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
+from adamerge_jax.data.batches import Batch
 from adamerge_jax.data.expert_targets import MEMORY_BYTES, expert_targets, has_positions
 from adamerge_jax.evaluation.evaluator import examples_at_once
+from adamerge_jax.learning.learner import Frozen, State
+from adamerge_jax.learning.microbatches import split
 from adamerge_jax.methods import make_method
 from adamerge_jax.methods.least_squares import GRAM_BYTES
 from adamerge_jax.mixing import is_summed_once
@@ -99,11 +102,6 @@ def programs_of(
         is_cpu: True for a run on the processor.
         names: The programs that are wanted; others take nothing.
     """
-    # A trace cannot tell that the sum of gradients grows in place.
-    beside = 0 if compiled else mixed_once_bytes(outline)
-    if beside:
-        outline = outline.changed("learning.mix", "part")
-        learning = outline.learning()
     batch = outline.batch(outline.longest)
     step = (learning.learner.step, learning.state, learning.frozen, batch)
     evaluate = (learning.learner.evaluate, learning.state, learning.frozen, batch)
@@ -119,11 +117,29 @@ def programs_of(
     calls = {"step": step, "evaluate": evaluate, "expert": expert}
     works = dict.fromkeys(calls, Work(0.0, 0.0, 0))
     for name in names:
-        works[name] = work_of(*calls[name])
+        works[name] = _step_work(outline, *step) if name == "step" else work_of(*calls[name])
         if compiled:
             works[name] = works[name]._replace(kept_bytes=_compiled_bytes(*calls[name]))
-    step_work = works["step"]._replace(kept_bytes=works["step"].kept_bytes + beside)
-    return Programs(step_work, works["evaluate"], works["expert"], size)
+    return Programs(works["step"], works["evaluate"], works["expert"], size)
+
+
+def _step_work(
+    outline: Outline, step: Callable[..., Any], state: State, frozen: Frozen, batch: Batch
+) -> Work:
+    """Returns the work of a step, from the trace of one of its microbatches.
+
+    The parts are alike. A trace of all takes longer, and cannot tell that the sum of their
+    gradients grows in place.
+    """
+    parts = outline.method.microbatches
+    if parts == 1:
+        return work_of(step, state, frozen, batch)
+    step_of_part = outline.changed("learning.microbatches", 1).learning().learner.step
+    part = jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], split(batch, parts)), batch)
+    work = work_of(step_of_part, state, frozen, part)
+    sums = bytes_of((state.raw, state.heads))
+    kept = work.kept_bytes + sums + mixed_once_bytes(outline)
+    return Work(parts * work.flops, parts * work.moved_bytes, kept)
 
 
 def _run_expert(
