@@ -11,10 +11,15 @@ pytree of parameters:
 - `ArrayExamples`, `ask_expert`, `calibrate`: the data, what experts say of it, batches of it.
 - `make_learner`, `Frozen`, `learn`: the steps; `Learner` and `Learned` are what they return.
 
-For Hugging Face checkpoints a recipe says all of it: `load_recipe`, `parse_recipe` and `Recipe`,
-with `adamerge_jax.pipeline` to run one, and `Coefficients`, the file that a run leaves. A recipe
-may name functions of one's own that `extension` marks. Whatever the user gave that cannot be used
-is an `InputError`.
+For Hugging Face checkpoints a recipe says all of it: `load_recipe`, `parse_recipe` and `Recipe`.
+`run_recipe` does what `adamerge learn` does and returns a `Run`; `prepare` reads models and data
+and returns a `Prepared`, whose task vectors and forward are for loops of one's own, and whose
+`learn` returns a `MergeResult`. A `Row` is a line of a table of results. A recipe may name
+functions of one's own that `extension` marks. `quickstart` makes four experts to try things with.
+
+`Coefficients` are the file that a run leaves: `layer_means` and `coefficients_figure` show what is
+in it, `compare` what differs from another. Whatever the user gave that cannot be used is an
+`InputError`.
 
 Shapes are written with K experts, G groups or layers of a stack, L stacked layers, B examples, T
 tokens, C classes and H features. Coefficients have no unit; objectives are in nats where they are
@@ -29,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from adamerge_jax.moved import find_old_names
 
 if TYPE_CHECKING:
-    from adamerge_jax import interference, objectives
+    from adamerge_jax import interference, objectives, quickstart
     from adamerge_jax.coefficients import granularities
     from adamerge_jax.coefficients.constraints import CONSTRAINTS
     from adamerge_jax.coefficients.file import Coefficients
@@ -44,9 +49,16 @@ if TYPE_CHECKING:
     from adamerge_jax.own_model.folding import fold
     from adamerge_jax.own_model.merged import Merged
     from adamerge_jax.own_model.merging import merge
+    from adamerge_jax.own_model.recipe import Prepared, prepare, run_recipe
+    from adamerge_jax.pipeline.learn import MergeResult
+    from adamerge_jax.pipeline.run import Run
     from adamerge_jax.recipes.loading import load_recipe, parse_recipe
     from adamerge_jax.recipes.schema import Recipe
     from adamerge_jax.registry import extension
+    from adamerge_jax.report.coefficients import layer_means
+    from adamerge_jax.report.comparison import compare
+    from adamerge_jax.report.maps import coefficients_figure
+    from adamerge_jax.runs.rows import Row
     from adamerge_jax.task_vectors import DenseDelta, LowRankDelta, task_vectors
 
 find_old_names()
@@ -63,15 +75,22 @@ _HOMES = {
     "Learned": "learning.loop",
     "Learner": "learning.learner",
     "LowRankDelta": "task_vectors",
+    "MergeResult": "pipeline.learn",
     "Merged": "own_model.merged",
     "Mixture": "mixing",
+    "Prepared": "own_model.recipe",
     "Recipe": "recipes.schema",
+    "Row": "runs.rows",
+    "Run": "pipeline.run",
     "ask_expert": "data.expert_targets",
     "calibrate": "data.batches",
+    "coefficients_figure": "report.maps",
+    "compare": "report.comparison",
     "extension": "registry",
     "fold": "own_model.folding",
     "granularities": "coefficients",
     "interference": "",
+    "layer_means": "report.coefficients",
     "learn": "learning.loop",
     "load_recipe": "recipes.loading",
     "make_learner": "learning.learner",
@@ -80,7 +99,10 @@ _HOMES = {
     "mix": "mixing",
     "objectives": "",
     "parse_recipe": "recipes.loading",
+    "prepare": "own_model.recipe",
+    "quickstart": "",
     "regularizers": "objectives",
+    "run_recipe": "own_model.recipe",
     "task_vectors": "task_vectors",
 }
 """The module of each public name: imported when the name is asked for, so that a command which
@@ -96,15 +118,22 @@ __all__ = [
     "Learned",
     "Learner",
     "LowRankDelta",
+    "MergeResult",
     "Merged",
     "Mixture",
+    "Prepared",
     "Recipe",
+    "Row",
+    "Run",
     "ask_expert",
     "calibrate",
+    "coefficients_figure",
+    "compare",
     "extension",
     "fold",
     "granularities",
     "interference",
+    "layer_means",
     "learn",
     "load_recipe",
     "make_learner",
@@ -113,7 +142,10 @@ __all__ = [
     "mix",
     "objectives",
     "parse_recipe",
+    "prepare",
+    "quickstart",
     "regularizers",
+    "run_recipe",
     "task_vectors",
 ]
 

@@ -119,6 +119,11 @@ class MergeResult(NamedTuple):
         values: The coefficients by group, `[G, K, ...]`.
         deltas: The task vectors as the granularity prepared them.
         heads: The parameters of heads by task and name that are not the experts'.
+
+    Examples:
+        >>> import adamerge_jax as am
+        >>> am.MergeResult._fields
+        ('coefficients', 'granularity', 'values', 'deltas', 'heads')
     """
 
     coefficients: Coefficients
@@ -139,6 +144,23 @@ class MergeResult(NamedTuple):
             theta_start: The parameters to which task vectors are added, as they were in learning.
         """
         return materialize_compiled(mix(theta_start, self.deltas, self.scales))
+
+    def times(self, factors: Mapping[str, float]) -> "MergeResult":
+        """Returns the merge with the coefficients of some experts multiplied with a factor.
+
+        Args:
+            factors: By expert; the others keep theirs. 0 leaves an expert out; heads stay.
+
+        Raises:
+            InputError: There is no such expert, or a factor or a product with it is not finite.
+        """
+        coefficients = self.coefficients.times(factors)
+        by_expert = jnp.array([factors.get(name, 1.0) for name in coefficients.names])
+        values = {  # [G, K, ...]
+            group: array * by_expert.reshape(-1, *(1 for _ in array.shape[2:]))
+            for group, array in self.values.items()
+        }
+        return self._replace(coefficients=coefficients, values=values)
 
 
 def prepare(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 from rich.console import Console
+from rich.table import Table
 
 from adamerge_jax.checkpoints.architecture import require_same_architecture
 from adamerge_jax.checkpoints.config_file import CONFIG_FILE
@@ -66,7 +67,7 @@ from adamerge_jax.report.coefficients import range_warning
 from adamerge_jax.report.maps import draw_coefficients
 from adamerge_jax.report.model_card import model_card
 from adamerge_jax.report.page import write_page
-from adamerge_jax.report.results import results_tables
+from adamerge_jax.report.results import results_table, results_tables
 from adamerge_jax.runs.counting import count_on
 from adamerge_jax.runs.files import (
     COEFFICIENTS_FILE,
@@ -117,11 +118,21 @@ class Run(NamedTuple):
         folder: The run folder.
         coefficients: The learned coefficients.
         rows: The table of results, the learned merge last; empty without test data.
+
+    Examples:
+        >>> import adamerge_jax as am
+        >>> am.Run._fields
+        ('folder', 'coefficients', 'rows')
     """
 
     folder: Path
     coefficients: Coefficients
     rows: list[Row]
+
+    @property
+    def table(self) -> Table | None:
+        """The table of results as terminals and notebooks show it; None without test data."""
+        return results_table(self.rows) if self.rows else None
 
 
 def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bool = False) -> Run:

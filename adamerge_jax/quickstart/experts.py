@@ -15,7 +15,12 @@ _BASE_LEARNING_RATE, _EXPERT_LEARNING_RATE = 2e-3, 1e-3
 
 
 def prepare(
-    folder: Path, seed: int, console: Console, *, base_steps: int = 1500, expert_steps: int = 500
+    folder: Path | str,
+    seed: int = 0,
+    console: Console | None = None,
+    *,
+    base_steps: int = 1500,
+    expert_steps: int = 500,
 ) -> None:
     """Trains a base and four experts of it, and writes them with their data and a recipe.
 
@@ -23,7 +28,7 @@ def prepare(
         folder: The folder to make, with `base/`, `experts/<task>/`, `data/<task>.<part>.npz` and
             `recipe.yaml`.
         seed: The seed of all training.
-        console: The console for progress.
+        console: The console for progress; by default what the program prints to.
         base_steps: Number of steps that the base is trained for.
         expert_steps: Number of steps that each expert is trained for.
 
@@ -33,6 +38,7 @@ def prepare(
     from adamerge_jax.checkpoints.huggingface_export import save_model
     from adamerge_jax.quickstart.training import initial_parameters, make_config, make_trainer
 
+    folder, console = Path(folder), console or Console()
     require_new(folder)
     parts, config = load_digits(), make_config()
     train = make_trainer(config, console)

@@ -1,6 +1,7 @@
 """Reads recipes from YAML files and nested dictionaries; reports mistakes in one line."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -17,12 +18,19 @@ _MOST_MISTAKES = 8
 """The number of mistakes that one message tells."""
 
 
-def load_recipe(path: Path | str, preset: str | None = None, *, allow_code: bool = False) -> Recipe:
+def load_recipe(
+    path: Path | str,
+    preset: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    allow_code: bool = False,
+) -> Recipe:
     """Reads and validates a recipe.
 
     Args:
         path: A YAML file.
         preset: Replaces the preset that the file names.
+        changes: Sections in place of the file's: `{"seed": 1}`.
         allow_code: If True, the functions of somebody's own that the recipe names
             (`package.module:function`) may be imported when a run needs them.
 
@@ -46,24 +54,28 @@ def load_recipe(path: Path | str, preset: str | None = None, *, allow_code: bool
         >>> recipe.name, recipe.preset, recipe.coefficients.granularity
         ('reviews', 'recommended', 'row')
     """
-    recipe = read_recipe(path, preset)
+    recipe = read_recipe(path, preset, changes)
     _admit_code(recipe, str(path), allow_code)
     return recipe
 
 
-def read_recipe(path: Path | str, preset: str | None = None) -> Recipe:
+def read_recipe(
+    path: Path | str, preset: str | None = None, changes: Mapping[str, Any] | None = None
+) -> Recipe:
     """Reads and validates a recipe as `load_recipe` does, and leaves aside the code that it names.
 
     Args:
         path: A YAML file.
         preset: Replaces the preset that the file names.
+        changes: Sections in place of the file's.
 
     Raises:
         InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
     """
     chosen = {} if preset is None else {"preset": preset}
     file = Path(path)
-    return _validate({"name": file.stem} | read_fields(file) | chosen, str(path))
+    fields = {"name": file.stem} | read_fields(file) | dict(changes or {}) | chosen
+    return _validate(fields, str(path))
 
 
 def read_fields(path: Path) -> dict[str, Any]:

@@ -85,7 +85,28 @@ def group_means(coefficients: Coefficients) -> dict[str, Float[np.ndarray, " K"]
 
 
 def layer_means(coefficients: Coefficients) -> tuple[list[str], Float[np.ndarray, "layers K"]]:
-    """Returns the layers, and how much of each expert goes into each: the mean over its groups."""
+    """Returns the layers, and how much of each expert goes into each: the mean over its groups.
+
+    Args:
+        coefficients: The coefficients of K experts.
+
+    Returns:
+        Names of the layers in their order, and the means, `[layers, K]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> import adamerge_jax as am
+        >>> base = {"kernel": jnp.zeros((2, 2))}
+        >>> experts = [{"kernel": jnp.eye(2)}, {"kernel": -jnp.eye(2)}]
+        >>> data = [np.ones((20, 2), np.float32)] * 2
+        >>> def forward(parameters, inputs):
+        ...     return inputs @ parameters["kernel"]
+        >>> merged = am.merge(base, experts, forward, data, steps=2, progress=False)
+        >>> layers, means = am.layer_means(merged.coefficients)
+        >>> layers, means.shape
+        (['kernel'], (1, 2))
+    """
     layers: dict[str, list[np.ndarray]] = {}
     for group, means in group_means(coefficients).items():
         layers.setdefault(layer_of(group, coefficients.values), []).append(means)

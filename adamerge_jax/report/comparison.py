@@ -78,6 +78,19 @@ def compare(first: Coefficients, second: Coefficients) -> Comparison:
 
     Raises:
         InputError: The files have no expert, or no tensor, in common.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> import adamerge_jax as am
+        >>> base = {"kernel": jnp.zeros((2, 2))}
+        >>> experts = [{"kernel": jnp.eye(2)}, {"kernel": -jnp.eye(2)}]
+        >>> data = [np.ones((20, 2), np.float32)] * 2
+        >>> def forward(parameters, inputs):
+        ...     return inputs @ parameters["kernel"]
+        >>> merged = am.merge(base, experts, forward, data, steps=2, progress=False)
+        >>> [expert.name for expert in am.compare(merged.coefficients, merged.coefficients).experts]
+        ['expert_0', 'expert_1']
     """
     names = [name for name in first.names if name in second.names]
     if not names:

@@ -29,17 +29,31 @@ if TYPE_CHECKING:
 
 
 def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
-    """Draws how much of each expert goes where, as a PNG.
-
-    Coarse coefficients: one map, groups down and experts across. One coefficient per tensor, or
-    finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
-    White is the start; grey is where there is nothing, or all stayed at the start.
-    """
+    """Draws `coefficients_figure` as a PNG."""
     write_png(coefficients_figure(coefficients), path)
 
 
 def coefficients_figure(coefficients: Coefficients) -> "Figure":
-    """Returns the figure of `draw_coefficients`."""
+    """Returns a picture of how much of each expert goes where.
+
+    Coarse coefficients: one map, groups down and experts across. One coefficient per tensor, or
+    finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
+    White is the start; grey is where there is nothing, or all stayed at the start.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> import adamerge_jax as am
+        >>> base = {"kernel": jnp.zeros((2, 2))}
+        >>> experts = [{"kernel": jnp.eye(2)}, {"kernel": -jnp.eye(2)}]
+        >>> data = [np.ones((20, 2), np.float32)] * 2
+        >>> def forward(parameters, inputs):
+        ...     return inputs @ parameters["kernel"]
+        >>> merged = am.merge(base, experts, forward, data, steps=2, progress=False)
+        >>> figure = am.coefficients_figure(merged.coefficients)
+        >>> figure.get_suptitle()
+        'Merge coefficients (column)'
+    """
     means = moved_means(coefficients)
     figure = draw_means(
         means,

@@ -94,6 +94,11 @@ class Row(NamedTuple):
         kind: The part that the row plays.
         examples: The scores of each task's examples; None for a row that was read from a file.
         further: The same model's rows by other metrics, of all tasks or of some.
+
+    Examples:
+        >>> import adamerge_jax as am
+        >>> am.Row("merge", {"a": 0.5, "b": 1.0}).average
+        0.75
     """
 
     method: str
