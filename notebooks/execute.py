@@ -16,8 +16,8 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).parents[1]
-PATHS = [str(ROOT), str(ROOT / "experiments")]
-"""The folders that notebooks import from."""
+PATHS = [str(ROOT)]
+"""The folder that notebooks import `adamerge_jax` from, where it is not installed."""
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
 def execute(notebook: NotebookNode, folder: Path, quickstart: Path) -> None:
     """Runs the cells in place.
 
-    `adamerge_jax` and the files of `experiments/` can be imported, wherever the folder is.
+    `adamerge_jax` can be imported, wherever the folder is.
 
     Args:
         notebook: What to run.

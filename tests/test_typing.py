@@ -25,6 +25,8 @@ WRONG = {
     "am.merge(base, experts, forward, data, step=3)": 'Unexpected keyword argument "step"',
     "am.merge(base, experts, forward)": 'Missing positional argument "data"',
     "merged.parameters.nothing": 'has no attribute "nothing"',
+    "prepared.nothing": '"Prepared" has no attribute "nothing"',
+    "am.run_recipe(recipe)": 'Missing positional argument "out"',
     "learned.nothing": '"Learned" has no attribute "nothing"',
 }
 

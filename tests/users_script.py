@@ -65,5 +65,15 @@ def squared(margin: float = 1.0) -> am.objectives.Objective:
 try:
     recipe: am.Recipe = am.load_recipe("recipe.yaml", preset="adamerging")
     print(recipe.learning.steps, recipe.coefficients.granularity, squared(2.0), mixed)
+    run: am.Run = am.run_recipe(recipe, "run", root=".", progress=False)
+    print(run.folder / "report.html", run.table, am.coefficients_figure(run.coefficients))
+    prepared: am.Prepared = am.prepare(am.load_recipe("recipe.yaml", changes={"seed": 1}))
+    result: am.MergeResult = prepared.learn(on_step=lambda progress: print(progress.step))
+    row: am.Row = prepared.evaluate(result.times({"a": 0.5}))
+    layers, means = am.layer_means(result.coefficients)
+    changes = am.compare(run.coefficients, result.coefficients).experts
+    print(row.average, layers, means.shape, [change.correlation for change in changes])
+    print(max(prepared.baselines().values(), key=lambda row: row.average).method)
+    print({tensor: float(cosines.min()) for tensor, cosines in prepared.cosines().items()})
 except am.InputError as error:
     print(error)

@@ -1,1 +1,1 @@
-"""Merging of models that are pytrees in memory, by any `forward`: `merge` and `fold`."""
+"""Merging in Python: models in memory by any `forward`, and recipes that are run or prepared."""

@@ -1,7 +1,7 @@
 """A recipe in one's own code: run as the command runs it, or prepared for a loop of one's own."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from adamerge_jax.data.batches import Calibration
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.forward import Forward
 from adamerge_jax.learning.learner import Frozen
+from adamerge_jax.learning.loop import Progress
 from adamerge_jax.own_model.progress import OnStep, show_line
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 from adamerge_jax.pipeline import run
@@ -157,16 +158,28 @@ class Prepared(NamedTuple):
         """The base, the task vectors and the experts' heads, for `learn`."""
         return Frozen(self.base, self.deltas, list(self.inputs.workspace.heads.values()))
 
-    def learn(self) -> MergeResult:
+    def learn(self, on_step: OnStep = lambda progress: None) -> MergeResult:
         """Learns as the recipe says; a line shows the time left.
+
+        Args:
+            on_step: Called with each step's `Progress`, and once before the first, as by `learn`:
+                `step`, `per_task`, `held_out`, and `best`, the coefficients if they are the best so
+                far. Of a coarse stage before the recipe's granularity, too.
 
         Raises:
             InputError: The granularity does not fit the parameters.
             NonFiniteObjectiveError: Learning diverged.
         """
 
-        def show_stage(summary: str, steps: int) -> AbstractContextManager[OnStep]:
-            return show_line(steps, self.console)
+        @contextmanager
+        def show_stage(summary: str, steps: int) -> Iterator[OnStep]:
+            with show_line(steps, self.console) as show:
+
+                def show_and_call(progress: Progress) -> None:
+                    show(progress)
+                    on_step(progress)
+
+                yield show_and_call
 
         return learn_coefficients(
             self.inputs, show_stage=show_stage, show_count=count_on(self.console)
