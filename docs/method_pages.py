@@ -13,6 +13,7 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import NamedTuple
 
+import charts
 import docstring_parser
 import yaml
 from markdown.extensions.toc import slugify
@@ -142,6 +143,8 @@ class _Table(NamedTuple):
 def measured(name: str) -> Iterator[str]:
     """Yields the rows on a method, each table with its rows of the base and the experts.
 
+    A picture shows the method's score among those of the whole table.
+
     The figures are those of the page of measurements, and nothing but them.
     """
     told = False
@@ -158,6 +161,8 @@ def measured(name: str) -> Iterator[str]:
         table = "\n".join("| " + " | ".join(line[i] for i in filled) + " |" for line in lines)
         anchor = slugify(headings[-1], "-")
         yield f"[{': '.join(headings)}](../guides/measured.md#{anchor})"
+        if chart := charts.score_line(titles, rows, name):
+            yield chart
         yield table
         told = True
     if not told:

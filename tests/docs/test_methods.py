@@ -24,11 +24,13 @@ def hook(name: str) -> ModuleType:
     """A file of hooks, which mkdocs loads by its path."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS)
+        spec.loader.exec_module(module)
     return module
 
 
-method_pages, formulas = hook("method_pages"), hook("formulas")
+method_pages, formulas, charts = hook("method_pages"), hook("formulas"), hook("charts")
 
 
 def test_every_method_and_preset_has_a_page_and_every_page_one():
@@ -92,3 +94,16 @@ def test_a_formula_becomes_a_picture_that_says_what_it_shows(drawn_figures):
     assert drawn.startswith('<div class="formula"><svg')
     assert r'aria-label="\frac{a}{b} &lt; c"' in drawn
     assert "<path" in drawn and "\n" not in drawn and "<style" not in drawn
+
+
+TITLES = ["average accuracy (%)", "own heads"]
+ROWS = [["base", "51.2"], ["`ties`", "65.8 ± 0.1"], ["`dare`", "64.3, 65.4"], ["experts (one)", ""]]
+
+
+def test_a_line_of_scores_names_the_method_and_the_base(drawn_figures):
+    with drawn_figures():
+        chart = charts.score_line(TITLES, ROWS, "ties")
+    assert 'aria-label="base 51.2, ties 65.8, among 3 rows of the table"' in chart
+    assert chart.startswith('<div class="chart"><svg') and "\n" not in chart
+    assert charts.score_line(TITLES, ROWS, "sce") is None
+    assert charts.score_line(["method", "seconds"], ROWS, "ties") is None
