@@ -56,7 +56,7 @@ def execute(notebook: NotebookNode, folder: Path, quickstart: Path) -> None:
     paths = [*PATHS, os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     (folder / "quickstart").symlink_to(quickstart.resolve())
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client = NotebookClient(notebook, timeout=3600, kernel_name="python3")
     client.execute(env=environment, cwd=str(folder))
 
 

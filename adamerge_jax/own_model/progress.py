@@ -15,7 +15,7 @@ OnStep = Callable[[Progress], None]
 
 @contextmanager
 def show_line(steps: int, console: Console) -> Iterator[OnStep]:
-    """Shows a line with the steps, the loss and the time left; nothing where nobody looks.
+    """Shows a line with the steps, the loss and the time left, where somebody is to see it.
 
     Args:
         steps: The number of steps to come.
@@ -24,10 +24,10 @@ def show_line(steps: int, console: Console) -> Iterator[OnStep]:
     Yields:
         `on_step`, to be called with every step's progress.
     """
-    if console.is_jupyter:
+    if console.is_jupyter and not console.quiet:
         yield _notebook_line(steps)
         return
-    if not console.is_terminal:
+    if console.quiet or not console.is_terminal:
         yield lambda progress: None
         return
     with make_bar(TextColumn("merging"), TextColumn("{task.fields[loss]}"), console=console) as bar:

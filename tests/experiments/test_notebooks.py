@@ -40,7 +40,7 @@ LONG = {
     },
     "own_model": {"steps=300": "steps=30", "steps=500": "steps=30"},
     "reading_a_map": {
-        'changes={"seed": seed}': 'changes={"seed": seed, "learning": {"steps": 5, "copies": 0}}'
+        '{"initial": 0.3}}': '{"initial": 0.3}, "learning": {"steps": 5, "copies": 0}}'
     },
 }
 """What a test writes instead, so that a notebook learns less, by its name."""

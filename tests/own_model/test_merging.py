@@ -229,6 +229,13 @@ def test_what_cannot_be_used_is_refused_in_one_line(changed: dict[str, Any], mes
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["force_terminal", "force_jupyter"])
+def test_a_quiet_console_has_no_line(kind: str, capsys):
+    with show_line(4, Console(quiet=True, file=io.StringIO(), **{kind: True})) as on_step:
+        on_step(Progress(2, np.array([0.25, 0.5]), None, 0.1))
+    assert capsys.readouterr().out == ""
+
+
 def test_the_line_in_a_terminal_has_the_time_left():
     console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
     with show_line(4, console) as on_step:
