@@ -27,7 +27,7 @@ from adamerge_jax.runs.harness import HarnessScore, HarnessTask
 
 log = logging.getLogger(__name__)
 
-FIELD = "evaluation.lm_eval"
+FIELD = "lm_eval"
 
 _RESAMPLES = 1000
 """Test sets that are drawn for the standard error of a metric that is no mean."""
@@ -76,12 +76,15 @@ class LoadedTasks(NamedTuple):
         tasks: The harness's own objects.
         requests: The number of requests to a model.
         digest: A digest of all that is asked, and of the answers.
+        higher_is_better: False where less is better by the first metric; None where the tasks do
+            not say, or differ.
     """
 
     name: str
     tasks: Any
     requests: int
     digest: str
+    higher_is_better: bool | None
 
 
 class Harness:
@@ -139,17 +142,19 @@ class Harness:
         """
         with _quietly(), _in_one_line(f"the task {name!r} cannot be loaded"):
             tasks = self._manager.load([name])
-            digest, requests = hashlib.sha256(), 0
+            digest, requests, directions = hashlib.sha256(), 0, set()
             for task_name, task in tasks["tasks"].items():
                 if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                     raise ValueError("it is not for models of text alone, or runs a model's code")
                 self._set_shots(task)
+                directions.add(next(iter(task.higher_is_better().values()), None))
                 task.build_all_requests(limit=self.settings.limit, rank=0, world_size=1)
                 for instance in task.instances:
                     requests += instance.repeats or 1
                     asked = [task_name, instance.request_type, instance.args, instance.doc]
                     digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
-        return LoadedTasks(name, tasks, requests, digest.hexdigest())
+        direction = directions.pop() if len(directions) == 1 else None
+        return LoadedTasks(name, tasks, requests, digest.hexdigest(), direction)
 
     def _set_shots(self, task: Any) -> None:
         """Sets the number of solved examples as the harness's command does, and their seed."""
@@ -162,7 +167,9 @@ class Harness:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
-    def open_model(self, model: HarnessModel, on_request: Callable[[], object]) -> Any:
+    def open_model(
+        self, model: HarnessModel, on_request: Callable[[], object] = lambda: None
+    ) -> Any:
         """Loads a checkpoint as a model of the harness.
 
         Args:

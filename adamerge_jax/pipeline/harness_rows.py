@@ -18,7 +18,7 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation.harness import FIELD, Harness, HarnessModel, LoadedTasks
 from adamerge_jax.evaluation.harness_cache import HarnessCache
 from adamerge_jax.pipeline.models import Models
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.schema import LmEvalRecipe, Recipe
 from adamerge_jax.runs.counting import Tally, count_on
 from adamerge_jax.runs.harness import HarnessResults, HarnessRow, HarnessTask, ModelKind
 
@@ -34,10 +34,13 @@ class _Model(NamedTuple):
     source: HarnessModel
 
 
-def open_harness(recipe: Recipe, models: Models, root: Path, console: Console) -> Harness | None:
+def open_harness(
+    settings: LmEvalRecipe | None, recipe: Recipe, models: Models, root: Path, console: Console
+) -> Harness | None:
     """Looks up the tasks that a recipe asks for; None if it asks for none.
 
     Args:
+        settings: The section of the recipe that asks for them.
         recipe: The recipe.
         models: Its base and experts.
         root: Folder that relative paths of the recipe start from.
@@ -47,7 +50,6 @@ def open_harness(recipe: Recipe, models: Models, root: Path, console: Console) -
         InputError: There is no such task, the models are no language models, or one of them cannot
             be evaluated as it is.
     """
-    settings = recipe.evaluation.lm_eval
     if settings is None:
         return None
     _require_language(models)

@@ -175,7 +175,7 @@ def _learn(
         models = workspace.models
         method = build(recipe, models)
         require_exportable(models, recipe.export, MergeFacts.of_method(method, models), out)
-    harness = open_harness(recipe, models, root, console)
+    harness = open_harness(recipe.evaluation.lm_eval, recipe, models, root, console)
     with (
         console.status("reading task vectors, asking the experts") as status,
         record.phase("task vectors and the experts' answers"),
@@ -544,7 +544,7 @@ def _merge(
     initial = fit_initial_merge(models, method, options)
     coefficients = coefficients_of_method(models, initial)
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
-    harness = open_harness(recipe, models, root, console)
+    harness = open_harness(recipe.evaluation.lm_eval, recipe, models, root, console)
     account_lines = account(models, coefficients.parameters)
     _print_lines(account_lines, console)
     if made.needs_data:
@@ -668,7 +668,7 @@ def evaluate(recipe: Recipe, checkpoint: str, *, root: Path, console: Console) -
         models = open_models(recipe, root, to_run=False)
     require_same_architecture(models.base.checkpoint, opened, role="checkpoint")
     matched = match_backbone(models, opened, "checkpoint")
-    harness = open_harness(recipe, models, root, console)
+    harness = open_harness(recipe.evaluation.lm_eval, recipe, models, root, console)
     if is_tested:
         if ends := ends_in_words(workspace.data.test, workspace.asked_ends):
             console.print(ends, highlight=False, soft_wrap=True)

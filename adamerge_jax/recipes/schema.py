@@ -400,12 +400,15 @@ class LmEvalRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_tasks(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"found {value!r:.80}, expected a list of tasks, such as [arc_easy]")
         return {"tasks": value} if isinstance(value, list) else value
 
     tasks: list[str] = Field(min_length=1)
     """Tasks, groups and tags of the harness, such as arc_easy and mmlu."""
     models: Literal["all", "merge"] = "all"
-    """Models that are evaluated. all: base, each expert and the merge. merge: the merge alone."""
+    """Models that are evaluated. all: base, each expert and the merge. merge: the merge alone. A
+    search looks at its merges alone."""
     limit: Count | None = None
     """Largest number of examples of each task, its first ones; by default all."""
     num_fewshot: Whole | None = Field(default=None, ge=0, le=1000)
@@ -479,6 +482,9 @@ class SearchRecipe(Section):
     models loss, and of sentence embedders what their pairs have."""
     tasks: list[str] | None = Field(default=None, min_length=1)
     """Tasks whose scores count; by default all that have the score."""
+    lm_eval: Annotated[LmEvalRecipe | None, SWITCHED_OFF] = None
+    """Tasks of lm-evaluation-harness whose first metric is the score in place of validation data,
+    the mean over them: their names, or these with options."""
     maximise: bool = True
     """True where more is better of the number that --score-command prints."""
     evaluations: Count = 200
@@ -619,8 +625,9 @@ class Recipe(Section):
         }
         if self.coefficients.initial_merge is not None:
             names["coefficients.initial_merge.name"] = self.coefficients.initial_merge.name
-        if self.evaluation.lm_eval is not None:
-            names["evaluation.lm_eval.include_path"] = self.evaluation.lm_eval.own_tasks or ""
+        for section, fields in (("evaluation", self.evaluation), ("search", self.search)):
+            if fields.lm_eval is not None:
+                names[f"{section}.lm_eval.include_path"] = fields.lm_eval.own_tasks or ""
         return {field: name for field, name in names.items() if is_own_code(name)}
 
     @property

@@ -257,7 +257,7 @@ def _harness(run: SavedRun) -> dict[str, Any] | None:
     if run.results.harness is None:
         return None
     table = HarnessTable.of(run.results.harness)
-    return {"grid": table.grid(), "title": table.title, "words": table.in_words}
+    return {"grid": table.grid(), "words": table.in_words}
 
 
 def _without_experts(run: SavedRun) -> dict[str, Any] | None:

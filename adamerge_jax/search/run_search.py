@@ -1,6 +1,6 @@
 """The command `search`: from a recipe to the run folder of coefficients found by their score."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.row_cache import RowCache
 from adamerge_jax.pipeline.run import Run, ended_run, export_and_compare, export_job
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
-from adamerge_jax.recipes.schema import EvaluationRecipe, MethodRecipe, Recipe
+from adamerge_jax.recipes.schema import EvaluationRecipe, LmEvalRecipe, MethodRecipe, Recipe
 from adamerge_jax.runs.counting import count_on
 from adamerge_jax.runs.evaluation_progress import show_evaluations
 from adamerge_jax.runs.evaluations import Evaluation, discard_half_line, read_evaluations
@@ -41,7 +41,13 @@ from adamerge_jax.search.candidates import Candidates
 from adamerge_jax.search.evolution import require_installed
 from adamerge_jax.search.score_command import split_command
 from adamerge_jax.search.scored import Scored
-from adamerge_jax.search.scores import Score, of_command, on_validation_data, task_score
+from adamerge_jax.search.scores import (
+    Score,
+    of_command,
+    of_harness,
+    on_validation_data,
+    task_score,
+)
 from adamerge_jax.search.search_coefficients import (
     SINGLE,
     Searched,
@@ -112,18 +118,20 @@ def _search(
     grid = singles_of_search(recipe)
     words = split_command(command.command) if command else []
     require_harness(recipe.evaluation.lm_eval)
+    require_harness(None if command else recipe.search.lm_eval)
     record = RunRecord(out)
     log = read_evaluations(out / EVALUATIONS_FILE) if resume else []
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         workspace = open_workspace(without_learning(recipe), root, devices, count_on(console))
         models = workspace.models
         method = method_without_objective(recipe, models)
-        score = (
-            _command_score(words, command.timeout, recipe, workspace, out)
-            if command
-            else _validation_score(recipe, workspace)
-        )
-    harness = open_harness(recipe, models, root, console)
+        if command:
+            score = _command_score(words, command.timeout, recipe, workspace, out)
+        elif recipe.search.lm_eval is not None:
+            score = _harness_score(recipe.search.lm_eval, recipe, workspace, root, out, console)
+        else:
+            score = _validation_score(recipe, workspace)
+    harness = open_harness(recipe.evaluation.lm_eval, recipe, models, root, console)
     with console.status("reading task vectors"), record.phase("task vectors"):
         inputs = prepare(method._replace(objective_in_words=f"{BY_SCORE}{score.words}"), workspace)
         candidates = Candidates(inputs, recipe.search.layer_groups)
@@ -190,6 +198,29 @@ def _command_score(
         raise InputError(
             "--score-command: is run by one process; leave out devices.distributed, or the command"
         )
+    job_of = _job_of_candidates(recipe, workspace)
+    return of_command(words, timeout, recipe.search.maximise, job_of, out)
+
+
+def _harness_score(
+    settings: LmEvalRecipe,
+    recipe: Recipe,
+    workspace: Workspace,
+    root: Path,
+    out: Path,
+    console: Console,
+) -> Score:
+    """Returns the score of a merge's checkpoint by lm-eval."""
+    if jax.process_count() > 1:
+        raise InputError("search.lm_eval: is for one process; leave out devices.distributed")
+    alone = settings.model_copy(update={"models": "merge"})
+    harness = open_harness(alone, recipe, workspace.models, root, console)
+    assert harness is not None
+    return of_harness(harness, _job_of_candidates(recipe, workspace), out)
+
+
+def _job_of_candidates(recipe: Recipe, workspace: Workspace) -> Callable[[Coefficients], ExportJob]:
+    """Returns the function from coefficients to the export of their checkpoint alone."""
     settings = recipe.export.model_copy(update={"orbax": False, "adapter": False})
     models = workspace.models
 
@@ -204,7 +235,7 @@ def _command_score(
             tokenizer=recipe.tokenizer,
         )
 
-    return of_command(words, timeout, recipe.search.maximise, job_of, out)
+    return job_of
 
 
 def _validation_score(recipe: Recipe, workspace: Workspace) -> Score:

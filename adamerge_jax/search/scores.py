@@ -1,6 +1,7 @@
-"""The scores by which a search chooses: of the recipe's validation data, or of a command."""
+"""The scores by which a search chooses: of validation data, of a command, or by lm-eval."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +11,13 @@ from rich.console import Console
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation.embedding_scores import embedding_metric
+from adamerge_jax.evaluation.harness import Harness, HarnessModel
 from adamerge_jax.files.writing import partial_path, remove_folder
 from adamerge_jax.models.problem import CLASSES
 from adamerge_jax.objectives import Targets, TaskOutputs, make_objective
 from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER, ExportJob, export
 from adamerge_jax.pipeline.workspace import Workspace
+from adamerge_jax.runs.harness import HarnessTask
 from adamerge_jax.runs.rows import OF_EACH_TASK, Metric
 from adamerge_jax.search.candidates import Candidates, Point
 from adamerge_jax.search.score_command import run_command
@@ -29,7 +32,7 @@ class Score(NamedTuple):
         words: Its name in messages and figures.
         maximise: True where more is better.
         measure: The function `(candidates, point) -> scores by task`; of a command, one score by
-            the name `command`.
+            the name `command`; of lm-eval one by each of its tasks.
     """
 
     words: str
@@ -156,7 +159,7 @@ def task_score(name: str | None, workspace: Workspace, section: str) -> TaskScor
         raise InputError(
             f"tasks.{task}.validation: is missing; merges are scored on validation data, never on "
             "test data: give it for every task"
-            + (", or a --score-command" if section == "search" else "")
+            + (", or search.lm_eval, or a --score-command" if section == "search" else "")
         )
     of_pairs = None
     if family.embeds is not None:
@@ -220,13 +223,58 @@ def of_command(
     """
 
     def measure(candidates: Candidates, point: Point) -> dict[str, float]:
-        folder = partial_path(out / "candidate")
-        folder.mkdir(parents=True)
-        try:
-            job = job_of(candidates.coefficients(point, 0))
-            export(job, folder, Console(quiet=True))
-            return {"command": run_command(words, folder / CHECKPOINT_FOLDER, timeout)}
-        finally:
-            remove_folder(folder)
+        with _written(job_of, candidates, point, out) as checkpoint:
+            return {"command": run_command(words, checkpoint, timeout)}
 
     return Score(f"number printed by {words[0]}", maximise, measure)
+
+
+def of_harness(harness: Harness, job_of: Callable[..., ExportJob], out: Path) -> Score:
+    """Returns the score of a merge's checkpoint by lm-evaluation-harness.
+
+    Args:
+        harness: The tasks; the score of each is that by its first metric.
+        job_of: The function from coefficients to their export.
+        out: The folder that gets the checkpoint, under another name while it is evaluated.
+
+    Raises:
+        InputError: A task cannot be loaded, or more is better by the metric of one and less by that
+            of another.
+    """
+    names = ", ".join(harness.settings.tasks)
+    loaded = [harness.load(name) for name in harness.settings.tasks]
+    directions = {tasks.higher_is_better for tasks in loaded}
+    if len(directions) > 1 or None in directions:
+        raise InputError(
+            f"search.lm_eval: more is not better by the first metric of all of {names}, nor less; "
+            "search by those of one kind, or by --score-command"
+        )
+
+    def measure(candidates: Candidates, point: Point) -> dict[str, float]:
+        with _written(job_of, candidates, point, out) as checkpoint:
+            chat = checkpoint if harness.settings.chat_template else None
+            source = HarnessModel(checkpoint, checkpoint, chat_tokenizer=chat)
+            model = harness.open_model(source)
+            return {tasks.name: _first_score(harness.evaluate(model, tasks)) for tasks in loaded}
+
+    return Score(f"lm-eval's score on {names}", directions.pop() is True, measure)
+
+
+def _first_score(tasks: Sequence[HarnessTask]) -> float:
+    """Returns the mean score by the first metric, over a task or the shown parts of a group."""
+    values = [task.scores[0].value for task in tasks if task.shown]
+    return float(np.mean([np.nan if value is None else value for value in values]))
+
+
+@contextmanager
+def _written(
+    job_of: Callable[..., ExportJob], candidates: Candidates, point: Point, out: Path
+) -> Iterator[Path]:
+    """Yields the folder of a merge's checkpoint, which is removed again."""
+    folder = partial_path(out / "candidate")
+    folder.mkdir(parents=True)
+    try:
+        export(job_of(candidates.coefficients(point, 0)), folder, Console(quiet=True))
+        yield folder / CHECKPOINT_FOLDER
+    finally:
+        remove_folder(folder)

@@ -57,6 +57,16 @@ IMPOSSIBLE: dict[str, list[Any]] = {
         [{"name": "task_arithmetic", "options": {"coefficient": NAN}}],
         [{"name": "task_arithmetic", "options": {"coefficient": "x"}}],
     ],
+    "evaluation.lm_eval": [
+        [],
+        [1],
+        "arc_easy",
+        {"tasks": []},
+        {"tasks": ["arc_easy"], "limit": 0},
+        {"tasks": ["arc_easy"], "num_fewshot": -1},
+        {"tasks": ["arc_easy"], "include_path": "base"},
+    ],
+    "search.lm_eval": [{"tasks": ["arc_easy"], "include_path": "base"}],
     "learning.optimizer.learning_rate": [NAN, INFINITY, 0, -1.0, 1e39],
     "learning.optimizer.name": ["adamm", "lbfgs", "", "os:system", "chain", "__doc__", "x" * 3000],
     "learning.optimizer.options": [

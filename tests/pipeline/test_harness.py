@@ -22,8 +22,10 @@ from adamerge_jax.pipeline.run import evaluate, learn, merge
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import LmEvalRecipe
 from adamerge_jax.report.page import write_page
+from adamerge_jax.runs.evaluations import read_evaluations
 from adamerge_jax.runs.harness import HarnessRow
 from adamerge_jax.runs.results import read_results
+from adamerge_jax.search.run_search import search
 from tests.language_references import ANIMALS, COLOURS, VERBS, byte_tokenizer, save_models
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -254,25 +256,53 @@ def test_what_is_known_is_not_evaluated_again(suite, tmp_path, monkeypatch):
     assert opened == ["checkpoint"]
 
 
-def test_a_task_without_its_data_loses_nothing(suite, tmp_path, monkeypatch):
+def with_texts(suite: Suite, folder: Path, **sections: Any) -> Any:
+    """The recipe with unlabeled texts for every task, and nothing that takes time."""
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"the {c} cat runs ."}) + "\n" for c in COLOURS))
+    fields = copy.deepcopy(suite.fields) | {
+        "coefficients": {"granularity": "task", "initial": 0.3},
+        "retain": "none",
+        "learning": {"steps": 1, "batch_size": 2},
+        **sections,
+    }
+    for task in fields["tasks"].values():
+        task["calibration"] = {"path": str(texts), "end_of_text": "leave"}
+    return parse_recipe(fields, allow_code=True)
+
+
+def test_a_search_by_its_score(suite, tmp_path):
+    recipe = with_texts(
+        suite,
+        tmp_path,
+        search={"evaluations": 4, "lm_eval": {"tasks": ["verbs"], "include_path": "own"}},
+        evaluation={"task_arithmetic": [0.2, 0.6]},
+    )
+    out = tmp_path / "run"
+    search(recipe, root=suite.root, out=out, console=QUIET)
+    log = read_evaluations(out / "evaluations.jsonl")
+    best = max(log, key=lambda evaluation: evaluation.score)
+    model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    assert best.score == best.tasks["verbs"] == pytest.approx(accuracies(model, "verbs")[0])
+    assert json.loads((out / "run.json").read_text())["score"] == {
+        "words": "lm-eval's score on verbs",
+        "maximise": True,
+    }
+
+
+def test_a_task_without_its_data_loses_nothing(suite, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     data = tmp_path / "late.jsonl"
     (own / "late.yaml").write_text(TASK.format(name="late", file=data))
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"the {c} cat runs ."}) + "\n" for c in COLOURS))
-    fields = copy.deepcopy(suite.fields) | {
-        "evaluation": {
+    recipe = with_texts(
+        suite,
+        tmp_path,
+        evaluation={
             "baselines": "none",
             "lm_eval": {"tasks": ["late"], "include_path": str(own), "models": "merge"},
         },
-        "coefficients": {"granularity": "task", "initial": 0.3},
-        "retain": "none",
-        "learning": {"steps": 1, "batch_size": 2},
-    }
-    for task in fields["tasks"].values():
-        task["calibration"] = {"path": str(texts), "end_of_text": "leave"}
-    recipe = parse_recipe(fields, allow_code=True)
+    )
     out = tmp_path / "run"
     with pytest.raises(InputError, match="the task 'late' cannot be loaded") as caught:
         learn(recipe, root=tmp_path, out=out, console=QUIET)
