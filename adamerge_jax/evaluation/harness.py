@@ -11,11 +11,12 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -382,30 +383,25 @@ def _in_one_line(what: str) -> Iterator[None]:
 def _quietly() -> Iterator[None]:
     """Keeps the harness from showing bars of its own, and from forking this process.
 
-    What it logs below errors is shown with `--verbose` alone.
+    What it and the Hub's client log below errors is shown with `--verbose` alone: each try of a
+    download that fails, and that other settings than the task's are used.
     """
     import datasets
     import lm_eval.api.task as task_module
     from transformers.utils import logging as transformers_logging
 
-    bar, multiprocessing = task_module.tqdm, os.environ.get(_NO_PROCESSES)
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    task_module.tqdm = functools.partial(bar, disable=True)
-    os.environ[_NO_PROCESSES] = "1"
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    if not log.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.ERROR)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {_NO_PROCESSES: "1"}))
+        silent = functools.partial(task_module.tqdm, disable=True)
+        stack.enter_context(mock.patch.object(task_module, "tqdm", silent))
+        for name in ("lm_eval", "huggingface_hub", "datasets"):
+            logger = logging.getLogger(name)
+            if not log.isEnabledFor(logging.INFO):
+                stack.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.ERROR)
         yield
-    finally:
-        task_module.tqdm = bar
-        logger.setLevel(level)
-        if multiprocessing is None:
-            del os.environ[_NO_PROCESSES]
-        else:
-            os.environ[_NO_PROCESSES] = multiprocessing
 
 
 _NO_PROCESSES = "DISABLE_MULTIPROC"

@@ -400,8 +400,8 @@ def _harness_scores(
     except InputError as error:
         _print_results(results, console)
         raise InputError(
-            f"{error}; the merge and its other results are in {out}: mend it and go on with "
-            "--resume, which evaluates what is missing"
+            f"{error}; the merge and its other results are in {out}: once that is mended, --resume "
+            "evaluates what is missing"
         ) from error
 
 
@@ -576,7 +576,7 @@ def _merge(
         scores = harness_results(harness, models, out / CHECKPOINT_FOLDER, console)
     except InputError as error:
         raise InputError(
-            f"{error}; the merge is in {out}: mend it, and evaluate that with adamerge evaluate"
+            f"{error}; the merge is in {out}: once that is mended, adamerge evaluate scores it"
         ) from error
     results = Results([], harness=scores)
     write_results(results, out / RESULTS_FILE)

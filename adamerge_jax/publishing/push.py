@@ -90,6 +90,7 @@ def plan_upload(run: Path, repository: str) -> Upload:
         raise InputError(f"{run} is of a run that has not ended; go on with it (--resume) first")
     with in_hand(run / RESULTS_FILE):
         results = read_results(run / RESULTS_FILE)
+    has_scores = bool(results.rows) or results.harness is not None
     card = _no_link(checkpoint / CARD_FILE).read_text(encoding="utf-8")
     files = [File(CARD_FILE, published_card(card, repository, results).encode())]
     files += [
@@ -102,7 +103,7 @@ def plan_upload(run: Path, repository: str) -> Upload:
         for name in _OF_THE_MERGE
         if (run / name).is_file()
     ]
-    return Upload(repository, files, _notes(run, card, files, results.rows))
+    return Upload(repository, files, _notes(run, card, files, has_scores=has_scores))
 
 
 def push(upload: Upload, *, private: bool, force: bool, api: HfApi | None = None) -> str:
@@ -178,9 +179,9 @@ def _no_link(file: Path) -> Path:
     return file
 
 
-def _notes(run: Path, card: str, files: Sequence[File], rows: Sequence[object]) -> list[str]:
+def _notes(run: Path, card: str, files: Sequence[File], *, has_scores: bool) -> list[str]:
     """Returns sentences on what a stranger will read, or miss."""
-    notes = [] if rows else ["the card has no scores: the merge was not evaluated"]
+    notes = [] if has_scores else ["the card has no scores: the merge was not evaluated"]
     if (run / RECIPE_FILE).is_file():
         named_by = f"{MERGE_FOLDER}/{RECIPE_FILE}, the coefficients and the card"
         local = _local(_texts(read_yaml_file(run / RECIPE_FILE)))

@@ -172,10 +172,10 @@ def log_likelihoods(model: Any, document: dict[str, Any]) -> list[float]:
     return sums
 
 
-def accuracies(model: Any, task: str) -> tuple[float, float]:
+def accuracies(model: Any, documents: list[dict[str, Any]]) -> tuple[float, float]:
     """The accuracy by log-likelihoods, and by these divided by the length of the choice."""
     right = []
-    for document in DOCUMENTS[task]:
+    for document in documents:
         sums = np.array(log_likelihoods(model, document))
         lengths = np.array([len(choice) for choice in document["choices"]])
         right.append(
@@ -207,7 +207,7 @@ def test_scores_are_those_of_transformers(suite: Suite, merged: Path):
             ("animals", False),
         ]
         for task in DOCUMENTS:
-            expected = accuracies(models[row.model].eval(), task)
+            expected = accuracies(models[row.model].eval(), DOCUMENTS[task])
             assert (by_task[task]["acc"], by_task[task]["acc_norm"]) == pytest.approx(expected)
         parts = [by_task[task]["acc"] for task in DOCUMENTS]
         assert by_task["sentences"]["acc"] == pytest.approx(np.mean(parts))
@@ -251,7 +251,7 @@ def test_what_is_known_is_not_evaluated_again(suite, tmp_path, monkeypatch):
     assert evaluate(recipe, str(out), root=suite.root, console=console) is None
     assert not opened
     assert "verbs, 2-shot" in printed.getvalue()
-    # Other settings, and other data, are evaluated.
+    # Other settings are evaluated.
     suite.merge(tmp_path / "other", tasks=["verbs"], limit=4, num_fewshot=2, models="merge")
     assert opened == ["checkpoint"]
 
@@ -283,7 +283,9 @@ def test_a_search_by_its_score(suite, tmp_path):
     log = read_evaluations(out / "evaluations.jsonl")
     best = max(log, key=lambda evaluation: evaluation.score)
     model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
-    assert best.score == best.tasks["verbs"] == pytest.approx(accuracies(model, "verbs")[0])
+    assert (
+        best.score == best.tasks["verbs"] == pytest.approx(accuracies(model, DOCUMENTS["verbs"])[0])
+    )
     assert json.loads((out / "run.json").read_text())["score"] == {
         "words": "lm-eval's score on verbs",
         "maximise": True,
@@ -369,9 +371,21 @@ def test_a_missing_package_is_named_first(suite, tmp_path, monkeypatch):
     assert "adamerge_jax[lm-eval]" in refusal(suite, tmp_path, tasks=["verbs"])
 
 
-def test_prompts_in_the_chat_template(suite: Suite, merged: Path):
+def test_prompts_in_the_chat_template(suite: Suite, tmp_path: Path):
+    out = suite.merge(tmp_path / "run", tasks=["verbs"], chat_template=True, models="merge")
+    row = read_results(out / "results.json").harness.rows[-1]
+    asked = [
+        document | {"question": as_chat([{"role": "user", "content": document["question"]}])}
+        for document in DOCUMENTS["verbs"]
+    ]
+    model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    measured = scores_of(row)["verbs"]
+    assert (measured["acc"], measured["acc_norm"]) == pytest.approx(accuracies(model, asked))
+    # An answer that was begun is gone on with.
     messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "runs"}]
-    asked = TOKENIZER.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    assert _write_chat(merged / "checkpoint", messages[:1], True) == asked
     begun = TOKENIZER.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-    assert _write_chat(merged / "checkpoint", messages, False) == begun
+    assert _write_chat(out / "checkpoint", messages, False) == begun
+
+
+def as_chat(messages: list[dict[str, str]]) -> str:
+    return TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
