@@ -76,6 +76,11 @@ def compare(first: Coefficients, second: Coefficients) -> Comparison:
         first: The coefficients to compare with.
         second: The coefficients to compare; where they are larger, differences are positive.
 
+    Returns:
+        What differs. `experts` has for each its `name`, the means `first` and `second`, the mean
+        magnitude of `change`, the `largest` with its place `where`, and the `correlation`; `layers`
+        and `differences` have changes by layer and group, `[K]`.
+
     Raises:
         InputError: The files have no expert, or no tensor, in common.
 

@@ -40,6 +40,12 @@ def coefficients_figure(coefficients: Coefficients) -> "Figure":
     finer: one map per expert of each tensor's mean, layers down and the kinds of tensors across.
     White is the start; grey is where there is nothing, or all stayed at the start.
 
+    Args:
+        coefficients: The coefficients of K experts.
+
+    Returns:
+        A figure of Matplotlib, which notebooks show and `savefig` writes.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> import numpy as np
