@@ -257,6 +257,8 @@ def _is_unusual(field: str, value: Any) -> bool:
     """Returns True for the values of fields that only other architectures have."""
     if field == "num_hidden_layers" and isinstance(value, dict):
         return all(map(_is_count, value.values()))  # those of an LXMERT's parts
+    if field == "use_bidirectional_attention" and value in ("all", "vision"):
+        return True  # a Gemma 4's
     counts = value if isinstance(value, list) else [value]
     if field == "max_position_embeddings" and isinstance(value, float) and value.is_integer():
         return _is_count(int(value))  # MusicFlamingo's is 1200.0

@@ -11,9 +11,9 @@ from it in every floating tensor.
   PyTorch loop within 1e-4.
 - *Compiles*: the seconds of one core that the compilation of a learning step takes.
 
-Every type has a process of its own and a time limit. Results go to a file of JSON lines, one a
-type; a run that was interrupted goes on after the last one, and `--again` repeats types whose
-result starts with a word. `--page FILE` writes the Markdown page.
+Every type has a process of its own and a time limit. Results go to `any_model.jsonl` beside this
+file, a line a type. Types with a result are left out; `--again` repeats those whose result starts
+with a word. `--page FILE` writes the Markdown page.
 """
 
 import argparse
@@ -54,6 +54,8 @@ PRELOADED = (
     "adamerge_jax.models.bridge.family",
 )
 
+RESULTS = Path(__file__).with_suffix(".jsonl")
+
 SCALE = 0.3
 TOLERANCE = 1e-6
 TASKS = ("first", "second")
@@ -75,24 +77,25 @@ def main() -> None:
     """Merges and learns a model of each type, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("types", nargs="*", help="model types; all by default")
-    parser.add_argument("--out", type=Path, default=Path("any_model.jsonl"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--seconds", type=int, default=120, help="limit of processor time a type")
     parser.add_argument("--again", nargs="*", default=[], help="beginnings of results to repeat")
     parser.add_argument("--page", type=Path, help="the file of the Markdown page")
     arguments = parser.parse_args()
-    results = _read(arguments.out)
+    results = any_model_table.read(arguments.out)
     types = arguments.types or sorted(model_types(), key=_urgency)
     repeated = tuple(arguments.again)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    cache = arguments.out.with_suffix(".cache").absolute()
+    cache = Path(tempfile.gettempdir()) / "any_model_cache"
+    versions = any_model_table.installed()
     for number, model_type in enumerate(types, start=1):
         before = results.get(model_type)
         is_wanted = before is None or (
             repeated and any_model_table.in_words(before).startswith(repeated)
         )
         if is_wanted:
-            result = _in_a_process(context, model_type, arguments.seconds, cache)
+            result = _in_a_process(context, model_type, arguments.seconds, cache) | versions
             results[model_type] = result
             with arguments.out.open("a") as stream:
                 stream.write(json.dumps(result) + "\n")
@@ -100,17 +103,13 @@ def main() -> None:
             print(
                 f"{number}/{len(types)} {model_type}: {words} ({result['seconds']} s)", flush=True
             )
+    any_model_table.write(arguments.out, results.values())
     done = [results[name] for name in sorted(types) if name in results]
     lines = any_model_table.page(done, len(types))
     if arguments.page is None:
         print("\n".join(lines))
     else:
         arguments.page.write_text("\n".join(lines) + "\n")
-
-
-def _read(file: Path) -> dict[str, dict[str, Any]]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return {result["type"]: result for result in map(json.loads, lines)}
 
 
 def _urgency(model_type: str) -> tuple[bool, int]:
@@ -144,7 +143,7 @@ def _in_a_process(
         pass
     process.kill()
     process.join()
-    if result.get("finished"):
+    if result.pop("finished", False):
         return result
     return any_model_table.timed_out(result, seconds)
 

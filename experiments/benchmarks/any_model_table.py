@@ -1,9 +1,11 @@
 """The page of `any_model.py`: sums by kind of data, and every type that is not whole."""
 
+import json
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
@@ -12,7 +14,7 @@ GROUPS = ("text", "image", "image-text", "other")
 
 WAYS = ("own", "bridge", "whole")
 
-COMMAND = "python experiments/benchmarks/any_model.py --out any_model.jsonl --page FILE"
+COMMAND = "python experiments/benchmarks/any_model.py --page docs/guides/model_types.md"
 
 _EXPLAINED = """\
 - **made**: a tiny random model can be made. **fold**: `adamerge merge` gives every tensor of the
@@ -22,9 +24,9 @@ _EXPLAINED = """\
   the same bridge, in classes for which recipes have no kind yet, and of models that recipes refuse;
   the Python API alone learns them.
 - **learn, of those made**: the three together.
-- A run that was interrupted goes on where it was. Types come at random, those that recipes can
-  learn first, so that the types of an unfinished run are a sample of them. Results from before a
-  change of the package stay until `--again` repeats them: a reason below may be gone.
+- Results are in `experiments/benchmarks/any_model.jsonl`, a line a type. The command runs types
+  that have none. Results from before a change of the package stay until `--again` repeats them: a
+  reason below may be gone.
 - Models that read images and texts are given both where a rule makes such inputs and recipes take
   images of this kind; the list says which were given texts alone.
 - A refusal may come from the tiny config, which is made by rule, and not from the type: the patches
@@ -37,6 +39,28 @@ _NO_RESULT = "no result within the time limit"
 
 _TEMPORARY = re.compile(r"\S*/tmp\w{8}/")
 """The folder of one type's models, as error messages name it."""
+
+
+def read(file: Path) -> dict[str, Result]:
+    """Returns the results of a file by type; the last of several is taken."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {result["type"]: result for result in map(json.loads, lines)}
+
+
+def write(file: Path, results: Iterable[Result]) -> None:
+    """Writes a line a type, sorted."""
+    whole = sorted(results, key=lambda result: result["type"])
+    new = file.with_suffix(".new")
+    new.write_text("".join(f"{json.dumps(result)}\n" for result in whole))
+    new.replace(file)
+
+
+def installed() -> dict[str, str]:
+    """Returns the versions that are a part of a result."""
+    import torch
+    import transformers
+
+    return {"transformers": transformers.__version__, "torch": torch.__version__}
 
 
 def timed_out(result: Result, seconds: int) -> Result:
@@ -53,6 +77,8 @@ def in_words(result: Result) -> str:
         return f"does not fold: {result['folds']}"
     if result["learns"] != "equal":
         return f"does not learn: {_reason(result)}"
+    if "difference" not in result:
+        return f"equal by {result['way']}, in an earlier run"
     return f"equal by {result['way']}, {result['difference']:.0e}, {result['compile']} s"
 
 
@@ -71,18 +97,21 @@ def page(results: Sequence[Result], count: int) -> list[str]:
         results: The results, sorted by type.
         count: The number of all types.
     """
-    import torch
-    import transformers
-
     made = [result for result in results if result.get("made")]
     learned = [result for result in made if result["learns"] == "equal"]
     rest = f" The other {count - len(results)} were not run." if count > len(results) else ""
-    seconds = [result["compile"] for result in learned]
+    measured = [result for result in results if "torch" in result]
+    with_versions = " and ".join(
+        f"`{name}` {', '.join(sorted({result[name] for result in measured}))}"
+        for name in ("transformers", "torch")
+    )
+    earlier = len(results) - len(measured)
+    seconds = [result["compile"] for result in learned if "compile" in result]
     lines = [
         "# Every model type",
         "",
-        f"Tiny random models of {len(results)} of the {count} types of `transformers` "
-        f"{transformers.__version__}, with PyTorch {torch.__version__}.{rest} Made by",
+        f"Tiny random models of {len(results)} of the {count} types, with {with_versions}.{rest} "
+        "Made by",
         "",
         f"    {COMMAND}",
         "",
@@ -95,6 +124,12 @@ def page(results: Sequence[Result], count: int) -> list[str]:
             "",
             f"Compiling a step of a model that learns takes {statistics.median(seconds):.1f} s of "
             f"a core (median), and {max(seconds):.1f} s at most.",
+        ]
+    if earlier:
+        lines += [
+            "",
+            f"The results of {earlier} types are read from the page of an earlier run, whose file is "
+            "lost.",
         ]
     unequal = [result for result in made if result["folds"] != "equal"]
     lines += _list("Do not fold", unequal, lambda result: result["folds"])

@@ -187,7 +187,8 @@ def _with_image_tokens(
                 result = features(**{n: x for n, x in images.items() if n in reads})
         except Exception:  # the next inputs are tried
             return
-        result = getattr(result, "pooler_output", result)
+        pooled = getattr(result, "pooler_output", None)
+        result = getattr(result, "last_hidden_state", result) if pooled is None else pooled
         parts = list(result) if isinstance(result, list | tuple) else [result]
         count = sum(part.numel() // part.shape[-1] for part in parts) // ROWS
     if count > 2048:

@@ -116,23 +116,77 @@ _ABSENT = {
 }
 """Values of fields whose default is None, which their architectures refuse."""
 
+_SECTIONS = "rope_parameters.mrope_section"
+
+_LLAMA4_VISION = {
+    **{"intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32},
+    **{"vision_output_dim": 32, "image_size": 56, "patch_size": 14},
+}
+
+
+def _of_part(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{part}.{name}": value for name, value in fields.items()}
+
+
+_SMALL_IMAGES = _of_part("vision_config", {"image_size": 56, "patch_size": 14})
+
+_SMALL_BACKBONE = {"backbone_config.image_size": 56}
+
 _OF_TYPES: dict[str, dict[str, Any]] = {
-    "aria": {
-        "vision_config.image_size": 56,
-        "vision_config.patch_size": 14,
-        "projector_patch_to_query_dict": {16: 4},
-    },
-    "aya_vision": {"vision_config.image_size": 56, "vision_config.patch_size": 14},
+    "aria": {**_SMALL_IMAGES, "projector_patch_to_query_dict": {16: 4}},
+    "aya_vision": _SMALL_IMAGES,
     "blip-2": {"image_token_index": 99},
+    "chameleon": {"vocabulary_map": {"<image>": 99}},
+    "chmv2": {"backbone_config.image_size": 64},
+    "cosmos3_edge": {f"text_config.{_SECTIONS}": [2, 1, 1]},
+    "cosmos3_edge_text": {_SECTIONS: [2, 1, 1]},
+    "csm": {"codec_config.upsample_groups": 32},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "depth_anything": _SMALL_BACKBONE,
+    "dory": {
+        **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
+        "num_hidden_layers": 3,
+    },
+    "dots1": {"n_shared_experts": 1},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 99, "<image>": 98}},
     "gemma3": {"vision_config.image_size": 256},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl": {"text_config.head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "hy_v4_vl": {f"text_config.{_SECTIONS}": [2, 1, 1]},
+    "hy_v4_vl_text": {_SECTIONS: [2, 1, 1]},
     "idefics3": {"vision_config.image_size": 64, "vision_config.patch_size": 8},
     "instructblip": {"image_token_index": 99},
     "instructblipvideo": {"video_token_index": 99},
     "kimi_k25": {"vision_config.hidden_size": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lighton_ocr": _SMALL_IMAGES,
+    "llama4": _of_part("vision_config", _LLAMA4_VISION),
+    "llama4_vision_model": _LLAMA4_VISION,
     "mamba2": {"num_heads": 8},
+    "mimi": {"upsample_groups": 32},
+    "ministral": {"head_dim": 8},
+    "mistral3": _SMALL_IMAGES,
+    "mistral_large4": _SMALL_IMAGES,
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "nemotron": {"num_key_value_heads": 2},
+    "pixtral": {"image_size": 56, "patch_size": 14},
+    "prompt_depth_anything": _SMALL_BACKBONE,
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
+    "reformer": {
+        **{"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_shape": [8, 8]},
+        **{"axial_pos_embds_dim": [16, 16], "feed_forward_size": 64},
+    },
     "shieldgemma2": {"vision_config.image_size": 256},
     "smolvlm": {"vision_config.image_size": 64, "vision_config.patch_size": 8},
+    "step3p5": {"sliding_window": 4},
+    "step3p7": {"text_config.sliding_window": 4},
+    "textnet": {"image_size": [64, 64]},
+    "tipsv2_dpt": _SMALL_BACKBONE,
     "vipllava": {"vision_feature_layers": [-1, -2]},
+    "zoedepth": {"backbone_config.image_size": 64},
 }
 """Values by dotted name and type, of sizes that depend on one another."""
 
@@ -284,9 +338,9 @@ def tiny_config(model_type: str, settings: Mapping[str, Any] = _SHRINKAGES[0]) -
 
     config_class = CONFIG_MAPPING[model_type]
     fields = _shrunk(config_class().to_dict(), settings)
-    if "hidden_size" in settings:
-        for name, value in _OF_TYPES.get(model_type, {}).items():
-            *parts, field = name.split(".")
+    for name, value in _OF_TYPES.get(model_type, {}).items() if settings else ():
+        *parts, field = name.split(".")
+        if "hidden_size" in settings or field == "image_size":
             holder = fields
             for part in parts:
                 holder = holder[part]

@@ -292,6 +292,13 @@ def test_the_parts_of_other_architectures_may_have_numbers_of_layers_of_their_ow
         require_possible(wrong, "config.json", {}, usual=False)
 
 
+def test_a_switch_of_other_architectures_may_have_a_name():
+    for kind in ("all", "vision"):  # a Gemma 4's
+        require_possible({"use_bidirectional_attention": kind}, "config.json", {}, usual=False)
+    with pytest.raises(InputError, match="expected true or false"):
+        require_possible({"use_bidirectional_attention": "no"}, "config.json", {}, usual=False)
+
+
 def test_the_number_of_positions_of_other_architectures_may_be_written_as_1200_0():
     fields = {"max_position_embeddings": 1200.0}
     require_possible(fields, "config.json", {}, usual=False)

@@ -46,7 +46,9 @@ def test_a_tiny_model_of_a_type_reads_its_inputs(scripts, model_type, inputs):
 
 def test_the_page_counts_and_lists(scripts):
     table = scripts["any_model_table"]
-    equal = {"made": True, "folds": "equal", "learns": "equal", "difference": 1e-7, "compile": 2.0}
+    versions = {"transformers": "5.1", "torch": "2.9"}
+    equal = {"made": True, "folds": "equal", "learns": "equal", **versions}
+    equal |= {"difference": 1e-7, "compile": 2.0}
     texts = {"modalities": ["text"], "inputs": ["input_ids"]}
     both = {"modalities": ["image", "text"]}
     results = [
@@ -80,3 +82,16 @@ def test_the_page_counts_and_lists(scripts):
     assert "- `e`: 9 M parameters" in lines
     assert "- **bridge**: `c`, `d` (texts alone)" in lines
     assert any("The other 4 were not run." in line for line in lines)
+    assert any("4 types, with `transformers` 5.1 and `torch` 2.9." in line for line in lines)
+    assert any(line.startswith("The results of 4 types are read") for line in lines)
+
+
+def test_the_page_is_that_of_the_file_of_results(scripts, tmp_path):
+    table = scripts["any_model_table"]
+    file = SCRIPTS / "any_model.jsonl"
+    results = table.read(file)
+    page = SCRIPTS.parents[1] / "docs" / "guides" / "model_types.md"
+    lines = table.page(list(results.values()), len(results))
+    assert page.read_text().splitlines() == lines
+    table.write(tmp_path / "again.jsonl", reversed(results.values()))
+    assert (tmp_path / "again.jsonl").read_text() == file.read_text()

@@ -29,9 +29,11 @@ def torch_in_jax() -> Any:
         import torchax
 
         environment = torchax.default_env()
+    from adamerge_jax.models.bridge.experts import pad_indices
     from adamerge_jax.models.bridge.operations import replace_operations
 
     replace_operations(environment)
+    pad_indices(environment)
     _take_in_constants(environment)
     _stop_gradients(environment)
     return environment

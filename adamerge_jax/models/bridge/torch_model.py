@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, masking_utils, pytorch_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adamerge_jax.mixing import Lazy
+from adamerge_jax.models.bridge.experts import loops_over_experts, over_all_experts
 from adamerge_jax.models.bridge.torch_in_jax import (
     custom_functions_have_gradients,
     is_in_jax,
@@ -60,6 +61,8 @@ class TorchModel:
         self._constants: list[tuple[Slot, torch.Tensor]] = []
         tied = model.all_tied_weights_keys
         for path, module in model.named_modules():
+            if loops_over_experts(module):
+                module.forward = over_all_experts(module.forward)
             layer = next((name for name in layers if f"{path}.".startswith(f"{name}.")), None)
             slots = self._outside if layer is None else self._inside[layer]
             for holder in (module._parameters, module._buffers, vars(module)):

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedModel,
     ProphetNetConfig,
     SiglipConfig,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
@@ -145,3 +147,15 @@ def require_logits(
         theirs = model(**{name: torch.tensor(array) for name, array in tokens.items()})
     np.testing.assert_allclose(ours, theirs.logits.numpy(), atol=1e-4)
     return family
+
+
+def test_experts_that_look_for_their_tokens_are_run_over_all(tmp_path):
+    config = SwitchTransformersConfig(
+        **SMALL_T5 | {"num_layers": 2, "num_sparse_encoder_layers": 1, "num_experts": 3},
+        **{"num_decoder_layers": 1, "num_sparse_decoder_layers": 1, "decoder_sparse_step": 1},
+        **{"encoder_sparse_step": 1, "expert_capacity": 8, "router_jitter_noise": 0.0},
+        decoder_start_token_id=0,
+    )
+    model = SwitchTransformersForConditionalGeneration(config)
+    tokens = np.arange(2, 16).reshape(2, 7)
+    require_logits(model, {"input_ids": tokens, "decoder_input_ids": tokens[:, :4]}, tmp_path)
