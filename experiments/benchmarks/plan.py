@@ -1,14 +1,16 @@
 """What `plan` predicts and what `learn` takes: `python experiments/benchmarks/plan.py`.
 
-For merges of four kinds, with random weights, in a temporary folder:
+For merges of five kinds, with random weights, in a temporary folder:
 
 - an encoder of texts, one coefficient per row, aligned with the experts' logits,
 - a vision transformer, one coefficient per tensor, by entropy,
 - a language model with whole experts, aligned with the likely tokens,
-- the same with LoRA adapters.
+- the same with LoRA adapters,
+- eight whole experts of a Llama of a fiftieth of 7 billion parameters, in bfloat16, with task
+  vectors in 4 bits and in microbatches: as advised for eight experts of 7 billion.
 
-`--headers` plans a merge of eight experts of 7 billion parameters instead, of whose weights there
-are the headers alone (files with holes, which take no disk), and prints the seconds and the advice.
+`--headers` runs `adamerge plan` for eight experts of 7 billion parameters instead, of whose weights
+there are the headers alone (files with holes, which take no disk), and prints its seconds.
 
 The plan and the merge run each in a process of its own. The peak is the resident size of the
 process where the device is the CPU, elsewhere what the device's allocator reports.
@@ -16,14 +18,19 @@ process where the device is the CPU, elsewhere what the device's allocator repor
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import yaml
+from jax.typing import DTypeLike
 from processes import in_own_process
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -46,7 +53,14 @@ STEPS = 2
 CLASSES = 5
 
 
-def save_weights(folder: Path, config: PretrainedConfig, seed: int, *, head: bool) -> None:
+def save_weights(
+    folder: Path,
+    config: PretrainedConfig,
+    seed: int,
+    *,
+    head: bool,
+    dtype: DTypeLike = np.float32,
+) -> None:
     """Writes a model with random weights."""
     family = family_of(config)
     shapes = family.build_backbone(config).shapes | (
@@ -57,7 +71,9 @@ def save_weights(folder: Path, config: PretrainedConfig, seed: int, *, head: boo
         folder,
         config,
         {
-            name: 0.02 * generator.standard_normal(leaf.shape, np.float32) + ("orm" in name)
+            name: (
+                0.02 * generator.standard_normal(leaf.shape, np.float32) + ("orm" in name)
+            ).astype(dtype)
             for name, leaf in shapes.items()
         },
     )
@@ -163,11 +179,39 @@ def language(folder: Path, *, adapters: bool) -> dict[str, Any]:
     return {"learning": {"batch_size": 4}, "evaluation": {"batch_size": 8}}
 
 
+def fiftieth(folder: Path) -> dict[str, Any]:
+    """A Llama of 134 M parameters with eight experts, as `plan` advises for 7 billion."""
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    for seed, name in enumerate(["base", *(f"task{task}" for task in range(8))]):
+        save_weights(folder / name, config, seed, head=True, dtype=jnp.bfloat16)
+        save_tokenizer(folder / name, config.vocab_size)
+    for task in range(8):
+        save_texts(folder / f"task{task}.jsonl", config.vocab_size, 6, (50, 62), task)
+    return {
+        "task_vectors": {"dtype": "int4"},
+        "learning": {
+            "batch_size": 2,
+            "microbatches": 2,
+            "mix": "part",
+            "rematerialize": "layer",
+        },
+        "evaluation": {"batch_size": 2},
+    }
+
+
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "encoder, by row, logit alignment": text_encoder,
     "ViT, by tensor, entropy": vision,
     "Llama, whole experts": lambda folder: language(folder, adapters=False),
     "Llama, LoRA adapters": lambda folder: language(folder, adapters=True),
+    "Llama, 1/50 of 8 x 7B": fiftieth,
 }
 
 
@@ -176,10 +220,9 @@ def write_recipe(folder: Path, kind: str) -> Path:
     fields = KINDS[kind](folder)
     fields["learning"] |= {"steps": STEPS, "evaluate_every": STEPS}
     fields["base"] = "base"
-    data = "npz" if (folder / "task0.npz").is_file() else "jsonl"
     fields["tasks"] = {
-        f"task{task}": {"expert": f"task{task}", "calibration": f"task{task}.{data}"}
-        for task in range(TASKS)
+        data.stem: {"expert": data.stem, "calibration": data.name}
+        for data in sorted(folder.glob("task*.*"))
     }
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(fields))
@@ -204,28 +247,31 @@ def write_headers(folder: Path, config: PretrainedConfig) -> None:
     save_tokenizer(folder, config.vocab_size)
 
 
-def plan_of_headers(device: str) -> None:
-    """Plans a merge of eight experts of 7 B parameters."""
-    from adamerge_jax import load_recipe
-    from adamerge_jax.plan import make_plan, print_plan
+def write_recipe_of_headers(folder: Path) -> Path:
+    """Writes a recipe for eight experts of 7 B parameters, and the headers of their weights."""
+    config, tasks = LlamaConfig(dtype="bfloat16", architectures=["LlamaForCausalLM"]), {}
+    write_headers(folder / "base", config)
+    for task in (f"task{number}" for number in range(8)):
+        write_headers(folder / task, config)
+        save_texts(folder / f"{task}.jsonl", config.vocab_size, 200, (100, 500), 0)
+        data = f"{task}.jsonl"
+        tasks[task] = {"expert": task, "calibration": data, "test": data}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"base": "base", "max_length": 512, "tasks": tasks}))
+    return recipe
 
-    config = LlamaConfig(dtype="bfloat16", architectures=["LlamaForCausalLM"])
-    with tempfile.TemporaryDirectory() as name:
-        folder, tasks = Path(name), {}
-        write_headers(folder / "base", config)
-        for task in (f"task{number}" for number in range(8)):
-            write_headers(folder / task, config)
-            save_texts(folder / f"{task}.jsonl", config.vocab_size, 200, (100, 500), 0)
-            data = f"{task}.jsonl"
-            tasks[task] = {"expert": task, "calibration": data, "test": data}
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({"base": "base", "max_length": 512, "tasks": tasks}))
-        began = time.process_time()
-        plan = make_plan(load_recipe(recipe), folder, device)
-        seconds = time.process_time() - began
+
+def plan_of_headers(device: str) -> None:
+    """Runs `adamerge plan` for eight experts of 7 B parameters."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = write_recipe_of_headers(Path(folder))
+        command = [sys.executable, "-m", "adamerge_jax", "plan", recipe, "--device", device]
+        began = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds = time.perf_counter() - began
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
     console = make_console()
-    print_plan(plan, console)
-    console.print(f"{seconds:.1f} processor seconds")
+    console.print(f"{used.ru_utime + used.ru_stime:.1f} processor seconds, {seconds:.1f} in all")
 
 
 def predict(recipe: Path) -> dict[str, float]:
