@@ -285,7 +285,7 @@ def predict(recipe: Path) -> dict[str, float]:
 
 def measure(recipe: Path) -> dict[str, float]:
     """Peak of a merge, and seconds of its last step."""
-    from adamerge_jax import cli
+    from adamerge_jax.cli import main as cli
     from adamerge_jax.runs.record import peak_memory_of_arrays
 
     out = recipe.parent / "run"
