@@ -128,8 +128,8 @@ def page(results: Sequence[Result], count: int) -> list[str]:
     if earlier:
         lines += [
             "",
-            f"The results of {earlier} types are read from the page of an earlier run, whose file is "
-            "lost.",
+            f"The results of {earlier} types are read from the page of an earlier run, whose file "
+            "is lost.",
         ]
     unequal = [result for result in made if result["folds"] != "equal"]
     lines += _list("Do not fold", unequal, lambda result: result["folds"])
