@@ -53,8 +53,14 @@ class TorchImages:
             model: A model without values.
 
         Raises:
-            InputError: The config does not say which token stands for images.
+            InputError: The config does not say which token stands for images, or the model is an
+                encoder-decoder, which reads no conversations.
         """
+        if model.config.is_encoder_decoder:
+            raise InputError(
+                "config.json: is_encoder_decoder is true; such models learn from prompts and "
+                "responses, without images"
+            )
         self._body = model.base_model
         self._config = model.config
         token = getattr(model.config, "image_token_id", None)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import (
     BartConfig,
+    Florence2Config,
     Gemma3Config,
     Llama4ForCausalLM,
     Llama4TextConfig,
@@ -125,6 +126,22 @@ def test_a_model_whose_images_cannot_be_read_is_learned_from_texts():
     family = bridged_family(config, "Gemma3ForConditionalGeneration")
     assert family.images is None and family.inputs == ("input_ids", "attention_mask")
     assert "modulo by zero" in family.blind
+
+
+def test_an_encoder_decoder_that_reads_images_is_learned_from_texts():
+    text = {"vocab_size": 40, "d_model": 16, "max_position_embeddings": 24}
+    for part in ("encoder", "decoder"):
+        text |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
+    vision = {"depths": [1] * 4, "embed_dim": [8] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}
+    config = Florence2Config(
+        text_config={"model_type": "bart", **text},
+        vision_config={**vision, "projection_dim": 16},
+        image_token_id=39,
+        is_encoder_decoder=True,
+    )
+    family = bridged_family(config, "Florence2ForConditionalGeneration")
+    assert family.images is None and "decoder_input_ids" in family.inputs
+    assert "is_encoder_decoder is true" in family.blind
 
 
 def require_logits(
