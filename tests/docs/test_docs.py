@@ -98,6 +98,14 @@ def test_every_choice_is_in_the_reference(site: Path):
         assert re.search(rf'id="adamerge_jax\.[\w.]+\.{name}"', pages), name
 
 
+def test_every_notebook_is_a_page_with_its_pictures(site: Path):
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        page = (site / "notebooks" / f"{notebook.stem}.html").read_text()
+        pictures = re.findall(rf'<img alt="picture \d+" src="({notebook.stem}-\d+\.png)"', page)
+        assert len(pictures) == notebook.read_text().count('"image/png": "')
+        assert all((site / "notebooks" / picture).stat().st_size for picture in pictures)
+
+
 def test_every_public_name_is_in_the_reference(site: Path):
     pages = "".join(page.read_text() for page in (site / "reference").glob("*.html"))
     for name in adamerge_jax.__all__:
