@@ -26,6 +26,7 @@ from adamerge_jax.runs.evaluations import read_evaluations
 from adamerge_jax.runs.harness import HarnessRow
 from adamerge_jax.runs.results import read_results
 from adamerge_jax.search.run_search import search
+from adamerge_jax.stopping import Stopped
 from tests.language_references import ANIMALS, COLOURS, VERBS, byte_tokenizer, save_models
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -254,6 +255,23 @@ def test_what_is_known_is_not_evaluated_again(suite, tmp_path, monkeypatch):
     # Other settings are evaluated.
     suite.merge(tmp_path / "other", tasks=["verbs"], limit=4, num_fewshot=2, models="merge")
     assert opened == ["checkpoint"]
+
+
+def test_an_evaluation_that_was_stopped_goes_on(suite, merged, monkeypatch):
+    opened, open_model = [], Harness.open_model
+
+    def stop_at_the_third(harness: Harness, model: Any, on_request: Any) -> Any:
+        opened.append((model.adapter or model.folder).name)
+        if len(opened) == 3:
+            raise Stopped()
+        return open_model(harness, model, on_request)
+
+    monkeypatch.setattr(Harness, "open_model", stop_at_the_third)
+    recipe = suite.recipe(tasks=["animals"], limit=3)
+    with pytest.raises(Stopped):
+        evaluate(recipe, str(merged), root=suite.root, console=QUIET)
+    evaluate(recipe, str(merged), root=suite.root, console=QUIET)
+    assert opened == ["base", "counting", "naming", "naming", "adapter", "checkpoint"]
 
 
 def with_texts(suite: Suite, folder: Path, **sections: Any) -> Any:
