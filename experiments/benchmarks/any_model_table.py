@@ -37,7 +37,7 @@ _EXPLAINED = """\
 
 _NO_RESULT = "no result within the time limit"
 
-_TEMPORARY = re.compile(r"\S*/tmp\w{8}/")
+_TEMPORARY = re.compile(r"/(?:\S*/)?tmp\w{8}/")
 """The folder of one type's models, as error messages name it."""
 
 
@@ -51,7 +51,7 @@ def write(file: Path, results: Iterable[Result]) -> None:
     """Writes a line a type, sorted."""
     whole = sorted(results, key=lambda result: result["type"])
     new = file.with_suffix(".new")
-    new.write_text("".join(f"{json.dumps(result)}\n" for result in whole))
+    new.write_text("".join(f"{_TEMPORARY.sub('', json.dumps(result))}\n" for result in whole))
     new.replace(file)
 
 
