@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from adamerge_jax.learning.loop import Progress
 
 
+SECONDS = 30.0
+"""The time from a line to the next where there is no terminal and no held-out evaluation."""
+
+
 @contextmanager
 def show_progress(
     tasks: Sequence[str],
@@ -32,8 +36,8 @@ def show_progress(
     """Shows each step as it is done, and appends it to a file.
 
     On a terminal: a bar with the loss, the time of a step and the time left, and below it the
-    objective of each task. Elsewhere: a line for every evaluation of the held-out data, with the
-    time left.
+    objective of each task. Elsewhere: a line for every evaluation of the held-out data, and for a
+    step whenever there was none for `SECONDS`; with the time left.
 
     Args:
         tasks: Names of the tasks.
@@ -49,6 +53,7 @@ def show_progress(
     line = bar.add_task("learning", total=steps, numbers="compiling")
     live = Live(bar, console=console)
     first: tuple[int, float] | None = None
+    last_line = time.perf_counter()
 
     def update_bar(progress: "Progress") -> None:
         numbers = f"loss {progress.per_task.sum():.3f} {1000 * progress.seconds:.0f} ms/step"
@@ -74,8 +79,14 @@ def show_progress(
             rest = timedelta(seconds=round((now - first[1]) / taken * (steps - step)))
             return f", {rest} left"
 
-        def on_step(progress: "Progress") -> None:
+        def print_line(progress: "Progress", words: str) -> None:
+            nonlocal last_line
+            last_line = time.perf_counter()
             left = time_left(progress.step)
+            console.print(f"step {progress.step}/{steps}: {words}{left}")
+
+        def on_step(progress: "Progress") -> None:
+            time_left(progress.step)  # begins with the first
             record = as_record(tasks, progress)._asdict()
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -89,15 +100,16 @@ def show_progress(
                     f"gets {part:.0f}% of its held-out examples while its objective falls; these "
                     "coefficients are not kept"
                 )
-            if progress.held_out is not None and not console.is_terminal:
+            if console.is_terminal:
+                return
+            if progress.held_out is not None:
                 agreement = progress.held_out.agreement
                 measured = agreement[~np.isnan(agreement)]
                 loss = progress.held_out.objective.sum()
-                console.print(
-                    f"step {progress.step}/{steps}: held-out loss {loss:.4f}"
-                    + (f", agreement {100 * measured.mean():.1f}%" if measured.size else "")
-                    + left
-                )
+                agreed = f", agreement {100 * measured.mean():.1f}%" if measured.size else ""
+                print_line(progress, f"held-out loss {loss:.4f}{agreed}")
+            elif progress.per_task is not None and time.perf_counter() - last_line >= SECONDS:
+                print_line(progress, f"loss {progress.per_task.sum():.4f}")
 
         yield on_step
 
