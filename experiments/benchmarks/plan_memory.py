@@ -5,8 +5,9 @@ is compiled for the processor. There are shapes alone: no weight is made, nothin
 scanned, so the program is one layer's, 32 times.
 
 XLA's CPU backend computes in float32 and knows no 4 bits, and its pass
-`while-loop-invariant-code-motion` converts all layers before the loop over them, which a GPU does
-not: what it keeps is compared without that pass, and shown with it. Activations in bfloat16 are
+`while-loop-invariant-code-motion` converts all layers before the loop over them, for which an
+accelerator that reads bfloat16 has less reason: the plan is compared with a program compiled
+without that pass, and the figure with it is shown. Activations in bfloat16 are
 partly in float32 on a processor; with `dtype: float32` both are alike.
 """
 
