@@ -169,7 +169,7 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "devices.model": [0, -1, 3, 10**9],
     "devices.coordinator": ["host:1"],
     "export.shard_megabytes": [0, -1],
-    "task_vectors.dtype": ["int4", "float64"],
+    "task_vectors.dtype": ["int3", "float64"],
     "tracking": [["unheard"], "tensorboard"],
 }
 """Fields and values that no run can have, whatever their types."""
