@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,15 @@ def test_killed_while_evaluating(image_fields, tmp_path, monkeypatch):
         assert (run / name).read_bytes() == (expected / name).read_bytes()
 
 
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """Interrupts as programs on a terminal have them; in the background a shell ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 @pytest.mark.parametrize(
     ("number", "status", "records"), [(signal.SIGTERM, 143, 9), (signal.SIGINT, 130, 3)]
 )
