@@ -47,9 +47,27 @@ A module is imported when a model of its type is opened.
 _BRIDGE = "adamerge_jax.models.bridge.family"
 
 
-def is_known(config: "PretrainedConfig") -> bool:
-    """Returns True if a family here has the `model_type` of a config."""
-    return config.model_type in ARCHITECTURES
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+"""The ends of names of classes that no language model of a family here is."""
+
+
+def is_known(config: "PretrainedConfig", architecture: str | None = None) -> bool:
+    """Returns True if a family here runs models of a config's `model_type`.
+
+    Args:
+        config: The config of the base.
+        architecture: The class of the experts' models. Families of language models here have no
+            classifiers: `LlamaForSequenceClassification` runs by its PyTorch forward.
+    """
+    if config.model_type not in ARCHITECTURES:
+        return False
+    is_classifier = architecture is not None and architecture.endswith(_CLASSIFIERS)
+    return not (is_classifier and _own_family(config).language)
+
+
+def _own_family(config: "PretrainedConfig") -> "Family":
+    family: Family = importlib.import_module(ARCHITECTURES[config.model_type]).FAMILY
+    return family
 
 
 def family_of(
@@ -79,8 +97,8 @@ def family_of(
             f"config.json: model_type {config.model_type!r} is one tower of a CLIP; the base must "
             "be a whole CLIP (model_type 'clip'), only experts may be vision towers"
         )
-    if is_known(config):
-        family = importlib.import_module(ARCHITECTURES[config.model_type]).FAMILY
+    if is_known(config, architecture):
+        family = _own_family(config)
     elif embeds is not None:
         family = importlib.import_module(_BRIDGE).bridged_encoder(config)
     elif architecture is not None:

@@ -169,8 +169,8 @@ def open_models(
     }
     embeds = _read_form(base, located)
     whole_experts = {} if to_run else _whole_experts(base, located)
-    needs_forward = to_run and not isinstance(base, Pipeline) and not is_known(base.config)
-    architecture = _architecture(base, located) if needs_forward else None
+    is_run = to_run and not isinstance(base, Pipeline)
+    architecture = _architecture(base, located) if is_run else None
     with _of_base(recipe.base, base):
         if not to_run:
             family = _family_to_fold(base, list(whole_experts.values()), embeds)

@@ -17,6 +17,9 @@ from transformers import (
     BartForSequenceClassification,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ViTImageProcessorPil,
@@ -190,6 +193,46 @@ def test_a_bart_that_classifies_texts_is_learned(tmp_path):
             checkpoint, output_loading_info=True
         )
         assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_a_llama_that_classifies_texts_is_learned(tmp_path):
+    """By its PyTorch forward: the family of Llama here is of language models."""
+    tokenizer = bert_tokenizer(tmp_path)
+    widths = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24}
+    config = LlamaConfig(
+        **widths,
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 24},
+        **{"pad_token_id": tokenizer.pad_token_id, "num_labels": 3, "initializer_range": 0.5},
+    )
+    base = randomise(LlamaForCausalLM(config))
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    fields = {"preset": "adamerging", "base": str(tmp_path / "base"), "tasks": {}}
+    for seed, task in enumerate(["a", "b"], start=1):
+        fine_tune(LlamaForSequenceClassification(config), base.model, seed).save_pretrained(
+            tmp_path / task
+        )
+        rows = [{"text": text, "label": seed} for text in sentences(8, seed)]
+        file = str(write_json_lines(tmp_path / f"{task}.jsonl", rows))
+        test = {"path": file, "label": "label"}
+        fields["tasks"][task] = {
+            "expert": str(tmp_path / task),
+            "calibration": file,
+            "test": test,
+        }
+    fields["learning"] = {"steps": 1, "batch_size": 4, "evaluate_every": 1}
+    run = learn(
+        parse_recipe(fields), root=Path("/"), out=tmp_path / "run", console=Console(quiet=True)
+    )
+    for seed, task in enumerate(fields["tasks"], start=1):
+        model = LlamaForSequenceClassification.from_pretrained(
+            run.folder / "checkpoint" / "tasks" / task
+        )
+        inputs = tokenizer(sentences(8, seed), padding=True, return_tensors="pt")
+        del inputs["token_type_ids"]
+        with torch.inference_mode():
+            predicted = model(**inputs).logits.argmax(-1)
+        assert run.rows[-1].tasks[task] == (predicted == seed).float().mean()
 
 
 def test_a_merge_by_the_inputs_of_layers_is_refused(fields, tmp_path, capsys):
