@@ -1,9 +1,10 @@
 """Pictures of measured tables, drawn at build time."""
 
-import html
 import io
 import re
 from collections.abc import Mapping, Sequence
+
+from svg import in_one_line
 
 _GREY, _OTHERS, _SHOWN = "#7d858c", "#b9c0c6", "#00897b"
 """Colours that are legible on light and on dark pages."""
@@ -68,13 +69,9 @@ def _drawn(scores: Mapping[str, float], name: str, axis_label: str) -> str:
             spine.set_color(_OTHERS)
         picture = io.BytesIO()
         figure.savefig(picture, format="svg", transparent=True)
-    svg = picture.getvalue().decode()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     words = ", ".join(f"{label} {score:g}" for label, score in named.items())
-    label = html.escape(f"{words}, among {len(scores)} rows of the table", quote=True)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return f'<div class="chart">{" ".join(svg.split())}</div>'
+    svg = in_one_line(picture.getvalue(), f"{words}, among {len(scores)} rows of the table")
+    return f'<div class="chart">{svg}</div>'
 
 
 def _label(method: str, name: str) -> str | None:

@@ -4,7 +4,6 @@ A formula stands between two lines `$$`, in the part of LaTeX that matplotlib dr
 methods also within a line, between two `$`.
 """
 
-import html
 import io
 import re
 
@@ -12,6 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
+from svg import in_one_line
 
 FORMULA = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.MULTILINE | re.DOTALL)
 IN_A_LINE = re.compile(r"\$([^$\n]+)\$")
@@ -57,13 +57,6 @@ def drawn(formula: str, element: str) -> str:
     with rc_context(chosen):
         size = FontProperties(size=POINTS[element])
         depth = math_to_image(f"${formula}$", picture, prop=size, format="svg")
-    svg = picture.getvalue().decode()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    label = html.escape(formula, quote=True)
-    place = f'style="vertical-align: {-depth:.1f}pt"'
-    svg = svg.replace(
-        "<svg", f'<svg role="img" aria-label="{label}" fill="currentColor" {place}', 1
-    )
-    # Without ends of lines Markdown takes it as it is.
-    return f'<{element} class="formula">{" ".join(svg.split())}</{element}>'
+    attributes = f'fill="currentColor" style="vertical-align: {-depth:.1f}pt"'
+    svg = in_one_line(picture.getvalue(), formula, attributes)
+    return f'<{element} class="formula">{svg}</{element}>'

@@ -62,8 +62,8 @@ def draw() -> Figure:
         pixels = np.ones((*image.shape, 3))
         pixels[image >= 0] = colours[image[image >= 0]]
         axis.imshow(pixels, interpolation="nearest")
-        number = "1 coefficient" if count == 1 else f"{count} coefficients"
-        axis.set_title(f"{name}: {number}", fontsize=10)
+        count_in_words = "1 coefficient" if count == 1 else f"{count} coefficients"
+        axis.set_title(f"{name}: {count_in_words}", fontsize=10)
         axis.set_axis_off()
     return figure
 
