@@ -12,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation.harness import HarnessModel, LoadedTasks
-from adamerge_jax.files.caches import cache_folder, code_digest, keep_in_cache
-from adamerge_jax.files.json_object import read_object
+from adamerge_jax.files.caches import (
+    cache_folder,
+    code_digest,
+    keep_if_possible,
+    read_from_cache,
+)
 from adamerge_jax.runs.harness import HarnessTask
 
 log = logging.getLogger(__name__)
@@ -52,11 +56,10 @@ class HarnessCache:
         """Returns a model's scores; None where there are none, or none that can be read."""
         file, key = self._place(model, loaded)
         try:
-            if not file.is_file():
+            fields = read_from_cache(file, LARGEST_FILE)
+            if fields is None:
                 return None
-            if file.stat().st_size > LARGEST_FILE:
-                raise InputError(f"it has over {LARGEST_FILE:,} bytes")
-            saved = _SavedScores.model_validate(read_object(file))
+            saved = _SavedScores.model_validate(fields)
         except (OSError, InputError, ValidationError) as error:
             log.warning(f"{file} cannot be read, and its model is evaluated again: {error}")
             return None
@@ -72,15 +75,14 @@ class HarnessCache:
         file, key = self._place(model, loaded)
         saved = _SavedScores(facts=key, tasks=tasks, digest=_digest_of_scores(tasks))
         content = json.dumps(saved.model_dump(mode="json"), ensure_ascii=False) + "\n"
-        if len(content.encode()) > LARGEST_FILE:
-            return
-        try:
-            keep_in_cache(file, content, MOST_BYTES)
-        except OSError as error:
-            log.warning(
-                f"cannot keep lm-eval scores in {file.parent} ({error.strerror or error}); "
-                "the next run evaluates its models again"
-            )
+        keep_if_possible(
+            file,
+            content,
+            largest=LARGEST_FILE,
+            most_bytes=MOST_BYTES,
+            words="lm-eval scores",
+            otherwise="the next run evaluates its models again",
+        )
 
     def _place(self, model: HarnessModel, loaded: LoadedTasks) -> tuple[Path, str]:
         """Returns the file of some scores, and the digest of all that they depend on."""

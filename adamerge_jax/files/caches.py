@@ -3,11 +3,16 @@
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.files.json_object import read_object
 from adamerge_jax.files.writing import is_partial, write_whole
+
+log = logging.getLogger(__name__)
 
 
 def cache_folder(name: str) -> Path:
@@ -55,6 +60,46 @@ def keep_in_cache(file: Path, content: str, most_bytes: int) -> None:
         total += size
         if total > most_bytes and other != file:
             other.unlink(missing_ok=True)
+
+
+def keep_if_possible(
+    file: Path, content: str, *, largest: int, most_bytes: int, words: str, otherwise: str
+) -> None:
+    """Writes a file of the cache as `keep_in_cache` does; a run goes on without it.
+
+    Args:
+        file: The file.
+        content: Its content; one that is too large is not kept.
+        largest: The size of the largest file that is kept.
+        most_bytes: The size of all files of the folder together.
+        words: The content in words, for the warning where it cannot be written.
+        otherwise: What another run does without it, for the warning.
+    """
+    if len(content.encode()) > largest:
+        return
+    try:
+        keep_in_cache(file, content, most_bytes)
+    except OSError as error:
+        reason = error.strerror or error
+        log.warning(f"cannot keep {words} in {file.parent} ({reason}); {otherwise}")
+
+
+def read_from_cache(file: Path, largest: int) -> dict[str, Any] | None:
+    """Returns the JSON object in a file of the cache; None where there is no file.
+
+    Args:
+        file: The file.
+        largest: The size of the largest file that is read.
+
+    Raises:
+        InputError: It is larger, or holds no JSON object.
+        OSError: It cannot be read.
+    """
+    if not file.is_file():
+        return None
+    if file.stat().st_size > largest:
+        raise InputError(f"it has over {largest:,} bytes")
+    return read_object(file)
 
 
 @functools.cache

@@ -18,8 +18,12 @@ from adamerge_jax.data.copies import WithCopies
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.devices import fetch
 from adamerge_jax.errors import InputError
-from adamerge_jax.files.caches import cache_folder, code_digest, keep_in_cache
-from adamerge_jax.files.json_object import read_object
+from adamerge_jax.files.caches import (
+    cache_folder,
+    code_digest,
+    keep_if_possible,
+    read_from_cache,
+)
 from adamerge_jax.pipeline.learn import LearningInputs
 from adamerge_jax.registry import is_own_code
 from adamerge_jax.runs.rows import Kind, Row
@@ -97,11 +101,10 @@ class RowCache:
         """Returns the rows of a model; None where there are none, or none that can be read."""
         file, key = self._place(facts)
         try:
-            if not file.is_file():
+            fields = read_from_cache(file, LARGEST_FILE)
+            if fields is None:
                 return None
-            if file.stat().st_size > LARGEST_FILE:
-                raise InputError(f"it has over {LARGEST_FILE:,} bytes")
-            saved = _SavedRows.model_validate(read_object(file))
+            saved = _SavedRows.model_validate(fields)
             rows = [row.restored() for row in saved.rows]
         except (OSError, InputError, ValidationError, KeyError, ValueError) as error:
             log.warning(f"{file} cannot be read, and its model is evaluated again: {error}")
@@ -120,15 +123,14 @@ class RowCache:
         saved_rows = [SavedRow.of(row) for row in rows]
         saved = _SavedRows(facts=key, rows=saved_rows, digest=_digest(_as_json(saved_rows)))
         content = json.dumps(saved.model_dump(), ensure_ascii=False) + "\n"
-        if len(content.encode()) > LARGEST_FILE:
-            return
-        try:
-            keep_in_cache(file, content, MOST_BYTES)
-        except OSError as error:
-            log.warning(
-                f"cannot keep the rows of baselines in {file.parent} ({error.strerror or error}); "
-                "the next run evaluates them again"
-            )
+        keep_if_possible(
+            file,
+            content,
+            largest=LARGEST_FILE,
+            most_bytes=MOST_BYTES,
+            words="the rows of baselines",
+            otherwise="the next run evaluates them again",
+        )
 
     def _are_possible(self, rows: Sequence[Row], facts: RowFacts) -> bool:
         """Returns True if these rows may have been measured on this test data."""
