@@ -52,7 +52,7 @@ def show_progress(
     bar = make_bar(TextColumn("learning"), TextColumn("{task.fields[numbers]}"))
     line = bar.add_task("learning", total=steps, numbers="compiling")
     live = Live(bar, console=console)
-    first: tuple[int, float] | None = None
+    first: tuple[int, float] | None = None  # a step and its time
     last_line = time.perf_counter()
 
     def update_bar(progress: "Progress") -> None:
@@ -69,14 +69,12 @@ def show_progress(
 
         def time_left(step: int) -> str:
             """Returns the time left by the steps that this process has taken."""
-            nonlocal first
-            now = time.perf_counter()
-            if first is None:
-                first = step, now
-            taken = step - first[0]
+            first_step, start = first
+            taken = step - first_step
             if not taken or step >= steps:
                 return ""
-            rest = timedelta(seconds=round((now - first[1]) / taken * (steps - step)))
+            seconds = (time.perf_counter() - start) / taken * (steps - step)
+            rest = timedelta(seconds=round(seconds))
             return f", {rest} left"
 
         def print_line(progress: "Progress", words: str) -> None:
@@ -86,7 +84,8 @@ def show_progress(
             console.print(f"step {progress.step}/{steps}: {words}{left}")
 
         def on_step(progress: "Progress") -> None:
-            time_left(progress.step)  # begins with the first
+            nonlocal first
+            first = first or (progress.step, time.perf_counter())
             record = as_record(tasks, progress)._asdict()
             file.write(json.dumps(record) + "\n")
             file.flush()
