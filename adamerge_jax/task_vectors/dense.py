@@ -1,7 +1,7 @@
 """Task vectors entry by entry."""
 
 import dataclasses
-import functools
+from functools import partial
 from math import ceil, prod
 from types import ModuleType
 
@@ -11,19 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.task_vectors.delta import Delta
+from adamerge_jax.task_vectors.expert_sums import sum_over_experts
 from adamerge_jax.task_vectors.factored import FactoredDelta
 from adamerge_jax.task_vectors.layout import is_abstract, lay_out, positions_in, random_order
-
-_CHAIN = 8
-"""The largest number of experts that are summed by a program of one addition for each of them."""
-
-
-def _chain(scale: Float[Array, "K ..."], values: Float[Array, "K ..."]) -> Float[Array, "..."]:
-    """Returns `sum_k scale[k] * values[k]`, added one after the other."""
-    return functools.reduce(
-        jnp.add,
-        (of_one * values[k].astype(jnp.float32) for k, of_one in enumerate(jnp.unstack(scale))),
-    )
 
 
 @jax.tree_util.register_dataclass
@@ -59,23 +49,7 @@ class DenseDelta:
                 preferred_element_type=jnp.float32,
             )
             return summed.reshape(shape[1:])
-        # As a chain of sums XLA fuses it into one pass over the deltas; as an einsum it is a
-        # product for every entry of the scale, half as fast on CPU. Compiling a chain takes time
-        # for each of its links, so that of many experts the same one runs several times.
-        rest, blocks = shape[0] % _CHAIN, shape[0] // _CHAIN
-        if blocks <= 1:
-            return _chain(scale, self.values)
-        starts = rest + _CHAIN * jnp.arange(blocks)
-        scales = scale[rest:].reshape(blocks, _CHAIN, *scale.shape[1:])
-
-        def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-            start, of_block = block
-            values = jax.lax.dynamic_slice_in_dim(self.values, start, _CHAIN)
-            return total + _chain(of_block, values), None
-
-        zeros = jnp.zeros(shape[1:], jnp.float32)
-        first = _chain(scale[:rest], self.values[:rest]) if rest else zeros
-        return jax.lax.scan(add, first, (starts, scales))[0]
+        return _weighted_sum(self.values, scale)
 
     def product(self, x: Float[Array, "N n"], scale: Float[Array, "K ..."]) -> None:
         """Returns None: one product with the merged weights is less than one for each expert."""
@@ -125,6 +99,42 @@ class DenseDelta:
         """Returns the Frobenius norm of each expert's delta."""
         flat = self.values.reshape(*self.values.shape[: 1 + stacked], -1)
         return jnp.linalg.norm(flat.astype(jnp.float32), axis=-1)
+
+
+def _of_expert(values: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    return scale * values.astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _weighted_sum(
+    values: Float[Array, "K ..."], scale: Float[Array, "K ..."]
+) -> Float[Array, "..."]:
+    return sum_over_experts(_of_expert, values, scale)
+
+
+def _forward(
+    values: Float[Array, "K ..."], scale: Float[Array, "K ..."]
+) -> tuple[Float[Array, "..."], tuple[Float[Array, "K ..."], Float[Array, "K ..."]]]:
+    return _weighted_sum(values, scale), (values, scale)
+
+
+def _backward(
+    residuals: tuple[Float[Array, "K ..."], Float[Array, "K ..."]], cotangent: Float[Array, "..."]
+) -> tuple[Float[Array, "K ..."], Float[Array, "K ..."]]:
+    values, scale = residuals
+
+    def of_scale(expert: tuple[Array, Array]) -> Array:
+        _, transposed = jax.vjp(partial(_of_expert, expert[0]), expert[1])
+        return transposed(cotangent)[0]
+
+    # A processor keeps the products whose sums these are, an accelerator does not. A loop over two
+    # takes longer to compile than both side by side.
+    in_turn = jax.default_backend() == "cpu" and len(values) > 2
+    of_scales = partial(jax.lax.map, of_scale) if in_turn else jax.vmap(of_scale)
+    return (scale * cotangent).astype(values.dtype), of_scales((values, scale))
+
+
+_weighted_sum.defvjp(_forward, _backward)
 
 
 _ROUNDING = 1e-4

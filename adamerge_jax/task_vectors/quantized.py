@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.task_vectors.entries import Entries
+from adamerge_jax.task_vectors.expert_sums import sum_over_experts
 
 GROUP = 64
 """Entries of a row that share a step in 4 bits, where rows are a multiple of them."""
@@ -103,9 +104,7 @@ def _of_expert(
 
 @jax.custom_vjp
 def _weighted_sum(delta: QuantizedDelta, scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
-    # As a chain of sums XLA fuses it into one pass over the integers.
-    experts = zip(delta.values, delta.steps, scale, strict=True)
-    return functools.reduce(jnp.add, (_of_expert(*expert) for expert in experts))
+    return sum_over_experts(_of_expert, delta.values, delta.steps, scale)
 
 
 def _forward(
