@@ -83,6 +83,23 @@ CLIP_MERGES = ["c a", "ca t</w>", "d o", "do g</w>"]
 LAMBDA = 0.4
 """The coefficient of merges that are compared with a sum."""
 
+WITHOUT_PYTORCH = """
+import importlib.util
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+"""
+"""First lines of a process for which PyTorch is not installed; it starts in half of the time."""
+
+WITHOUT_FIGURES = """
+from matplotlib.figure import Figure
+
+Figure.savefig = lambda figure, file, **options: (
+    file.write(b"<svg/>") if hasattr(file, "write") else file.touch()
+)
+"""
+"""First lines of a process that draws no figure."""
+
 LEARNING = dict(steps=3, batch_size=4, optimizer=dict(learning_rate=0.02))
 
 EXPORT = dict(orbax=False)

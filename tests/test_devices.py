@@ -25,7 +25,14 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.pipeline.learn import learn_coefficients
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import letter_tokenizer, save_experts
-from tests.references import learning_inputs, sentences, write_json_lines, write_recipe
+from tests.references import (
+    WITHOUT_FIGURES,
+    WITHOUT_PYTORCH,
+    learning_inputs,
+    sentences,
+    write_json_lines,
+    write_recipe,
+)
 
 LEARNING = dict(
     steps=4,
@@ -55,9 +62,8 @@ from adamerge_jax.pipeline import learn as stage
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe
-from tests.references import load_script
+from experiments.benchmarks.collectives import collectives
 
-collectives = load_script(Path("experiments/benchmarks/collectives.py")).collectives
 programs, make_learner = [], stage.make_learner
 
 
@@ -239,7 +245,13 @@ def on_eight(encoder, adapters, tmp_path_factory) -> dict[tuple[str, int], Path]
         fields = encoder if kind == "encoder" else adapters
         write_recipe(folder, fields | {"devices": {"model": model}})
     in_float64 = write_recipe(root, encoder | {"preset": "adamerging"})
-    command = [sys.executable, "-c", LEARN, *map(str, folders.values()), str(in_float64)]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_PYTORCH + LEARN,
+        *map(str, folders.values()),
+        str(in_float64),
+    ]
     subprocess.run(command, env=on_virtual_devices(8), check=True, cwd=Path(__file__).parents[1])
     return folders
 
@@ -300,7 +312,8 @@ def test_two_processes(image_fields, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from adamerge_jax.cli.main import main; main()", "learn"]
+    script = f"{WITHOUT_PYTORCH}{WITHOUT_FIGURES}from adamerge_jax.cli.main import main; main()"
+    command = [sys.executable, "-c", script, "learn"]
     command += [str(recipe), "--out", str(tmp_path / "two"), "--devices.distributed"]
     command += ["--devices.coordinator", f"127.0.0.1:{port}", "--devices.processes", "2"]
     command += ["--devices.model", "2"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.references import write_recipe
+from tests.references import WITHOUT_FIGURES, WITHOUT_PYTORCH, write_recipe
 
 HEAVY = (
     "torch",
@@ -89,10 +89,8 @@ def test_modules_that_have_moved_are_found_by_their_old_names(old, new):
     assert module is importlib.import_module(f"adamerge_jax.{new}")
 
 
-WITHOUT_PYTORCH = """
-import importlib.util, json, sys
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+LEARN = """
+import json, sys
 from adamerge_jax.cli.main import main
 for command in json.loads(sys.argv[1]):
     main(command)
@@ -112,7 +110,12 @@ def test_a_run_needs_no_pytorch(
         (tmp_path / kind).mkdir()
         recipe = write_recipe(tmp_path / kind, fields)
         commands.append(["learn", str(recipe), "--out", str(tmp_path / kind / "run")])
-    command = [sys.executable, "-c", WITHOUT_PYTORCH, json.dumps(commands)]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_PYTORCH + WITHOUT_FIGURES + LEARN,
+        json.dumps(commands),
+    ]
     subprocess.run(command, check=True)
     for kind, architecture in {"text": "BertModel", "image": "ViTModel"}.items():
         config = json.loads((tmp_path / kind / "run/checkpoint/config.json").read_text())

@@ -11,7 +11,7 @@ from adamerge_jax.cli import main as cli
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.recipes.loading import parse_recipe
-from tests.references import random_coefficients, write_recipe
+from tests.references import WITHOUT_PYTORCH, random_coefficients, write_recipe
 
 
 def test_a_file_takes_wide_tables(monkeypatch, capsys):
@@ -61,6 +61,7 @@ def command(text_recipe, tmp_path) -> list[str]:
     recipe = write_recipe(tmp_path, text_recipe)
     # Orbax logs while it is imported, which sets up Python's default handler.
     script = "import orbax.checkpoint; from adamerge_jax.cli.main import main; main()"
+    script = WITHOUT_PYTORCH + script
     return [sys.executable, "-c", script, "learn", str(recipe), "--out", str(tmp_path / "run")]
 
 

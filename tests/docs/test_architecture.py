@@ -35,7 +35,13 @@ from adamerge_jax.pipeline import export
 from adamerge_jax.pipeline.run import merge
 from adamerge_jax.task_vectors import task_vectors
 from tests.models.test_decoders import SIZES, TOLERANCE, padded_batch
-from tests.references import parameters_of, randomise, saved_parameters, write_recipe
+from tests.references import (
+    WITHOUT_PYTORCH,
+    parameters_of,
+    randomise,
+    saved_parameters,
+    write_recipe,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -200,7 +206,7 @@ def test_an_objective_with_a_new_kind_of_target(text_recipe: dict, tmp_path: Pat
     chosen = {"objectives": [{"name": "margin_alignment"}], "coefficients": {"granularity": "task"}}
     recipe = write_recipe(tmp_path, text_recipe | chosen)
     done = subprocess.run(
-        [sys.executable, "-c", PREPARE, str(recipe)],
+        [sys.executable, "-c", WITHOUT_PYTORCH + PREPARE, str(recipe)],
         env=os.environ | {"PYTHONPATH": str(copy)},
         cwd=copy,
         capture_output=True,

@@ -31,8 +31,9 @@ LONG = {
     "ablation": {
         "STEPS = 60": "STEPS = 3",
         "[10, 25, 70, 200]": "[40]",
-        '("task", "tensor", "row")\n': '("task", "row")\n',
-        '"osD", strict=True': '"os", strict=True',
+        '("task", "tensor", "row")\n': '("row",)\n',
+        'for name in ("task", "row")\n': 'for name in ("row",)\n',
+        '"osD", strict=True': '"o", strict=True',
     },
     "add_an_expert": {'= "faint", 60': '= "faint", 15'},
     "merge_in_twenty_lines": {

@@ -227,7 +227,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
 
 
 def test_nothing_helps(text_recipe, tmp_path, monkeypatch, capsys, no_weights):
-    text_recipe["learning"] |= {"batch_size": 2}
+    text_recipe["learning"] |= {"batch_size": 2, "rematerialize": "layer"}
     small = {"evaluation": {"batch_size": 2}, "max_length": 32}
     recipe = write_recipe(tmp_path, text_recipe | small)
     cli.main(["plan", str(recipe), "--device", device(monkeypatch, 1000)])

@@ -27,7 +27,7 @@ from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.runs.lock import hold
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.resuming import require_startable
-from tests.references import write_recipe
+from tests.references import WITHOUT_FIGURES, WITHOUT_PYTORCH, write_recipe
 
 COARSE = {
     "coefficients": {"granularity": "row", "coarse": {"granularity": "tensor", "steps": 4}},
@@ -339,7 +339,7 @@ def test_a_run_that_is_killed(fields, tmp_path):
     expected = learn(tmp_path / "undisturbed", fields)
     recipe = write_recipe(tmp_path, fields)
     run = tmp_path / "run"
-    script = "from adamerge_jax.cli.main import main; main()"
+    script = f"{WITHOUT_PYTORCH}{WITHOUT_FIGURES}from adamerge_jax.cli.main import main; main()"
     command = [sys.executable, "-c", script, "learn", str(recipe), "--out", str(run), "--resume"]
     variables = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     variables |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
