@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from tiny_arguments import SIZES
 from tiny_inputs import Inputs, texts_of
 from torch.func import functional_call
 from torch.utils import _pytree
@@ -30,6 +31,7 @@ from adamerge_jax.models import family_of, is_known
 from adamerge_jax.models.bridge.family import kind_of
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.bridge.torch_model import TorchModel
+from adamerge_jax.models.bridge.weights import tied_names
 from adamerge_jax.models.family import Family, complete_head
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
 from adamerge_jax.parameter_names import tensors_of
@@ -120,23 +122,18 @@ class Reference:
         self._parameters = {
             name: value.detach()
             for name, value in model.state_dict(keep_vars=True).items()
-            if value.is_floating_point() and name not in model.all_tied_weights_keys
+            if value.is_floating_point() and name not in tied_names(model)
         }
         saved = revert_weight_conversion(model, dict(self._parameters))
         self.saved = {name: value.numpy() for name, value in saved.items()}
         self._origins = self._find_origins(saved)
-        self.index: int | None = None
-        torch.manual_seed(0)
-        result = model(**inputs)
-        self.index = _index_of_output(result)
-        first = output_of(result, self.index).detach()
-        torch.manual_seed(1)
-        with torch.no_grad():
-            again = output_of(model(**inputs), self.index)
-        if not torch.isfinite(first).all():
+        results = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            results.append(model(**inputs))
+        self.index = _index_of_output(*results)
+        if not torch.isfinite(output_of(results[0], self.index)).all():
             raise NotLearnedError("its output is not finite")
-        if first.shape != again.shape or not torch.allclose(first, again, atol=1e-5):
-            raise NotLearnedError("its forward draws random numbers")
 
     def _find_origins(
         self, saved: Mapping[str, torch.Tensor]
@@ -232,12 +229,27 @@ def output_of(result: Any, index: int | None) -> torch.Tensor:
     return _leaves(result)[index]
 
 
-def _index_of_output(result: Any) -> int | None:
-    if isinstance(getattr(result, "logits", None), torch.Tensor):
-        return None
-    for index, leaf in enumerate(_leaves(result)):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.numel() > 1:
+def _index_of_output(result: Any, again: Any) -> int | None:
+    """Returns the place of the first output with a gradient that two runs have in common.
+
+    Raises:
+        NotLearnedError: There is none.
+    """
+    has_logits = isinstance(getattr(result, "logits", None), torch.Tensor)
+    indices = [None] if has_logits else range(len(_leaves(result)))
+    with_gradient = [
+        index
+        for index in indices
+        for leaf in (output_of(result, index),)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.numel() > 1
+    ]
+    for index in with_gradient:
+        first, second = output_of(result, index).detach(), output_of(again, index).detach()
+        is_same = first.shape == second.shape
+        if is_same and torch.allclose(first, second, atol=1e-5, equal_nan=True):
             return index
+    if with_gradient:
+        raise NotLearnedError("its forward draws random numbers")
     raise NotLearnedError("nothing that its forward returns has a gradient")
 
 
@@ -276,21 +288,20 @@ def _whole(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJa
     shapes = {name: leaf.shape for name, leaf in bridged.weights.shapes.items()}
 
     def forward(parameters: Any, head_tensors: Arrays, inputs: Any) -> jax.Array:
-        grids = {name: value for name, value in given.items() if name not in inputs}
-        result = bridged.call(parameters, runnable.forward, {**inputs, **grids})
+        result = bridged.call(parameters, runnable.forward, {**inputs, **sizes})
         return output_of(result, reference.index).jax()
 
-    given = {name: _array(name, value) for name, value in inputs.items()}
-    arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+    sizes = {name: value for name, value in inputs.items() if name in SIZES}
+    arrays = _pytree.tree_map(
+        _array, {name: value for name, value in inputs.items() if name not in SIZES}
+    )
     jax.eval_shape(forward, bridged.weights.shapes, {}, arrays)
     return InJax("whole", shapes, forward, {}, arrays)
 
 
-def _array(name: str, value: torch.Tensor) -> np.ndarray | torch.Tensor:
-    """Returns an input as an array, but for sizes, which are known as a function is compiled."""
-    if name in ("image_grid_thw", "grid_thw", "image_sizes", "spatial_shapes"):
-        return value
-    return value.numpy() if value.is_floating_point() else value.numpy().astype(np.int32)
+def _array(value: torch.Tensor) -> np.ndarray:
+    """Returns an input as an array; JAX has integers of 32 bits."""
+    return value.numpy().astype(np.int32) if value.dtype == torch.long else value.numpy()
 
 
 def _by_family(
@@ -309,9 +320,7 @@ def _by_family(
         ]
         if lacking:
             raise NotLearnedError(f"recipes give it no {', '.join(lacking)}")
-        arrays = {
-            name: _array(name, value) for name, value in inputs.items() if name in family.inputs
-        }
+        arrays = {name: _array(value) for name, value in inputs.items() if name in family.inputs}
     saved = reference.saved
     head_tensors = {
         name: saved[name] for name in head.shapes if name in saved and name not in shapes

@@ -6,11 +6,15 @@ import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from config_fields import first_of, parts_of
+from tiny_arguments import argument_values, required_arguments
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-Inputs = dict[str, "torch.Tensor"]
+Inputs = dict[str, Any]
+"""Values by the names of arguments: tensors, lists of them, and sizes."""
 
 ROWS, TOKENS = 2, 8
 
@@ -27,8 +31,14 @@ def tiny_inputs(model: PreTrainedModel) -> Inputs:
     """
     import torch
 
+    if type(model).forward is torch.nn.Module.forward and hasattr(model, "encode"):
+        model.forward = model.encode  # a model without a forward of the whole
     reason = ""
+    required = required_arguments(model)
     for inputs in _candidates(model):
+        if missing := [name for name in required if name not in inputs]:
+            reason = reason or f"no rule for {', '.join(missing)}"
+            continue
         try:
             with torch.no_grad():
                 model(**inputs)
@@ -49,6 +59,8 @@ def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
     """Yields inputs: with images before without, sounds in both layouts, texts alone at last."""
     arguments = inspect.signature(model.forward).parameters
     texts = _texts(model, arguments)
+    if "noise" in arguments:  # drawn by the model where it is not given
+        yield from argument_values(model)
     if "image_grid_thw" in arguments:
         yield from _patched_images(model, arguments)
     if "pixel_values" in arguments:
@@ -64,7 +76,7 @@ def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
                 yield {name: sounds}
     if texts:
         yield texts
-        end = _first(model.config, "eos_token_id")
+        end = first_of(model.config, "eos_token_id")
         if isinstance(end, int) and "input_ids" in texts:
             ended = texts["input_ids"].clone()
             ended[:, -1] = end
@@ -76,6 +88,7 @@ def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
         yield from _flattened(model, texts)
     if "spatial_shapes" in arguments:
         yield from _shaped(model)
+    yield from argument_values(model)
 
 
 def _texts(model: PreTrainedModel, arguments: Any, tokens: int = TOKENS) -> Inputs:
@@ -85,7 +98,7 @@ def _texts(model: PreTrainedModel, arguments: Any, tokens: int = TOKENS) -> Inpu
     largest = min(_vocabulary(model), 100)
     special = {
         value
-        for part in _parts(model.config)
+        for part in parts_of(model.config)
         for name, value in part.to_dict().items()
         if isinstance(name, str) and name.endswith(("token_id", "token_index"))
         if isinstance(value, int)
@@ -113,25 +126,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _is_encoder_decoder(model: PreTrainedModel) -> bool:
-    return any(getattr(part, "is_encoder_decoder", False) for part in _parts(model.config))
-
-
-def _parts(config: Any) -> list[Any]:
-    """Returns a config and those in it."""
-    parts = [config]
-    for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
-            parts.extend(_parts(part))
-    return parts
-
-
-def _first(config: Any, *names: str) -> Any:
-    """Returns the first field with one of the names, in a config or in its parts."""
-    for name in names:
-        for part in _parts(config):
-            if (value := getattr(part, name, None)) is not None:
-                return value
-    return None
+    return any(getattr(part, "is_encoder_decoder", False) for part in parts_of(model.config))
 
 
 _IMAGE_TOKENS = (
@@ -141,7 +136,7 @@ _IMAGE_TOKENS = (
 
 
 def _image_token(config: Any) -> int | None:
-    token = _first(config, *_IMAGE_TOKENS)
+    token = first_of(config, *_IMAGE_TOKENS)
     return token if isinstance(token, int) else None
 
 
@@ -149,9 +144,11 @@ def _images(config: Any) -> Iterator[torch.Tensor]:
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    channels = _first(config, "num_channels", "in_channels", "in_chans", "channels") or 3
+    channels = first_of(config, "num_channels", "in_channels", "in_chans", "channels") or 3
     channels = channels if isinstance(channels, int) else 3
-    size = _first(config, "image_size", "img_size", "input_size", "vision_image_size")
+    size = first_of(
+        config, "image_size", "img_size", "input_size", "vision_image_size", "max_img_size"
+    )
     sizes = [(64, 64), (32, 32), (224, 224), (256, 256)]
     if isinstance(size, int):
         sizes.insert(0, (size, size))
@@ -159,13 +156,15 @@ def _images(config: Any) -> Iterator[torch.Tensor]:
         sizes.insert(0, tuple(size)[-2:])
     elif isinstance(size, dict):
         sizes.insert(0, (size.get("height", 64), size.get("width", 64)))
-    frames = _first(config, "num_frames", "frames_per_clip")
+    frames = first_of(config, "num_frames", "frames_per_clip")
     for height, width in sizes:
         if frames is not None:
             yield torch.randn(ROWS, frames, channels, height, width, generator=generator)
         yield torch.randn(ROWS, channels, height, width, generator=generator)
         if frames is None:
             yield torch.randn(ROWS, 1, channels, height, width, generator=generator)
+        else:
+            yield torch.randn(ROWS * frames, channels, height, width, generator=generator)
 
 
 def _with_image_tokens(
@@ -212,12 +211,16 @@ def _patched_images(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
     if not isinstance(side, int) or _image_token(model.config) is None:
         return
     grid = torch.tensor([[1, 2 * merged, 2 * merged]] * ROWS)
-    channels = _first(vision, "in_channels", "in_chans", "num_channels") or 3
+    channels = first_of(vision, "in_channels", "in_chans", "num_channels") or 3
     generator = torch.Generator().manual_seed(1)
     patches = int(grid.prod(-1).sum())
     for frames in dict.fromkeys((getattr(vision, "temporal_patch_size", 1), 1)):
-        for shape in ((channels * frames * side * side,), (channels, side, side)):
-            pixels = torch.randn(patches, *shape, generator=generator)
+        for shape in (
+            (patches, channels * frames * side * side),
+            *((*leading, channels, side, side) for leading in ((patches,), (1, patches))),
+            (ROWS, patches // ROWS, channels * frames * side * side),
+        ):
+            pixels = torch.randn(*shape, generator=generator)
             images = {"pixel_values": pixels, "image_grid_thw": grid}
             yield from _with_image_tokens(model, arguments, images, count=4)
 
@@ -230,7 +233,7 @@ def _patches_alone(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
     side, frames = getattr(config, "patch_size", 14), getattr(config, "temporal_patch_size", 1)
     merged = getattr(config, "spatial_merge_size", 2)
     grid = torch.tensor([[1, 2 * merged, 2 * merged]] * ROWS)
-    channels = _first(config, "in_channels", "in_chans", "num_channels") or 3
+    channels = first_of(config, "in_channels", "in_chans", "num_channels") or 3
     generator = torch.Generator().manual_seed(1)
     for name in ("hidden_states", "pixel_values"):
         for shape in ((channels * frames * side * side,), (channels, side, side)):
@@ -243,7 +246,7 @@ def _flattened(model: PreTrainedModel, texts: Inputs) -> Iterator[Inputs]:
     """Yields patches with their rows and columns, as a Pix2Struct reads them."""
     import torch
 
-    width = _first(model.config, "patch_embed_hidden_size") or 768
+    width = first_of(model.config, "patch_embed_hidden_size") or 768
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(ROWS, 16, width, generator=generator)
     places = torch.cartesian_prod(torch.arange(1.0, 5.0), torch.arange(1.0, 5.0))
@@ -255,7 +258,7 @@ def _shaped(model: PreTrainedModel) -> Iterator[Inputs]:
     """Yields patches of images with their numbers of rows and columns, as in SigLIP 2."""
     import torch
 
-    side = _first(model.config, "patch_size")
+    side = first_of(model.config, "patch_size")
     side = side if isinstance(side, int) else 16
     generator = torch.Generator().manual_seed(1)
     yield {
@@ -270,19 +273,19 @@ def _sounds(config: Any, name: str) -> Iterator[torch.Tensor]:
 
     generator = torch.Generator().manual_seed(2)
     if name == "pixel_values_videos":
-        frames = _first(config, "frames_per_clip", "num_frames") or 4
-        size = _first(config, "image_size", "crop_size") or 64
+        frames = first_of(config, "frames_per_clip", "num_frames") or 4
+        size = first_of(config, "image_size", "crop_size") or 64
         size = size if isinstance(size, int) else 64
         yield torch.randn(ROWS, frames, 3, size, size, generator=generator)
         return
-    bins = _first(
+    bins = first_of(
         config,
         *("num_mel_bins", "feature_size", "feature_projection_input_dim", "input_feat_per_channel"),
         *("n_mels", "input_dim", "mel_bins"),
     )
     bins = bins if isinstance(bins, int) else 80
     if name == "input_features":
-        positions = _first(config, "max_source_positions")
+        positions = first_of(config, "max_source_positions")
         lengths = [64, 128] if positions is None else [2 * positions, positions, 64]
         for length in lengths:
             yield torch.randn(ROWS, bins, length, generator=generator)
@@ -291,7 +294,7 @@ def _sounds(config: Any, name: str) -> Iterator[torch.Tensor]:
         return
     yield torch.randn(ROWS, 4000, generator=generator)
     yield torch.randn(ROWS, 1, 4000, generator=generator)
-    length = _first(config, "max_length") or 128
+    length = first_of(config, "max_length") or 128
     yield torch.randn(ROWS, length, bins, generator=generator)
     yield torch.randn(ROWS, 64, bins, generator=generator)
 
@@ -300,7 +303,7 @@ def _hidden_states(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
     """Yields states for a part of a model that reads another's."""
     import torch
 
-    width = _first(model.config, "hidden_size", "d_model", "embed_dim", "dim")
+    width = first_of(model.config, "hidden_size", "d_model", "embed_dim", "dim")
     generator = torch.Generator().manual_seed(3)
     for name in ("hidden_states", "inputs_embeds", "query_embeds"):
         if name in arguments and isinstance(width, int):

@@ -15,6 +15,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from config_fields import parts_of
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -130,20 +132,46 @@ def _of_part(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 _SMALL_IMAGES = _of_part("vision_config", {"image_size": 56, "patch_size": 14})
 
-_SMALL_BACKBONE = {"backbone_config.image_size": 56}
+_FOUR_STAGES = {
+    **{"image_size": 56, "num_hidden_layers": 4},
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+
+_SMALL_BACKBONE = _of_part("backbone_config", _FOUR_STAGES)
+
+_SMALL_SWIN = _of_part("backbone_config", {"image_size": 64, "num_heads": [2, 4, 8, 16]})
+
+_SMALL_RESNET = _of_part(
+    "backbone_config",
+    {
+        **{"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
+        "layer_type": "basic",
+    },
+)
 
 _OF_TYPES: dict[str, dict[str, Any]] = {
     "aria": {**_SMALL_IMAGES, "projector_patch_to_query_dict": {16: 4}},
     "aya_vision": _SMALL_IMAGES,
+    "bridgetower_vision_model": {"image_size": 64},
     "blip-2": {"image_token_index": 99},
     "chameleon": {"vocabulary_map": {"<image>": 99}},
-    "chmv2": {"backbone_config.image_size": 64},
+    "chmv2": _SMALL_BACKBONE | {"backbone_config.image_size": 64},
     "cosmos3_edge": {f"text_config.{_SECTIONS}": [2, 1, 1]},
     "cosmos3_edge_text": {_SECTIONS: [2, 1, 1]},
     "csm": {"codec_config.upsample_groups": 32},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_v2": {"num_key_value_heads": 4},
     "depth_anything": _SMALL_BACKBONE,
+    "depth_pro": {
+        **{"patch_size": 32, "fusion_hidden_size": 32, "intermediate_hook_ids": [1, 0]},
+        **{"intermediate_feature_dims": [32, 32], "scaled_images_feature_dims": [32, 32, 32]},
+        **{
+            f"{part}_model_config.{name}": value
+            for part in ("image", "patch", "fov")
+            for name, value in {"image_size": 32, "patch_size": 8}.items()
+        },
+    },
     "dory": {
         **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
         "num_hidden_layers": 3,
@@ -151,6 +179,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 99, "<image>": 98}},
     "gemma3": {"vision_config.image_size": 256},
+    "grounding-dino": _SMALL_SWIN,
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl": {"text_config.head_dim": 8},
@@ -160,7 +189,9 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "idefics3": {"vision_config.image_size": 64, "vision_config.patch_size": 8},
     "instructblip": {"image_token_index": 99},
     "instructblipvideo": {"video_token_index": 99},
+    "janus_vqgan": {"num_patches": 4},
     "kimi_k25": {"vision_config.hidden_size": 64},
+    "kosmos-2": {"latent_query_num": 4, "vision_config.image_size": 56},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lighton_ocr": _SMALL_IMAGES,
     "llama4": _of_part("vision_config", _LLAMA4_VISION),
@@ -170,6 +201,8 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "mistral3": _SMALL_IMAGES,
     "mistral_large4": _SMALL_IMAGES,
+    "mm-grounding-dino": _SMALL_SWIN,
+    "mllama_vision_model": {"image_size": 56, "intermediate_layers_indices": [0]},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "nemotron": {"num_key_value_heads": 2},
     "pixtral": {"image_size": 56, "patch_size": 14},
@@ -179,14 +212,19 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         **{"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_shape": [8, 8]},
         **{"axial_pos_embds_dim": [16, 16], "feed_forward_size": 64},
     },
+    "seggpt": {"image_size": [64, 32], "pretrain_image_size": 32, "patch_size": 8},
     "shieldgemma2": {"vision_config.image_size": 256},
     "smolvlm": {"vision_config.image_size": 64, "vision_config.patch_size": 8},
     "step3p5": {"sliding_window": 4},
     "step3p7": {"text_config.sliding_window": 4},
+    "molmo2_vision": {"image_size": [56, 56], "num_position_embeddings": 16},
     "textnet": {"image_size": [64, 64]},
     "tipsv2_dpt": _SMALL_BACKBONE,
+    "tvp": {**_SMALL_RESNET, "max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
+    "videoprism": _of_part("vision_config", {"image_size": 36, "num_frames": 2}),
     "vipllava": {"vision_feature_layers": [-1, -2]},
-    "zoedepth": {"backbone_config.image_size": 64},
+    "vjepa2": {"crop_size": 32, "frames_per_clip": 4},
+    "zoedepth": _SMALL_BACKBONE | {"backbone_config.image_size": 64},
 }
 """Values by dotted name and type, of sizes that depend on one another."""
 
@@ -346,10 +384,9 @@ def tiny_config(model_type: str, settings: Mapping[str, Any] = _SHRINKAGES[0]) -
                 holder = holder[part]
             holder[field] = value
     config = config_class.from_dict(fields, attn_implementation="eager")
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        if part is not None:
-            part.use_cache = False
-            _fit_positions(part)
+    for part in parts_of(config):
+        part.use_cache = False
+        _fit_positions(part)
     return config
 
 
@@ -360,7 +397,10 @@ def _fit_positions(config: PretrainedConfig) -> None:
         return
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
-    rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    third, rest = half // 3, half - 2 * (half // 3)
+    # Two of the three are equal.
+    is_last = len(set(rope.get("mrope_section", (2, 1))[:2])) == 1
+    rope["mrope_section"] = [third, third, rest] if is_last else [rest, third, third]
 
 
 def _shrunk(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from adamerge_jax.models.bridge.body import Body, BodyOutput
 from adamerge_jax.models.bridge.images import TOKENS, TorchImages
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
 from adamerge_jax.models.bridge.torch_model import TorchModel
+from adamerge_jax.models.bridge.weights import tied_names
 from adamerge_jax.models.family import Network
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.models.rematerialization import Rematerialize
@@ -139,7 +140,7 @@ def _names_of_head(body: Body, network: TorchModel) -> list[str]:
 
 def _names_under(body: Body, network: TorchModel, *, in_body: bool) -> list[str]:
     """Returns the checkpoint's tensors that modules read, inside the body or outside of it."""
-    tied = body.model.all_tied_weights_keys
+    tied = tied_names(body.model)
     names: list[str] = []
     for path, module in body.model.named_modules():
         if body.has(path) != in_body:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import torch
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from adamerge_jax.models.bridge.resizing import cubic, resizer, triangle
 from adamerge_jax.models.layers import ACTIVATIONS, LINEAR_OUTPUT
@@ -36,6 +36,38 @@ def gelu(x: Float[Array, "..."], *, approximate: str = "none") -> Float[Array, "
         approximate: `none`, or `tanh`.
     """
     return ACTIVATIONS["gelu_new" if approximate == "tanh" else "gelu"](x)
+
+
+def embedding_bag(
+    indices: Int[Array, "bags size"],
+    table: Float[Array, "n width"],
+    offsets: None = None,
+    mode: str = "mean",
+    per_sample_weights: Float[Array, "bags size"] | None = None,
+    **options: Any,
+) -> Float[Array, "bags width"]:
+    """Returns the sum or the mean of each bag's rows of a table.
+
+    Args:
+        indices: The rows of each bag.
+        table: The table.
+        offsets: None: bags of sizes of their own are not known while a function is compiled.
+        mode: `sum` or `mean`.
+        per_sample_weights: Factors of the rows, of a sum.
+        **options: Further options; none may be set.
+
+    Raises:
+        NotImplementedError: A padding index, a norm, bags by offsets, or another mode.
+    """
+    is_plain = mode in ("sum", "mean") and offsets is None and indices.ndim == 2
+    if not is_plain or any(options.get(name) for name in ("max_norm", "include_last_offset")):
+        raise NotImplementedError(f"embedding_bag of mode {mode!r} with offsets or a norm")
+    if options.get("padding_idx") is not None:
+        raise NotImplementedError("embedding_bag with a padding index")
+    rows = table[indices]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[..., None]
+    return rows.sum(1) if mode == "sum" else rows.mean(1)
 
 
 def solve_triangular(
@@ -112,6 +144,8 @@ def replace_operations(environment: Any) -> None:
         torch.nn.functional.linear: linear,
         torch.ops.aten.linear: linear,
         torch.ops.aten.gelu: gelu,
+        torch.nn.functional.embedding_bag: embedding_bag,
+        torch.ops.aten._is_all_true: jnp.all,
         torch.linalg.solve_triangular: solve_triangular,
         torch.ops.aten.linalg_solve_triangular: solve_triangular,
         torch.ops.aten.upsample_bilinear2d: resizer(triangle, antialias=False),

@@ -29,49 +29,23 @@ def torch_in_jax() -> Any:
         import torchax
 
         environment = torchax.default_env()
+    from adamerge_jax.models.bridge.constants import take_in_constants
     from adamerge_jax.models.bridge.experts import pad_indices
     from adamerge_jax.models.bridge.operations import replace_operations
+    from adamerge_jax.models.bridge.true_entries import write_true_entries
 
+    torchax.tensor.Tensor.type_as = _type_as
+    write_true_entries(environment)
     replace_operations(environment)
     pad_indices(environment)
-    _take_in_constants(environment)
+    take_in_constants(environment)
     _stop_gradients(environment)
     return environment
 
 
-def _take_in_constants(environment: Any) -> None:
-    """Makes plain tensors, such as positions counted on the host, meet those that JAX computes."""
-    import torch
-    from torch.utils import _pytree
-    from torchax.tensor import Tensor
-    from torchax.view import View
-
-    unwrap, dispatch = environment.t2j_iso, environment.dispatch
-
-    def take_in(value: Any) -> Any:
-        return value if is_in_jax(value) else Tensor(environment.t2j_copy(value), environment)
-
-    def unwrap_all(values: Any) -> Any:
-        return unwrap(_pytree.tree_map_only(torch.Tensor, take_in, values))
-
-    def dispatch_indices(function: Any, types: Any, arguments: Any, options: Any = None) -> Any:
-        if function is torch.Tensor.__getitem__ and any(map(is_in_jax, _leaves(arguments[1]))):
-            arguments = (take_in(arguments[0]), *arguments[1:])
-        if function is torch.Tensor.__getitem__ and isinstance(arguments[0], View):
-            arguments = (arguments[0].torch(), *arguments[1:])
-        if function is torch.arange and "end" in (options or {}):
-            rest = {name: value for name, value in options.items() if name != "end"}
-            arguments, options = (rest.pop("start", 0), options["end"]), rest
-        return dispatch(function, types, arguments, options)
-
-    environment.t2j_iso = unwrap_all
-    environment.dispatch = dispatch_indices
-
-
-def _leaves(value: Any) -> list[Any]:
-    from torch.utils import _pytree
-
-    return _pytree.tree_leaves(value)
+def _type_as(tensor: Any, other: Any) -> Any:
+    """Returns a tensor in the dtype of another; torchax changes it in place, and takes no views."""
+    return tensor.to(other.dtype)
 
 
 def _stop_gradients(environment: Any) -> None:

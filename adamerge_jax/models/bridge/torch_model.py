@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, masking_utils, pytorch_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adamerge_jax.mixing import Lazy
+from adamerge_jax.models.bridge.assertions import without_assertions_of_values
 from adamerge_jax.models.bridge.experts import loops_over_experts, over_all_experts
 from adamerge_jax.models.bridge.torch_in_jax import (
     custom_functions_have_gradients,
     is_in_jax,
     torch_in_jax,
 )
-from adamerge_jax.models.bridge.weights import Weights
+from adamerge_jax.models.bridge.weights import Weights, tied_names
 from adamerge_jax.models.layers import POLICIES
 from adamerge_jax.models.rematerialization import Rematerialize
 
@@ -59,7 +60,7 @@ class TorchModel:
         self._outside: dict[str, list[Slot]] = {}
         self._inside: dict[str, dict[str, list[Slot]]] = {name: {} for name in layers}
         self._constants: list[tuple[Slot, torch.Tensor]] = []
-        tied = model.all_tied_weights_keys
+        tied = tied_names(model)
         for path, module in model.named_modules():
             if loops_over_experts(module):
                 module.forward = over_all_experts(module.forward)
@@ -109,6 +110,7 @@ class TorchModel:
                 _without_checks_of_values(),
                 _masks_by_broadcasting(),
                 _without_caches_of_tensors(),
+                without_assertions_of_values(self.model),
                 custom_functions_have_gradients(),
                 environment,
                 torch.enable_grad(),  # parts of a model may stop gradients
@@ -175,13 +177,16 @@ def _without_notes_of_wide_integers() -> Iterator[None]:
 
 @contextmanager
 def _without_checks_of_values() -> Iterator[None]:
-    """Keeps `transformers` from checking values, which are unknown while a function is compiled."""
+    """Keeps code from checking values, which are unknown while a function is compiled."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
+    validates = torch.distributions.Distribution._validate_args
     os.environ[name] = "1"
+    torch.distributions.Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
+        torch.distributions.Distribution.set_default_validate_args(validates)
         if before is None:
             del os.environ[name]
         else:

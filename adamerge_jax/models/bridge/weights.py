@@ -43,7 +43,7 @@ class Weights:
         self._tensors = {
             name: tensor.to("meta")
             for name, tensor in model.state_dict(keep_vars=True).items()
-            if tensor.is_floating_point() and name not in model.all_tied_weights_keys
+            if tensor.is_floating_point() and name not in tied_names(model)
         }
         saved = revert_weight_conversion(model, dict(self._tensors))
         names = {id(tensor): name for name, tensor in saved.items()}
@@ -111,6 +111,14 @@ class Weights:
         }
         (parameters,) = jax.linear_transpose(save, shapes)(list(parts))
         return parameters
+
+
+def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
+    """Returns the names of tied parameters, each with the one that it is tied to.
+
+    A class that does not call `post_init` ties none.
+    """
+    return getattr(model, "all_tied_weights_keys", {})
 
 
 def _block_of(name: str) -> str:

@@ -14,7 +14,7 @@ from adamerge_jax.models.family import complete_head
 from adamerge_jax.task_vectors import DenseDelta
 from tests.models.bridge.tiny import Square, gradient, tiny, tiny_language_model
 
-ARCHITECTURES = ("bert", "deberta-v2", "modernbert", "resnet")
+ARCHITECTURES = ("bert", "deberta-v2", "modernbert", "resnet", "xlm")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -145,3 +145,93 @@ def test_views_are_indexed_by_lists_and_ranges_have_names():
     rows, columns = in_jax(values)
     np.testing.assert_array_equal(rows, values[[2, 0], 1:])
     np.testing.assert_array_equal(columns, values[:, 1:4])
+
+
+def test_integers_that_are_known_stay_known():
+    environment = torch_in_jax()
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+    def run(x):
+        sizes = torch.tensor([[1, 2], [3, 2]], device=x.device)
+        mask = (torch.cumsum(sizes[:, 0], 0) > 1).to(x.device).repeat(2)
+        lengths = sizes[:, 1].to(device=x.device, dtype=torch.int32)
+        rows, columns = sizes[1]
+        numbers = torch.arange(0, rows, device=x.device) * columns
+        return x[mask], torch.split(x, lengths.tolist()), x[:, numbers[:2]]
+
+    @jax.jit
+    def in_jax(values):
+        with environment:
+            return environment.t2j_iso(run(environment.j2t_iso(values)))
+
+    ours, theirs = in_jax(values), run(torch.tensor(values))
+    for mine, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(mine, expected)
+
+
+def test_a_computed_value_is_not_written_into_a_constant():
+    environment = torch_in_jax()
+
+    @jax.jit
+    def write(values):
+        with environment:
+            places = torch.zeros(3, dtype=torch.int64)
+            places[0] = environment.j2t_iso(values)[0]
+            return environment.t2j_iso(environment.j2t_iso(values) + places)
+
+    with pytest.raises(NotImplementedError, match="into a constant"):
+        write(jnp.arange(3))
+
+
+def writing_where_true(x: torch.Tensor) -> torch.Tensor:
+    """Writes zeros into the rows with a positive sum."""
+    rows = (x * 1).type_as(x[:1])
+    rows[torch.where(x.sum(-1) > 0)] = 0.0
+    return rows
+
+
+def test_a_tensor_is_written_where_an_unknown_mask_is_true():
+    environment = torch_in_jax()
+    values = np.array([[1.0, 2.0], [-1.0, 0.5], [0.0, -3.0]], np.float32)
+
+    def in_jax(x):
+        with environment:
+            return environment.t2j_iso(writing_where_true(environment.j2t_iso(x)))
+
+    leaf = torch.tensor(values, requires_grad=True)
+    expected = writing_where_true(leaf)
+    expected.square().sum().backward()
+    np.testing.assert_array_equal(jax.jit(in_jax)(values), expected.detach())
+    gradient = jax.jit(jax.grad(lambda x: jnp.square(in_jax(x)).sum()))(values)
+    np.testing.assert_array_equal(gradient, leaf.grad)
+
+    def count(x):
+        with environment:
+            return len(torch.where(environment.j2t_iso(x) > 0)[0])
+
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        jax.jit(count)(values)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_embeddings_are_pytorchs(mode):
+    environment = torch_in_jax()
+    generator = np.random.default_rng(0)
+    table = generator.normal(size=(7, 3)).astype(np.float32)
+    indices = torch.tensor(generator.integers(0, 7, (4, 5)))
+    weights = torch.tensor(generator.normal(size=(4, 5)).astype(np.float32))
+    options = {"mode": mode, "per_sample_weights": weights if mode == "sum" else None}
+
+    def look_up(table):
+        return torch.nn.functional.embedding_bag(indices, table, **options)
+
+    def in_jax(table):
+        with environment:
+            return environment.t2j_iso(look_up(environment.j2t_iso(table)))
+
+    leaf = torch.tensor(table, requires_grad=True)
+    expected = look_up(leaf)
+    expected.square().sum().backward()
+    np.testing.assert_allclose(in_jax(jnp.asarray(table)), expected.detach(), atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.square(in_jax(x)).sum())(jnp.asarray(table))
+    np.testing.assert_allclose(gradient, leaf.grad, atol=1e-5)

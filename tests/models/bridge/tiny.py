@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
     ResNetConfig,
+    XLMConfig,
 )
 
 from tests.references import randomise
@@ -51,6 +52,10 @@ TEXT_CONFIGS = {
         position_biased_input=False,
         type_vocab_size=0,
         **k,
+    ),
+    # Asserts values, and masks in place.
+    "xlm": lambda **k: XLMConfig(
+        emb_dim=16, n_layers=1, n_heads=2, max_position_embeddings=24, use_lang_emb=False, **k
     ),
 }
 """Functions from further fields, such as the number of labels, to a config."""
