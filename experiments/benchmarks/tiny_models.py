@@ -205,6 +205,10 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "mllama_vision_model": {"image_size": 56, "intermediate_layers_indices": [0]},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
     "nemotron": {"num_key_value_heads": 2},
+    "omdet-turbo": {
+        **{"encoder_in_channels": [8, 16, 16], "image_size": 64},
+        "apply_layernorm_after_vision_backbone": False,
+    },
     "pixtral": {"image_size": 56, "patch_size": 14},
     "prompt_depth_anything": _SMALL_BACKBONE,
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
@@ -212,6 +216,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         **{"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_shape": [8, 8]},
         **{"axial_pos_embds_dim": [16, 16], "feed_forward_size": 64},
     },
+    "rf_detr": {"backbone_config.image_size": 112, "backbone_config.num_windows": 2},
     "seggpt": {"image_size": [64, 32], "pretrain_image_size": 32, "patch_size": 8},
     "shieldgemma2": {"vision_config.image_size": 256},
     "smolvlm": {"vision_config.image_size": 64, "vision_config.patch_size": 8},
@@ -231,8 +236,15 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
 _DIVISOR = "*"
 """The entry of settings whose value divides all widths that have no setting of their own."""
 
+_STAGES = "stages"
+"""The entry of settings that keep the outputs of backbones whose stages are not counted in layers."""
+
+_LISTS_BY_STAGE = ("out_features", "out_indices", "stage_names")
+
 _SHRINKAGES: tuple[Mapping[str, Any], ...] = (
     _LAYERS | _WIDTHS | _TABLES,
+    _LAYERS | _WIDTHS | _TABLES | {_STAGES: True},
+    _LAYERS | _TABLES | {_DIVISOR: 16, _STAGES: True},
     _LAYERS | _WIDTHS | _TABLES | {_DIVISOR: 8},
     _LAYERS | _TABLES | {_DIVISOR: 16},
     _LAYERS | _TABLES | {_DIVISOR: 8},
@@ -408,7 +420,12 @@ def _shrunk(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     shrinks_layers = "num_hidden_layers" in settings
     small = dict(_shrunk_fields(fields, settings))
     if shrinks_layers:
-        small = {name: value for name, value in small.items() if not _is_by_layer(name, value)}
+        keeps_stages = _STAGES in settings and "num_hidden_layers" not in fields
+        small = {
+            name: value
+            for name, value in small.items()
+            if not _is_by_layer(name, value) or (keeps_stages and name in _LISTS_BY_STAGE)
+        }
         layers = fields.get("num_hidden_layers")
         for name, value in small.items():  # an entry for each layer of any other name
             if isinstance(value, list) and len(value) == layers:
