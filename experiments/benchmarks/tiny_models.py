@@ -237,7 +237,7 @@ _DIVISOR = "*"
 """The entry of settings whose value divides all widths that have no setting of their own."""
 
 _STAGES = "stages"
-"""The entry of settings that keep the outputs of backbones whose stages are not counted in layers."""
+"""The entry of settings that keep the outputs of backbones in stages, which are no layers."""
 
 _LISTS_BY_STAGE = ("out_features", "out_indices", "stage_names")
 
