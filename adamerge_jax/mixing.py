@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from adamerge_jax.parameter_names import is_stacked, leaf_name
-from adamerge_jax.task_vectors import Delta, JoinedDelta, LowRankDelta
+from adamerge_jax.task_vectors import Delta, JoinedDelta, LowRankDelta, RowColumnDelta
 from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
 MERGED_WEIGHT = "merged_weight"
@@ -115,6 +115,8 @@ def is_summed_once(delta: Delta) -> bool:
     """Returns False for deltas of low rank, of which no merged matrix is needed."""
     if isinstance(delta, JoinedDelta):
         return any(map(is_summed_once, delta.parts))
+    if isinstance(delta, RowColumnDelta):
+        return is_summed_once(delta.delta)
     return not isinstance(delta, LowRankDelta)
 
 

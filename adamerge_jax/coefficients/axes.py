@@ -3,18 +3,21 @@
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from adamerge_jax.coefficients.granularity import (
     Granularity,
     Shapes,
     Split,
+    mean_of_scale,
     require_bool,
     require_whole,
     split_tensors,
 )
 from adamerge_jax.errors import InputError
 from adamerge_jax.parameter_names import matches
+from adamerge_jax.task_vectors import Delta, LoadedDelta
+from adamerge_jax.task_vectors.row_column import by_row_and_column
 
 
 def row(shapes: Shapes, tables: bool = False) -> Granularity:
@@ -68,6 +71,48 @@ def column(shapes: Shapes, axis: int = 1) -> Granularity:
     return split_tensors(
         shapes, lambda name, shape: _along(shape, axis % len(shape), shape[axis], "by column")
     )
+
+
+def row_column(shapes: Shapes, tables: bool = False) -> Granularity:
+    """One coefficient per expert, row and column of each weight matrix: the mean of the two counts.
+
+    `sum_k (diag(row_k) tau_k + tau_k diag(column_k)) / 2`: units that read and units that are read
+    are chosen apart. Vectors and embedding tables have one coefficient each, and what has more axes
+    than two, such as a convolution, one for each row.
+
+    Args:
+        shapes: Shapes of the parameters.
+        tables: True for coefficients of an embedding table's rows and columns as well; see `row`.
+
+    Raises:
+        InputError: `tables` is neither true nor false.
+
+    Examples:
+        >>> from adamerge_jax.coefficients.granularities import constant, row_column
+        >>> shapes = {"dense.weight": (4, 3)}
+        >>> row_column(shapes).init(constant(shapes, experts=2, value=0.3))["dense.weight"].shape
+        (1, 2, 7)
+    """
+    require_bool("tables", tables)
+    heights: dict[str, int] = {}
+
+    def split(name: str, shape: tuple[int, ...]) -> Split:
+        if len(shape) != 2:
+            return _along(shape, 0, shape[0], "by row")
+        heights[name] = shape[0]
+        return Split(sum(shape), lambda values: values, "by row and column")
+
+    def prepare(name: str, delta: LoadedDelta) -> Delta:
+        return by_row_and_column(delta, heights[name]) if name in heights else delta
+
+    def mean(name: str, scale: Float[Array, "... S"]) -> Float[Array, "..."]:
+        if name not in heights:
+            return mean_of_scale(name, scale)
+        by_row, by_column = jnp.split(scale, [heights[name]], axis=-1)
+        return (by_row.mean(-1) + by_column.mean(-1)) / 2
+
+    granularity = split_tensors(shapes, split, prepare=prepare, tables=tables)
+    return granularity._replace(mean=mean)
 
 
 def head(shapes: Shapes, heads: Mapping[str, tuple[int, int]]) -> Granularity:

@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from adamerge_jax.coefficients.axes import column, head, row
+from adamerge_jax.coefficients.axes import column, head, row, row_column
 from adamerge_jax.coefficients.entry import entry
 from adamerge_jax.coefficients.granularity import (
     Granularity,
@@ -71,6 +71,7 @@ __all__ = [
     "per_tensor",
     "require_whole",
     "row",
+    "row_column",
     "same_options",
     "shapes_of",
     "singular",
@@ -87,6 +88,7 @@ GRANULARITIES: dict[str, Callable[..., Granularity]] = {
     "mixture_expert": mixture_expert,
     "row": row,
     "column": column,
+    "row_column": row_column,
     "head": head,
     "chunk": chunk,
     "partition": partition,

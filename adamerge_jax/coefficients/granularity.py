@@ -20,7 +20,7 @@ from adamerge_jax.parameter_names import (
     tensor_shape,
     tensors_of,
 )
-from adamerge_jax.task_vectors import Delta, LoadedDelta
+from adamerge_jax.task_vectors import Delta, LoadedDelta, LowRankDelta, RowColumnDelta
 
 Values = Mapping[str, Float[Array, "G K ..."]]
 """Coefficients (or what a constraint maps to them) by group."""
@@ -30,6 +30,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PerTensor = Mapping[str, Float[Array, "G K"]]
 """One coefficient per parameter and expert: `[L, K]` where the name is stacked, else `[1, K]`."""
+
+
+def mean_of_scale(name: str, scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the mean of a scale over all but experts and layers, where parts are of one size."""
+    leading = 1 + is_stacked(name)
+    return scale.reshape(*scale.shape[:leading], -1).mean(-1)
 
 
 def unprepared(name: str, delta: LoadedDelta) -> Delta:
@@ -50,16 +56,18 @@ class Granularity(NamedTuple):
         prepare: `(name, delta) -> delta`, in the representation that the scale is for.
         units: The way in which a tensor shares coefficients, in words, by parameter name: `whole`,
             `by row`, ...
+        mean: `(name, scale) -> [..., K]`, the mean coefficient of the parameter's entries.
     """
 
     init: Callable[[PerTensor], Values]
     scales: Callable[[Values], dict[str, Float[Array, "..."]]]
     prepare: Callable[[str, LoadedDelta], Delta] = unprepared
     units: Mapping[str, str] = {}
+    mean: Callable[[str, Float[Array, "..."]], Float[Array, "..."]] = mean_of_scale
 
     @property
     def prepares(self) -> bool:
-        """True where deltas are laid out anew for the scales, and rows are taken apart."""
+        """True where deltas are laid out anew for the scales."""
         return self.prepare is not unprepared
 
     def along_axes(self, shapes: Shapes) -> bool:
@@ -71,12 +79,19 @@ class Granularity(NamedTuple):
         return self._scales_fit(shapes, most_axes=None)
 
     def keeps_factors(self, shapes: Shapes) -> bool:
-        """Returns True where a merge of low-rank deltas is low-rank: scales go into one factor.
+        """Returns True where a merge of low-rank deltas is one, with factors that are scaled.
 
         Args:
             shapes: Shapes of the parameters that the granularity was made for.
         """
-        return self._scales_fit(shapes, most_axes=1)
+        if not self.prepares:
+            return self._scales_fit(shapes, most_axes=1)
+        kinds = {
+            type(self.prepare(name, _rank_one(shape)))
+            for name, shape in shapes.items()
+            if len(tensor_shape(name, shape)) == 2
+        }
+        return RowColumnDelta in kinds and kinds <= {RowColumnDelta, LowRankDelta}
 
     def _scales_fit(self, shapes: Shapes, most_axes: int | None) -> bool:
         """Returns True where scales vary along at most so many axes of their parameters."""
@@ -96,6 +111,15 @@ class Granularity(NamedTuple):
             if most_axes is not None and len(varying) > most_axes:
                 return False
         return True
+
+
+def _rank_one(shape: tuple[int, ...]) -> LowRankDelta:
+    """Returns the abstract factors of one expert's change to a matrix, which may be stacked."""
+    *layers, m, n = shape
+    left, right = (
+        jax.ShapeDtypeStruct((*layers, 1, *ends), jnp.float32) for ends in ((m, 1), (1, n))
+    )
+    return LowRankDelta(left, right)
 
 
 def shapes_of(base: PyTree[Array], deltas: Iterable[str]) -> Shapes:
@@ -144,8 +168,6 @@ def per_tensor(
 ) -> dict[str, Float[Array, "G K"]]:
     """Returns the mean coefficient of each tensor and expert, from those of any granularity.
 
-    A piece of a tensor counts by the number of scales it has, which is that of its pieces.
-
     Returns:
         `[1, K]` by parameter name, `[L, K]` where the name is stacked.
 
@@ -158,7 +180,7 @@ def per_tensor(
         [[0.5]]
     """
     return {
-        name: scale.reshape(layers_of(name, shapes[name]), experts, -1).mean(-1)
+        name: granularity.mean(name, scale).reshape(layers_of(name, shapes[name]), experts)
         for name, scale in granularity.scales(values).items()
     }
 

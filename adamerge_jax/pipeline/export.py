@@ -60,6 +60,7 @@ from adamerge_jax.recipes.build import GranularityChoice, Method
 from adamerge_jax.recipes.schema import ExportRecipe
 from adamerge_jax.runs.counting import OnCount, count_on
 from adamerge_jax.stopping import require_going_on
+from adamerge_jax.task_vectors import LowRankDelta, RowColumnDelta
 
 CHECKPOINT_FOLDER = "checkpoint"
 ADAPTER_FOLDER = "adapter"
@@ -433,7 +434,7 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
         raise refusal(
             f"coefficients of granularity {facts.granularity.name!r} make the merge more than a "
             "sum of the experts' factors; that needs one of task, layer, tensor, groups, row, "
-            "column, head"
+            "column, row_column, head"
         )
     if facts.interference:
         raise refusal("interference steps change entries, and factors have none")
@@ -459,7 +460,8 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
 def _write_adapter(job: ExportJob, folder: Path) -> None:
     """Writes the merge as one LoRA adapter of the base: `b = [s_1 B_1 | s_2 B_2 ...]`, `a` below.
 
-    The factors are float32, their rank is the sum of the experts'. A language model is loaded as
+    The factors are float32, their rank is the sum of the experts', twice that where there are
+    coefficients for rows and columns. A language model is loaded as
     PEFT does it, with `AutoPeftModelForCausalLM.from_pretrained(folder)` for example. The adapter
     of a classifier is that of its backbone and brings no head, as each task has its own: it is for
     the base as `AutoModel` loads it (`AutoPeftModelForFeatureExtraction`, or
@@ -470,7 +472,7 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
         InputError: A factor has NaN or infinite values, or the folder cannot be written.
     """
     models, coefficients = job.models, job.coefficients
-    scales = coefficients.scales()
+    scales, granularity = coefficients.scales(), coefficients.unstacked_granularity
     # AutoModel's names lack the prefix that a class with a head puts before its backbone's.
     has_heads = models.family.auto_class is not None and not models.family.language
     prefix = models.family.prefixes[0] if has_heads else ""
@@ -483,9 +485,11 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
             factors = expert.low_rank(name)
             if factors is None:
                 continue
-            by_column = scale.shape[1] > 1
-            a.append(factors.right * scale if by_column else factors.right)
-            b.append(factors.left if by_column else factors.left * scale)
+            delta = granularity.prepare(name, LowRankDelta(factors.left[None], factors.right[None]))
+            assert isinstance(delta, LowRankDelta | RowColumnDelta)  # it keeps factors
+            left, right = map(np.asarray, delta.scaled(scale[None]))
+            a.append(right)
+            b.append(left)
             embedding = factors.embedding
         if not a:
             continue  # only experts that are left out changed it

@@ -220,7 +220,8 @@ def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVect
         takes_rows_apart = False
         # Without parameters only options are looked at; those of heads may be left to the model.
         if options or name != "head":
-            takes_rows_apart = make_granularity(name, options, {}).prepares
+            # Rows and columns are scaled as they are; what else is laid out anew cuts rows.
+            takes_rows_apart = make_granularity(name, options, {}).prepares and name != "row_column"
     if task_vectors.dtype == "int4" and task_vectors.memory != "device":
         raise InputError(
             f"task_vectors.memory: is {task_vectors.memory}, and two int4 share a byte on the "
@@ -229,6 +230,6 @@ def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVect
     if task_vectors.dtype in INTEGERS and takes_rows_apart:
         raise InputError(
             f"task_vectors.dtype: {task_vectors.dtype} has a step for each row, and the "
-            f"granularity {name!r} takes rows apart; take row, column, head, tensor or a coarser "
-            "one, or bfloat16 task vectors"
+            f"granularity {name!r} takes rows apart; take row, column, row_column, head, tensor "
+            "or a coarser one, or bfloat16 task vectors"
         )

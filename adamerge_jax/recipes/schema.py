@@ -229,8 +229,8 @@ class CoefficientsRecipe(Section):
     """The coefficients that are learned."""
 
     granularity: str = "tensor"
-    """Parameters that share a coefficient: task, layer, tensor, groups, row, column, head, chunk,
-    importance_chunk, partition, singular, entry, or package.module:function."""
+    """Parameters that share a coefficient: task, layer, tensor, groups, row, column, row_column,
+    head, chunk, importance_chunk, partition, singular, entry, or package.module:function."""
     granularity_options: dict[str, Any] = {}
     """Arguments of the granularity, e.g. pieces of chunk."""
     constraint: Literal[

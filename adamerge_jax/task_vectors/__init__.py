@@ -20,6 +20,7 @@ from adamerge_jax.task_vectors.joined import JoinedDelta
 from adamerge_jax.task_vectors.low_rank import LowRankDelta, LowRankPieces
 from adamerge_jax.task_vectors.offload.streamed import StreamedDelta
 from adamerge_jax.task_vectors.quantized import QuantizedDelta
+from adamerge_jax.task_vectors.row_column import RowColumnDelta
 
 __all__ = [
     "ChunkedDelta",
@@ -31,6 +32,7 @@ __all__ = [
     "LowRankDelta",
     "LowRankPieces",
     "QuantizedDelta",
+    "RowColumnDelta",
     "StreamedDelta",
     "task_vectors",
 ]

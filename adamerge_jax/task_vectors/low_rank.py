@@ -41,7 +41,7 @@ class LowRankDelta:
 
     def weighted_sum(self, scale: Float[Array, "K ..."]) -> Float[Array, "m n"]:
         """Returns one product of matrices of rank K r; no expert's own product exists."""
-        left, right = self._scaled(scale)
+        left, right = self.scaled(scale)
         return jnp.dot(
             left.astype(jnp.float32),
             right.astype(jnp.float32),
@@ -61,7 +61,7 @@ class LowRankDelta:
         middle, n = experts * rank, self.right.shape[-1]
         if 3 * len(x) * middle * (m + n) > 3 * m * n * middle + len(x) * m * n:
             return None
-        left, right = self._scaled(scale)
+        left, right = self.scaled(scale)
         return (x @ right.astype(x.dtype).T) @ left.astype(x.dtype).T
 
     def rows(self, index: Int[Array, "..."]) -> "LowRankRows":
@@ -110,10 +110,10 @@ class LowRankDelta:
         )
         return jnp.sqrt(jnp.maximum((grams[0] * grams[1]).sum((-1, -2)), 0))
 
-    def _scaled(
+    def scaled(
         self, scale: Float[Array, "K ..."]
     ) -> tuple[Float[Array, "m Kr"], Float[Array, "Kr n"]]:
-        """Returns the factors of all experts side by side, the scale in the one with its axis."""
+        """Returns the factors of the weighted sum: all experts' side by side, and scaled."""
         experts, m, rank = self.left.shape
         n = self.right.shape[-1]
         scale = scale.astype(jnp.float32)

@@ -63,8 +63,8 @@ class QuantizedDelta:
         """
         raise InputError(
             f"task_vectors.dtype: {self.values.dtype} has a step for each row, and this "
-            "granularity cuts across rows; take row, column, head, tensor or a coarser one, or "
-            "bfloat16 task vectors"
+            "granularity cuts across rows; take row, column, row_column, head, tensor or a coarser "
+            "one, or bfloat16 task vectors"
         )
 
     def by_direction(self, rank: int | None) -> None:

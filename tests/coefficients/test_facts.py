@@ -16,6 +16,8 @@ OF_PIECES = (
     "singular",
     "all singular",
     "entry",
+    "row_column",
+    "row_column and tables",
 )
 
 
@@ -24,7 +26,8 @@ def test_facts(case):
     granularity = made(case)
     assert granularity.prepares == (case in OF_PIECES)
     assert granularity.along_axes(SHAPES) == (case not in OF_PIECES)
-    assert granularity.keeps_factors(SHAPES) == (case not in OF_PIECES)
+    keeps_factors = case not in OF_PIECES or case.startswith("row_column")
+    assert granularity.keeps_factors(SHAPES) == keeps_factors
 
 
 def test_facts_do_not_depend_on_what_is_split():

@@ -72,6 +72,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "row": ("row", {}),
     "row and tables": ("row", {"tables": True}),
     "column": ("column", {}),
+    "row_column": ("row_column", {}),
+    "row_column and tables": ("row_column", {"tables": True}),
     "head": ("head", {"heads": HEADS}),
     "chunk": ("chunk", {"pieces": 5}),
     "chunk and tables": ("chunk", {"pieces": 5, "tables": True}),
@@ -179,6 +181,12 @@ def parts_of(case: str, name: str, delta: np.ndarray) -> list[np.ndarray]:
         return [only(delta, i) for i in range(delta.shape[0])]
     if case == "column":
         return [only(delta, np.s_[:, j]) for j in range(delta.shape[1])]
+    if case in ("row_column", "row_column and tables"):
+        rows = [only(delta, i) for i in range(delta.shape[0])]
+        if delta.ndim != 2:
+            return rows
+        columns = [only(delta, np.s_[:, j]) for j in range(delta.shape[1])]
+        return [part / 2 for part in rows + columns]
     if case in ("chunk", "chunk and tables"):
         return cut(delta, np.arange(delta.size), 5)
     if case == "uneven chunk":

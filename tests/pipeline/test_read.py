@@ -167,6 +167,7 @@ DARE = FittedStep("drop_and_rescale", {"drop": 0.5})
     ("granularity", "options", "interference"),
     [
         ("row", {}, TIES),
+        ("row_column", {}, TIES),
         ("chunk", {"pieces": 7}, ()),
         ("chunk", {"pieces": UNEVEN}, TIES),
         ("partition", {"groups": 7, "seed": 1}, TIES),
@@ -484,6 +485,7 @@ def test_an_adapter_is_an_expert_whatever_is_kept_from_the_base(mixed_forms):
         ("tensor", {}, ()),
         ("row", {}, ()),
         ("column", {}, ()),
+        ("row_column", {}, ()),
         ("partition", {"groups": 5, "seed": 1}, ()),
         ("singular", {"rank": 3}, ()),
         # Not `trim`: rounding decides which side of the threshold the entry that sets it is on.

@@ -149,7 +149,9 @@ def test_a_granularity_of_ones_own_starts_by_row_as_the_built_in_one_does():
     np.testing.assert_allclose(values["pooler.weight"][0], by_row.values["pooler.weight"])
 
 
-@pytest.mark.parametrize("granularity", [*ALONG_AXES, "chunk", "partition", "singular"])
+@pytest.mark.parametrize(
+    "granularity", [*ALONG_AXES, "row_column", "chunk", "partition", "singular"]
+)
 def test_the_same_granularity_starts_as_it_was_learned(granularity):
     source = learned(granularity)
     start = WarmStart(source.per_tensor(), INITIAL, "file", learned=source)
@@ -163,7 +165,7 @@ def test_the_same_granularity_starts_as_it_was_learned(granularity):
         np.testing.assert_array_equal(found[group], array)
 
 
-@pytest.mark.parametrize("after", ["chunk", "partition", "singular"])
+@pytest.mark.parametrize("after", ["row_column", "chunk", "partition", "singular"])
 def test_pieces_start_at_the_mean_of_their_tensor(after):
     source = learned("row")
     _, values = started(WarmStart(source.per_tensor(), INITIAL, "file", learned=source), after)

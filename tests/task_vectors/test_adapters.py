@@ -206,6 +206,14 @@ def test_an_adapter_of_a_granularity_of_ones_own(llama, tmp_path):
         np.testing.assert_array_equal(found[name], array)
 
 
+def test_an_adapter_of_rows_and_columns_has_twice_the_rank(llama, tmp_path):
+    folded(llama.adapters, tmp_path, granularity="row_column")
+    require_same("llama", Path(llama.adapters["base"]), tmp_path)
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    a = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert a.shape[0] == 14
+
+
 @pytest.mark.parametrize("kind", ["bert", "vit", "clip", "t5", "tied"])
 def test_an_adapter_of_every_kind_of_model(tmp_path, kind):
     adapters = {

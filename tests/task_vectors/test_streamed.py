@@ -24,6 +24,7 @@ from adamerge_jax.task_vectors import DenseDelta, LoadedDelta, QuantizedDelta, S
 from adamerge_jax.task_vectors.offload.memory import DiskMemory, Memory, make_memory
 from adamerge_jax.task_vectors.offload.scratch import Scratch
 from adamerge_jax.task_vectors.quantized import quantize
+from adamerge_jax.task_vectors.row_column import by_row_and_column
 from tests.references import learning_inputs
 
 EXPERTS, LAYERS, ROWS, COLUMNS = 4, 3, 6, 5
@@ -126,6 +127,20 @@ def test_singular_directions_are_those_on_the_device(place):
     ]
     assert isinstance(split[0], StreamedDelta)
     found, expected = (sums_and_gradient(delta, base, scale, cotangent) for delta in split)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_rows_and_columns_are_scaled_as_on_the_device(place):
+    values, base = draw(0, LAYERS, EXPERTS, ROWS, COLUMNS), draw(1, LAYERS, ROWS, COLUMNS)
+    scale, cotangent = draw(3, LAYERS, EXPERTS, ROWS + COLUMNS), draw(2, LAYERS, ROWS, COLUMNS)
+    laid_out = [
+        by_row_and_column(kept(where, DenseDelta(values), stacked=True), ROWS)
+        for where in (place, "device")
+    ]
+    assert isinstance(laid_out[0], StreamedDelta)
+    found, expected = (sums_and_gradient(delta, base, scale, cotangent) for delta in laid_out)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, **TOLERANCE)
 

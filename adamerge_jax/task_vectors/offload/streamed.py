@@ -6,6 +6,7 @@ factors are never kept so: they are small, and their product asks for those of a
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -163,14 +164,16 @@ class StreamedDelta:
 
     def in_pieces(self, pieces: int, *, stacked: bool, seed: int | None = None) -> Delta:
         """Cuts all experts of this parameter in memory, and puts the pieces where it was."""
-        with _on_host():
-            delta = self.source.loaded().in_pieces(pieces, stacked=stacked, seed=seed)
-        return self._another(delta)
+        return self.laid_out(lambda delta: delta.in_pieces(pieces, stacked=stacked, seed=seed))
 
     def by_direction(self, rank: int | None) -> Delta:
         """Decomposes all experts of this parameter in memory, and puts the factors where it was."""
+        return self.laid_out(lambda delta: delta.by_direction(rank))
+
+    def laid_out(self, change: Callable[[LoadedDelta], Delta]) -> Delta:
+        """Changes the deltas of all experts in memory, and puts them where they were."""
         with _on_host():
-            delta = self.source.loaded().by_direction(rank)
+            delta = change(self.source.loaded())
         return self._another(delta)
 
     def norms(self, *, stacked: bool) -> Float[Array, "... K"]:
