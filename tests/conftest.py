@@ -42,10 +42,11 @@ hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("tests")
 
 
-# Modules that take most of a minute each.
+# Modules that take a quarter of a minute or more each.
 _LONG = {
     *("test_devices", "test_notebooks", "test_resuming", "test_presets"),
-    *("test_run", "test_imports", "test_initial_merge"),
+    *("test_run", "test_imports", "test_initial_merge", "test_plan", "test_adapters"),
+    *("test_learning", "test_language_learning", "test_compare"),
 }
 
 
