@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from adamerge_jax.own_model.merged import Merged
     from adamerge_jax.own_model.merging import merge
     from adamerge_jax.own_model.recipe import Prepared, prepare, run_recipe
+    from adamerge_jax.pipeline.ended_run import Run
     from adamerge_jax.pipeline.learn import MergeResult
-    from adamerge_jax.pipeline.run import Run
     from adamerge_jax.recipes.loading import load_recipe, parse_recipe
     from adamerge_jax.recipes.schema import Recipe
     from adamerge_jax.registry import extension
@@ -81,7 +81,7 @@ _HOMES = {
     "Prepared": "own_model.recipe",
     "Recipe": "recipes.schema",
     "Row": "runs.rows",
-    "Run": "pipeline.run",
+    "Run": "pipeline.ended_run",
     "ask_expert": "data.expert_targets",
     "calibrate": "data.batches",
     "coefficients_figure": "report.maps",

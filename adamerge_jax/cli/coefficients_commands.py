@@ -133,7 +133,7 @@ class Coarsen(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Writes the file, and says what it loses."""
-        from adamerge_jax.pipeline.run import coarsen_file
+        from adamerge_jax.pipeline.run_coarsen import coarsen_file
 
         coarsened = coarsen_file(
             self.coefficients,
@@ -179,7 +179,7 @@ class Mergekit(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Writes the file, and says how to use it."""
-        from adamerge_jax.pipeline.run import write_mergekit
+        from adamerge_jax.pipeline.run_mergekit import write_mergekit
 
         write_mergekit(
             self.coefficients, call.recipe, root=call.root, out=self.out, console=call.console

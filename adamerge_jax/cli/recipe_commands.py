@@ -31,7 +31,7 @@ class Learn(RecipeCommand):
     def run(self, call: Invocation) -> None:
         """Learns, exports, and says where the results are."""
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
-        from adamerge_jax.pipeline.run import learn
+        from adamerge_jax.pipeline.run_learn import learn
         from adamerge_jax.runs.files import COEFFICIENTS_FILE, HEAT_MAP_FILE, PAGE_FILE
 
         out = self.run_folder_of(call.recipe)
@@ -166,7 +166,7 @@ class Fold(RecipeCommand):
         """Exports the merge, and says where it is."""
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.match import parse_scale
-        from adamerge_jax.pipeline.run import fold_file
+        from adamerge_jax.pipeline.run_fold import fold_file
 
         fold_file(
             self.coefficients,
@@ -195,7 +195,7 @@ class Merge(RecipeCommand):
     def run(self, call: Invocation) -> None:
         """Exports the merge, and says where it is."""
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
-        from adamerge_jax.pipeline.run import merge
+        from adamerge_jax.pipeline.run_merge import merge
         from adamerge_jax.registry import allow_code
         from adamerge_jax.runs.files import COEFFICIENTS_FILE
 
@@ -272,7 +272,7 @@ class Evaluate(RecipeCommand):
 
     def run(self, call: Invocation) -> None:
         """Prints the table of results."""
-        from adamerge_jax.pipeline.run import evaluate
+        from adamerge_jax.pipeline.run_evaluate import evaluate
 
         evaluate(call.recipe, self.checkpoint, root=call.root, console=call.console)
 

@@ -17,11 +17,11 @@ from adamerge_jax.learning.learner import Frozen
 from adamerge_jax.learning.loop import Progress
 from adamerge_jax.own_model.progress import OnStep, show_line
 from adamerge_jax.parameter_names import is_stacked, tensors_of
-from adamerge_jax.pipeline import run
+from adamerge_jax.pipeline import run_learn
 from adamerge_jax.pipeline.baselines import baseline_rows
+from adamerge_jax.pipeline.ended_run import Run
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult, learn_coefficients
 from adamerge_jax.pipeline.learn import prepare as read_and_ask
-from adamerge_jax.pipeline.run import Run
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.schema import Recipe
@@ -67,7 +67,7 @@ def run_recipe(
         base: none
     """
     console = Console(quiet=not progress)
-    return run.learn(recipe, root=Path(root), out=Path(out), console=console, resume=resume)
+    return run_learn.learn(recipe, root=Path(root), out=Path(out), console=console, resume=resume)
 
 
 def prepare(recipe: Recipe, root: Path | str = ".", *, progress: bool = True) -> "Prepared":

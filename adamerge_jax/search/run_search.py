@@ -16,17 +16,19 @@ from adamerge_jax.evaluation.harness import require_harness
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.baselines import baseline_rows
+from adamerge_jax.pipeline.ended_run import Run, ended_run
 from adamerge_jax.pipeline.export import (
     CHECKPOINT_FOLDER,
     ExportJob,
     MergeFacts,
     require_exportable,
 )
+from adamerge_jax.pipeline.export_and_compare import export_and_compare
+from adamerge_jax.pipeline.export_job import export_job
 from adamerge_jax.pipeline.harness_rows import open_harness
 from adamerge_jax.pipeline.learn import LearningInputs, prepare
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.row_cache import RowCache
-from adamerge_jax.pipeline.run import Run, ended_run, export_and_compare, export_job
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.schema import EvaluationRecipe, LmEvalRecipe, MethodRecipe, Recipe
 from adamerge_jax.runs.counting import count_on

@@ -41,7 +41,7 @@ from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.renamed import current_name
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of, is_known
-from adamerge_jax.pipeline.run import merge
+from adamerge_jax.pipeline.run_merge import merge
 from adamerge_jax.recipes.loading import parse_recipe
 
 # Imported once, for all processes; none of them starts a device of JAX, which no fork survives.
@@ -50,7 +50,7 @@ PRELOADED = (
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "optax",
-    "adamerge_jax.pipeline.run",
+    "adamerge_jax.pipeline.run_merge",
     "adamerge_jax.models.bridge.family",
 )
 

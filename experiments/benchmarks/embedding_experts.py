@@ -25,7 +25,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from adamerge_jax import load_recipe
-from adamerge_jax.pipeline.run import learn
+from adamerge_jax.pipeline.run_learn import learn
 
 TASKS = {"questions": "trec", "subjectivity": "subj"}
 """The set of text6 whose classes make each expert's notion of similarity."""

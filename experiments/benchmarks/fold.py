@@ -43,7 +43,7 @@ from adamerge_jax.coefficients.granularities import constant, make_granularity
 from adamerge_jax.models import family_of
 from adamerge_jax.parameter_names import tensor_shape, tensors_of
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.run import fold_file
+from adamerge_jax.pipeline.run_fold import fold_file
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import Recipe
 

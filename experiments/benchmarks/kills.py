@@ -70,11 +70,11 @@ def import_libraries() -> None:
 
     import adamerge_jax.cli.main
     import adamerge_jax.models.vit
-    import adamerge_jax.pipeline.run
+    import adamerge_jax.pipeline.run_learn
 
     # Asked for by name, they are imported.
     _ = transformers.ViTConfig, datasets.load_dataset, orbax.checkpoint
-    _ = adamerge_jax.cli.main, adamerge_jax.models.vit, adamerge_jax.pipeline.run
+    _ = adamerge_jax.cli.main, adamerge_jax.models.vit, adamerge_jax.pipeline.run_learn
 
     def write_empty(figure: Any, stream: Any, format: str, **options: Any) -> None:
         stream.write(f"<svg/>{PNG_END.decode('latin1')}".encode("latin1"))

@@ -13,7 +13,7 @@ from types import FrameType
 import pytest
 
 from adamerge_jax.cli import main as cli
-from adamerge_jax.pipeline import run
+from adamerge_jax.pipeline import run_learn
 from tests.bad_inputs.bad import Bad
 from tests.bad_inputs.suites import copy_suite
 
@@ -67,7 +67,7 @@ def outcome(command: str, root: Path, temporary: Path) -> tuple[object, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(tempfile, "tempdir", str(temporary))
-        patch.setattr(run, "learn_coefficients", _accept)
+        patch.setattr(run_learn, "learn_coefficients", _accept)
         try:
             with (
                 _at_most(LONGEST, LONGEST_WAIT),

@@ -10,7 +10,7 @@ import pytest
 from adamerge_jax.cli import main as cli
 from adamerge_jax.cli.coefficients_commands import Inspect
 from adamerge_jax.errors import InputError, file_in_hand, in_hand, readable
-from adamerge_jax.pipeline import run
+from adamerge_jax.pipeline import run_learn
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import random_coefficients, write_recipe
@@ -90,7 +90,7 @@ def test_what_is_our_own_fault(error, monkeypatch, capfd):
 
 
 def test_the_run_folder_keeps_the_traceback(text_recipe, tmp_path, monkeypatch, temporary, capfd):
-    monkeypatch.setattr(run, "learn_coefficients", raising(KeyError("step")))
+    monkeypatch.setattr(run_learn, "learn_coefficients", raising(KeyError("step")))
     recipe, out = write_recipe(tmp_path, text_recipe), tmp_path / "out"
     status, line = ended(capfd, "learn", str(recipe), "--out", str(out), "--quiet")
     assert status == 1
@@ -100,7 +100,7 @@ def test_the_run_folder_keeps_the_traceback(text_recipe, tmp_path, monkeypatch, 
 
 
 def test_a_folder_that_is_no_run_s_stays_as_it_is(text_recipe, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(run, "open_workspace", raising(KeyError("step")))
+    monkeypatch.setattr(run_learn, "open_workspace", raising(KeyError("step")))
     recipe, out = write_recipe(tmp_path, text_recipe), tmp_path / "out"
     status, _ = ended(capfd, "learn", str(recipe), "--out", str(out))
     assert status == 1

@@ -17,7 +17,7 @@ from adamerge_jax.comparison.saved import load, row_file
 from adamerge_jax.comparison.worker import Job, JobFailed, run_here, run_in_process
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object
-from adamerge_jax.pipeline.run import evaluate
+from adamerge_jax.pipeline.run_evaluate import evaluate
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.runs.results import read_results
 from tests.language_references import (

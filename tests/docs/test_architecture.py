@@ -32,7 +32,7 @@ from adamerge_jax.models import ARCHITECTURES, family_of
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.objectives import Targets, TargetSpec, TaskOutputs
 from adamerge_jax.pipeline import export
-from adamerge_jax.pipeline.run import merge
+from adamerge_jax.pipeline.run_merge import merge
 from adamerge_jax.task_vectors import task_vectors
 from tests.models.test_decoders import SIZES, TOLERANCE, padded_batch
 from tests.references import (

@@ -20,7 +20,7 @@ from adamerge_jax.methods import METHODS, MergeMethod, make_method, merged_param
 from adamerge_jax.pipeline.initial_merge import fit_initial_merge
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_task_vectors
-from adamerge_jax.pipeline.run import evaluate
+from adamerge_jax.pipeline.run_evaluate import evaluate
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.registry import allow_code
 from adamerge_jax.task_vectors import DenseDelta

@@ -17,7 +17,7 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.files.json_object import read_object
 from adamerge_jax.methods import METHODS, fisher, make_method, merged_parameters, regmean
 from adamerge_jax.methods.least_squares import solve_symmetric
-from adamerge_jax.pipeline.run import evaluate
+from adamerge_jax.pipeline.run_evaluate import evaluate
 from adamerge_jax.recipes.loading import load_recipe
 from tests.methods.data_formulas import DATA_CASES
 from tests.methods.tiny_network import EXPERTS, NORM, NORM_BIAS, SHAPES, UP, Problem

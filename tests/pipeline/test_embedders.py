@@ -24,10 +24,14 @@ from adamerge_jax.checkpoints.sentence_modules import read_embedding_form, write
 from adamerge_jax.cli import main as cli
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.embedding_form import EmbeddingForm
+from adamerge_jax.pipeline.ended_run import Run
 from adamerge_jax.pipeline.merge import open_statistics
 from adamerge_jax.pipeline.models import match_backbone, open_models
 from adamerge_jax.pipeline.read import load_backbone
-from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn, merge
+from adamerge_jax.pipeline.run_evaluate import evaluate
+from adamerge_jax.pipeline.run_fold import fold_file
+from adamerge_jax.pipeline.run_learn import learn
+from adamerge_jax.pipeline.run_merge import merge
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe

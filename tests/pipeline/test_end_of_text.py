@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.run import evaluate
+from adamerge_jax.pipeline.run_evaluate import evaluate
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.plan.outline import outline
 from adamerge_jax.recipes.loading import parse_recipe

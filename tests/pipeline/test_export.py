@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.run import merge
+from adamerge_jax.pipeline.run_merge import merge
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import train
 from tests.language_references import byte_tokenizer, language_expert

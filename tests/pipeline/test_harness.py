@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation import harness as harness_module
 from adamerge_jax.evaluation.harness import Harness, _write_chat
-from adamerge_jax.pipeline.run import evaluate, learn, merge
+from adamerge_jax.pipeline.run_evaluate import evaluate
+from adamerge_jax.pipeline.run_learn import learn
+from adamerge_jax.pipeline.run_merge import merge
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import LmEvalRecipe
 from adamerge_jax.report.page import write_page

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification
 from adamerge_jax import Coefficients
 from adamerge_jax.cli.main import main
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.run import evaluate
+from adamerge_jax.pipeline.run_evaluate import evaluate
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.loading import load_recipe
 from adamerge_jax.runs.results import read_results

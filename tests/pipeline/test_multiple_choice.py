@@ -19,7 +19,10 @@ from transformers import (
 )
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn
+from adamerge_jax.pipeline.ended_run import Run
+from adamerge_jax.pipeline.run_evaluate import evaluate
+from adamerge_jax.pipeline.run_fold import fold_file
+from adamerge_jax.pipeline.run_learn import learn
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.plan.outline import outline
 from adamerge_jax.recipes.loading import parse_recipe

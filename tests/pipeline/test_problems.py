@@ -27,8 +27,11 @@ from adamerge_jax.cli import main as cli
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets, TaskOutputs, make_objective
 from adamerge_jax.pipeline.account import account
+from adamerge_jax.pipeline.ended_run import Run
 from adamerge_jax.pipeline.models import open_models
-from adamerge_jax.pipeline.run import Run, evaluate, fold_file, learn
+from adamerge_jax.pipeline.run_evaluate import evaluate
+from adamerge_jax.pipeline.run_fold import fold_file
+from adamerge_jax.pipeline.run_learn import learn
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe

@@ -32,10 +32,10 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 from adamerge_jax.pipeline.export import export
+from adamerge_jax.pipeline.export_job import export_job
 from adamerge_jax.pipeline.fold import fold
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_head, load_zero_shot_head
-from adamerge_jax.pipeline.run import export_job
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from adamerge_jax.runs.predictions import read_predictions

@@ -22,7 +22,7 @@ from adamerge_jax.cli import main as cli
 from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.errors import InputError
 from adamerge_jax.learning.snapshots import last_step, load_snapshot, save_snapshot
-from adamerge_jax.pipeline import run as jobs
+from adamerge_jax.pipeline import run_learn
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.runs.lock import hold
 from adamerge_jax.runs.progress import show_progress
@@ -90,7 +90,7 @@ def call_after(monkeypatch: pytest.MonkeyPatch, records: int, call: Callable[[],
 
         return Watch()
 
-    monkeypatch.setattr(jobs, "show_progress", killing)
+    monkeypatch.setattr(run_learn, "show_progress", killing)
 
 
 def require_same(run: Path, undisturbed: Path) -> None:
@@ -182,7 +182,7 @@ def test_killed_while_evaluating(image_fields, tmp_path, monkeypatch):
         def killed(*arguments):
             raise Killed
 
-        patched.setattr(jobs, "learned_row", killed)
+        patched.setattr(run_learn, "learned_row", killed)
         with pytest.raises(Killed):
             learn(tmp_path, fields)
     run = tmp_path / "run"

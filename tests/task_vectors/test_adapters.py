@@ -27,8 +27,8 @@ from adamerge_jax.errors import InputError
 from adamerge_jax.interference import FittedStep
 from adamerge_jax.pipeline import run as jobs
 from adamerge_jax.pipeline.export import export
+from adamerge_jax.pipeline.export_job import export_job
 from adamerge_jax.pipeline.models import Models, open_models
-from adamerge_jax.pipeline.run import export_job
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.registry import allow_code

@@ -33,7 +33,8 @@ from adamerge_jax.models import family_of
 from adamerge_jax.models.bridge import torch_in_jax
 from adamerge_jax.pipeline.example_loader import _image_shape
 from adamerge_jax.pipeline.learn import learn_coefficients
-from adamerge_jax.pipeline.run import fold_file, learn
+from adamerge_jax.pipeline.run_fold import fold_file
+from adamerge_jax.pipeline.run_learn import learn
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.runs.files import COEFFICIENTS_FILE
 from tests.models.bridge.tiny import TEXT_CONFIGS

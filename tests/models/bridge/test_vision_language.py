@@ -27,7 +27,7 @@ from adamerge_jax.objectives import NOT_PREDICTED, TargetSpec
 from adamerge_jax.pipeline.learn import _require_layers
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_backbone, load_expert
-from adamerge_jax.pipeline.run import learn
+from adamerge_jax.pipeline.run_learn import learn
 from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.language_references import rows_of
