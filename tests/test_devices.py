@@ -307,7 +307,7 @@ def test_weights_are_gathered_and_coefficients_summed(on_eight, layout):
 def test_two_processes(image_fields, tmp_path):
     """Whole runs by the command: one merge, written once, each process with a part of it."""
     fields = image_fields | RECOMMENDED | {"learning": LEARNING, "export": {}}
-    fields |= {"evaluation": {"baselines": "quick"}}
+    fields |= {"evaluation": {"baselines": "quick", "task_arithmetic": [0.2, 0.4]}}
     recipe = write_recipe(tmp_path, fields)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
