@@ -15,9 +15,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation.generate import Writer
-from adamerge_jax.files.caches import cache_folder
-from adamerge_jax.files.json_object import read_object
-from adamerge_jax.files.writing import write_whole
+from adamerge_jax.files.caches import cache_folder, keep_if_possible, read_from_cache
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.runs.counting import ShowCount
 
@@ -25,6 +23,12 @@ log = logging.getLogger(__name__)
 
 FOLDER = "answers"
 """The name of the folder in the user's cache."""
+
+MOST_BYTES = 100_000_000
+"""The size of all kept answers together; the oldest make room."""
+
+LARGEST_FILE = 20_000_000
+"""The size of the largest file that is kept, or read."""
 
 
 class _SavedAnswers(BaseModel):
@@ -100,14 +104,14 @@ class BaseWriter(NamedTuple):
             return answers
         answers = self._write(prompts, stops, new_tokens)
         saved = _SavedAnswers(facts=facts, answers=answers, digest=_digest(answers))
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(saved.model_dump()) + "\n")
-        except OSError as error:
-            log.warning(
-                f"cannot keep the base's answers in {file.parent} ({error.strerror or error}); the "
-                "next run writes them anew"
-            )
+        keep_if_possible(
+            file,
+            json.dumps(saved.model_dump()) + "\n",
+            largest=LARGEST_FILE,
+            most_bytes=MOST_BYTES,
+            words="the base's answers",
+            otherwise="the next run writes them anew",
+        )
         return answers
 
     def _facts(self) -> dict[str, Any]:
@@ -135,9 +139,10 @@ def _digest(value: Any) -> str:
 def _read(file: Path, facts: Mapping[str, Any]) -> list[list[int]] | None:
     """Returns the answers in a file; None where there are none of these facts, or it is damaged."""
     try:
-        if not file.is_file():
+        fields = read_from_cache(file, LARGEST_FILE)
+        if fields is None:
             return None
-        saved = _SavedAnswers.model_validate(read_object(file))
+        saved = _SavedAnswers.model_validate(fields)
     except (OSError, InputError, ValidationError) as error:
         log.warning(f"{file} cannot be read, and the base writes its answers anew: {error}")
         return None

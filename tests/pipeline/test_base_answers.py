@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adamerge_jax.evaluation.generate import Writer
+from adamerge_jax.pipeline import base_answers
 from adamerge_jax.pipeline.base_answers import BaseWriter, _read
 from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.read import load_backbone
@@ -152,6 +153,15 @@ def test_answers_that_cannot_be_kept_are_answers(base, tmp_path, caplog):
     (tmp_path / "adamerge_jax/answers").touch()
     assert base.answers() == answers
     assert "cannot keep the base's answers" in caplog.text
+
+
+def test_the_oldest_answers_make_room(base, tmp_path, monkeypatch):
+    base.answers()
+    first = cached(tmp_path)
+    os.utime(first, (0, 0))
+    monkeypatch.setattr(base_answers, "MOST_BYTES", first.stat().st_size)
+    base.answers(new_tokens=5)
+    assert cached(tmp_path) != first
 
 
 def test_a_cache_folder_that_cannot_be_read_has_no_answers(tmp_path, caplog):
