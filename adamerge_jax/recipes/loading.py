@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from adamerge_jax.errors import InputError, and_more, shorten
 from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.recipes.checks import check
-from adamerge_jax.recipes.presets import apply_preset
+from adamerge_jax.recipes.presets import apply_preset, complete
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.registry import allow_code, require_allowed
 
@@ -30,7 +30,9 @@ def load_recipe(
     Args:
         path: A YAML file.
         preset: Replaces the preset that the file names.
-        changes: Sections in place of the file's: `{"seed": 1}`.
+        changes: Fields in place of the file's, whose others stay: `{"learning": {"steps": 20}}` has
+            another number of steps alone. Tasks and lists are taken as a whole; where a choice
+            changes, such as the granularity, the file's options of it go.
         allow_code: If True, the functions of somebody's own that the recipe names
             (`package.module:function`) may be imported when a run needs them.
 
@@ -67,15 +69,18 @@ def read_recipe(
     Args:
         path: A YAML file.
         preset: Replaces the preset that the file names.
-        changes: Sections in place of the file's.
+        changes: Fields in place of the file's; see `load_recipe`.
 
     Raises:
         InputError: The file is missing, is not YAML, or a field is unknown, missing or wrong.
     """
     chosen = {} if preset is None else {"preset": preset}
     file = Path(path)
-    fields = {"name": file.stem} | read_fields(file) | dict(changes or {}) | chosen
-    return _validate(fields, str(path))
+    fields = {"name": file.stem} | read_fields(file)
+    if changes:
+        tasks = changes.get("tasks", fields.get("tasks"))
+        fields = complete(changes, fields) | ({} if tasks is None else {"tasks": tasks})
+    return _validate(fields | chosen, str(path))
 
 
 def read_fields(path: Path) -> dict[str, Any]:

@@ -344,6 +344,26 @@ def test_files(tmp_path):
     assert load_recipe(write_recipe(tmp_path, fields(name="mine"))).name == "mine"
 
 
+def test_changed_fields_leave_the_others_of_the_file(tmp_path):
+    chunks = {"granularity": "chunk", "granularity_options": {"pieces": 4}, "initial": 0.2}
+    learning = {"steps": 7, "optimizer": {"learning_rate": 0.5}}
+    file = write_recipe(tmp_path, fields(coefficients=chunks, learning=learning))
+    one = {"a": fields()["tasks"]["a"]}
+    changes = {
+        "tasks": one,
+        "coefficients": {"granularity": "row"},
+        "learning": {"optimizer": {"name": "sgd"}},
+        "heads": "kept",
+    }
+    recipe = load_recipe(file, changes=changes)
+    assert [*recipe.tasks] == ["a"]
+    assert (recipe.coefficients.granularity, recipe.coefficients.granularity_options) == ("row", {})
+    assert (recipe.learning.steps, recipe.coefficients.initial) == (7, 0.2)
+    optimizer = recipe.learning.optimizer
+    assert (optimizer.name, optimizer.learning_rate, recipe.heads.kind) == ("sgd", 0.5, "kept")
+    assert load_recipe(file, changes={"seed": 1}).coefficients.granularity_options == {"pieces": 4}
+
+
 def test_numbers_in_files(tmp_path):
     file = write_recipe(tmp_path, fields())
     optimizer = "{learning_rate: 1e-2, options: {eps: 1e-6, b1: .5e0}}"

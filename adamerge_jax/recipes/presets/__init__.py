@@ -35,9 +35,7 @@ _OPTIONS_OF = {
 def apply_preset(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a recipe, completed by those of its preset.
 
-    Sections are completed field by field; a list is taken as a whole. If the recipe chooses another
-    granularity, constraint, optimizer or schedule than the preset, the preset's options of it are
-    left out.
+    See `complete`.
 
     Raises:
         InputError: There is no such preset.
@@ -45,7 +43,25 @@ def apply_preset(fields: Mapping[str, Any]) -> dict[str, Any]:
     name = fields.get("preset", DEFAULT_PRESET)
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"preset: found {name!r:.80}; expected one of {', '.join(PRESETS)}")
-    return _fill(dict(fields), PRESETS[name])
+    return complete(fields, PRESETS[name])
+
+
+def complete(fields: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a recipe or a section, completed by others that count less.
+
+    Sections are completed field by field; a list is taken as a whole. Options of a choice, such as
+    those of a granularity, are left out if the fields choose another.
+    """
+    filled = copy.deepcopy(dict(others))
+    for choice, options in _OPTIONS_OF.items():
+        if choice in fields and fields[choice] != others.get(choice):
+            filled.pop(options, None)
+    for key, value in fields.items():
+        if isinstance(value, Mapping) and isinstance(filled.get(key), Mapping):
+            filled[key] = complete(value, filled[key])
+        else:
+            filled[key] = value
+    return filled
 
 
 def drop_options_of_replaced(
@@ -68,16 +84,3 @@ def drop_options_of_replaced(
         if isinstance(value, Mapping) and isinstance(before.get(key), Mapping):
             remaining[key] = drop_options_of_replaced(value, before[key], changed, f"{path}{key}.")
     return remaining
-
-
-def _fill(fields: dict[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
-    filled = copy.deepcopy(dict(preset))
-    for choice, options in _OPTIONS_OF.items():
-        if choice in fields and fields[choice] != preset.get(choice):
-            filled.pop(options, None)
-    for key, value in fields.items():
-        if isinstance(value, Mapping) and isinstance(filled.get(key), Mapping):
-            filled[key] = _fill(dict(value), filled[key])
-        else:
-            filled[key] = value
-    return filled
