@@ -32,11 +32,17 @@ class Learn(RecipeCommand):
         """Learns, exports, and says where the results are."""
         from adamerge_jax.pipeline.export import CHECKPOINT_FOLDER
         from adamerge_jax.pipeline.run_learn import learn
+        from adamerge_jax.plan import pick_fields
         from adamerge_jax.runs.files import COEFFICIENTS_FILE, HEAT_MAP_FILE, PAGE_FILE
 
         out = self.run_folder_of(call.recipe)
         result = learn(
-            call.recipe, root=call.root, out=out, console=call.console, resume=self.resume
+            call.recipe,
+            root=call.root,
+            out=out,
+            console=call.console,
+            resume=self.resume,
+            pick_fields=pick_fields,
         )
         call.print_places(
             f"merged checkpoint {out / CHECKPOINT_FOLDER}\n"

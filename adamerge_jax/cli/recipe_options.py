@@ -129,7 +129,8 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     )
     # Once more as a whole: what a field may be can depend on another.
     allowed = parsed.command.allow_code
-    parsed.recipe = parse_recipe(fields, "command line", allow_code=allowed)
+    left_open = {field: auto for field, auto in recipe.left_open.items() if field not in named}
+    parsed.recipe = parse_recipe(fields, "command line", allow_code=allowed, left_open=left_open)
     return parsed
 
 

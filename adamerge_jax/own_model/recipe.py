@@ -23,6 +23,7 @@ from adamerge_jax.pipeline.ended_run import Run
 from adamerge_jax.pipeline.learn import LearningInputs, MergeResult, learn_coefficients
 from adamerge_jax.pipeline.learn import prepare as read_and_ask
 from adamerge_jax.pipeline.workspace import open_workspace
+from adamerge_jax.plan import pick_fields
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.runs.counting import count_on
@@ -67,7 +68,14 @@ def run_recipe(
         base: none
     """
     console = Console(quiet=not progress)
-    return run_learn.learn(recipe, root=Path(root), out=Path(out), console=console, resume=resume)
+    return run_learn.learn(
+        recipe,
+        root=Path(root),
+        out=Path(out),
+        console=console,
+        resume=resume,
+        pick_fields=pick_fields,
+    )
 
 
 def prepare(recipe: Recipe, root: Path | str = ".", *, progress: bool = True) -> "Prepared":

@@ -32,6 +32,7 @@ from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.runs.counting import count_on
 from adamerge_jax.runs.files import COEFFICIENTS_FILE, METRICS_FILE, RECIPE_FILE, STATE_FOLDER
 from adamerge_jax.runs.lock import hold
+from adamerge_jax.runs.picks import NO_PICKS, PickFields, Picks, picks_of_run
 from adamerge_jax.runs.progress import show_progress
 from adamerge_jax.runs.record import (
     RunRecord,
@@ -53,7 +54,15 @@ UNWATCHED = "general ability is not watched: there is no general text (see retai
 """The note of a language model's run without general text."""
 
 
-def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bool = False) -> Run:
+def learn(
+    recipe: Recipe,
+    *,
+    root: Path,
+    out: Path,
+    console: Console,
+    resume: bool = False,
+    pick_fields: PickFields | None = None,
+) -> Run:
     """Learns coefficients, compares the merge with its baselines and exports it.
 
     Args:
@@ -63,6 +72,7 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
         console: The console that shows progress and results.
         resume: If True, the run in `out` goes on from its last state; without a state it starts
             from the beginning.
+        pick_fields: Picks the fields that the recipe leaves open; None for their defaults.
 
     Raises:
         InputError: The recipe, a checkpoint or data cannot be used, or `out`
@@ -73,11 +83,36 @@ def learn(recipe: Recipe, *, root: Path, out: Path, console: Console, resume: bo
     """
     devices, out = open_devices(**recipe.devices.model_dump()), out.expanduser()
     with by_first_process(hold(out)):
-        return _learn(recipe, devices, root, out, silence_others(console), resume)
+        console, picks = silence_others(console), NO_PICKS
+        if pick_fields is not None:
+            picks = _picks(recipe, root, out, console, resume, pick_fields)
+        recipe = picks.applied_to(recipe)
+        return _learn(recipe, devices, root, out, console, resume, picks)
+
+
+def _picks(
+    recipe: Recipe, root: Path, out: Path, console: Console, resume: bool, pick_fields: PickFields
+) -> Picks:
+    """Returns what an earlier start of the run has picked, or picks."""
+    if not resume:
+        require_startable(out, {}, resume=False)  # refused before anything takes time
+    elif (picked := picks_of_run(recipe, out)) is not None:
+        return picked
+    with console.status("planning") as status:
+        picks = pick_fields(recipe, root, lambda line: status.update(f"planning: {line}"))
+    if picks.line:
+        console.print(picks.line, highlight=False, soft_wrap=True)
+    return picks
 
 
 def _learn(
-    recipe: Recipe, devices: Devices, root: Path, out: Path, console: Console, resume: bool
+    recipe: Recipe,
+    devices: Devices,
+    root: Path,
+    out: Path,
+    console: Console,
+    resume: bool,
+    picks: Picks,
 ) -> Run:
     """Checks all input of a run, then learns in its folder, which this process holds."""
     resolved = recipe.model_dump(mode="json")
@@ -87,6 +122,8 @@ def _learn(
     require_installed(recipe.tracking)
     require_harness(recipe.evaluation.lm_eval)
     record = RunRecord(out)
+    if picks.fields:
+        record.add(picked=dict(picks.fields))
     with console.status("opening checkpoints and data"), record.phase("opening models and data"):
         check = partial(build, recipe)
         workspace = open_workspace(recipe, root, devices, count_on(console), check)

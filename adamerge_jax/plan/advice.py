@@ -7,7 +7,7 @@ else has to be traced anew. The combination that wins is then traced as a whole.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -84,14 +84,15 @@ class Target:
             is_cpu=self.device.is_cpu,
             names=("step", "expert"),  # an evaluation keeps less than a step
         )
-        return self.peak(self._memory(merge, programs))
+        return self.peak(self.memory(merge, programs))
 
     def held(self, merge: Outline) -> Memory:
         """Returns the memory of a merge but for what its programs take."""
         nothing = Work(0.0, 0.0, 0)
-        return self._memory(merge, Programs(nothing, nothing, nothing, 1))
+        return self.memory(merge, Programs(nothing, nothing, nothing, 1))
 
-    def _memory(self, merge: Outline, programs: Programs) -> Memory:
+    def memory(self, merge: Outline, programs: Programs) -> Memory:
+        """Returns the memory of a merge with its programs."""
         learning = merge.learning()
         return memory_of(
             merge, learning, programs, floor=self.floor, devices=self.devices, split=self.split
@@ -103,6 +104,7 @@ def advise(
     target: Target,
     programs: Programs,
     report: Callable[[str], Any] = lambda line: None,
+    fields: Collection[str] | None = None,
 ) -> list[Change]:
     """Returns changes of a recipe that does not fit, one after the other.
 
@@ -111,6 +113,7 @@ def advise(
         target: The device.
         programs: The work of the merge's programs, from their traces.
         report: Shows what is tried.
+        fields: The fields that may change; None for all.
 
     Returns:
         The changes of the fastest combination that fits; or those that lower the peak where none
@@ -121,26 +124,28 @@ def advise(
     for resort in (None, *_last_resorts(merge)):
         if resort is not None:
             field, value = resort
+            if fields is not None and field not in fields:
+                continue
             try:
                 merge = merge.changed(field, value)
             except InputError:
                 continue  # the other fields of the recipe do not go with it
         given = programs if resort is None else None
-        combinations = _Combinations(merge, target, report, given)
+        combinations = _Combinations(merge, target, report, given, fields)
         if resort is not None:
             before[field] = Change(field, value, combinations.peak({}), fits=False)
         fastest = combinations.fastest()
-        for fields in fastest:
-            report(f"tracing {_in_words(fields)}")
-            peak = target.measured(combinations.with_fields(fields))
-            changes = _one_by_one(combinations, [*before.values()], fields, peak)
+        for chosen in fastest:
+            report(f"tracing {_in_words(chosen)}")
+            peak = target.measured(combinations.with_fields(chosen))
+            changes = _one_by_one(combinations, [*before.values()], chosen, peak)
             if changes and changes[-1].fits:
                 return changes
         if fastest:
             continue  # the estimates were too low
-        fields = combinations.smallest()
-        peak = target.measured(combinations.with_fields(fields))
-        changes = _one_by_one(combinations, [*before.values()], fields, peak)
+        smallest = combinations.smallest()
+        peak = target.measured(combinations.with_fields(smallest))
+        changes = _one_by_one(combinations, [*before.values()], smallest, peak)
     return changes
 
 
@@ -160,6 +165,7 @@ class _Combinations:
         target: Target,
         report: Callable[[str], Any],
         programs: Programs | None,
+        fields: Collection[str] | None,
     ):
         """Traces as much as the peaks and times need.
 
@@ -168,8 +174,10 @@ class _Combinations:
             target: The device.
             report: Shows what is traced.
             programs: The work of the merge's programs, where they are traced already.
+            fields: The fields that may change; None for all.
         """
         self._programs = programs
+        self._fields = fields
         self._itemsize = max(leaf.dtype.itemsize for leaf in merge.base.values())
         self.merge = merge
         self.target = target
@@ -179,6 +187,7 @@ class _Combinations:
         self.parts = [n for n in range(recipe.learning.microbatches, batch + 1) if batch % n == 0]
         if not self._allowed("learning.microbatches", batch):
             self.parts = [recipe.learning.microbatches]
+        self.parts = self._open("learning.microbatches", self.parts)
         self._start = {
             "learning.rematerialize": recipe.learning.rematerialize,
             "learning.mix": recipe.learning.mix,
@@ -188,14 +197,17 @@ class _Combinations:
             "task_vectors.memory": recipe.task_vectors.memory,
         }
         self._steps: dict[str, list[tuple[int, Work]]] = {}
-        for choice in dict.fromkeys((recipe.learning.rematerialize, "layer")):
+        choices = [*dict.fromkeys((recipe.learning.rematerialize, "layer"))]
+        for choice in self._open("learning.rematerialize", choices):
             report(f"tracing steps with rematerialize {choice}")
             self._steps[choice] = [
                 (batch // parts, self._step(choice, parts))
                 for parts in dict.fromkeys((self.parts[0], self.parts[-1]))
             ]
         size = recipe.evaluation.batch_size
-        self.sizes = [size >> shift for shift in range(size.bit_length())]
+        self.sizes = self._open(
+            "evaluation.batch_size", [size >> shift for shift in range(size.bit_length())]
+        )
         self._experts = [
             (count, self._expert(count)) for count in dict.fromkeys((size, self.sizes[-1]))
         ]
@@ -259,7 +271,8 @@ class _Combinations:
             for rematerialize, parts, size in itertools.product(
                 self._steps, self.parts, self.sizes
             ):
-                for mix in ("step", "part") if parts > 1 else (self._start["learning.mix"],):
+                mixes = [self._start["learning.mix"], "step", "part"]
+                for mix in self._open("learning.mix", mixes) if parts > 1 else mixes[:1]:
                     yield {
                         "learning.rematerialize": rematerialize,
                         "learning.mix": mix,
@@ -321,6 +334,11 @@ class _Combinations:
             merge, learning, compiled=False, is_cpu=self.target.device.is_cpu, names=("expert",)
         ).expert
 
+    def _open(self, field: str, values: Sequence[Any]) -> list[Any]:
+        """Returns the values of a field that are tried, of which the first is the recipe's."""
+        is_open = self._fields is None or field in self._fields
+        return [*dict.fromkeys(values)] if is_open else [*values[:1]]
+
     def _allowed(self, field: str, value: Any) -> bool:
         try:
             self.merge.changed(field, value)
@@ -335,7 +353,8 @@ class _Combinations:
         choices = [name for choice in get_args(annotation) for name in get_args(choice)]
         bits = self._bits(now)
         # bfloat16 has the range of float32, where float16 may overflow.
-        return [now, *(n for n in choices if self._bits(n) < bits and n != "float16")]
+        smaller = [n for n in choices if self._bits(n) < bits and n != "float16"]
+        return self._open("task_vectors.dtype", [now, *smaller])
 
     def _bits(self, dtype: str | None) -> int:
         """Returns the bits of a task vector's entry; None for those of the base."""
@@ -349,7 +368,7 @@ class _Combinations:
         now = self.merge.recipe.task_vectors.memory
         if self.merge.recipe.devices.model > 1:
             return [now]
-        return places[places.index(now) :]
+        return self._open("task_vectors.memory", places[places.index(now) :])
 
 
 def _last_resorts(merge: Outline) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from adamerge_jax.errors import InputError, and_more, shorten
 from adamerge_jax.files.strict_yaml import read_yaml_file
 from adamerge_jax.recipes.checks import check
 from adamerge_jax.recipes.presets import apply_preset, complete
-from adamerge_jax.recipes.schema import Recipe
+from adamerge_jax.recipes.schema import AUTO, AUTOMATIC_FIELDS, PICKED_WITH_THEM, Recipe
 from adamerge_jax.registry import allow_code, require_allowed
 
 _MOST_MISTAKES = 8
@@ -100,7 +100,11 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(
-    fields: dict[str, Any], where: str = "recipe", *, allow_code: bool = False
+    fields: dict[str, Any],
+    where: str = "recipe",
+    *,
+    allow_code: bool = False,
+    left_open: Mapping[str, bool] | None = None,
 ) -> Recipe:
     """Validates a recipe given as nested dictionaries.
 
@@ -109,6 +113,8 @@ def parse_recipe(
         where: The beginning of error messages.
         allow_code: If True, the functions of somebody's own that the recipe names
             (`package.module:function`) may be imported when a run needs them.
+        left_open: Fields that a run may pick although they are there: those of a recipe that these
+            fields come from, see `Recipe.left_open`.
 
     Raises:
         InputError: A field is unknown, missing or wrong, or names code that is not allowed.
@@ -127,20 +133,44 @@ def parse_recipe(
         ...     print(error)
         recipe: unknown field lerning; nearest valid name is 'learning'
     """
-    recipe = _validate(fields, where)
+    recipe = _validate(fields, where, left_open or {})
     _admit_code(recipe, where, allow_code)
     return recipe
 
 
-def _validate(fields: dict[str, Any], where: str) -> Recipe:
+def _validate(
+    fields: dict[str, Any], where: str, left_open: Mapping[str, bool] | None = None
+) -> Recipe:
+    fields, found_open = _without_auto(fields)
     try:
         recipe = Recipe.model_validate(apply_preset(fields))
+        recipe._left_open = {**(left_open or {}), **found_open}
         check(recipe)
     except ValidationError as error:
         raise InputError(f"{where}: {describe_validation_error(error)}") from error
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return recipe
+
+
+def _without_auto(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Takes out fields that are `auto`: they begin with the preset's value or the default.
+
+    Returns:
+        The other fields, and `Recipe.left_open`.
+    """
+    others, left_open = dict(fields), {}
+    for path in (*AUTOMATIC_FIELDS, *PICKED_WITH_THEM):
+        section, _, name = path.partition(".")
+        given = others.get(section, {})
+        if not isinstance(given, Mapping):
+            continue  # refused with all else that is wrong
+        if name not in given:
+            left_open[path] = False
+        elif given[name] == AUTO and path in AUTOMATIC_FIELDS:
+            left_open[path] = True
+            others[section] = {key: value for key, value in given.items() if key != name}
+    return others, left_open
 
 
 def _admit_code(recipe: Recipe, where: str, allowed: bool) -> None:

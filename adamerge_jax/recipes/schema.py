@@ -4,7 +4,7 @@ Every field is documented by the string below it; the command line shows these w
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     model_validator,
 )
 
@@ -39,6 +40,14 @@ Number = Annotated[float, BeforeValidator(_refuse_truth)]
 
 Count = Annotated[Whole, Field(ge=1, le=10**9)]
 """A number of steps, examples, devices and the like."""
+
+AUTO = "auto"
+"""The word for a value that a run picks for itself, of `AUTOMATIC_FIELDS`."""
+
+if TYPE_CHECKING:
+    PickedCount = int  # a recipe that is read has the value that `auto` begins with
+else:
+    PickedCount = Count | Literal["auto"]
 
 Side = Annotated[Whole, Field(ge=1, le=2**14)]
 """A number of pixels."""
@@ -304,11 +313,11 @@ class TaskVectorsRecipe(Section):
     """Dtype of the task vectors; by default that of the weights. int8 rounds by a step for each row
     of a matrix, int4 by a step for 64 entries of a row, and half a step is the largest error; LoRA
     factors then stay float32."""
-    memory: Literal["device", "host", "disk"] = "device"
+    memory: Literal["device", "host", "disk", "auto"] = "device"
     """Place of the task vectors: device; host, the host's memory, from which the compiled step
     fetches one expert's piece of one layer at a time; or disk, a temporary file (under TMPDIR) that
     it reads. With host and disk, memory on the device does not grow with the number of experts.
-    LoRA factors stay on the device."""
+    LoRA factors stay on the device. auto: the first of these with which the run fits."""
 
 
 class ObjectiveRecipe(Section):
@@ -364,11 +373,12 @@ class LearningRecipe(Section):
 
     steps: Count = 500
     """Number of optimizer steps."""
-    batch_size: Count = 16
-    """Examples of every task per step."""
-    microbatches: Count = 1
+    batch_size: PickedCount = 16
+    """Examples of every task per step. auto: the default, or half as many and so on where nothing
+    else makes the run fit."""
+    microbatches: PickedCount = 1
     """Equal parts in which a step runs its batch, one after the other: less memory for activations,
-    the same coefficients."""
+    the same coefficients. auto: as many as make the run fit."""
     mix: Literal["step", "part"] = "step"
     """The mixing of weights where there are several microbatches: once a step, which reads the
     task vectors twice and holds the merged model and its gradient; or in every part, layer by
@@ -390,8 +400,9 @@ class LearningRecipe(Section):
     tasks on the held-out part falls below this fraction of its initial value. The agreement is with
     the labels, or where there are none with the expert."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
-    rematerialize: Literal["nothing", "weights", "elementwise", "layer"] = "elementwise"
-    """Values that the backward pass computes again rather than keeps, from fastest to smallest."""
+    rematerialize: Literal["nothing", "weights", "elementwise", "layer", "auto"] = "elementwise"
+    """Values that the backward pass computes again rather than keeps, from fastest to smallest.
+    auto: elementwise, or layer where the run fits with that."""
 
 
 class LmEvalRecipe(Section):
@@ -457,6 +468,17 @@ class EvaluationRecipe(Section):
     checkpoint, the base and the experts are evaluated: their names, or these with options. Needs
     the extra lm-eval."""
 
+
+AUTOMATIC_FIELDS = (
+    "learning.batch_size",
+    "learning.microbatches",
+    "learning.rematerialize",
+    "task_vectors.memory",
+)
+"""The fields that may be `auto`, which is what they are on an accelerator where nothing is said."""
+
+PICKED_WITH_THEM = ("learning.mix", "evaluation.batch_size")
+"""Fields that are picked with these where a recipe leaves them out: no result depends on them."""
 
 SHORTHANDS: Mapping[type[Section], str] = {
     _PathSection: "path",
@@ -608,6 +630,17 @@ class Recipe(Section):
     """Dtype of weights and activations while learning; by default the checkpoint's."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
     """Seed of all randomness."""
+
+    _left_open: dict[str, bool] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Returns True for a recipe of the same values, wherever they come from."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    @property
+    def left_open(self) -> Mapping[str, bool]:
+        """The fields that a run may pick: True where the recipe says auto, else it says nothing."""
+        return self._left_open
 
     @property
     def own_code(self) -> dict[str, str]:

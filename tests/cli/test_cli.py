@@ -67,7 +67,7 @@ def test_no_line_of_help_is_torn(capsys, monkeypatch):
     """Lines end where the terminal does, not where those of the source do."""
     monkeypatch.setenv("COLUMNS", "80")
     printed = help_of("learn", "--help", capsys=capsys)
-    assert "adamerging-task, adamerging, adamerging++" in printed
+    assert "expert-merging++, self-positioning" in printed
 
 
 def test_a_reader_that_goes_away_is_no_fault(monkeypatch, capsys):
