@@ -15,6 +15,7 @@ from typing import NoReturn, Protocol
 import tyro
 from rich.console import Console
 
+from adamerge_jax.cli.allocation import keep_freed_memory
 from adamerge_jax.cli.command import Command, RecipeCommand
 from adamerge_jax.cli.commands import COMMANDS, GROUPS
 from adamerge_jax.cli.console import make_console, show_log_lines
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     command = None
     leave_garbage_at_exit()
+    keep_freed_memory()
     try:
         with stop_on_signals():
             with uncollected():
