@@ -151,7 +151,7 @@ def choices_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _is_choice(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) > 1
+        and value != []
         and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
     )
 
@@ -257,6 +257,8 @@ def _with_heads(name: str, heads: HeadKind) -> str:
 
 
 def _range_in_words(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:g}"
     return f"{min(values):g} to {max(values):g}, chosen with labels"
 
 

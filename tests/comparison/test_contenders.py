@@ -123,6 +123,7 @@ def test_lists_are_choices():
         {"patterns": ["*.weight", "*.bias"]}
     ]
     assert choices_of({}) == [{}]
+    assert choices_of({"a": [0.3]}) == [{"a": 0.3}]
 
 
 @pytest.mark.parametrize(
