@@ -116,7 +116,13 @@ def test_groups_learn_what_single_tasks_do():
     classes = [2, 3, 2, 2, 3]
     make, backbone, heads, frozen, batch = learner_of(classes)
     grouped = forward_with_heads(backbone, heads, [LAYER], cross_task=True)
-    groups = grouped(frozen.base, frozen.heads, batch.inputs)
+    groups: list[TaskGroup | TaskOutputs] = []
+    jax.eval_shape(
+        lambda *arguments: groups.extend(grouped(*arguments)),
+        frozen.base,
+        frozen.heads,
+        batch.inputs,
+    )
     assert all(isinstance(group, TaskGroup) for group in groups)
     assert len(groups) == len(set(classes))
     results = []
