@@ -29,6 +29,8 @@ _EXPLAINED = """\
   reason below may be gone.
 - Models that read images and texts are given both where a rule makes such inputs and recipes take
   images of this kind; the list says which were given texts alone.
+- Parts of models get random states by the names of their forward's arguments. Sizes, such as
+  `grid_thw`, are known as a step is compiled. A model without a forward is run by its `encode`.
 - A refusal may come from the tiny config, which is made by rule, and not from the type: the patches
   of its images may not fill the pieces that the model joins them to. Types that run in configs of
   their own are named in [Models without a family here](pytorch_forward.md) and

@@ -190,7 +190,10 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "instructblip": {"image_token_index": 99},
     "instructblipvideo": {"video_token_index": 99},
     "janus_vqgan": {"num_patches": 4},
-    "kimi_k25": {"vision_config.hidden_size": 64},
+    "kimi_k25": {
+        **{"vision_config.hidden_size": 64, "projection_hidden_size": 64},
+        "text_config.num_key_value_heads": 4,
+    },
     "kosmos-2": {"latent_query_num": 4, "vision_config.image_size": 56},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lighton_ocr": _SMALL_IMAGES,
@@ -362,7 +365,7 @@ def tiny_model(
             continue
         torch.manual_seed(seed)
         try:
-            model = model_class(tiny_config(model_type, settings)).eval()
+            model = _filled(model_class, tiny_config(model_type, settings)).eval()
         except Exception as error:
             reason = reason or in_short(error)
             continue
@@ -375,6 +378,24 @@ def tiny_model(
     if second_best is None:
         raise NotMadeError(reason)
     return second_best
+
+
+def _filled(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Makes a model with values where its class leaves none, and finite bounds of activations."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is not filled is NaN
+    try:
+        model = model_class(config)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            drawn = 0.02 * torch.randn_like(tensor)
+            finite = torch.nan_to_num(tensor, nan=0.0, posinf=8.0, neginf=-8.0)
+            tensor.copy_(torch.where(tensor.isnan(), drawn, finite))
+    return model
 
 
 def tiny_config(model_type: str, settings: Mapping[str, Any] = _SHRINKAGES[0]) -> PretrainedConfig:
