@@ -9,13 +9,14 @@ from adamerge_jax.coefficients.granularity import (
     Granularity,
     Shapes,
     Split,
+    can_be_split,
     mean_of_scale,
     require_bool,
     require_whole,
     split_tensors,
 )
 from adamerge_jax.errors import InputError
-from adamerge_jax.parameter_names import matches
+from adamerge_jax.parameter_names import matches, tensor_shape
 from adamerge_jax.task_vectors import Delta, LoadedDelta
 from adamerge_jax.task_vectors.row_column import by_row_and_column
 
@@ -94,12 +95,16 @@ def row_column(shapes: Shapes, tables: bool = False) -> Granularity:
         (1, 2, 7)
     """
     require_bool("tables", tables)
-    heights: dict[str, int] = {}
+    of_tensors = {name: tensor_shape(name, shape) for name, shape in shapes.items()}
+    heights = {
+        name: shape[0]
+        for name, shape in of_tensors.items()
+        if len(shape) == 2 and can_be_split(name, shape, tables=tables)
+    }
 
     def split(name: str, shape: tuple[int, ...]) -> Split:
-        if len(shape) != 2:
+        if name not in heights:
             return _along(shape, 0, shape[0], "by row")
-        heights[name] = shape[0]
         return Split(sum(shape), lambda values: values, "by row and column")
 
     def prepare(name: str, delta: LoadedDelta) -> Delta:

@@ -38,4 +38,4 @@ def entry(shapes: Shapes) -> Granularity:
         ),
         vectors=True,
         tables=True,
-    )
+    )._replace(cuts_rows=True)

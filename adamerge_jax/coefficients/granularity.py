@@ -57,6 +57,8 @@ class Granularity(NamedTuple):
         units: The way in which a tensor shares coefficients, in words, by parameter name: `whole`,
             `by row`, ...
         mean: `(name, scale) -> [..., K]`, the mean coefficient of the parameter's entries.
+        cuts_rows: True where parts of one row have different coefficients that are not those of
+            columns, for which integers with a step a row do not serve.
     """
 
     init: Callable[[PerTensor], Values]
@@ -64,6 +66,7 @@ class Granularity(NamedTuple):
     prepare: Callable[[str, LoadedDelta], Delta] = unprepared
     units: Mapping[str, str] = {}
     mean: Callable[[str, Float[Array, "..."]], Float[Array, "..."]] = mean_of_scale
+    cuts_rows: bool = False
 
     @property
     def prepares(self) -> bool:

@@ -70,7 +70,7 @@ def chunk(shapes: Shapes, pieces: int | Mapping[str, int], tables: bool = False)
         split,
         prepare=lambda name, delta: delta.in_pieces(max(counts[name]), stacked=is_stacked(name)),
         tables=tables,
-    )
+    )._replace(cuts_rows=True)
     uneven = {name: counts[name] for name in shapes if len(set(counts[name])) > 1}
     if not uneven:
         return uniform
@@ -135,7 +135,7 @@ def partition(shapes: Shapes, groups: int, seed: int = 0) -> Granularity:
         shapes,
         lambda name, shape: _pieces(groups)._replace(unit=f"in {groups} random parts"),
         prepare=lambda name, delta: delta.in_pieces(groups, stacked=is_stacked(name), seed=seed),
-    )
+    )._replace(cuts_rows=True)
 
 
 def _pieces(count: int) -> Split:

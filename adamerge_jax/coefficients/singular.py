@@ -54,4 +54,6 @@ def singular(shapes: Shapes, rank: int | None = None) -> Granularity:
             )
         return Split(rank + 1, lambda values: values, "by singular direction")
 
-    return split_tensors(shapes, split, prepare=lambda name, delta: delta.by_direction(rank))
+    return split_tensors(
+        shapes, split, prepare=lambda name, delta: delta.by_direction(rank)
+    )._replace(cuts_rows=True)

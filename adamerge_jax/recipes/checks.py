@@ -220,8 +220,7 @@ def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVect
         takes_rows_apart = False
         # Without parameters only options are looked at; those of heads may be left to the model.
         if options or name != "head":
-            # Rows and columns are scaled as they are; what else is laid out anew cuts rows.
-            takes_rows_apart = make_granularity(name, options, {}).prepares and name != "row_column"
+            takes_rows_apart = make_granularity(name, options, {}).cuts_rows
     if task_vectors.dtype == "int4" and task_vectors.memory != "device":
         raise InputError(
             f"task_vectors.memory: is {task_vectors.memory}, and two int4 share a byte on the "

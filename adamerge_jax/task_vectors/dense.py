@@ -1,7 +1,6 @@
 """Task vectors entry by entry."""
 
 import dataclasses
-from functools import partial
 from math import ceil, prod
 from types import ModuleType
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.task_vectors.delta import Delta
-from adamerge_jax.task_vectors.expert_sums import sum_over_experts
+from adamerge_jax.task_vectors.expert_sums import gradients_of_scales, sum_over_experts
 from adamerge_jax.task_vectors.factored import FactoredDelta
 from adamerge_jax.task_vectors.layout import is_abstract, lay_out, positions_in, random_order
 
@@ -122,16 +121,11 @@ def _backward(
     residuals: tuple[Float[Array, "K ..."], Float[Array, "K ..."]], cotangent: Float[Array, "..."]
 ) -> tuple[Float[Array, "K ..."], Float[Array, "K ..."]]:
     values, scale = residuals
-
-    def of_scale(expert: tuple[Array, Array]) -> Array:
-        _, transposed = jax.vjp(partial(_of_expert, expert[0]), expert[1])
-        return transposed(cotangent)[0]
-
     # A processor keeps the products whose sums these are, an accelerator does not. A loop over two
     # takes longer to compile than both side by side.
     in_turn = jax.default_backend() == "cpu" and len(values) > 2
-    of_scales = partial(jax.lax.map, of_scale) if in_turn else jax.vmap(of_scale)
-    return (scale * cotangent).astype(values.dtype), of_scales((values, scale))
+    of_scales = gradients_of_scales(_of_expert, values, scale, cotangent=cotangent, in_turn=in_turn)
+    return (scale * cotangent).astype(values.dtype), of_scales
 
 
 _weighted_sum.defvjp(_forward, _backward)

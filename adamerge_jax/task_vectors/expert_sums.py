@@ -29,3 +29,26 @@ def sum_over_experts(
 
     # Faster for few than a sum along an axis; but compiling takes time for each link of the chain.
     return functools.reduce(jnp.add, (of_expert(*at(k)) for k in range(experts)))
+
+
+def gradients_of_scales(
+    of_expert: Callable[..., Float[Array, "..."]],
+    *arrays: Float[Array, "K ..."],
+    cotangent: Float[Array, "..."],
+    in_turn: bool,
+) -> Float[Array, "K ..."]:
+    """Returns the gradient of `sum_over_experts` by its last arrays, each expert's scale.
+
+    Args:
+        of_expert: The function of an expert.
+        arrays: Its arguments, the scales last.
+        cotangent: The gradient by the sum.
+        in_turn: True for one expert after the other, so that no product is kept for each.
+    """
+
+    def of_scale(expert: tuple[Array, ...]) -> Array:
+        *others, scale = expert
+        _, transposed = jax.vjp(functools.partial(of_expert, *others), scale)
+        return transposed(cotangent)[0]
+
+    return jax.lax.map(of_scale, arrays) if in_turn else jax.vmap(of_scale)(arrays)

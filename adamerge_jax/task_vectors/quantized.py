@@ -1,7 +1,6 @@
 """Task vectors as integers of 8 or 4 bits, with a step for each row or for 64 entries of it."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from types import EllipsisType
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.task_vectors.entries import Entries
-from adamerge_jax.task_vectors.expert_sums import sum_over_experts
+from adamerge_jax.task_vectors.expert_sums import gradients_of_scales, sum_over_experts
 
 GROUP = 64
 """Entries of a row that share a step in 4 bits, where rows are a multiple of them."""
@@ -117,13 +116,9 @@ def _backward(
     residuals: tuple[QuantizedDelta, Float[Array, "K ..."]], cotangent: Float[Array, "..."]
 ) -> tuple[None, Float[Array, "K ..."]]:
     delta, scale = residuals
-
-    def gradient(expert: tuple[Array, Array, Array]) -> Array:
-        values, steps, scale_of_expert = expert
-        _, transposed = jax.vjp(functools.partial(_of_expert, values, steps), scale_of_expert)
-        return transposed(cotangent)[0]
-
-    return None, jax.lax.map(gradient, (delta.values, delta.steps, scale))
+    return None, gradients_of_scales(
+        _of_expert, delta.values, delta.steps, scale, cotangent=cotangent, in_turn=True
+    )
 
 
 _weighted_sum.defvjp(_forward, _backward)

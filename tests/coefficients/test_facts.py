@@ -28,6 +28,7 @@ def test_facts(case):
     assert granularity.along_axes(SHAPES) == (case not in OF_PIECES)
     keeps_factors = case not in OF_PIECES or case.startswith("row_column")
     assert granularity.keeps_factors(SHAPES) == keeps_factors
+    assert granularity.cuts_rows == (case in OF_PIECES and not case.startswith("row_column"))
 
 
 def test_facts_do_not_depend_on_what_is_split():
