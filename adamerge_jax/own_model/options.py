@@ -74,7 +74,7 @@ def make_recipe(
         if value is not None:
             _set(fields, _FIELDS[keyword], _as_field(keyword, value))
     coefficients = fields.setdefault("coefficients", {})
-    if "granularity" not in coefficients and _preset_takes_rows(preset):
+    if coefficients.get("granularity", _granularity_of(preset)) == "auto":
         coefficients |= _of_output_units(base)
     tasks = {
         task: {
@@ -122,9 +122,9 @@ def _as_field(keyword: str, value: Any) -> Any:
     return [{"name": one} if isinstance(one, str) else one for one in choices]
 
 
-def _preset_takes_rows(preset: str) -> bool:
+def _granularity_of(preset: str) -> str | None:
     fields = PRESETS.get(preset, PRESETS[DEFAULT_PRESET])
-    return fields.get("coefficients", {}).get("granularity") == "row"
+    return fields.get("coefficients", {}).get("granularity")
 
 
 def _of_output_units(base: Leaves[Any]) -> dict[str, Any]:

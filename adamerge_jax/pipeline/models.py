@@ -100,6 +100,11 @@ class Models:
         return {"base": self.base, **self.experts}
 
     @property
+    def only_adapters(self) -> bool:
+        """Whether every expert is an adapter."""
+        return all(isinstance(expert, MatchedAdapter) for expert in self.experts.values())
+
+    @property
     def notes(self) -> list[str]:
         """Sentences on what is not read as it lies in files, each with its model."""
         models = (self.base, *self.experts.values())

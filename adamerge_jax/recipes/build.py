@@ -79,6 +79,11 @@ class OpenedModels(Protocol):
         """The problem that the head of each expert solves, by task."""
         ...
 
+    @property
+    def only_adapters(self) -> bool:
+        """Whether every expert is an adapter."""
+        ...
+
     def head_form(self, task: str) -> HeadForm:
         """Returns the form of a task's head."""
         ...
@@ -424,6 +429,10 @@ def _build_stages(
     coefficients: CoefficientsRecipe, learning: LearningRecipe, seed: int, models: OpenedModels
 ) -> tuple[Stage, ...]:
     name, options = coefficients.granularity, coefficients.granularity_options
+    if name == "auto":
+        # A language model's answers say enough for both; two sums of whole experts take memory.
+        by_both = models.family.language and models.only_adapters
+        name = "row_column" if by_both else "row"
     if name == "partition":
         options = {"seed": seed} | options
     if name == "head" and not options:

@@ -215,6 +215,12 @@ def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVect
         takes_rows_apart = True
     elif is_own_code(name):
         takes_rows_apart = False
+    elif name == "auto":
+        takes_rows_apart = False
+        if options:
+            raise InputError(
+                "coefficients.granularity_options: auto takes none; name the granularity"
+            )
     else:
         find_registered("coefficients.granularity", GRANULARITIES, name)
         takes_rows_apart = False

@@ -33,7 +33,7 @@ _OWN_CODE = r"^[^:]+:[^:]+$"
 """The pattern of names of a user's own functions, package.module:function."""
 
 _CHOICES: Mapping[tuple[type[BaseModel], str], Iterable[str]] = {
-    (CoefficientsRecipe, "granularity"): (*GRANULARITIES, *FROM_COARSE),
+    (CoefficientsRecipe, "granularity"): ("auto", *GRANULARITIES, *FROM_COARSE),
     (InterferenceRecipe, "name"): STEPS,
     (MethodRecipe, "name"): METHODS,
     (ObjectiveRecipe, "name"): OBJECTIVES,

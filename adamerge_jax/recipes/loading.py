@@ -54,7 +54,7 @@ def load_recipe(
         ...     _ = file.write_text(text)
         ...     recipe = load_recipe(file)
         >>> recipe.name, recipe.preset, recipe.coefficients.granularity
-        ('reviews', 'recommended', 'row')
+        ('reviews', 'recommended', 'auto')
     """
     recipe = read_recipe(path, preset, changes)
     _admit_code(recipe, str(path), allow_code)

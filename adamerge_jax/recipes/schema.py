@@ -239,7 +239,8 @@ class CoefficientsRecipe(Section):
 
     granularity: str = "tensor"
     """Parameters that share a coefficient: task, layer, tensor, groups, row, column, row_column,
-    head, chunk, importance_chunk, partition, singular, entry, or package.module:function."""
+    head, chunk, importance_chunk, partition, singular, entry, or package.module:function. auto:
+    row_column for language models whose experts are all adapters, row for others."""
     granularity_options: dict[str, Any] = {}
     """Arguments of the granularity, e.g. pieces of chunk."""
     constraint: Literal[

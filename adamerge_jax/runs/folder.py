@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adamerge_jax.coefficients.file import Coefficients
-from adamerge_jax.coefficients.importance import FROM_COARSE
 from adamerge_jax.errors import InputError
 from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.recipes.loading import read_fields
@@ -160,9 +159,7 @@ class SavedRun:
         if coarse is not None and len(self.stages) > 1:
             # Of a run that was cut short the file may still hold the coarse coefficients.
             wanted = self.recipe["coefficients"]["granularity"]
-            if wanted in FROM_COARSE:
-                wanted = FROM_COARSE[wanted].granularity
-            if self.coefficients.granularity != wanted:
+            if self.coefficients.granularity == coarse["granularity"] != wanted:
                 return None
         step = self.coefficients.step
         return next((record for record in self.stages[-1] if record.step == step), None)

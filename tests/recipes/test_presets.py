@@ -425,10 +425,10 @@ def test_a_preset_is_its_papers_update(preset, text_recipe):
         reference = reference._replace(deltas=ties(reference.deltas, **trim.options))
     experts = len(reference.experts)
     first = {name: [recipe.initial_coefficient] * experts for name in reference.deltas}
-    granularity, options = (
-        recipe.coefficients.granularity,
-        recipe.coefficients.granularity_options,
-    )
+    granularity = recipe.coefficients.granularity
+    if granularity == "auto":
+        granularity = inputs.method.result.granularity.name
+    options = recipe.coefficients.granularity_options
 
     if preset == "expert-merging++":
         assert len(found) == 2

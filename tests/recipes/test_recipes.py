@@ -34,6 +34,11 @@ def refused(match: str, **changes: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_no_options_for_a_granularity_that_is_chosen_later():
+    options = {"granularity": "auto", "granularity_options": {"tables": True}}
+    refused("granularity_options: auto takes none", coefficients=options)
+
+
 def test_defaults():
     recipe = parse_recipe(fields())
     assert recipe.base.path == "base"

@@ -29,6 +29,7 @@ from adamerge_jax.pipeline import run as jobs
 from adamerge_jax.pipeline.export import export
 from adamerge_jax.pipeline.export_job import export_job
 from adamerge_jax.pipeline.models import Models, open_models
+from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.schema import Recipe
 from adamerge_jax.registry import allow_code
@@ -123,6 +124,19 @@ def test_adapters_learn_what_whole_models_learn(kind, objective, request, tmp_pa
     assert {file.name for file in folder.iterdir()} >= {"checkpoint", "orbax", "adapter"}
     assert not (tmp_path / "True" / "adapter").exists()
     require_same(kind, Path(request.getfixturevalue(kind).adapters["base"]), folder)
+
+
+def default_granularity(fields: Fields) -> str:
+    recipe = parse_recipe(fields | {"preset": "recommended"})
+    return build(recipe, open_models(recipe, Path("/"))).result.granularity.name
+
+
+def test_adapters_of_a_language_model_have_coefficients_for_columns_too(llama, bert):
+    assert default_granularity(llama.adapters) == "row_column"
+    assert default_granularity(llama.whole) == "row"
+    assert default_granularity(bert.adapters) == "row"
+    mixed = dict(llama.adapters["tasks"], two=llama.whole["tasks"]["two"])
+    assert default_granularity(llama.adapters | {"tasks": mixed}) == "row"
 
 
 def loaded(kind: str, base: Path) -> PreTrainedModel:
