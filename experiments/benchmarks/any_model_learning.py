@@ -3,6 +3,10 @@
 Both take the mean square between the merged model's output and the first expert's, with two
 experts, a coefficient a tensor from 0.3 on, and five steps of Adam, whose `epsilon` is a thousandth
 of the first step's largest gradient: gradients that are rounding alone do not move coefficients.
+
+Where they differ in float32, both learn once more in float64: some forwards, such as those that
+choose by the order of values, enlarge what float32 rounds, so that PyTorch's two precisions differ
+as much.
 """
 
 from __future__ import annotations
@@ -34,10 +38,11 @@ from adamerge_jax.models.bridge.torch_model import TorchModel
 from adamerge_jax.models.bridge.weights import tied_names
 from adamerge_jax.models.family import Family, complete_head
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
-from adamerge_jax.parameter_names import tensors_of
+from adamerge_jax.parameter_names import is_stacked, tensors_of
 from adamerge_jax.task_vectors import DenseDelta
 
 EXPERTS, STEPS, START, RATE, NOISE = 2, 5, 0.3, 0.02, 0.01
+TOLERANCE = 1e-4
 
 Arrays = dict[str, np.ndarray]
 
@@ -68,12 +73,32 @@ class InJax(NamedTuple):
 def learn(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
     """Learns by JAX and by PyTorch, and returns the way, the difference and the seconds.
 
-    Where recipes refuse the model, `recipe` is their reason.
+    Where recipes refuse the model, `recipe` is their reason. Where `difference` is one of float64,
+    `in_float32` is the other.
 
     Raises:
         NotLearnedError: PyTorch's own loop cannot run, or says nothing.
         InputError: The package refuses the model.
     """
+    outcome = _learn_once(model, inputs)
+    if outcome["difference"] <= TOLERANCE:
+        return outcome
+    wide = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of tensors that a forward makes
+    try:
+        with jax.enable_x64(True):
+            again = _learn_once(model.double(), wide)
+    finally:
+        torch.set_default_dtype(default)
+    return again | {"compile": outcome["compile"], "in_float32": outcome["difference"]}
+
+
+def _learn_once(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+    """Learns by JAX and by PyTorch in the dtype of the model."""
     if is_known(model.config) and family_of(model.config).auto_class is None:
         # A CLIP is learned by its images; its texts are names of classes.
         read = model.get_image_features
@@ -174,7 +199,7 @@ class Reference:
         in_checkpoint = []
         for _ in range(EXPERTS):
             change = {
-                name: NOISE * torch.randn(value.shape, generator=generator)
+                name: (NOISE * torch.randn(value.shape, generator=generator)).to(value.dtype)
                 if name in trained
                 else torch.zeros_like(value)
                 for name, value in self._parameters.items()
@@ -202,7 +227,10 @@ class Reference:
         """Returns the coefficients by tensor, the epsilon and the first expert's output."""
         with torch.no_grad():
             target = self._run({name: torch.tensor([1.0, 0.0]) for name in deltas})
-        coefficients = {name: torch.full((EXPERTS,), START, requires_grad=True) for name in deltas}
+        coefficients = {
+            name: torch.full((EXPERTS,), START, dtype=target.dtype, requires_grad=True)
+            for name in deltas
+        }
         optimizer = None
         for _ in range(STEPS):
             loss = (self._run(coefficients) - target).square().mean()
@@ -295,7 +323,9 @@ def _whole(model: PreTrainedModel, inputs: Inputs, reference: Reference) -> InJa
     arrays = _pytree.tree_map(
         _array, {name: value for name, value in inputs.items() if name not in SIZES}
     )
-    jax.eval_shape(forward, bridged.weights.shapes, {}, arrays)
+    dtype = next(model.parameters()).numpy(force=True).dtype
+    tensors = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    jax.eval_shape(forward, tensors, {}, arrays)
     return InJax("whole", shapes, forward, {}, arrays)
 
 
@@ -368,11 +398,13 @@ def _learn_in_jax(
     granularity = tensor(shapes)
     optimizer = optax.adam(RATE, eps=epsilon)
     values = granularity.init(constant(shapes, EXPERTS, START))
+    values = {name: value.astype(target.dtype) for name, value in values.items()}
+    mixed = mix if target.dtype == np.float32 else _mixed
     torch_in_jax()
 
     def step(values: Any, state: Any, base: Any, changes: Any, rest: Any) -> Any:
         def loss(values: Any) -> jax.Array:
-            parameters = mix(base, changes, granularity.scales(values))
+            parameters = mixed(base, changes, granularity.scales(values))
             output = in_jax.forward(parameters, rest["head_tensors"], rest["inputs"])
             return jnp.square(output - rest["target"]).mean()
 
@@ -388,3 +420,11 @@ def _learn_in_jax(
     for _ in range(STEPS):
         values, state = compiled(values, state, *arguments)
     return {name: np.asarray(value) for name, value in values.items()}, seconds
+
+
+def _mixed(base: Any, changes: Any, scales: Any) -> dict[str, jax.Array]:
+    """Returns merged parameters in the base's dtype; those of the package are sums in float32."""
+    return {
+        name: value + (scales[name] * changes[name].values).sum(int(is_stacked(name)))
+        for name, value in base.items()
+    }

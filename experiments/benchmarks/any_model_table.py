@@ -19,7 +19,8 @@ COMMAND = "python experiments/benchmarks/any_model.py --page docs/guides/model_t
 _EXPLAINED = """\
 - **made**: a tiny random model can be made. **fold**: `adamerge merge` gives every tensor of the
   merge in float64.
-- **learn**: five steps of Adam give a PyTorch loop's coefficients within 1e-4. **own**: by our own
+- **learn**: five steps of Adam give a PyTorch loop's coefficients within 1e-4; where they do not in
+  float32, both learn in float64, and the types are named below. **own**: by our own
   family. **bridge**: by the model's own PyTorch forward, as `adamerge learn` does it. **whole**: by
   the same bridge, in classes for which recipes have no kind yet, and of models that recipes refuse;
   the Python API alone learns them.
@@ -139,6 +140,8 @@ def page(results: Sequence[Result], count: int) -> list[str]:
     lines += _list("Do not learn", others, _reason)
     refused = [result for result in learned if "recipe" in result]
     lines += _list("Learned by the Python API alone", refused, lambda result: result["recipe"])
+    wide = [result for result in learned if "in_float32" in result]
+    lines += _list("Compared in float64", wide, _both_differences)
     absent = [result for result in results if not result.get("made")]
     lines += _list("Not made", absent, lambda result: result.get("reason", ""))
     lines += ["", "## Learn", ""]
@@ -169,6 +172,11 @@ def _reason(result: Result) -> str:
     if result["learns"] == "differs":
         return f"by {result['way']}, {result['difference']:.0e} from PyTorch's"
     return result["learns"]
+
+
+def _both_differences(result: Result) -> str:
+    """Returns how far a type's coefficients are from PyTorch's in both dtypes."""
+    return f"{result['difference']:.0e} from PyTorch's, in float32 {result['in_float32']:.0e}"
 
 
 def _name(result: Result) -> str:
