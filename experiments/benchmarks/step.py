@@ -9,23 +9,29 @@ On the same batch, each in a process of its own, so that the peak memory is its 
   backward through everything.
 
 Sizes: `small` is the quickstart's (4 experts, 16 images of each), `large` a CLIP ViT-B/32 vision
-tower with 8 experts, 16 images of each. (c) needs PyTorch and transformers' models, which the
-`test` extra installs.
+tower with 8 experts, 16 images of each, `texts` a BERT of MiniLM's size with 6 experts, 16 texts of
+each, as long as those of six data sets of sentences. A row of `texts` is a round of 16 steps, whose
+batches are put together as `adamerge learn` does it: (a) and (b) pad all tasks of a batch to one
+length, (c) pads each task to its longest text. (c) needs PyTorch and transformers' models, which
+the `test` extra installs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import timing
-from transformers import CLIPConfig, PretrainedConfig, ViTConfig
+from jaxtyping import Int
+from transformers import BertConfig, CLIPConfig, PretrainedConfig, ViTConfig
 
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, tensor
-from adamerge_jax.data.batches import Batch
+from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER, Batch, calibrate
+from adamerge_jax.data.examples import Examples, bucket_length, padded
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.learning.evaluation import evaluate_tasks
 from adamerge_jax.learning.forward import forward_with_heads
@@ -34,12 +40,48 @@ from adamerge_jax.models import family_of
 from adamerge_jax.objectives import Targets, entropy
 from adamerge_jax.task_vectors import DenseDelta
 
-IMAGES_PER_TASK = 16
+EXAMPLES_PER_TASK = 16
 CLASSES = 10
+
+TOKENS_OF_TASKS = (
+    (3.05, 0.49),
+    (1.57, 0.42),
+    (3.14, 0.52),
+    (3.09, 0.54),
+    (3.33, 0.39),
+    (2.55, 0.32),
+)
+"""Mean and standard deviation of the logarithm of a text's tokens, of each task."""
+
+
+class RandomTexts(Examples):
+    """Texts of random tokens."""
+
+    def __init__(self, number: int, vocabulary: int, mean: float, deviation: float, seed: int):
+        generator = np.random.default_rng(seed)
+        lengths = np.exp(generator.normal(mean, deviation, number)).round().astype(int)
+        self._ids = [
+            generator.integers(1, vocabulary, length).tolist() for length in lengths.clip(3, 128)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def padded_length(self, index: Int[np.ndarray, " B"]) -> int:
+        """Returns the bucket of the longest text."""
+        return bucket_length(max(len(self._ids[row]) for row in index))
+
+    def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
+        """Returns token ids and masks, `[B, length]`."""
+        ids, mask = padded([self._ids[row] for row in index], length, 0)
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 def config_of(size: str) -> tuple[PretrainedConfig, int]:
-    """The model of a size, and its number of experts."""
+    """Returns the model of a size, and its number of experts."""
+    if size == "texts":
+        minilm = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+        return BertConfig(num_labels=CLASSES, **minilm), len(TOKENS_OF_TASKS)
     if size == "large":
         vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
         vision |= {"num_attention_heads": 12, "image_size": 224, "patch_size": 32}
@@ -59,11 +101,34 @@ def arrays(shapes: dict, generator: np.random.Generator, leading: tuple[int, ...
     return made
 
 
-def pixels_of(config: PretrainedConfig, experts: int) -> np.ndarray:
-    """One batch of images of all tasks."""
+def batches_of(size: str) -> list[Batch]:
+    """Returns the batches of a round: one of images, or those of texts sorted together."""
+    config, experts = config_of(size)
+    if size == "texts":
+        number = BATCHES_SORTED_TOGETHER * EXAMPLES_PER_TASK
+        texts = {
+            f"task {seed}": RandomTexts(number + 1, config.vocab_size, *tokens, seed)
+            for seed, tokens in enumerate(TOKENS_OF_TASKS)
+        }
+        calibration = calibrate(texts, batch_size=EXAMPLES_PER_TASK, held_out=0.001, seed=0)
+        drawn = list(islice(calibration.batches(), BATCHES_SORTED_TOGETHER))
+        return [batch._replace(targets=[Targets()] * experts) for batch in drawn]
     vision = getattr(config, "vision_config", config)
-    shape = (experts * IMAGES_PER_TASK, vision.num_channels, vision.image_size, vision.image_size)
-    return np.random.default_rng(1).standard_normal(shape, np.float32)
+    shape = (experts * EXAMPLES_PER_TASK, vision.num_channels, vision.image_size, vision.image_size)
+    pixels = np.random.default_rng(1).standard_normal(shape, np.float32)
+    weights = np.full((experts, EXAMPLES_PER_TASK), 1 / EXAMPLES_PER_TASK, np.float32)
+    return [Batch({"pixel_values": pixels}, weights, [Targets()] * experts)]
+
+
+def a_round(step: Callable[[Batch], object], batches: Sequence[Batch]) -> Callable[[], object]:
+    """Returns a function that runs a step on each batch, and waits for the last one."""
+
+    def run() -> object:
+        for batch in batches:
+            result = step(batch)
+        return jax.block_until_ready(result)
+
+    return run
 
 
 def plain_step(size: str) -> Callable[[], object]:
@@ -75,22 +140,17 @@ def plain_step(size: str) -> Callable[[], object]:
     parameters = jax.device_put(arrays(backbone.shapes, generator))
     heads = jax.device_put([arrays(head.shapes, generator) for _ in range(experts)])
     forward = forward_with_heads(backbone, [head] * experts)
-    weights = np.full((experts, IMAGES_PER_TASK), 1 / IMAGES_PER_TASK, np.float32)
-    inputs = {"pixel_values": jnp.asarray(pixels_of(config, experts))}
-    batch = Batch(inputs, weights, [Targets()] * experts)
     objectives = [entropy()] * experts
 
     @jax.jit
-    def step(parameters, heads, inputs):
+    def step(parameters, heads, batch):
         def loss(parameters):
-            outputs = forward(parameters, heads, inputs)
-            return evaluate_tasks(
-                objectives, outputs, batch._replace(inputs=inputs)
-            ).objective.sum()
+            outputs = forward(parameters, heads, batch.inputs)
+            return evaluate_tasks(objectives, outputs, batch).objective.sum()
 
         return jax.grad(loss)(parameters)
 
-    return lambda: jax.block_until_ready(step(parameters, heads, inputs))
+    return a_round(partial(step, parameters, heads), jax.device_put(batches_of(size)))
 
 
 def learning_step(
@@ -121,20 +181,21 @@ def learning_step(
         devices=devices,
     )
     state = devices.replicate(learner.init(granularity.init(constant(shapes, experts, 0.3))))
-    weights = np.full((experts, IMAGES_PER_TASK), 1 / IMAGES_PER_TASK, np.float32)
-    pixels = {"pixel_values": pixels_of(config, experts)}
-    batch = Batch(pixels, weights, [Targets()] * experts).spread(devices)
     frozen = Frozen(base, deltas, heads)
-    return lambda: jax.block_until_ready(learner.step(state, frozen, batch))
+    batches = [batch.spread(devices) for batch in batches_of(size)]
+    return a_round(lambda batch: learner.step(state, frozen, batch), batches)
 
 
 def torch_step(size: str) -> Callable[[], object]:
     """(c): merge once, run every task, one backward, in PyTorch."""
     import torch
-    from transformers import CLIPVisionModelWithProjection, ViTForImageClassification
+    from transformers import BertModel, CLIPVisionModelWithProjection, ViTForImageClassification
 
     config, experts = config_of(size)
-    if size == "large":
+    if size == "texts":
+        model = BertModel(config).eval()
+        width = config.hidden_size
+    elif size == "large":
         config.vision_config.projection_dim = config.projection_dim
         model = CLIPVisionModelWithProjection(config.vision_config).eval()
         width = config.projection_dim
@@ -146,24 +207,44 @@ def torch_step(size: str) -> Callable[[], object]:
     heads = [torch.randn(CLASSES, width) for _ in range(experts)]
     raw = {name: torch.full((experts,), 0.3, requires_grad=True) for name in base}
     optimizer = torch.optim.Adam(raw.values(), lr=1e-3)
-    images = torch.from_numpy(pixels_of(config, experts)).split(IMAGES_PER_TASK)
+    batches = [_inputs_by_task(batch, experts) for batch in batches_of(size)]
 
-    def step() -> None:
+    def step(inputs: list[dict[str, torch.Tensor]]) -> None:
         merged = {
             name: leaf + torch.tensordot(raw[name].clamp(0, 1), deltas[name], dims=1)
             for name, leaf in base.items()
         }
         loss = 0.0
-        for own, batch in zip(heads, images, strict=True):
-            outputs = torch.func.functional_call(model, merged, (batch,))
-            features = outputs.image_embeds if size == "large" else outputs.last_hidden_state[:, 0]
-            logits = features @ own.T
+        for head, given in zip(heads, inputs, strict=True):
+            outputs = torch.func.functional_call(model, merged, (), given)
+            if size == "texts":
+                features = outputs.pooler_output
+            else:
+                is_clip = size == "large"
+                features = outputs.image_embeds if is_clip else outputs.last_hidden_state[:, 0]
+            logits = features @ head.T
             loss = loss - (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    return step
+    return a_round(step, batches)
+
+
+def _inputs_by_task(batch: Batch, experts: int) -> list[dict[str, Any]]:
+    """Returns the inputs of each task as PyTorch's tensors, texts cut at the task's longest."""
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+    tasks = [
+        {name: tensor.chunk(experts)[task] for name, tensor in tensors.items()}
+        for task in range(experts)
+    ]
+    for inputs in tasks:
+        if "attention_mask" in inputs:
+            longest = int(inputs["attention_mask"].sum(1).max())
+            inputs.update({name: tensor[:, :longest] for name, tensor in inputs.items()})
+    return tasks
 
 
 VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
@@ -175,15 +256,20 @@ VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
 
 
 def title(size: str) -> str:
-    """What a table is about."""
+    """Returns what a table is about."""
     config, experts = config_of(size)
+    examples = EXAMPLES_PER_TASK * experts
+    data = (
+        f"{BATCHES_SORTED_TOGETHER} x {examples} texts" if size == "texts" else f"{examples} images"
+    )
     shapes = family_of(config).build_backbone(config).shapes
     parameters = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
     return (
         f"{size}: {parameters / 1e6:.1f} M parameters, {experts} experts (task vectors "
-        f"{experts * parameters * 4 / 1e9:.2f} GB), {experts * IMAGES_PER_TASK} images"
+        f"{experts * parameters * 4 / 1e9:.2f} GB), {data}"
     )
 
 
 if __name__ == "__main__":
-    timing.run(__doc__, __file__, VARIANTS, {size: title(size) for size in ("small", "large")})
+    sizes = ("small", "large", "texts")
+    timing.run(__doc__, __file__, VARIANTS, {size: title(size) for size in sizes})
