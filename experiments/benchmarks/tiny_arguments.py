@@ -177,7 +177,7 @@ def _positions(config: Any) -> list[torch.Tensor]:
 SIZES = frozenset(
     (
         *("grid_thw", "image_grid_thw", "target_sizes", "merge_sizes", "image_sizes"),
-        *("spatial_shapes", "classes_structure", "num_patches"),
+        *("spatial_shapes", "classes_structure", "num_patches", "pixel_mask"),
         *("pooled_patches_idx", "pixel_position_ids", "patch_ids"),
     )
 )
@@ -246,7 +246,12 @@ _RULES: dict[str, Rule] = {
     "image_attention_mask": lambda config: [_ones(ROWS, TOKENS, 1)],
     "image_embeds_position_mask": _image_places,
     "vision_pos_encoding": _states(),
-    "hidden_states": lambda config: [*_states()(config), _images(config), *_patches(config)[:2]],
+    "hidden_states": lambda config: [
+        *_states()(config),
+        _images(config),
+        *_patches(config)[:2],
+        *_map("latent_channels")(config),
+    ],
     "patch_embeds": lambda config: [
         *_map()(config),
         *(_normal(ROWS, SIDE, width) for width in (_width(config), 2 * _width(config))),

@@ -57,6 +57,8 @@ def texts_of(model: PreTrainedModel) -> Inputs:
 
 def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
     """Yields inputs: with images before without, sounds in both layouts, texts alone at last."""
+    import torch
+
     arguments = inspect.signature(model.forward).parameters
     texts = _texts(model, arguments)
     if "noise" in arguments:  # drawn by the model where it is not given
@@ -67,6 +69,10 @@ def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
         for images in _images(model.config):
             if "input_ids" in arguments and _image_token(model.config) is not None:
                 yield from _with_image_tokens(model, arguments, {"pixel_values": images})
+            if "pixel_mask" in arguments and hasattr(model.config, "max_image_length"):
+                # It says where images end, and the number of patches.
+                mask = torch.ones(images.shape[0], *images.shape[-2:])
+                yield {**texts, "pixel_values": images, "pixel_mask": mask}
             yield {**texts, "pixel_values": images}
             yield {"pixel_values": images}
     for name in ("pixel_values_videos", "input_features", "input_values", "audio_values"):

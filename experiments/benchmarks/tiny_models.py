@@ -10,6 +10,7 @@ one can be built. A model that stays large is not made.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ _LAYERS = {
             *("decoder_layers", "num_decoder_layers", "num_encoder_layers", "num_blocks"),
             *("encoder_num_hidden_layers", "decoder_num_hidden_layers", "decoder_num_layers"),
             *("num_hidden_groups", "memory_attention_num_layers", "resampler_depth"),
+            *("l_layers", "x_layers", "r_layers"),
         ),
         2,
     ),
@@ -132,6 +134,14 @@ def _of_part(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 _SMALL_IMAGES = _of_part("vision_config", {"image_size": 56, "patch_size": 14})
 
+_SMALL_SAM3 = {
+    "detr_decoder_config.num_queries": 8,
+    "vision_config.fpn_hidden_size": 32,
+    "vision_config.backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+    **_of_part("vision_config.backbone_config", {"image_size": 112, "pretrain_image_size": 112}),
+    "vision_config.backbone_config.window_size": 4,
+}
+
 _FOUR_STAGES = {
     **{"image_size": 56, "num_hidden_layers": 4},
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
@@ -149,18 +159,29 @@ _SMALL_RESNET = _of_part(
     },
 )
 
+_ROTATIONS_BY_LAYER = {
+    layer_type: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    for layer_type in ("full_attention", "sliding_attention")
+}
+
 _OF_TYPES: dict[str, dict[str, Any]] = {
+    "align": dict.fromkeys(("initializer_range", "vision_config.initializer_range"), 0.2),
     "aria": {**_SMALL_IMAGES, "projector_patch_to_query_dict": {16: 4}},
     "aya_vision": _SMALL_IMAGES,
     "bridgetower_vision_model": {"image_size": 64},
     "blip-2": {"image_token_index": 99},
     "chameleon": {"vocabulary_map": {"<image>": 99}},
     "chmv2": _SMALL_BACKBONE | {"backbone_config.image_size": 64},
+    "cohere_compass": {"text_config.rope_parameters": _ROTATIONS_BY_LAYER},
+    "cohere_compass_text": {"rope_parameters": _ROTATIONS_BY_LAYER},
     "cosmos3_edge": {f"text_config.{_SECTIONS}": [2, 1, 1]},
     "cosmos3_edge_text": {_SECTIONS: [2, 1, 1]},
     "csm": {"codec_config.upsample_groups": 32},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_vision": _of_part(
+        "sam_config", {"downsample_channels": [32, 32], "image_size": 64}
+    ),
     "deepseek_v2": {"num_key_value_heads": 4},
     "depth_anything": _SMALL_BACKBONE,
     "depth_pro": {
@@ -178,7 +199,14 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 99, "<image>": 98}},
+    "ernie4_5_vl_moe": {f"text_config.{_SECTIONS}": [1, 1, 2]},
+    "ernie4_5_vl_moe_text": {_SECTIONS: [1, 1, 2]},
     "gemma3": {"vision_config.image_size": 256},
+    "granite4_vision": {
+        **_of_part("vision_config", {"image_size": 64, "patch_size": 8, "hidden_size": 64}),
+        **{"downsample_rate": "4/8", "deepstack_layer_map": [[-1, 0]]},
+        **{"spatial_target_layers": [1], "qformer_config.hidden_size": 64},
+    },
     "grounding-dino": _SMALL_SWIN,
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -212,6 +240,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         **{"encoder_in_channels": [8, 16, 16], "image_size": 64},
         "apply_layernorm_after_vision_backbone": False,
     },
+    "paddleocr_vl": {f"text_config.{_SECTIONS}": [2, 1, 1]},
     "pixtral": {"image_size": 56, "patch_size": 14},
     "prompt_depth_anything": _SMALL_BACKBONE,
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
@@ -220,21 +249,31 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         **{"axial_pos_embds_dim": [16, 16], "feed_forward_size": 64},
     },
     "rf_detr": {"backbone_config.image_size": 112, "backbone_config.num_windows": 2},
+    "sam3": _SMALL_SAM3,
+    "sam3_lite_text": _SMALL_SAM3,
     "seggpt": {"image_size": [64, 32], "pretrain_image_size": 32, "patch_size": 8},
     "shieldgemma2": {"vision_config.image_size": 256},
     "smolvlm": {"vision_config.image_size": 64, "vision_config.patch_size": 8},
     "step3p5": {"sliding_window": 4},
     "step3p7": {"text_config.sliding_window": 4},
     "molmo2_vision": {"image_size": [56, 56], "num_position_embeddings": 16},
+    **{name: {"dropout_rate": 0.0} for name in ("t5gemma2_decoder", "t5gemma2_text")},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "textnet": {"image_size": [64, 64]},
     "tipsv2_dpt": _SMALL_BACKBONE,
     "tvp": {**_SMALL_RESNET, "max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
     "videoprism": _of_part("vision_config", {"image_size": 36, "num_frames": 2}),
+    "unlimited_ocr_vision": _of_part(
+        "sam_config", {"downsample_channels": [32, 32], "image_size": 64}
+    ),
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "vjepa2": {"crop_size": 32, "frames_per_clip": 4},
     "zoedepth": _SMALL_BACKBONE | {"backbone_config.image_size": 64},
 }
 """Values by dotted name and type, of sizes that depend on one another."""
+
+_IN_ALL_SETTINGS = ("image_size", "num_patches", "initializer_range")
+"""Fields of `_OF_TYPES` that hold for widths of any size; others are for the smallest widths."""
 
 _DIVISOR = "*"
 """The entry of settings whose value divides all widths that have no setting of their own."""
@@ -411,14 +450,15 @@ def tiny_config(model_type: str, settings: Mapping[str, Any] = _SHRINKAGES[0]) -
     fields = _shrunk(config_class().to_dict(), settings)
     for name, value in _OF_TYPES.get(model_type, {}).items() if settings else ():
         *parts, field = name.split(".")
-        if "hidden_size" in settings or field == "image_size":
+        if "hidden_size" in settings or field in _IN_ALL_SETTINGS:
             holder = fields
             for part in parts:
                 holder = holder[part]
-            holder[field] = value
+            holder[field] = copy.deepcopy(value)
     config = config_class.from_dict(fields, attn_implementation="eager")
     for part in parts_of(config):
-        part.use_cache = False
+        if getattr(part, "use_cache", None):
+            part.use_cache = False
         _fit_positions(part)
     return config
 
@@ -427,6 +467,8 @@ def _fit_positions(config: PretrainedConfig) -> None:
     """Divides a head's frequencies among time, height and width where their numbers are fixed."""
     rope = getattr(config, "rope_parameters", None)
     if not rope or "mrope_section" not in getattr(config, "ignore_keys_at_rope_validation", ()):
+        return
+    if any(isinstance(value, Mapping) for value in rope.values()):  # of each kind of layers
         return
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2

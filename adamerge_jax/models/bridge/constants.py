@@ -11,6 +11,12 @@ from torch.utils import _pytree
 
 from adamerge_jax.models.bridge.torch_in_jax import is_in_jax
 
+_SIZED = (torch.nn.functional.interpolate, torch.nn.functional.pad, torch.multinomial)
+"""Functions of a tensor whose other arguments are sizes, which may be plain tensors."""
+
+_LIKE = (torch.full_like, torch.ones_like, torch.zeros_like, torch.empty_like)
+"""Functions that make a tensor of another's shape, on the host where that one is."""
+
 
 def take_in_constants(environment: Any) -> None:
     """Makes plain tensors, such as positions counted on the host, meet those that JAX computes."""
@@ -32,6 +38,8 @@ def take_in_constants(environment: Any) -> None:
             return arguments[0].to(*moved[0], **moved[1]) if any(moved) else arguments[0]
         if function is torch.tensor and _are_integers(arguments[0]):
             options = _without_devices(options or {})
+        if function in _LIKE and _is_on_host(arguments[0]):
+            options = _without_devices(options or {})
         is_written = _writes(function) and arguments and _is_on_host(arguments[0])
         if is_written and any(map(is_in_jax, _leaves((arguments[1:], options)))):
             raise NotImplementedError("a computed value is written into a constant tensor")
@@ -41,6 +49,10 @@ def take_in_constants(environment: Any) -> None:
             arguments = (arguments[0].torch(), *arguments[1:])
         if function is torch.Tensor.__getitem__ and is_in_jax(arguments[0]):
             arguments = (arguments[0], _without_masks(arguments[1]))
+        if function in _SIZED:
+            first, *sizes = arguments or (None,)
+            sizes, options = _as_numbers((sizes, options or {}))
+            arguments = (first, *sizes) if arguments else ()
         if function is torch.arange:
             arguments, options = _as_numbers((arguments, options or {}))
             if "end" in options:

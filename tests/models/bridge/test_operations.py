@@ -169,6 +169,34 @@ def test_integers_that_are_known_stay_known():
         np.testing.assert_array_equal(mine, expected)
 
 
+def test_sizes_that_are_counted_on_the_host_are_taken():
+    environment = torch_in_jax()
+    images = np.random.default_rng(0).normal(size=(1, 3, 4, 4)).astype(np.float32)
+    mask = torch.ones(2, 4, 4)
+    mask[1, 3:], mask[1, :, 2:] = 0, 0
+
+    def fit(images):
+        heights, widths = mask.sum(1)[:, 0].long(), mask.sum(2)[:, 0].long()
+        fitted = [
+            torch.nn.functional.pad(
+                torch.nn.functional.interpolate(images, size=(h, w), mode="bilinear"),
+                (0, 4 - w, 0, 4 - h),
+            )
+            for h, w in zip(heights, widths, strict=True)
+        ]
+        kinds = torch.full_like(heights, 1, device=images.device)
+        drawn = torch.multinomial(torch.ones(4, device=images.device), heights.max())
+        return torch.cat(fitted), images[0, kinds], drawn.sort().values
+
+    @jax.jit
+    def in_jax(images):
+        with environment:
+            return environment.t2j_iso(fit(environment.j2t_iso(images)))
+
+    for ours, theirs in zip(in_jax(images), fit(torch.tensor(images)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
 def test_a_computed_value_is_not_written_into_a_constant():
     environment = torch_in_jax()
 
