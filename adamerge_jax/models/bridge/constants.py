@@ -32,15 +32,15 @@ def take_in_constants(environment: Any) -> None:
         return unwrap(_pytree.tree_map_only(torch.Tensor, take_in, values))
 
     def dispatch_indices(function: Any, types: Any, arguments: Any, options: Any = None) -> Any:
-        if function is torch.Tensor.to and _counts(arguments[0]):
+        first = arguments[0] if arguments else None
+        if function is torch.Tensor.to and _counts(first):
             # Stays on the host, where its values are known: a model may need them as sizes.
             moved = _without_devices(arguments[1:]), _without_devices(options or {})
-            return arguments[0].to(*moved[0], **moved[1]) if any(moved) else arguments[0]
-        if function is torch.tensor and _are_integers(arguments[0]):
+            return first.to(*moved[0], **moved[1]) if any(moved) else first
+        counts_integers = function is torch.tensor and _are_integers(first)
+        if counts_integers or (function in _LIKE and _is_on_host(first)):
             options = _without_devices(options or {})
-        if function in _LIKE and _is_on_host(arguments[0]):
-            options = _without_devices(options or {})
-        is_written = _writes(function) and arguments and _is_on_host(arguments[0])
+        is_written = _writes(function) and _is_on_host(first)
         if is_written and any(map(is_in_jax, _leaves((arguments[1:], options)))):
             raise NotImplementedError("a computed value is written into a constant tensor")
         if function is torch.Tensor.__getitem__ and any(map(is_in_jax, _leaves(arguments[1]))):
@@ -50,9 +50,8 @@ def take_in_constants(environment: Any) -> None:
         if function is torch.Tensor.__getitem__ and is_in_jax(arguments[0]):
             arguments = (arguments[0], _without_masks(arguments[1]))
         if function in _SIZED:
-            first, *sizes = arguments or (None,)
-            sizes, options = _as_numbers((sizes, options or {}))
-            arguments = (first, *sizes) if arguments else ()
+            sizes, options = _as_numbers((arguments[1:], options or {}))
+            arguments = (*arguments[:1], *sizes)
         if function is torch.arange:
             arguments, options = _as_numbers((arguments, options or {}))
             if "end" in options:

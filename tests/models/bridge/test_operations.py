@@ -1,5 +1,9 @@
 """Operations that the bridge replaces, against PyTorch's own."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +17,17 @@ from adamerge_jax.models.bridge.torch_in_jax import (
     torch_in_jax,
 )
 from tests.models.bridge.tiny import Square
+
+
+def in_jax(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of PyTorch's tensors as one of JAX's arrays."""
+    environment = torch_in_jax()
+
+    def run(*arrays: Any) -> Any:
+        with environment:
+            return environment.t2j_iso(function(*environment.j2t_iso(arrays)))
+
+    return run
 
 
 @pytest.mark.parametrize("upper", [False, True])
@@ -76,35 +91,23 @@ def test_functions_with_a_backward_of_their_own_have_gradients():
     total(leaf).backward()
     environment = torch_in_jax()
 
-    def in_jax(x):
+    def total_in_jax(x):
         with custom_functions_have_gradients(), environment, torch.enable_grad():
             return environment.t2j_iso(total(environment.j2t_iso(x)))
 
-    np.testing.assert_allclose(jax.grad(in_jax)(jnp.asarray(values)), leaf.grad, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(total_in_jax)(jnp.asarray(values)), leaf.grad, rtol=1e-6)
 
 
 def test_plain_tensors_are_indexed_by_those_that_jax_computes():
-    environment = torch_in_jax()
     sizes = torch.tensor([[1, 4, 6], [1, 2, 8]])
-
-    @jax.jit
-    def look_up(rows):
-        with environment:
-            return environment.t2j_iso(sizes[environment.j2t_iso(rows), 1])
-
+    look_up = jax.jit(in_jax(lambda rows: sizes[rows, 1]))
     np.testing.assert_array_equal(look_up(jnp.array([1, 0, 1])), [2, 4, 2])
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_is_pytorchs_and_takes_no_erfc(approximate):
-    environment = torch_in_jax()
     values = np.linspace(-6, 6, 41, dtype=np.float32)
-
-    def compute(x):
-        with environment:
-            x = environment.j2t_iso(x)
-            return environment.t2j_iso(torch.nn.functional.gelu(x, approximate=approximate))
-
+    compute = in_jax(partial(torch.nn.functional.gelu, approximate=approximate))
     expected = torch.nn.functional.gelu(torch.tensor(values), approximate=approximate)
     np.testing.assert_allclose(compute(jnp.asarray(values)), expected, atol=1e-6)
     assert "erfc" not in str(jax.make_jaxpr(compute)(values))
@@ -113,7 +116,6 @@ def test_gelu_is_pytorchs_and_takes_no_erfc(approximate):
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("options", [{}, {"antialias": True}, {"align_corners": True}])
 def test_resizing_is_pytorchs(mode, options):
-    environment = torch_in_jax()
     images = np.random.default_rng(0).normal(size=(2, 3, 6, 7)).astype(np.float32)
     sizes = [{"size": (9, 4)}, {"size": (1, 14)}, {"scale_factor": 2.0}, {"scale_factor": 0.7}]
 
@@ -122,33 +124,26 @@ def test_resizing_is_pytorchs(mode, options):
             torch.nn.functional.interpolate(images, mode=mode, **size, **options) for size in sizes
         ]
 
-    @jax.jit
-    def in_jax(images):
-        with environment:
-            return environment.t2j_iso(resize(environment.j2t_iso(images)))
-
-    for ours, theirs in zip(in_jax(images), resize(torch.tensor(images)), strict=True):
+    for ours, theirs in zip(
+        jax.jit(in_jax(resize))(images), resize(torch.tensor(images)), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_views_are_indexed_by_lists_and_ranges_have_names():
-    environment = torch_in_jax()
     values = np.arange(24, dtype=np.float32).reshape(4, 6)
 
-    @jax.jit
-    def in_jax(values):
-        with environment:
-            columns = environment.j2t_iso(values)[:, 1:]
-            numbers = torch.arange(end=3, device=columns.device)
-            return environment.t2j_iso((columns[[2, 0]], columns[:, numbers]))
+    def look_up(values):
+        columns = values[:, 1:]
+        numbers = torch.arange(end=3, device=columns.device)
+        return columns[[2, 0]], columns[:, numbers]
 
-    rows, columns = in_jax(values)
+    rows, columns = jax.jit(in_jax(look_up))(values)
     np.testing.assert_array_equal(rows, values[[2, 0], 1:])
     np.testing.assert_array_equal(columns, values[:, 1:4])
 
 
 def test_integers_that_are_known_stay_known():
-    environment = torch_in_jax()
     values = np.arange(12, dtype=np.float32).reshape(4, 3)
 
     def run(x):
@@ -159,18 +154,12 @@ def test_integers_that_are_known_stay_known():
         numbers = torch.arange(0, rows, device=x.device) * columns
         return x[mask], torch.split(x, lengths.tolist()), x[:, numbers[:2]]
 
-    @jax.jit
-    def in_jax(values):
-        with environment:
-            return environment.t2j_iso(run(environment.j2t_iso(values)))
-
-    ours, theirs = in_jax(values), run(torch.tensor(values))
+    ours, theirs = jax.jit(in_jax(run))(values), run(torch.tensor(values))
     for mine, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(mine, expected)
 
 
 def test_sizes_that_are_counted_on_the_host_are_taken():
-    environment = torch_in_jax()
     images = np.random.default_rng(0).normal(size=(1, 3, 4, 4)).astype(np.float32)
     mask = torch.ones(2, 4, 4)
     mask[1, 3:], mask[1, :, 2:] = 0, 0
@@ -184,31 +173,22 @@ def test_sizes_that_are_counted_on_the_host_are_taken():
             )
             for h, w in zip(heights, widths, strict=True)
         ]
-        kinds = torch.full_like(heights, 1, device=images.device)
+        kinds = torch.full_like(heights, 1, device=images.device) + torch.zeros_like(input=heights)
         drawn = torch.multinomial(torch.ones(4, device=images.device), heights.max())
         return torch.cat(fitted), images[0, kinds], drawn.sort().values
 
-    @jax.jit
-    def in_jax(images):
-        with environment:
-            return environment.t2j_iso(fit(environment.j2t_iso(images)))
-
-    for ours, theirs in zip(in_jax(images), fit(torch.tensor(images)), strict=True):
+    for ours, theirs in zip(jax.jit(in_jax(fit))(images), fit(torch.tensor(images)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_a_computed_value_is_not_written_into_a_constant():
-    environment = torch_in_jax()
-
-    @jax.jit
     def write(values):
-        with environment:
-            places = torch.zeros(3, dtype=torch.int64)
-            places[0] = environment.j2t_iso(values)[0]
-            return environment.t2j_iso(environment.j2t_iso(values) + places)
+        places = torch.zeros(3, dtype=torch.int64)
+        places[0] = values[0]
+        return values + places
 
     with pytest.raises(NotImplementedError, match="into a constant"):
-        write(jnp.arange(3))
+        jax.jit(in_jax(write))(jnp.arange(3))
 
 
 def writing_where_true(x: torch.Tensor) -> torch.Tensor:
@@ -222,15 +202,12 @@ def test_a_tensor_is_written_where_an_unknown_mask_is_true():
     environment = torch_in_jax()
     values = np.array([[1.0, 2.0], [-1.0, 0.5], [0.0, -3.0]], np.float32)
 
-    def in_jax(x):
-        with environment:
-            return environment.t2j_iso(writing_where_true(environment.j2t_iso(x)))
-
+    write = in_jax(writing_where_true)
     leaf = torch.tensor(values, requires_grad=True)
     expected = writing_where_true(leaf)
     expected.square().sum().backward()
-    np.testing.assert_array_equal(jax.jit(in_jax)(values), expected.detach())
-    gradient = jax.jit(jax.grad(lambda x: jnp.square(in_jax(x)).sum()))(values)
+    np.testing.assert_array_equal(jax.jit(write)(values), expected.detach())
+    gradient = jax.jit(jax.grad(lambda x: jnp.square(write(x)).sum()))(values)
     np.testing.assert_array_equal(gradient, leaf.grad)
 
     def count(x):
@@ -243,7 +220,6 @@ def test_a_tensor_is_written_where_an_unknown_mask_is_true():
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_bags_of_embeddings_are_pytorchs(mode):
-    environment = torch_in_jax()
     generator = np.random.default_rng(0)
     table = generator.normal(size=(7, 3)).astype(np.float32)
     indices = torch.tensor(generator.integers(0, 7, (4, 5)))
@@ -253,13 +229,10 @@ def test_bags_of_embeddings_are_pytorchs(mode):
     def look_up(table):
         return torch.nn.functional.embedding_bag(indices, table, **options)
 
-    def in_jax(table):
-        with environment:
-            return environment.t2j_iso(look_up(environment.j2t_iso(table)))
-
+    look_up_in_jax = in_jax(look_up)
     leaf = torch.tensor(table, requires_grad=True)
     expected = look_up(leaf)
     expected.square().sum().backward()
-    np.testing.assert_allclose(in_jax(jnp.asarray(table)), expected.detach(), atol=1e-6)
-    gradient = jax.grad(lambda x: jnp.square(in_jax(x)).sum())(jnp.asarray(table))
+    np.testing.assert_allclose(look_up_in_jax(jnp.asarray(table)), expected.detach(), atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.square(look_up_in_jax(x)).sum())(jnp.asarray(table))
     np.testing.assert_allclose(gradient, leaf.grad, atol=1e-5)
