@@ -101,7 +101,7 @@ class Models:
 
     @property
     def only_adapters(self) -> bool:
-        """Whether every expert is an adapter."""
+        """True where every expert is an adapter."""
         return all(isinstance(expert, MatchedAdapter) for expert in self.experts.values())
 
     @property

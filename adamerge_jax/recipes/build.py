@@ -81,7 +81,7 @@ class OpenedModels(Protocol):
 
     @property
     def only_adapters(self) -> bool:
-        """Whether every expert is an adapter."""
+        """True where every expert is an adapter."""
         ...
 
     def head_form(self, task: str) -> HeadForm:

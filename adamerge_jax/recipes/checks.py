@@ -205,6 +205,7 @@ def _check_own_optimizer(optimizer: OptimizerRecipe, constraint: str) -> None:
 def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVectorsRecipe) -> None:
     name, options = coefficients.granularity, coefficients.granularity_options
     from_coarse = FROM_COARSE.get(name)
+    takes_rows_apart = False
     if from_coarse is not None:
         if coefficients.coarse is None:
             raise InputError(
@@ -213,17 +214,13 @@ def _check_coefficients(coefficients: CoefficientsRecipe, task_vectors: TaskVect
             )
         from_coarse.require_options(options)
         takes_rows_apart = True
-    elif is_own_code(name):
-        takes_rows_apart = False
     elif name == "auto":
-        takes_rows_apart = False
         if options:
             raise InputError(
                 "coefficients.granularity_options: auto takes none; name the granularity"
             )
-    else:
+    elif not is_own_code(name):
         find_registered("coefficients.granularity", GRANULARITIES, name)
-        takes_rows_apart = False
         # Without parameters only options are looked at; those of heads may be left to the model.
         if options or name != "head":
             takes_rows_apart = make_granularity(name, options, {}).cuts_rows

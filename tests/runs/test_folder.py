@@ -34,6 +34,13 @@ def test_coarse_coefficients_are_a_stage_of_their_own(tmp_path):
     assert run.best is None
 
 
+def test_the_coefficients_after_a_coarse_stage_are_the_best_of_a_run(tmp_path):
+    chosen = {"granularity": "auto", "coarse": {"granularity": "layer", "steps": 2}}
+    write_run(tmp_path, *ALL, coefficients=chosen)
+    write_steps(tmp_path, [*STEPS[:3], *STEPS])
+    assert SavedRun.open(tmp_path).best.step == 2
+
+
 def test_steps_that_were_done_again_count_once(tmp_path):
     write_run(tmp_path)
     write_steps(tmp_path, [*STEPS, step(3, (0.5, 1.0)), step(4, (0.4, 1.0))])
