@@ -25,13 +25,13 @@ import jax
 import numpy as np
 import optax
 import timing
-from jaxtyping import Int
 from transformers import BertConfig, CLIPConfig, PretrainedConfig, ViTConfig
 
 from adamerge_jax.coefficients.constraints import CONSTRAINTS
 from adamerge_jax.coefficients.granularities import constant, tensor
 from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER, Batch, calibrate
-from adamerge_jax.data.examples import Examples, bucket_length, padded
+from adamerge_jax.data.conversations import Tokens
+from adamerge_jax.data.decoder_examples import DecoderExamples
 from adamerge_jax.devices import ONE_DEVICE, Devices
 from adamerge_jax.learning.evaluation import evaluate_tasks
 from adamerge_jax.learning.forward import forward_with_heads
@@ -54,27 +54,14 @@ TOKENS_OF_TASKS = (
 """Mean and standard deviation of the logarithm of a text's tokens, of each task."""
 
 
-class RandomTexts(Examples):
-    """Texts of random tokens."""
-
-    def __init__(self, number: int, vocabulary: int, mean: float, deviation: float, seed: int):
-        generator = np.random.default_rng(seed)
-        lengths = np.exp(generator.normal(mean, deviation, number)).round().astype(int)
-        self._ids = [
-            generator.integers(1, vocabulary, length).tolist() for length in lengths.clip(3, 128)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def padded_length(self, index: Int[np.ndarray, " B"]) -> int:
-        """Returns the bucket of the longest text."""
-        return bucket_length(max(len(self._ids[row]) for row in index))
-
-    def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
-        """Returns token ids and masks, `[B, length]`."""
-        ids, mask = padded([self._ids[row] for row in index], length, 0)
-        return {"input_ids": ids, "attention_mask": mask}
+def random_texts(
+    number: int, vocabulary: int, mean: float, deviation: float, seed: int
+) -> DecoderExamples:
+    """Returns texts of random tokens, 3 to 128 of them."""
+    generator = np.random.default_rng(seed)
+    lengths = np.exp(generator.normal(mean, deviation, number)).round().astype(int).clip(3, 128)
+    ids = [generator.integers(1, vocabulary, length).tolist() for length in lengths]
+    return DecoderExamples([Tokens(row, [False] * len(row)) for row in ids], 0, 128)
 
 
 def config_of(size: str) -> tuple[PretrainedConfig, int]:
@@ -107,7 +94,7 @@ def batches_of(size: str) -> list[Batch]:
     if size == "texts":
         number = BATCHES_SORTED_TOGETHER * EXAMPLES_PER_TASK
         texts = {
-            f"task {seed}": RandomTexts(number + 1, config.vocab_size, *tokens, seed)
+            f"task {seed}": random_texts(number + 1, config.vocab_size, *tokens, seed)
             for seed, tokens in enumerate(TOKENS_OF_TASKS)
         }
         calibration = calibrate(texts, batch_size=EXAMPLES_PER_TASK, held_out=0.001, seed=0)

@@ -134,6 +134,8 @@ def _of_part(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 _SMALL_IMAGES = _of_part("vision_config", {"image_size": 56, "patch_size": 14})
 
+_SMALL_SAM = _of_part("sam_config", {"downsample_channels": [32, 32], "image_size": 64})
+
 _SMALL_SAM3 = {
     "detr_decoder_config.num_queries": 8,
     "vision_config.fpn_hidden_size": 32,
@@ -179,9 +181,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "csm": {"codec_config.upsample_groups": 32},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
-    "deepseek_ocr2_vision": _of_part(
-        "sam_config", {"downsample_channels": [32, 32], "image_size": 64}
-    ),
+    "deepseek_ocr2_vision": _SMALL_SAM,
     "deepseek_v2": {"num_key_value_heads": 4},
     "depth_anything": _SMALL_BACKBONE,
     "depth_pro": {
@@ -263,9 +263,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "tipsv2_dpt": _SMALL_BACKBONE,
     "tvp": {**_SMALL_RESNET, "max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
     "videoprism": _of_part("vision_config", {"image_size": 36, "num_frames": 2}),
-    "unlimited_ocr_vision": _of_part(
-        "sam_config", {"downsample_channels": [32, 32], "image_size": 64}
-    ),
+    "unlimited_ocr_vision": _SMALL_SAM,
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "vjepa2": {"crop_size": 32, "frames_per_clip": 4},
     "zoedepth": _SMALL_BACKBONE | {"backbone_config.image_size": 64},
