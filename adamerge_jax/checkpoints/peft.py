@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,6 +95,9 @@ class MatchedAdapter:
         factors: The names of the two factors in the file, and their scaling, by parameter.
         saved: The name in the file of every parameter that was saved whole.
         trained_on: The base's folder or Hub name as the adapter's config has it, if it does.
+        left_out: The tokens of its tokenizer that the merge has no rows for.
+        resized: The embedding tables and output layers whose factors have other rows than the
+            base: rows that they lack are 0, and further ones are left out.
     """
 
     checkpoint: Checkpoint
@@ -103,6 +106,8 @@ class MatchedAdapter:
     factors: Mapping[str, _FactorNames] = field(repr=False)
     saved: Mapping[str, str] = field(repr=False)
     trained_on: str | None = None
+    left_out: tuple[str, ...] = ()
+    resized: frozenset[str] = frozenset()
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -122,6 +127,12 @@ class MatchedAdapter:
         """Returns the rank of a parameter's factors."""
         return self.checkpoint.tensors[self.factors[name].a].shape[0]
 
+    def product_shape(self, name: str) -> tuple[int, int]:
+        """Returns the shape of the product of a parameter's factors, as they are in the file."""
+        names, tensors = self.factors[name], self.checkpoint.tensors
+        a, b = tensors[names.a].shape, tensors[names.b].shape
+        return (a[1], b[0]) if names.embedding else (b[0], a[1])
+
     def low_rank(self, name: str) -> Factors | None:
         """Returns the factors of one parameter's task vector, float32, or None if it has none.
 
@@ -135,6 +146,9 @@ class MatchedAdapter:
         left, right = (a.T, np.ascontiguousarray(b.T)) if factors.embedding else (b, a)
         with np.errstate(over="ignore"):
             left = left * np.float32(factors.scaling)
+        if name in self.resized:
+            lacking = max(self.base.shape(name)[0] - len(left), 0)
+            left = np.pad(left, ((0, lacking), (0, 0)))[: self.base.shape(name)[0]]
         # No entry of the product is larger, nor a part of the sum that makes it.
         rows = np.abs(left.astype(np.float64)) @ np.abs(right).max(1, initial=0).astype(np.float64)
         if not rows.max(initial=0) <= LARGEST:
@@ -202,6 +216,7 @@ def open_adapter(
     unused: Sequence[str] = (),
     renamed: Sequence[tuple[str, str]] = (),
     tied: Sequence[str] = (),
+    fit: Callable[[MatchedAdapter], MatchedAdapter] = lambda adapter: adapter,
 ) -> MatchedAdapter:
     """Opens a LoRA adapter and finds the parameters that it changes.
 
@@ -218,6 +233,7 @@ def open_adapter(
         renamed: Pairs of a part of names in a checkpoint and its replacement in adapters.
         tied: Names of the embedding tables that must still be the output layer too; tables that
             were saved whole are read to check it.
+        fit: Gives tables of tokens the shapes of the base's, where it can.
 
     Raises:
         InputError: It is damaged, no LoRA, a kind of LoRA that is not supported, or was not
@@ -274,10 +290,12 @@ def open_adapter(
     trained_on = config.get("base_model_name_or_path")
     if not isinstance(trained_on, str) or not trained_on.isprintable():
         trained_on = None
-    adapter = MatchedAdapter(checkpoint, role, base, placed, saved, trained_on)
+    adapter = fit(MatchedAdapter(checkpoint, role, base, placed, saved, trained_on))
     # The head comes last: an error in the backbone tells more.
-    changed_shapes = {name: _product_shape(pair, tensors) for name, pair in placed.items()}
-    changed_shapes |= {name: tensors[tensor].shape for name, tensor in saved.items()}
+    changed_shapes = {
+        name: adapter.product_shape(name) for name in placed if name not in adapter.resized
+    }
+    changed_shapes |= {n: adapter.checkpoint.tensors[tensor].shape for n, tensor in saved.items()}
     for name, shape in changed_shapes.items():
         _require_shape(where, name, shape, shapes[name])
     if tied and not config.get("ensure_weight_tying"):
@@ -285,6 +303,27 @@ def open_adapter(
         for name in tied:
             _require_tied(where, adapter, name, outputs)
     return adapter
+
+
+def open_saved(source: str, folder: Path, base: Checkpoint, *, role: str) -> Checkpoint:
+    """Opens what an adapter saved whole, such as tables of tokens to which it added rows.
+
+    Args:
+        source: The folder or Hub name, as the user wrote it.
+        folder: The folder of its files.
+        base: The model that it changes.
+        role: Its role in the merge, for messages.
+
+    Returns:
+        Its files, with the tensors that are no factors by the names of their parameters. Names may
+        lack a prefix.
+
+    Raises:
+        InputError: Its weights are missing or damaged.
+    """
+    tensors = _read_tensors(folder, f"{role} ({source})")
+    saved = {name: tensors[tensor] for name, tensor in _saved_whole(tensors).items()}
+    return Checkpoint(source, folder, base.config, base.config_fields, saved)
 
 
 def _read_tensors(folder: Path, where: str) -> dict[str, TensorInfo]:
@@ -339,16 +378,10 @@ def _find_parts(
         return name
 
     modules: dict[str, tuple[str, str]] = {}
-    whole = {}
     for tensor, info in tensors.items():
         name = tensor.removeprefix(PREFIX)
-        ending = next((ending for ending in _OTHER if name.endswith(ending)), None)
+        ending = _ending(name)
         if ending is None:
-            # With bias="all" PEFT saves the bias of a replaced module too, and that of the module
-            # in its place once more.
-            if ".original_module." not in name:
-                parameter = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-                whole[in_checkpoint(parameter)] = tensor
             continue
         other = tensor.removesuffix(ending) + _OTHER[ending]
         if other not in tensors:
@@ -373,8 +406,27 @@ def _find_parts(
         in_checkpoint(f"{module}.weight"): _FactorNames(a, b, scaling[module])
         for module, (a, b) in modules.items()
     }
+    whole = {in_checkpoint(name): tensor for name, tensor in _saved_whole(tensors).items()}
     # Beside the factors of an embedding table PEFT saves the table itself, as it was in the base.
     return factors, {name: tensor for name, tensor in whole.items() if name not in factors}
+
+
+def _saved_whole(tensors: Iterable[str]) -> dict[str, str]:
+    """Returns the tensors that are no factors, by the names of their parameters."""
+    whole = {}
+    for tensor in tensors:
+        name = tensor.removeprefix(PREFIX)
+        # With bias="all" PEFT saves the bias of a replaced module too, and that of the module in
+        # its place once more.
+        if _ending(name) is None and ".original_module." not in name:
+            parameter = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            whole[parameter] = tensor
+    return whole
+
+
+def _ending(name: str) -> str | None:
+    """Returns the ending of a factor's name; None for other tensors."""
+    return next((ending for ending in _OTHER if name.endswith(ending)), None)
 
 
 def _with_classes(checkpoint: Checkpoint, classes: int) -> PretrainedConfig:
@@ -396,7 +448,7 @@ def _require_tied(
     """
     if outputs:
         table = adapter.read(name)
-        same = all(np.array_equal(table, output) for output in outputs)
+        same = all(np.array_equal(table[: len(output)], output[: len(table)]) for output in outputs)
     else:
         same = not adapter.changes(name)
     if not same:
@@ -405,11 +457,6 @@ def _require_tied(
             "as PEFT does without ensure_weight_tying; train it with that, or leave both as they "
             "are"
         )
-
-
-def _product_shape(names: _FactorNames, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    a, b = tensors[names.a].shape, tensors[names.b].shape
-    return (a[1], b[0]) if names.embedding else (b[0], a[1])
 
 
 def _require_shape(where: str, name: str, shape: Sequence[int], expected: Sequence[int]) -> None:

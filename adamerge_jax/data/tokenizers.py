@@ -48,12 +48,16 @@ def tokenizer_owner(models: Mapping[str, Expert], chosen: str | None) -> Expert 
         raise InputError(f"tokenizer: {chosen} ({models[chosen].checkpoint.source}) has none")
     else:
         owner = models[chosen]
-    if isinstance(owner, MatchedCheckpoint) and owner.left_out:
+    if owner is not None and owner.left_out:
+        advice = (
+            "name its task for the merge to have them (tokenizer: TASK)"
+            if chosen is None
+            else "put the base's tokenizer beside its weights, and choose it (tokenizer: base)"
+        )
         raise InputError(
             f"the tokenizer of {owner.role} ({owner.checkpoint.source}) has {len(owner.left_out)} "
             f"token(s) that the merge has no rows for, {owner.left_out[0]!r} first: it has the "
-            "base's tables; put the base's tokenizer beside its weights, and choose it (tokenizer: "
-            "base)"
+            f"base's tables; {advice}"
         )
     return owner
 
@@ -153,8 +157,9 @@ def _require_same(
         advice = "; all models of a merge must have one tokenizer"
         if len(beyond) == len(differing):
             advice = (
-                "; the merge has the base's rows and none for them: say that texts are read "
-                "without them (tokenizer: base), or leave the expert out"
+                "; the merge has the base's rows and none for them: give it the expert's "
+                "(tokenizer: TASK, the name of its task), say that texts are read without them "
+                "(tokenizer: base), or leave the expert out"
             )
         raise InputError(
             f"{where} has another vocabulary than {reference}: {len(differing)} token(s) differ: "

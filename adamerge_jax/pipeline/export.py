@@ -422,6 +422,8 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
             f"export.adapter: {reason}; leave it out, the checkpoint is written anyway"
         )
 
+    if models.added_tokens:
+        raise refusal("the merge has tokens that the base has no rows for, nor an adapter of it")
     if facts.has_initial_merge:
         raise refusal("a merge method without coefficients gives no factors")
     factored = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,10 +34,16 @@ from adamerge_jax.checkpoints.matching import (
 )
 from adamerge_jax.checkpoints.missing import require_most
 from adamerge_jax.checkpoints.opening import open_checkpoint, open_in_folder
-from adamerge_jax.checkpoints.peft import Expert, MatchedAdapter, is_adapter, open_adapter
+from adamerge_jax.checkpoints.peft import (
+    Expert,
+    MatchedAdapter,
+    is_adapter,
+    open_adapter,
+    open_saved,
+)
 from adamerge_jax.checkpoints.peft_config import TASK_TYPES, model_name, read_adapter_config
 from adamerge_jax.checkpoints.sentence_modules import is_embedder, read_embedding_form
-from adamerge_jax.checkpoints.vocabulary import fit_to_rows
+from adamerge_jax.checkpoints.vocabulary import TokenRows, with_rows_of
 from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
@@ -70,6 +76,7 @@ class Models:
         kept_from_base: The names without `*` of the backbone's parameters that stay the base's.
         devices: The devices that hold the weights when they are read.
         problems: The problem that the head of each expert solves, by task.
+        added_tokens: The tokens of the merge by id that the base's own tables have no rows for.
     """
 
     family: Family
@@ -80,6 +87,7 @@ class Models:
     kept_from_base: frozenset[str]
     devices: Devices = ONE_DEVICE
     problems: Mapping[str, Problem] = dataclasses.field(default_factory=dict)
+    added_tokens: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def head_form(self, task: str) -> HeadForm:
         """Returns the form of a task's head."""
@@ -172,6 +180,7 @@ def open_models(
         task: _locate(f"expert {task!r}", task_recipe.expert, root)
         for task, task_recipe in recipe.tasks.items()
     }
+    base, added_tokens = _with_rows_of_tokenizer(base, located.get(recipe.tokenizer or ""))
     embeds = _read_form(base, located)
     whole_experts = {} if to_run else _whole_experts(base, located)
     is_run = to_run and not isinstance(base, Pipeline)
@@ -201,7 +210,7 @@ def open_models(
                 f"parameters are called e.g. {next(iter(backbone))!r}"
             )
     base_match = _match_backbone(family, backbone, base, "base")
-    fit = fit_to_rows(base_match)
+    token_rows = TokenRows(base_match, added_tokens)
     experts = {}
     for task, place in located.items():
         with in_hand(place.source.path):
@@ -212,7 +221,7 @@ def open_models(
                 place,
                 opened=whole_experts.get(task),
                 base_source=recipe.base,
-                fit=fit,
+                token_rows=token_rows,
                 read_weights=read_weights,
                 auto_class=auto_classes[task],
             )
@@ -231,8 +240,18 @@ def open_models(
         if matches(name, recipe.keep_from_base)
         or any(name not in expert.names for expert in experts.values())
     )
+    models = Models(
+        family,
+        shapes,
+        base_match,
+        experts,
+        (),
+        kept_from_base,
+        problems=problems,
+        added_tokens=added_tokens,
+    )
     if not read_weights:
-        return Models(family, shapes, base_match, experts, (), kept_from_base, problems=problems)
+        return models
     for model in (base_match, *experts.values()):
         _require_tied(family, model)
     mixed = base_match.names.keys() - kept_from_base
@@ -243,7 +262,7 @@ def open_models(
         Source(name, given[name].path, given[name].revision, model.identity())
         for name, model in {"base": base_match, **experts}.items()
     )
-    return Models(family, shapes, base_match, experts, sources, kept_from_base, problems=problems)
+    return dataclasses.replace(models, sources=sources)
 
 
 def match_backbone(models: Models, checkpoint: Checkpoint, role: str) -> MatchedCheckpoint:
@@ -344,6 +363,24 @@ def _auto_classes(base: Checkpoint, located: Mapping[str, _Located]) -> dict[str
         else:
             auto_classes[task] = auto_class_of(_classes(base, expert))
     return auto_classes
+
+
+def _with_rows_of_tokenizer(
+    base: Checkpoint, owner: _Located | None
+) -> tuple[Checkpoint, Mapping[int, str]]:
+    """Adds to the base the rows of tokens that only the expert has whose tokenizer is chosen.
+
+    Returns:
+        The base, and the tokens of these rows by id.
+    """
+    if owner is None or isinstance(base, Pipeline):
+        return base, {}
+    with owner.opening():
+        if is_adapter(owner.folder):
+            checkpoint = open_saved(owner.path, owner.folder, base, role=owner.role)
+        else:
+            checkpoint = open_in_folder(owner.path, owner.folder)
+        return with_rows_of(base, checkpoint, owner.role)
 
 
 def _has_heads(family: Family) -> bool:
@@ -477,7 +514,7 @@ def _open_expert(
     *,
     opened: Checkpoint | None,
     base_source: ModelSource,
-    fit: Callable[[MatchedCheckpoint], MatchedCheckpoint],
+    token_rows: TokenRows,
     read_weights: bool,
     auto_class: str | None,
 ) -> Expert:
@@ -511,6 +548,7 @@ def _open_expert(
             unused=unused,
             renamed=family.renamed,
             tied=family.tied(base.checkpoint.config) if read_weights else (),
+            fit=token_rows.fit_adapter,
         )
         _warn_of_other_base(adapter, base_source)
         missing = [name for name in head(adapter.checkpoint.config) if name not in adapter.names]
@@ -549,7 +587,7 @@ def _open_expert(
         optional=family.base_only,
         ignored=(*family.ignored(expert.config), *unused),
         second_names=family.second_names(expert.config),
-        fit=fit,
+        fit=token_rows.fit_model,
     )
 
 

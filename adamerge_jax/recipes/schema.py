@@ -599,7 +599,8 @@ class Recipe(Section):
     """Tasks by name."""
     tokenizer: str | None = None
     """Model whose tokenizer, chat template and generation settings the merge takes: base, or a
-    task. By default the first model that has a tokenizer; then all must have its special tokens."""
+    task, with the rows of tokens that its expert added to the base's. By default the first model
+    that has a tokenizer; then all must have its special tokens."""
     keep_from_base: list[str] = []
     """Name patterns of parameters that stay the base's and are not merged."""
     retain: Annotated[RetainRecipe | None, SWITCHED_OFF] = RetainRecipe()
