@@ -30,6 +30,9 @@ _WITH_OWN_HEAD = re.compile(r"For\w*(Classification|Answering|MultipleChoice|Pre
 _WRITING = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
 """Classes of models that write text."""
 
+_LOADING = re.compile(r"AutoModelFor")
+"""Classes that load models of a kind."""
+
 
 class WithoutForward(Network):
     """A network that cannot be run.
@@ -79,7 +82,12 @@ class AnyModel(Family):
 
 
 def any_model(
-    base: Checkpoint, experts: Sequence[Checkpoint], *, headless: bool = False
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    *,
+    classes: Sequence[str],
+    adapted: Collection[str] = (),
+    headless: bool = False,
 ) -> AnyModel:
     """Returns the architecture of a base and its experts, of which only headers are read.
 
@@ -89,12 +97,15 @@ def any_model(
     Args:
         base: The base.
         experts: The experts that are whole models, not adapters.
+        classes: The classes of the first expert's model; of an adapter perhaps the one of
+            `transformers` that loads it (`AutoModelForSequenceClassification`).
+        adapted: The names of parameters that an adapter changes, where all experts are adapters.
         headless: True for models without heads. A base that was saved with one has a prefix before
             all other names, which parameters lack as in the experts.
     """
     of_base = _common_names(base)
     of_expert = _common_names(experts[0]) if experts else of_base
-    prefix = missing_prefix(of_base, of_expert)
+    prefix = missing_prefix(of_base, of_expert) or _prefix_in(adapted, of_base)
     lacking = missing_prefix(of_expert, of_base)
     heads = {name for expert in experts for name in head_shapes(expert)}
     infos = {}
@@ -115,8 +126,6 @@ def any_model(
         for name, info in expert.tensors.items()
         if info.dtype not in PARAMETER_DTYPES or _is_empty(base.tensors.get(name))
     }
-    first = experts[0] if experts else base
-    is_writer = any(map(_WRITING.search, classes_of(first.config_fields)))
     return AnyModel(
         backbone=_not_made,
         head=_not_made,
@@ -124,12 +133,12 @@ def any_model(
         inputs=(),
         max_tokens=lambda config: None,
         heads=lambda config: {},
-        auto_class="AutoModel",
+        auto_class=next(filter(_LOADING.match, classes), "AutoModel"),
         last_layer=None,
         base_only=("*",),
         ignored=lambda config: () if table is None else (OUTPUT_LAYER,),
         ignored_in_experts=tuple(map(_literal, sorted(others))),
-        language=is_writer,
+        language=any(map(_WRITING.search, classes)),
         shapes=_stacked(infos),
         table=table,
     )
@@ -182,6 +191,17 @@ def missing_prefix(without: Collection[str], names: Collection[str]) -> str:
         for short in missing[:50]
         for name in names
         if name.endswith("." + short)
+    )
+    return prefixes.most_common(1)[0][0] if prefixes else ""
+
+
+def _prefix_in(adapted: Collection[str], names: Collection[str]) -> str:
+    """Returns the prefix with which an adapter has the names of most of its parameters."""
+    prefixes = Counter(
+        name[:start]
+        for name in adapted
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+        if name[start:] in names
     )
     return prefixes.most_common(1)[0][0] if prefixes else ""
 

@@ -25,7 +25,7 @@ def pipeline_family(base: Pipeline, experts: Sequence[Checkpoint]) -> AnyModel:
         base: The base.
         experts: The experts, of which some may be no pipelines, to be refused later.
     """
-    family = any_model(base, experts)
+    family = any_model(base, experts, classes=())
     components = {name for e in experts if isinstance(e, Pipeline) for name in e.components}
     of_experts = [f"{name}.*" for name in sorted(components - base.components.keys())]
     return dataclasses.replace(

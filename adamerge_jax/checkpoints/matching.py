@@ -15,6 +15,7 @@ from adamerge_jax.checkpoints.finite import require_finite
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.quantization import quantized, require_unquantized
 from adamerge_jax.checkpoints.renamed import current_name, renamed
+from adamerge_jax.checkpoints.safetensors_file import TensorInfo
 from adamerge_jax.checkpoints.wrappers import unwrapped
 from adamerge_jax.errors import InputError, and_more
 from adamerge_jax.parameter_names import matches
@@ -92,11 +93,15 @@ class MatchedCheckpoint:
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype that a parameter is stored in, or that it is merged in by default."""
-        return self.checkpoint.tensors[self.names[name]].merged_dtype
+        return self.tensor(name).merged_dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a parameter."""
-        return self.checkpoint.tensors[self.names[name]].shape
+        return self.tensor(name).shape
+
+    def tensor(self, name: str) -> TensorInfo:
+        """Returns a parameter's tensor in the files."""
+        return self.checkpoint.tensors[self.names[name]]
 
 
 def match(

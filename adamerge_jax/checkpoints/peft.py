@@ -95,6 +95,8 @@ class MatchedAdapter:
         factors: The names of the two factors in the file, and their scaling, by parameter.
         saved: The name in the file of every parameter that was saved whole.
         trained_on: The base's folder or Hub name as the adapter's config has it, if it does.
+        of_base: The name in the base's file of every parameter of its head that it left as it is
+            there: a ModernBERT's `head.dense` below the classifier that it trained.
         left_out: The tokens of its tokenizer that the merge has no rows for.
         resized: The embedding tables and output layers whose factors have other rows than the
             base: rows that they lack are 0, and further ones are left out.
@@ -106,13 +108,14 @@ class MatchedAdapter:
     factors: Mapping[str, _FactorNames] = field(repr=False)
     saved: Mapping[str, str] = field(repr=False)
     trained_on: str | None = None
+    of_base: Mapping[str, str] = field(default_factory=dict, repr=False)
     left_out: tuple[str, ...] = ()
     resized: frozenset[str] = frozenset()
 
     @property
     def names(self) -> Mapping[str, str]:
         """The parameters of the model that it makes, with their names in one of the files."""
-        return {**self.base.names, **self.saved}
+        return {**self.base.names, **self.of_base, **self.saved}
 
     def identity(self) -> str:
         """Returns a fingerprint of its contents: the tensors and their scalings."""
@@ -167,6 +170,12 @@ class MatchedAdapter:
         """
         if name in self.saved:
             return self._read(self.saved[name])
+        if name in self.of_base:
+            array = self.base.checkpoint.read(self.of_base[name])
+            require_finite(
+                array, tensor=name, source=self.base.checkpoint.source, role=self.base.role
+            )
+            return array
         factors = self.low_rank(name)
         if factors is None:
             return self.base.read(name)
@@ -186,6 +195,14 @@ class MatchedAdapter:
     def changes(self, name: str) -> bool:
         """Returns True if it may differ from the base in a parameter."""
         return name in self.saved or name in self.factors
+
+    def tensor(self, name: str) -> TensorInfo:
+        """Returns the tensor in the files of a parameter that it did not change by factors."""
+        if name in self.saved:
+            return self.checkpoint.tensors[self.saved[name]]
+        if name in self.of_base:
+            return self.base.checkpoint.tensors[self.of_base[name]]
+        return self.base.tensor(name)
 
     def _read(self, tensor: str) -> np.ndarray:
         array = self.checkpoint.read(tensor)
@@ -210,7 +227,7 @@ def open_adapter(
     base: MatchedCheckpoint,
     *,
     role: str,
-    head: Callable[[PretrainedConfig], Mapping[str, tuple[int, ...]]],
+    head: Callable[[PretrainedConfig], Mapping[str, tuple[int, ...]]] | None,
     prefixes: Sequence[str] = (),
     ignored: Sequence[str] = (),
     unused: Sequence[str] = (),
@@ -226,6 +243,8 @@ def open_adapter(
         base: The model that it changes.
         role: Its role in the merge, for messages: `expert 'trec'`.
         head: Shapes of the parameters of a task's head, from a config with the number of classes.
+            None where they are not known: a head is then what the adapter's config names in
+            `modules_to_save` and the base has not.
         prefixes: Prefixes of parameter names that the adapter may lack.
         ignored: Name patterns of tensors that are no parameters but second names of tied weights.
         unused: Name patterns of tensors that it may have and that are not used: those of modules
@@ -263,11 +282,10 @@ def open_adapter(
     used = set(in_adapter.values())
     unplaced = sorted(n for n in (*factors, *whole) if n not in used and not matches(n, unused))
     if unplaced:
-        # Of a head's names the last is its output layer's weight, which has a row for each class.
-        last = unplaced[-1]
-        classes = tensors[whole[last]].shape[0] if last in whole else 0
-        checkpoint = dataclasses.replace(checkpoint, config=_with_classes(checkpoint, classes))
-        expected = head(checkpoint.config)
+        found = {name: tensors[whole[name]].shape for name in unplaced if name in whole}
+        model_config = _with_classes(of_base.config, _classes_of(found))
+        checkpoint = dataclasses.replace(checkpoint, config=model_config)
+        expected = _modules_to_save(config, found) if head is None else head(model_config)
         if untrained := [name for name in unplaced if name in expected and name in factors]:
             raise InputError(
                 f"{where} has factors for {untrained[0]} and not what they are added to, the "
@@ -290,7 +308,22 @@ def open_adapter(
     trained_on = config.get("base_model_name_or_path")
     if not isinstance(trained_on, str) or not trained_on.isprintable():
         trained_on = None
-    adapter = fit(MatchedAdapter(checkpoint, role, base, placed, saved, trained_on))
+    left = {name for name in shapes if name not in base.names and name not in saved}
+    adapter = fit(
+        MatchedAdapter(
+            checkpoint,
+            role,
+            base,
+            placed,
+            saved,
+            trained_on,
+            of_base={
+                name: name
+                for name in base.extra
+                if name in left and of_base.tensors[name].shape == shapes[name]
+            },
+        )
+    )
     # The head comes last: an error in the backbone tells more.
     changed_shapes = {
         name: adapter.product_shape(name) for name in placed if name not in adapter.resized
@@ -303,6 +336,18 @@ def open_adapter(
         for name in tied:
             _require_tied(where, adapter, name, outputs)
     return adapter
+
+
+def _classes_of(head: Mapping[str, tuple[int, ...]]) -> int:
+    """Returns the number of classes of a head: the outputs that none of its layers takes in.
+
+    Args:
+        head: The shapes of its parameters.
+    """
+    matrices = [shape for shape in head.values() if len(shape) == 2]
+    taken_in = {inputs for _, inputs in matrices}
+    given_out = [outputs for outputs, _ in matrices]
+    return next((size for size in given_out if size not in taken_in), max(given_out, default=0))
 
 
 def open_saved(source: str, folder: Path, base: Checkpoint, *, role: str) -> Checkpoint:
@@ -324,6 +369,27 @@ def open_saved(source: str, folder: Path, base: Checkpoint, *, role: str) -> Che
     tensors = _read_tensors(folder, f"{role} ({source})")
     saved = {name: tensors[tensor] for name, tensor in _saved_whole(tensors).items()}
     return Checkpoint(source, folder, base.config, base.config_fields, saved)
+
+
+def parameter_names(source: str, folder: Path, *, role: str) -> list[str]:
+    """Returns the names of the parameters that an adapter changes, as modules have them.
+
+    Args:
+        source: The folder or Hub name, as the user wrote it.
+        folder: The folder of its files.
+        role: Its role in the merge, for messages.
+
+    Raises:
+        InputError: Its weights are missing or damaged.
+    """
+    tensors = _read_tensors(folder, f"{role} ({source})")
+    names = (tensor.removeprefix(PREFIX) for tensor in tensors)
+    factored = [
+        f"{name.removesuffix(ending)}.weight"
+        for name in names
+        if (ending := _ending(name)) in _FACTORS
+    ]
+    return [*factored, *_saved_whole(tensors)]
 
 
 def _read_tensors(folder: Path, where: str) -> dict[str, TensorInfo]:
@@ -411,6 +477,20 @@ def _find_parts(
     return factors, {name: tensor for name, tensor in whole.items() if name not in factors}
 
 
+def _modules_to_save(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of parameters in modules that an adapter's config says are saved whole."""
+    modules = config.get("modules_to_save")
+    if not isinstance(modules, list):
+        return {}
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if any(part in modules for part in name.split(".")[:-1])
+    }
+
+
 def _saved_whole(tensors: Iterable[str]) -> dict[str, str]:
     """Returns the tensors that are no factors, by the names of their parameters."""
     whole = {}
@@ -429,8 +509,8 @@ def _ending(name: str) -> str | None:
     return next((ending for ending in _OTHER if name.endswith(ending)), None)
 
 
-def _with_classes(checkpoint: Checkpoint, classes: int) -> PretrainedConfig:
-    config = copy.deepcopy(checkpoint.config)
+def _with_classes(config: PretrainedConfig, classes: int) -> PretrainedConfig:
+    config = copy.deepcopy(config)
     config.num_labels = classes
     return config
 

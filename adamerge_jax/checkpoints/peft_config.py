@@ -16,8 +16,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 MERGE_IT = "merge it into its model with PEFT's merge_and_unload() and give that"
 
-TASK_TYPES = {"TOKEN_CLS": TOKEN_CLASSIFICATION}
-"""The `transformers` classes of models by PEFT's task types, of other heads than of classes."""
+TASK_TYPES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": TOKEN_CLASSIFICATION,
+}
+"""The `transformers` classes of models with a head for their task, by PEFT's task types."""
 
 _UNSUPPORTED = {
     "use_dora": "DoRA, which rescales the merged weights",

@@ -127,7 +127,7 @@ class TokenRows:
             copies = [copy for copy, first in expert.copies.items() if first == name]
             for tensor in (expert.names[name], *copies):
                 if tensors[tensor].shape == expert.shape(name):
-                    tensors[tensor] = _resized(tensors[tensor], self._table(name))
+                    tensors[tensor] = _resized(tensors[tensor], self._base.tensor(name))
         checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
         return dataclasses.replace(expert, checkpoint=checkpoint, left_out=left_out)
 
@@ -151,7 +151,7 @@ class TokenRows:
         for name in resized:
             if name in adapter.saved:
                 tensor = adapter.saved[name]
-                tensors[tensor] = _resized(tensors[tensor], self._table(name))
+                tensors[tensor] = _resized(tensors[tensor], self._base.tensor(name))
         checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
         return dataclasses.replace(
             adapter,
@@ -215,11 +215,8 @@ class TokenRows:
 
     def _own_shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a table in the base's own files."""
-        table = self._table(name)
+        table = self._base.tensor(name)
         return table.pieces[0].shape if isinstance(table, JoinedTensor) else table.shape
-
-    def _table(self, name: str) -> TensorInfo:
-        return self._base.checkpoint.tensors[self._base.names[name]]
 
     @cached_property
     def _base_tokens(self) -> _Tokens:

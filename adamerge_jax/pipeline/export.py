@@ -263,6 +263,7 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
     owner = tokenizer_owner(models.by_name, job.tokenizer) or models.base
     token_ids = _special_tokens(models, owner)
     tasks = _tasks_with_heads(job)
+    shared = {models.prefix + name for name in carried}
 
     def named(name: str) -> str:
         """Returns a tensor's name without the prefix that sets it apart from those of a head."""
@@ -294,7 +295,11 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
             writer.add_task_model(
                 task,
                 config=_task_config(models, task),
-                head={n: cast(array, n, expert) for n, array in _head_of(job, task).items()},
+                head={
+                    name: cast(array, name, expert)
+                    for name, array in _head_of(job, task).items()
+                    if name not in shared
+                },
                 assets=expert.checkpoint if is_whole else models.base.checkpoint,
                 otherwise=checkpoints,
             )

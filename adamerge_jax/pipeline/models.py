@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from adamerge_jax.checkpoints.any_model import AnyModel, any_model, head_shapes
 from adamerge_jax.checkpoints.architecture import require_same_architecture
-from adamerge_jax.checkpoints.config_file import classes_of, read_config_file
 from adamerge_jax.checkpoints.diffusion import (
     Pipeline,
     absent_components,
@@ -24,7 +23,6 @@ from adamerge_jax.checkpoints.gguf_model import (
     require_config,
     require_same_sizes,
 )
-from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.matching import (
     MatchedCheckpoint,
@@ -39,21 +37,32 @@ from adamerge_jax.checkpoints.peft import (
     MatchedAdapter,
     is_adapter,
     open_adapter,
-    open_saved,
+    parameter_names,
 )
-from adamerge_jax.checkpoints.peft_config import TASK_TYPES, model_name, read_adapter_config
+from adamerge_jax.checkpoints.peft_config import model_name
 from adamerge_jax.checkpoints.sentence_modules import is_embedder, read_embedding_form
-from adamerge_jax.checkpoints.vocabulary import TokenRows, with_rows_of
+from adamerge_jax.checkpoints.vocabulary import TokenRows
 from adamerge_jax.coefficients.file import Source
 from adamerge_jax.coefficients.granularities import Shapes
 from adamerge_jax.devices import ONE_DEVICE, Devices
-from adamerge_jax.errors import InputError, in_hand, in_one_line
+from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.models import family_of, is_known
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import Family, HeadForm, Network
-from adamerge_jax.models.problem import CLASSES, WORDS, Problem, auto_class_of, problem_of
+from adamerge_jax.models.problem import CLASSES, WORDS, Problem, problem_of
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.pipeline.embedders import shared_form
+from adamerge_jax.pipeline.located import (
+    Located,
+    auto_classes_of,
+    classes_of_expert,
+    locate_expert,
+    opening,
+    resolve,
+    shared_architecture,
+    with_padding,
+    with_rows_of_tokenizer,
+)
 from adamerge_jax.recipes.schema import ModelSource, Recipe
 
 if TYPE_CHECKING:
@@ -146,7 +155,12 @@ class Models:
     @property
     def replaced(self) -> list[str]:
         """The names in the base's files of tensors that each task's head has in their place."""
-        of_heads = {name for task in self.experts for name in self.head_names(task)}
+        of_heads = {
+            name
+            for task, expert in self.experts.items()
+            for name in self.head_names(task)
+            if not (isinstance(expert, MatchedAdapter) and name in expert.of_base)
+        }
         return [name for name in self.base.extra if {name, self.prefix + name} & of_heads]
 
     def head_names(self, task: str) -> list[str]:
@@ -171,23 +185,24 @@ def open_models(
         InputError: A checkpoint is missing, damaged, of another architecture or no classifier, or
             a pattern in `keep_from_base` fits no parameter.
     """
-    with _opening("base", recipe.base, root):
+    with opening("base", recipe.base, root):
         base = open_checkpoint(resolve(recipe.base.path, root), revision=recipe.base.revision)
         if isinstance(base, Pipeline):
             require_all_components(base)
         require_config(base)
     located = {
-        task: _locate(f"expert {task!r}", task_recipe.expert, root)
+        task: locate_expert(f"expert {task!r}", task_recipe.expert, root)
         for task, task_recipe in recipe.tasks.items()
     }
-    base, added_tokens = _with_rows_of_tokenizer(base, located.get(recipe.tokenizer or ""))
+    base, added_tokens = with_rows_of_tokenizer(base, located.get(recipe.tokenizer or ""))
+    base = with_padding(base, located)
     embeds = _read_form(base, located)
     whole_experts = {} if to_run else _whole_experts(base, located)
     is_run = to_run and not isinstance(base, Pipeline)
-    architecture = _architecture(base, located) if is_run else None
+    architecture = shared_architecture(base, located) if is_run else None
     with _of_base(recipe.base, base):
         if not to_run:
-            family = _family_to_fold(base, list(whole_experts.values()), embeds)
+            family = _family_to_fold(base, located, list(whole_experts.values()), embeds)
         elif isinstance(base, Pipeline):
             raise InputError(
                 "a diffusion pipeline is merged without learning (adamerge merge, adamerge "
@@ -196,7 +211,7 @@ def open_models(
         else:
             family = family_of(base.config, architecture, embeds=embeds)
     has_heads = _has_heads(family)
-    auto_classes = _auto_classes(base, located) if has_heads else dict.fromkeys(located)
+    auto_classes = auto_classes_of(base, located) if has_heads else dict.fromkeys(located)
     with _of_base(recipe.base, base):
         if has_heads:
             family = family.with_heads_of(auto_classes.values())
@@ -278,111 +293,6 @@ def match_backbone(models: Models, checkpoint: Checkpoint, role: str) -> Matched
     return matched
 
 
-def resolve(path: str, root: Path) -> str:
-    """Returns a recipe's path below its root; a path that does not exist stays a Hub id.
-
-    Raises:
-        InputError: The path can be no folder's, or is a folder of the current directory, which
-            would be opened in place of the Hub's model: elsewhere the recipe would mean another.
-    """
-    try:
-        if not path.isprintable():
-            raise ValueError("it has characters that no line can show")
-        local = root / Path(path).expanduser()
-        exists, is_here = local.exists(), Path(path).is_dir()
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, or of no user
-        raise InputError(
-            f"{path[:80]!r} cannot be a folder ({in_one_line(error)[:80]}); give the folder of a "
-            "checkpoint, or a Hub name such as org/name"
-        ) from error
-    if exists:
-        return str(local)
-    if is_here:
-        raise InputError(
-            f"{path} is a folder of the current directory ({Path.cwd()}), where paths do not "
-            "start; give its absolute path, or another root"
-        )
-    return path
-
-
-class _Located(NamedTuple):
-    """An expert that is on this machine.
-
-    Attributes:
-        role: Its role, for messages.
-        source: The recipe's words for it.
-        root: Folder that relative paths start from.
-        path: Its path below the root, or its Hub id.
-        folder: Its folder, or its file.
-    """
-
-    role: str
-    source: ModelSource
-    root: Path
-    path: str
-    folder: Path
-
-    def opening(self) -> AbstractContextManager[None]:
-        """Returns the context in which its files are opened."""
-        return _opening(self.role, self.source, self.root)
-
-
-def _locate(role: str, source: ModelSource, root: Path) -> _Located:
-    """Finds an expert's folder, which is downloaded where it is on the Hub."""
-    with _opening(role, source, root):
-        path = resolve(source.path, root)
-        return _Located(role, source, root, path, locate(path, revision=source.revision))
-
-
-def _classes(base: Checkpoint, expert: _Located) -> list[str]:
-    """Returns the classes that an expert's model is of; an adapter's is of the base's."""
-    with expert.opening():
-        has_config = not is_adapter(expert.folder) and expert.folder.is_dir()
-        fields = read_config_file(expert.folder) if has_config else base.config_fields
-    return classes_of(fields)
-
-
-def _architecture(base: Checkpoint, located: Mapping[str, _Located]) -> str | None:
-    """Returns the class of the experts' models, by which a model without a family here is run.
-
-    Of several kinds of heads it is one that gives classes of texts, if there is one.
-    """
-    classes = [_classes(base, expert) for expert in located.values()]
-    with_first = min(classes, key=lambda names: auto_class_of(names) is not None)
-    return next(iter(with_first), None)
-
-
-def _auto_classes(base: Checkpoint, located: Mapping[str, _Located]) -> dict[str, str | None]:
-    """Returns by task the `transformers` class of an expert with another head than of classes."""
-    auto_classes = {}
-    for task, expert in located.items():
-        if is_adapter(expert.folder):
-            with in_hand(expert.source.path):
-                fields = read_adapter_config(expert.folder, f"{expert.role} ({expert.path})")
-            auto_classes[task] = TASK_TYPES.get(str(fields.get("task_type")))
-        else:
-            auto_classes[task] = auto_class_of(_classes(base, expert))
-    return auto_classes
-
-
-def _with_rows_of_tokenizer(
-    base: Checkpoint, owner: _Located | None
-) -> tuple[Checkpoint, Mapping[int, str]]:
-    """Adds to the base the rows of tokens that only the expert has whose tokenizer is chosen.
-
-    Returns:
-        The base, and the tokens of these rows by id.
-    """
-    if owner is None or isinstance(base, Pipeline):
-        return base, {}
-    with owner.opening():
-        if is_adapter(owner.folder):
-            checkpoint = open_saved(owner.path, owner.folder, base, role=owner.role)
-        else:
-            checkpoint = open_in_folder(owner.path, owner.folder)
-        return with_rows_of(base, checkpoint, owner.role)
-
-
 def _has_heads(family: Family) -> bool:
     """Returns True if each task of a family's models keeps a head of its own."""
     return (
@@ -393,7 +303,7 @@ def _has_heads(family: Family) -> bool:
     )
 
 
-def _read_form(base: Checkpoint, located: Mapping[str, _Located]) -> EmbeddingForm | None:
+def _read_form(base: Checkpoint, located: Mapping[str, Located]) -> EmbeddingForm | None:
     """Reads the module files of the experts; None if these are no sentence embedders."""
     features = getattr(base.config, "hidden_size", None)
     forms: dict[str, EmbeddingForm | None] = {}
@@ -405,9 +315,22 @@ def _read_form(base: Checkpoint, located: Mapping[str, _Located]) -> EmbeddingFo
 
 
 def _family_to_fold(
-    base: Checkpoint, experts: Sequence[Checkpoint], embeds: EmbeddingForm | None
+    base: Checkpoint,
+    located: Mapping[str, Located],
+    experts: Sequence[Checkpoint],
+    embeds: EmbeddingForm | None,
 ) -> Family:
-    """Returns the family of models that are not run: that of any model where none here fits."""
+    """Returns the family of models that are not run: that of any model where none here fits.
+
+    Args:
+        base: The base.
+        located: The experts by task.
+        experts: Those that are whole models, opened.
+        embeds: The way from texts to embeddings of sentence embedders.
+    """
+    if isinstance(base, Pipeline):
+        return pipeline_family(base, experts)
+    classes = [classes_of_expert(base, expert) for expert in located.values()]
     if is_known(base.config):
         try:
             family = family_of(base.config, embeds=embeds)
@@ -415,12 +338,16 @@ def _family_to_fold(
         except InputError as error:  # a feature that only running needs
             log.debug(f"{base.source} is merged by the names of its tensors: {error}")
         else:
-            classes = (classes_of(expert.config_fields) for expert in experts)
             if all(_is_class_of(family, names) for names in classes):
                 return family
-    if isinstance(base, Pipeline):
-        return pipeline_family(base, experts)
-    family = any_model(base, experts, headless=embeds is not None)
+    adapted: list[str] = []
+    if not experts:
+        first = next(iter(located.values()))
+        with in_hand(first.source.path):
+            adapted = parameter_names(first.path, first.folder, role=first.role)
+    family = any_model(
+        base, experts, classes=classes[0], adapted=adapted, headless=embeds is not None
+    )
     return dataclasses.replace(family, embeds=embeds)
 
 
@@ -434,7 +361,7 @@ def _is_class_of(family: Family, classes: Sequence[str]) -> bool:
     return any(name.endswith(head) for name in classes for head in heads)
 
 
-def _whole_experts(base: Checkpoint, located: Mapping[str, _Located]) -> dict[str, Checkpoint]:
+def _whole_experts(base: Checkpoint, located: Mapping[str, Located]) -> dict[str, Checkpoint]:
     """Opens the experts of a recipe that are whole models, by task; pipelines as the base names."""
     experts = {}
     for task, place in located.items():
@@ -510,7 +437,7 @@ def _open_expert(
     family: Family,
     backbone: Shapes,
     base: MatchedCheckpoint,
-    place: _Located,
+    place: Located,
     *,
     opened: Checkpoint | None,
     base_source: ModelSource,
@@ -542,7 +469,7 @@ def _open_expert(
             place.folder,
             base,
             role=role,
-            head=head,
+            head=None if is_any else head,
             prefixes=family.prefixes,
             ignored=family.ignored(base.checkpoint.config),
             unused=unused,
@@ -601,16 +528,6 @@ def _require_classes(expert: Checkpoint, role: str, auto_class: str | None) -> N
             f"gives {problem.predicts}; an expert must give one of two or more classes, or "
             'numbers ("problem_type": "regression" in its config.json): leave it out'
         )
-
-
-@contextmanager
-def _opening(role: str, source: ModelSource, root: Path) -> Iterator[None]:
-    """Adds to error messages the role of the model in hand and the root of relative paths."""
-    with in_hand(source.path):
-        try:
-            yield
-        except InputError as error:
-            raise InputError(f"{role}: {error} (relative paths start at {root})") from error
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.files.strict_yaml import read_yaml
-from adamerge_jax.pipeline.models import Models, resolve
+from adamerge_jax.pipeline.located import resolve
+from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.schema import DataSource
 from adamerge_jax.report.model_card import Origin
 

@@ -437,9 +437,5 @@ def _head_parameters(
         classes = len(class_names or ()) or ASSUMED_CLASSES
         shapes["text_embeddings"] = (classes, shapes["text_embeddings"][1])
         return {name: Abstract(shape, dtype or FLOAT32) for name, shape in shapes.items()}
-    expert = models.experts[task]
-    saved = getattr(expert, "saved", None)
-    names = saved if saved is not None else expert.names
-    tensors = expert.checkpoint.tensors
-    stored = {name: tensors[names[name]] for name in models.head_names(task)}
+    stored = {name: models.experts[task].tensor(name) for name in models.head_names(task)}
     return {name: Abstract(info.shape, dtype or info.dtype) for name, info in stored.items()}

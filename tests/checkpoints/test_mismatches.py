@@ -22,7 +22,8 @@ from transformers import (
 
 from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.models import Models, open_models, resolve
+from adamerge_jax.pipeline.located import resolve
+from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import save_base, train
 from tests.references import edit_weights, randomise, rename_weights

@@ -8,8 +8,9 @@ from transformers import RobertaConfig, RobertaForSequenceClassification, Robert
 
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline import models
-from adamerge_jax.pipeline.models import open_models, resolve
+from adamerge_jax.pipeline import located
+from adamerge_jax.pipeline.located import resolve
+from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import BERT, edit_weights, fine_tune, randomise
 
@@ -29,7 +30,7 @@ def test_an_expert_is_located_once(text_recipe, monkeypatch, to_run):
         sources.append(source)
         return locate(source, **options)
 
-    monkeypatch.setattr(models, "locate", counted)
+    monkeypatch.setattr(located, "locate", counted)
     recipe = parse_recipe(text_recipe)
     open_models(recipe, Path("/"), read_weights=False, to_run=to_run)
     assert sources == [task.expert.path for task in recipe.tasks.values()]

@@ -208,11 +208,13 @@ def kind_of(config: Config, architecture: str) -> Kind | None:
 
     Args:
         config: The config of a model.
-        architecture: The class of the model.
+        architecture: The class of the model, or the one that loads it
+            (`AutoModelForSequenceClassification`).
     """
     for kind in KINDS:
         classes = getattr(modeling_auto, kind.classes).get(config.model_type, ())
-        if architecture in ((classes,) if isinstance(classes, str) else classes):
+        names = (classes,) if isinstance(classes, str) else classes
+        if architecture in names or (names and architecture == kind.auto_class):
             return kind
     return None
 

@@ -1,0 +1,187 @@
+"""Adapters of classifiers of architectures without a family here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from safetensors.numpy import load_file
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DebertaV2Config,
+    DebertaV2Model,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedModel,
+)
+
+from adamerge_jax.cli import main as cli
+from adamerge_jax.pipeline.models import open_models
+from adamerge_jax.pipeline.run_learn import learn
+from adamerge_jax.recipes.loading import parse_recipe
+from tests.references import (
+    bert_tokenizer,
+    randomise,
+    sentences,
+    write_json_lines,
+    write_recipe,
+)
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+TEXT = SIZES | {"vocab_size": 31}
+CLASSES = 3
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+
+
+class Kind(NamedTuple):
+    """A base, the class of its experts, and their adapters."""
+
+    base: Callable[[], PreTrainedModel]
+    auto_class: type
+    lora: dict[str, Any]
+
+
+KINDS = {
+    # Its config names no token that pads: that of the tokenizer counts.
+    "llama": Kind(
+        lambda: LlamaForCausalLM(LlamaConfig(**TEXT)),
+        AutoModelForSequenceClassification,
+        dict(target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS"),
+    ),
+    # The layer below the classifier is the base's own.
+    "modernbert": Kind(
+        lambda: ModernBertForMaskedLM(
+            ModernBertConfig(**TEXT, **dict.fromkeys(SPECIAL, 0), local_attention=8)
+        ),
+        AutoModelForTokenClassification,
+        dict(target_modules=["Wqkv", "Wi"], task_type="TOKEN_CLS"),
+    ),
+    # Saved without the prefix that the adapter's names have; with a head of two layers.
+    "deberta": Kind(
+        lambda: DebertaV2Model(DebertaV2Config(**TEXT, pooler_hidden_size=16)),
+        AutoModelForSequenceClassification,
+        dict(
+            target_modules=["query_proj", "value_proj"],
+            task_type="SEQ_CLS",
+            modules_to_save=["pooler", "classifier"],
+        ),
+    ),
+    # PEFT has no type of tasks for images.
+    "dinov2": Kind(
+        lambda: Dinov2Model(Dinov2Config(**SIZES, image_size=28)),
+        AutoModelForImageClassification,
+        dict(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
+    ),
+}
+
+
+def save_adapter(base: Path, folder: Path, kind: Kind, seed: int) -> PreTrainedModel:
+    """Saves an adapter with changes to all that it trains.
+
+    Returns:
+        The model that PEFT makes of it.
+    """
+    torch.manual_seed(seed)
+    model = kind.auto_class.from_pretrained(base, num_labels=CLASSES)
+    model.config.pad_token_id = 0
+    adapted: PeftModel = get_peft_model(model, LoraConfig(r=2, **kind.lora))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape), alpha=0.2)
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload().eval()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def saved(request, tmp_path_factory) -> tuple[dict[str, Any], dict[str, PreTrainedModel]]:
+    """The fields of a recipe without data, and PEFT's models by task."""
+    root, kind = tmp_path_factory.mktemp(request.param), KINDS[request.param]
+    randomise(kind.base()).save_pretrained(root / "base")
+    bert_tokenizer(root).save_pretrained(root / "base")
+    models = {
+        task: save_adapter(root / "base", root / task, kind, seed)
+        for seed, task in enumerate(("a", "b"), start=1)
+    }
+    tasks = {task: {"expert": str(root / task)} for task in models}
+    return {"base": str(root / "base"), "tasks": tasks}, models
+
+
+def test_parameters_are_those_that_peft_makes(saved, tmp_path):
+    fields, merged = saved
+    for task in merged:
+        fields["tasks"][task]["calibration"] = "none"
+    models = open_models(parse_recipe(fields), Path("/"))
+    assert models.family.bridged
+    for task, model in merged.items():
+        model.save_pretrained(tmp_path / task)
+        expected = load_file(tmp_path / task / "model.safetensors")
+        network = models.build_head(task)
+        head = {*models.head_names(task)}
+        assert head >= {*network.shapes} and not head & models.base.names.keys()
+        assert models.experts[task].checkpoint.config.num_labels == CLASSES
+        for name in (*models.base.names, *head):
+            np.testing.assert_allclose(
+                models.experts[task].read(name), expected[name], atol=1e-6, err_msg=name
+            )
+
+
+def test_a_merge_without_learning_exports_them(saved, tmp_path):
+    """With one adapter left, whose coefficient is 1, the merge is its model."""
+    fields, merged = saved
+    tasks = {"a": {"expert": fields["tasks"]["a"]["expert"]}}
+    recipe = write_recipe(tmp_path, {"base": fields["base"], "tasks": tasks})
+    method = ["--method", "task_arithmetic", "--options", "{coefficient: 1}"]
+    cli.main(["merge", str(recipe), *method, "--out", str(tmp_path / "out")])
+    model, info = type(merged["a"]).from_pretrained(
+        tmp_path / "out" / "checkpoint" / "tasks" / "a", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    expected = merged["a"].state_dict()
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_allclose(tensor.numpy(), expected[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("saved", ["llama"], indirect=True)
+def test_a_run_gives_experts_the_scores_of_peft(saved, tmp_path):
+    fields, merged = saved
+    tokenizer = bert_tokenizer(tmp_path)
+    expected = {}
+    for seed, (task, model) in enumerate(merged.items()):
+        texts = sentences(12, seed)
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
+        del inputs["token_type_ids"]
+        with torch.inference_mode():
+            labels = model(**inputs).logits.argmax(-1).tolist()
+        labels[0] = (labels[0] + 1) % CLASSES
+        rows = [{"text": t, "label": label} for t, label in zip(texts, labels, strict=True)]
+        file = str(write_json_lines(tmp_path / f"{task}.jsonl", rows))
+        fields["tasks"][task] |= {"calibration": file, "test": {"path": file, "label": "label"}}
+        expected[task] = 11 / 12
+    run = learn(
+        parse_recipe(fields | {"learning": {"steps": 1, "batch_size": 4}}),
+        root=Path("/"),
+        out=tmp_path / "run",
+        console=Console(quiet=True),
+    )
+    experts = next(row for row in run.rows if row.kind == "experts")
+    assert experts.tasks == pytest.approx(expected)
+    exported = AutoModelForSequenceClassification.from_pretrained(
+        run.folder / "checkpoint" / "tasks" / "a"
+    )
+    assert exported.config.pad_token_id == tokenizer.pad_token_id
