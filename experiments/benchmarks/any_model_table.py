@@ -80,8 +80,6 @@ def in_words(result: Result) -> str:
         return f"does not fold: {result['folds']}"
     if result["learns"] != "equal":
         return f"does not learn: {_reason(result)}"
-    if "difference" not in result:
-        return f"equal by {result['way']}, in an earlier run"
     return f"equal by {result['way']}, {result['difference']:.0e}, {result['compile']} s"
 
 
@@ -103,13 +101,11 @@ def page(results: Sequence[Result], count: int) -> list[str]:
     made = [result for result in results if result.get("made")]
     learned = [result for result in made if result["learns"] == "equal"]
     rest = f" The other {count - len(results)} were not run." if count > len(results) else ""
-    measured = [result for result in results if "torch" in result]
     with_versions = " and ".join(
-        f"`{name}` {', '.join(sorted({result[name] for result in measured}))}"
+        f"`{name}` {', '.join(sorted({result[name] for result in results}))}"
         for name in ("transformers", "torch")
     )
-    earlier = len(results) - len(measured)
-    seconds = [result["compile"] for result in learned if "compile" in result]
+    seconds = [result["compile"] for result in learned]
     lines = [
         "# Every model type",
         "",
@@ -127,12 +123,6 @@ def page(results: Sequence[Result], count: int) -> list[str]:
             "",
             f"Compiling a step of a model that learns takes {statistics.median(seconds):.1f} s of "
             f"a core (median), and {max(seconds):.1f} s at most.",
-        ]
-    if earlier:
-        lines += [
-            "",
-            f"The results of {earlier} types are read from the page of an earlier run, whose file "
-            "is lost.",
         ]
     unequal = [result for result in made if result["folds"] != "equal"]
     lines += _list("Do not fold", unequal, lambda result: result["folds"])
