@@ -39,7 +39,7 @@ class HeadFit(NamedTuple):
 
     Attributes:
         weight: `[C, H]`.
-        bias: `[C]`.
+        bias: `[C]`; zeros for a head without one.
         strength: The strength of the distance to the expert's head; infinite where the expert's
             own head did best, which then is the result.
         kl: The mean KL divergence on examples that the head was not fitted to, in nats; the mean
@@ -55,10 +55,14 @@ class HeadFit(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """An affine layer: `inputs @ factor.T + bias`, or `inputs * factor + bias` for a vector."""
+    """An affine layer: `inputs @ factor.T + bias`, or `inputs * factor + bias` for a vector.
+
+    A layer without a bias has none that is fitted: it stays 0.
+    """
 
     factor: Float[np.ndarray, "C ..."]
     bias: Float[np.ndarray, " C"]
+    has_bias: bool
 
     def logits(self, inputs: Float[np.ndarray, "N n"]) -> Float[np.ndarray, "N C"]:
         product = inputs @ self.factor.T if self.factor.ndim == 2 else inputs * self.factor
@@ -69,7 +73,7 @@ def fit_head(
     features: Float[np.ndarray, "N H"],
     expert_logits: Float[np.ndarray, "N C"],
     weight: Float[np.ndarray, "C H"],
-    bias: Float[np.ndarray, " C"],
+    bias: Float[np.ndarray, " C"] | None,
     *,
     kind: Kind,
     seed: int,
@@ -91,7 +95,7 @@ def fit_head(
         features: The inputs of the head in the merged model.
         expert_logits: The expert's logits on the same examples.
         weight: The weight of the expert's head.
-        bias: Its bias.
+        bias: Its bias; None for a head without one, in which only the weight is fitted.
         kind: What is fitted.
         seed: The seed that parts the examples for cross-validation.
         groups: The group of each example, such as the text of a word: cross-validation does not
@@ -102,12 +106,15 @@ def fit_head(
         The head with the strength that does best in cross-validation; the expert's own where none
         does better than that, or where there are too few examples to judge.
     """
+    has_bias = bias is not None
     features, targets, weight, bias = (
-        np.asarray(array, np.float64) for array in (features, expert_logits, weight, bias)
+        np.asarray(array, np.float64)
+        for array in (features, expert_logits, weight, bias if has_bias else np.zeros(len(weight)))
     )
-    expert = _Layer(weight, bias)
+    expert = _Layer(weight, bias, has_bias)
     if kind == "scaled":
-        inputs, start = expert.logits(features), _Layer(np.ones(len(bias)), np.zeros(len(bias)))
+        inputs = expert.logits(features)
+        start = _Layer(np.ones(len(bias)), np.zeros(len(bias)), has_bias)
     else:
         inputs, start = features, expert
     kl_before = loss.excess(start.logits(inputs), targets)
@@ -126,9 +133,11 @@ def fit_head(
             return HeadFit(weight, bias, float("inf"), kl_before, kl_before)
         fitted = _fit(inputs, targets, start, start, strength, loss)
     if kind == "scaled":
-        scale, shift = fitted
-        fitted = _Layer(scale[:, None] * weight, scale * bias + shift)
-    return HeadFit(fitted.factor, fitted.bias, strength, kl, kl_before)
+        scale, shift, _ = fitted
+        weight, bias = scale[:, None] * weight, scale * bias + shift
+    else:
+        weight, bias, _ = fitted
+    return HeadFit(weight, bias, strength, kl, kl_before)
 
 
 def _best_strength(
@@ -168,7 +177,11 @@ def _fit(
     cut = anchor.factor.size
 
     def layer_of(flat: np.ndarray) -> _Layer:
-        return _Layer(flat[:cut].reshape(anchor.factor.shape), flat[cut:])
+        bias = flat[cut:] if anchor.has_bias else anchor.bias
+        return _Layer(flat[:cut].reshape(anchor.factor.shape), bias, anchor.has_bias)
+
+    def flat_of(factor: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        return np.concatenate([factor.ravel(), bias if anchor.has_bias else bias[:0]])
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         layer = layer_of(flat)
@@ -177,15 +190,10 @@ def _fit(
         moved, shifted = layer.factor - anchor.factor, layer.bias - anchor.bias
         distance = size * np.square(moved).sum() + np.square(shifted).sum()
         product = residual.T @ inputs if moved.ndim == 2 else (residual * inputs).sum(0)
-        gradient = np.concatenate(
-            [
-                (product + strength * size * moved).ravel(),
-                residual.sum(0) + strength * shifted,
-            ]
-        )
+        gradient = flat_of(product + strength * size * moved, residual.sum(0) + strength * shifted)
         return total / len(inputs) + strength / 2 * distance, gradient
 
-    flat = np.concatenate([first.factor.ravel(), first.bias])
+    flat = flat_of(first.factor, first.bias)
     options = {"maxiter": MOST_ITERATIONS}
     return layer_of(
         scipy.optimize.minimize(objective, flat, jac=True, method="L-BFGS-B", options=options).x

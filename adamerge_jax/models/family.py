@@ -79,13 +79,18 @@ class LastLayer(NamedTuple):
 
     Attributes:
         weight: The name of its weight, `[C, H]`.
-        bias: The name of its bias, `[C]`.
+        bias: The name of its bias, `[C]`; None for a layer without one.
         scaled_only: True if its rows are given by the names of classes, and are not to be turned.
     """
 
     weight: str
-    bias: str
+    bias: str | None
     scaled_only: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its parameters."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 CLASSIFIER = LastLayer("classifier.weight", "classifier.bias")

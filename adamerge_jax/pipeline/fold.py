@@ -106,7 +106,7 @@ def _require_fitting_head(models: Models, task: str, head: Mapping[str, np.ndarr
     if expert is None:
         return  # left out of the merge, with its head
     last = models.head_form(task).last_layer
-    names = models.head_names(task) if last is None else [last.weight, last.bias]
+    names = models.head_names(task) if last is None else last.names
     for name, array in head.items():
         fits = name in names
         if fits and models.family.auto_class is not None:

@@ -68,15 +68,15 @@ def fit_heads(
             rows.features,
             rows.expert_logits,
             np.asarray(workspace.heads[task][last.weight]),
-            np.asarray(workspace.heads[task][last.bias]),
+            None if last.bias is None else np.asarray(workspace.heads[task][last.bias]),
             kind=kind,
             seed=seed,
             groups=rows.groups,
             loss=loss,
         )
+        fitted = (fit.weight, fit.bias)
         heads[task] = {
-            last.weight: fit.weight.astype(np.float32),
-            last.bias: fit.bias.astype(np.float32),
+            name: array.astype(np.float32) for name, array in zip(last.names, fitted, strict=False)
         }
         log.debug(f"task {task!r}: head {kind}, strength {fit.strength:g}, loss {fit.kl:.4f}")
     return heads
@@ -159,7 +159,7 @@ def read_heads(workspace: Workspace, checkpoint: Checkpoint) -> dict[str, dict[s
         if model is None:
             continue
         heads[task] = {}
-        for name in (last.weight, last.bias):
+        for name in last.names:
             tensor = model.tensors.get(prefix + name)
             if tensor is None or tensor.shape != head[name].shape:
                 raise InputError(
@@ -188,4 +188,5 @@ def _model_with_head(checkpoint: Checkpoint, task: str, *, is_zero_shot: bool) -
 def _identity(head: Mapping[str, Array], last: LastLayer) -> dict[str, Array]:
     """Returns a head that has features in place of logits."""
     features = head[last.weight].shape[1]
-    return {**head, last.weight: jnp.eye(features), last.bias: jnp.zeros(features)}
+    parts = (jnp.eye(features), jnp.zeros(features))
+    return {**head, **dict(zip(last.names, parts, strict=False))}

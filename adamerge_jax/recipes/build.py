@@ -339,17 +339,17 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
     layers = {task: models.head_form(task).last_layer for task in recipe.tasks}
     present = [last for last in layers.values() if last is not None]
     unfit = [task for task, last in layers.items() if last is None]
-    without_bias = f"the last layer of the head of {unfit[0]!r} has no bias" if unfit else ""
+    without_layer = f"no layer of the head of {unfit[0]!r} has an output a class" if unfit else ""
     if unfit or recipe.forgotten:
         if names_kind:
-            reason = without_bias or "a task is to be forgotten"
+            reason = without_layer or "a task is to be forgotten"
             if models.family.language:
                 reason = "language models have none of their own"
             if models.family.embeds is not None:
                 reason = "sentence embedders have none"
             raise InputError(f"heads: are to be {choice.kind}, but {reason}; leave heads out")
         has_heads = not models.family.language and models.family.embeds is None
-        note = f"all heads are kept: {without_bias}" if unfit and has_heads else None
+        note = f"all heads are kept: {without_layer}" if unfit and has_heads else None
         return HeadChoice("kept", note=note)
     if any(last.scaled_only for last in present) and choice.kind != "scaled":
         if names_kind:
@@ -361,7 +361,7 @@ def _build_heads(recipe: Recipe, models: OpenedModels) -> HeadChoice:
     if choice.kind != "learned":
         return HeadChoice(choice.kind)
     schedule = optax.cosine_decay_schedule(choice.learning_rate, recipe.learning.steps)
-    names = tuple(dict.fromkeys(name for last in present for name in (last.weight, last.bias)))
+    names = tuple(dict.fromkeys(name for last in present for name in last.names))
     return HeadChoice("learned", HeadLearning(names, optax.adam(schedule), choice.ridge))
 
 

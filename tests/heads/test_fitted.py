@@ -30,8 +30,9 @@ def reference(
     bias: np.ndarray,
     strength: float,
     kind: str,
+    has_bias: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises the objective of the docstring in float64."""
+    """Minimises the objective of the docstring in float64; without a bias that of the weight."""
     x, t, w0, b0 = (torch.tensor(a) for a in (features, expert_logits, weight, bias))
     inputs = x @ w0.T + b0 if kind == "scaled" else x
     if kind == "scaled":
@@ -40,7 +41,7 @@ def reference(
         anchor, shift = w0, b0
 
     def objective(flat: torch.Tensor) -> torch.Tensor:
-        factor, b = flat[: anchor.numel()].view_as(anchor), flat[anchor.numel() :]
+        factor, b = flat[: anchor.numel()].view_as(anchor), flat[anchor.numel() :] * has_bias
         logits = inputs * factor + b if kind == "scaled" else inputs @ factor.T + b
         divergence = torch.nn.functional.kl_div(
             logits.log_softmax(-1), t.softmax(-1), reduction="batchmean"
@@ -68,11 +69,15 @@ def reference(
     return factor.numpy(), b.numpy()
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("kind", ["scaled", "refitted"])
-def test_the_fit_minimises_its_objective(kind, monkeypatch):
+def test_the_fit_minimises_its_objective(kind, has_bias, monkeypatch):
     monkeypatch.setattr(fitted, "STRENGTHS", (0.03,))
-    fit = fit_head(*problem(), kind=kind, seed=0)
-    weight, bias = reference(*problem(), strength=0.03, kind=kind)
+    features, logits, weight, bias = problem()
+    if not has_bias:
+        logits, bias = logits - bias, np.zeros(CLASSES)
+    fit = fit_head(features, logits, weight, bias if has_bias else None, kind=kind, seed=0)
+    weight, bias = reference(features, logits, weight, bias, 0.03, kind, has_bias)
     assert fit.strength == 0.03
     np.testing.assert_allclose(fit.weight, weight, atol=1e-3)
     np.testing.assert_allclose(fit.bias, bias, atol=1e-3)

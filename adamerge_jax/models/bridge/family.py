@@ -341,7 +341,7 @@ def _not_merged(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _last_layer(body: Body, outputs: int | None = None) -> LastLayer | None:
-    """Returns the last linear layer with an output for each class; None without a bias.
+    """Returns the last linear layer with an output for each class; None where there is none.
 
     Args:
         body: The body of a model.
@@ -353,9 +353,9 @@ def _last_layer(body: Body, outputs: int | None = None) -> LastLayer | None:
             isinstance(module, torch.nn.Linear)
             and not body.has(name)
             and module.out_features == (outputs or body.model.config.num_labels)
-            and module.bias is not None
         ):
-            last = LastLayer(f"{name}.weight", f"{name}.bias")
+            bias = None if module.bias is None else f"{name}.bias"
+            last = LastLayer(f"{name}.weight", bias)
     return last
 
 

@@ -197,7 +197,10 @@ def test_a_bart_that_classifies_texts_is_learned(tmp_path):
 
 
 def test_a_llama_that_classifies_texts_is_learned(tmp_path):
-    """By its PyTorch forward: the family of Llama here is of language models."""
+    """By its PyTorch forward: the family of Llama here is of language models.
+
+    Its heads have no biases, and their weights are learned.
+    """
     tokenizer = bert_tokenizer(tmp_path)
     widths = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24}
     config = LlamaConfig(
@@ -208,7 +211,7 @@ def test_a_llama_that_classifies_texts_is_learned(tmp_path):
     base = randomise(LlamaForCausalLM(config))
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    fields = {"preset": "adamerging", "base": str(tmp_path / "base"), "tasks": {}}
+    fields = {"base": str(tmp_path / "base"), "tasks": {}}
     for seed, task in enumerate(["a", "b"], start=1):
         fine_tune(LlamaForSequenceClassification(config), base.model, seed).save_pretrained(
             tmp_path / task
@@ -234,6 +237,10 @@ def test_a_llama_that_classifies_texts_is_learned(tmp_path):
         with torch.inference_mode():
             predicted = model(**inputs).logits.argmax(-1)
         assert run.rows[-1].tasks[task] == (predicted == seed).float().mean()
+    learned = Coefficients.load(run.folder / COEFFICIENTS_FILE).head_tensors
+    assert {task: [*head] for task, head in learned.items()} == {
+        task: ["score.weight"] for task in fields["tasks"]
+    }
 
 
 def test_a_merge_by_the_inputs_of_layers_is_refused(fields, tmp_path, capsys):
