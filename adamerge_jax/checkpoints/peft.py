@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -50,36 +50,56 @@ _FACTORS = {
 
 LINEAR_ENDINGS, EMBEDDING_ENDINGS = _FACTORS.items()
 
+_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+"""The endings of the name of DoRA's vector of magnitudes."""
+
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+"""The types of models whose linear layers have weights `[inputs, outputs]`."""
+
+_OUTPUT_LAYERS = ("lm_head", "score")
+"""The linear layers of such models whose weights are not transposed."""
+
 _DEFAULT_ADAPTER = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B))\.default(\.weight)?$")
 
 _OTHER = _FACTORS | {b: a for a, b in _FACTORS.items()}
 """The ending of the other factor."""
 
 
+Form = Literal["linear", "embedding", "transposed"]
+"""The kinds of modules. An embedding table and a transposed linear layer have the product of the
+factors transposed."""
+
+
 class Factors(NamedTuple):
     """A task vector of one matrix as a product, `left @ right`.
 
     Attributes:
-        left: `[m, r]`, the scaled B; for an embedding table, the scaled A transposed.
+        left: `[m, r]`, the scaled B; the scaled A transposed where the module has it so.
         right: `[r, n]`.
-        embedding: True for an embedding table.
+        form: The kind of module that it is a matrix of.
     """
 
     left: Float[np.ndarray, "m r"]
     right: Float[np.ndarray, "r n"]
-    embedding: bool
+    form: Form
 
 
 class _FactorNames(NamedTuple):
-    """The names of two factors in the file, and the scaling of their product."""
+    """The tensors of a module's factors.
+
+    Attributes:
+        a: The name of A in the file.
+        b: The name of B.
+        scaling: The scaling of their product.
+        form: The kind of module.
+        magnitude: The name of DoRA's vector; None without one.
+    """
 
     a: str
     b: str
     scaling: float
-
-    @property
-    def embedding(self) -> bool:
-        return self.a.endswith("lora_embedding_A")
+    form: Form
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +143,8 @@ class MatchedAdapter:
         return self.checkpoint.identity(json.dumps(by_name))
 
     def has_factors(self, name: str) -> bool:
-        """Returns True if a parameter's task vector is stored as factors."""
-        return name in self.factors
+        """Returns True if a parameter's task vector is a product of factors."""
+        return name in self.factors and self.factors[name].magnitude is None
 
     def rank(self, name: str) -> int:
         """Returns the rank of a parameter's factors."""
@@ -134,7 +154,7 @@ class MatchedAdapter:
         """Returns the shape of the product of a parameter's factors, as they are in the file."""
         names, tensors = self.factors[name], self.checkpoint.tensors
         a, b = tensors[names.a].shape, tensors[names.b].shape
-        return (a[1], b[0]) if names.embedding else (b[0], a[1])
+        return (b[0], a[1]) if names.form == "linear" else (a[1], b[0])
 
     def low_rank(self, name: str) -> Factors | None:
         """Returns the factors of one parameter's task vector, float32, or None if it has none.
@@ -142,11 +162,13 @@ class MatchedAdapter:
         Raises:
             InputError: They have NaN or infinite values.
         """
-        if name not in self.factors:
-            return None
+        return self._factors(name) if self.has_factors(name) else None
+
+    def _factors(self, name: str) -> Factors:
+        """Returns the factors of a parameter's change before DoRA's scaling; see `low_rank`."""
         factors = self.factors[name]
         a, b = (self._read(tensor).astype(np.float32) for tensor in (factors.a, factors.b))
-        left, right = (a.T, np.ascontiguousarray(b.T)) if factors.embedding else (b, a)
+        left, right = (b, a) if factors.form == "linear" else (a.T, np.ascontiguousarray(b.T))
         with np.errstate(over="ignore"):
             left = left * np.float32(factors.scaling)
         if name in self.resized:
@@ -160,7 +182,7 @@ class MatchedAdapter:
                 f"and their scaling {factors.scaling:g} is more than float32 holds; its training "
                 "has probably diverged, or its config is another adapter's: leave it out"
             )
-        return Factors(left, right, factors.embedding)
+        return Factors(left, right, factors.form)
 
     def read(self, name: str) -> np.ndarray:
         """Returns one parameter of the model that it makes; a changed one is float32.
@@ -176,11 +198,15 @@ class MatchedAdapter:
                 array, tensor=name, source=self.base.checkpoint.source, role=self.base.role
             )
             return array
-        factors = self.low_rank(name)
-        if factors is None:
+        if name not in self.factors:
             return self.base.read(name)
-        with np.errstate(over="ignore"):
+        factors, magnitude = self._factors(name), self.factors[name].magnitude
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             changed = self.base.read(name).astype(np.float32) + factors.left @ factors.right
+            if magnitude is not None:  # DoRA (Liu et al., 2024), equation 5
+                by_output = changed if factors.form == "linear" else changed.T
+                lengths = np.linalg.norm(by_output, axis=1)
+                by_output *= (self._read(magnitude).astype(np.float32) / lengths)[:, None]
         require_finite(changed, tensor=name, source=self.checkpoint.source, role=self.role)
         return changed
 
@@ -261,7 +287,8 @@ def open_adapter(
     where = f"{role} ({source})"
     config = read_adapter_config(folder, where)
     tensors = _read_tensors(folder, where)
-    factors, whole = _find_parts(tensors, config, where, renamed)
+    of_transposed = base.checkpoint.config.model_type in _TRANSPOSED
+    factors, whole = _find_parts(tensors, config, where, renamed, of_transposed=of_transposed)
     second_names = {name: whole.pop(name) for name in list(whole) if matches(name, ignored)}
     if config.get("ensure_weight_tying"):
         factors = {name: pair for name, pair in factors.items() if not matches(name, ignored)}
@@ -331,6 +358,13 @@ def open_adapter(
     changed_shapes |= {n: adapter.checkpoint.tensors[tensor].shape for n, tensor in saved.items()}
     for name, shape in changed_shapes.items():
         _require_shape(where, name, shape, shapes[name])
+        magnitude = placed[name].magnitude if name in placed else None
+        outputs = shape[0] if magnitude is None or placed[name].form == "linear" else shape[1]
+        if magnitude is not None and tensors[magnitude].shape != (outputs,):
+            raise InputError(
+                f"{where} has {magnitude} of shape {tensors[magnitude].shape} for {outputs} "
+                f"outputs of {name}; copy the adapter again"
+            )
     if tied and not config.get("ensure_weight_tying"):
         outputs = [checkpoint.read(tensor) for tensor in second_names.values()]
         for name in tied:
@@ -432,11 +466,26 @@ def _find_parts(
     config: Mapping[str, Any],
     where: str,
     renamed: Sequence[tuple[str, str]],
+    *,
+    of_transposed: bool,
 ) -> tuple[dict[str, _FactorNames], dict[str, str]]:
     """Returns the factors, and the tensors saved whole, by the names of parameters in a checkpoint.
 
     The names may lack a prefix.
+
+    Args:
+        tensors: The adapter's tensors.
+        config: Its config.
+        where: The adapter, for messages.
+        renamed: Pairs of a part of names in a checkpoint and its replacement in adapters.
+        of_transposed: True for a model with transposed linear layers.
     """
+    is_transposed = bool(config.get("fan_in_fan_out"))
+    if is_transposed and not of_transposed:
+        raise InputError(
+            f"{where} is of transposed weights (fan_in_fan_out), which the base does not have; an "
+            "adapter must be trained on the base"
+        )
 
     def in_checkpoint(name: str) -> str:
         for of_checkpoint, of_adapter in renamed:
@@ -468,13 +517,45 @@ def _find_parts(
         modules[name.removesuffix(ending)] = (tensor, other)
     ranks = {module: tensors[a].shape[0] for module, (a, _) in modules.items()}
     scaling = scalings(config, ranks, where)
+    saved = _saved_whole(tensors)
+
+    def form(module: str, a: str) -> Form:
+        if a.endswith("lora_embedding_A"):
+            return "embedding"
+        return "transposed" if is_transposed and module not in _OUTPUT_LAYERS else "linear"
+
     factors = {
-        in_checkpoint(f"{module}.weight"): _FactorNames(a, b, scaling[module])
+        in_checkpoint(f"{module}.weight"): _FactorNames(
+            a,
+            b,
+            scaling[module],
+            form(module, a),
+            _take_magnitude(saved, module, a, where) if config.get("use_dora") else None,
+        )
         for module, (a, b) in modules.items()
     }
-    whole = {in_checkpoint(name): tensor for name, tensor in _saved_whole(tensors).items()}
+    whole = {in_checkpoint(name): tensor for name, tensor in saved.items()}
     # Beside the factors of an embedding table PEFT saves the table itself, as it was in the base.
     return factors, {name: tensor for name, tensor in whole.items() if name not in factors}
+
+
+def _take_magnitude(saved: dict[str, str], module: str, a: str, where: str) -> str:
+    """Takes the vector of a DoRA's module out of the tensors saved whole, and returns its name.
+
+    Raises:
+        InputError: There is none, or the module is an embedding table.
+    """
+    if a.endswith("lora_embedding_A"):
+        raise InputError(
+            f"{where} uses DoRA on the embedding table {module}, which is not supported; {MERGE_IT}"
+        )
+    found = [saved.pop(module + ending) for ending in _MAGNITUDES if module + ending in saved]
+    if not found:
+        raise InputError(
+            f"{where} is a DoRA by its {CONFIG_FILE}, and {module} has no lora_magnitude_vector in "
+            f"{WEIGHTS_FILE}; both files must come from one training: copy the adapter again"
+        )
+    return found[0]
 
 
 def _modules_to_save(

@@ -23,11 +23,9 @@ TASK_TYPES = {
 """The `transformers` classes of models with a head for their task, by PEFT's task types."""
 
 _UNSUPPORTED = {
-    "use_dora": "DoRA, which rescales the merged weights",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "block-diagonal LoRA",
     "lora_bias": "LoRA with biases of its own",
-    "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trainable token indices",
     "target_parameters": "LoRA on parameters rather than modules",
@@ -38,6 +36,9 @@ _UNSUPPORTED = {
     "megatron_config": "Megatron layers",
 }
 """Fields of a config that change the meaning of an adapter, and the features that they enable."""
+
+_SWITCHES = ("use_dora", "use_rslora", "fan_in_fan_out")
+"""Fields that are true or false."""
 
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` with which PEFT changes the base's own weights."""
@@ -69,6 +70,12 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
         if config.get(name):
             raise InputError(
                 f"{where} uses {feature}, which is not supported as factors; {MERGE_IT}"
+            )
+    for name in _SWITCHES:
+        if not isinstance(config.get(name) or False, bool):
+            raise InputError(
+                f"{where} has {name} {reprlib.repr(config[name])} in its {CONFIG_FILE}, which is "
+                "neither true nor false; copy the adapter again"
             )
     initialization = config.get("init_lora_weights")
     if isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from adamerge_jax.checkpoints.folders import new_folder
-from adamerge_jax.checkpoints.peft import EMBEDDING_ENDINGS, LINEAR_ENDINGS, PREFIX
+from adamerge_jax.checkpoints.peft import EMBEDDING_ENDINGS, LINEAR_ENDINGS, PREFIX, Form
 from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from adamerge_jax.checkpoints.safetensors_file import write_tensors
 from adamerge_jax.files.json_object import write_json
@@ -21,12 +21,12 @@ class AdapterWeights(NamedTuple):
     Attributes:
         a: `[r, n]`.
         b: `[m, r]`.
-        embedding: True for an embedding table, whose factors PEFT keeps transposed.
+        form: The kind of module; PEFT keeps the factors of all but linear ones transposed.
     """
 
     a: Float[np.ndarray, "r n"]
     b: Float[np.ndarray, "m r"]
-    embedding: bool = False
+    form: Form = "linear"
 
 
 def save_adapter(
@@ -66,13 +66,14 @@ def save_adapter(
         "target_modules": sorted(modules),
         "lora_dropout": 0.0,
         "bias": "none",
+        "fan_in_fan_out": any(weights.form == "transposed" for weights in modules.values()),
         "inference_mode": True,
     }
     tensors = {}
-    for module, (a, b, embedding) in modules.items():
-        first, second = EMBEDDING_ENDINGS if embedding else LINEAR_ENDINGS
-        tensors[f"{PREFIX}{module}{first}"] = np.ascontiguousarray(b.T if embedding else a)
-        tensors[f"{PREFIX}{module}{second}"] = np.ascontiguousarray(a.T if embedding else b)
+    for module, (a, b, form) in modules.items():
+        first, second = EMBEDDING_ENDINGS if form == "embedding" else LINEAR_ENDINGS
+        tensors[f"{PREFIX}{module}{first}"] = np.ascontiguousarray(a if form == "linear" else b.T)
+        tensors[f"{PREFIX}{module}{second}"] = np.ascontiguousarray(b if form == "linear" else a.T)
     with new_folder(folder) as partial:
         write_json(partial / CONFIG_FILE, config)
         write_tensors(partial / WEIGHTS_FILE, dict(sorted(tensors.items())))

@@ -448,6 +448,8 @@ def _guard_adapter(models: Models, facts: MergeFacts, out: Path) -> None:
     for task, expert in models.experts.items():
         if isinstance(expert, MatchedCheckpoint):
             raise refusal(f"expert {task!r} is a whole model; only adapters merge to an adapter")
+        if rescaled := [name for name in expert.factors if not expert.has_factors(name)]:
+            raise refusal(f"expert {task!r} is a DoRA, which changes {rescaled[0]} by no factors")
         for name in models.family.tied(models.config):
             if expert.has_factors(name) and name not in models.kept_from_base:
                 raise refusal(
@@ -487,7 +489,7 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
     for name in coefficients.parameters:
         if name in models.kept_from_base:
             continue
-        a, b, embedding = [], [], False
+        a, b, form = [], [], "linear"
         for expert, scale in zip(models.experts.values(), np.asarray(scales[name]), strict=True):
             factors = expert.low_rank(name)
             if factors is None:
@@ -497,13 +499,13 @@ def _write_adapter(job: ExportJob, folder: Path) -> None:
             left, right = map(np.asarray, delta.scaled(scale[None]))
             a.append(right)
             b.append(left)
-            embedding = factors.embedding
+            form = factors.form
         if not a:
             continue  # only experts that are left out changed it
         module = name.removesuffix(".weight").removeprefix(prefix)
         for name_in_checkpoint, name_in_model in models.family.renamed:
             module = module.replace(name_in_checkpoint, name_in_model)
-        modules[module] = AdapterWeights(np.concatenate(a), np.concatenate(b, axis=1), embedding)
+        modules[module] = AdapterWeights(np.concatenate(a), np.concatenate(b, axis=1), form)
     source = models.base.checkpoint.source
     save_adapter(
         folder,

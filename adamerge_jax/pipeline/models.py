@@ -118,8 +118,11 @@ class Models:
 
     @property
     def only_adapters(self) -> bool:
-        """True where every expert is an adapter."""
-        return all(isinstance(expert, MatchedAdapter) for expert in self.experts.values())
+        """True where every expert is an adapter whose task vectors are factors."""
+        return all(
+            isinstance(expert, MatchedAdapter) and all(map(expert.has_factors, expert.factors))
+            for expert in self.experts.values()
+        )
 
     @property
     def notes(self) -> list[str]:

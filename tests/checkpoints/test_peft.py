@@ -137,6 +137,35 @@ def test_a_language_model_reads_as_peft_merges_it(bases, tmp_path, case):
         assert "model.embed_tokens.weight" not in models.experts["t"].saved
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_dora_reads_as_peft_merges_it(bases, tmp_path, rslora):
+    """Its change is no product of factors: it is read whole."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], use_dora=True, use_rslora=rslora)
+    adapted = train(LlamaForCausalLM.from_pretrained(bases["llama"]), tmp_path, config)
+    models = opened(bases["llama"], tmp_path)
+    expert, merged = models.experts["t"], adapted.merge_and_unload().state_dict()
+    changed = [name for name in models.base.names if expert.changes(name)]
+    assert len(changed) == 4 and not models.only_adapters
+    for name in models.base.names:
+        assert not expert.has_factors(name) and expert.low_rank(name) is None
+        np.testing.assert_allclose(expert.read(name), merged[name], err_msg=name, **MERGED)
+
+
+def test_a_dora_without_its_magnitudes(bases, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    train(LlamaForCausalLM.from_pretrained(bases["llama"]), tmp_path, config)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    vector = next(name for name in tensors if "magnitude" in name)
+    for damaged, said in (
+        ({name: array for name, array in tensors.items() if name != vector}, "has no lora_magnit"),
+        (tensors | {vector: tensors[vector][:-1].copy()}, "15,) for 16 outputs"),
+    ):
+        save_file(damaged, tmp_path / WEIGHTS_FILE)
+        refused(bases["llama"], tmp_path, said, "copy the adapter again")
+    edit_config(tmp_path, use_dora="yes")
+    refused(bases["llama"], tmp_path, "use_dora 'yes'", "neither true nor false")
+
+
 def test_tied_embeddings(bases, tmp_path):
     """The expert is what PEFT computes unmerged; its merge adds the table's change twice."""
     model = LlamaForCausalLM.from_pretrained(bases["tied"])
@@ -383,9 +412,6 @@ def test_kinds_that_are_no_plain_lora(bases, tmp_path):
     ia3 = IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[])
     train(classifier(bases["bert"]), tmp_path / "ia3", ia3)
     refused(bases["bert"], tmp_path / "ia3", "of type 'IA3'", "merge_and_unload()")
-    dora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], use_dora=True)
-    train(classifier(bases["bert"]), tmp_path / "dora", dora)
-    refused(bases["bert"], tmp_path / "dora", "DoRA", "merge_and_unload()")
     pissa = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights="pissa")
     train(classifier(bases["bert"]), tmp_path / "pissa", pissa)
     refused(
@@ -441,7 +467,7 @@ def weights_of(shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, AdapterW
         module: AdapterWeights(
             generator.normal(size=(r, n)).astype("f4"),
             generator.normal(size=(m, r)).astype("f4"),
-            "embed" in module,
+            "embedding" if "embed" in module else "linear",
         )
         for module, (m, r, n) in shapes.items()
     }

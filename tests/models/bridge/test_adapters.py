@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -18,6 +19,8 @@ from transformers import (
     DebertaV2Model,
     Dinov2Config,
     Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
@@ -31,6 +34,7 @@ from adamerge_jax.pipeline.run_learn import learn
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import (
     bert_tokenizer,
+    random_coefficients,
     randomise,
     sentences,
     write_json_lines,
@@ -47,6 +51,8 @@ TEXT = SIZES | {"vocab_size": 31}
 CLASSES = 3
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
+GPT2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=31, **dict.fromkeys(SPECIAL[:3], 0))
+
 
 class Kind(NamedTuple):
     """A base, the class of its experts, and their adapters."""
@@ -62,6 +68,22 @@ KINDS = {
         lambda: LlamaForCausalLM(LlamaConfig(**TEXT)),
         AutoModelForSequenceClassification,
         dict(target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS"),
+    ),
+    # The weights of its layers are transposed.
+    "gpt2": Kind(
+        lambda: GPT2LMHeadModel(GPT2),
+        AutoModelForSequenceClassification,
+        dict(target_modules=["c_attn", "c_proj"], task_type="SEQ_CLS", fan_in_fan_out=True),
+    ),
+    "gpt2 dora": Kind(
+        lambda: GPT2LMHeadModel(GPT2),
+        AutoModelForSequenceClassification,
+        dict(
+            target_modules=["c_attn", "c_fc"],
+            task_type="SEQ_CLS",
+            fan_in_fan_out=True,
+            use_dora=True,
+        ),
     ),
     # The layer below the classifier is the base's own.
     "modernbert": Kind(
@@ -155,6 +177,31 @@ def test_a_merge_without_learning_exports_them(saved, tmp_path):
     expected = merged["a"].state_dict()
     for name, tensor in model.state_dict().items():
         np.testing.assert_allclose(tensor.numpy(), expected[name], atol=1e-6, err_msg=name)
+
+
+def test_a_merge_of_transposed_layers_is_an_adapter(tmp_path):
+    kind = Kind(
+        lambda: GPT2LMHeadModel(GPT2),
+        AutoModelForCausalLM,
+        dict(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    )
+    randomise(kind.base()).save_pretrained(tmp_path / "base")
+    for seed, task in enumerate(("a", "b")):
+        save_adapter(tmp_path / "base", tmp_path / task, kind, seed)
+    tasks = {task: {"expert": task} for task in ("a", "b")}
+    fields = {"base": "base", "tasks": tasks, "export": {"adapter": True}}
+    models = open_models(parse_recipe(fields), tmp_path, to_run=False)
+    random_coefficients(models, "row").save(tmp_path / "c.safetensors")
+    recipe, out = write_recipe(tmp_path, fields), tmp_path / "out"
+    cli.main(["fold", str(recipe), str(tmp_path / "c.safetensors"), "--out", str(out)])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    by_adapter = PeftModel.from_pretrained(base, out / "adapter").merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(out / "checkpoint").state_dict()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, by_adapter[name], rtol=0, atol=1e-5)
+        is_changed = name.endswith(("c_attn.weight", "c_fc.weight"))
+        assert is_changed == (tensor - before[name]).abs().max().gt(1e-3).item()
 
 
 @pytest.mark.parametrize("saved", ["llama"], indirect=True)
