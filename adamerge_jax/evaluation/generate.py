@@ -30,7 +30,7 @@ class Writer:
         """Builds the network; it is compiled when it first runs.
 
         Args:
-            family: The architecture, which has a cache of keys and values.
+            family: The architecture, which `writes`.
             config: The config of the base.
             batch_size: Prompts per call.
         """

@@ -190,6 +190,11 @@ class Family:
     reads_choices: bool = False
     head_with_rest: Callable[[Config], nnx.Module] | None = None
 
+    @property
+    def writes(self) -> bool:
+        """True for a language model that can continue prompts: a decoder that reads texts alone."""
+        return self.language and self.images is None and "decoder_input_ids" not in self.inputs
+
     def head_form(self, auto_class: str | None = None) -> HeadForm:
         """Returns the heads of a `transformers` class of models.
 

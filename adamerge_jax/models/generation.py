@@ -1,4 +1,7 @@
-"""Greedy continuations by a decoder language model, with cached keys and values."""
+"""Greedy continuations by a decoder language model, with cached keys and values where it has them.
+
+Without a cache each new token takes a forward pass over all that is before it.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,6 +32,22 @@ class Continuations(NamedTuple):
 
 Generate = Callable[..., Continuations]
 """The function `(parameters, token_ids, mask, stops, new_tokens) -> Continuations`, compiled."""
+
+
+class _WritingAnew(NamedTuple):
+    """The state of the loop over new tokens where all are read anew for each.
+
+    Attributes:
+        step: The number of tokens written.
+        tokens: The prompts and behind each what is written, `[B, T + N]`.
+        is_ended: True for each sequence that has stopped, `[B]`.
+        lengths: The written tokens of each before that, `[B]`.
+    """
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "B S"]
+    is_ended: Bool[Array, " B"]
+    lengths: Int[Array, " B"]
 
 
 class _Writing(NamedTuple):
@@ -64,11 +83,13 @@ def make_greedy(family: Family, config: Config, backbone: Network, head: Network
     - `new_tokens`: N, the largest number of tokens.
 
     Args:
-        family: The architecture, which has a cache of keys and values.
+        family: The architecture, which `writes`.
         config: The model's config.
         backbone: The model without its output layer.
         head: The output layer.
     """
+    if family.cached_features is None:
+        return _make_greedy_anew(backbone, head)
     features = family.cached_features(config)
 
     @partial(jax.jit, static_argnames="new_tokens")
@@ -125,6 +146,59 @@ def make_greedy(family: Family, config: Config, backbone: Network, head: Network
             lambda state: (state.step < new_tokens) & ~state.is_ended.all(), go_on, first
         )
         return Continuations(state.tokens, state.lengths)
+
+    return generate
+
+
+def _make_greedy_anew(backbone: Network, head: Network) -> Generate:
+    """Returns the function of `make_greedy` for a model without a cache.
+
+    Prompts lie on the left, where a model that counts positions by their places starts, and no
+    token of a decoder sees the padding behind it.
+    """
+
+    @partial(jax.jit, static_argnames="new_tokens")
+    def generate(
+        parameters: Mapping[str, Array],
+        token_ids: Int[Array, "B T"],
+        mask: Int[Array, "B T"],
+        stops: Int[Array, " stops"],
+        new_tokens: int,
+    ) -> Continuations:
+        output_layer = complete_head(head, {}, parameters)
+        order = jnp.argsort(mask < 1, axis=1, stable=True)
+        prompts = jnp.take_along_axis(token_ids, order, axis=1)
+        prompt_lengths = (mask > 0).sum(1)
+        rows = jnp.arange(len(prompts))
+
+        def go_on(state: _WritingAnew) -> _WritingAnew:
+            ends = prompt_lengths + state.step
+            is_token = jnp.arange(state.tokens.shape[1]) < ends[:, None]
+            inputs = {"input_ids": state.tokens, "attention_mask": is_token.astype(mask.dtype)}
+            outputs = backbone(parameters, inputs)
+            last = outputs.last_hidden_state[rows, ends - 1][:, None]
+            logits = head(output_layer, outputs._replace(last_hidden_state=last))[:, 0]
+            token = logits.argmax(-1).astype(state.tokens.dtype)
+            is_ended = state.is_ended | (token[:, None] == stops).any(-1)
+            return _WritingAnew(
+                state.step + 1,
+                state.tokens.at[rows, ends].set(token),
+                is_ended,
+                state.lengths + ~is_ended,
+            )
+
+        state = jax.lax.while_loop(
+            lambda state: (state.step < new_tokens) & ~state.is_ended.all(),
+            go_on,
+            _WritingAnew(
+                jnp.zeros((), jnp.int32),
+                jnp.pad(prompts, [(0, 0), (0, new_tokens)]),
+                jnp.zeros(len(prompts), bool),
+                jnp.zeros(len(prompts), jnp.int32),
+            ),
+        )
+        places = prompt_lengths[:, None] + jnp.arange(new_tokens)
+        return Continuations(jnp.take_along_axis(state.tokens, places, axis=1), state.lengths)
 
     return generate
 

@@ -183,7 +183,7 @@ def open_workspace(
         scored = data.test or data.validation or data.calibration
         metric = embedding_metric(next(iter(scored.values())))
     settings, answering = recipe.evaluation, None
-    if models.family.cached_features is not None:
+    if models.family.writes:
         writer = Writer(models.family, models.config, settings.batch_size)
         answering = Answering(writer, settings.exact_match, settings.max_new_tokens, show_count)
     if models.family.language:
