@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from adamerge_jax.checkpoints.folders import new_folder
-from adamerge_jax.checkpoints.peft import EMBEDDING_ENDINGS, LINEAR_ENDINGS, PREFIX, Form
 from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, WEIGHTS_FILE
+from adamerge_jax.checkpoints.peft_tensors import EMBEDDING_ENDINGS, LINEAR_ENDINGS, PREFIX, Form
 from adamerge_jax.checkpoints.safetensors_file import write_tensors
 from adamerge_jax.files.json_object import write_json
 

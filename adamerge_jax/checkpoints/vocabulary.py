@@ -56,8 +56,7 @@ def with_rows_of(
         is read. Where the owner has no token beyond the base's rows, the base as it is, and none.
 
     Raises:
-        InputError: An id means another token in the two tokenizers, or the tables have several
-            numbers of rows.
+        InputError: An id means another token in the two tokenizers.
     """
     longer = {
         name: table

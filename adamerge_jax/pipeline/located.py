@@ -17,8 +17,9 @@ from adamerge_jax.checkpoints.diffusion import Pipeline
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.checkpoints.opening import open_in_folder
-from adamerge_jax.checkpoints.peft import is_adapter, open_saved
+from adamerge_jax.checkpoints.peft import is_adapter
 from adamerge_jax.checkpoints.peft_config import TASK_TYPES, read_adapter_config
+from adamerge_jax.checkpoints.peft_tensors import open_saved
 from adamerge_jax.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from adamerge_jax.checkpoints.vocabulary import with_rows_of
 from adamerge_jax.data.tokenizers import padding_of

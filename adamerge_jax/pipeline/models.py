@@ -37,9 +37,9 @@ from adamerge_jax.checkpoints.peft import (
     MatchedAdapter,
     is_adapter,
     open_adapter,
-    parameter_names,
 )
 from adamerge_jax.checkpoints.peft_config import model_name
+from adamerge_jax.checkpoints.peft_tensors import parameter_names
 from adamerge_jax.checkpoints.sentence_modules import is_embedder, read_embedding_form
 from adamerge_jax.checkpoints.vocabulary import TokenRows
 from adamerge_jax.coefficients.file import Source
