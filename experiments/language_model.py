@@ -35,6 +35,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from adamerge_jax.checkpoints.folders import require_new
 from adamerge_jax.checkpoints.huggingface_export import save_model
 from adamerge_jax.checkpoints.peft_export import AdapterWeights, save_adapter
+from adamerge_jax.checkpoints.peft_tensors import Form
 from adamerge_jax.cli.console import make_console
 from adamerge_jax.cli.main import main as adamerge
 from adamerge_jax.coefficients.granularities import constant, make_granularity
@@ -350,7 +351,8 @@ def modules_of(factors: Mapping[str, Mapping[str, Array]]) -> dict[str, AdapterW
             a, b = a[None], b[None]
         for tensor, its_a, its_b in zip(tensors, a, b, strict=True):
             module = tensor.removesuffix(".weight")
-            modules[module] = AdapterWeights(its_a, its_b, embedding="embed" in module)
+            form: Form = "embedding" if "embed" in module else "linear"
+            modules[module] = AdapterWeights(its_a, its_b, form)
     return modules
 
 
