@@ -122,6 +122,7 @@ def parse_with_recipe(name: str, command: type[C], options: Sequence[str]) -> Wi
     options, switched_off = _take_switched_off(options, recipe)
     for path in switched_off:
         recipe = _without(recipe, path.split("."))
+    options = _in_full(options, recipe)
     parsed = _parse(name, command, options, recipe, in_short=asks_for_help and in_short)
     named = {o.removeprefix("--").partition("=")[0].replace("-", "_") for o in options}
     fields = drop_options_of_replaced(
@@ -168,6 +169,29 @@ def _take_switched_off(options: Sequence[str], recipe: Recipe) -> tuple[list[str
                     "be; leave one of them out"
                 )
     return others, switched_off
+
+
+def _in_full(options: Sequence[str], recipe: Recipe) -> list[str]:
+    """Returns options with `--heads.kind refitted` for `--heads refitted`, and others alike."""
+    fields = {f"--{path.replace('_', '-')}": field for path, field in _shorthands(recipe)}
+    written = []
+    for option in options:
+        flag, equals, value = option.partition("=")
+        field = fields.get(flag.replace("_", "-"))
+        written.append(option if field is None else f"{flag}.{field}{equals}{value}")
+    return written
+
+
+def _shorthands(section: Section | Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the dotted paths of the sections within that can be one word, and the field it is."""
+    is_section = isinstance(section, Section)
+    names = type(section).model_fields if is_section else section
+    for name in names:
+        value = getattr(section, name) if is_section else section[name]
+        if isinstance(value, Section) and value.SHORTHAND is not None:
+            yield f"{path}{name}", value.SHORTHAND
+        if isinstance(value, Section | Mapping):
+            yield from _shorthands(value, f"{path}{name}.")
 
 
 def _optional_sections(section: Section | Mapping[str, Any], path: str = "") -> Iterator[str]:

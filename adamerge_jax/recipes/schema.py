@@ -4,7 +4,7 @@ Every field is documented by the string below it; the command line shows these w
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -69,9 +69,22 @@ SWITCHED_OFF = BeforeValidator(_nothing)
 
 
 class Section(BaseModel):
-    """A part of a recipe; unknown fields are refused, and numbers that float32 does not have."""
+    """A part of a recipe; unknown fields are refused, and numbers that float32 does not have.
+
+    Attributes:
+        SHORTHAND: The field that a section written as one word has; None for a section that is
+            written with its fields.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    SHORTHAND: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: Any) -> Any:
+        is_word = cls.SHORTHAND is not None and isinstance(value, str)
+        return {cls.SHORTHAND: value} if is_word else value
 
     @model_validator(mode="after")
     def _require_float32(self) -> "Section":
@@ -99,10 +112,7 @@ _SMALLEST = 2.0**-126
 class _PathSection(Section):
     """A section that may be written as its path alone."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+    SHORTHAND = "path"
 
 
 class ModelSource(_PathSection):
@@ -282,10 +292,7 @@ HeadKind = Literal["kept", "scaled", "refitted", "learned"]
 class HeadsRecipe(Section):
     """The heads of classifiers, which each task has for itself."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_kind(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
+    SHORTHAND = "kind"
 
     kind: HeadKind = "kept"
     """kept: the experts' own. scaled: a scale and a bias for each class, fitted to the expert's

@@ -184,6 +184,23 @@ def test_a_section_is_switched_off(options, section, tmp_path):
         assert (value is not None) == is_there
 
 
+@pytest.mark.parametrize(
+    ("options", "path", "value"),
+    [
+        (["--heads", "refitted"], "heads.kind", "refitted"),
+        (["--heads=scaled"], "heads.kind", "scaled"),
+        (["--base", "other/base"], "base.path", "other/base"),
+        (["--tasks.law.expert", "new"], "tasks.law.expert.path", "new"),
+        (["--retain", "general.jsonl"], "retain.path", "general.jsonl"),
+    ],
+)
+def test_a_section_is_written_as_one_word(options, path, value, tmp_path):
+    found = parsed(write_recipe(tmp_path, MINIMAL), *options)
+    for name in path.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    assert found == value
+
+
 def test_a_section_is_not_both_off_and_changed(tmp_path):
     recipe = write_recipe(tmp_path, MINIMAL)
     with pytest.raises(InputError, match=r"--retain none and --retain\.weight cannot both be"):
