@@ -16,14 +16,8 @@ from jaxtyping import Float
 from adamerge_jax.checkpoints.finite import LARGEST, require_finite
 from adamerge_jax.checkpoints.huggingface import INDEX_FILE, Checkpoint
 from adamerge_jax.checkpoints.huggingface import WEIGHTS_FILE as MODEL_FILE
-from adamerge_jax.checkpoints.matching import (
-    MatchedCheckpoint,
-    find_names,
-)
-from adamerge_jax.checkpoints.peft_config import (
-    CONFIG_FILE,
-    read_adapter_config,
-)
+from adamerge_jax.checkpoints.matching import MatchedCheckpoint, find_names
+from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, read_adapter_config
 from adamerge_jax.checkpoints.peft_tensors import (
     TRANSPOSED_TYPES,
     FactorNames,
@@ -67,8 +61,8 @@ class MatchedAdapter:
         factors: The names of the two factors in the file, and their scaling, by parameter.
         saved: The name in the file of every parameter that was saved whole.
         trained_on: The base's folder or Hub name as the adapter's config has it, if it does.
-        of_base: The name in the base's file of every parameter of its head that it left as it is
-            there: a ModernBERT's `head.dense` below the classifier that it trained.
+        of_base: The parameters of its head that it left as they are in the base's file: a
+            ModernBERT's `head.dense` below the classifier that it trained.
         left_out: The tokens of its tokenizer that the merge has no rows for.
         resized: The embedding tables and output layers whose factors have other rows than the
             base: rows that they lack are 0, and further ones are left out.
@@ -80,14 +74,14 @@ class MatchedAdapter:
     factors: Mapping[str, FactorNames] = field(repr=False)
     saved: Mapping[str, str] = field(repr=False)
     trained_on: str | None = None
-    of_base: Mapping[str, str] = field(default_factory=dict, repr=False)
+    of_base: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     resized: frozenset[str] = frozenset()
 
     @property
     def names(self) -> Mapping[str, str]:
         """The parameters of the model that it makes, with their names in one of the files."""
-        return {**self.base.names, **self.of_base, **self.saved}
+        return {**self.base.names, **{name: name for name in self.of_base}, **self.saved}
 
     def identity(self) -> str:
         """Returns a fingerprint of its contents: the tensors and their scalings."""
@@ -145,11 +139,7 @@ class MatchedAdapter:
         if name in self.saved:
             return self._read(self.saved[name])
         if name in self.of_base:
-            array = self.base.checkpoint.read(self.of_base[name])
-            require_finite(
-                array, tensor=name, source=self.base.checkpoint.source, role=self.base.role
-            )
-            return array
+            return dataclasses.replace(self.base, names={name: name}).read(name)
         if name not in self.factors:
             return self.base.read(name)
         factors, magnitude = self._factors(name), self.factors[name].magnitude
@@ -179,7 +169,7 @@ class MatchedAdapter:
         if name in self.saved:
             return self.checkpoint.tensors[self.saved[name]]
         if name in self.of_base:
-            return self.base.checkpoint.tensors[self.of_base[name]]
+            return self.base.checkpoint.tensors[name]
         return self.base.tensor(name)
 
     def _read(self, tensor: str) -> np.ndarray:
@@ -296,11 +286,11 @@ def open_adapter(
             placed,
             saved,
             trained_on,
-            of_base={
-                name: name
+            of_base=tuple(
+                name
                 for name in base.extra
                 if name in left and of_base.tensors[name].shape == shapes[name]
-            },
+            ),
         )
     )
     # The head comes last: an error in the backbone tells more.
@@ -310,12 +300,12 @@ def open_adapter(
     changed_shapes |= {n: adapter.checkpoint.tensors[tensor].shape for n, tensor in saved.items()}
     for name, shape in changed_shapes.items():
         _require_shape(where, name, shape, shapes[name])
-        magnitude = placed[name].magnitude if name in placed else None
-        outputs = shape[0] if magnitude is None or placed[name].form == "linear" else shape[1]
-        if magnitude is not None and tensors[magnitude].shape != (outputs,):
+    for name, pair in placed.items():
+        outputs = shapes[name][0 if pair.form == "linear" else 1]
+        if pair.magnitude is not None and tensors[pair.magnitude].shape != (outputs,):
             raise InputError(
-                f"{where} has {magnitude} of shape {tensors[magnitude].shape} for {outputs} "
-                f"outputs of {name}; copy the adapter again"
+                f"{where} has {pair.magnitude} of shape {tensors[pair.magnitude].shape} for "
+                f"{outputs} outputs of {name}; copy the adapter again"
             )
     if tied and not config.get("ensure_weight_tying"):
         outputs = [checkpoint.read(tensor) for tensor in second_names.values()]

@@ -7,12 +7,13 @@ and mappings of any names, are written on the command line as in the file: in YA
 import argparse
 import dataclasses
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import tyro
 import yaml
+from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from adamerge_jax.cli.command import Invocation, RecipeCommand
@@ -173,7 +174,11 @@ def _take_switched_off(options: Sequence[str], recipe: Recipe) -> tuple[list[str
 
 def _in_full(options: Sequence[str], recipe: Recipe) -> list[str]:
     """Returns options with `--heads.kind refitted` for `--heads refitted`, and others alike."""
-    fields = {f"--{path.replace('_', '-')}": field for path, field in _shorthands(recipe)}
+    fields = {
+        f"--{path.replace('_', '-')}": value.SHORTHAND
+        for path, _, value in _walk(recipe)
+        if isinstance(value, Section)
+    }
     written = []
     for option in options:
         flag, equals, value = option.partition("=")
@@ -182,30 +187,25 @@ def _in_full(options: Sequence[str], recipe: Recipe) -> list[str]:
     return written
 
 
-def _shorthands(section: Section | Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the dotted paths of the sections within that can be one word, and the field it is."""
-    is_section = isinstance(section, Section)
-    names = type(section).model_fields if is_section else section
-    for name in names:
-        value = getattr(section, name) if is_section else section[name]
-        if isinstance(value, Section) and value.SHORTHAND is not None:
-            yield f"{path}{name}", value.SHORTHAND
-        if isinstance(value, Section | Mapping):
-            yield from _shorthands(value, f"{path}{name}.")
+def _optional_sections(recipe: Recipe) -> list[str]:
+    """Returns the dotted paths of the sections within that can be switched off."""
+    return [path for path, field, _ in _walk(recipe) if field and SWITCHED_OFF in field.metadata]
 
 
-def _optional_sections(section: Section | Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Yields the dotted paths of the sections within that can be switched off."""
+def _walk(
+    section: Section | Mapping[str, Any], path: str = ""
+) -> Iterator[tuple[str, FieldInfo | None, Any]]:
+    """Yields the dotted path of all that is within, its field if it is one, and its value."""
+    members: Iterable[tuple[str, FieldInfo | None, Any]]
     if isinstance(section, Section):
-        for name, field in type(section).model_fields.items():
-            if SWITCHED_OFF in field.metadata:
-                yield f"{path}{name}"
-            elif isinstance(value := getattr(section, name), Section | Mapping):
-                yield from _optional_sections(value, f"{path}{name}.")
-        return
-    for name, value in section.items():
-        if isinstance(value, Section):
-            yield from _optional_sections(value, f"{path}{name}.")
+        fields = type(section).model_fields
+        members = ((name, field, getattr(section, name)) for name, field in fields.items())
+    else:
+        members = ((name, None, value) for name, value in section.items())
+    for name, field, value in members:
+        yield f"{path}{name}", field, value
+        if isinstance(value, Section | Mapping):
+            yield from _walk(value, f"{path}{name}.")
 
 
 def _sections_to_switch_off(recipe: Recipe) -> str:

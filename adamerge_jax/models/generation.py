@@ -34,20 +34,9 @@ Generate = Callable[..., Continuations]
 """The function `(parameters, token_ids, mask, stops, new_tokens) -> Continuations`, compiled."""
 
 
-class _WritingAnew(NamedTuple):
-    """The state of the loop over new tokens where all are read anew for each.
-
-    Attributes:
-        step: The number of tokens written.
-        tokens: The prompts and behind each what is written, `[B, T + N]`.
-        is_ended: True for each sequence that has stopped, `[B]`.
-        lengths: The written tokens of each before that, `[B]`.
-    """
-
-    step: Int[Array, ""]
-    tokens: Int[Array, "B S"]
-    is_ended: Bool[Array, " B"]
-    lengths: Int[Array, " B"]
+_Memory = tuple[Int[Array, "B S"], KeyValues] | None
+"""The mask, 1 for tokens and 0 for padding and places without one, and the keys and values of all
+tokens but the last; None for a model without a cache."""
 
 
 class _Writing(NamedTuple):
@@ -58,16 +47,38 @@ class _Writing(NamedTuple):
         tokens: The written tokens, `[B, N]`, 0 for those to come.
         is_ended: True for each sequence that has stopped, `[B]`.
         lengths: The tokens of each before that, `[B]`.
-        mask: 1 for tokens, 0 for padding and for places without one, `[B, S]`.
-        cache: The keys and values of all tokens but the last.
+        memory: The mask, `[B, S]`, and the cache.
     """
 
     step: Int[Array, ""]
     tokens: Int[Array, "B N"]
     is_ended: Bool[Array, " B"]
     lengths: Int[Array, " B"]
-    mask: Int[Array, "B S"]
-    cache: KeyValues
+    memory: _Memory
+
+    @classmethod
+    def empty(cls, examples: int, new_tokens: int, memory: _Memory) -> "_Writing":
+        """Returns the state before the first token."""
+        return cls(
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((examples, new_tokens), jnp.int32),
+            jnp.zeros(examples, bool),
+            jnp.zeros(examples, jnp.int32),
+            memory,
+        )
+
+    def write(
+        self, token: Int[Array, " B"], memory: _Memory, stops: Int[Array, " stops"]
+    ) -> "_Writing":
+        """Returns the state with one more token, and the memory with which it was found."""
+        is_ended = self.is_ended | (token[:, None] == stops).any(-1)
+        return _Writing(
+            self.step + 1,
+            jax.lax.dynamic_update_index_in_dim(self.tokens, token, self.step, axis=1),
+            is_ended,
+            self.lengths + ~is_ended,
+            memory,
+        )
 
 
 def make_greedy(family: Family, config: Config, backbone: Network, head: Network) -> Generate:
@@ -117,35 +128,19 @@ def make_greedy(family: Family, config: Config, backbone: Network, head: Network
             logits: Float[Array, "B V"] = head(output_layer, last)[:, 0]
             return logits.argmax(-1).astype(jnp.int32), outputs.cache
 
-        def write(state: _Writing, token: Int[Array, " B"], cache: KeyValues) -> _Writing:
-            is_ended = state.is_ended | (token[:, None] == stops).any(-1)
-            return _Writing(
-                state.step + 1,
-                jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.step, axis=1),
-                is_ended,
-                state.lengths + ~is_ended,
-                state.mask.at[:, length + state.step].set(1),
-                cache,
-            )
-
         def go_on(state: _Writing) -> _Writing:
+            mask, cache = state.memory
+            mask = mask.at[:, length + state.step - 1].set(1)
             last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-            return write(state, *read(last, state.mask, state.cache))
+            token, cache = read(last, mask, cache)
+            return state.write(token, (mask, cache), stops)
 
         places = length + new_tokens
-        start = _Writing(
-            jnp.zeros((), jnp.int32),
-            jnp.zeros((examples, new_tokens), jnp.int32),
-            jnp.zeros(examples, bool),
-            jnp.zeros(examples, jnp.int32),
-            jnp.pad(mask, [(0, 0), (0, new_tokens)]),
-            KeyValues.empty(config.num_hidden_layers, examples, places, features, dtype),
-        )
-        first = write(start, *read(token_ids, start.mask, start.cache))
-        state = jax.lax.while_loop(
-            lambda state: (state.step < new_tokens) & ~state.is_ended.all(), go_on, first
-        )
-        return Continuations(state.tokens, state.lengths)
+        mask = jnp.pad(mask, [(0, 0), (0, new_tokens)])
+        cache = KeyValues.empty(config.num_hidden_layers, examples, places, features, dtype)
+        token, cache = read(token_ids, mask, cache)
+        start = _Writing.empty(examples, new_tokens, (mask, cache))
+        return _to_the_end(start.write(token, (mask, cache), stops), go_on)
 
     return generate
 
@@ -169,38 +164,33 @@ def _make_greedy_anew(backbone: Network, head: Network) -> Generate:
         order = jnp.argsort(mask < 1, axis=1, stable=True)
         prompts = jnp.take_along_axis(token_ids, order, axis=1)
         prompt_lengths = (mask > 0).sum(1)
+        prompts = jnp.pad(prompts, [(0, 0), (0, new_tokens)])
         rows = jnp.arange(len(prompts))
+        places = prompt_lengths[:, None] + jnp.arange(new_tokens)
 
-        def go_on(state: _WritingAnew) -> _WritingAnew:
+        def go_on(state: _Writing) -> _Writing:
             ends = prompt_lengths + state.step
-            is_token = jnp.arange(state.tokens.shape[1]) < ends[:, None]
-            inputs = {"input_ids": state.tokens, "attention_mask": is_token.astype(mask.dtype)}
+            inputs = {
+                "input_ids": prompts.at[rows[:, None], places].set(state.tokens),
+                "attention_mask": (jnp.arange(prompts.shape[1]) < ends[:, None]).astype(mask.dtype),
+            }
             outputs = backbone(parameters, inputs)
             last = outputs.last_hidden_state[rows, ends - 1][:, None]
             logits = head(output_layer, outputs._replace(last_hidden_state=last))[:, 0]
-            token = logits.argmax(-1).astype(state.tokens.dtype)
-            is_ended = state.is_ended | (token[:, None] == stops).any(-1)
-            return _WritingAnew(
-                state.step + 1,
-                state.tokens.at[rows, ends].set(token),
-                is_ended,
-                state.lengths + ~is_ended,
-            )
+            return state.write(logits.argmax(-1).astype(jnp.int32), None, stops)
 
-        state = jax.lax.while_loop(
-            lambda state: (state.step < new_tokens) & ~state.is_ended.all(),
-            go_on,
-            _WritingAnew(
-                jnp.zeros((), jnp.int32),
-                jnp.pad(prompts, [(0, 0), (0, new_tokens)]),
-                jnp.zeros(len(prompts), bool),
-                jnp.zeros(len(prompts), jnp.int32),
-            ),
-        )
-        places = prompt_lengths[:, None] + jnp.arange(new_tokens)
-        return Continuations(jnp.take_along_axis(state.tokens, places, axis=1), state.lengths)
+        return _to_the_end(_Writing.empty(len(prompts), new_tokens, None), go_on)
 
     return generate
+
+
+def _to_the_end(start: _Writing, go_on: Callable[[_Writing], _Writing]) -> Continuations:
+    """Writes tokens until all places are filled or all sequences have stopped."""
+    new_tokens = start.tokens.shape[1]
+    state = jax.lax.while_loop(
+        lambda state: (state.step < new_tokens) & ~state.is_ended.all(), go_on, start
+    )
+    return Continuations(state.tokens, state.lengths)
 
 
 def _to_the_right(

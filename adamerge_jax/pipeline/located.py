@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -122,21 +122,16 @@ def _reads_images_alone(base: Checkpoint) -> bool:
     return not has_head and base.config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
-def shared_architecture(base: Checkpoint, located: Mapping[str, Located]) -> str | None:
+def shared_architecture(classes: Iterable[Sequence[str]]) -> str | None:
     """Returns the class of the experts' models, by which a model without a family here is run.
 
     Of several kinds of heads it is one that gives classes of texts, if there is one.
+
+    Args:
+        classes: The classes of each expert's model.
     """
-    classes = [classes_of_expert(base, expert) for expert in located.values()]
     with_first = min(classes, key=lambda names: auto_class_of(names) is not None)
     return next(iter(with_first), None)
-
-
-def auto_classes_of(base: Checkpoint, located: Mapping[str, Located]) -> dict[str, str | None]:
-    """Returns by task the `transformers` class of an expert with another head than of classes."""
-    return {
-        task: auto_class_of(classes_of_expert(base, expert)) for task, expert in located.items()
-    }
 
 
 def with_rows_of_tokenizer(
@@ -158,17 +153,23 @@ def with_rows_of_tokenizer(
         return with_rows_of(base, checkpoint, owner.role)
 
 
-def with_padding(base: Checkpoint, located: Mapping[str, Located]) -> Checkpoint:
+def with_padding(
+    base: Checkpoint, located: Mapping[str, Located], classes: Mapping[str, Sequence[str]]
+) -> Checkpoint:
     """Gives a base for adapters that classify texts the token that pads, where it names none.
 
     A decoder classifies a text at its last token that is no padding. That token's id is part of
     the config that the adapter was trained with, which is not saved; the tokenizer beside it is.
+
+    Args:
+        base: The base.
+        located: The experts by task.
+        classes: The classes of their models, as `classes_of_expert` returns them.
     """
     if isinstance(base, Pipeline) or getattr(base.config, "pad_token_id", 0) is not None:
         return base
-    of_texts = [TASK_TYPES["SEQ_CLS"]]
-    for expert in located.values():
-        if is_adapter(expert.folder) and classes_of_expert(base, expert) == of_texts:
+    for task, expert in located.items():
+        if is_adapter(expert.folder) and TASK_TYPES["SEQ_CLS"] in classes[task]:
             beside = dataclasses.replace(base, folder=expert.folder)
             owner = beside if has_tokenizer(beside) else base
             if has_tokenizer(owner):

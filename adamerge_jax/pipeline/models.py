@@ -49,12 +49,11 @@ from adamerge_jax.errors import InputError, in_hand
 from adamerge_jax.models import family_of, is_known
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.family import Family, HeadForm, Network
-from adamerge_jax.models.problem import CLASSES, WORDS, Problem, problem_of
+from adamerge_jax.models.problem import CLASSES, WORDS, Problem, auto_class_of, problem_of
 from adamerge_jax.parameter_names import matches, tensors_of, unstacked_shapes
 from adamerge_jax.pipeline.embedders import shared_form
 from adamerge_jax.pipeline.located import (
     Located,
-    auto_classes_of,
     classes_of_expert,
     locate_expert,
     opening,
@@ -198,14 +197,15 @@ def open_models(
         for task, task_recipe in recipe.tasks.items()
     }
     base, added_tokens = with_rows_of_tokenizer(base, located.get(recipe.tokenizer or ""))
-    base = with_padding(base, located)
+    is_pipeline = isinstance(base, Pipeline)
+    classes = {} if is_pipeline else {t: classes_of_expert(base, e) for t, e in located.items()}
+    base = with_padding(base, located, classes)
     embeds = _read_form(base, located)
     whole_experts = {} if to_run else _whole_experts(base, located)
-    is_run = to_run and not isinstance(base, Pipeline)
-    architecture = shared_architecture(base, located) if is_run else None
+    architecture = shared_architecture(classes.values()) if to_run and not is_pipeline else None
     with _of_base(recipe.base, base):
         if not to_run:
-            family = _family_to_fold(base, located, list(whole_experts.values()), embeds)
+            family = _family_to_fold(base, located, classes, list(whole_experts.values()), embeds)
         elif isinstance(base, Pipeline):
             raise InputError(
                 "a diffusion pipeline is merged without learning (adamerge merge, adamerge "
@@ -214,7 +214,7 @@ def open_models(
         else:
             family = family_of(base.config, architecture, embeds=embeds)
     has_heads = _has_heads(family)
-    auto_classes = auto_classes_of(base, located) if has_heads else dict.fromkeys(located)
+    auto_classes = {task: auto_class_of(classes[task]) if has_heads else None for task in located}
     with _of_base(recipe.base, base):
         if has_heads:
             family = family.with_heads_of(auto_classes.values())
@@ -320,6 +320,7 @@ def _read_form(base: Checkpoint, located: Mapping[str, Located]) -> EmbeddingFor
 def _family_to_fold(
     base: Checkpoint,
     located: Mapping[str, Located],
+    classes: Mapping[str, Sequence[str]],
     experts: Sequence[Checkpoint],
     embeds: EmbeddingForm | None,
 ) -> Family:
@@ -328,12 +329,12 @@ def _family_to_fold(
     Args:
         base: The base.
         located: The experts by task.
+        classes: The classes of their models.
         experts: Those that are whole models, opened.
         embeds: The way from texts to embeddings of sentence embedders.
     """
     if isinstance(base, Pipeline):
         return pipeline_family(base, experts)
-    classes = [classes_of_expert(base, expert) for expert in located.values()]
     if is_known(base.config):
         try:
             family = family_of(base.config, embeds=embeds)
@@ -341,15 +342,15 @@ def _family_to_fold(
         except InputError as error:  # a feature that only running needs
             log.debug(f"{base.source} is merged by the names of its tensors: {error}")
         else:
-            if all(_is_class_of(family, names) for names in classes):
+            if all(_is_class_of(family, names) for names in classes.values()):
                 return family
+    task, first = next(iter(located.items()))
     adapted: list[str] = []
     if not experts:
-        first = next(iter(located.values()))
         with in_hand(first.source.path):
             adapted = parameter_names(first.path, first.folder, role=first.role)
     family = any_model(
-        base, experts, classes=classes[0], adapted=adapted, headless=embeds is not None
+        base, experts, classes=classes[task], adapted=adapted, headless=embeds is not None
     )
     return dataclasses.replace(family, embeds=embeds)
 

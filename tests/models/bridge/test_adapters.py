@@ -206,6 +206,7 @@ def test_a_merge_of_transposed_layers_is_an_adapter(tmp_path):
 
 @pytest.mark.parametrize("saved", ["llama"], indirect=True)
 def test_a_run_gives_experts_the_scores_of_peft(saved, tmp_path):
+    """And folding repeats its merge and heads."""
     fields, merged = saved
     tokenizer = bert_tokenizer(tmp_path)
     expected = {}
@@ -232,3 +233,13 @@ def test_a_run_gives_experts_the_scores_of_peft(saved, tmp_path):
         run.folder / "checkpoint" / "tasks" / "a"
     )
     assert exported.config.pad_token_id == tokenizer.pad_token_id
+    recipe, again = run.folder / "recipe.yaml", tmp_path / "again"
+    cli.main(["fold", str(recipe), str(run.folder), "--out", str(again)])
+    files = sorted((again / "checkpoint").rglob("*.safetensors"))
+    assert len(files) == 1 + 2 * len(merged)  # of each task the backbone and its head
+    for file in files:
+        folded = load_file(file)
+        learned = load_file(run.folder / file.relative_to(again))
+        assert folded.keys() == learned.keys()
+        for name, array in learned.items():
+            np.testing.assert_array_equal(folded[name], array, err_msg=name)
