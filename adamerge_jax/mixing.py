@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
-from adamerge_jax.parameter_names import is_stacked, leaf_name
+from adamerge_jax.parameter_names import is_stacked, is_variance, leaf_name
 from adamerge_jax.task_vectors import Delta, JoinedDelta, LowRankDelta, RowColumnDelta
 from adamerge_jax.task_vectors.offload.streamed import apart_from_layers, with_sources
 
@@ -66,6 +66,8 @@ class Mixture(Lazy):
         base: The base model's parameter, `[*shape]`.
         delta: The changes of the K experts to it.
         scale: The coefficients, `[K, ...]`, broadcasting against `[K, *shape]`.
+        is_variance: True for variances, of which none becomes less than the least of all models:
+            coefficients whose sum is more than 1 would make some negative.
 
     A stacked parameter has a leading axis of length L on all three.
 
@@ -81,10 +83,14 @@ class Mixture(Lazy):
     base: Float[Array, "..."]
     delta: Delta
     scale: Float[Array, "K ..."]
+    is_variance: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def materialize(self) -> Float[Array, "..."]:
         """Returns the merged parameter, summed in float32, in the base's dtype."""
-        merged = self.base.astype(jnp.float32) + self.delta.weighted_sum(self.scale)
+        base = self.base.astype(jnp.float32)
+        merged = base + self.delta.weighted_sum(self.scale)
+        if self.is_variance:
+            merged = jnp.maximum(merged, least_variance(base, self.delta, self.scale))
         return checkpoint_name(merged.astype(self.base.dtype), MERGED_WEIGHT)
 
     def apply(self, x: Float[Array, "N n"]) -> Float[Array, "N m"]:
@@ -109,6 +115,24 @@ class Mixture(Lazy):
     def for_all(self) -> "Array | Mixture":
         """Returns the merged parameter, or itself where products need no merged matrix."""
         return self.materialize() if is_summed_once(self.delta) else self
+
+
+def least_variance(
+    base: Float[Array, "..."], delta: Delta, scale: Float[Array, "K ..."]
+) -> Float[Array, "..."]:
+    """Returns the smallest variance of each entry among the base and its K experts, `[*shape]`.
+
+    Args:
+        base: The base's variances, `[*shape]`, float32.
+        delta: The changes of the K experts to them.
+        scale: A scale for them, `[K, ...]`, of which the shape alone counts.
+    """
+    smallest = base
+    for expert in range(scale.shape[0]):
+        alone = jnp.zeros_like(scale).at[expert].set(1)
+        smallest = jnp.minimum(smallest, base + delta.weighted_sum(alone))
+    # Interference steps make changes larger than those of any model.
+    return jnp.maximum(smallest, 0)
 
 
 def is_summed_once(delta: Delta) -> bool:
@@ -158,7 +182,9 @@ def mix(
 
     def leaf(path: tuple, parameter: Array) -> Array | Mixture:
         name = leaf_name(path)
-        return Mixture(parameter, deltas[name], scales[name]) if name in deltas else parameter
+        if name not in deltas:
+            return parameter
+        return Mixture(parameter, deltas[name], scales[name], is_variance(name))
 
     return jax.tree_util.tree_map_with_path(leaf, base)
 
@@ -214,7 +240,14 @@ def scale_gradient(
     """
 
     def of_one(mixture: Mixture, gradient: Float[Array, "..."]) -> Float[Array, "K ..."]:
-        _, transposed = jax.vjp(mixture.delta.weighted_sum, mixture.scale)
+        merge = mixture.delta.weighted_sum
+        if mixture.is_variance:
+
+            def merge(scale: Float[Array, "K ..."]) -> Float[Array, "..."]:
+                wide = mixture.base.astype(jnp.float32)
+                return dataclasses.replace(mixture, base=wide, scale=scale).materialize()
+
+        _, transposed = jax.vjp(merge, mixture.scale)
         return transposed(gradient)[0]
 
     if not stacked:

@@ -53,6 +53,16 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def is_batch_statistic(name: str) -> bool:
+    """Returns True for a mean or a variance that a batch normalisation of PyTorch keeps."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def is_variance(name: str) -> bool:
+    """Returns True for the variances that a batch normalisation keeps, in PyTorch or in Flax."""
+    return name.rpartition(".")[2] in ("running_var", "var")
+
+
 def numbered_block(name: str) -> str:
     """Returns the name up to its first number (or `*`), or nothing where it has none."""
     parts = name.split(".")

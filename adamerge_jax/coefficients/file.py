@@ -31,7 +31,7 @@ from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.errors import InputError, in_one_line, shorten
 from adamerge_jax.files.writing import write_whole
 from adamerge_jax.interference import FittedStep, make_step
-from adamerge_jax.parameter_names import is_stacked, unstack
+from adamerge_jax.parameter_names import is_batch_statistic, is_stacked, unstack
 from adamerge_jax.registry import is_own_code
 
 FILE_NAME = "coefficients.safetensors"
@@ -110,7 +110,8 @@ class Coefficients:
             from before it was kept.
         initial_merge: The merge to which the task vectors are added in place of the base, if any.
         initial_tensors: The tensors of an initial merge that cannot be computed again, `[*shape]`,
-            float32, by the names of `shapes`; empty for all others.
+            float32, by the names of `shapes`: all of a method's that reads data, or the statistics
+            of batch normalisation that were estimated on data; empty for all others.
         heads: How the tasks' heads were made: kept, scaled, refitted or learned.
         head_tensors: The parameters of heads that are not the experts', by expert and name,
             float32; empty where heads are kept.
@@ -347,7 +348,7 @@ class Coefficients:
         try:
             fields = _parse_fields(metadata)
             tensors = {}
-            if (initial := fields.get("initial_merge")) and initial.stored:
+            if fields.get("initial_merge"):
                 names = [name for name in values if name.startswith(_INITIAL)]
                 tensors = {name.removeprefix(_INITIAL): values.pop(name) for name in names}
             heads = _pop_heads(values, fields) if "heads" in fields else {}
@@ -441,11 +442,18 @@ class Coefficients:
                 )
 
     def _require_sound_initial_tensors(self) -> None:
-        """Refuses tensors of an initial merge that are not those of the merged tensors."""
-        if self.initial_merge is None or not self.initial_merge.stored:
+        """Refuses tensors of an initial merge that are not those of the merged tensors.
+
+        A merge that the models alone determine may have estimated statistics.
+        """
+        if self.initial_merge is None:
             return
         tensors, method = self.initial_tensors, shorten(self.initial_merge.name)
-        if unlike := tensors.keys() ^ self.shapes.keys():
+        unlike = tensors.keys() ^ self.shapes.keys()
+        if not self.initial_merge.stored:
+            estimated = set(filter(is_batch_statistic, self.shapes))
+            unlike = tensors.keys() - estimated
+        if unlike:
             name = min(unlike)
             raise InputError(
                 f"it {'has' if name in tensors else 'lacks'} the tensor {shorten(name)} of its "

@@ -1,12 +1,16 @@
 """The protocol of a merge with nothing to learn."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from adamerge_jax.interference import FittedStep
-from adamerge_jax.mixing import Mixture, materialize_compiled
+from adamerge_jax.mixing import Mixture, least_variance, materialize_compiled
+from adamerge_jax.parameter_names import is_stacked, is_variance
 from adamerge_jax.statistics import Statistics
 from adamerge_jax.task_vectors import Delta
 
@@ -55,8 +59,25 @@ def merged_parameters(
     Raises:
         ValueError: The method needs calibration data, and there is none.
     """
-    if not method.needs_data:
-        return materialize_compiled({**base, **method.merge(base, deltas, experts)})
-    if statistics is None:
+    if method.needs_data and statistics is None:
         raise ValueError("the method needs calibration data: give its statistics")
-    return materialize_compiled({**base, **method.merge(base, deltas, experts, statistics)})
+    data = (statistics,) if method.needs_data else ()
+    merged = materialize_compiled({**base, **method.merge(base, deltas, experts, *data)})
+    return merged | {
+        name: _not_below(merged[name], base[name], deltas[name], experts, is_stacked(name))
+        for name in filter(is_variance, deltas)
+    }
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _not_below(merged: Array, base: Array, delta: Delta, experts: int, stacked: bool) -> Array:
+    """Returns merged variances, none of which is less than the least of all models."""
+
+    def of_one(arrays: tuple[Array, Array, Delta]) -> Array:
+        merged, base, delta = arrays
+        scale = jnp.zeros((experts, *(1 for _ in base.shape)))
+        smallest = least_variance(base.astype(jnp.float32), delta, scale)
+        return jnp.maximum(merged, smallest.astype(merged.dtype))
+
+    arrays = (merged, base, delta)
+    return jax.lax.map(of_one, arrays) if stacked else of_one(arrays)

@@ -13,7 +13,10 @@ class Network:
 
     Attributes:
         shapes: Shape and dtype of every parameter by name, `[L, *shape]` where stacked.
+        batch_statistics: The names of the means and variances that its batch normalisations keep.
     """
+
+    batch_statistics: frozenset[str] = frozenset()
 
     def __init__(self, make_module: Callable[[], nnx.Module]):
         """Builds the module abstractly: no parameter is allocated."""
@@ -32,6 +35,20 @@ class Network:
                 module = module.setdefault(key, {})
             module[attribute] = leaf
         return nnx.merge(self._graph, nnx.State(nested))(*arguments, **options)
+
+    def statistics_of(
+        self, parameters: Mapping[str, Array], inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Returns mean and variance of what each batch normalisation reads of a batch.
+
+        Args:
+            parameters: The parameters by name.
+            inputs: The batch.
+
+        Returns:
+            The statistics by their names in `batch_statistics`; none for a network without any.
+        """
+        return {}
 
     def is_same(self, other: object) -> bool:
         """Returns True if the other is of the same modules: the same function of parameters."""

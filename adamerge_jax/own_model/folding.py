@@ -22,7 +22,7 @@ from adamerge_jax.own_model.leaves import (
     require_alike,
     take_apart,
 )
-from adamerge_jax.parameter_names import matches
+from adamerge_jax.parameter_names import is_variance, matches
 from adamerge_jax.task_vectors import DenseDelta
 
 
@@ -132,7 +132,8 @@ def fold_leaves(
         delta = granularity.prepare(
             name, DenseDelta(apply_steps(coefficients.interference, name, values))
         )
-        merged = materialize_compiled(Mixture(jnp.asarray(start), delta, scales[name]))
+        mixture = Mixture(jnp.asarray(start), delta, scales[name], is_variance(name))
+        merged = materialize_compiled(mixture)
         layers.setdefault(parameter, {})[layer] = merged
     for parameter, by_layer in layers.items():
         whole = base.parameters[parameter]

@@ -173,7 +173,8 @@ class _Table:
     ) -> RowFacts:
         kinds: list[Kind] = ["baseline"] if self._fit is None else ["baseline", "heads"]
         settings = {**settings, "heads": self._fit}
-        return RowFacts(names, kinds, settings, reads_data or self._fit is not None)
+        reads_data |= self._fit is not None or bool(self.inputs.workspace.backbone.batch_statistics)
+        return RowFacts(names, kinds, settings, reads_data)
 
     def _examples_of_one(self) -> int:
         fitted = 0 if self._fit is None else _count(self._to_fit.examples)

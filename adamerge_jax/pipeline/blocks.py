@@ -16,6 +16,7 @@ from jaxtyping import Float
 from adamerge_jax.checkpoints.finite import all_finite
 from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.errors import InputError
+from adamerge_jax.parameter_names import is_variance
 
 _BLOCK_ENTRIES = 2**18
 """Entries of a block: few enough that float32 copies stay in the processor's cache, and so many
@@ -34,6 +35,8 @@ def fold_tensor(
     dtype: np.dtype | None = None,
 ) -> Float[np.ndarray, "..."]:
     """Computes `theta_base + sum_k scale_k * (theta_k - theta_base)` for one tensor.
+
+    Variances of batch normalisation are not less than the least of all models.
 
     Args:
         name: The name of the tensor, which the base and all experts have.
@@ -62,7 +65,8 @@ def fold_tensor(
     def fold_block(first: int) -> bool:
         part = slice(first, first + height)
         block_scale = scale if scale.shape[1] == 1 else scale[:, part]
-        return _fold_block(name, base, experts, first * rows.shape[1], block_scale, rows[part])
+        start = first * rows.shape[1]
+        return _fold_block(name, base, experts, start, block_scale, rows[part])
 
     blocks = range(0, len(rows), height)
     run = threads.map if len(blocks) > 1 else map
@@ -95,14 +99,19 @@ def _fold_block(
     """Folds the entries from `first` on into `out`; returns True if all of them are finite."""
     base_block = _read_block(base, name, first, out.shape)
     total = np.zeros(out.shape, np.float32)
+    smallest = base_block
     # Values that are not finite are reported at the end, with names.
     with np.errstate(invalid="ignore", over="ignore"):
         for expert, expert_scale in zip(experts, scale, strict=True):
             delta = _read_block(expert, name, first, out.shape)
             np.subtract(delta, base_block, out=delta)
+            if is_variance(name):
+                smallest = np.minimum(smallest, base_block + delta)
             np.multiply(delta, expert_scale, out=delta)
             np.add(total, delta, out=total)
         np.add(base_block, total, out=total)
+        if is_variance(name):
+            np.maximum(total, smallest, out=total)
         out[...] = total
     return all_finite(total) and (out.dtype == total.dtype or all_finite(out))
 

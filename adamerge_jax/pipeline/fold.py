@@ -15,6 +15,7 @@ from adamerge_jax.errors import InputError, shorten
 from adamerge_jax.interference import make_step
 from adamerge_jax.methods import MergeMethod
 from adamerge_jax.mixing import Mixture, materialize_compiled
+from adamerge_jax.parameter_names import is_variance
 from adamerge_jax.pipeline.blocks import THREADS, fold_tensor
 from adamerge_jax.pipeline.initial_merge import (
     merged_tensor,
@@ -144,4 +145,5 @@ def _fold_delta(
     delta = read_tensor_delta(models, name, coefficients.interference)
     if delta is None:
         return start  # only experts that are left out changed it
-    return np.asarray(materialize_compiled(Mixture(start, granularity.prepare(name, delta), scale)))
+    mixture = Mixture(start, granularity.prepare(name, delta), scale, is_variance(name))
+    return np.asarray(materialize_compiled(mixture))

@@ -11,6 +11,7 @@ from adamerge_jax.coefficients.initial_merge import InitialMerge
 from adamerge_jax.data.examples import Examples, sorted_batches
 from adamerge_jax.methods import MergeMethod, merged_parameters
 from adamerge_jax.models.family import Network, complete_head
+from adamerge_jax.pipeline.batch_statistics import with_estimated_statistics
 from adamerge_jax.pipeline.initial_merge import merged_names, method_of, only_mixed
 from adamerge_jax.pipeline.read import load_task_vectors
 from adamerge_jax.pipeline.workspace import Workspace
@@ -40,15 +41,19 @@ def method_parameters(
         report: Shows how much is done of what calibration data is read for, and the time left.
 
     Returns:
-        The merged model's parameters by name, in the dtype of the base.
+        The merged model's parameters by name, in the dtype of the base; statistics of batch
+        normalisation are estimated, see `with_estimated_statistics`.
     """
     models = workspace.models
-    if not method.needs_data:
-        return merged_parameters(method, base, deltas, len(models.experts))
-    statistics = open_statistics(workspace, report)
-    merged = merged_parameters(method, base, deltas, len(models.experts), statistics)
-    # Fits of a stack's layers reach those that `keep_from_base` keeps, whose task vectors are 0.
-    return only_mixed(models, merged, base, merged_names(models))
+    names = merged_names(models)
+    if method.needs_data:
+        statistics = open_statistics(workspace, report)
+        merged = merged_parameters(method, base, deltas, len(models.experts), statistics)
+        # Fits of a stack's layers reach those that `keep_from_base` keeps; their changes are 0.
+        merged = only_mixed(models, merged, base, names)
+    else:
+        merged = merged_parameters(method, base, deltas, len(models.experts))
+    return with_estimated_statistics(workspace, merged, names, _timed(report))
 
 
 def merge_from_data(

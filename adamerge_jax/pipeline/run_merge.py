@@ -8,12 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
+from adamerge_jax.checkpoints.config_file import classes_of
 from adamerge_jax.checkpoints.folders import require_space
+from adamerge_jax.checkpoints.matching import MatchedCheckpoint
 from adamerge_jax.data.tokenizers import tokenizer_owner
 from adamerge_jax.devices import Devices, is_first_process, open_devices, wait_for_all
 from adamerge_jax.errors import InputError
 from adamerge_jax.evaluation.harness import require_harness
 from adamerge_jax.methods import make_method
+from adamerge_jax.parameter_names import is_batch_statistic
 from adamerge_jax.pipeline.account import account
 from adamerge_jax.pipeline.export import (
     CHECKPOINT_FOLDER,
@@ -33,7 +36,7 @@ from adamerge_jax.pipeline.initial_merge import (
     stored_tensors,
 )
 from adamerge_jax.pipeline.merge import merge_from_data
-from adamerge_jax.pipeline.models import open_models
+from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.printing import print_lines, print_results
 from adamerge_jax.pipeline.processes import by_first_process, silence_others
 from adamerge_jax.pipeline.workspace import open_workspace
@@ -95,12 +98,12 @@ def _merge(
     require_new_export(out, EXPORT_FOLDERS)
     require_harness(recipe.evaluation.lm_eval)
     made = make_method(method, options)
-    if made.needs_data:
+    models = dataclasses.replace(open_models(recipe, root, to_run=False), devices=devices)
+    estimates = not made.needs_data and _estimates_statistics(models, recipe)
+    if made.needs_data or estimates:
         with console.status("opening checkpoints and data"):
             workspace = open_workspace(recipe, root, devices, count_on(console))
         models = workspace.models
-    else:
-        models = dataclasses.replace(open_models(recipe, root, to_run=False), devices=devices)
     require_no_predictions("method", method, made, models)
     tokenizer_owner(models.by_name, recipe.tokenizer)  # refused before anything is written
     require_space(out, export_bytes(models, recipe.export))
@@ -109,14 +112,18 @@ def _merge(
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
     harness = open_harness(recipe.evaluation.lm_eval, recipe, models, root, console)
     account_lines = account(models, coefficients.parameters)
+    account_lines += _statistics_in_words(models, recipe, estimates=estimates)
     print_lines(account_lines, console)
-    if made.needs_data:
+    if made.needs_data or estimates:
         memory, in_words = make_memory(recipe.task_vectors.memory, devices), initial.in_words
         with console.status(in_words) as status:
             parameters = merge_from_data(
                 workspace, initial, memory, lambda line: status.update(f"{in_words}: {line}")
             )
-        tensors = stored_tensors(models, parameters, merged_names(models))
+        names = merged_names(models)
+        if estimates:
+            names = list(filter(is_batch_statistic, names))
+        tensors = stored_tensors(models, parameters, names)
         coefficients = dataclasses.replace(coefficients, initial_tensors=tensors)
         del parameters
     wait_for_all("checked")
@@ -145,3 +152,28 @@ def _merge(
     write_results(results, out / RESULTS_FILE)
     write_card(job_of(results=results), out)
     print_results(results, console)
+
+
+_OF_IMAGES = "ForImageClassification"
+"""The end of the names of models whose statistics of batch normalisation can be estimated."""
+
+
+def _estimates_statistics(models: Models, recipe: Recipe) -> bool:
+    """Returns True if statistics of batch normalisation are estimated on the recipe's data."""
+    has_data = len(recipe.calibration_sources) == len(recipe.tasks)
+    of_images = all(
+        isinstance(expert, MatchedCheckpoint)
+        and any(name.endswith(_OF_IMAGES) for name in classes_of(expert.checkpoint.config_fields))
+        for expert in models.experts.values()
+    )
+    return has_data and of_images and any(map(is_batch_statistic, merged_names(models)))
+
+
+def _statistics_in_words(models: Models, recipe: Recipe, *, estimates: bool) -> list[str]:
+    """Returns the line that says where the statistics of batch normalisation are from."""
+    merged = sum(map(is_batch_statistic, merged_names(models)))
+    if not merged:
+        return []
+    if not estimates:
+        return [f"{merged} statistics of batch normalisation are merged like parameters"]
+    return [f"{merged} statistics of batch normalisation are estimated on calibration data"]

@@ -37,6 +37,8 @@ def print_coefficients(coefficients: Coefficients, console: Console) -> None:
         facts["its tensors"] = (
             "stored in the file" if initial.stored else "computed from the models by fold"
         )
+        if coefficients.initial_tensors and not initial.stored:
+            facts["its tensors"] += ", statistics of batch normalisation stored in the file"
     if alone:
         facts["learned"] = "nothing: the merge is that of the method alone"
         facts["merged tensors"] = str(len(coefficients.parameters))

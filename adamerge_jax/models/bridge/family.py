@@ -302,7 +302,8 @@ def _family_of_body(
         max_tokens=lambda config: None if kind.inputs[0] != "input_ids" else _longest(model),
         heads=lambda config: {},
         auto_class=kind.auto_class,
-        ignored=lambda config: _not_merged(model),
+        ignored=lambda config: _NOT_MERGED,
+        ignored_in_experts=_counters(model),
         reads_choices=kind.auto_class == MULTIPLE_CHOICE,
         last_layer=last,
         language=kind.language,
@@ -332,12 +333,14 @@ def _longest(model: PreTrainedModel) -> int | None:
     return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
 
-def _not_merged(model: PreTrainedModel) -> tuple[str, ...]:
-    """Returns name patterns of tensors that are no parameters: counters, masks, positions."""
-    counters = (
-        name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()
-    )
-    return ("*.position_ids", "*.inv_freq", "*.attn.bias", "*.attn.masked_bias", *counters)
+_NOT_MERGED = ("*.position_ids", "*.inv_freq", "*.attn.bias", "*.attn.masked_bias")
+"""Name patterns of tensors that are computed: positions and masks."""
+
+
+def _counters(model: PreTrainedModel) -> tuple[str, ...]:
+    """Returns the names of tensors of whole numbers, of which a merge has the base's."""
+    tensors = model.state_dict()
+    return tuple(name for name, tensor in tensors.items() if not tensor.is_floating_point())
 
 
 def _last_layer(body: Body, outputs: int | None = None) -> LastLayer | None:

@@ -2,17 +2,19 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import torch
+from jaxtyping import Array, Float
 
 from adamerge_jax.mixing import Lazy
 from adamerge_jax.models.bridge.body import Body, BodyOutput
 from adamerge_jax.models.bridge.images import TOKENS, TorchImages
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
-from adamerge_jax.models.bridge.torch_model import TorchModel
+from adamerge_jax.models.bridge.torch_model import Slot, TorchModel, filled
 from adamerge_jax.models.bridge.weights import tied_names
 from adamerge_jax.models.family import Network
 from adamerge_jax.models.layers import Outputs
@@ -25,6 +27,7 @@ class TorchBackbone(Network):
     Attributes:
         shapes: Shape and dtype of every parameter by its name in a checkpoint.
         inputs: The names of the arrays that the model reads.
+        batch_statistics: The names of the means and variances that its batch normalisations keep.
     """
 
     def __init__(
@@ -50,6 +53,39 @@ class TorchBackbone(Network):
         shapes = self._torch.weights.shapes
         self.shapes = {name: leaf for name, leaf in shapes.items() if name not in in_head}
         self.inputs = tuple(inspect.signature(type(body.module).forward).parameters)
+        self._normalisations = _batch_normalisations(self._torch, self.shapes)
+        self.batch_statistics = frozenset(
+            name for normalisation in self._normalisations.values() for name in normalisation
+        )
+
+    def statistics_of(
+        self, parameters: Mapping[str, Array | Lazy], inputs: Mapping[str, Array]
+    ) -> dict[str, Float[Array, " C"]]:
+        """Returns mean and variance of what each batch normalisation reads of a batch.
+
+        Each normalises by these, as in training; the variance is the unbiased one, as PyTorch
+        keeps it. The parameters in `batch_statistics` are not used.
+        """
+        read: dict[str, Array] = {}
+
+        def note(names: tuple[str, str], module: torch.nn.Module, arguments: tuple) -> None:
+            channels_last = arguments[0].float().movedim(1, -1)
+            rows = channels_last.reshape(-1, channels_last.shape[-1])
+            read.update(zip(names, (rows.mean(0).jax(), rows.var(0).jax()), strict=True))
+
+        hooks = [
+            module.register_forward_pre_hook(partial(note, names))
+            for module, names in self._normalisations.items()
+        ]
+        kept = [Slot(module._buffers, key) for module in self._normalisations for key in _KEPT]
+        others = {name: p for name, p in parameters.items() if name not in self.batch_statistics}
+        try:
+            with filled([(slot, None) for slot in kept]):
+                self(others, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return read
 
     def __call__(
         self,
@@ -123,6 +159,24 @@ class TorchHead(Network):
 
         logits = self._torch.call(parameters, run, inputs)
         return logits.jax().astype(jnp.float32)
+
+
+def _batch_normalisations(
+    network: TorchModel, shapes: Mapping[str, object]
+) -> dict[torch.nn.Module, tuple[str, str]]:
+    """Returns the batch normalisations, each with the names of its mean and its variance."""
+    sources = network.weights.sources
+    found = {}
+    for path, module in network.model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            mean, variance = (sources.get(f"{path}.{key}", ("",))[0] for key in _KEPT)
+            if mean in shapes and variance in shapes:
+                found[module] = (mean, variance)
+    return found
+
+
+_KEPT = ("running_mean", "running_var")
+"""The statistics that a batch normalisation of PyTorch keeps."""
 
 
 def _as_dtype_of(parameters: Mapping[str, Any], array: Array) -> Array:

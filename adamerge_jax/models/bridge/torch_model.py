@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -120,7 +120,7 @@ class TorchModel:
                     (slot, environment.j2t_iso(environment.t2j_copy(tensor)))
                     for slot, tensor in self._constants
                 ]
-                with _filled([*_fill(outside, filling), *constants]):
+                with filled([*_fill(outside, filling), *constants]):
                     return function(**environment.j2t_iso(dict(arguments)))
         finally:
             self._tensors = {}
@@ -146,7 +146,7 @@ class TorchModel:
                     for leaf, tensor in zip(leaves, is_tensor, strict=True)
                 ]
                 arguments, options = _pytree.tree_unflatten(given, structure)
-                with _filled(_fill(slots, self.weights.parameters(tensors, list(slots)))):
+                with filled(_fill(slots, self.weights.parameters(tensors, list(slots)))):
                     result = forward(*arguments, **options)
                 results, result_structure = _pytree.tree_flatten(result)
                 shape_of_result[:] = [
@@ -249,8 +249,8 @@ def _fill(
 
 
 @contextmanager
-def _filled(contents: list[tuple[Slot, torch.Tensor]]) -> Iterator[None]:
-    """Puts tensors into their places, and what was there back at the end."""
+def filled(contents: Sequence[tuple[Slot, torch.Tensor | None]]) -> Iterator[None]:
+    """Puts tensors, or None, into their places, and what was there back at the end."""
     before = [slot.holder[slot.key] for slot, _ in contents]
     for slot, tensor in contents:
         slot.holder[slot.key] = tensor
