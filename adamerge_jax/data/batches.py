@@ -5,7 +5,7 @@ length share a batch, so that little is computed on padding.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from adamerge_jax.data.augmentations import augment
 from adamerge_jax.data.examples import Examples, joined, require_joinable
 from adamerge_jax.data.expert_targets import CrossTaskLogits, StoredTargets
+from adamerge_jax.data.packing import Packing, can_be_packed, packing_for
 from adamerge_jax.devices import Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets
@@ -24,6 +25,10 @@ BATCHES_SORTED_TOGETHER = 16
 """The number of batches in a row that share their texts by length: the shortest texts of all tasks
 make one batch, the next longer ones the next. They are fewer where the examples of a task do not
 fill so many: the same text, drawn twice, would be sorted beside itself."""
+
+
+_TRIED = 16
+"""The batches by which the rows of packed texts are chosen."""
 
 
 class Batch(NamedTuple):
@@ -89,6 +94,7 @@ class Calibration(NamedTuple):
         cross_task: By task, its expert's logits on the examples of the other tasks; batches to
             learn from have them as targets.
         prompts: The tasks whose batches to learn from have the positions of prompts as targets.
+        packing: The rows that the texts of a batch are packed in; None for a row each.
     """
 
     learning: dict[str, Int[np.ndarray, " N"]]
@@ -100,6 +106,19 @@ class Calibration(NamedTuple):
     augmented: bool = False
     cross_task: Mapping[str, CrossTaskLogits] = {}
     prompts: Collection[str] = ()
+    packing: Packing | None = None
+
+    def packed(self) -> "Calibration":
+        """Returns the same with texts packed in rows, where that saves much of the padding."""
+        if not all(map(can_be_packed, self.examples.values())):
+            return self
+        longest = max(int(data.padded_lengths().max()) for data in self.examples.values())
+        padded_tokens = sum(
+            batch.inputs["attention_mask"].size for batch in islice(self.batches(), _TRIED)
+        )
+        mixed = self._replace(packing=Packing(longest, 1))
+        masks = [batch.inputs["attention_mask"] for batch in islice(mixed.batches(), _TRIED)]
+        return self._replace(packing=packing_for(masks, padded_tokens))
 
     def with_fewer_held_out(self, task: str) -> "Calibration":
         """Returns the same with no more held-out examples of a task than of the others.
@@ -128,7 +147,8 @@ class Calibration(NamedTuple):
         weights = np.full((len(self.examples), self.batch_size), 1 / self.batch_size, np.float32)
         lengths = {task: examples.padded_lengths() for task, examples in self.examples.items()}
         together = 1
-        if any(len(np.unique(task_lengths)) > 1 for task_lengths in lengths.values()):
+        differ = any(len(np.unique(task_lengths)) > 1 for task_lengths in lengths.values())
+        if differ and self.packing is None:
             fewest = min(map(len, self.learning.values()))
             together = min(BATCHES_SORTED_TOGETHER, fewest // self.batch_size)
         draws = {
@@ -176,11 +196,14 @@ class Calibration(NamedTuple):
     def held_out_batches(self) -> Iterator[Batch]:
         """Yields batches that together hold every held-out example once."""
         longest = max(map(len, self.held_out.values()))
-        for start in range(0, longest, self.batch_size):
+        starts = range(0, longest, self.batch_size)
+        for number, start in enumerate(starts):
             weights = np.zeros((len(self.examples), self.batch_size), np.float32)
             chosen = {}
             for row, (task, index) in zip(weights, self.held_out.items(), strict=True):
                 part = index[start : start + self.batch_size]
+                if self.packing is not None:  # as many tokens in each batch
+                    part = index[number :: len(starts)]
                 row[: len(part)] = 1 / len(index)
                 chosen[task] = np.resize(part if len(part) else index, self.batch_size)
             yield self._batch(chosen, weights, np.random.default_rng([self.seed, 3, start]))
@@ -194,8 +217,12 @@ class Calibration(NamedTuple):
         learns: bool = False,
     ) -> Batch:
         length = max(self.examples[task].padded_length(index) for task, index in chosen.items())
+        if self.packing is not None:
+            length = self.packing.length
         parts = [self.examples[task].take(index, length) for task, index in chosen.items()]
         inputs = joined(parts)
+        if self.packing is not None:
+            inputs = self.packing.pack(inputs)
         targets = [self.targets[task].take(index, length) for task, index in chosen.items()]
         if learns:
             targets = [

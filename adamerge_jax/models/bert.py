@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -23,9 +24,9 @@ from adamerge_jax.models.layers import (
     TokenHead,
     activation_of,
     attention,
-    padding_bias,
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
+from adamerge_jax.models.token_rows import token_rows
 
 
 class Embeddings(nnx.Module):
@@ -53,7 +54,7 @@ class SelfAttention(nnx.Module):
         self.heads = config.num_attention_heads
 
     def __call__(
-        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 1 T"]
+        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 #T T"]
     ) -> Float[Array, "B T H"]:
         return attention(self.query(x), self.key(x), self.value(x), self.heads, bias)
 
@@ -77,7 +78,7 @@ class Attention(nnx.Module):
         self.output = AddAndNorm(config.hidden_size, config)
 
     def __call__(
-        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 1 T"]
+        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 #T T"]
     ) -> Float[Array, "B T H"]:
         return self.output(self.self(x, bias), x)
 
@@ -98,7 +99,7 @@ class Layer(nnx.Module):
         self.output = AddAndNorm(config.intermediate_size, config)
 
     def __call__(
-        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 1 T"]
+        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 #T T"]
     ) -> Float[Array, "B T H"]:
         x = self.attention(x, bias)
         return self.output(self.intermediate(x), x)
@@ -114,8 +115,8 @@ class Pooler(nnx.Module):
     def __init__(self, config: Config):
         self.dense = Linear(config.hidden_size, config.hidden_size)
 
-    def __call__(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B H"]:
-        return jnp.tanh(self.dense(hidden[:, 0]))
+    def __call__(self, first: Float[Array, "B H"]) -> Float[Array, "B H"]:
+        return jnp.tanh(self.dense(first))
 
 
 class Bert(nnx.Module):
@@ -129,10 +130,14 @@ class Bert(nnx.Module):
 
     def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
         token_ids, mask, token_types = text_inputs(inputs, self.longest)
-        embedded = self.embeddings(token_ids, token_types, jnp.arange(token_ids.shape[1]))
-        bias = padding_bias(mask)
-        last, states = self.encoder.layer(embedded, bias, hidden_states=hidden_states)
-        return Outputs(self.pooler(last) if self.pooler else None, last, states)
+        rows = token_rows(inputs, mask)
+        embedded = self.embeddings(
+            rows.in_rows(token_ids), rows.in_rows(token_types), rows.positions
+        )
+        last, states = self.encoder.layer(embedded, rows.bias, hidden_states=hidden_states)
+        pooled = self.pooler(rows.first_of_texts(last)) if self.pooler else None
+        states = None if states is None else jax.vmap(rows.by_text)(states)
+        return Outputs(pooled, rows.by_text(last), states)
 
 
 class PooledHead(nnx.Module):
@@ -146,7 +151,7 @@ class PooledHead(nnx.Module):
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
         pooler = getattr(self, self.prefix).pooler
-        return self.classifier(pooler(outputs.last_hidden_state))
+        return self.classifier(pooler(outputs.last_hidden_state[:, 0]))
 
 
 class OnlyPooler(nnx.Module):
@@ -191,6 +196,7 @@ FAMILY = Family(
     },
     inputs=("input_ids", "attention_mask", "token_type_ids"),
     max_tokens=lambda config: config.max_position_embeddings,
+    packs=True,
     heads=BERT_HEADS,
     auto_class="AutoModelForSequenceClassification",
     embedding_backbone=_UNPOOLED,

@@ -160,6 +160,7 @@ class Family:
             table.
         further_heads: The heads of other `transformers` classes of such models than `auto_class`,
             by these classes.
+        packs: True if the backbone computes texts in `TokenRows`, so that batches can be packed.
         reads_choices: True if each example is several texts, of which one is right.
         head_with_rest: Makes the module of `head` together with the parts of the backbone that
             models of `further_heads` lack, where there are some.
@@ -187,6 +188,7 @@ class Family:
     blind: str | None = None
     output_layer: str = OUTPUT_LAYER
     further_heads: Mapping[str, HeadForm] = dataclasses.field(default_factory=dict)
+    packs: bool = False
     reads_choices: bool = False
     head_with_rest: Callable[[Config], nnx.Module] | None = None
 

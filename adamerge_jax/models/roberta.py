@@ -7,6 +7,7 @@ XLM-RoBERTa and CamemBERT are the same computation under the same names.
 from collections.abc import Mapping
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -22,9 +23,9 @@ from adamerge_jax.models.layers import (
     Prefixed,
     Rematerialize,
     TokenHead,
-    padding_bias,
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
+from adamerge_jax.models.token_rows import token_rows
 
 
 def positions_of(token_ids: Int[Array, "B T"], padding: int) -> Int[Array, "B T"]:
@@ -50,10 +51,12 @@ class Roberta(nnx.Module):
 
     def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
         token_ids, mask, token_types = text_inputs(inputs, self.longest)
+        rows = token_rows(inputs, mask)
         positions = positions_of(token_ids, self.padding)
-        embedded = self.embeddings(token_ids, token_types, positions)
-        last, states = self.encoder.layer(embedded, padding_bias(mask), hidden_states=hidden_states)
-        return Outputs(last[:, 0], last, states)
+        embedded = self.embeddings(*map(rows.in_rows, (token_ids, token_types, positions)))
+        last, states = self.encoder.layer(embedded, rows.bias, hidden_states=hidden_states)
+        states = None if states is None else jax.vmap(rows.by_text)(states)
+        return Outputs(rows.first_of_texts(last), rows.by_text(last), states)
 
 
 def _require_padding(config: Config) -> None:
@@ -94,6 +97,7 @@ FAMILY = Family(
     },
     inputs=("input_ids", "attention_mask", "token_type_ids"),
     max_tokens=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+    packs=True,
     heads=BERT_HEADS,
     auto_class="AutoModelForSequenceClassification",
     last_layer=LastLayer("classifier.out_proj.weight", "classifier.out_proj.bias"),

@@ -289,6 +289,9 @@ def ask_experts(inputs: LearningInputs, show_count: ShowCount = count_silently) 
         cross_task=cross_task,
         prompts=[task for task, spec in method.target_specs.items() if spec.prompts],
     )
+    models = workspace.models
+    if models.family.packs and method.microbatches == 1 and models.devices.mesh is None:
+        calibration = calibration.packed()
     return inputs._replace(calibration=calibration)
 
 

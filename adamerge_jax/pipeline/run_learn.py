@@ -265,6 +265,7 @@ def _describe_inputs(inputs: LearningInputs, base: str) -> str:
         f"{merged / 1e6:.1f} M parameters in {len(inputs.mixed)} tensors merged"
         f"{f', {unchanged} tensors as in the base' if unchanged else ''}; "
         f"{examples} examples to learn from, {held_out} held out"
+        f"{', several texts in a row' if calibration.packing else ''}"
         f"{f', {general} of these general text' if general else ''}; "
         f"{f'{ends}; ' if ends else ''}on {inputs.devices}"
     )

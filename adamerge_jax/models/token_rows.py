@@ -1,0 +1,116 @@
+"""Texts as the rows that a model computes on: each in a row of its own, or several behind another.
+
+A batch of texts is `[B, T]`, padded to its longest. Packed, its tokens lie in fewer rows `[R, L]`
+without padding between them; the model computes on these, and returns its outputs by text again.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from adamerge_jax.models.layers import padding_bias
+
+SLOTS = "packed_slots"
+"""The input `[R, L]` that says which token lies in each slot of a row: text * T + token, or -1."""
+
+PLACES = "packed_places"
+"""The input `[B, T]` that says in which slot each token lies: row * L + slot; 0 for padding."""
+
+
+class TokenRows(Protocol):
+    """The rows that a batch of texts `[B, T]` is computed in."""
+
+    @property
+    def positions(self) -> Int[Array, "... L"]:
+        """The position of each slot's token in its text, of one row where all are alike."""
+        ...
+
+    @property
+    def bias(self) -> Float[Array, "R 1 #L L"]:
+        """What is added to scores of attention, so that no token sees another text, or padding."""
+        ...
+
+    def in_rows(self, tokens: Int[Array, "B T"]) -> Int[Array, "R L"]:
+        """Returns numbers of tokens, such as their ids, by row."""
+        ...
+
+    def by_text(self, hidden: Float[Array, "R L H"]) -> Float[Array, "B T H"]:
+        """Returns hidden states by text; those of padding are those of some token."""
+        ...
+
+    def first_of_texts(self, hidden: Float[Array, "R L H"]) -> Float[Array, "B H"]:
+        """Returns the hidden state of each text's first token."""
+        ...
+
+
+class PaddedRows(NamedTuple):
+    """A row for each text: `R = B`, `L = T`."""
+
+    mask: Int[Array, "B T"]
+
+    @property
+    def positions(self) -> Int[Array, " T"]:
+        """The position of each slot's token in its text, of one row where all are alike."""
+        return jnp.arange(self.mask.shape[1])
+
+    @property
+    def bias(self) -> Float[Array, "B 1 1 T"]:
+        """What is added to scores of attention, so that no token sees another text, or padding."""
+        return padding_bias(self.mask)
+
+    def in_rows(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Returns numbers of tokens, such as their ids, by row."""
+        return tokens
+
+    def by_text(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        """Returns hidden states by text; those of padding are those of some token."""
+        return hidden
+
+    def first_of_texts(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B H"]:
+        """Returns the hidden state of each text's first token."""
+        return hidden[:, 0]
+
+
+class PackedRows(NamedTuple):
+    """Rows of several texts."""
+
+    slots: Int[Array, "R L"]
+    places: Int[Array, "B T"]
+
+    @property
+    def positions(self) -> Int[Array, "R L"]:
+        """The position of each slot's token in its text, of one row where all are alike."""
+        return jnp.maximum(self.slots, 0) % self.places.shape[1]
+
+    @property
+    def bias(self) -> Float[Array, "R 1 L L"]:
+        """What is added to scores of attention, so that no token sees another text, or padding."""
+        texts = self.slots // self.places.shape[1]  # -1 where a slot is empty
+        lowest = jnp.finfo(jnp.float32).min
+        return jnp.where(texts[:, None, :, None] == texts[:, None, None, :], 0.0, lowest)
+
+    def in_rows(self, tokens: Int[Array, "B T"]) -> Int[Array, "R L"]:
+        """Returns numbers of tokens, such as their ids, by row."""
+        return tokens.reshape(-1)[jnp.maximum(self.slots, 0)]
+
+    def by_text(self, hidden: Float[Array, "R L H"]) -> Float[Array, "B T H"]:
+        """Returns hidden states by text; those of padding are those of some token."""
+        return hidden.reshape(-1, hidden.shape[-1])[self.places]
+
+    def first_of_texts(self, hidden: Float[Array, "R L H"]) -> Float[Array, "B H"]:
+        """Returns the hidden state of each text's first token."""
+        return hidden.reshape(-1, hidden.shape[-1])[self.places[:, 0]]
+
+
+def token_rows(inputs: Mapping[str, Array], mask: Int[Array, "B T"]) -> TokenRows:
+    """Returns the rows that a batch of texts is computed in.
+
+    Args:
+        inputs: The batch, perhaps with `SLOTS` and `PLACES`.
+        mask: 1 where there is a token, 0 for padding.
+    """
+    if SLOTS in inputs:
+        return PackedRows(inputs[SLOTS], inputs[PLACES])
+    return PaddedRows(mask)

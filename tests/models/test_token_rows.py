@@ -1,0 +1,56 @@
+"""Packed texts have the outputs and gradients of padded ones, for every family that takes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import BertConfig, RobertaConfig
+
+from adamerge_jax.data.packing import Packing
+from adamerge_jax.models import family_of
+from adamerge_jax.models.token_rows import SLOTS
+
+SIZES = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40
+)
+CONFIGS = {
+    "bert": BertConfig(**SIZES, max_position_embeddings=12),
+    "roberta": RobertaConfig(**SIZES, max_position_embeddings=14, pad_token_id=1),
+}
+LENGTHS = np.array([3, 12, 1, 5, 4, 7])
+
+
+@pytest.mark.parametrize("rematerialize", ["nothing", "layer"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_and_gradients_are_those_of_padded_texts(name, rematerialize):
+    family = family_of(CONFIGS[name])
+    assert family.packs
+    backbone = family.build_backbone(CONFIGS[name], rematerialize)
+    generator = np.random.default_rng(0)
+    mask = (np.arange(12) < LENGTHS[:, None]).astype(np.int32)
+    inputs = {
+        "input_ids": np.where(mask, generator.integers(5, 40, mask.shape), 1).astype(np.int32),
+        "attention_mask": mask,
+    }
+    packed = Packing(12, 3).pack(inputs)
+    assert packed[SLOTS].shape == (3, 12)
+    parameters = {
+        name: jnp.asarray(0.3 * generator.normal(size=leaf.shape), jnp.float32)
+        for name, leaf in backbone.shapes.items()
+    }
+
+    def loss(parameters, inputs):
+        outputs = backbone(parameters, inputs, hidden_states=True)
+        states = outputs.hidden_states * mask[:, :, None]
+        last = outputs.last_hidden_state * mask[:, :, None]
+        total = jnp.square(outputs.pooled).sum() + jnp.square(last).sum() + jnp.sin(states).sum()
+        return total, (outputs.pooled, last, states)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, expected), expected_gradient = run(parameters, inputs)
+    (_, found), gradient = run(parameters, packed)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+    for parameter, of_padded in expected_gradient.items():
+        scale = max(1, float(jnp.abs(of_padded).max()))
+        np.testing.assert_allclose(gradient[parameter], of_padded, atol=2e-5 * scale)
