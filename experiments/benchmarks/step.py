@@ -11,9 +11,9 @@ On the same batch, each in a process of its own, so that the peak memory is its 
 Sizes: `small` is the quickstart's (4 experts, 16 images of each), `large` a CLIP ViT-B/32 vision
 tower with 8 experts, 16 images of each, `texts` a BERT of MiniLM's size with 6 experts, 16 texts of
 each, as long as those of six data sets of sentences. A row of `texts` is a round of 16 steps, whose
-batches are put together as `adamerge learn` does it: (a) and (b) pad all tasks of a batch to one
-length, (c) pads each task to its longest text. (c) needs PyTorch and transformers' models, which
-the `test` extra installs.
+batches are put together as `adamerge learn` does it: (a) and (b) run texts behind each other in
+rows. (c) has batches of texts of like length, of which it pads each task to its longest. (c) needs
+PyTorch and transformers' models, which the `test` extra installs.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,8 +88,8 @@ def arrays(shapes: dict, generator: np.random.Generator, leading: tuple[int, ...
     return made
 
 
-def batches_of(size: str) -> list[Batch]:
-    """Returns the batches of a round: one of images, or those of texts sorted together."""
+def batches_of(size: str, *, packed: bool) -> list[Batch]:
+    """Returns the batches of a round: one of images; of texts several, packed or sorted."""
     config, experts = config_of(size)
     if size == "texts":
         number = BATCHES_SORTED_TOGETHER * EXAMPLES_PER_TASK
@@ -98,6 +98,8 @@ def batches_of(size: str) -> list[Batch]:
             for seed, tokens in enumerate(TOKENS_OF_TASKS)
         }
         calibration = calibrate(texts, batch_size=EXAMPLES_PER_TASK, held_out=0.001, seed=0)
+        if packed:
+            calibration = calibration.packed()
         drawn = list(islice(calibration.batches(), BATCHES_SORTED_TOGETHER))
         return [batch._replace(targets=[Targets()] * experts) for batch in drawn]
     vision = getattr(config, "vision_config", config)
@@ -137,7 +139,7 @@ def plain_step(size: str) -> Callable[[], object]:
 
         return jax.grad(loss)(parameters)
 
-    return a_round(partial(step, parameters, heads), jax.device_put(batches_of(size)))
+    return a_round(partial(step, parameters, heads), jax.device_put(batches_of(size, packed=True)))
 
 
 def learning_step(
@@ -169,7 +171,7 @@ def learning_step(
     )
     state = devices.replicate(learner.init(granularity.init(constant(shapes, experts, 0.3))))
     frozen = Frozen(base, deltas, heads)
-    batches = [batch.spread(devices) for batch in batches_of(size)]
+    batches = [batch.spread(devices) for batch in batches_of(size, packed=devices.mesh is None)]
     return a_round(lambda batch: learner.step(state, frozen, batch), batches)
 
 
@@ -194,7 +196,7 @@ def torch_step(size: str) -> Callable[[], object]:
     heads = [torch.randn(CLASSES, width) for _ in range(experts)]
     raw = {name: torch.full((experts,), 0.3, requires_grad=True) for name in base}
     optimizer = torch.optim.Adam(raw.values(), lr=1e-3)
-    batches = [_inputs_by_task(batch, experts) for batch in batches_of(size)]
+    batches = [_inputs_by_task(batch, experts) for batch in batches_of(size, packed=False)]
 
     def step(inputs: list[dict[str, torch.Tensor]]) -> None:
         merged = {
