@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
+from adamerge_jax.data.answers import Answers, find_answers
 from adamerge_jax.data.array_cache import ArrayCache
 from adamerge_jax.data.conversations import Tokens, mark_responses, require_offsets
 from adamerge_jax.data.decoder_examples import DecoderExamples
@@ -19,6 +21,9 @@ from adamerge_jax.data.processors import Processor, ReadText
 from adamerge_jax.data.tables import Table
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PATHS = ("image", "path")
 """Fields of an image in a message that name its file."""
@@ -134,7 +139,6 @@ class WithImages(Examples):
 
     def take(self, index: Int[np.ndarray, " B"], length: int) -> dict[str, np.ndarray]:
         inputs = self._tokens.take(index, length)
-        inputs[COUNT] = np.zeros(len(index), np.int32)
         for number, ids, mask in zip(
             index, inputs["input_ids"], inputs["attention_mask"], strict=True
         ):
@@ -143,26 +147,65 @@ class WithImages(Examples):
                     ids[: mask.sum()].tolist(), self._processor.grid
                 )
         positions = [self._positions[number] for number in index]
-        if positions[0] is not None:
-            inputs["position_ids"] = np.stack(
-                [padded(rows, length, 0)[0] for rows in positions if rows is not None]
-            )
+        return {**inputs, **_positions(positions, length), **self._image_arrays(index)}
+
+    def _image_arrays(self, index: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """Returns the images of chosen conversations and their numbers."""
+        counts = np.zeros(len(index), np.int32)
         if self._images is None or not self._most:
-            return inputs
-        shape = (len(index), self._most, *self._processor.shape)
-        inputs[PIXELS] = np.zeros(shape, np.float32)
+            return {COUNT: counts}
+        pixels = np.zeros((len(index), self._most, *self._processor.shape), np.float32)
         for place, row in enumerate(self._rows[index]):
             images = self._images.arrays(row)
             if images is not None:
-                inputs[PIXELS][place, : len(images)] = images
-                inputs[COUNT][place] = len(images)
-        return inputs
+                pixels[place, : len(images)] = images
+                counts[place] = len(images)
+        return {PIXELS: pixels, COUNT: counts}
+
+    def find_answers(
+        self,
+        sequences: Sequence[Tokens],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        has_end: bool,
+    ) -> Answers | None:
+        """Finds the prompts and responses as `answers.find_answers`, with the prompts' images.
+
+        Args:
+            sequences: The tokens of these conversations.
+            tokenizer: The tokenizer of all.
+            max_length: Longest conversation in tokens.
+            has_end: True if models end a response themselves.
+        """
+        model, grid = self._processor.model, self._processor.grid
+        found = find_answers(sequences, tokenizer, max_length, has_end=has_end, image=model.token)
+        if found is None:
+            return None
+
+        def beside(chosen: Int[np.ndarray, " n"], length: int) -> dict[str, np.ndarray]:
+            text = int(model.token == 0)  # any token of a text stands for those to be written
+            prompts = [found.prompts[at] for at in chosen]
+            rows = [model.positions(ids + [text] * (length - len(ids)), grid) for ids in prompts]
+            return _positions(rows, length) | self._image_arrays(found.examples[chosen])
+
+        return dataclasses.replace(found, beside=beside)
 
     def take_labels(self, index: Int[np.ndarray, " B"], length: int) -> Int[np.ndarray, "B T"]:
         return self._tokens.take_labels(index, length)
 
     def take_ends(self, index: Int[np.ndarray, " B"], length: int) -> Bool[np.ndarray, "B T"]:
         return self._tokens.take_ends(index, length)
+
+
+def _positions(
+    rows: Sequence[Int[np.ndarray, "3 T"] | None], length: int
+) -> dict[str, Int[np.ndarray, "B 3 T"]]:
+    """Returns positions padded to a length; nothing where tokens have none of their own."""
+    if rows[0] is None:
+        return {}
+    stacked = [padded(row, length, 0)[0] for row in rows if row is not None]
+    return {"position_ids": np.stack(stacked)}
 
 
 def _images_of(messages: Any, where: str, folder: Path | None) -> tuple[Any, list[ImageFile]]:

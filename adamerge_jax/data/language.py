@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Int
 
-from adamerge_jax.data.answers import find_answers
+from adamerge_jax.data.answers import answers_of_pairs, find_answers
 from adamerge_jax.data.conversations import Tokens, conversations
 from adamerge_jax.data.decoder_examples import DecoderExamples
 from adamerge_jax.data.end_of_text import (
@@ -22,7 +22,7 @@ from adamerge_jax.data.end_of_text import (
     without_end,
 )
 from adamerge_jax.data.examples import Cut, EndOfText, Examples, bucket_length, padded
-from adamerge_jax.data.image_conversations import ConversationImages
+from adamerge_jax.data.image_conversations import ConversationImages, WithImages
 from adamerge_jax.data.tables import Table
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import encode, padding_of
@@ -199,9 +199,13 @@ def make_language_examples(
     examples = make(useful, chosen)
     examples.end_of_text = end
     examples.are_conversations = is_chat
-    if decoder_start is None and not source.packed:
-        has_end = is_chat or end == "append"
-        examples.answers = find_answers(chosen, tokenizer, max_length, has_end=has_end)
+    has_end = is_chat or end == "append"
+    if decoder_start is not None:
+        asked = [prompts[row] for row in useful]
+        examples.answers = answers_of_pairs(asked, chosen, tokenizer, max_length, has_end=has_end)
+    elif not source.packed:
+        find = examples.find_answers if isinstance(examples, WithImages) else find_answers
+        examples.answers = find(chosen, tokenizer, max_length, has_end=has_end)
     return examples
 
 

@@ -59,6 +59,7 @@ class Answering(NamedTuple):
                 answers.prompts,
                 answers.stops,
                 min(self.max_new_tokens, longest),
+                beside=answers.beside,
                 on_count=on_count,
             )
         right = [answers.are_given(at, tokens) for at, tokens in enumerate(written)]

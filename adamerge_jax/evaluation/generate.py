@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Array
 
+from adamerge_jax.data.answers import InputsBeside
 from adamerge_jax.data.examples import bucket_length, padded
 from adamerge_jax.devices import fetch
 from adamerge_jax.models.family import Family
@@ -26,14 +27,23 @@ class Writer:
         batch_size: Prompts per call.
     """
 
-    def __init__(self, family: Family, config: "PretrainedConfig", batch_size: int):
+    def __init__(
+        self,
+        family: Family,
+        config: "PretrainedConfig",
+        batch_size: int,
+        decoder_start: int | None = None,
+    ):
         """Builds the network; it is compiled when it first runs.
 
         Args:
             family: The architecture, which `writes`.
             config: The config of the base.
             batch_size: Prompts per call.
+            decoder_start: The token that an encoder-decoder's continuations start with; None for a
+                decoder.
         """
+        self._decoder_start = decoder_start
         backbone = family.build_backbone(config)
         self._generate = make_greedy(family, config, backbone, family.build_head(config))
         self.batch_size = batch_size
@@ -45,6 +55,7 @@ class Writer:
         stops: Sequence[int],
         new_tokens: int,
         *,
+        beside: InputsBeside | None = None,
         with_stop: bool = False,
         on_count: OnCount = lambda done: None,
     ) -> list[list[int]]:
@@ -55,6 +66,7 @@ class Writer:
             prompts: The tokens of N prompts.
             stops: The tokens that end a continuation.
             new_tokens: The largest number of tokens.
+            beside: The inputs beside the tokens of chosen prompts; None where there are none.
             with_stop: True to end a continuation with the token that stopped it.
             on_count: Called with the number of continuations that are written.
         """
@@ -64,13 +76,24 @@ class Writer:
         for start in range(0, len(order), size):
             index = order[start : start + size]
             # The last call repeats prompts up to the size that is compiled.
-            chosen = [prompts[i] for i in np.resize(index, size)]
+            repeated = np.resize(index, size)
+            chosen = [prompts[i] for i in repeated]
             length = bucket_length(max(map(len, chosen)))
+            token_ids, mask = padded(chosen, length, PADDING)
+            further: dict[str, np.ndarray] = {}
+            if self._decoder_start is not None:
+                further = {"input_ids": token_ids, "attention_mask": mask}
+                token_ids = np.full((size, 1), self._decoder_start, np.int32)
+                mask = np.ones_like(token_ids)
+            elif beside is not None:
+                further = beside(repeated, length + new_tokens)
             tokens, lengths = self._generate(
                 parameters,
-                *padded(chosen, length, PADDING),
+                token_ids,
+                mask,
                 np.array(stops, np.int32),
                 new_tokens=new_tokens,
+                beside=further,
             )
             tokens, lengths = fetch(tokens), fetch(lengths)
             for row, i in enumerate(index):

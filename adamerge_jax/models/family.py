@@ -194,8 +194,13 @@ class Family:
 
     @property
     def writes(self) -> bool:
-        """True for a language model that can continue prompts: a decoder that reads texts alone."""
-        return self.language and self.images is None and "decoder_input_ids" not in self.inputs
+        """True for a language model, which continues prompts."""
+        return self.language
+
+    @property
+    def encodes_prompts(self) -> bool:
+        """True for an encoder-decoder, whose prompts are not among the tokens that it continues."""
+        return "decoder_input_ids" in self.inputs
 
     def head_form(self, auto_class: str | None = None) -> HeadForm:
         """Returns the heads of a `transformers` class of models.

@@ -31,7 +31,8 @@ class Continuations(NamedTuple):
 
 
 Generate = Callable[..., Continuations]
-"""The function `(parameters, token_ids, mask, stops, new_tokens) -> Continuations`, compiled."""
+"""The compiled function `(parameters, token_ids, mask, stops, new_tokens, beside)`, which returns
+`Continuations`."""
 
 
 _Memory = tuple[Int[Array, "B S"], KeyValues] | None
@@ -92,6 +93,9 @@ def make_greedy(family: Family, config: Config, backbone: Network, head: Network
     - `mask`: 1 for tokens, 0 for padding, `[B, T]`.
     - `stops`: The tokens that end a text, `[stops]`, perhaps none.
     - `new_tokens`: N, the largest number of tokens.
+    - `beside`: The inputs beside the tokens that are continued, `[B, ...]`: an encoder-decoder's
+      prompts, whose `token_ids` are the beginning of what the decoder writes, or images with the
+      positions of all `T + N` tokens.
 
     Args:
         family: The architecture, which `writes`.
@@ -100,7 +104,7 @@ def make_greedy(family: Family, config: Config, backbone: Network, head: Network
         head: The output layer.
     """
     if family.cached_features is None:
-        return _make_greedy_anew(backbone, head)
+        return _make_greedy_anew(backbone, head, "decoder_" if family.encodes_prompts else "")
     features = family.cached_features(config)
 
     @partial(jax.jit, static_argnames="new_tokens")
@@ -110,6 +114,7 @@ def make_greedy(family: Family, config: Config, backbone: Network, head: Network
         mask: Int[Array, "B T"],
         stops: Int[Array, " stops"],
         new_tokens: int,
+        beside: Mapping[str, Array] | None = None,
     ) -> Continuations:
         output_layer = complete_head(head, {}, parameters)
         examples, length = token_ids.shape
@@ -145,11 +150,16 @@ def make_greedy(family: Family, config: Config, backbone: Network, head: Network
     return generate
 
 
-def _make_greedy_anew(backbone: Network, head: Network) -> Generate:
+def _make_greedy_anew(backbone: Network, head: Network, prefix: str) -> Generate:
     """Returns the function of `make_greedy` for a model without a cache.
 
     Prompts lie on the left, where a model that counts positions by their places starts, and no
     token of a decoder sees the padding behind it.
+
+    Args:
+        backbone: The model without its output layer.
+        head: The output layer.
+        prefix: The beginning of the names of the inputs that are continued.
     """
 
     @partial(jax.jit, static_argnames="new_tokens")
@@ -159,6 +169,7 @@ def _make_greedy_anew(backbone: Network, head: Network) -> Generate:
         mask: Int[Array, "B T"],
         stops: Int[Array, " stops"],
         new_tokens: int,
+        beside: Mapping[str, Array] | None = None,
     ) -> Continuations:
         output_layer = complete_head(head, {}, parameters)
         order = jnp.argsort(mask < 1, axis=1, stable=True)
@@ -170,9 +181,11 @@ def _make_greedy_anew(backbone: Network, head: Network) -> Generate:
 
         def go_on(state: _Writing) -> _Writing:
             ends = prompt_lengths + state.step
+            written = jnp.arange(prompts.shape[1]) < ends[:, None]
             inputs = {
-                "input_ids": prompts.at[rows[:, None], places].set(state.tokens),
-                "attention_mask": (jnp.arange(prompts.shape[1]) < ends[:, None]).astype(mask.dtype),
+                **(beside or {}),
+                f"{prefix}input_ids": prompts.at[rows[:, None], places].set(state.tokens),
+                f"{prefix}attention_mask": written.astype(mask.dtype),
             }
             outputs = backbone(parameters, inputs)
             last = outputs.last_hidden_state[rows, ends - 1][:, None]

@@ -84,10 +84,13 @@ def find_general(
         InputError: The text cannot be used: the models are classifiers, or cannot write the answers
             that are missing, or too few of them fit.
     """
-    can_write = load.family.cached_features is not None
-    if source is None or (source.path is None and not (is_chat and can_write)):
+    family = load.family
+    # Without a cache it takes long, and the package's own prompts are many.
+    is_asked = is_chat and family.cached_features is not None
+    can_write = family.writes and family.images is None and not family.encodes_prompts
+    if source is None or (source.path is None and not is_asked):
         return None
-    if not load.family.language:
+    if not family.language:
         raise InputError(
             "retain: is for language models, and these are classifiers, whose base has no head for "
             "general data; leave it out"
@@ -100,7 +103,8 @@ def find_general(
         return None
     if text is not None and not can_write:
         raise InputError(
-            f"{NAME}: {source.path} has no answers, and this kind of model writes none; give them"
+            f"{NAME}: {source.path} has no answers, which models that read images and "
+            "encoder-decoders are not asked for; give them"
         )
     fitting = "" if text is None else f" that leave {FEWEST_TOKENS} tokens for an answer"
     if text is None:

@@ -184,7 +184,8 @@ def open_workspace(
         metric = embedding_metric(next(iter(scored.values())))
     settings, answering = recipe.evaluation, None
     if models.family.writes:
-        writer = Writer(models.family, models.config, settings.batch_size)
+        start = load.decoder_start
+        writer = Writer(models.family, models.config, settings.batch_size, start)
         answering = Answering(writer, settings.exact_match, settings.max_new_tokens, show_count)
     if models.family.language:
         heads[RETAINED] = {}  # all of it is the backbone's

@@ -137,3 +137,14 @@ def test_ends_apart_from_the_rest(tokenizer, rows, fields: dict[str, Any]):
     assert actual == expected
     assert not left.take_ends(index, 16).any()
     assert appended.take_ends(np.arange(len(appended)), 96).any()
+
+
+@pytest.mark.parametrize("end", ["append", "leave"])
+def test_responses_of_encoder_decoders(tokenizer, end):
+    answers = load(PAIRS, tokenizer, end_of_text=end, decoder_start=0).answers
+    assert texts(answers)[:2] == [("the red", " cat runs ."), ("who sleeps ?", "\nthe black dog")]
+    assert answers.stops == ((tokenizer.eos_token_id,) if end == "append" else ())
+    assert answers.beside is None
+    length = len(answers.responses[1]) + (end == "append")
+    cut = load(PAIRS, tokenizer, end_of_text=end, decoder_start=0, max_length=length - 1).answers
+    assert ("who sleeps ?", "\nthe black dog") not in texts(cut)

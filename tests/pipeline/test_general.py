@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from adamerge_jax.cli import main as cli
 from adamerge_jax.data.copies import WithCopies
@@ -32,8 +39,12 @@ PROMPTS = [{"prompt": f"{a} {b} ?"} for a in WORDS for b in WORDS][:60]
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory) -> dict[str, Any]:
     """A recipe for a Llama on conversations, whose base answers 60 prompts."""
-    root = tmp_path_factory.mktemp("chat")
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    return fields_of(model, tmp_path_factory.mktemp("chat"))
+
+
+def fields_of(model: PreTrainedModel, root: Path) -> dict[str, Any]:
+    """The fields of a recipe for experts of a model, whose base answers 60 prompts."""
     fields = save_models(root, model, byte_tokenizer())
     fields = give_data(fields, root, {task: chats(seed) for seed, task in enumerate(TASKS)})
     prompts = write_json_lines(root / "general.jsonl", PROMPTS)
@@ -55,6 +66,19 @@ def run(chat, tmp_path_factory) -> Path:
 
 def test_the_base_writes_the_answers(chat, tmp_path):
     """Those of `transformers`, with the token that ends them; they alone are predicted."""
+    require_answers_of_base(chat, tmp_path)
+
+
+def test_a_base_without_a_cache_writes_them_where_it_is_asked(tmp_path):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    config = GPT2Config(**sizes, vocab_size=SIZES["vocab_size"], bos_token_id=1, eos_token_id=2)
+    fields = fields_of(GPT2LMHeadModel(config), tmp_path)
+    require_answers_of_base(fields, tmp_path)
+    by_default = open_workspace(parse_recipe(fields | {"retain": {"weight": 1}}), tmp_path)
+    assert by_default.general is None
+
+
+def require_answers_of_base(chat: dict[str, Any], tmp_path: Path) -> None:
     workspace = open_workspace(parse_recipe(chat), tmp_path)
     base = AutoModelForCausalLM.from_pretrained(chat["base"])
     for examples, count in ((workspace.general.test, 20), (workspace.general.learning, 16)):

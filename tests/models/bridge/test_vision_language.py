@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from adamerge_jax.coefficients.file import Coefficients
+from adamerge_jax.data.answers import find_answers
+from adamerge_jax.data.conversations import Tokens
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import is_lazy
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
@@ -165,6 +167,40 @@ def test_transformers_generates_from_the_export(tiny):
     assert written.shape[1] > count
     card = (checkpoint / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "AutoProcessor" in card
+
+
+def test_answers_with_images_are_those_that_transformers_writes(tiny):
+    task, folder = TASKS[0], Path(tiny.fields["base"])
+    examples = tiny.workspace.data.test[task]
+    answers, evaluator = examples.answers, tiny.workspace.evaluator
+    assert answers.examples.tolist() == list(range(8)) and evaluator.is_asked(examples)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder.parent / task).eval()
+    model.generation_config.eos_token_id = list(answers.stops)
+    root, written = folder.parent, []
+    for row in rows_of(tiny.fields["tasks"][task]["test"]):
+        given = reference(folder, row, root, answered=False)
+        count = given["input_ids"].shape[1]
+        tokens = model.generate(**given, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        tokens = tokens[0, count:].tolist()
+        stop = next((at for at, token in enumerate(tokens) if token in answers.stops), None)
+        written.append(tokens[:stop])
+    assert len({tuple(tokens) for tokens in written}) > 1
+    expert = tiny.workspace.expert(task, tiny.workspace.base())
+    chosen = np.array([3, 4, 0, 6])
+    part = answers.subset(chosen)
+    writer = evaluator._answering.writer
+    for of_whole, places in ((answers, range(8)), (part, chosen)):
+        found = writer.continuations(
+            expert, of_whole.prompts, of_whole.stops, 5, beside=of_whole.beside
+        )
+        assert found == [written[at] for at in places]
+
+
+def test_an_answer_before_an_image_is_left_out(tiny):
+    sequence = Tokens([1, 9, 2, 3, 4, 9], [False, False, True, True, False, False])
+    tokenizer = AutoTokenizer.from_pretrained(tiny.fields["base"])
+    assert find_answers([sequence], tokenizer, 8, has_end=True, image=9) is None
+    assert len(find_answers([sequence], tokenizer, 8, has_end=True)) == 1
 
 
 @pytest.mark.parametrize(
