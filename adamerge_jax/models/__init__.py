@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "clip": "adamerge_jax.models.clip",
     "cohere": "adamerge_jax.models.cohere",
     "cohere2": "adamerge_jax.models.cohere2",
+    "distilbert": "adamerge_jax.models.distilbert",
     "gemma2": "adamerge_jax.models.gemma2",
     "gemma3_text": "adamerge_jax.models.gemma3",
     "gpt_neox": "adamerge_jax.models.gpt_neox",

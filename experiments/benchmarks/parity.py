@@ -32,6 +32,9 @@ SIZES = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, interme
 TEXT = dict(vocab_size=100, max_position_embeddings=64, num_labels=5, **SIZES)
 IMAGES = dict(image_size=32, patch_size=8, num_labels=5, **SIZES)
 
+DISTILBERT = dict(dim=64, n_layers=4, n_heads=4, hidden_dim=128)
+DISTILBERT |= dict(vocab_size=100, max_position_embeddings=64, num_labels=5)
+
 DECODER = dict(TEXT, num_key_value_heads=2, pad_token_id=1)
 WINDOW = dict(sliding_window=16)
 NEOX = {name: size for name, size in DECODER.items() if name != "num_key_value_heads"}
@@ -193,6 +196,7 @@ def main() -> None:
     decoder = text, language_model, head_of_checkpoint
     cases = [
         (transformers.BertForSequenceClassification, TEXT, text, *checkpoint),
+        (transformers.DistilBertForSequenceClassification, DISTILBERT, text, *checkpoint),
         (transformers.RobertaForSequenceClassification, TEXT, text, *checkpoint),
         (transformers.XLMRobertaForSequenceClassification, TEXT, text, *checkpoint),
         (transformers.CamembertForSequenceClassification, TEXT, text, *checkpoint),

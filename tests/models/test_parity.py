@@ -81,6 +81,20 @@ CASES = {
     ),
     "xlm-roberta": ("XLMRobertaForSequenceClassification", dict(TEXT), Text(length=11)),
     "camembert": ("CamembertForSequenceClassification", dict(TEXT), Text(padding="left")),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        dict(
+            vocab_size=50,
+            max_position_embeddings=20,
+            num_labels=5,
+            dim=24,
+            n_layers=3,
+            n_heads=4,
+            hidden_dim=40,
+            activation="relu",
+        ),
+        Text(),
+    ),
     "vit": ("ViTForImageClassification", dict(IMAGES, num_labels=5), None),
     "vit no qkv bias": (
         "ViTForImageClassification",

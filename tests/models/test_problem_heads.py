@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     DistilBertConfig,
+    ElectraConfig,
     RobertaConfig,
     ViTConfig,
 )
@@ -37,6 +38,7 @@ CONFIGS = {
     "distilbert": DistilBertConfig(
         dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=40, num_labels=3
     ),
+    "electra": ElectraConfig(**SIZES, num_labels=3),
 }
 MODELS = {WORDS: AutoModelForTokenClassification, CLASSES: AutoModelForSequenceClassification}
 TOKENS = np.array([[2, 5, 6, 7, 8, 9], [2, 30, 31, 3, 1, 1]])
@@ -45,13 +47,19 @@ MASK = (TOKENS != 1).astype(int)
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("bert", WORDS), ("bert", CLASSES), ("roberta", WORDS), ("distilbert", WORDS)],
+    [
+        ("bert", WORDS),
+        ("bert", CLASSES),
+        ("roberta", WORDS),
+        ("distilbert", WORDS),
+        ("electra", WORDS),
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_logits_beside_the_other_head_are_those_of_transformers(name, problem):
     config = CONFIGS[name]
     model = randomise(MODELS[problem].from_config(config))
-    is_ours = name != "distilbert"
+    is_ours = name != "electra"
     family = family_of(config) if is_ours else bridged_family(config, type(model).__name__)
     beside = [TOKEN_CLASSIFICATION] if problem == WORDS and not is_ours else [None]
     family = family.with_heads_of([*beside, problem.auto_class, TOKEN_CLASSIFICATION])
@@ -93,11 +101,11 @@ def compare(model, backbone, head, parameters, is_read, tokens=TOKENS, mask=MASK
     np.testing.assert_allclose(np.asarray(ours)[is_read], theirs[is_read], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["roberta", "distilbert"])
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "electra"])
 def test_choices_are_compared_as_transformers_does(name):
     config = CONFIGS[name]
     model = randomise(AutoModelForMultipleChoice.from_config(config))
-    is_ours = name != "distilbert"
+    is_ours = name != "electra"
     family = family_of(config) if is_ours else bridged_family(config, type(model).__name__)
     family = family.with_heads_of([MULTIPLE_CHOICE])
     backbone, head = family.build_backbone(config, "nothing"), family.build_head(config, CHOICES)

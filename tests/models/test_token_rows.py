@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import BertConfig, RobertaConfig
+from transformers import BertConfig, DistilBertConfig, RobertaConfig
 
 from adamerge_jax.data.packing import Packing
 from adamerge_jax.models import family_of
@@ -14,6 +14,9 @@ SIZES = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40
 )
 CONFIGS = {
+    "distilbert": DistilBertConfig(
+        dim=16, hidden_dim=24, n_layers=2, n_heads=2, vocab_size=40, max_position_embeddings=12
+    ),
     "bert": BertConfig(**SIZES, max_position_embeddings=12),
     "roberta": RobertaConfig(**SIZES, max_position_embeddings=14, pad_token_id=1),
 }

@@ -17,6 +17,7 @@ from transformers import (
     BertModel,
     DistilBertForMaskedLM,
     GPTNeoXForCausalLM,
+    MPNetForMaskedLM,
 )
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
@@ -163,7 +164,8 @@ def test_fold_writes_the_same_and_a_merge_is_that_of_its_formula(
 HEADED = {
     # The output layer has another name than most.
     "GPTNeoX": (GPTNeoXForCausalLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
-    # By its PyTorch forward; the head is five tensors.
+    # By its PyTorch forward; the head is several tensors.
+    "MPNet": (MPNetForMaskedLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
     "DistilBert": (DistilBertForMaskedLM, {"dim": FEATURES, "hidden_dim": 24}),
 }
 
@@ -184,7 +186,7 @@ def test_no_head_of_the_base_is_carried(kind: str, embedders: Embedders, tmp_pat
     tasks = {task: {"expert": task, "calibration": "none"} for task in TASKS}
     recipe = parse_recipe({"base": "base", "tasks": tasks})
     opened = open_models(recipe, tmp_path)
-    assert opened.family.bridged == (kind == "DistilBert")
+    assert opened.family.bridged == (kind == "MPNet")
     for name in opened.base.names:
         np.testing.assert_array_equal(opened.base.read(name), opened.experts[TASKS[1]].read(name))
     out = tmp_path / "out"

@@ -14,7 +14,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     DebertaV2Config,
-    DistilBertConfig,
+    ElectraConfig,
     GPT2Config,
     ModernBertConfig,
     PreTrainedModel,
@@ -29,8 +29,8 @@ WIDTH = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, interme
 
 TEXT_CONFIGS = {
     "bert": lambda **k: BertConfig(**WIDTH, max_position_embeddings=24, **k),
-    "distilbert": lambda **k: DistilBertConfig(
-        dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=24, **k
+    "electra": lambda **k: ElectraConfig(
+        **WIDTH, embedding_size=12, max_position_embeddings=24, **k
     ),
     "modernbert": lambda **k: ModernBertConfig(
         **WIDTH,
