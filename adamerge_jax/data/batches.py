@@ -1,7 +1,8 @@
 """Batches of fixed shape: every batch holds the same number of examples of every task.
 
-Texts are padded to one of a few bucket lengths, so that few shapes are compiled, and texts of like
-length share a batch, so that little is computed on padding.
+Texts lie behind each other in rows, so that little is computed on padding. Where a model cannot
+read them so, they are padded to one of a few bucket lengths, so that few shapes are compiled, and
+texts of like length share a batch.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,7 +26,6 @@ BATCHES_SORTED_TOGETHER = 16
 """The number of batches in a row that share their texts by length: the shortest texts of all tasks
 make one batch, the next longer ones the next. They are fewer where the examples of a task do not
 fill so many: the same text, drawn twice, would be sorted beside itself."""
-
 
 _TRIED = 16
 """The batches by which the rows of packed texts are chosen."""

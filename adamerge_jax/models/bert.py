@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -136,7 +135,7 @@ class Bert(nnx.Module):
         )
         last, states = self.encoder.layer(embedded, rows.bias, hidden_states=hidden_states)
         pooled = self.pooler(rows.first_of_texts(last)) if self.pooler else None
-        states = None if states is None else jax.vmap(rows.by_text)(states)
+        states = rows.by_text(states) if hidden_states else None
         return Outputs(pooled, rows.by_text(last), states)
 
 

@@ -6,7 +6,6 @@ BERT's computation without types of tokens and without a pooler, under other nam
 from collections.abc import Mapping
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -102,7 +101,7 @@ class DistilBert(nnx.Module):
         rows = token_rows(inputs, mask)
         embedded = self.embeddings(rows.in_rows(token_ids), rows.positions)
         last, states = self.transformer.layer(embedded, rows.bias, hidden_states=hidden_states)
-        states = None if states is None else jax.vmap(rows.by_text)(states)
+        states = rows.by_text(states) if hidden_states else None
         return Outputs(rows.first_of_texts(last), rows.by_text(last), states)
 
 

@@ -7,7 +7,6 @@ XLM-RoBERTa and CamemBERT are the same computation under the same names.
 from collections.abc import Mapping
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -55,7 +54,7 @@ class Roberta(nnx.Module):
         positions = positions_of(token_ids, self.padding)
         embedded = self.embeddings(*map(rows.in_rows, (token_ids, token_types, positions)))
         last, states = self.encoder.layer(embedded, rows.bias, hidden_states=hidden_states)
-        states = None if states is None else jax.vmap(rows.by_text)(states)
+        states = rows.by_text(states) if hidden_states else None
         return Outputs(rows.first_of_texts(last), rows.by_text(last), states)
 
 

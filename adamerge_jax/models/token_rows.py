@@ -36,7 +36,7 @@ class TokenRows(Protocol):
         """Returns numbers of tokens, such as their ids, by row."""
         ...
 
-    def by_text(self, hidden: Float[Array, "R L H"]) -> Float[Array, "B T H"]:
+    def by_text(self, hidden: Float[Array, "... R L H"]) -> Float[Array, "... B T H"]:
         """Returns hidden states by text; those of padding are those of some token."""
         ...
 
@@ -64,7 +64,7 @@ class PaddedRows(NamedTuple):
         """Returns numbers of tokens, such as their ids, by row."""
         return tokens
 
-    def by_text(self, hidden: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+    def by_text(self, hidden: Float[Array, "... B T H"]) -> Float[Array, "... B T H"]:
         """Returns hidden states by text; those of padding are those of some token."""
         return hidden
 
@@ -95,9 +95,10 @@ class PackedRows(NamedTuple):
         """Returns numbers of tokens, such as their ids, by row."""
         return tokens.reshape(-1)[jnp.maximum(self.slots, 0)]
 
-    def by_text(self, hidden: Float[Array, "R L H"]) -> Float[Array, "B T H"]:
+    def by_text(self, hidden: Float[Array, "... R L H"]) -> Float[Array, "... B T H"]:
         """Returns hidden states by text; those of padding are those of some token."""
-        return hidden.reshape(-1, hidden.shape[-1])[self.places]
+        *layers, _, _, features = hidden.shape
+        return hidden.reshape(*layers, -1, features)[..., self.places, :]
 
     def first_of_texts(self, hidden: Float[Array, "R L H"]) -> Float[Array, "B H"]:
         """Returns the hidden state of each text's first token."""
