@@ -289,8 +289,8 @@ def ask_experts(inputs: LearningInputs, show_count: ShowCount = count_silently) 
         cross_task=cross_task,
         prompts=[task for task, spec in method.target_specs.items() if spec.prompts],
     )
-    family, is_whole = workspace.models.family, method.microbatches == 1
-    if family.packs and family.embeds is None and is_whole and inputs.devices.mesh is None:
+    is_whole = method.microbatches == 1 and inputs.devices.mesh is None
+    if workspace.models.family.packs and is_whole:
         calibration = calibration.packed()
     return inputs._replace(calibration=calibration)
 

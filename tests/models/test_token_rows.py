@@ -8,6 +8,8 @@ from transformers import BertConfig, DistilBertConfig, RobertaConfig
 
 from adamerge_jax.data.packing import Packing
 from adamerge_jax.models import family_of
+from adamerge_jax.models.embedding_form import EmbeddingForm
+from adamerge_jax.models.network import Network
 from adamerge_jax.models.token_rows import SLOTS
 
 SIZES = dict(
@@ -23,12 +25,8 @@ CONFIGS = {
 LENGTHS = np.array([3, 12, 1, 5, 4, 7])
 
 
-@pytest.mark.parametrize("rematerialize", ["nothing", "layer"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_outputs_and_gradients_are_those_of_padded_texts(name, rematerialize):
-    family = family_of(CONFIGS[name])
-    assert family.packs
-    backbone = family.build_backbone(CONFIGS[name], rematerialize)
+def batch_of(backbone: Network) -> tuple[dict, dict, dict]:
+    """Texts, the same packed, and parameters of a backbone."""
     generator = np.random.default_rng(0)
     mask = (np.arange(12) < LENGTHS[:, None]).astype(np.int32)
     inputs = {
@@ -41,6 +39,17 @@ def test_outputs_and_gradients_are_those_of_padded_texts(name, rematerialize):
         name: jnp.asarray(0.3 * generator.normal(size=leaf.shape), jnp.float32)
         for name, leaf in backbone.shapes.items()
     }
+    return inputs, packed, parameters
+
+
+@pytest.mark.parametrize("rematerialize", ["nothing", "layer"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_and_gradients_are_those_of_padded_texts(name, rematerialize):
+    family = family_of(CONFIGS[name])
+    assert family.packs
+    backbone = family.build_backbone(CONFIGS[name], rematerialize)
+    inputs, packed, parameters = batch_of(backbone)
+    mask = inputs["attention_mask"]
 
     def loss(parameters, inputs):
         outputs = backbone(parameters, inputs, hidden_states=True)
@@ -57,3 +66,15 @@ def test_outputs_and_gradients_are_those_of_padded_texts(name, rematerialize):
     for parameter, of_padded in expected_gradient.items():
         scale = max(1, float(jnp.abs(of_padded).max()))
         np.testing.assert_allclose(gradient[parameter], of_padded, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_embeddings_are_those_of_padded_texts(pooling):
+    config = CONFIGS["bert"]
+    family = family_of(config, embeds=EmbeddingForm(pooling=pooling, normalised=True))
+    backbone = family.build_backbone(config, "nothing")
+    inputs, packed, parameters = batch_of(backbone)
+    run = jax.jit(backbone)
+    expected, found = run(parameters, inputs).pooled, run(parameters, packed).pooled
+    assert found.shape == (len(LENGTHS), 1, 16)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
