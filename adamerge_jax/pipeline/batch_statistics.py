@@ -42,12 +42,11 @@ def with_estimated_statistics(
     Source: Jordan et al., REPAIR, ICLR 2023; Izmailov et al., Averaging Weights, UAI 2018.
     """
     models, calibration = workspace.models, workspace.data.calibration
-    if models.family.language or models.family.inputs[0] != "pixel_values":
+    names = sorted(workspace.backbone.batch_statistics.intersection(merged))
+    if not names or models.family.language or models.family.inputs[0] != "pixel_values":
         return dict(parameters)
+    # Nothing is computed again: only forward passes are run.
     network = models.family.build_backbone(models.config, "nothing")
-    names = sorted(network.batch_statistics.intersection(merged))
-    if not names:
-        return dict(parameters)
     statistics_of = jax.jit(network.statistics_of)
     examples = Concatenated(list(calibration.values()))
     batches = _batches(len(examples))

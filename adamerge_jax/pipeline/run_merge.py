@@ -98,9 +98,13 @@ def _merge(
     require_new_export(out, EXPORT_FOLDERS)
     require_harness(recipe.evaluation.lm_eval)
     made = make_method(method, options)
-    models = dataclasses.replace(open_models(recipe, root, to_run=False), devices=devices)
-    estimates = not made.needs_data and _estimates_statistics(models, recipe)
-    if made.needs_data or estimates:
+    statistics: list[str] = []
+    reads_data = made.needs_data
+    if not reads_data:
+        models = dataclasses.replace(open_models(recipe, root, to_run=False), devices=devices)
+        statistics = merged_names(models, is_batch_statistic)
+        reads_data = bool(statistics) and _can_estimate_statistics(models, recipe)
+    if reads_data:
         with console.status("opening checkpoints and data"):
             workspace = open_workspace(recipe, root, devices, count_on(console))
         models = workspace.models
@@ -112,18 +116,17 @@ def _merge(
     require_exportable(models, recipe.export, MergeFacts.of(coefficients), out)
     harness = open_harness(recipe.evaluation.lm_eval, recipe, models, root, console)
     account_lines = account(models, coefficients.parameters)
-    account_lines += _statistics_in_words(models, recipe, estimates=estimates)
+    if statistics:
+        way = "estimated on calibration data" if reads_data else "merged like parameters"
+        account_lines.append(f"{len(statistics)} statistics of batch normalisation are {way}")
     print_lines(account_lines, console)
-    if made.needs_data or estimates:
+    if reads_data:
         memory, in_words = make_memory(recipe.task_vectors.memory, devices), initial.in_words
         with console.status(in_words) as status:
             parameters = merge_from_data(
                 workspace, initial, memory, lambda line: status.update(f"{in_words}: {line}")
             )
-        names = merged_names(models)
-        if estimates:
-            names = list(filter(is_batch_statistic, names))
-        tensors = stored_tensors(models, parameters, names)
+        tensors = stored_tensors(models, parameters, statistics or merged_names(models))
         coefficients = dataclasses.replace(coefficients, initial_tensors=tensors)
         del parameters
     wait_for_all("checked")
@@ -158,22 +161,11 @@ _OF_IMAGES = "ForImageClassification"
 """The end of the names of models whose statistics of batch normalisation can be estimated."""
 
 
-def _estimates_statistics(models: Models, recipe: Recipe) -> bool:
-    """Returns True if statistics of batch normalisation are estimated on the recipe's data."""
+def _can_estimate_statistics(models: Models, recipe: Recipe) -> bool:
+    """Returns True if statistics of batch normalisation can be estimated on a recipe's data."""
     has_data = len(recipe.calibration_sources) == len(recipe.tasks)
-    of_images = all(
+    return has_data and all(
         isinstance(expert, MatchedCheckpoint)
         and any(name.endswith(_OF_IMAGES) for name in classes_of(expert.checkpoint.config_fields))
         for expert in models.experts.values()
     )
-    return has_data and of_images and any(map(is_batch_statistic, merged_names(models)))
-
-
-def _statistics_in_words(models: Models, recipe: Recipe, *, estimates: bool) -> list[str]:
-    """Returns the line that says where the statistics of batch normalisation are from."""
-    merged = sum(map(is_batch_statistic, merged_names(models)))
-    if not merged:
-        return []
-    if not estimates:
-        return [f"{merged} statistics of batch normalisation are merged like parameters"]
-    return [f"{merged} statistics of batch normalisation are estimated on calibration data"]
