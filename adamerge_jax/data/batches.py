@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from adamerge_jax.data.augmentations import augment
 from adamerge_jax.data.examples import Examples, joined, require_joinable
 from adamerge_jax.data.expert_targets import CrossTaskLogits, StoredTargets
-from adamerge_jax.data.packing import Packing, can_be_packed, packing_for
+from adamerge_jax.data.packing import Packing, packing_for, token_counts
 from adamerge_jax.devices import Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets
@@ -110,15 +110,24 @@ class Calibration(NamedTuple):
 
     def packed(self) -> "Calibration":
         """Returns the same with texts packed in rows, where that saves much of the padding."""
-        if not all(map(can_be_packed, self.examples.values())):
+        counts = {
+            task: of_task
+            for task, data in self.examples.items()
+            if (of_task := token_counts(data)) is not None
+        }
+        if len(counts) < len(self.examples):
             return self
-        longest = max(int(data.padded_lengths().max()) for data in self.examples.values())
         padded_tokens = sum(
-            batch.inputs["attention_mask"].size for batch in islice(self.batches(), _TRIED)
+            len(chosen) * self.batch_size * self._longest(chosen)
+            for chosen in islice(self._chosen(), _TRIED)
         )
+        longest = max(int(data.padded_lengths().max()) for data in self.examples.values())
         mixed = self._replace(packing=Packing(longest, 1))
-        masks = [batch.inputs["attention_mask"] for batch in islice(mixed.batches(), _TRIED)]
-        return self._replace(packing=packing_for(masks, padded_tokens))
+        lengths = [
+            np.concatenate([counts[task][index] for task, index in chosen.items()])
+            for chosen in islice(mixed._chosen(), _TRIED)
+        ]
+        return self._replace(packing=packing_for(lengths, longest, padded_tokens))
 
     def with_fewer_held_out(self, task: str) -> "Calibration":
         """Returns the same with no more held-out examples of a task than of the others.
@@ -145,6 +154,13 @@ class Calibration(NamedTuple):
             first: The number of batches to leave out at the beginning; they are not put together.
         """
         weights = np.full((len(self.examples), self.batch_size), 1 / self.batch_size, np.float32)
+        for number, chosen in enumerate(self._chosen()):
+            if number >= first:
+                generator = np.random.default_rng([self.seed, 4, number])
+                yield self._batch(chosen, weights, generator, learns=True)
+
+    def _chosen(self) -> Iterator[dict[str, Int[np.ndarray, " B"]]]:
+        """Yields the examples of batches for learning by task, without end."""
         lengths = {task: examples.padded_lengths() for task, examples in self.examples.items()}
         together = 1
         differ = any(len(np.unique(task_lengths)) > 1 for task_lengths in lengths.values())
@@ -156,7 +172,6 @@ class Calibration(NamedTuple):
             for position, task in enumerate(self.examples)
         }
         generator = np.random.default_rng([self.seed, 2])
-        numbers = count()
         while True:
             parts = {}
             for task, drawn in draws.items():
@@ -164,12 +179,11 @@ class Calibration(NamedTuple):
                 index = index[np.argsort(lengths[task][index], kind="stable")]
                 parts[task] = index.reshape(together, self.batch_size)
             for part in generator.permutation(together):
-                number = next(numbers)
-                if number < first:
-                    continue
-                chosen = {task: rows[part] for task, rows in parts.items()}
-                generator_of_batch = np.random.default_rng([self.seed, 4, number])
-                yield self._batch(chosen, weights, generator_of_batch, learns=True)
+                yield {task: rows[part] for task, rows in parts.items()}
+
+    def _longest(self, chosen: Mapping[str, Int[np.ndarray, " B"]]) -> int:
+        """Returns the tokens that the texts of a batch are padded to."""
+        return max(self.examples[task].padded_length(index) for task, index in chosen.items())
 
     def _while_learning(
         self, targets: Targets, task: str, chosen: Mapping[str, Int[np.ndarray, " B"]], length: int
@@ -216,9 +230,7 @@ class Calibration(NamedTuple):
         *,
         learns: bool = False,
     ) -> Batch:
-        length = max(self.examples[task].padded_length(index) for task, index in chosen.items())
-        if self.packing is not None:
-            length = self.packing.length
+        length = self._longest(chosen) if self.packing is None else self.packing.length
         parts = [self.examples[task].take(index, length) for task, index in chosen.items()]
         inputs = joined(parts)
         if self.packing is not None:

@@ -1,6 +1,6 @@
 """Batches whose texts lie behind each other in rows, so that nothing is computed on padding."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,27 +50,33 @@ class Packing(NamedTuple):
         return {**inputs, SLOTS: slots.reshape(-1, self.length), PLACES: places}
 
 
-def can_be_packed(examples: Examples) -> bool:
-    """Returns True for texts with a mask, each of which begins with a token."""
+def token_counts(examples: Examples) -> Int[np.ndarray, " N"] | None:
+    """Returns the number of tokens of each text; None where examples cannot be packed.
+
+    That is, where they are no texts with a mask, each of which begins with a token.
+    """
     every = np.arange(len(examples))
     mask = examples.take(every, examples.padded_length(every)).get("attention_mask")
-    return mask is not None and mask.ndim == 2 and bool(mask[:, 0].all())
+    if mask is None or mask.ndim != 2 or not mask[:, 0].all():
+        return None
+    return (mask > 0).sum(1)
 
 
-def packing_for(masks: Iterable[Int[np.ndarray, "B L"]], padded_tokens: int) -> Packing | None:
+def packing_for(
+    lengths: Sequence[Int[np.ndarray, " B"]], longest: int, padded_tokens: int
+) -> Packing | None:
     """Returns the rows for batches like these; None where padded batches cost hardly more.
 
     Args:
-        masks: The attention masks of some batches, all padded to the longest text of all.
+        lengths: The tokens of each text in some batches.
+        longest: The tokens that the longest text of all is padded to.
         padded_tokens: The tokens of as many batches that are padded each to its own longest text.
     """
-    masks = list(masks)
-    length = masks[0].shape[1]
-    rows = max(_first_fit(mask.sum(1), length)[1] for mask in masks)
-    packed_tokens = len(masks) * rows * length
-    if packed_tokens * (1 + length / _ATTENTION) > (1 - _LEAST_SAVED) * padded_tokens:
+    rows = max(_first_fit(batch, longest)[1] for batch in lengths)
+    packed_tokens = len(lengths) * rows * longest
+    if packed_tokens * (1 + longest / _ATTENTION) > (1 - _LEAST_SAVED) * padded_tokens:
         return None
-    return Packing(length, rows)
+    return Packing(longest, rows)
 
 
 def _first_fit(lengths: Int[np.ndarray, " B"], size: int) -> tuple[Int[np.ndarray, " B"], int]:

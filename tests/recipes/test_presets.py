@@ -19,6 +19,7 @@ from adamerge_jax.coefficients.file import Coefficients
 from adamerge_jax.coefficients.importance import importance_pieces
 from adamerge_jax.data.batches import Batch, Calibration
 from adamerge_jax.errors import InputError
+from adamerge_jax.models.token_rows import PLACES, SLOTS
 from adamerge_jax.pipeline.learn import LearningInputs, learn_coefficients
 from adamerge_jax.recipes.loading import parse_recipe
 from adamerge_jax.recipes.presets import DEFAULT_PRESET, PRESETS, apply_preset
@@ -330,8 +331,9 @@ def losses(recipe: Recipe, reference: Reference, merged: Tensors, batch: Batch):
         size = len(batch.weights[0])
         own = np.zeros(size * len(reference.experts), bool)
         own[position * size : (position + 1) * size] = True
-        inputs = {k: torch.from_numpy(v[own]) for k, v in batch.inputs.items()}
-        others = {k: torch.from_numpy(v[~own]) for k, v in batch.inputs.items()}
+        of_texts = {k: v for k, v in batch.inputs.items() if k not in (SLOTS, PLACES)}
+        inputs = {k: torch.from_numpy(v[own]) for k, v in of_texts.items()}
+        others = {k: torch.from_numpy(v[~own]) for k, v in of_texts.items()}
         parameters = {
             name: merged.get(in_file, expert.get_parameter(name))
             for name, in_file in reference.names.items()
