@@ -211,13 +211,14 @@ class Calibration(NamedTuple):
         """Yields batches that together hold every held-out example once."""
         longest = max(map(len, self.held_out.values()))
         starts = range(0, longest, self.batch_size)
-        for number, start in enumerate(starts):
+        batches = [slice(start, start + self.batch_size) for start in starts]
+        if self.packing is not None:  # short and long texts in each
+            batches = [slice(number, None, len(starts)) for number in range(len(starts))]
+        for start, batch in zip(starts, batches, strict=True):
             weights = np.zeros((len(self.examples), self.batch_size), np.float32)
             chosen = {}
             for row, (task, index) in zip(weights, self.held_out.items(), strict=True):
-                part = index[start : start + self.batch_size]
-                if self.packing is not None:  # as many tokens in each batch
-                    part = index[number :: len(starts)]
+                part = index[batch]
                 row[: len(part)] = 1 / len(index)
                 chosen[task] = np.resize(part if len(part) else index, self.batch_size)
             yield self._batch(chosen, weights, np.random.default_rng([self.seed, 3, start]))

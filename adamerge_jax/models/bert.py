@@ -25,7 +25,7 @@ from adamerge_jax.models.layers import (
     attention,
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
-from adamerge_jax.models.token_rows import token_rows
+from adamerge_jax.models.token_rows import encode, token_rows
 
 
 class Embeddings(nnx.Module):
@@ -133,10 +133,8 @@ class Bert(nnx.Module):
         embedded = self.embeddings(
             rows.in_rows(token_ids), rows.in_rows(token_types), rows.positions
         )
-        last, states = self.encoder.layer(embedded, rows.bias, hidden_states=hidden_states)
-        pooled = self.pooler(rows.first_of_texts(last)) if self.pooler else None
-        states = rows.by_text(states) if hidden_states else None
-        return Outputs(pooled, rows.by_text(last), states)
+        outputs = encode(self.encoder.layer, embedded, rows, hidden_states)
+        return outputs._replace(pooled=self.pooler(outputs.pooled) if self.pooler else None)
 
 
 class PooledHead(nnx.Module):

@@ -26,7 +26,7 @@ from adamerge_jax.models.layers import (
     attention,
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
-from adamerge_jax.models.token_rows import token_rows
+from adamerge_jax.models.token_rows import encode, token_rows
 
 _EPSILON = 1e-12
 
@@ -100,9 +100,7 @@ class DistilBert(nnx.Module):
         token_ids, mask, _ = text_inputs(inputs, self.longest)
         rows = token_rows(inputs, mask)
         embedded = self.embeddings(rows.in_rows(token_ids), rows.positions)
-        last, states = self.transformer.layer(embedded, rows.bias, hidden_states=hidden_states)
-        states = rows.by_text(states) if hidden_states else None
-        return Outputs(rows.first_of_texts(last), rows.by_text(last), states)
+        return encode(self.transformer.layer, embedded, rows, hidden_states)
 
 
 class Classifier(nnx.Module):

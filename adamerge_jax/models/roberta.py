@@ -24,7 +24,7 @@ from adamerge_jax.models.layers import (
     TokenHead,
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
-from adamerge_jax.models.token_rows import token_rows
+from adamerge_jax.models.token_rows import encode, token_rows
 
 
 def positions_of(token_ids: Int[Array, "B T"], padding: int) -> Int[Array, "B T"]:
@@ -53,9 +53,7 @@ class Roberta(nnx.Module):
         rows = token_rows(inputs, mask)
         positions = positions_of(token_ids, self.padding)
         embedded = self.embeddings(*map(rows.in_rows, (token_ids, token_types, positions)))
-        last, states = self.encoder.layer(embedded, rows.bias, hidden_states=hidden_states)
-        states = rows.by_text(states) if hidden_states else None
-        return Outputs(rows.first_of_texts(last), rows.by_text(last), states)
+        return encode(self.encoder.layer, embedded, rows, hidden_states)
 
 
 def _require_padding(config: Config) -> None:

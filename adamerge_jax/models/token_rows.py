@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from adamerge_jax.models.layers import padding_bias
+from adamerge_jax.models.layers import Outputs, Stack, padding_bias
 
 SLOTS = "packed_slots"
 """The input `[R, L]` that says which token lies in each slot of a row: text * T + token, or -1."""
@@ -29,7 +29,7 @@ class TokenRows(Protocol):
 
     @property
     def bias(self) -> Float[Array, "R 1 #L L"]:
-        """What is added to scores of attention, so that no token sees another text, or padding."""
+        """The term of scores of attention by which no token sees another text, or padding."""
         ...
 
     def in_rows(self, tokens: Int[Array, "B T"]) -> Int[Array, "R L"]:
@@ -57,7 +57,7 @@ class PaddedRows(NamedTuple):
 
     @property
     def bias(self) -> Float[Array, "B 1 1 T"]:
-        """What is added to scores of attention, so that no token sees another text, or padding."""
+        """The term of scores of attention by which no token sees another text, or padding."""
         return padding_bias(self.mask)
 
     def in_rows(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -86,7 +86,7 @@ class PackedRows(NamedTuple):
 
     @property
     def bias(self) -> Float[Array, "R 1 L L"]:
-        """What is added to scores of attention, so that no token sees another text, or padding."""
+        """The term of scores of attention by which no token sees another text, or padding."""
         texts = self.slots // self.places.shape[1]  # -1 where a slot is empty
         lowest = jnp.finfo(jnp.float32).min
         return jnp.where(texts[:, None, :, None] == texts[:, None, None, :], 0.0, lowest)
@@ -115,3 +115,22 @@ def token_rows(inputs: Mapping[str, Array], mask: Int[Array, "B T"]) -> TokenRow
     if SLOTS in inputs:
         return PackedRows(inputs[SLOTS], inputs[PLACES])
     return PaddedRows(mask)
+
+
+def encode(
+    layers: Stack, embedded: Float[Array, "R L H"], rows: TokenRows, hidden_states: bool
+) -> Outputs:
+    """Runs the layers of an encoder, and returns their outputs by text.
+
+    Args:
+        layers: The layers, whose second argument is the term of scores of attention.
+        embedded: The embedded tokens by row.
+        rows: The rows that the texts are in.
+        hidden_states: Whether to return every layer's output.
+
+    Returns:
+        The outputs; `pooled` is the last state of each text's first token.
+    """
+    last, states = layers(embedded, rows.bias, hidden_states=hidden_states)
+    states = rows.by_text(states) if hidden_states else None
+    return Outputs(rows.first_of_texts(last), rows.by_text(last), states)

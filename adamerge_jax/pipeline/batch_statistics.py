@@ -4,7 +4,7 @@ The means and variances that a batch normalisation keeps are those of the featur
 features of a merge have others, which no sum of its experts' is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from adamerge_jax.data.examples import Concatenated
+from adamerge_jax.pipeline.initial_merge import merged_names
 from adamerge_jax.pipeline.workspace import Workspace
 from adamerge_jax.stopping import require_going_on
 
@@ -22,7 +23,6 @@ _BATCH = 100
 def with_estimated_statistics(
     workspace: Workspace,
     parameters: Mapping[str, Array],
-    merged: Iterable[str],
     on_batch: Callable[[float], Any] = lambda done: None,
 ) -> dict[str, Array]:
     """Returns a merge whose batch normalisations keep the statistics of its own features.
@@ -30,19 +30,17 @@ def with_estimated_statistics(
     The calibration examples of all tasks are run in batches in which every normalisation takes the
     batch's statistics, as in training; kept are their means over batches, as by PyTorch's
     `torch.optim.swa_utils.update_bn`. Models that read other inputs than images, or that have no
-    batch normalisation, are returned as they are.
+    batch normalisation, are returned as they are; so are statistics that `keep_from_base` keeps.
 
     Args:
         workspace: The models and the data.
         parameters: The merge's parameters by name.
-        merged: The names of the tensors that are merged; statistics that are not, as those that no
-            expert changed, stay as they are.
         on_batch: The function that is told the part that is done.
 
     Source: Jordan et al., REPAIR, ICLR 2023; Izmailov et al., Averaging Weights, UAI 2018.
     """
     models, calibration = workspace.models, workspace.data.calibration
-    names = sorted(workspace.backbone.batch_statistics.intersection(merged))
+    names = sorted(workspace.backbone.batch_statistics.intersection(merged_names(models)))
     if not names or models.family.language or models.family.inputs[0] != "pixel_values":
         return dict(parameters)
     # Nothing is computed again: only forward passes are run.

@@ -5,7 +5,7 @@ coefficients file all take them from there, so that they agree bit for bit.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,18 +75,12 @@ def _unrepeatable(initial: InitialMerge, reason: str) -> InputError:
     )
 
 
-def merged_names(models: Models, is_wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """Returns the names without `*` of the tensors that a method merges: all that may differ.
-
-    Args:
-        models: The base and its experts.
-        is_wanted: Chooses among the names before any tensor is read.
-    """
+def merged_names(models: Models) -> list[str]:
+    """Returns the names without `*` of the tensors that a method merges: all that may differ."""
     return [
         name
         for name in models.base.names
-        if is_wanted(name)
-        and name not in models.kept_from_base
+        if name not in models.kept_from_base
         and any(expert.changes(name) for expert in models.experts.values())
     ]
 

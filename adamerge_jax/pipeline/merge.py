@@ -45,15 +45,14 @@ def method_parameters(
         normalisation are estimated, see `with_estimated_statistics`.
     """
     models = workspace.models
-    names = merged_names(models)
     if method.needs_data:
         statistics = open_statistics(workspace, report)
         merged = merged_parameters(method, base, deltas, len(models.experts), statistics)
         # Fits of a stack's layers reach those that `keep_from_base` keeps; their changes are 0.
-        merged = only_mixed(models, merged, base, names)
+        merged = only_mixed(models, merged, base, merged_names(models))
     else:
         merged = merged_parameters(method, base, deltas, len(models.experts))
-    return with_estimated_statistics(workspace, merged, names, _timed(report))
+    return with_estimated_statistics(workspace, merged, _timed(report))
 
 
 def merge_from_data(

@@ -102,7 +102,7 @@ def _merge(
     reads_data = made.needs_data
     if not reads_data:
         models = dataclasses.replace(open_models(recipe, root, to_run=False), devices=devices)
-        statistics = merged_names(models, is_batch_statistic)
+        statistics = list(filter(is_batch_statistic, merged_names(models)))
         reads_data = bool(statistics) and _can_estimate_statistics(models, recipe)
     if reads_data:
         with console.status("opening checkpoints and data"):
