@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.images_in_text import COUNT, PIXELS
+from adamerge_jax.models.images_in_text import COUNT, PIXELS, SIZES
 
 if TYPE_CHECKING:
     from adamerge_jax.data.answers import Answers
@@ -251,18 +251,21 @@ def with_as_many_images(parts: Sequence[Mapping[str, np.ndarray]]) -> list[dict[
     Args:
         parts: Inputs `[B, ...]` by name; those of other models stay as they are.
     """
-    pixels = [part[PIXELS] for part in parts if COUNT in part and PIXELS in part]
-    most = max((array.shape[1] for array in pixels), default=0)
+    with_images = [part for part in parts if COUNT in part and PIXELS in part]
+    most = max((part[PIXELS].shape[1] for part in with_images), default=0)
     filled = []
     for part in parts:
         inputs = dict(part)
         if COUNT in part and most:
-            empty = np.zeros((len(part[COUNT]), 0, *pixels[0].shape[2:]), np.float32)
-            given = part.get(PIXELS, empty)
+            for name in (PIXELS, SIZES):
+                if name in with_images[0]:
+                    like = with_images[0][name]
+                    empty = np.zeros((len(part[COUNT]), 0, *like.shape[2:]), like.dtype)
+                    inputs.setdefault(name, empty)
+            given = inputs[PIXELS]
             if given.shape[1] < most:
                 missing = [(0, 0), (0, most - given.shape[1]), *[(0, 0)] * (given.ndim - 2)]
-                given = np.pad(given, missing)
-            inputs[PIXELS] = given
+                inputs[PIXELS] = np.pad(given, missing)
         filled.append(inputs)
     return filled
 

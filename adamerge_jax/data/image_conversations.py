@@ -20,7 +20,7 @@ from adamerge_jax.data.images import IMAGE_CACHE_BYTES
 from adamerge_jax.data.processors import Processor, ReadText
 from adamerge_jax.data.tables import Table
 from adamerge_jax.errors import InputError, in_one_line
-from adamerge_jax.models.images_in_text import COUNT, PIXELS
+from adamerge_jax.models.images_in_text import COUNT, PIXELS, SIZES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,13 +154,16 @@ class WithImages(Examples):
         counts = np.zeros(len(index), np.int32)
         if self._images is None or not self._most:
             return {COUNT: counts}
+        arrays = {}
+        if self._processor.tiled_size is not None:
+            arrays[SIZES] = np.zeros((len(index), 0, *self._processor.tiled_size), np.float32)
         pixels = np.zeros((len(index), self._most, *self._processor.shape), np.float32)
         for place, row in enumerate(self._rows[index]):
             images = self._images.arrays(row)
             if images is not None:
                 pixels[place, : len(images)] = images
                 counts[place] = len(images)
-        return {PIXELS: pixels, COUNT: counts}
+        return {PIXELS: pixels, COUNT: counts, **arrays}
 
     def find_answers(
         self,

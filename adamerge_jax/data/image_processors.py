@@ -114,7 +114,8 @@ def require_fields(fields: Any, channels: int, *, by_area: bool = False) -> None
             raise InputError(f"{name} is {values!r:.80}; expected numbers above 0")
     areas = dict.fromkeys(("min_pixels", "max_pixels"), _LARGEST_AREA)
     sides_of = dict.fromkeys(("size", "crop_size"), _LARGEST_AREA if by_area else _LARGEST_SIDE)
-    parts = dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), _LARGEST_SIDE)
+    names = ("patch_size", "temporal_patch_size", "merge_size", "pooling_kernel_size")
+    parts = dict.fromkeys(names, _LARGEST_SIDE)
     for name, largest in (sides_of | areas | parts).items():
         values = fields.get(name)
         sides = values if isinstance(values, Mapping) else {"": values}

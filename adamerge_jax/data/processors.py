@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Int, Shaped
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.data.image_processors import PROCESSOR_FILE, require_fields
@@ -33,6 +33,9 @@ _MOST_PIECES = 256
 
 _TOKENS_OF_PIECE = 256
 """Tokens that count as a piece, of an image that is not cut into any."""
+
+_SIDE_OF_TILE = 336
+"""Pixels of a tile's side where an image processor does not say it."""
 
 _AREA_SIGNS = ("merge_size", "min_pixels", "max_pixels")
 """Fields of image processors whose sizes are numbers of pixels in an image."""
@@ -61,6 +64,8 @@ class Processor:
         tokenizer: The tokenizer.
         model: The part of the model that knows where its images are.
         shape: The shape of every image's array; empty before the first.
+        tiled_size: The height and width of every image before it is cut into tiles; None if images
+            are not cut.
     """
 
     def __init__(
@@ -83,11 +88,12 @@ class Processor:
         self._processor = processor
         self._size = size
         self.shape: tuple[int, ...] = ()
+        self.tiled_size: tuple[int, int] | None = None
 
     @property
     def grid(self) -> Grid | None:
         """The grid of every image's patches; None without images or without grids."""
-        if len(self.shape) != 4:
+        if len(self.shape) != 4 or self.tiled_size is not None:
             return None
         frames, rows, columns, _ = self.shape
         return frames, rows, columns
@@ -120,14 +126,14 @@ class Processor:
             ids, offsets = list(outputs["input_ids"][0]), outputs["offset_mapping"][0]
             # Some leave it out of texts without images.
             replaced = outputs.get("text_replacement_offsets") or [()]
-            arrays = _arrays(outputs) if resized else None
+            arrays, tiled_size = _arrays(outputs) if resized else (None, None)
         # The processors' own checks raise errors of many types.
         except Exception as error:
             raise InputError(
                 f"{where}: the model's processor ({_name(self._processor)}) fails: "
                 f"{in_one_line(error)}"
             ) from error
-        self._require_shape(arrays, where)
+        self._require_shape(arrays, tiled_size, where)
         return ReadText(ids, _before(offsets, replaced[0]), arrays)
 
     def _resized(self, image: Image) -> Image:
@@ -148,15 +154,20 @@ class Processor:
                 f"that the text names, and no {place!r} within a text"
             )
 
-    def _require_shape(self, images: np.ndarray | None, where: str) -> None:
+    def _require_shape(
+        self, images: np.ndarray | None, tiled_size: tuple[int, int] | None, where: str
+    ) -> None:
         if images is None:
             return
-        self.shape = self.shape or images.shape[1:]
-        if images.shape[1:] != self.shape:
+        if not self.shape:
+            self.shape, self.tiled_size = images.shape[1:], tiled_size
+        if (images.shape[1:], tiled_size) != (self.shape, self.tiled_size):
+            cut = f" of images of {tiled_size} pixels" if tiled_size else ""
+            cut_before = f" of {self.tiled_size} pixels" if self.tiled_size else ""
             raise InputError(
-                f"{where}: its images become arrays of shape {images.shape[1:]}, those before "
-                f"{self.shape}; all images of a run must become one: set image_size in the "
-                "recipe, to which images are resized first"
+                f"{where}: its images become arrays of shape {images.shape[1:]}{cut}, those before "
+                f"{self.shape}{cut_before}; all images of a run must become one: set image_size in "
+                "the recipe, to which images are resized first"
             )
 
 
@@ -237,6 +248,11 @@ def _require_few_pieces(fields: Mapping[str, Any]) -> None:
         if not isinstance(side, int) or side < 1:
             raise InputError(f"max_image_size.longest_edge is {side!r:.80}; expected pixels")
         pieces["size / max_image_size"] = (longest / side) ** 2
+    if isinstance(tokens := fields.get("max_soft_tokens"), int):
+        side = fields.get("patch_size", 16) * fields.get("pooling_kernel_size", 3)
+        pieces["max_soft_tokens"] = tokens * side**2 / _SIDE_OF_TILE**2
+    if (pinpoints := fields.get("image_grid_pinpoints")) is not None:
+        pieces["image_grid_pinpoints"] = _most_tiles(pinpoints, size)
     patch, merged = fields.get("patch_size", 14), fields.get("merge_size")
     if isinstance(patch, int) and isinstance(merged, int):
         side = patch * merged
@@ -248,6 +264,27 @@ def _require_few_pieces(fields: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{name} makes {count:.0f} pieces of an image; expected at most {_MOST_PIECES}"
             )
+
+
+def _most_tiles(pinpoints: Any, size: Any) -> float:
+    """Returns the largest number of tiles that an image is cut into.
+
+    Args:
+        pinpoints: The heights and widths, in pixels, of which an image takes the one that fits.
+        size: The field `size` of the image processor, which tells the side of a tile.
+
+    Raises:
+        InputError: They are no sizes.
+    """
+    sides = [value for value in size.values() if value] if isinstance(size, Mapping) else []
+    side = sides[0] if sides else _SIDE_OF_TILE
+    try:
+        areas = [height * width for height, width in pinpoints]
+        return max(areas) / side**2
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"image_grid_pinpoints is {pinpoints!r:.80}; expected heights and widths"
+        ) from error
 
 
 def has_processor(folder: Path) -> bool:
@@ -303,19 +340,55 @@ def _name(processor: ProcessorMixin) -> str:
     return type(processor).__name__
 
 
-def _arrays(outputs: Mapping[str, Any]) -> Shaped[np.ndarray, "images ..."]:
-    """Returns the arrays of images that a processor has made, `[images, ...]`."""
+def _arrays(
+    outputs: Mapping[str, Any],
+) -> tuple[Shaped[np.ndarray, "images ..."], tuple[int, int] | None]:
+    """Returns the arrays of images that a processor has made, and the images' size if it cut them.
+
+    Returns:
+        The arrays, `[images, ...]`; the height and width of each image before it was cut into
+        tiles, None if it was not.
+    """
     pixels = np.asarray(outputs[PIXELS], np.float32)
-    if "image_grid_thw" not in outputs:
-        # Some processors have an axis of texts in front of that of images.
-        return pixels.reshape(-1, *pixels.shape[-3:])
-    grids = np.asarray(outputs["image_grid_thw"])
-    if (grids != grids[0]).any():
+    if "image_grid_thw" in outputs:
+        grids = np.asarray(outputs["image_grid_thw"])
+        _require_alike(grids, "grids", "patches")
+        return pixels.reshape(len(grids), *grids[0], -1), None
+    if "image_position_ids" in outputs:
+        return _patches_in_grid(pixels, np.asarray(outputs["image_position_ids"])), None
+    if "image_sizes" in outputs and pixels.ndim == 5:
+        sizes = np.asarray(outputs["image_sizes"])
+        _require_alike(sizes, "tiles of images", "pixels")
+        height, width = sizes[0].tolist()
+        return pixels, (height, width)
+    # Some processors have an axis of texts in front of that of images.
+    return pixels.reshape(-1, *pixels.shape[-3:]), None
+
+
+def _require_alike(sizes: Int[np.ndarray, "images axes"], of: str, unit: str) -> None:
+    if (sizes != sizes[0]).any():
         raise ValueError(
-            f"its images become grids of {' and '.join(map(str, grids.tolist()))} patches; set "
+            f"its images become {of} of {' and '.join(map(str, sizes.tolist()))} {unit}; set "
             "image_size in the recipe, to which images are resized first"
         )
-    return pixels.reshape(len(grids), *grids[0], -1)
+
+
+def _patches_in_grid(
+    patches: Float[np.ndarray, "images most F"], places: Int[np.ndarray, "images most 2"]
+) -> Float[np.ndarray, "images 1 h w F"]:
+    """Returns patches `[images, 1, h, w, F]` from rows of patches with padding behind them.
+
+    Args:
+        patches: The patches of each image, row after row.
+        places: The column and the row of each patch; -1 for padding.
+    """
+    columns, rows = (places.max(axis=1) + 1).T
+    _require_alike(np.stack([rows, columns], axis=1), "grids", "patches")
+    row, column = np.divmod(np.arange(rows[0] * columns[0]), columns[0])
+    in_grid = places[:, : len(row)]
+    if (in_grid != np.stack([column, row], axis=1)).any():
+        raise ValueError("the patches of its images are not in rows, one behind the other")
+    return patches[:, : len(row)].reshape(len(patches), 1, rows[0], columns[0], -1)
 
 
 def _before(

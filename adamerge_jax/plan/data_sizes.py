@@ -13,7 +13,7 @@ from adamerge_jax.data.choices import ChoiceExamples
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.locations import is_on_hub
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.images_in_text import COUNT, PIXELS
+from adamerge_jax.models.images_in_text import COUNT, PIXELS, SIZES
 from adamerge_jax.pipeline.models import Models
 from adamerge_jax.recipes.schema import DataSource
 
@@ -31,14 +31,15 @@ class DataSize:
     Attributes:
         lengths: The tokens to which each example alone is padded, `[N]`; 0 for images.
         stored_bytes: The size of the examples in memory, in bytes.
-        images: The shape of the images in a conversation, `[I, ...]`; None where there are none.
+        images: The shapes of the arrays of a conversation's images by name, such as `[I, ...]`
+            pixels; empty where there are none.
         choices: The texts of an example of multiple choice.
         assumed: The reason for which these numbers are assumed; None if they were counted.
     """
 
     lengths: Int[np.ndarray, " N"]
     stored_bytes: int = 0
-    images: tuple[int, ...] | None = None
+    images: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     choices: int = ASSUMED_CHOICES
     assumed: str | None = None
 
@@ -86,7 +87,7 @@ def data_sizes(
             size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif not is_on_hub(source, root):
             examples = load(source, name, task)
-            size = DataSize(examples.padded_lengths(), images=shape_of_images(examples))
+            size = DataSize(examples.padded_lengths(), images=shapes_of_images(examples))
             if isinstance(examples, ChoiceExamples):
                 size = dataclasses.replace(size, choices=len(examples.choices))
         else:
@@ -105,11 +106,13 @@ def data_sizes(
     return sizes
 
 
-def shape_of_images(examples: Examples) -> tuple[int, ...] | None:
-    """Returns the shape of the images in a conversation, `[I, ...]`; None where there are none."""
+def shapes_of_images(examples: Examples) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the arrays of a conversation's images by name; none without images."""
     first = np.array([0])
     inputs = examples.take(first, examples.padded_length(first))
-    return inputs[PIXELS].shape[1:] if COUNT in inputs and PIXELS in inputs else None
+    if COUNT not in inputs:
+        return {}
+    return {name: inputs[name].shape[1:] for name in (PIXELS, SIZES) if name in inputs}
 
 
 def _size_of_arrays(path: Path, name: str, role: str) -> DataSize:

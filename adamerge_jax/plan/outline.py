@@ -36,7 +36,7 @@ from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_expert, load_task_vectors
 from adamerge_jax.pipeline.workspace import forward_for
-from adamerge_jax.plan.data_sizes import DataSize, data_sizes, shape_of_images
+from adamerge_jax.plan.data_sizes import DataSize, data_sizes, shapes_of_images
 from adamerge_jax.plan.work import bytes_of
 from adamerge_jax.recipes.build import GranularityChoice, Method, build
 from adamerge_jax.recipes.loading import parse_recipe
@@ -246,8 +246,10 @@ class Outline:
             shapes["position_ids"] = (3, length)
         inputs = {name: Abstract((examples, *shape), np.int32) for name, shape in shapes.items()}
         if given := [size.images for size in self.data["calibration"].values() if size.images]:
-            shape = (examples, max(most for most, *_ in given), *given[0][1:])
-            inputs[PIXELS] = Abstract(shape, np.float32)
+            most = max(shapes[PIXELS][0] for shapes in given)
+            of_images = given[0] | {PIXELS: (most, *given[0][PIXELS][1:])}
+            for name, shape in of_images.items():
+                inputs[name] = Abstract((examples, *shape), np.float32)
         return inputs
 
     @_remembered
@@ -417,7 +419,7 @@ def outline(recipe: Recipe, root: Path) -> Outline:
         elif found := find_general(
             retain, recipe.learning, loader(), is_chat=any(chats), seed=recipe.seed
         ):
-            images = shape_of_images(found.text) if isinstance(found.text, Examples) else None
+            images = shapes_of_images(found.text) if isinstance(found.text, Examples) else {}
             data["calibration"][RETAINED] = DataSize(found.padded_lengths(), images=images)
     opened = Outline(recipe, models, data)
     require_any_merged(opened.deltas)

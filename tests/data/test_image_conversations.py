@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import Idefics3ImageProcessorPil, Idefics3Processor, Qwen2VLImageProcessorPil
+from PIL import Image
+from transformers import (
+    Gemma4ImageProcessorPil,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    Qwen2VLImageProcessorPil,
+)
 
 from adamerge_jax.data.examples import (
     Concatenated,
@@ -20,7 +28,7 @@ from adamerge_jax.data.image_conversations import ConversationImages
 from adamerge_jax.data.processors import Processor, load_processor
 from adamerge_jax.data.sources import load_examples
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.images_in_text import COUNT, PIXELS
+from adamerge_jax.models.images_in_text import COUNT, PIXELS, SIZES
 from adamerge_jax.objectives import NOT_PREDICTED
 from adamerge_jax.recipes.schema import DataSource
 from tests.language_references import SPECIAL, byte_tokenizer
@@ -328,9 +336,107 @@ def test_images_in_pieces_count_as_several(tmp_path):
     assert tokenizer.decode(labels[labels != NOT_PREDICTED]) == "cat"
 
 
+def llava_next(folder: Path, size: tuple[int, int] | None) -> Processor:
+    """The processor of a LLaVA-NeXT, which cuts images into tiles of 8 x 8 pixels."""
+    template = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    tokenizer = byte_tokenizer(chat_template=template, tokens=[*SPECIAL, "<image>"])
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 8},
+        crop_size={"height": 8, "width": 8},
+        image_grid_pinpoints=[[16, 8], [8, 16]],
+    )
+    LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=2,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    model = SimpleNamespace(token=token, positions=lambda tokens, grid: None)
+    config = SimpleNamespace(model_type="llava_next")
+    checkpoint = SimpleNamespace(folder=folder, source="model", config=config)
+    return load_processor(checkpoint, "base", tokenizer, model, size)
+
+
+def test_tiles_of_an_image_lie_beside_its_size(tmp_path):
+    """A LLaVA-NeXT has 4 x 4 tokens for a whole image, and 4 x 8 for the tiles of a wide one."""
+    reader = llava_next(tmp_path, (4, 16))
+    save_image(tmp_path / "cat.png", np.zeros((20, 30, 3)) + 7)
+    rows = [conversation(["cat.png"] * count, "which ?", "cat") for count in (1, 2)]
+    examples = read(rows, tmp_path, reader, 256)
+    inputs = examples.take(np.arange(2), 192)
+    assert inputs[COUNT].tolist() == [1, 2] and inputs[PIXELS].shape == (2, 2, 3, 3, 8, 8)
+    # Two rows of the tiles are padding; each of the others ends in a token of a new line.
+    counts = (inputs["input_ids"] == reader.model.token).sum(axis=1)
+    assert counts.tolist() == [34, 68]
+    assert inputs[SIZES].shape == (2, 0, 4, 16)
+    assert reader.grid is None
+    blank = read([conversation([], "which ?", "cat")], tmp_path, reader, 256)
+    first = examples.take(np.array([0]), 64)
+    padded, other = with_as_many_images([blank.take(np.array([0]), 64), first])
+    assert padded[SIZES].shape == other[SIZES].shape == (1, 0, 4, 16)
+    assert padded[PIXELS].shape == other[PIXELS].shape
+
+
+def test_tiled_images_of_two_sizes_are_refused(tmp_path):
+    reader = llava_next(tmp_path, None)
+    save_image(tmp_path / "wide.png", np.zeros((4, 16, 3)) + 7)
+    save_image(tmp_path / "flat.png", np.zeros((2, 16, 3)) + 7)
+    rows = [conversation([name], "which ?", "cat") for name in ("wide.png", "flat.png")]
+    with pytest.raises(InputError, match=r"\(2, 16\) pixels, those before .*\(4, 16\) pixels"):
+        read(rows, tmp_path, reader, 256)
+    rows = [conversation(["wide.png", "flat.png"], "which ?", "cat")]
+    with pytest.raises(InputError, match=r"tiles of images of \[4, 16\] and \[2, 16\] pixels"):
+        read(rows, tmp_path, llava_next(tmp_path, None), 256)
+
+
+def test_patches_with_places_lie_in_a_grid(tmp_path):
+    """A Gemma 4 has rows of patches with padding behind them."""
+    named = {f"{name}_token": f"<{name}>" for name in ("image", "boi", "eoi")}
+    named |= {f"{name}_token": f"<{name}>" for name in ("audio", "boa", "eoa")}  # it wants them
+    template = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    tokenizer = byte_tokenizer(
+        chat_template=template,
+        tokens=[*SPECIAL, *named.values()],
+        extra_special_tokens=named,
+    )
+    images = Gemma4ImageProcessorPil(patch_size=2, pooling_kernel_size=2, max_soft_tokens=70)
+    images.save_pretrained(tmp_path)
+    generator = np.random.default_rng(0)
+    save_image(tmp_path / "cat.png", generator.integers(0, 256, (20, 30, 3)))
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    model = SimpleNamespace(token=token, positions=lambda tokens, grid: None)
+    config = SimpleNamespace(model_type="gemma4")
+    checkpoint = SimpleNamespace(folder=tmp_path, source="model", config=config)
+    reader = load_processor(checkpoint, "base", tokenizer, model, (16, 24))
+    examples = read([conversation(["cat.png"], "which ?", "cat")], tmp_path, reader, 256)
+    inputs = examples.take(np.array([0]), 192)
+    _, _, frames, height, width, features = inputs[PIXELS].shape
+    assert frames == 1 and features == 3 * 2 * 2
+    assert (inputs["input_ids"] == token).sum() == height * width // 4 <= 70
+    resized = np.asarray(
+        Image.open(tmp_path / "cat.png").resize((24, 16), Image.Resampling.BICUBIC)
+    )
+    expected = images([resized], return_tensors="np")
+    patches = np.asarray(expected["pixel_values"])[0, : height * width]
+    np.testing.assert_array_equal(inputs[PIXELS].reshape(-1, features), patches)
+
+
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
+        (
+            "preprocessor_config.json",
+            {"image_grid_pinpoints": [[8, 8], [10**5, 10**5]], "size": {"shortest_edge": 8}},
+            "image_grid_pinpoints makes .* pieces",
+        ),
+        (
+            "preprocessor_config.json",
+            {"image_grid_pinpoints": "8"},
+            "image_grid_pinpoints is '8'; expected",
+        ),
+        ("preprocessor_config.json", {"max_soft_tokens": 10**6}, "max_soft_tokens makes .* pieces"),
         ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "image_std is .* above 0"),
         ("preprocessor_config.json", {"size": {"longest_edge": 10**12}}, "size.longest_edge is"),
         ("preprocessor_config.json", {"patch_size": 0}, "patch_size is 0; expected"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from adamerge_jax.models.bridge.torch_in_jax import is_in_jax
 
@@ -37,7 +38,12 @@ def take_in_constants(environment: Any) -> None:
             # Stays on the host, where its values are known: a model may need them as sizes.
             moved = _without_devices(arguments[1:]), _without_devices(options or {})
             return first.to(*moved[0], **moved[1]) if any(moved) else first
-        counts_integers = function is torch.tensor and _are_integers(first)
+        if function is torch.nn.functional.one_hot and _is_on_host(first):
+            # PyTorch fills a tensor of zeros, which JAX would make.
+            with _disable_current_modes():
+                return function(*arguments, **(options or {}))
+        is_counted = _are_integers(first) or _counts(first)
+        counts_integers = function in (torch.tensor, torch.as_tensor) and is_counted
         if counts_integers or (function in _LIKE and _is_on_host(first)):
             options = _without_devices(options or {})
         is_written = _writes(function) and _is_on_host(first)

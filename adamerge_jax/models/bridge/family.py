@@ -256,9 +256,9 @@ def _family(
 
 
 def _told(refusals: Sequence[InputError]) -> InputError:
-    """Returns the refusal that says most: the last one that is not about ways of dividing."""
+    """Returns the refusal that says most: the first one that is not about ways of dividing."""
     reasons = [one for one in refusals if not isinstance(one.__cause__, NotDividedError)]
-    return reasons[-1] if reasons else refusals[0]
+    return reasons[0] if reasons else refusals[0]
 
 
 def _cause_of(refusal: InputError) -> str:

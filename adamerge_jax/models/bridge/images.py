@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.bridge.torch_in_jax import torch_in_jax
-from adamerge_jax.models.images_in_text import COUNT, PIXELS, Grid
+from adamerge_jax.models.images_in_text import COUNT, PIXELS, SIZES, Grid
 from adamerge_jax.models.inputs import stated_image_shape
 
 TOKENS = ("input_ids", "attention_mask")
@@ -24,6 +24,15 @@ TOKENS = ("input_ids", "attention_mask")
 
 _GRIDS = "image_grid_thw"
 """The argument that tells the grid of each image's patches."""
+
+_PLACES = "image_position_ids"
+"""The argument that tells the column and the row of each patch, of models without `_GRIDS`."""
+
+_NUMBERS = "batch_num_images"
+"""The argument that tells the number of each text's images; only one alone is cut into tiles."""
+
+_TYPES_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+"""Arguments that are 1 for tokens of images, by which some models see all of an image at once."""
 
 
 @dataclasses.dataclass
@@ -94,10 +103,13 @@ class TorchImages:
         arguments: dict[str, Any] = {name: inputs[name] for name in TOKENS if name in inputs}
         if "position_ids" in inputs:
             arguments["position_ids"] = jnp.moveaxis(inputs["position_ids"], 1, 0)
-        if "token_type_ids" in self._reads:
-            arguments["token_type_ids"] = (inputs["input_ids"] == self.token).astype(jnp.int32)
+        for name in _TYPES_OF_TOKENS:
+            if name in self._reads and "position_ids" not in inputs:
+                arguments[name] = (inputs["input_ids"] == self.token).astype(jnp.int32)
         if PIXELS in inputs:
             arguments[PIXELS] = _packed(inputs[PIXELS], inputs[COUNT])
+        if SIZES in inputs:
+            arguments[SIZES] = inputs[SIZES]
         return arguments
 
     def forward(self, body: torch.nn.Module) -> Callable[..., Any]:
@@ -113,8 +125,10 @@ class TorchImages:
         def run(**arguments: Any) -> Any:
             if PIXELS not in arguments:
                 return body.forward(**arguments)
+            sizes = arguments.pop(SIZES, None)
+            tiled_size = None if sizes is None else tuple(sizes.shape[-2:])
             images = arguments[PIXELS].jax()
-            read_images = partial(_read_each, _reader_of(body), images)
+            read_images = partial(_read_each, _reader_of(body), images, tiled_size)
             replacements = {(body, "get_image_features"): read_images}
             text = getattr(body, "language_model", None)
             if hasattr(text, "_deepstack_process"):
@@ -131,21 +145,34 @@ class TorchImages:
 
     def example(self, size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of a batch of conversations with an image each."""
-        vision = getattr(self._config, "vision_config", self._config)
         shapes: dict[str, tuple[int, ...]] = {name: (size, length) for name in TOKENS}
         shapes[COUNT] = (size,)
+        if hasattr(self._body, "get_rope_index"):
+            shapes["position_ids"] = (size, 3, length)
+        example = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+        for name, shape in self._image_shapes().items():
+            example[name] = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+        return example
+
+    def _image_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the arrays of one small image, without the axis of texts."""
+        vision = getattr(self._config, "vision_config", self._config)
         if _GRIDS in self._reads:
             side = 2 * vision.spatial_merge_size
             channels = getattr(vision, "in_channels", 3)
             patch = channels * vision.temporal_patch_size * vision.patch_size**2
-            if hasattr(self._body, "get_rope_index"):
-                shapes["position_ids"] = (size, 3, length)
-            pixels: tuple[int, ...] = (size, 1, 1, side, side, patch)
-        else:
-            channels = getattr(vision, "num_channels", 3)
-            pixels = (size, 1, *(stated_image_shape(vision) or (channels, 224, 224)))
-        example = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
-        return {**example, PIXELS: jax.ShapeDtypeStruct(pixels, jnp.float32)}
+            return {PIXELS: (1, 1, side, side, patch)}
+        if _PLACES in self._reads:
+            side = 2 * vision.pooling_kernel_size
+            return {PIXELS: (1, 1, side, side, 3 * vision.patch_size**2)}
+        channels = getattr(vision, "num_channels", 3)
+        pixels = stated_image_shape(vision) or (channels, 224, 224)
+        if SIZES in self._reads and hasattr(self._config, "image_grid_pinpoints"):
+            _, height, width = pixels
+            whole = tuple(self._config.image_grid_pinpoints[0])
+            tiles = 1 + (whole[0] // height) * (whole[1] // width)
+            return {PIXELS: (1, tiles, *pixels), SIZES: (0, *whole)}
+        return {PIXELS: (1, *pixels)}
 
 
 def _reader_of(body: torch.nn.Module) -> Callable[..., Any]:
@@ -154,38 +181,46 @@ def _reader_of(body: torch.nn.Module) -> Callable[..., Any]:
         return body.get_image_features
 
     def read_square(images: torch.Tensor, **_: Any) -> ImageFeatures:
-        """Reads images of an Idefics 3, which looks for those that are padding by their values."""
+        """Reads images of an Idefics, which looks for those that are padding by their values."""
         sides = [side // body.config.vision_config.patch_size for side in images.shape[-2:]]
         is_image = torch.ones((len(images), *sides), dtype=torch.bool)
         states = body.vision_model(pixel_values=images, patch_attention_mask=is_image)
-        return ImageFeatures(pooler_output=[body.connector(states.last_hidden_state)])
+        masks = {}
+        if "attention_mask" in inspect.signature(body.connector.forward).parameters:
+            masks["attention_mask"] = is_image.flatten(1)
+        return ImageFeatures(pooler_output=[body.connector(states.last_hidden_state, **masks)])
 
     return read_square
 
 
-def _read_each(read: Callable[..., Any], images: Array, *_: Any, **options: Any) -> ImageFeatures:
+def _read_each(
+    read: Callable[..., Any],
+    images: Array,
+    tiled_size: tuple[int, int] | None,
+    *_: Any,
+    **options: Any,
+) -> ImageFeatures:
     """Reads images, each alone, in place of a model's `get_image_features`.
 
     Args:
         read: The model's own function.
-        images: The images, `[images, channels, height, width]` or `[images, t, h, w, F]`.
+        images: The images, `[images, ...]`, as in `models/images_in_text.py`.
+        tiled_size: The height and width of an image before it was cut into tiles; None if images
+            are not cut.
         *_: All images once more, as the model gives them.
         **options: The model's other options.
     """
     environment = torch_in_jax()
-    options = {name: value for name, value in options.items() if name not in (PIXELS, _GRIDS)}
+    parameters = inspect.signature(read).parameters
+    # They are given here, for one image.
+    of_all = {PIXELS, SIZES, _GRIDS, _PLACES, _NUMBERS}
+    options = {name: value for name, value in options.items() if name not in of_all}
     in_pieces = False
 
     def read_one(image: Array) -> tuple[Array, list[Array]]:
         nonlocal in_pieces
-        grid = {}
-        if image.ndim == 4:
-            # A plain tensor, whose values are known while the function is compiled.
-            grid = {_GRIDS: torch.tensor([image.shape[:3]])}
-            pixels = image.reshape(-1, image.shape[-1])
-        else:
-            pixels = image[None]
-        result = read(environment.j2t_iso(pixels), **grid, **options)
+        pixels, known = _with_geometry(image, tiled_size, parameters)
+        result = read(environment.j2t_iso(pixels), **known, **options)
         in_pieces = isinstance(result.pooler_output, list | tuple)
         further = getattr(result, "deepstack_features", None) or ()
         return _joined(result.pooler_output), [_joined(features) for features in further]
@@ -195,6 +230,36 @@ def _read_each(read: Callable[..., Any], images: Array, *_: Any, **options: Any)
         pooler_output=[features.flatten(0, 1)] if in_pieces else features,
         deepstack_features=[[layer.flatten(0, 1)] for layer in further],
     )
+
+
+def _with_geometry(
+    image: Array, tiled_size: tuple[int, int] | None, parameters: Container[str]
+) -> tuple[Array, dict[str, torch.Tensor]]:
+    """Returns an image as a model reads it, and what tells its grid or size.
+
+    Args:
+        image: The image, as in `models/images_in_text.py`.
+        tiled_size: Its height and width before it was cut into tiles; None if it is whole.
+        parameters: The names of the parameters of the function that reads it.
+
+    Returns:
+        The pixels, with an axis of images in front where the model has one; plain tensors, whose
+        values are known while the function is compiled.
+    """
+    if tiled_size is not None:
+        known = {SIZES: torch.tensor([tiled_size])}
+        if _NUMBERS in parameters and len(image) == 1:
+            # It was left whole, as one of several of its text.
+            known[_NUMBERS] = torch.tensor([2])
+        return image[None], known
+    if image.ndim == 3:
+        return image[None], {SIZES: torch.tensor([image.shape[1:]])} if SIZES in parameters else {}
+    _, rows, columns, features = image.shape
+    if _PLACES in parameters:
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        places = torch.tensor(np.stack([column, row], axis=1))[None]
+        return image.reshape(1, -1, features), {_PLACES: places}
+    return image.reshape(-1, features), {_GRIDS: torch.tensor([image.shape[:3]])}
 
 
 def _joined(features: Any) -> Array:
