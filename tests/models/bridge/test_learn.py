@@ -15,13 +15,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForSequenceClassification,
-    ElectraForSequenceClassification,
-    ElectraModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    RoFormerForSequenceClassification,
+    RoFormerModel,
     ViTImageProcessorPil,
 )
 
@@ -55,17 +55,17 @@ CLASSES = {"mood": 2, "topic": 3}
 
 @pytest.fixture(scope="module")
 def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The fields of a recipe for an ELECTRA and an expert for each of `CLASSES`."""
-    root = tmp_path_factory.mktemp("electra")
+    """The fields of a recipe for a RoFormer and an expert for each of `CLASSES`."""
+    root = tmp_path_factory.mktemp("roformer")
     tokenizer = bert_tokenizer(root)
-    make = TEXT_CONFIGS["electra"]
-    base = randomise(ElectraModel(make(vocab_size=len(tokenizer))))
+    make = TEXT_CONFIGS["roformer"]
+    base = randomise(RoFormerModel(make(vocab_size=len(tokenizer))))
     base.save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
     tasks = {}
     for seed, (task, classes) in enumerate(CLASSES.items(), start=1):
         config = make(vocab_size=len(tokenizer), num_labels=classes)
-        expert = fine_tune(ElectraForSequenceClassification(config), base, seed)
+        expert = fine_tune(RoFormerForSequenceClassification(config), base, seed)
         expert.save_pretrained(root / task)
         texts = sentences(16, seed)
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
@@ -101,8 +101,8 @@ def test_five_steps_are_those_of_a_pytorch_loop(fields):
     assert results[-1].step == STEPS
 
     base = {
-        f"electra.{name}": value.double()
-        for name, value in ElectraModel.from_pretrained(fields["base"]).state_dict().items()
+        f"roformer.{name}": value.double()
+        for name, value in RoFormerModel.from_pretrained(fields["base"]).state_dict().items()
     }
     experts = [
         AutoModelForSequenceClassification.from_pretrained(task["expert"]).eval().double()
@@ -144,7 +144,7 @@ def test_a_run_exports_what_transformers_loads(fields, tmp_path):
     assert "PyTorch forward" in console.file.getvalue()
     for task, classes in CLASSES.items():
         folder = run.folder / "checkpoint" / "tasks" / task
-        model, report = ElectraForSequenceClassification.from_pretrained(
+        model, report = RoFormerForSequenceClassification.from_pretrained(
             folder, output_loading_info=True
         )
         assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -261,15 +261,15 @@ def test_an_operation_without_a_counterpart_is_named(monkeypatch, fields):
     for operation in list(environment._decomps):
         if "gelu" in str(operation):
             monkeypatch.delitem(environment._decomps, operation)
-    config = TEXT_CONFIGS["electra"](vocab_size=20)
+    config = TEXT_CONFIGS["roformer"](vocab_size=20)
     with pytest.raises(InputError, match=r"gelu.*merges without learning still work"):
-        family_of(config, "ElectraForSequenceClassification")
+        family_of(config, "RoFormerForSequenceClassification")
 
 
 def test_a_class_that_is_not_learned_is_refused():
-    config = TEXT_CONFIGS["electra"](vocab_size=20)
-    with pytest.raises(InputError, match="ElectraForQuestionAnswering"):
-        family_of(config, "ElectraForQuestionAnswering")
+    config = TEXT_CONFIGS["roformer"](vocab_size=20)
+    with pytest.raises(InputError, match="RoFormerForQuestionAnswering"):
+        family_of(config, "RoFormerForQuestionAnswering")
 
 
 def test_torchax_that_is_missing_is_named(monkeypatch):

@@ -14,12 +14,12 @@ from transformers import (
     BartConfig,
     BertConfig,
     DebertaV2Config,
-    ElectraConfig,
     GPT2Config,
     ModernBertConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
     ResNetConfig,
+    RoFormerConfig,
     XLMConfig,
 )
 
@@ -29,7 +29,7 @@ WIDTH = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, interme
 
 TEXT_CONFIGS = {
     "bert": lambda **k: BertConfig(**WIDTH, max_position_embeddings=24, **k),
-    "electra": lambda **k: ElectraConfig(
+    "roformer": lambda **k: RoFormerConfig(
         **WIDTH, embedding_size=12, max_position_embeddings=24, **k
     ),
     "modernbert": lambda **k: ModernBertConfig(
