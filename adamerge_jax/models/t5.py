@@ -6,11 +6,9 @@ GELU and an output layer of their own.
 Padding may be on either side: positions are relative.
 """
 
-import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -28,6 +26,7 @@ from adamerge_jax.models.layers import (
     unit_mean_square,
     value,
 )
+from adamerge_jax.models.relative_positions import relative_bias
 
 _TABLE = "shared.weight"
 
@@ -53,36 +52,6 @@ def has_tied_head(config: Config) -> bool:
 def ignored_tensors(config: Config) -> tuple[str, ...]:
     """Returns the names of tensors in a checkpoint that are no parameters of their own."""
     return (*_UNUSED, "lm_head.weight") if has_tied_head(config) else _UNUSED
-
-
-def relative_buckets(
-    distances: Int[np.ndarray, "..."], count: int, furthest: int, *, bidirectional: bool
-) -> Int[np.ndarray, "..."]:
-    """Returns the bucket of each distance.
-
-    Short distances have a bucket each. Longer ones share buckets whose widths grow geometrically
-    up to `furthest`; all longer distances are in the last one.
-
-    Args:
-        distances: Position of the key less that of the query.
-        count: Number of buckets.
-        furthest: The distance from which all distances share the last bucket.
-        bidirectional: True where later keys have half of the buckets to themselves (encoder),
-            False where all are in bucket 0 because they are masked (decoder).
-    """
-    if bidirectional:
-        count //= 2
-        first = np.where(distances > 0, count, 0)
-        distances = np.abs(distances)
-    else:
-        first = 0
-        distances = np.maximum(-distances, 0)
-    exact = count // 2
-    # In float32, like PyTorch: where a bucket begins at an integer, rounding decides.
-    octaves = np.log(np.maximum(distances, 1).astype(np.float32) / exact)
-    share = octaves / math.log(furthest / exact)
-    shared = np.minimum(exact + (share * (count - exact)).astype(np.int32), count - 1)
-    return first + np.where(distances < exact, distances, shared)
 
 
 class RmsNorm(nnx.Module):
@@ -252,17 +221,15 @@ class Blocks(Stack):
 
     def position_bias(self, length: int) -> Float[Array, "1 heads T T"]:
         """Returns the term that is added to the scores of self-attention, in float32."""
-        buckets = relative_buckets(
-            np.arange(1 - length, length),
-            self.buckets,
-            self.furthest,
+        bias = relative_bias(
+            getattr(self, "0").layer["0"].SelfAttention.relative_attention_bias,
+            jnp.arange(length),
+            length,
+            buckets=self.buckets,
+            furthest=self.furthest,
             bidirectional=self.bidirectional,
         )
-        embedding = getattr(self, "0").layer["0"].SelfAttention.relative_attention_bias
-        by_distance = embedding(jnp.asarray(buckets)).astype(jnp.float32)
-        positions = jnp.arange(length)
-        distances = positions[None, :] - positions[:, None]
-        return by_distance.T[None, :, distances + length - 1]
+        return bias[None]
 
 
 class Tower(nnx.Module):

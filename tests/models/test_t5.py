@@ -18,8 +18,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import family_of
 from adamerge_jax.models.family import Network, complete_head
+from adamerge_jax.models.relative_positions import relative_buckets
 from adamerge_jax.models.rematerialization import Rematerialize
-from adamerge_jax.models.t5 import T5Backbone, relative_buckets
+from adamerge_jax.models.t5 import T5Backbone
 from adamerge_jax.parameter_names import is_stacked, matches, tensors_of
 from adamerge_jax.task_vectors import task_vectors
 from tests.references import parameters_of, randomise, saved_parameters, shapes_in_file
