@@ -1,6 +1,6 @@
 """BERT (Devlin et al., 2019) with heads on texts and on tokens, as `transformers` builds it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax.numpy as jnp
@@ -29,11 +29,11 @@ from adamerge_jax.models.token_rows import encode, token_rows
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: Config):
-        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+    def __init__(self, config: Config, features: int):
+        self.word_embeddings = Embedding(config.vocab_size, features)
+        self.position_embeddings = Embedding(config.max_position_embeddings, features)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, features)
+        self.LayerNorm = LayerNorm(features, config.layer_norm_eps)
 
     def __call__(
         self,
@@ -92,22 +92,29 @@ class Intermediate(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: Config):
-        self.attention = Attention(config)
+    def __init__(self, config: Config, attention: nnx.Module):
+        self.attention = attention
         self.intermediate = Intermediate(config)
         self.output = AddAndNorm(config.intermediate_size, config)
 
     def __call__(
-        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 #T T"]
+        self, x: Float[Array, "B T H"], bias: Float[Array, "#B #heads #T T"]
     ) -> Float[Array, "B T H"]:
         x = self.attention(x, bias)
         return self.output(self.intermediate(x), x)
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: Config, rematerialize: Rematerialize):
+    def __init__(
+        self,
+        config: Config,
+        rematerialize: Rematerialize,
+        attention: Callable[[Config], nnx.Module] = Attention,
+    ):
         _require_encoder(config)
-        self.layer = Stack(lambda: Layer(config), config.num_hidden_layers, rematerialize)
+        self.layer = Stack(
+            lambda: Layer(config, attention(config)), config.num_hidden_layers, rematerialize
+        )
 
 
 class Pooler(nnx.Module):
@@ -122,7 +129,7 @@ class Bert(nnx.Module):
     """Embeddings, encoder and pooler; the parameters under `bert.` in a checkpoint."""
 
     def __init__(self, config: Config, rematerialize: Rematerialize, pooler: bool = True):
-        self.embeddings = Embeddings(config)
+        self.embeddings = Embeddings(config, config.hidden_size)
         self.encoder = Encoder(config, rematerialize)
         self.pooler = Pooler(config) if pooler else None
         self.longest = config.max_position_embeddings

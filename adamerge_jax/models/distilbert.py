@@ -32,10 +32,10 @@ _EPSILON = 1e-12
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: Config):
-        self.word_embeddings = Embedding(config.vocab_size, config.dim)
-        self.position_embeddings = Embedding(config.max_position_embeddings, config.dim)
-        self.LayerNorm = LayerNorm(config.dim, _EPSILON)
+    def __init__(self, config: Config, features: int, epsilon: float):
+        self.word_embeddings = Embedding(config.vocab_size, features)
+        self.position_embeddings = Embedding(config.max_position_embeddings, features)
+        self.LayerNorm = LayerNorm(features, epsilon)
 
     def __call__(
         self, token_ids: Int[Array, "B T"], positions: Int[Array, "... T"]
@@ -92,7 +92,7 @@ class DistilBert(nnx.Module):
     """Embeddings and encoder; the parameters under `distilbert.` in a checkpoint."""
 
     def __init__(self, config: Config, rematerialize: Rematerialize):
-        self.embeddings = Embeddings(config)
+        self.embeddings = Embeddings(config, config.dim, _EPSILON)
         self.transformer = Transformer(config, rematerialize)
         self.longest = config.max_position_embeddings
 

@@ -139,5 +139,5 @@ def embedder_family(plain: Family, form: EmbeddingForm) -> EmbedderFamily:
 POOLER = ("pooler.*", "*.pooler.*")
 """Name patterns of the part of a model without a head that no embedding depends on."""
 
-_HEADS = ("cls.*", "classifier.*", "vocab_*")
+_HEADS = ("cls.*", "classifier.*", "vocab_*", "generator_*", "discriminator_predictions.*")
 """Name patterns of heads with which an expert may have been saved, beside an output layer."""

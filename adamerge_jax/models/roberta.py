@@ -16,6 +16,7 @@ from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder, PooledHead
 from adamerge_jax.models.family import Family, HeadForm, LastLayer
 from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
+    Activation,
     Config,
     Linear,
     Outputs,
@@ -42,7 +43,7 @@ class Roberta(nnx.Module):
 
     def __init__(self, config: Config, rematerialize: Rematerialize):
         _require_padding(config)
-        self.embeddings = Embeddings(config)
+        self.embeddings = Embeddings(config, config.hidden_size)
         self.encoder = Encoder(config, rematerialize)
         self.padding = config.pad_token_id
         # The first positions, up to that of padding, are never those of a token.
@@ -67,27 +68,31 @@ def _require_padding(config: Config) -> None:
 
 
 class Classifier(nnx.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, activation: Activation):
         self.dense = Linear(config.hidden_size, config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.num_labels)
+        self.activation = activation
 
     def __call__(self, pooled: Float[Array, "B H"]) -> Float[Array, "B C"]:
-        return self.out_proj(jnp.tanh(self.dense(pooled)))
+        return self.out_proj(self.activation(self.dense(pooled)))
 
 
-class RobertaHead(nnx.Module):
-    """The part of a `RobertaForSequenceClassification` that each task keeps."""
+class TwoLayerHead(nnx.Module):
+    """A head of two linear layers on the first token, the parameters under `classifier.`."""
 
-    def __init__(self, config: Config):
-        self.classifier = Classifier(config)
+    def __init__(self, config: Config, activation: Activation = jnp.tanh):
+        self.classifier = Classifier(config, activation)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
         return self.classifier(outputs.pooled)
 
 
+OUT_PROJ = LastLayer("classifier.out_proj.weight", "classifier.out_proj.bias")
+"""The last layer of a `TwoLayerHead`."""
+
 FAMILY = Family(
     backbone=partial(Prefixed, "roberta", Roberta),
-    head=RobertaHead,
+    head=TwoLayerHead,
     prefixes=("roberta.",),
     second_names_of_tables={
         "roberta.embeddings.word_embeddings.weight": ("lm_head.decoder.weight",)
@@ -97,7 +102,7 @@ FAMILY = Family(
     packs=True,
     heads=BERT_HEADS,
     auto_class="AutoModelForSequenceClassification",
-    last_layer=LastLayer("classifier.out_proj.weight", "classifier.out_proj.bias"),
+    last_layer=OUT_PROJ,
     # Older versions of `transformers` made and saved it with classifiers that do not read it.
     ignored_in_experts=("roberta.pooler.*",),
     further_heads={

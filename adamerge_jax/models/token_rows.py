@@ -118,7 +118,11 @@ def token_rows(inputs: Mapping[str, Array], mask: Int[Array, "B T"]) -> TokenRow
 
 
 def encode(
-    layers: Stack, embedded: Float[Array, "R L H"], rows: TokenRows, hidden_states: bool
+    layers: Stack,
+    embedded: Float[Array, "R L H"],
+    rows: TokenRows,
+    hidden_states: bool,
+    position_bias: Float[Array, "*#R heads L L"] | None = None,
 ) -> Outputs:
     """Runs the layers of an encoder, and returns their outputs by text.
 
@@ -127,10 +131,12 @@ def encode(
         embedded: The embedded tokens by row.
         rows: The rows that the texts are in.
         hidden_states: Whether to return every layer's output.
+        position_bias: A term of scores of attention by the distance of tokens, where there is one.
 
     Returns:
         The outputs; `pooled` is the last state of each text's first token.
     """
-    last, states = layers(embedded, rows.bias, hidden_states=hidden_states)
+    bias = rows.bias if position_bias is None else rows.bias + position_bias
+    last, states = layers(embedded, bias, hidden_states=hidden_states)
     states = rows.by_text(states) if hidden_states else None
     return Outputs(rows.first_of_texts(last), rows.by_text(last), states)

@@ -197,6 +197,13 @@ def main() -> None:
     cases = [
         (transformers.BertForSequenceClassification, TEXT, text, *checkpoint),
         (transformers.DistilBertForSequenceClassification, DISTILBERT, text, *checkpoint),
+        (
+            transformers.ElectraForSequenceClassification,
+            TEXT | dict(embedding_size=32),
+            text,
+            *checkpoint,
+        ),
+        (transformers.MPNetForSequenceClassification, TEXT, text, *checkpoint),
         (transformers.RobertaForSequenceClassification, TEXT, text, *checkpoint),
         (transformers.XLMRobertaForSequenceClassification, TEXT, text, *checkpoint),
         (transformers.CamembertForSequenceClassification, TEXT, text, *checkpoint),

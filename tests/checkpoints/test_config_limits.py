@@ -15,8 +15,10 @@ from safetensors.numpy import save_file
 from transformers import (
     BertConfig,
     CLIPConfig,
+    ElectraConfig,
     Gemma3TextConfig,
     LlamaConfig,
+    MPNetConfig,
     Qwen2Config,
     Qwen3MoeConfig,
     RobertaConfig,
@@ -34,6 +36,8 @@ ENCODER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, inter
 DECODER = ENCODER | dict(num_key_value_heads=1, vocab_size=40)
 TINY = {
     "bert": fields_of(BertConfig(**ENCODER, vocab_size=40)),
+    "electra": fields_of(ElectraConfig(**ENCODER, vocab_size=40)),
+    "mpnet": fields_of(MPNetConfig(**ENCODER, vocab_size=40)),
     "roberta": fields_of(RobertaConfig(**ENCODER, vocab_size=40)),
     "vit": fields_of(ViTConfig(**ENCODER, image_size=8, patch_size=4)),
     "clip": fields_of(
@@ -166,6 +170,8 @@ def test_fields_that_contradict_each_other(tmp_path, kind, changes, match):
         ("roberta", "pad_token_id", -1, "pad_token_id is -1"),
         ("roberta", "pad_token_id", 511, "pad_token_id is 511"),
         ("bert", "is_decoder", True, "is_decoder is true"),
+        ("electra", "position_embedding_type", "relative_key", "position_embedding_type 'relative"),
+        ("mpnet", "relative_attention_num_buckets", 64, "relative_attention_num_buckets is 64"),
         ("llama", "rope_scaling", {"rope_type": "spiral", "factor": 4.0}, "rope_type 'spiral'"),
         ("llama", "rope_scaling", {"rope_type": "linear"}, "factor"),
         ("llama", "partial_rotary_factor", 0.5, "partial_rotary_factor"),

@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    RobertaModel,
 )
 
 from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, WEIGHTS_FILE
@@ -238,16 +238,26 @@ def test_the_table_of_t5_under_another_name(tmp_path, second):
     np.testing.assert_array_equal(models.experts["t"].read("shared.weight"), table + 1)
 
 
-def test_the_table_of_a_roberta_under_the_name_of_its_output_layer(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "second"),
+    [
+        ("roberta", "lm_head.decoder.weight"),
+        ("electra", "generator_lm_head.weight"),
+        ("mpnet", "lm_head.decoder.weight"),
+    ],
+)
+def test_the_table_of_an_encoder_under_the_name_of_its_output_layer(tmp_path, kind, second):
     sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    config = RobertaConfig(**sizes, intermediate_size=24, max_position_embeddings=20)
-    randomise(RobertaModel(config)).save_pretrained(tmp_path / "base")
-    randomise(RobertaForSequenceClassification(config), 1).save_pretrained(tmp_path / "expert")
+    sizes |= dict(intermediate_size=24, max_position_embeddings=20)
+    config = AutoConfig.for_model(kind, **sizes)
+    randomise(AutoModel.from_config(config)).save_pretrained(tmp_path / "base")
+    expert = AutoModelForSequenceClassification.from_config(config)
+    randomise(expert, 1).save_pretrained(tmp_path / "expert")
     table = "embeddings.word_embeddings.weight"
     expected = load_file(tmp_path / "base" / "model.safetensors")[table]
-    edit_weights(tmp_path / "base", lambda t: t.update({"lm_head.decoder.weight": t.pop(table)}))
+    edit_weights(tmp_path / "base", lambda t: t.update({second: t.pop(table)}))
     models = opened(tmp_path / "base", tmp_path / "expert")
-    np.testing.assert_array_equal(models.base.read(f"roberta.{table}"), expected)
+    np.testing.assert_array_equal(models.base.read(f"{kind}.{table}"), expected)
 
 
 def test_tied_tables_of_a_llama_under_the_name_of_the_output_layer(tmp_path):

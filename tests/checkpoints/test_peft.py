@@ -13,7 +13,10 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -31,6 +34,7 @@ from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_head, load_task_vectors
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import BERT, save_base, train
+from tests.references import randomise
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -507,6 +511,33 @@ def test_an_adapter_is_written_to_a_new_folder(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(InputError, match="is not empty"):
         save_adapter(tmp_path, weights_of({"a": (2, 1, 2)}), base="b", task_type=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        ("electra", ["query", "key", "value", "dense", "embeddings_project"]),
+        ("mpnet", ["q", "k", "v", "o", "dense", "relative_attention_bias"]),
+    ],
+)
+def test_encoders_with_heads_of_two_layers(tmp_path, kind, modules):
+    """The base lacks the prefix that the adapter's names have."""
+    config = AutoConfig.for_model(kind, **BERT, num_labels=3)
+    randomise(AutoModel.from_config(config)).save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    options = LoraConfig(
+        r=2, target_modules=modules, exclude_modules=["classifier.dense"], task_type="SEQ_CLS"
+    )
+    merged = train(model, tmp_path / "adapter", options).merge_and_unload()
+    models = opened(tmp_path / "base", tmp_path / "adapter")
+    assert not models.family.bridged
+    # In each of two layers six matrices, and one beside the layers.
+    assert len(require_merged(models, merged)) == 2 * 6 + 1
+    assert {*models.head_names("t")} == {
+        f"classifier.{layer}.{part}"
+        for layer in ("dense", "out_proj")
+        for part in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("names", ["of now", "of before"])

@@ -48,7 +48,8 @@ SIZES = dict(
     [
         ("Bert", {}),
         ("Qwen3", {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": False}),
-        ("MPNet", {}),  # by its PyTorch forward
+        ("MPNet", {}),
+        ("RoFormer", {}),  # by its PyTorch forward
     ],
 )
 def test_texts_and_pairs_are_embedded_as_by_transformers(kind: str, further: Any) -> None:

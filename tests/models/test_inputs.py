@@ -9,6 +9,7 @@ from transformers import (
     BertConfig,
     CLIPConfig,
     CvtConfig,
+    MPNetConfig,
     PretrainedConfig,
     ResNetConfig,
     RobertaConfig,
@@ -42,11 +43,15 @@ def tokens(length: int) -> dict[str, np.ndarray]:
     ("network", "longest"),
     [
         (family_of(config).build_backbone(config), longest)
-        # RoBERTa's first positions, up to that of padding, are those of no token.
-        for config, longest in [(BertConfig(**TEXT), 10), (RobertaConfig(**TEXT), 8)]
+        # The first positions of RoBERTa and MPNet, up to that of padding, are those of no token.
+        for config, longest in [
+            (BertConfig(**TEXT), 10),
+            (RobertaConfig(**TEXT), 8),
+            (MPNetConfig(**TEXT), 8),
+        ]
     ]
     + [(text_network(CLIP), 10)],
-    ids=["bert", "roberta", "clip text"],
+    ids=["bert", "roberta", "mpnet", "clip text"],
 )
 def test_sequences_longer_than_the_positions(network: Network, longest: int) -> None:
     trace(network, tokens(longest))

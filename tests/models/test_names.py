@@ -9,6 +9,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, GPT2Config
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import ARCHITECTURES, family_of
+from adamerge_jax.models.family import HeadAxes
 from adamerge_jax.models.zero_shot import text_network
 from adamerge_jax.parameter_names import matches
 from tests.references import saved_parameters, shapes_in_file
@@ -27,6 +28,12 @@ def saved_shapes(model: transformers.PreTrainedModel, folder: Path) -> dict[str,
     return {name: tensor.shape for name, tensor in saved_parameters(model, folder).items()}
 
 
+def require_attention_heads(heads: HeadAxes, backbone: dict[str, tuple[int, ...]]) -> None:
+    for pattern, (axis, count) in heads.items():
+        shapes = [shape for name, shape in backbone.items() if matches(name, [pattern])]
+        assert shapes and all(shape[axis] % count == 0 for shape in shapes)
+
+
 @pytest.mark.parametrize(
     ("model_class", "settings"),
     [
@@ -34,6 +41,8 @@ def saved_shapes(model: transformers.PreTrainedModel, folder: Path) -> dict[str,
         ("RobertaForSequenceClassification", TEXT),
         ("XLMRobertaForSequenceClassification", TEXT),
         ("CamembertForSequenceClassification", TEXT),
+        ("ElectraForSequenceClassification", dict(TEXT, embedding_size=6)),
+        ("MPNetForSequenceClassification", TEXT),
         ("ViTForImageClassification", IMAGES),
         ("ViTForImageClassification", dict(IMAGES, qkv_bias=False, num_channels=1)),
     ],
@@ -51,6 +60,7 @@ def test_classifiers_have_the_names_of_their_files(
     assert all(name.startswith(family.prefixes) for name in backbone)
     auto_class = getattr(transformers, family.auto_class)
     assert auto_class._model_mapping[type(config)] is model_class
+    require_attention_heads(family.heads(config), backbone)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -96,9 +106,7 @@ def test_decoders_have_the_names_of_their_files(
     assert matches("lm_head.weight", family.ignored(config)) == tied
     assert matches("model.layers.1.self_attn.rotary_emb.inv_freq", family.ignored(config))
     assert not any(matches(name, family.ignored(config)) for name in backbone)
-    for pattern, (axis, count) in family.heads(config).items():
-        shapes = [shape for name, shape in backbone.items() if matches(name, [pattern])]
-        assert shapes and all(shape[axis] % count == 0 for shape in shapes)
+    require_attention_heads(family.heads(config), backbone)
 
 
 def test_both_clip_towers_have_the_names_of_the_file(tmp_path: Path) -> None:

@@ -95,6 +95,23 @@ CASES = {
         ),
         Text(),
     ),
+    "electra": (
+        "ElectraForSequenceClassification",
+        dict(TEXT, embedding_size=16, hidden_act="relu"),
+        Text(token_types=True),
+    ),
+    "electra as wide embeddings, left padding": (
+        "ElectraForSequenceClassification",
+        dict(TEXT, embedding_size=24),
+        Text(length=13, padding="left"),
+    ),
+    "mpnet": ("MPNetForSequenceClassification", dict(TEXT, hidden_act="relu"), Text()),
+    "mpnet far tokens, left padding": (
+        "MPNetForSequenceClassification",
+        # From a distance of 8 tokens share buckets, from 128 the last one. 0 is a token too.
+        dict(TEXT | dict(max_position_embeddings=152), pad_token_id=0),
+        Text(length=150, padding="left"),
+    ),
     "vit": ("ViTForImageClassification", dict(IMAGES, num_labels=5), None),
     "vit no qkv bias": (
         "ViTForImageClassification",
@@ -195,7 +212,9 @@ def test_clip_vision(activation: str, tmp_path: Path) -> None:
         assert_close(actual, state)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "camembert"])
+@pytest.mark.parametrize(
+    "model_type", ["bert", "electra", "mpnet", "roberta", "xlm-roberta", "camembert"]
+)
 @pytest.mark.parametrize("field", ["is_decoder", "add_cross_attention"])
 def test_decoders_of_families_of_encoders_are_refused(model_type: str, field: str) -> None:
     config = transformers.AutoConfig.for_model(model_type, **TEXT, **{field: True})
@@ -215,6 +234,8 @@ def test_activations(name: str) -> None:
     [
         transformers.BertConfig(**TEXT, hidden_act="mish"),
         transformers.RobertaConfig(**TEXT, hidden_act="mish"),
+        transformers.ElectraConfig(**TEXT, hidden_act="mish"),
+        transformers.MPNetConfig(**TEXT, hidden_act="mish"),
         transformers.ViTConfig(**IMAGES, hidden_act="mish"),
         transformers.CLIPConfig(vision_config=dict(IMAGES, hidden_act="mish")),
         transformers.T5Config(feed_forward_proj="mish"),
@@ -259,7 +280,7 @@ def test_batch_without_mask_and_types(tmp_path: Path) -> None:
     assert run(parameters, token_ids).hidden_states is None
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "vit", "clip"])
+@pytest.mark.parametrize("model_type", ["bert", "electra", "mpnet", "roberta", "vit", "clip"])
 def test_outputs_have_the_dtype_of_the_parameters(model_type: str) -> None:
     config = transformers.AutoConfig.for_model(model_type)
     backbone = family_of(config).build_backbone(config)

@@ -13,7 +13,9 @@ from transformers import (
     BertConfig,
     DistilBertConfig,
     ElectraConfig,
+    MPNetConfig,
     RobertaConfig,
+    RoFormerConfig,
     ViTConfig,
 )
 
@@ -38,7 +40,9 @@ CONFIGS = {
     "distilbert": DistilBertConfig(
         dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=40, num_labels=3
     ),
-    "electra": ElectraConfig(**SIZES, num_labels=3),
+    "electra": ElectraConfig(**SIZES, num_labels=3, embedding_size=12),
+    "mpnet": MPNetConfig(**SIZES, num_labels=3),
+    "roformer": RoFormerConfig(**SIZES, num_labels=3),
 }
 MODELS = {WORDS: AutoModelForTokenClassification, CLASSES: AutoModelForSequenceClassification}
 TOKENS = np.array([[2, 5, 6, 7, 8, 9], [2, 30, 31, 3, 1, 1]])
@@ -53,13 +57,15 @@ MASK = (TOKENS != 1).astype(int)
         ("roberta", WORDS),
         ("distilbert", WORDS),
         ("electra", WORDS),
+        ("mpnet", WORDS),
+        ("roformer", WORDS),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_logits_beside_the_other_head_are_those_of_transformers(name, problem):
     config = CONFIGS[name]
     model = randomise(MODELS[problem].from_config(config))
-    is_ours = name != "electra"
+    is_ours = name != "roformer"
     family = family_of(config) if is_ours else bridged_family(config, type(model).__name__)
     beside = [TOKEN_CLASSIFICATION] if problem == WORDS and not is_ours else [None]
     family = family.with_heads_of([*beside, problem.auto_class, TOKEN_CLASSIFICATION])
@@ -101,11 +107,11 @@ def compare(model, backbone, head, parameters, is_read, tokens=TOKENS, mask=MASK
     np.testing.assert_allclose(np.asarray(ours)[is_read], theirs[is_read], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "electra", "mpnet", "roformer"])
 def test_choices_are_compared_as_transformers_does(name):
     config = CONFIGS[name]
     model = randomise(AutoModelForMultipleChoice.from_config(config))
-    is_ours = name != "electra"
+    is_ours = name != "roformer"
     family = family_of(config) if is_ours else bridged_family(config, type(model).__name__)
     family = family.with_heads_of([MULTIPLE_CHOICE])
     backbone, head = family.build_backbone(config, "nothing"), family.build_head(config, CHOICES)
@@ -116,6 +122,18 @@ def test_choices_are_compared_as_transformers_does(name):
     assert {last.weight, last.bias} <= head.shapes.keys()
     with pytest.raises(InputError, match="in a recipe of their own"):
         family.with_heads_of([None, MULTIPLE_CHOICE])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("summary_type", "mean"), ("summary_use_proj", False), ("summary_proj_to_labels", True)],
+)
+def test_choices_of_an_electra_are_compared_by_first_tokens(field, value):
+    config = ElectraConfig(**SIZES, **{field: value})
+    family = family_of(config).with_heads_of([MULTIPLE_CHOICE])
+    with pytest.raises(InputError, match=f"config.json: {field} is {value!r}; .* where it is"):
+        family.build_head(config, CHOICES)
+    family_of(config).build_head(config)
 
 
 def test_models_with_other_backbones_and_without_such_heads():

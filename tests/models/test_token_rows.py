@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import BertConfig, DistilBertConfig, RobertaConfig
+from transformers import BertConfig, DistilBertConfig, ElectraConfig, MPNetConfig, RobertaConfig
 
 from adamerge_jax.data.packing import Packing
 from adamerge_jax.models import family_of
@@ -20,6 +20,8 @@ CONFIGS = {
         dim=16, hidden_dim=24, n_layers=2, n_heads=2, vocab_size=40, max_position_embeddings=12
     ),
     "bert": BertConfig(**SIZES, max_position_embeddings=12),
+    "electra": ElectraConfig(**SIZES, embedding_size=8, max_position_embeddings=12),
+    "mpnet": MPNetConfig(**SIZES, max_position_embeddings=14),
     "roberta": RobertaConfig(**SIZES, max_position_embeddings=14, pad_token_id=1),
 }
 LENGTHS = np.array([3, 12, 1, 5, 4, 7])

@@ -1,8 +1,10 @@
 """Sentence embedders from a recipe to a checkpoint that sentence-transformers opens."""
 
 import copy
+import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +18,13 @@ from transformers import (
     BertConfig,
     BertModel,
     DistilBertForMaskedLM,
+    ElectraForMaskedLM,
     GPTNeoXForCausalLM,
+    MPNetConfig,
     MPNetForMaskedLM,
+    MPNetModel,
+    PreTrainedModel,
+    RoFormerForMaskedLM,
 )
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
@@ -49,20 +56,19 @@ class Embedders(NamedTuple):
     fields: dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def embedders(tmp_path_factory: pytest.TempPathFactory) -> Embedders:
+SIZES = {
+    "hidden_size": FEATURES,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 24,
+}
+
+
+def _save_embedders(root: Path, make_base: Callable[[int], PreTrainedModel]) -> Embedders:
     """A base and two experts, as sentence-transformers saves them, and pairs with scores."""
-    root = tmp_path_factory.mktemp("embedders")
     tokenizer = bert_tokenizer(root)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=FEATURES,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=24,
-    )
-    base = randomise(BertModel(config))
+    base = randomise(make_base(len(tokenizer)))
     models = {task: language_expert(base, seed) for seed, task in enumerate(TASKS, start=1)}
     for name, model in {"base": base, **models}.items():
         model.save_pretrained(root / name)
@@ -84,14 +90,19 @@ def embedders(tmp_path_factory: pytest.TempPathFactory) -> Embedders:
     return Embedders(root, {"base": "base", "tasks": tasks, "learning": learning})
 
 
-def _run(embedders: Embedders, out: Path, **fields: Any) -> Run:
-    recipe = parse_recipe(embedders.fields | fields)
-    return learn(recipe, root=embedders.root, out=out, console=Console(quiet=True))
+@pytest.fixture(scope="module")
+def embedders(tmp_path_factory: pytest.TempPathFactory) -> Embedders:
+    root = tmp_path_factory.mktemp("embedders")
+    return _save_embedders(root, lambda tokens: BertModel(BertConfig(vocab_size=tokens, **SIZES)))
+
+
+def _run(embedders: Embedders, out: Path, console: Console) -> Run:
+    return learn(parse_recipe(embedders.fields), root=embedders.root, out=out, console=console)
 
 
 @pytest.fixture(scope="module")
 def merged(embedders: Embedders, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return _run(embedders, tmp_path_factory.mktemp("merged") / "run")
+    return _run(embedders, tmp_path_factory.mktemp("merged") / "run", Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +110,7 @@ def workspace(embedders: Embedders) -> Workspace:
     return open_workspace(parse_recipe(embedders.fields), embedders.root)
 
 
-def test_export_opens_in_sentence_transformers(
+def _require_embeddings_of_sentence_transformers(
     embedders: Embedders, merged: Run, workspace: Workspace
 ) -> None:
     folder = merged.folder / "checkpoint"
@@ -118,9 +129,31 @@ def test_export_opens_in_sentence_transformers(
         expected = spearmanr(similarities, [pair["score"] for pair in pairs])[0]
         assert merged.rows[-1].tasks[task] == pytest.approx(expected, abs=1e-3)
     assert read_embedding_form(folder, FEATURES) == FORM
+
+
+def test_export_opens_in_sentence_transformers(
+    embedders: Embedders, merged: Run, workspace: Workspace
+) -> None:
+    _require_embeddings_of_sentence_transformers(embedders, merged, workspace)
+    folder = merged.folder / "checkpoint"
     names = Checkpoint.open(folder).tensors
     assert "encoder.layer.1.output.dense.weight" in names  # no prefix that a head would need
     assert "pooler.dense.weight" in names  # carried: no embedding depends on it
+
+
+def test_an_mpnet_learns_from_packed_texts(tmp_path: Path) -> None:
+    def make_base(tokens: int) -> PreTrainedModel:
+        return MPNetModel(MPNetConfig(vocab_size=tokens, pad_token_id=0, **SIZES))
+
+    embedders = _save_embedders(tmp_path, make_base)
+    console = Console(file=io.StringIO(), width=200)
+    run = _run(embedders, tmp_path / "run", console)
+    assert "several texts in a row" in console.file.getvalue()
+    workspace = open_workspace(parse_recipe(embedders.fields), tmp_path)
+    assert not workspace.models.family.bridged
+    _require_embeddings_of_sentence_transformers(embedders, run, workspace)
+    names = Checkpoint.open(run.folder / "checkpoint").tensors
+    assert {"encoder.relative_attention_bias.weight", "pooler.dense.weight"} <= names.keys()
 
 
 def test_table_and_evaluation(embedders: Embedders, merged: Run, workspace: Workspace) -> None:
@@ -164,8 +197,10 @@ def test_fold_writes_the_same_and_a_merge_is_that_of_its_formula(
 HEADED = {
     # The output layer has another name than most.
     "GPTNeoX": (GPTNeoXForCausalLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
-    # By its PyTorch forward; the head is several tensors.
     "MPNet": (MPNetForMaskedLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
+    "Electra": (ElectraForMaskedLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
+    # By its PyTorch forward; the head is several tensors.
+    "RoFormer": (RoFormerForMaskedLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
     "DistilBert": (DistilBertForMaskedLM, {"dim": FEATURES, "hidden_dim": 24}),
 }
 
@@ -178,7 +213,7 @@ def test_no_head_of_the_base_is_carried(kind: str, embedders: Embedders, tmp_pat
     body = model.base_model
     for name in ("base", *TASKS):
         # An expert of a family here may have been saved with its head, too.
-        is_whole = name == "base" or (kind == "GPTNeoX" and name == TASKS[0])
+        is_whole = name == "base" or (kind != "RoFormer" and name == TASKS[0])
         (model if is_whole else body).save_pretrained(tmp_path / name)
         for file in (embedders.root / name).glob("*token*"):
             shutil.copy(file, tmp_path / name)
@@ -186,7 +221,7 @@ def test_no_head_of_the_base_is_carried(kind: str, embedders: Embedders, tmp_pat
     tasks = {task: {"expert": task, "calibration": "none"} for task in TASKS}
     recipe = parse_recipe({"base": "base", "tasks": tasks})
     opened = open_models(recipe, tmp_path)
-    assert opened.family.bridged == (kind == "MPNet")
+    assert opened.family.bridged == (kind == "RoFormer")
     for name in opened.base.names:
         np.testing.assert_array_equal(opened.base.read(name), opened.experts[TASKS[1]].read(name))
     out = tmp_path / "out"

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from adamerge_jax.checkpoints.hub import locate
 from adamerge_jax.errors import InputError
@@ -36,16 +36,17 @@ def test_an_expert_is_located_once(text_recipe, monkeypatch, to_run):
     assert sources == [task.expert.path for task in recipe.tasks.values()]
 
 
-def test_a_pooler_that_no_classifier_reads(tmp_path):
-    """As older versions of `transformers` saved it with every RoBERTa."""
+@pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+def test_a_pooler_that_no_classifier_reads(tmp_path, kind):
+    """As older versions of `transformers` saved it with every RoBERTa and MPNet."""
     sizes = BERT | dict(hidden_size=16, num_hidden_layers=1, intermediate_size=24)
-    base = randomise(RobertaModel(RobertaConfig(**sizes)))
+    base = randomise(AutoModel.from_config(AutoConfig.for_model(kind, **sizes)))
     base.save_pretrained(tmp_path / "base")
-    config = RobertaConfig(**sizes, num_labels=2)
-    expert = fine_tune(RobertaForSequenceClassification(config), base, 1)
+    config = AutoConfig.for_model(kind, **sizes, num_labels=2)
+    expert = fine_tune(AutoModelForSequenceClassification.from_config(config), base, 1)
     expert.save_pretrained(tmp_path / "expert")
     pooler = {
-        f"roberta.pooler.dense.{part}": tensor.detach().numpy()
+        f"{kind}.pooler.dense.{part}": tensor.detach().numpy()
         for part, tensor in base.pooler.dense.named_parameters()
     }
     edit_weights(tmp_path / "expert", lambda tensors: tensors.update(pooler))
