@@ -53,6 +53,9 @@ _BRIDGE = "adamerge_jax.models.bridge.family"
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 """The ends of names of classes that no language model of a family here is."""
 
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+"""The ends of names of classes that no encoder of a family here is."""
+
 
 def is_known(config: "PretrainedConfig", architecture: str | None = None) -> bool:
     """Returns True if a family here runs models of a config's `model_type`.
@@ -60,12 +63,13 @@ def is_known(config: "PretrainedConfig", architecture: str | None = None) -> boo
     Args:
         config: The config of the base.
         architecture: The class of the experts' models. Families of language models here have no
-            classifiers: `LlamaForSequenceClassification` runs by its PyTorch forward.
+            classifiers, and those of encoders no language models:
+            `LlamaForSequenceClassification` and `BertLMHeadModel` run by their PyTorch forward.
     """
     if config.model_type not in ARCHITECTURES:
         return False
-    is_classifier = architecture is not None and architecture.endswith(_CLASSIFIERS)
-    return not (is_classifier and _own_family(config).language)
+    others = _CLASSIFIERS if _own_family(config).language else _LANGUAGE_MODELS
+    return architecture is None or not architecture.endswith(others)
 
 
 def _own_family(config: "PretrainedConfig") -> "Family":

@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import (
     BartConfig,
+    BertConfig,
+    BertLMHeadModel,
     Florence2Config,
     Gemma3Config,
     Llama4ForCausalLM,
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 from adamerge_jax.errors import InputError
+from adamerge_jax.models import family_of
 from adamerge_jax.models.bridge.family import BridgedFamily, bridged_family
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.models.layers import Outputs
@@ -47,6 +50,16 @@ def test_the_body_of_a_text_model_of_llama_4(tmp_path):
     )
     tokens = np.arange(1, 15).reshape(2, 7)
     require_logits(Llama4ForCausalLM(config), {"input_ids": tokens}, tmp_path)
+
+
+def test_a_language_model_of_an_encoder_that_has_a_family_here(tmp_path):
+    """A BERT that sees earlier tokens alone."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**sizes, vocab_size=40, intermediate_size=24, is_decoder=True)
+    model = BertLMHeadModel(config)
+    family = family_of(config, type(model).__name__)
+    assert family.bridged and family.language
+    require_logits(model, {"input_ids": np.arange(1, 15).reshape(2, 7)}, tmp_path)
 
 
 SMALL_T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
