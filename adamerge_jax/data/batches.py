@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from adamerge_jax.data.augmentations import augment
 from adamerge_jax.data.examples import Examples, joined, require_joinable
 from adamerge_jax.data.expert_targets import CrossTaskLogits, StoredTargets
-from adamerge_jax.data.packing import Packing, packing_for, token_counts
+from adamerge_jax.data.packing import BATCHES_TRIED, Packing, packing_for, token_counts
 from adamerge_jax.devices import Devices
 from adamerge_jax.errors import InputError
 from adamerge_jax.objectives import Targets
@@ -26,9 +26,6 @@ BATCHES_SORTED_TOGETHER = 16
 """The number of batches in a row that share their texts by length: the shortest texts of all tasks
 make one batch, the next longer ones the next. They are fewer where the examples of a task do not
 fill so many: the same text, drawn twice, would be sorted beside itself."""
-
-_TRIED = 16
-"""The batches by which the rows of packed texts are chosen."""
 
 
 class Batch(NamedTuple):
@@ -119,13 +116,13 @@ class Calibration(NamedTuple):
             return self
         padded_tokens = sum(
             len(chosen) * self.batch_size * self._longest(chosen)
-            for chosen in islice(self._chosen(), _TRIED)
+            for chosen in islice(self._chosen(), BATCHES_TRIED)
         )
         longest = max(int(data.padded_lengths().max()) for data in self.examples.values())
         mixed = self._replace(packing=Packing(longest, 1))
         lengths = [
             np.concatenate([counts[task][index] for task, index in chosen.items()])
-            for chosen in islice(mixed._chosen(), _TRIED)
+            for chosen in islice(mixed._chosen(), BATCHES_TRIED)
         ]
         return self._replace(packing=packing_for(lengths, longest, padded_tokens))
 

@@ -16,6 +16,10 @@ _ATTENTION = 1500
 """The length of rows at which attention to a token costs as much as the rest of its layer does."""
 
 
+BATCHES_TRIED = 16
+"""The batches by which the rows of packed texts are chosen."""
+
+
 class Packing(NamedTuple):
     """The rows that the texts of a batch are packed in.
 
@@ -63,7 +67,7 @@ def token_counts(examples: Examples) -> Int[np.ndarray, " N"] | None:
 
 
 def packing_for(
-    lengths: Sequence[Int[np.ndarray, " B"]], longest: int, padded_tokens: int
+    lengths: Sequence[Int[np.ndarray, " B"]], longest: int, padded_tokens: float
 ) -> Packing | None:
     """Returns the rows for batches like these; None where padded batches cost hardly more.
 

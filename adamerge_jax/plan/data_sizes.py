@@ -12,6 +12,7 @@ from adamerge_jax.data.arrays import examples_of_arrays
 from adamerge_jax.data.choices import ChoiceExamples
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.locations import is_on_hub
+from adamerge_jax.data.packing import token_counts
 from adamerge_jax.errors import InputError
 from adamerge_jax.models.images_in_text import COUNT, PIXELS, SIZES
 from adamerge_jax.pipeline.models import Models
@@ -30,6 +31,7 @@ class DataSize:
 
     Attributes:
         lengths: The tokens to which each example alone is padded, `[N]`; 0 for images.
+        tokens: The tokens of each text without padding, `[N]`; None where texts cannot be packed.
         stored_bytes: The size of the examples in memory, in bytes.
         images: The shapes of the arrays of a conversation's images by name, such as `[I, ...]`
             pixels; empty where there are none.
@@ -38,6 +40,7 @@ class DataSize:
     """
 
     lengths: Int[np.ndarray, " N"]
+    tokens: Int[np.ndarray, " N"] | None = None
     stored_bytes: int = 0
     images: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     choices: int = ASSUMED_CHOICES
@@ -52,7 +55,15 @@ class DataSize:
         if limit is None or limit >= len(self):
             return self
         chosen = np.linspace(0, len(self) - 1, limit).round().astype(int)
-        return dataclasses.replace(self, lengths=np.sort(self.lengths)[chosen])
+        return self._changed(lambda lengths: np.sort(lengths)[chosen])
+
+    def cut(self, max_length: int) -> "DataSize":
+        """Returns the sizes of examples of at most so many tokens."""
+        return self._changed(lambda lengths: np.minimum(lengths, max_length))
+
+    def _changed(self, change: Callable[[np.ndarray], np.ndarray]) -> "DataSize":
+        tokens = None if self.tokens is None else change(self.tokens)
+        return dataclasses.replace(self, lengths=change(self.lengths), tokens=tokens)
 
 
 def data_sizes(
@@ -87,7 +98,11 @@ def data_sizes(
             size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif not is_on_hub(source, root):
             examples = load(source, name, task)
-            size = DataSize(examples.padded_lengths(), images=shapes_of_images(examples))
+            size = DataSize(
+                examples.padded_lengths(),
+                token_counts(examples) if models.family.packs else None,
+                images=shapes_of_images(examples),
+            )
             if isinstance(examples, ChoiceExamples):
                 size = dataclasses.replace(size, choices=len(examples.choices))
         else:
@@ -133,4 +148,4 @@ def _size_of_arrays(path: Path, name: str, role: str) -> DataSize:
     # An array of that shape that takes no memory.
     examples_of_arrays({name: np.broadcast_to(np.zeros((), dtype), shape)}, path, role)
     lengths = np.full(shape[0], shape[1] if name == "input_ids" else 0)
-    return DataSize(lengths, int(np.prod(shape)) * dtype.itemsize)
+    return DataSize(lengths, stored_bytes=int(np.prod(shape)) * dtype.itemsize)

@@ -18,10 +18,11 @@ from adamerge_jax.coefficients.granularities import (
     constant,
 )
 from adamerge_jax.coefficients.importance import expected_granularity
-from adamerge_jax.data.batches import Batch
+from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER, Batch
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.expert_targets import expert_targets
 from adamerge_jax.data.locations import is_on_hub
+from adamerge_jax.data.packing import BATCHES_TRIED, Packing, packing_for
 from adamerge_jax.evaluation.retention import RETAINED
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.models.family import Network, complete_head
@@ -29,6 +30,7 @@ from adamerge_jax.models.images_in_text import COUNT, PIXELS, ImagesInText
 from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.models.problem import CLASSES, NUMBERS, WORDS
+from adamerge_jax.models.token_rows import PLACES, SLOTS
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
 from adamerge_jax.pipeline.example_loader import ExampleLoader, example_loader
 from adamerge_jax.pipeline.general import find_general
@@ -117,10 +119,7 @@ class Outline:
         (fields[section] if section else fields)[name] = value
         recipe = parse_recipe(fields)
         shortened = {
-            part: {
-                task: dataclasses.replace(size, lengths=np.minimum(size.lengths, recipe.max_length))
-                for task, size in sizes.items()
-            }
+            part: {task: size.cut(recipe.max_length) for task, size in sizes.items()}
             for part, sizes in self.data.items()
         }
         changed = Outline(recipe, self.models, shortened)
@@ -306,10 +305,37 @@ class Outline:
             targets = targets._replace(prompts=Abstract(positions, bool))
         return targets
 
+    @functools.cached_property
+    def packing(self) -> Packing | None:
+        """The rows that the texts of a step are packed in; None for a row each."""
+        sizes, size = self.data["calibration"].values(), self.recipe.learning.batch_size
+        is_whole = self.method.microbatches == 1 and self.models.devices.mesh is None
+        counts = [of_task.tokens for of_task in sizes if of_task.tokens is not None]
+        if not (self.models.family.packs and is_whole) or len(counts) < len(sizes):
+            return None
+        generator = np.random.default_rng(self.recipe.seed)
+        lengths = [
+            np.concatenate([generator.choice(of_task, size) for of_task in counts])
+            for _ in range(BATCHES_TRIED)
+        ]
+        padded_tokens = BATCHES_TRIED * len(sizes) * size * self.average_length
+        return packing_for(lengths, self.longest, padded_tokens)
+
+    @property
+    def average_length(self) -> float:
+        """The mean length of batches, each padded to the longest of its similar examples."""
+        quantiles = (np.arange(BATCHES_SORTED_TOGETHER) + 1) / BATCHES_SORTED_TOGETHER
+        sizes = self.data["calibration"].values()
+        longest = [np.quantile(size.lengths, quantiles, method="higher") for size in sizes]
+        return float(np.max(longest, axis=0).mean())
+
     def batch(self, length: int) -> Batch:
         """Returns the batch of one step, of examples of `length` tokens."""
         tasks, size = list(self.data["calibration"]), self.recipe.learning.batch_size
         inputs = self.inputs(len(tasks) * size, length)
+        if self.packing is not None:
+            inputs[SLOTS] = Abstract((self.packing.rows, length), np.int32)
+            inputs[PLACES] = Abstract((len(tasks) * size, length), np.int32)
         return Batch(
             inputs,
             Abstract((len(tasks), size), np.float32),

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from adamerge_jax.coefficients.granularities import count_units
-from adamerge_jax.data.batches import BATCHES_SORTED_TOGETHER
 from adamerge_jax.data.copies import copies_within
 from adamerge_jax.evaluation.retention import RETAINED
 from adamerge_jax.methods import make_method
@@ -213,7 +212,8 @@ def _seconds(merge: Outline, programs: Programs, device: Device, devices: int) -
     def seconds(work: Work) -> float:
         return max(work.flops / rate, work.moved_bytes / bandwidth)
 
-    share = _average_length(merge) / merge.longest if merge.longest else 1.0
+    share = merge.average_length / merge.longest if merge.longest else 1.0
+    share_of_batch = share if merge.packing is None else 1.0
     calibration, method = merge.data["calibration"], merge.method
     counts = {task: len(size) for task, size in calibration.items()}
     with_copies = {t: count * (1 + method.copies_of(count)) for t, count in counts.items()}
@@ -232,10 +232,10 @@ def _seconds(merge: Outline, programs: Programs, device: Device, devices: int) -
     evaluations += _TRIED_INITIAL * method.chooses_initial
     held_out = max(max(1, round(recipe.learning.held_out * len(s))) for s in calibration.values())
     mixing = Mixing.of(merge)
-    step = share * seconds(programs.step) + mixing.seconds(device, devices)
+    step = share_of_batch * seconds(programs.step) + mixing.seconds(device, devices)
     # Without a backward pass task vectors are read once.
     evaluate = mixing._replace(parts=1, once=False, recomputed=False).seconds(device, devices) / 2
-    evaluate += share * seconds(programs.evaluate)
+    evaluate += share_of_batch * seconds(programs.evaluate)
     batches = ceil(held_out / recipe.learning.batch_size)
     example = share * seconds(programs.expert) / programs.expert_examples
     head_fits = 0.0
@@ -305,11 +305,3 @@ def _head_fit_flops(merge: Outline, examples: Mapping[str, int]) -> float:
             weights = int(np.prod(parameters[last.weight].shape))
             flops += _HEAD_FIT_EVALUATIONS * 4.0 * examples[task] * weights
     return flops
-
-
-def _average_length(merge: Outline) -> float:
-    """Returns the mean length of batches, each padded to the longest of its similar examples."""
-    quantiles = (np.arange(BATCHES_SORTED_TOGETHER) + 1) / BATCHES_SORTED_TOGETHER
-    sizes = merge.data["calibration"].values()
-    longest = [np.quantile(size.lengths, quantiles, method="higher") for size in sizes]
-    return float(np.max(longest, axis=0).mean())

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from adamerge_jax.checkpoints import fingerprint, safetensors_file
 from adamerge_jax.cli import main as cli
 from adamerge_jax.errors import InputError
-from adamerge_jax.pipeline.learn import prepare
+from adamerge_jax.models.token_rows import PLACES, SLOTS
+from adamerge_jax.pipeline.learn import ask_experts, prepare
 from adamerge_jax.pipeline.workspace import open_workspace
 from adamerge_jax.plan import hardware, make_plan
 from adamerge_jax.plan.memory import Memory
@@ -131,7 +132,10 @@ def check_arrays(fields: dict[str, Any], root: Any) -> None:
     assert shapes_of({name: planned[name] for name in changed}) == shapes_of(prepared)
     real = next(inputs.calibration.batches())
     length = real.inputs["input_ids"].shape[1] if "input_ids" in real.inputs else 0
-    assert shapes_of(found.batch(length)) == shapes_of(real)
+    planned = found.batch(length)
+    for name in (SLOTS, PLACES):  # `prepare` packs no texts
+        planned.inputs.pop(name, None)
+    assert shapes_of(planned) == shapes_of(real)
 
 
 def test_work_of_a_scan_of_products():
@@ -310,7 +314,8 @@ def test_task_vectors_elsewhere_and_batches_in_parts(text_recipe, tmp_path):
     name = "activations of a step"
     assert in_parts.memory.parts[name] < 0.6 * here.parts[name]
     # As much work, of which one part is traced, but for the mix in each part.
-    assert 1 < in_parts.programs.step.flops / plan().programs.step.flops < 1.1
+    halves = plan(learning=text_recipe["learning"] | {"microbatches": 2, "mix": "part"})
+    assert 1 < in_parts.programs.step.flops / halves.programs.step.flops < 1.1
     # What is split, beside a weight that is gathered and its gradient.
     weights = load_file(Path(text_recipe["base"]) / "model.safetensors").values()
     gathered = 2 * max(weight.nbytes for weight in weights)
@@ -415,4 +420,26 @@ def test_lengths_are_those_of_the_texts(text_recipe, tmp_path):
     # With the two special tokens: 5, 22 and 29, padded to buckets.
     assert sorted(set(found.data["calibration"]["tone"].lengths)) == [16, 24, 32]
     assert found.longest == 32
-    assert bytes_of(found.batch(32).inputs) == 3 * 3 * 4 * 32 * 4
+    assert found.batch(32).inputs["input_ids"].shape == (3 * 4, 32)
+
+
+def test_texts_of_a_step_are_packed_as_in_a_run(text_recipe, tmp_path):
+    for number, task in enumerate(text_recipe["tasks"].values()):
+        rows = [{"text": "a " * count} for count in (3, 4, 5, 27)] * 8
+        task["calibration"] = str(write_json_lines(tmp_path / f"{number}.jsonl", rows))
+    text_recipe["learning"] |= {"batch_size": 8}
+    recipe = parse_recipe(text_recipe)
+    found = outline(recipe, tmp_path)
+    workspace = open_workspace(recipe, tmp_path)
+    inputs = ask_experts(prepare(build(recipe, workspace.models), workspace))
+    packed, planned = inputs.calibration.packing, found.packing
+    assert packed is not None and planned is not None
+    # Each is made for sixteen batches of its own.
+    assert planned.length == packed.length and abs(planned.rows - packed.rows) <= 1
+    real = next(inputs.calibration.batches()).inputs
+    abstract = found.batch(found.longest).inputs
+    assert set(abstract) == set(real)
+    assert abstract[PLACES].shape == real[PLACES].shape
+    assert abstract[SLOTS].shape == (planned.rows, planned.length)
+    # No text is packed by parts of a batch.
+    assert found.changed("learning.microbatches", 2).packing is None
