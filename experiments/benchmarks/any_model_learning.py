@@ -38,6 +38,7 @@ from adamerge_jax.models.bridge.torch_model import TorchModel
 from adamerge_jax.models.bridge.weights import tied_names
 from adamerge_jax.models.family import Family, complete_head
 from adamerge_jax.models.images_in_text import COUNT, PIXELS
+from adamerge_jax.models.images_in_text import SIZES as SIZES_OF_IMAGES
 from adamerge_jax.parameter_names import is_stacked, tensors_of
 from adamerge_jax.task_vectors import DenseDelta
 
@@ -369,7 +370,14 @@ def _with_images(family: Family, inputs: Inputs) -> dict[str, np.ndarray]:
     """Returns a batch with an image a text, see `adamerge_jax/models/images_in_text.py`."""
     rows = len(inputs["input_ids"])
     pixels, grid = inputs["pixel_values"].numpy(), None
-    if "image_grid_thw" in inputs:
+    sizes = {}
+    if "image_position_ids" in inputs:
+        columns, height = (inputs["image_position_ids"][0].max(0).values + 1).tolist()
+        pixels = pixels.reshape(rows, 1, 1, height, columns, -1)
+    elif "image_sizes" in inputs and pixels.ndim == 5 and pixels.shape[1] > 1:
+        pixels = pixels[:, None]
+        sizes[SIZES_OF_IMAGES] = np.zeros((rows, 0, *inputs["image_sizes"][0].tolist()), np.float32)
+    elif "image_grid_thw" in inputs:
         grid = tuple(inputs["image_grid_thw"][0].tolist())
         pixels = pixels.reshape(rows, 1, *grid, -1)
     else:
@@ -380,7 +388,7 @@ def _with_images(family: Family, inputs: Inputs) -> dict[str, np.ndarray]:
     positions = [family.images.positions(row.tolist(), grid) for row in batch["input_ids"]]
     if positions[0] is not None:
         batch["position_ids"] = np.stack(positions)
-    return {**batch, PIXELS: pixels, COUNT: np.ones(rows, np.int32)}
+    return {**batch, PIXELS: pixels, COUNT: np.ones(rows, np.int32), **sizes}
 
 
 def _learn_in_jax(

@@ -65,6 +65,10 @@ def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
         yield from argument_values(model)
     if "image_grid_thw" in arguments:
         yield from _patched_images(model, arguments)
+    if "image_sizes" in arguments and hasattr(model.config, "image_grid_pinpoints"):
+        yield from _tiled_images(model, arguments)
+    if "image_position_ids" in arguments:
+        yield from _placed_patches(model, arguments)
     if "pixel_values" in arguments:
         for images in _images(model.config):
             if "input_ids" in arguments and _image_token(model.config) is not None:
@@ -180,13 +184,16 @@ def _with_image_tokens(
     import torch
 
     height, width = images["pixel_values"].shape[-2:]
-    if "image_sizes" in arguments:
+    features = getattr(model, "get_image_features", None)
+    reads = inspect.signature(features).parameters if features is not None else {}
+    size = reads.get("image_sizes")
+    # A LLaVA may have a vision tower that takes none.
+    is_wanted = size is not None and size.default is inspect.Parameter.empty
+    if is_wanted and "image_sizes" not in images:
         images = {**images, "image_sizes": torch.tensor([[height, width]] * ROWS)}
     if count is None:
-        features = model.get_image_features if hasattr(model, "get_image_features") else None
         if features is None:
             return
-        reads = inspect.signature(features).parameters
         try:
             with torch.no_grad():
                 result = features(**{n: x for n, x in images.items() if n in reads})
@@ -229,6 +236,34 @@ def _patched_images(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
             pixels = torch.randn(*shape, generator=generator)
             images = {"pixel_values": pixels, "image_grid_thw": grid}
             yield from _with_image_tokens(model, arguments, images, count=4)
+
+
+def _tiled_images(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
+    """Yields texts with images that are cut into tiles, as in LLaVA-NeXT."""
+    import torch
+
+    side = model.config.vision_config.image_size
+    size = model.config.image_grid_pinpoints[0]
+    tiles = 1 + (size[0] // side) * (size[1] // side)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(ROWS, tiles, 3, side, side, generator=generator)
+    images = {"pixel_values": pixels, "image_sizes": torch.tensor([size] * ROWS)}
+    yield from _with_image_tokens(model, arguments, images)
+
+
+def _placed_patches(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:
+    """Yields texts with patches of images and their places, as in Gemma 4."""
+    import torch
+
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None:
+        return
+    side = 2 * vision.pooling_kernel_size
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.rand(ROWS, side * side, 3 * vision.patch_size**2, generator=generator)
+    images = {"pixel_values": pixels, "image_position_ids": places.expand(ROWS, -1, 2)}
+    yield from _with_image_tokens(model, arguments, images)
 
 
 def _patches_alone(model: PreTrainedModel, arguments: Any) -> Iterator[Inputs]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -233,14 +233,16 @@ def _read_each(
 
 
 def _with_geometry(
-    image: Array, tiled_size: tuple[int, int] | None, parameters: Container[str]
+    image: Array,
+    tiled_size: tuple[int, int] | None,
+    parameters: Mapping[str, inspect.Parameter],
 ) -> tuple[Array, dict[str, torch.Tensor]]:
     """Returns an image as a model reads it, and what tells its grid or size.
 
     Args:
         image: The image, as in `models/images_in_text.py`.
         tiled_size: Its height and width before it was cut into tiles; None if it is whole.
-        parameters: The names of the parameters of the function that reads it.
+        parameters: The parameters of the function that reads it.
 
     Returns:
         The pixels, with an axis of images in front where the model has one; plain tensors, whose
@@ -253,7 +255,9 @@ def _with_geometry(
             known[_NUMBERS] = torch.tensor([2])
         return image[None], known
     if image.ndim == 3:
-        return image[None], {SIZES: torch.tensor([image.shape[1:]])} if SIZES in parameters else {}
+        # A LLaVA may have a vision tower that takes no sizes, and needs them for none.
+        needs_size = SIZES in parameters and parameters[SIZES].default is inspect.Parameter.empty
+        return image[None], {SIZES: torch.tensor([image.shape[1:]])} if needs_size else {}
     _, rows, columns, features = image.shape
     if _PLACES in parameters:
         row, column = np.divmod(np.arange(rows * columns), columns)

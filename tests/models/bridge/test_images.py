@@ -14,6 +14,8 @@ from transformers import (
     Gemma4Config,
     Gemma4ForConditionalGeneration,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -136,6 +138,16 @@ def mistral3() -> PreTrainedModel:
     return Mistral3ForConditionalGeneration(config)
 
 
+def llava() -> PreTrainedModel:
+    """Its vision tower takes no sizes, although the model does."""
+    config = LlavaConfig(
+        text_config=TEXT | {"model_type": "llama"},
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        image_token_index=IMAGE,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
 PINPOINTS = [[16, 8], [8, 16]]
 """The sizes to which tiles of 8 x 8 pixels are put together."""
 
@@ -203,6 +215,7 @@ KINDS = {
         },
     ),
     "smolvlm": Kind(smolvlm, (3, 8, 8), 4, lambda images: {PIXELS: images[None]}),
+    "llava": Kind(llava, (3, 8, 8), 16, lambda images: {PIXELS: images}),
     "mistral3": Kind(
         mistral3,
         (3, 4, 8),
