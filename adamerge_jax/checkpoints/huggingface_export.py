@@ -211,7 +211,8 @@ class CheckpointWriter:
             raise InputError(f"there are two tasks named {task!r}; rename one of them")
         self._task_models[task] = _TaskModel(
             dict(config),
-            {name: np.asarray(array, order="C") for name, array in head.items()},
+            # In one order, whoever lists them, so that the same head has the same bytes.
+            {name: np.asarray(head[name], order="C") for name in sorted(head)},
             assets,
             tuple(otherwise),
         )

@@ -59,8 +59,11 @@ def fold(
         and not coefficients.needs_all_experts
         and all(isinstance(expert, MatchedCheckpoint) for expert in experts)
     )
+    # Models that learn list their parameters in another order than those that are only merged.
+    place = {tensor: place for place, tensor in enumerate(models.base.checkpoint.tensors)}
+    names = sorted(models.base.names, key=lambda name: place[models.base.names[name]])
     with ThreadPoolExecutor(THREADS) as threads:
-        for name in models.base.names:
+        for name in names:
             if name not in scales or name in models.kept_from_base:
                 merged = models.base.read(name).astype(models.base.dtype(name), copy=False)
             elif is_stored:

@@ -21,7 +21,7 @@ from adamerge_jax.plan import hardware, make_plan
 from adamerge_jax.plan.memory import Memory
 from adamerge_jax.plan.mixing_time import Mixing
 from adamerge_jax.plan.outline import outline
-from adamerge_jax.plan.work import BESIDE_THE_TRACE, bytes_of, work_of
+from adamerge_jax.plan.work import BESIDE_THE_TRACE, work_of
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.adapter_references import save_experts

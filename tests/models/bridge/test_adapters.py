@@ -238,8 +238,4 @@ def test_a_run_gives_experts_the_scores_of_peft(saved, tmp_path):
     files = sorted((again / "checkpoint").rglob("*.safetensors"))
     assert len(files) == 1 + 2 * len(merged)  # of each task the backbone and its head
     for file in files:
-        folded = load_file(file)
-        learned = load_file(run.folder / file.relative_to(again))
-        assert folded.keys() == learned.keys()
-        for name, array in learned.items():
-            np.testing.assert_array_equal(folded[name], array, err_msg=name)
+        assert file.read_bytes() == (run.folder / file.relative_to(again)).read_bytes()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.numpy import load_file
 from torch.func import functional_call
 from transformers import (
     AutoModelForSequenceClassification,
@@ -155,10 +154,8 @@ def test_a_run_exports_what_transformers_loads(fields, tmp_path):
     written = sorted((run.folder / "checkpoint").rglob("*.safetensors"))
     assert len(written) > len(CLASSES)
     for weights in written:
-        learned = load_file(weights)
-        folded = load_file(again / "checkpoint" / weights.relative_to(run.folder / "checkpoint"))
-        assert learned.keys() == folded.keys()  # in the order of the base's file
-        assert all(np.array_equal(learned[name], folded[name]) for name in learned)
+        folded = again / "checkpoint" / weights.relative_to(run.folder / "checkpoint")
+        assert weights.read_bytes() == folded.read_bytes()
 
 
 def test_a_bart_that_classifies_texts_is_learned(tmp_path):
