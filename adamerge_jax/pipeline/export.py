@@ -5,9 +5,11 @@ Each form is an `Exporter` in `EXPORTERS`. A mergekit file is written separately
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,11 +277,15 @@ def _write_checkpoint(job: ExportJob, folder: Path) -> None:
         max_shard_bytes=job.settings.shard_megabytes * 10**6,
         expected_bytes=checkpoint_bytes(models, job.settings),
     ) as writer:
-        for name, array in job.merged(dtype):
+        # In the order of the base's file, whichever of its tensors the model has as parameters.
+        place = {tensor: place for place, tensor in enumerate(models.base.checkpoint.tensors)}
+        merged = ((place[models.base.names[n]], n, array) for n, array in job.merged(dtype))
+        extra = (
+            (place[name], models.prefix + name, _read_extra(models.base, name))
+            for name in sorted(carried, key=place.__getitem__)
+        )
+        for _, name, array in heapq.merge(merged, extra, key=itemgetter(0)):
             writer.add(named(name), cast(array, name, models.base))
-        for name in carried:
-            array = cast(_read_extra(models.base, name), name, models.base)
-            writer.add(named(models.prefix + name), array)
         writer.write_config(_merged_config(models, owner, token_ids, loses_head=loses_head))
         # In the order in which a run searches them.
         checkpoints = [model.checkpoint for model in (owner, models.base, *models.experts.values())]
