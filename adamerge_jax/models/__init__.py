@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "llama": "adamerge_jax.models.llama",
     "mistral": "adamerge_jax.models.mistral",
     "mixtral": "adamerge_jax.models.mixtral",
+    "modernbert": "adamerge_jax.models.modernbert",
     "olmo2": "adamerge_jax.models.olmo2",
     "olmoe": "adamerge_jax.models.olmoe",
     "phi3": "adamerge_jax.models.phi3",

@@ -4,11 +4,11 @@ A batch of texts is `[B, T]`, padded to its longest. Packed, its tokens lie in f
 without padding between them; the model computes on these, and returns its outputs by text again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.models.layers import Outputs, Stack, padding_bias
 
@@ -117,8 +117,23 @@ def token_rows(inputs: Mapping[str, Array], mask: Int[Array, "B T"]) -> TokenRow
     return PaddedRows(mask)
 
 
+def distances_in(rows: TokenRows) -> Int[Array, "#R 1 L L"]:
+    """Returns the position of each slot's token less that of each other one in its text.
+
+    Those of tokens of two texts mean nothing.
+    """
+    positions = jnp.atleast_2d(rows.positions)
+    return (positions[:, :, None] - positions[:, None, :])[:, None]
+
+
 def encode(
-    layers: Stack, embedded: Float[Array, "R L H"], rows: TokenRows, hidden_states: bool
+    layers: Stack,
+    embedded: Float[Array, "R L H"],
+    rows: TokenRows,
+    hidden_states: bool,
+    *arguments: PyTree,
+    per_layer: PyTree[Shaped[Array, "layers ..."]] = (),
+    norm: Callable[[Array], Array] | None = None,
 ) -> Outputs:
     """Runs the layers of an encoder, and returns their outputs by text.
 
@@ -127,10 +142,19 @@ def encode(
         embedded: The embedded tokens by row.
         rows: The rows that the texts are in.
         hidden_states: Whether to return every layer's output.
+        *arguments: Further arguments of all layers.
+        per_layer: Further arguments, one row for each layer.
+        norm: The normalisation behind the last layer. As in `transformers`, the last hidden state
+            is the one after it.
 
     Returns:
         The outputs; `pooled` is the last state of each text's first token.
     """
-    last, states = layers(embedded, rows.bias, hidden_states=hidden_states)
-    states = rows.by_text(states) if hidden_states else None
+    last, states = layers(
+        embedded, rows.bias, *arguments, per_layer=per_layer, hidden_states=hidden_states
+    )
+    if norm is not None:
+        last = norm(last)
+    if states is not None:
+        states = rows.by_text(states if norm is None else states.at[-1].set(last))
     return Outputs(rows.first_of_texts(last), rows.by_text(last), states)

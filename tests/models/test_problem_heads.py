@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     DistilBertConfig,
     ElectraConfig,
+    ModernBertConfig,
     RobertaConfig,
     ViTConfig,
 )
@@ -29,15 +30,18 @@ from adamerge_jax.models.problem import (
     WORDS,
 )
 from tests.models.bridge.tiny import WIDTH
-from tests.references import randomise
+from tests.references import SPECIAL_TOKENS, randomise
 
 SIZES = WIDTH | {"vocab_size": 40, "num_hidden_layers": 1, "max_position_embeddings": 24}
+MODERN = SIZES | dict.fromkeys(SPECIAL_TOKENS, 1) | {"num_hidden_layers": 2, "num_labels": 3}
 CONFIGS = {
     "bert": BertConfig(**SIZES, num_labels=3),
     "roberta": RobertaConfig(**SIZES, num_labels=3, pad_token_id=1),
     "distilbert": DistilBertConfig(
         dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=40, num_labels=3
     ),
+    "modernbert": ModernBertConfig(**MODERN, classifier_pooling="mean"),
+    "modernbert first": ModernBertConfig(**MODERN),
     "electra": ElectraConfig(**SIZES, num_labels=3),
 }
 MODELS = {WORDS: AutoModelForTokenClassification, CLASSES: AutoModelForSequenceClassification}
@@ -52,6 +56,8 @@ MASK = (TOKENS != 1).astype(int)
         ("bert", CLASSES),
         ("roberta", WORDS),
         ("distilbert", WORDS),
+        ("modernbert", WORDS),
+        ("modernbert", CLASSES),
         ("electra", WORDS),
     ],
     ids=lambda value: getattr(value, "name", value),
@@ -101,7 +107,9 @@ def compare(model, backbone, head, parameters, is_read, tokens=TOKENS, mask=MASK
     np.testing.assert_allclose(np.asarray(ours)[is_read], theirs[is_read], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["roberta", "distilbert", "electra"])
+@pytest.mark.parametrize(
+    "name", ["roberta", "distilbert", "modernbert", "modernbert first", "electra"]
+)
 def test_choices_are_compared_as_transformers_does(name):
     config = CONFIGS[name]
     model = randomise(AutoModelForMultipleChoice.from_config(config))

@@ -17,6 +17,7 @@ from transformers import (
     BertModel,
     DistilBertForMaskedLM,
     GPTNeoXForCausalLM,
+    ModernBertForMaskedLM,
     MPNetForMaskedLM,
 )
 
@@ -37,7 +38,14 @@ from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from tests.language_references import language_expert, rows_of
-from tests.references import bert_tokenizer, randomise, require_sum, sentences, write_json_lines
+from tests.references import (
+    SPECIAL_TOKENS,
+    bert_tokenizer,
+    randomise,
+    require_sum,
+    sentences,
+    write_json_lines,
+)
 
 TASKS = ("colours", "animals")
 FEATURES = 16
@@ -167,6 +175,10 @@ HEADED = {
     # By its PyTorch forward; the head is several tensors.
     "MPNet": (MPNetForMaskedLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
     "DistilBert": (DistilBertForMaskedLM, {"dim": FEATURES, "hidden_dim": 24}),
+    "ModernBert": (
+        ModernBertForMaskedLM,
+        dict.fromkeys(SPECIAL_TOKENS, 0) | {"hidden_size": FEATURES, "intermediate_size": 24},
+    ),
 }
 
 
@@ -178,7 +190,7 @@ def test_no_head_of_the_base_is_carried(kind: str, embedders: Embedders, tmp_pat
     body = model.base_model
     for name in ("base", *TASKS):
         # An expert of a family here may have been saved with its head, too.
-        is_whole = name == "base" or (kind == "GPTNeoX" and name == TASKS[0])
+        is_whole = name == "base" or (kind in ("GPTNeoX", "ModernBert") and name == TASKS[0])
         (model if is_whole else body).save_pretrained(tmp_path / name)
         for file in (embedders.root / name).glob("*token*"):
             shutil.copy(file, tmp_path / name)
