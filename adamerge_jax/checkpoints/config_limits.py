@@ -31,8 +31,12 @@ _COUNTS = (
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
     *("original_max_position_embeddings", "sliding_window_pattern"),
     *("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    "local_attention",
 )
 """Fields that hold a whole number of at least 1."""
+
+_ABSENT = {"deberta-v2": ("type_vocab_size",)}
+"""Counts that are 0 in models of a type that lack the part."""
 
 _REQUIRED = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
@@ -53,7 +57,7 @@ _POSITIVE = (
 )
 """Fields that hold a number above 0, those of rotary positions included."""
 
-_NOT_NEGATIVE = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
+_NOT_NEGATIVE = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps")
 """Fields that hold a number of at least 0."""
 
 _SWITCHES = (
@@ -113,6 +117,8 @@ def require_possible(
             continue  # a default, or nothing of the kind
         field = name.rpartition(".")[2]
         if not usual and _is_unusual(field, value):
+            continue
+        if value == 0 and field in _ABSENT.get(str(fields.get("model_type")), ()):
             continue
         if expected := _expected(field, value):
             raise InputError(f"{where}: {name} is {_shown(value)}; expected {expected}")

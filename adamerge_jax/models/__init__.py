@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "clip": "adamerge_jax.models.clip",
     "cohere": "adamerge_jax.models.cohere",
     "cohere2": "adamerge_jax.models.cohere2",
+    "deberta-v2": "adamerge_jax.models.deberta_v2",
     "distilbert": "adamerge_jax.models.distilbert",
     "gemma2": "adamerge_jax.models.gemma2",
     "gemma3_text": "adamerge_jax.models.gemma3",
@@ -54,14 +55,14 @@ _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 
 
 def is_known(config: "PretrainedConfig", architecture: str | None = None) -> bool:
-    """Returns True if a family here runs models of a config's `model_type`.
+    """Returns True if a family here runs the models of a config.
 
     Args:
         config: The config of the base.
         architecture: The class of the experts' models. Families of language models here have no
             classifiers: `LlamaForSequenceClassification` runs by its PyTorch forward.
     """
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in ARCHITECTURES or not _own_family(config).runs(config):
         return False
     is_classifier = architecture is not None and architecture.endswith(_CLASSIFIERS)
     return not (is_classifier and _own_family(config).language)
@@ -80,7 +81,7 @@ def family_of(
 ) -> "Family":
     """Returns the family of a base model's config.
 
-    A model without a family here runs by its own PyTorch forward.
+    A model that no family here runs, runs by its own PyTorch forward.
 
     Args:
         config: The config of the base.
@@ -105,6 +106,8 @@ def family_of(
         family = importlib.import_module(_BRIDGE).bridged_encoder(config)
     elif architecture is not None:
         family = importlib.import_module(_BRIDGE).bridged_family(config, architecture)
+    elif config.model_type in ARCHITECTURES:
+        family = _own_family(config)  # whose backbone refuses the config, and says why
     else:
         raise InputError(
             f"config.json: model_type {config.model_type!r} is not supported; "

@@ -1,6 +1,6 @@
 """BERT (Devlin et al., 2019) with heads on texts and on tokens, as `transformers` builds it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax.numpy as jnp
@@ -72,14 +72,12 @@ class AddAndNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: Config):
-        self.self = SelfAttention(config)
+    def __init__(self, config: Config, make_self: Callable[[Config], nnx.Module]):
+        self.self = make_self(config)
         self.output = AddAndNorm(config.hidden_size, config)
 
-    def __call__(
-        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 #T T"]
-    ) -> Float[Array, "B T H"]:
-        return self.output(self.self(x, bias), x)
+    def __call__(self, x: Float[Array, "B T H"], *arguments: Array) -> Float[Array, "B T H"]:
+        return self.output(self.self(x, *arguments), x)
 
 
 class Intermediate(nnx.Module):
@@ -92,15 +90,18 @@ class Intermediate(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: Config):
-        self.attention = Attention(config)
+    """Attention and an MLP, the sum of each with its input normalised behind it.
+
+    The further arguments of a call are those of `make_self`'s attention: `bias` of `SelfAttention`.
+    """
+
+    def __init__(self, config: Config, make_self: Callable[[Config], nnx.Module] = SelfAttention):
+        self.attention = Attention(config, make_self)
         self.intermediate = Intermediate(config)
         self.output = AddAndNorm(config.intermediate_size, config)
 
-    def __call__(
-        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 #T T"]
-    ) -> Float[Array, "B T H"]:
-        x = self.attention(x, bias)
+    def __call__(self, x: Float[Array, "B T H"], *arguments: Array) -> Float[Array, "B T H"]:
+        x = self.attention(x, *arguments)
         return self.output(self.intermediate(x), x)
 
 

@@ -31,7 +31,7 @@ from adamerge_jax.models.layers import (
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
 from adamerge_jax.models.rotary import Rotary
-from adamerge_jax.models.token_rows import distances_in, encode, token_rows
+from adamerge_jax.models.token_rows import distances, encode, token_rows
 
 
 def _norm(config: Config) -> LayerNorm:
@@ -95,7 +95,6 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B T H"],
         bias: Float[Array, "B 1 #T T"],
-        distances: Int[Array, "#B 1 T T"],
         tables: Float[Array, "rotaries 2 *B T features/2"],
         window: Int[Array, ""],
         rotary: Int[Array, ""],
@@ -107,14 +106,13 @@ class Layer(nnx.Module):
         Args:
             x: The layer's input.
             bias: The term of scores by which no token sees another text, or padding.
-            distances: The positions between each token and each other one.
             tables: Cosines and sines of every rotation in the model.
             window: The distance of the furthest tokens that a token sees.
             rotary: The index of this layer's table.
             has_norm: False in the first layer, whose attention reads the input as it is.
             norm: The norm before attention; None for a model of one layer.
         """
-        near = jnp.abs(distances) <= window
+        near = jnp.abs(distances(x.shape[1])) <= window
         seen = jnp.where(near, bias, jnp.finfo(jnp.float32).min)
         normalised = x if norm is None else jnp.where(has_norm, norm(x), x)
         x = x + self.attn(normalised, seen, tables[rotary])
@@ -169,7 +167,6 @@ class ModernBert(nnx.Module):
             self.embeddings(rows.in_rows(token_ids)),
             rows,
             hidden_states,
-            distances_in(rows),
             tables,
             per_layer=(
                 jnp.array([length if window is None else window for window in self.windows]),

@@ -1,7 +1,8 @@
 """Texts as the rows that a model computes on: each in a row of its own, or several behind another.
 
 A batch of texts is `[B, T]`, padded to its longest. Packed, its tokens lie in fewer rows `[R, L]`
-without padding between them; the model computes on these, and returns its outputs by text again.
+without padding between them, those of a text behind each other; the model computes on these, and
+returns its outputs by text again.
 """
 
 from collections.abc import Callable, Mapping
@@ -117,13 +118,13 @@ def token_rows(inputs: Mapping[str, Array], mask: Int[Array, "B T"]) -> TokenRow
     return PaddedRows(mask)
 
 
-def distances_in(rows: TokenRows) -> Int[Array, "#R 1 L L"]:
-    """Returns the position of each slot's token less that of each other one in its text.
+def distances(length: int) -> Int[Array, "L L"]:
+    """Returns the number of each of a row's slots less that of each other one.
 
-    Those of tokens of two texts mean nothing.
+    Between tokens of one text, which lie behind each other, it is the difference of positions.
     """
-    positions = jnp.atleast_2d(rows.positions)
-    return (positions[:, :, None] - positions[:, None, :])[:, None]
+    slots = jnp.arange(length)
+    return slots[:, None] - slots
 
 
 def encode(

@@ -21,10 +21,12 @@ import transformers
 from torch.func import functional_call
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import family_of
+from adamerge_jax.models.deberta_v2 import log_buckets
 from adamerge_jax.models.layers import ACTIVATIONS, activation_of
 from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.models.zero_shot import text_network
@@ -38,6 +40,15 @@ SIZES = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, interme
 TEXT = dict(vocab_size=50, max_position_embeddings=20, num_labels=5, **SIZES)
 MODERN = dict(
     TEXT, local_attention=6, global_attn_every_n_layers=2, **dict.fromkeys(SPECIAL_TOKENS, 0)
+)
+DEBERTA = dict(
+    TEXT,
+    relative_attention=True,
+    position_buckets=4,
+    pos_att_type=["p2c", "c2p"],
+    share_att_key=True,
+    norm_rel_ebd="layer_norm",
+    position_biased_input=False,
 )
 IMAGES = dict(image_size=12, patch_size=4, **SIZES)
 
@@ -117,6 +128,31 @@ CASES = {
         dict(MODERN, local_attention=64),
         Text(length=1, padding=None),
     ),
+    "deberta-v2": ("DebertaV2ForSequenceClassification", dict(DEBERTA), Text()),
+    "deberta-v2 projections of positions, absolute ones too": (
+        "DebertaV2ForSequenceClassification",
+        dict(
+            DEBERTA,
+            share_att_key=False,
+            position_biased_input=True,
+            type_vocab_size=3,
+            norm_rel_ebd="none",
+            position_buckets=-1,
+            max_relative_positions=6,
+            pooler_hidden_act="tanh",
+        ),
+        Text(length=15, token_types=True),
+    ),
+    "deberta-v2 one kind of scores": (
+        "DebertaV2ForSequenceClassification",
+        dict(DEBERTA, pos_att_type=["p2c"], share_att_key=False),
+        Text(length=1, padding=None),
+    ),
+    "deberta-v2 without relative positions": (
+        "DebertaV2ForSequenceClassification",
+        dict(TEXT, pos_att_type=["c2p"], norm_rel_ebd="layer_norm"),
+        Text(),
+    ),
     "vit": ("ViTForImageClassification", dict(IMAGES, num_labels=5), None),
     "vit no qkv bias": (
         "ViTForImageClassification",
@@ -173,10 +209,13 @@ def test_classifiers(case: str, tmp_path: Path) -> None:
         expected = model(**torch_batch(batch), output_hidden_states=True)
         inner = model.base_model(**torch_batch(batch))
     assert_close(logits, expected.logits)
-    assert_close(outputs.last_hidden_state, inner.last_hidden_state)
     assert len(outputs.hidden_states) == len(expected.hidden_states) == 4
+    # A DeBERTa's padding sees padding too, and nothing sees it.
+    compared = batch["attention_mask"] > 0 if "Deberta" in class_name else ...
     for actual, state in zip(outputs.hidden_states, expected.hidden_states, strict=True):
-        assert_close(actual, state)
+        assert_close(actual[compared], state[compared])
+    last = outputs.last_hidden_state, inner.last_hidden_state
+    assert_close(*(state[compared] for state in last))
     pooled = inner.pooler_output if class_name.startswith("Bert") else inner.last_hidden_state[:, 0]
     assert_close(outputs.pooled, pooled)
     assert family.inputs[0] in batch and set(batch) <= set(family.inputs)
@@ -226,6 +265,24 @@ def test_decoders_of_families_of_encoders_are_refused(model_type: str, field: st
         family_of(config).build_backbone(config)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("conv_kernel_size", 3), ("embedding_size", 8), ("position_buckets", 40)],
+)
+def test_a_deberta_that_is_not_run_here_takes_its_pytorch_forward(field: str, value: int) -> None:
+    config = transformers.DebertaV2Config(**DEBERTA | {field: value})
+    with pytest.raises(InputError, match=f"config.json: {field} is {value}; supported "):
+        family_of(config).build_backbone(config)
+    assert family_of(config, "DebertaV2ForSequenceClassification").bridged
+
+
+@pytest.mark.parametrize(("count", "furthest"), [(256, 512), (4, 20), (32, 40), (7, 64)])
+def test_log_buckets(count: int, furthest: int) -> None:
+    distances = np.arange(1 - furthest, furthest)
+    expected = make_log_bucket_position(torch.from_numpy(distances), count, furthest)
+    np.testing.assert_array_equal(log_buckets(distances, count, furthest), expected.numpy())
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name: str) -> None:
     x = np.linspace(-6, 6, 1000, dtype=np.float32)
@@ -239,6 +296,7 @@ def test_activations(name: str) -> None:
         transformers.BertConfig(**TEXT, hidden_act="mish"),
         transformers.RobertaConfig(**TEXT, hidden_act="mish"),
         transformers.ModernBertConfig(**MODERN, hidden_activation="mish"),
+        transformers.DebertaV2Config(**DEBERTA, hidden_act="mish"),
         transformers.ViTConfig(**IMAGES, hidden_act="mish"),
         transformers.CLIPConfig(vision_config=dict(IMAGES, hidden_act="mish")),
         transformers.T5Config(feed_forward_proj="mish"),
@@ -283,7 +341,9 @@ def test_batch_without_mask_and_types(tmp_path: Path) -> None:
     assert run(parameters, token_ids).hidden_states is None
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert", "vit", "clip"])
+@pytest.mark.parametrize(
+    "model_type", ["bert", "roberta", "modernbert", "deberta-v2", "vit", "clip"]
+)
 def test_outputs_have_the_dtype_of_the_parameters(model_type: str) -> None:
     config = transformers.AutoConfig.for_model(model_type)
     backbone = family_of(config).build_backbone(config)
@@ -318,6 +378,7 @@ MERGES = {
     "bert": transformers.BertConfig(**TEXT),
     # Norms of some layers alone. The window of padding reaches a token, without which PyTorch gives
     # NaN in float64.
+    "deberta-v2": transformers.DebertaV2Config(**DEBERTA | {"share_att_key": False}),
     "modernbert": transformers.ModernBertConfig(**MODERN | {"local_attention": 12}, norm_bias=True),
 }
 
@@ -348,7 +409,7 @@ def merge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         name: generator.uniform(0, 0.6, scale_shape(name, leaf.shape)).astype(np.float32)
         for name, leaf in base_parameters.items()
     }
-    batch = Text(token_types="token_type_ids" in family.inputs).batch(config)
+    batch = Text(token_types=getattr(config, "type_vocab_size", 0) > 0).batch(config)
 
     reference_scales = {
         name: torch.tensor(scale, dtype=torch.float64, requires_grad=True)

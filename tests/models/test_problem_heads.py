@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
     ModernBertConfig,
@@ -40,6 +41,9 @@ CONFIGS = {
     "distilbert": DistilBertConfig(
         dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=40, num_labels=3
     ),
+    "deberta-v2": DebertaV2Config(
+        **SIZES, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    ),
     "modernbert": ModernBertConfig(**MODERN, classifier_pooling="mean"),
     "modernbert first": ModernBertConfig(**MODERN),
     "electra": ElectraConfig(**SIZES, num_labels=3),
@@ -56,6 +60,7 @@ MASK = (TOKENS != 1).astype(int)
         ("bert", CLASSES),
         ("roberta", WORDS),
         ("distilbert", WORDS),
+        ("deberta-v2", WORDS),
         ("modernbert", WORDS),
         ("modernbert", CLASSES),
         ("electra", WORDS),
@@ -108,7 +113,7 @@ def compare(model, backbone, head, parameters, is_read, tokens=TOKENS, mask=MASK
 
 
 @pytest.mark.parametrize(
-    "name", ["roberta", "distilbert", "modernbert", "modernbert first", "electra"]
+    "name", ["roberta", "distilbert", "deberta-v2", "modernbert", "modernbert first", "electra"]
 )
 def test_choices_are_compared_as_transformers_does(name):
     config = CONFIGS[name]

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import BertConfig, DistilBertConfig, ModernBertConfig, RobertaConfig
+from transformers import (
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ModernBertConfig,
+    RobertaConfig,
+)
 
 from adamerge_jax.data.packing import Packing
 from adamerge_jax.models import family_of
@@ -22,6 +28,13 @@ CONFIGS = {
     ),
     "bert": BertConfig(**SIZES, max_position_embeddings=12),
     "roberta": RobertaConfig(**SIZES, max_position_embeddings=14, pad_token_id=1),
+    "deberta-v2": DebertaV2Config(
+        **SIZES,
+        max_position_embeddings=12,
+        relative_attention=True,
+        position_buckets=4,
+        pos_att_type=["p2c", "c2p"],
+    ),
     "modernbert": ModernBertConfig(
         **SIZES,
         max_position_embeddings=12,

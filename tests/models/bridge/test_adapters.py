@@ -15,8 +15,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    DebertaV2Config,
-    DebertaV2Model,
+    DebertaConfig,
+    DebertaModel,
     Dinov2Config,
     Dinov2Model,
     GPT2Config,
@@ -97,10 +97,10 @@ KINDS = {
     ),
     # Saved without the prefix that the adapter's names have; with a head of two layers.
     "deberta": Kind(
-        lambda: DebertaV2Model(DebertaV2Config(**TEXT, pooler_hidden_size=16)),
+        lambda: DebertaModel(DebertaConfig(**TEXT, pooler_hidden_size=16)),
         AutoModelForSequenceClassification,
         dict(
-            target_modules=["query_proj", "value_proj"],
+            target_modules=["in_proj"],
             task_type="SEQ_CLS",
             modules_to_save=["pooler", "classifier"],
         ),
