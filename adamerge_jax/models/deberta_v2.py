@@ -29,6 +29,7 @@ from adamerge_jax.models.layers import (
     TokenHead,
     activation_of,
     attention,
+    value,
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
 from adamerge_jax.models.token_rows import encode, token_rows
@@ -111,10 +112,10 @@ class SelfAttention(nnx.Module):
         query, key = self.query_proj(x), self.key_proj(x)
         if positions is not None:
             if "c2p" in self.kinds:  # what a query's content seeks at the key's position
-                keys = getattr(self, "pos_key_proj", self.key_proj)(positions)
+                keys = _projected(getattr(self, "pos_key_proj", self.key_proj), positions)
                 bias = bias + self._scores(query, keys[::-1])
             if "p2c" in self.kinds:  # what a query's position seeks of the key's content
-                queries = getattr(self, "pos_query_proj", self.query_proj)(positions)
+                queries = _projected(getattr(self, "pos_query_proj", self.query_proj), positions)
                 bias = bias + self._scores(key, queries).swapaxes(2, 3)
         return attention(query, key, self.value_proj(x), self.heads, bias, scale=self.scale)
 
@@ -161,6 +162,11 @@ class Encoder(nnx.Module):
         places = np.clip(places + self.span, 0, 2 * self.span - 1)
         embedded = self.rel_embeddings(jnp.asarray(places))
         return self.LayerNorm(embedded) if hasattr(self, "LayerNorm") else embedded
+
+
+def _projected(layer: Linear, positions: Float[Array, "P H"]) -> Float[Array, "P H"]:
+    """Applies a layer to what is no token: statistics of its inputs are to leave it out."""
+    return positions @ value(layer.weight).T + value(layer.bias)
 
 
 class Embeddings(nnx.Module):
@@ -210,14 +216,14 @@ class DebertaV2(nnx.Module):
 def _reason_not_to_run(config: Config) -> str | None:
     """Returns what a config has that only the PyTorch forward computes; None if nothing."""
     width = config.hidden_size
-    for name, value, usual in (
+    for name, size, usual in (
         ("conv_kernel_size", getattr(config, "conv_kernel_size", 0), 0),
         ("embedding_size", getattr(config, "embedding_size", width), width),
         ("pooler_hidden_size", config.pooler_hidden_size, width),
         ("attention_head_size", *_head_sizes(config)),
     ):
-        if value != usual:
-            return f"{name} is {value!r}; supported is {usual}"
+        if size != usual:
+            return f"{name} is {size!r}; supported is {usual}"
     buckets, most = getattr(config, "position_buckets", -1), 2 * _furthest(config) - 3
     if buckets > 0 and not 2 <= buckets <= most:
         return f"position_buckets is {buckets}; supported are 2 to {most}"

@@ -282,6 +282,14 @@ def test_counts_of_other_architectures_may_be_lists_or_zero():
             require_possible(wrong, "config.json", {}, usual=False)
 
 
+def test_a_type_may_lack_a_part():
+    fields = {"model_type": "deberta-v2", "type_vocab_size": 0}
+    require_possible(fields, "config.json", {})
+    for wrong in (fields | {"model_type": "bert"}, fields | {"vocab_size": 0}):
+        with pytest.raises(InputError, match="vocab_size is 0; expected a whole number above 0"):
+            require_possible(wrong, "config.json", {})
+
+
 def test_the_parts_of_other_architectures_may_have_numbers_of_layers_of_their_own():
     fields = {"num_hidden_layers": {"vision": 2, "language": 3}}  # an LXMERT's
     require_possible(fields, "config.json", {}, usual=False)

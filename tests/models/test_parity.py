@@ -21,12 +21,10 @@ import transformers
 from torch.func import functional_call
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
-from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.mixing import Mixture
 from adamerge_jax.models import family_of
-from adamerge_jax.models.deberta_v2 import log_buckets
 from adamerge_jax.models.layers import ACTIVATIONS, activation_of
 from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.models.zero_shot import text_network
@@ -263,24 +261,6 @@ def test_decoders_of_families_of_encoders_are_refused(model_type: str, field: st
     config = transformers.AutoConfig.for_model(model_type, **TEXT, **{field: True})
     with pytest.raises(InputError, match=f"config.json: {field} is true, which .*{model_type}"):
         family_of(config).build_backbone(config)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("conv_kernel_size", 3), ("embedding_size", 8), ("position_buckets", 40)],
-)
-def test_a_deberta_that_is_not_run_here_takes_its_pytorch_forward(field: str, value: int) -> None:
-    config = transformers.DebertaV2Config(**DEBERTA | {field: value})
-    with pytest.raises(InputError, match=f"config.json: {field} is {value}; supported "):
-        family_of(config).build_backbone(config)
-    assert family_of(config, "DebertaV2ForSequenceClassification").bridged
-
-
-@pytest.mark.parametrize(("count", "furthest"), [(256, 512), (4, 20), (32, 40), (7, 64)])
-def test_log_buckets(count: int, furthest: int) -> None:
-    distances = np.arange(1 - furthest, furthest)
-    expected = make_log_bucket_position(torch.from_numpy(distances), count, furthest)
-    np.testing.assert_array_equal(log_buckets(distances, count, furthest), expected.numpy())
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
