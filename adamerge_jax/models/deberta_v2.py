@@ -36,28 +36,28 @@ from adamerge_jax.models.token_rows import encode, token_rows
 
 
 def log_buckets(
-    distances: Int[np.ndarray, " N"], count: int, furthest: int
+    differences: Int[np.ndarray, " N"], count: int, furthest: int
 ) -> Int[np.ndarray, " N"]:
-    """Returns the bucket of each distance, which has its sign.
+    """Returns the bucket of each difference of positions, which has its sign.
 
     Those up to half of `count` have a bucket each. Longer ones share buckets whose widths grow
     geometrically, so that `furthest - 1` is in the last one, `count - 1`.
 
     Args:
-        distances: Position of the query less that of the key.
+        differences: Position of the query less that of the key.
         count: The buckets of one sign, that of 0 included.
-        furthest: The number of distances of one sign.
+        furthest: The number of differences of one sign.
     """
     exact = count // 2
     # In float32, like PyTorch: where a bucket ends at an integer, rounding decides.
-    octaves = np.log(np.maximum(np.abs(distances), 1).astype(np.float32) / np.float32(exact))
+    octaves = np.log(np.maximum(np.abs(differences), 1).astype(np.float32) / np.float32(exact))
     share = octaves / np.log(np.float32((furthest - 1) / exact))
     shared = np.ceil(share * np.float32(exact - 1)).astype(np.int32) + exact
-    return np.where(np.abs(distances) <= exact, distances, np.sign(distances) * shared)
+    return np.where(np.abs(differences) <= exact, differences, np.sign(differences) * shared)
 
 
 def _furthest(config: Config) -> int:
-    """Returns the number of distances of one sign that a model tells apart."""
+    """Returns the number of differences of positions of one sign that a model tells apart."""
     count = getattr(config, "max_relative_positions", -1)
     return count if count >= 1 else config.max_position_embeddings
 
@@ -75,7 +75,7 @@ def pairs_by_distance(scores: Float[Array, "N L 2*L-1"]) -> Float[Array, "N L L"
     """
     count, length, _ = scores.shape
     # A row of the result begins one column before that of the row above it, so that all are at one
-    # stride: a reshape, where to look each score up takes several times as long.
+    # stride: a reshape. With each score looked up, a step of learning takes a fifth longer.
     flat = jnp.pad(scores, ((0, 0), (0, 0), (0, 1))).reshape(count, -1)
     rows = flat[:, length - 1 :][:, : length * (2 * length - 1)]
     return rows.reshape(count, length, -1)[..., :length]
