@@ -254,6 +254,7 @@ class Classifier(nnx.Module):
         self.classifier = Linear(config.hidden_size, outputs or config.num_labels)
 
     def __call__(self, outputs: Outputs) -> Float[Array, "B C"]:
+        assert outputs.pooled is not None  # by `DebertaV2`
         return self.classifier(self.pooler(outputs.pooled))
 
 
