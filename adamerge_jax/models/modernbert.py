@@ -180,7 +180,7 @@ class ModernBert(nnx.Module):
 
 
 class PredictionHead(nnx.Module):
-    """The layer below the classifier, of the class of the mask's layer of pretraining."""
+    """The layer below the classifier, of the same form as in pretraining."""
 
     def __init__(self, config: Config):
         self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
