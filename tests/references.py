@@ -56,6 +56,12 @@ torch.set_num_threads(1)
 TEXT_TASKS = {"tone": 2, "topic": 3, "mood": 4}
 """Number of classes of each text task."""
 
+SPECIAL_TOKENS = (
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+    *("cls_token_id", "sep_token_id"),
+)
+"""Fields of configs whose defaults are no tokens of a small vocabulary."""
+
 IMAGE_TASKS = {"shape": 2, "colour": 3}
 """Number of classes of each image task."""
 

@@ -25,7 +25,9 @@ _ARCHITECTURE_FIELDS = (
     *("hidden_activation", "tie_word_embeddings", "scale_decoder_outputs", "feed_forward_proj"),
     *("relative_attention_max_distance", "num_decoder_layers", "is_decoder", "add_cross_attention"),
     *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"),
-    "use_parallel_residual",
+    *("use_parallel_residual", "norm_eps", "norm_bias"),
+    *("relative_attention", "max_relative_positions", "position_buckets", "position_biased_input"),
+    *("pos_att_type", "share_att_key", "norm_rel_ebd"),
 )
 
 # The value of a field that a config lacks, where all versions of `transformers` agree on it.

@@ -31,8 +31,12 @@ _COUNTS = (
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
     *("original_max_position_embeddings", "sliding_window_pattern"),
     *("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    "local_attention",
 )
 """Fields that hold a whole number of at least 1."""
+
+_ABSENT = {"deberta-v2": ("type_vocab_size",)}
+"""Counts that are 0 in models of a type that lack the part."""
 
 _REQUIRED = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
@@ -41,7 +45,10 @@ _REQUIRED = (
 """Counts that a model of every kind that has them must have."""
 
 _CLASSES = "num_labels"
-"""The field of the number of classes; 0 is that of a model without a head."""
+"""The field of the number of classes."""
+
+_LEAST = {_CLASSES: 0, "position_buckets": -1}
+"""Fields that hold a whole number, and the least one: of a model without a head, or buckets."""
 
 _SIDES = ("image_size", "patch_size")
 """Fields that hold a whole number of at least 1, or two of them."""
@@ -53,19 +60,19 @@ _POSITIVE = (
 )
 """Fields that hold a number above 0, those of rotary positions included."""
 
-_NOT_NEGATIVE = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
+_NOT_NEGATIVE = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps")
 """Fields that hold a number of at least 0."""
 
 _SWITCHES = (
     *("tie_word_embeddings", "scale_decoder_outputs", "is_encoder_decoder", "is_decoder"),
     *("add_cross_attention", "is_causal", "use_bidirectional_attention", "use_sliding_window"),
-    *("attention_bias", "mlp_bias", "qkv_bias", "is_gated_act"),
+    *("attention_bias", "mlp_bias", "qkv_bias", "is_gated_act", "share_att_key"),
 )
 """Fields that hold true or false."""
 
 _NAMES = (
     *("model_type", "hidden_act", "hidden_activation", "feed_forward_proj", "dense_act_fn"),
-    *("position_embedding_type", "problem_type", "rope_type"),
+    *("position_embedding_type", "problem_type", "rope_type", "norm_rel_ebd"),
 )
 """Fields that hold a text."""
 
@@ -113,6 +120,8 @@ def require_possible(
             continue  # a default, or nothing of the kind
         field = name.rpartition(".")[2]
         if not usual and _is_unusual(field, value):
+            continue
+        if value == 0 and field in _ABSENT.get(str(fields.get("model_type")), ()):
             continue
         if expected := _expected(field, value):
             raise InputError(f"{where}: {name} is {_shown(value)}; expected {expected}")
@@ -228,11 +237,12 @@ def _expected(field: str, value: Any) -> str | None:
     """Returns the values that a field may have, or None if it has one of them."""
     if field in _COUNTS:
         return None if _is_count(value) else "a whole number above 0 and below 2**31"
-    if field == _CLASSES:
+    if field in _LEAST:
+        is_least = value == _LEAST[field] and not isinstance(value, bool)
         return (
             None
-            if value == 0 or _is_count(value)
-            else "a whole number of at least 0 and below 2**31"
+            if is_least or value == 0 or _is_count(value)
+            else f"a whole number of at least {_LEAST[field]} and below 2**31"
         )
     if field in _SIDES:
         sides = value if isinstance(value, list) and len(value) == 2 else [value]

@@ -57,13 +57,16 @@ class Packing(NamedTuple):
 def token_counts(examples: Examples) -> Int[np.ndarray, " N"] | None:
     """Returns the number of tokens of each text; None where examples cannot be packed.
 
-    That is, where they are no texts with a mask, each of which begins with a token.
+    That is, where they are no texts with a mask, each of which begins with a token and has padding
+    only behind its last one.
     """
     every = np.arange(len(examples))
     mask = examples.take(every, examples.padded_length(every)).get("attention_mask")
-    if mask is None or mask.ndim != 2 or not mask[:, 0].all():
+    if mask is None or mask.ndim != 2:
         return None
-    return (mask > 0).sum(1)
+    counts = (mask > 0).sum(1)
+    is_first = np.arange(mask.shape[1]) < counts[:, None]
+    return counts if counts.all() and (is_first == (mask > 0)).all() else None
 
 
 def packing_for(

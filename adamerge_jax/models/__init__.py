@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "clip": "adamerge_jax.models.clip",
     "cohere": "adamerge_jax.models.cohere",
     "cohere2": "adamerge_jax.models.cohere2",
+    "deberta-v2": "adamerge_jax.models.deberta_v2",
     "distilbert": "adamerge_jax.models.distilbert",
     "electra": "adamerge_jax.models.electra",
     "gemma2": "adamerge_jax.models.gemma2",
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "llama": "adamerge_jax.models.llama",
     "mistral": "adamerge_jax.models.mistral",
     "mixtral": "adamerge_jax.models.mixtral",
+    "modernbert": "adamerge_jax.models.modernbert",
     "mpnet": "adamerge_jax.models.mpnet",
     "olmo2": "adamerge_jax.models.olmo2",
     "olmoe": "adamerge_jax.models.olmoe",
@@ -58,7 +60,7 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 
 
 def is_known(config: "PretrainedConfig", architecture: str | None = None) -> bool:
-    """Returns True if a family here runs models of a config's `model_type`.
+    """Returns True if a family here runs the models of a config.
 
     Args:
         config: The config of the base.
@@ -66,7 +68,7 @@ def is_known(config: "PretrainedConfig", architecture: str | None = None) -> boo
             classifiers, and those of encoders no language models:
             `LlamaForSequenceClassification` and `BertLMHeadModel` run by their PyTorch forward.
     """
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in ARCHITECTURES or not _own_family(config).runs(config):
         return False
     others = _CLASSIFIERS if _own_family(config).language else _LANGUAGE_MODELS
     return architecture is None or not architecture.endswith(others)
@@ -85,7 +87,7 @@ def family_of(
 ) -> "Family":
     """Returns the family of a base model's config.
 
-    A model without a family here runs by its own PyTorch forward.
+    A model that no family here runs, runs by its own PyTorch forward.
 
     Args:
         config: The config of the base.
@@ -110,6 +112,8 @@ def family_of(
         family = importlib.import_module(_BRIDGE).bridged_encoder(config)
     elif architecture is not None:
         family = importlib.import_module(_BRIDGE).bridged_family(config, architecture)
+    elif config.model_type in ARCHITECTURES:
+        family = _own_family(config)  # whose backbone refuses the config, and says why
     else:
         raise InputError(
             f"config.json: model_type {config.model_type!r} is not supported; "

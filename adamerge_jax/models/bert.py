@@ -72,14 +72,12 @@ class AddAndNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: Config):
-        self.self = SelfAttention(config)
+    def __init__(self, config: Config, make_self: Callable[[Config], nnx.Module] = SelfAttention):
+        self.self = make_self(config)
         self.output = AddAndNorm(config.hidden_size, config)
 
-    def __call__(
-        self, x: Float[Array, "B T H"], bias: Float[Array, "B 1 #T T"]
-    ) -> Float[Array, "B T H"]:
-        return self.output(self.self(x, bias), x)
+    def __call__(self, x: Float[Array, "B T H"], *arguments: Array) -> Float[Array, "B T H"]:
+        return self.output(self.self(x, *arguments), x)
 
 
 class Intermediate(nnx.Module):
@@ -92,15 +90,16 @@ class Intermediate(nnx.Module):
 
 
 class Layer(nnx.Module):
+    """Attention and an MLP, the sum of each with its input normalised behind it."""
+
     def __init__(self, config: Config, attention: nnx.Module):
         self.attention = attention
         self.intermediate = Intermediate(config)
         self.output = AddAndNorm(config.intermediate_size, config)
 
-    def __call__(
-        self, x: Float[Array, "B T H"], bias: Float[Array, "#B #heads #T T"]
-    ) -> Float[Array, "B T H"]:
-        x = self.attention(x, bias)
+    def __call__(self, x: Float[Array, "B T H"], *arguments: Array) -> Float[Array, "B T H"]:
+        """Runs the layer; further arguments, such as the term of scores, are the attention's."""
+        x = self.attention(x, *arguments)
         return self.output(self.intermediate(x), x)
 
 

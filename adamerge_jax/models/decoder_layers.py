@@ -102,7 +102,7 @@ class CentredNorm(nnx.Module):
 
 def rotate(
     x: Float[Array, "B T heads features"],
-    table: Float[Array, "2 T turning/2"],
+    table: Float[Array, "2 *B T turning/2"],
     *,
     interleaved: bool = False,
 ) -> Float[Array, "B T heads features"]:
@@ -110,19 +110,19 @@ def rotate(
 
     Args:
         x: Queries or keys.
-        table: Cosines and sines of each pair.
+        table: Cosines and sines of each pair, by position; of one text where all have the same.
         interleaved: The pairs are neighbours, and are turned in float32; else a feature of the
             first half is a pair with its partner in the second half.
     """
     turning = 2 * table.shape[-1]
     if interleaved:
-        cosine, sine = table[:, :, None]
+        cosine, sine = table[..., None, :]
         pairs = x[..., :turning].astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
         first, second = pairs[..., 0], pairs[..., 1]
         turned = [first * cosine - second * sine, second * cosine + first * sine]
         rotated = jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], turning).astype(x.dtype)
     else:
-        cosine, sine = table.astype(x.dtype)[:, :, None]
+        cosine, sine = table.astype(x.dtype)[..., None, :]
         first, second = jnp.split(x[..., :turning], 2, axis=-1)
         turned = [first * cosine - second * sine, second * cosine + first * sine]
         rotated = jnp.concatenate(turned, axis=-1)

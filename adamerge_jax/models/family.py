@@ -164,6 +164,8 @@ class Family:
         reads_choices: True if each example is several texts, of which one is right.
         head_with_rest: Makes the module of `head` together with the parts of the backbone that
             models of `further_heads` lack, where there are some.
+        runs: True for a config whose models the family runs. Others of its type run by their own
+            PyTorch forward.
     """
 
     backbone: Callable[[Config, Rematerialize], nnx.Module]
@@ -191,6 +193,7 @@ class Family:
     packs: bool = False
     reads_choices: bool = False
     head_with_rest: Callable[[Config], nnx.Module] | None = None
+    runs: Callable[[Config], bool] = lambda config: True
 
     @property
     def writes(self) -> bool:

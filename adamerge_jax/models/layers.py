@@ -183,9 +183,10 @@ class Embedding(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in float32."""
 
-    def __init__(self, features: int, epsilon: float):
+    def __init__(self, features: int, epsilon: float, *, bias: bool = True):
         self.weight = parameter(features)
-        self.bias = parameter(features)
+        if bias:
+            self.bias = parameter(features)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
@@ -195,7 +196,9 @@ class LayerNorm(nnx.Module):
         normalised = centred * jax.lax.rsqrt(variance + self.epsilon)
         weight = self.weight.get_value()
         scaled = weight.times(normalised) if is_lazy(weight) else normalised * weight
-        return (scaled + value(self.bias)).astype(x.dtype)
+        if hasattr(self, "bias"):
+            scaled = scaled + value(self.bias)
+        return scaled.astype(x.dtype)
 
 
 def unit_mean_square(x: Float[Array, "... H"], epsilon: float) -> Float[Array, "... H"]:

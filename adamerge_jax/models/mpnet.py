@@ -96,7 +96,7 @@ class MPNet(nnx.Module):
         positions = positions_of(token_ids, _PADDING)
         embedded = self.embeddings(rows.in_rows(token_ids), rows.in_rows(positions))
         bias = self.encoder.position_bias(rows, token_ids.shape[1])
-        return encode(self.encoder.layer, embedded, rows, hidden_states, bias)
+        return encode(self.encoder.layer, embedded, rows, hidden_states, position_bias=bias)
 
 
 def _require_buckets(config: Config) -> None:

@@ -1,14 +1,15 @@
 """Texts as the rows that a model computes on: each in a row of its own, or several behind another.
 
 A batch of texts is `[B, T]`, padded to its longest. Packed, its tokens lie in fewer rows `[R, L]`
-without padding between them; the model computes on these, and returns its outputs by text again.
+without padding between them, those of a text behind each other; the model computes on these, and
+returns its outputs by text again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from adamerge_jax.models.layers import Outputs, Stack, padding_bias
 
@@ -117,12 +118,24 @@ def token_rows(inputs: Mapping[str, Array], mask: Int[Array, "B T"]) -> TokenRow
     return PaddedRows(mask)
 
 
+def distances(length: int) -> Int[Array, "L L"]:
+    """Returns the number of each of a row's slots less that of each other one.
+
+    Between tokens of one text, which lie behind each other, it is the difference of positions.
+    """
+    slots = jnp.arange(length)
+    return slots[:, None] - slots
+
+
 def encode(
     layers: Stack,
     embedded: Float[Array, "R L H"],
     rows: TokenRows,
     hidden_states: bool,
+    *arguments: PyTree,
     position_bias: Float[Array, "*#R heads L L"] | None = None,
+    per_layer: PyTree[Shaped[Array, "layers ..."]] = (),
+    norm: Callable[[Array], Array] | None = None,
 ) -> Outputs:
     """Runs the layers of an encoder, and returns their outputs by text.
 
@@ -131,12 +144,21 @@ def encode(
         embedded: The embedded tokens by row.
         rows: The rows that the texts are in.
         hidden_states: Whether to return every layer's output.
+        *arguments: Further arguments of all layers.
         position_bias: A term of scores of attention by the distance of tokens, where there is one.
+        per_layer: Further arguments, one row for each layer.
+        norm: The normalisation behind the last layer. As in `transformers`, the last hidden state
+            is the one after it.
 
     Returns:
         The outputs; `pooled` is the last state of each text's first token.
     """
     bias = rows.bias if position_bias is None else rows.bias + position_bias
-    last, states = layers(embedded, bias, hidden_states=hidden_states)
-    states = rows.by_text(states) if hidden_states else None
+    last, states = layers(
+        embedded, bias, *arguments, per_layer=per_layer, hidden_states=hidden_states
+    )
+    if norm is not None:
+        last = norm(last)
+    if states is not None:
+        states = rows.by_text(states if norm is None else states.at[-1].set(last))
     return Outputs(rows.first_of_texts(last), rows.by_text(last), states)

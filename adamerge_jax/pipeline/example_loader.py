@@ -124,7 +124,7 @@ def example_loader(
     if models.family.inputs[0] == "input_ids":
         longest = models.family.max_tokens(models.config)
         config = models.config.get_text_config()
-        types = getattr(config, "type_vocab_size", None)
+        types = getattr(config, "type_vocab_size", None) or None  # a DeBERTa has 0
         limits = TokenLimits(config.vocab_size, longest, types)
         lengths = [max_length, longest, preprocessor and longest_text(preprocessor)]
         if models.family.embeds is not None:

@@ -35,6 +35,11 @@ IMAGES = dict(image_size=32, patch_size=8, num_labels=5, **SIZES)
 DISTILBERT = dict(dim=64, n_layers=4, n_heads=4, hidden_dim=128)
 DISTILBERT |= dict(vocab_size=100, max_position_embeddings=64, num_labels=5)
 
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+MODERN = dict(TEXT, local_attention=16, global_attn_every_n_layers=2, **dict.fromkeys(SPECIAL, 1))
+DEBERTA = dict(TEXT, relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"])
+DEBERTA |= dict(share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False)
+
 DECODER = dict(TEXT, num_key_value_heads=2, pad_token_id=1)
 WINDOW = dict(sliding_window=16)
 NEOX = {name: size for name, size in DECODER.items() if name != "num_key_value_heads"}
@@ -154,14 +159,13 @@ def differences(
 
     logits, outputs = run(parameters, of_head, dict(batch))
     actual = logits, outputs.pooled, outputs.hidden_states
-    # A decoder's padding may have nothing to attend to, and what it computes then is arbitrary.
-    compared: Any = ...
-    if family.language:
-        mask = batch.get("decoder_attention_mask", batch["attention_mask"])
-        compared = (..., mask > 0, slice(None))
+    # Padding may have nothing to attend to, and what it computes then is arbitrary.
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    of_tokens: Any = ... if mask is None else (..., mask > 0, slice(None))
+    compared = (of_tokens if family.language else ..., ..., of_tokens)
     return [
-        None if e is None else float(np.abs(a - e)[compared].max())
-        for a, e in zip(actual, expected, strict=True)
+        None if e is None else float(np.abs(a - e)[which].max())
+        for a, e, which in zip(actual, expected, compared, strict=True)
     ]
 
 
@@ -207,6 +211,8 @@ def main() -> None:
         (transformers.RobertaForSequenceClassification, TEXT, text, *checkpoint),
         (transformers.XLMRobertaForSequenceClassification, TEXT, text, *checkpoint),
         (transformers.CamembertForSequenceClassification, TEXT, text, *checkpoint),
+        (transformers.DebertaV2ForSequenceClassification, DEBERTA, text, *checkpoint),
+        (transformers.ModernBertForSequenceClassification, MODERN, text, *checkpoint),
         (transformers.ViTForImageClassification, IMAGES, images, *checkpoint),
         (transformers.CLIPModel, clip.to_dict(), images, zero_shot_classifier, zero_shot_head),
         (transformers.LlamaForCausalLM, DECODER | dict(rope_parameters=LLAMA3_ROPE), *decoder),
@@ -254,7 +260,9 @@ def main() -> None:
         table.add_column(column, justify="right")
     worst = 0.0
     for model_class, settings, batch, reference, complete_head in cases:
-        model = randomise(model_class(model_class.config_class(**settings)))
+        model = randomise(
+            model_class(model_class.config_class(**settings, attn_implementation="eager"))
+        )
         found = differences(model, batch, reference, complete_head)
         shown = ("-" if difference is None else f"{difference:.1e}" for difference in found)
         table.add_row(model_class.__name__, *shown)

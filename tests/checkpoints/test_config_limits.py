@@ -15,9 +15,11 @@ from safetensors.numpy import save_file
 from transformers import (
     BertConfig,
     CLIPConfig,
+    DebertaV2Config,
     ElectraConfig,
     Gemma3TextConfig,
     LlamaConfig,
+    ModernBertConfig,
     MPNetConfig,
     Qwen2Config,
     Qwen3MoeConfig,
@@ -31,6 +33,7 @@ from adamerge_jax.checkpoints.config_limits import require_possible
 from adamerge_jax.checkpoints.huggingface import Checkpoint
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
+from tests.references import SPECIAL_TOKENS
 
 ENCODER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 DECODER = ENCODER | dict(num_key_value_heads=1, vocab_size=40)
@@ -39,6 +42,12 @@ TINY = {
     "electra": fields_of(ElectraConfig(**ENCODER, vocab_size=40)),
     "mpnet": fields_of(MPNetConfig(**ENCODER, vocab_size=40)),
     "roberta": fields_of(RobertaConfig(**ENCODER, vocab_size=40)),
+    "modernbert": fields_of(
+        ModernBertConfig(**ENCODER, vocab_size=40, **dict.fromkeys(SPECIAL_TOKENS, 0))
+    ),
+    "deberta-v2": fields_of(
+        DebertaV2Config(**ENCODER, vocab_size=40, relative_attention=True, position_buckets=-1)
+    ),
     "vit": fields_of(ViTConfig(**ENCODER, image_size=8, patch_size=4)),
     "clip": fields_of(
         CLIPConfig(text_config=ENCODER, vision_config=ENCODER | dict(image_size=8, patch_size=4))
@@ -95,6 +104,11 @@ IMPOSSIBLE = [
     *(("bert", field, -16) for field in ("hidden_size", "intermediate_size", "vocab_size")),
     *(("t5", field, 0) for field in ("d_model", "d_kv", "d_ff", "vocab_size")),
     *(("bert", field, 0) for field in ("max_position_embeddings", "type_vocab_size")),
+    *(("modernbert", "local_attention", value) for value in (0, -6, "8")),
+    *(("modernbert", "norm_eps", value) for value in NO_SCALE),
+    *(("deberta-v2", "position_buckets", value) for value in (-2, 2.5, "8", True, [4], 2**31)),
+    ("deberta-v2", "share_att_key", "yes"),
+    ("deberta-v2", "norm_rel_ebd", ["layer_norm"]),
     *(("bert", "layer_norm_eps", value) for value in NO_SCALE),
     *(("llama", "rms_norm_eps", value) for value in NO_SCALE),
     *(("llama", "rope_parameters.rope_theta", value) for value in (0, *NO_SCALE)),
@@ -286,6 +300,14 @@ def test_counts_of_other_architectures_may_be_lists_or_zero():
     ):
         with pytest.raises(InputError, match="expected"):
             require_possible(wrong, "config.json", {}, usual=False)
+
+
+def test_a_type_may_lack_a_part():
+    fields = {"model_type": "deberta-v2", "type_vocab_size": 0}
+    require_possible(fields, "config.json", {})
+    for wrong in (fields | {"model_type": "bert"}, fields | {"vocab_size": 0}):
+        with pytest.raises(InputError, match="vocab_size is 0; expected a whole number above 0"):
+            require_possible(wrong, "config.json", {})
 
 
 def test_the_parts_of_other_architectures_may_have_numbers_of_layers_of_their_own():

@@ -82,7 +82,7 @@ def test_held_out_texts_count_once_where_they_are_packed():
     assert sorted(map(tuple, ids)) == sorted(map(tuple, np.concatenate(expected)))
 
 
-@pytest.mark.parametrize("case", ["one length", "images", "left"])
+@pytest.mark.parametrize("case", ["one length", "images", "left", "between"])
 def test_what_is_not_packed(case):
     if case == "one length":
         examples = {task: ArrayExamples(texts(np.full(30, 16), 16)) for task in "ab"}
@@ -90,7 +90,9 @@ def test_what_is_not_packed(case):
         examples = {task: ArrayExamples({"pixel_values": np.zeros((30, 3, 4, 4))}) for task in "ab"}
     else:
         arrays = texts(np.array([2] * 29 + [16]), 16)
-        arrays["attention_mask"] = arrays["attention_mask"][:, ::-1].copy()
+        order = np.arange(16)[::-1].copy()
+        order[0] = order[0] if case == "left" else 0  # the first token is before padding, too
+        arrays["attention_mask"] = arrays["attention_mask"][:, order]
         examples = {task: ArrayExamples(arrays) for task in "ab"}
     split = calibrate(examples, batch_size=4, held_out=0.2, seed=0)
     assert split.packed().packing is None

@@ -8,6 +8,7 @@ position as 1.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,24 @@ from adamerge_jax.models.rematerialization import Rematerialize
 from adamerge_jax.models.zero_shot import text_network
 from adamerge_jax.parameter_names import is_stacked, unstack
 from adamerge_jax.task_vectors import DenseDelta, task_vectors
-from tests.references import parameters_of, randomise, saved_parameters
+from tests.references import SPECIAL_TOKENS, parameters_of, randomise, saved_parameters
 
 TOLERANCE = 1e-4
 
 SIZES = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40)
 TEXT = dict(vocab_size=50, max_position_embeddings=20, num_labels=5, **SIZES)
+MODERN = dict(
+    TEXT, local_attention=6, global_attn_every_n_layers=2, **dict.fromkeys(SPECIAL_TOKENS, 0)
+)
+DEBERTA = dict(
+    TEXT,
+    relative_attention=True,
+    position_buckets=4,
+    pos_att_type=["p2c", "c2p"],
+    share_att_key=True,
+    norm_rel_ebd="layer_norm",
+    position_biased_input=False,
+)
 IMAGES = dict(image_size=12, patch_size=4, **SIZES)
 
 
@@ -112,6 +125,49 @@ CASES = {
         dict(TEXT | dict(max_position_embeddings=152), pad_token_id=0),
         Text(length=150, padding="left"),
     ),
+    "modernbert": ("ModernBertForSequenceClassification", dict(MODERN), Text()),
+    "modernbert mean, biases": (
+        "ModernBertForSequenceClassification",
+        dict(
+            MODERN,
+            **dict.fromkeys(["attention_bias", "mlp_bias", "norm_bias", "classifier_bias"], True),
+            classifier_pooling="mean",
+            hidden_activation="gelu_pytorch_tanh",
+            classifier_activation="silu",
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+        ),
+        Text(length=15, padding="left"),
+    ),
+    "modernbert all tokens": (
+        "ModernBertForSequenceClassification",
+        dict(MODERN, local_attention=64),
+        Text(length=1, padding=None),
+    ),
+    "deberta-v2": ("DebertaV2ForSequenceClassification", dict(DEBERTA), Text()),
+    "deberta-v2 projections of positions, absolute ones too": (
+        "DebertaV2ForSequenceClassification",
+        dict(
+            DEBERTA,
+            share_att_key=False,
+            position_biased_input=True,
+            type_vocab_size=3,
+            norm_rel_ebd="none",
+            position_buckets=-1,
+            max_relative_positions=6,
+            pooler_hidden_act="tanh",
+        ),
+        Text(length=15, token_types=True),
+    ),
+    "deberta-v2 one kind of scores": (
+        "DebertaV2ForSequenceClassification",
+        dict(DEBERTA, pos_att_type=["p2c"], share_att_key=False),
+        Text(length=1, padding=None),
+    ),
+    "deberta-v2 without relative positions": (
+        "DebertaV2ForSequenceClassification",
+        dict(TEXT, pos_att_type=["c2p"], norm_rel_ebd="layer_norm"),
+        Text(),
+    ),
     "vit": ("ViTForImageClassification", dict(IMAGES, num_labels=5), None),
     "vit no qkv bias": (
         "ViTForImageClassification",
@@ -148,7 +204,8 @@ def assert_close(actual: Any, expected: torch.Tensor) -> None:
 def test_classifiers(case: str, tmp_path: Path) -> None:
     class_name, settings, text = CASES[case]
     model_class = getattr(transformers, class_name)
-    config = model_class.config_class(**settings)
+    # Other implementations give something else to padding in whose window there is no token.
+    config = model_class.config_class(**settings, attn_implementation="eager")
     model = randomise(model_class(config))
     batch = text.batch(config) if text else {"pixel_values": images(config)}
 
@@ -167,10 +224,13 @@ def test_classifiers(case: str, tmp_path: Path) -> None:
         expected = model(**torch_batch(batch), output_hidden_states=True)
         inner = model.base_model(**torch_batch(batch))
     assert_close(logits, expected.logits)
-    assert_close(outputs.last_hidden_state, inner.last_hidden_state)
     assert len(outputs.hidden_states) == len(expected.hidden_states) == 4
+    # A DeBERTa's padding sees padding too, and nothing sees it.
+    compared = batch["attention_mask"] > 0 if "Deberta" in class_name else ...
     for actual, state in zip(outputs.hidden_states, expected.hidden_states, strict=True):
-        assert_close(actual, state)
+        assert_close(actual[compared], state[compared])
+    last = outputs.last_hidden_state, inner.last_hidden_state
+    assert_close(*(state[compared] for state in last))
     pooled = inner.pooler_output if class_name.startswith("Bert") else inner.last_hidden_state[:, 0]
     assert_close(outputs.pooled, pooled)
     assert family.inputs[0] in batch and set(batch) <= set(family.inputs)
@@ -236,6 +296,8 @@ def test_activations(name: str) -> None:
         transformers.RobertaConfig(**TEXT, hidden_act="mish"),
         transformers.ElectraConfig(**TEXT, hidden_act="mish"),
         transformers.MPNetConfig(**TEXT, hidden_act="mish"),
+        transformers.ModernBertConfig(**MODERN, hidden_activation="mish"),
+        transformers.DebertaV2Config(**DEBERTA, hidden_act="mish"),
         transformers.ViTConfig(**IMAGES, hidden_act="mish"),
         transformers.CLIPConfig(vision_config=dict(IMAGES, hidden_act="mish")),
         transformers.T5Config(feed_forward_proj="mish"),
@@ -280,7 +342,10 @@ def test_batch_without_mask_and_types(tmp_path: Path) -> None:
     assert run(parameters, token_ids).hidden_states is None
 
 
-@pytest.mark.parametrize("model_type", ["bert", "electra", "mpnet", "roberta", "vit", "clip"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["bert", "electra", "mpnet", "roberta", "modernbert", "deberta-v2", "vit", "clip"],
+)
 def test_outputs_have_the_dtype_of_the_parameters(model_type: str) -> None:
     config = transformers.AutoConfig.for_model(model_type)
     backbone = family_of(config).build_backbone(config)
@@ -301,16 +366,23 @@ def test_outputs_have_the_dtype_of_the_parameters(model_type: str) -> None:
 class Merge:
     """A merge of two experts in random proportions, and what PyTorch makes of it in float64."""
 
+    config: PretrainedConfig
     parameters: dict[str, np.ndarray]
     head: dict[str, np.ndarray]
     deltas: dict[str, DenseDelta]
     scales: dict[str, np.ndarray]
     batch: dict[str, np.ndarray]
-    expected_pooled: torch.Tensor
+    expected_logits: torch.Tensor
     expected_gradients: dict[str, np.ndarray]
 
 
-MERGE_CONFIG = transformers.BertConfig(**TEXT)
+MERGES = {
+    "bert": transformers.BertConfig(**TEXT),
+    # Norms of some layers alone. The window of padding reaches a token, without which PyTorch gives
+    # NaN in float64.
+    "deberta-v2": transformers.DebertaV2Config(**DEBERTA | {"share_att_key": False}),
+    "modernbert": transformers.ModernBertConfig(**MODERN | {"local_attention": 12}, norm_bias=True),
+}
 
 
 def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -319,26 +391,27 @@ def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*layers, 2, *((shape[0], 1) if len(shape) == 2 else (1,)))
 
 
-@pytest.fixture(scope="module")
-def merge(tmp_path_factory: pytest.TempPathFactory) -> Merge:
-    base, *experts = (
-        randomise(transformers.BertForSequenceClassification(MERGE_CONFIG), seed)
-        for seed in range(3)
+@pytest.fixture(scope="module", params=MERGES)
+def merge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    config = MERGES[request.param]
+    make = partial(
+        transformers.AutoModelForSequenceClassification.from_config, attn_implementation="eager"
     )
+    base, *experts = (randomise(make(config), seed) for seed in range(3))
     folder = tmp_path_factory.mktemp("merge")
     tensors = [
         saved_parameters(model, folder / str(position))
         for position, model in enumerate([base, *experts])
     ]
-    family = family_of(MERGE_CONFIG)
-    backbone, head = family.build_backbone(MERGE_CONFIG), family.build_head(MERGE_CONFIG)
+    family = family_of(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
     base_parameters, *expert_parameters = (parameters_of(backbone, each) for each in tensors)
     generator = np.random.default_rng(0)
     scales = {
         name: generator.uniform(0, 0.6, scale_shape(name, leaf.shape)).astype(np.float32)
         for name, leaf in base_parameters.items()
     }
-    batch = Text(token_types=True).batch(MERGE_CONFIG)
+    batch = Text(token_types=getattr(config, "type_vocab_size", 0) > 0).batch(config)
 
     reference_scales = {
         name: torch.tensor(scale, dtype=torch.float64, requires_grad=True)
@@ -355,20 +428,17 @@ def merge(tmp_path_factory: pytest.TempPathFactory) -> Merge:
             start = torch.from_numpy(tensors[0][each]).double()
             for coefficient, expert in zip(coefficients, tensors[1:], strict=True):
                 merged[each] = merged[each] + coefficient * (torch.from_numpy(expert[each]) - start)
-    outputs = functional_call(
-        base.double(), merged, kwargs=dict(torch_batch(batch), output_hidden_states=True)
-    )
-    outputs.logits.square().sum().backward()
-    last = outputs.hidden_states[-1][:, 0]
-    pooler = merged["bert.pooler.dense.weight"], merged["bert.pooler.dense.bias"]
+    logits = functional_call(base.double(), merged, kwargs=torch_batch(batch)).logits
+    logits.square().sum().backward()
 
     return Merge(
+        config=config,
         parameters=base_parameters,
         head=parameters_of(head, tensors[0]),
         deltas=task_vectors(base_parameters, expert_parameters),
         scales=scales,
         batch=batch,
-        expected_pooled=torch.tanh(torch.nn.functional.linear(last, *pooler)),
+        expected_logits=logits,
         expected_gradients={name: scale.grad.numpy() for name, scale in reference_scales.items()},
     )
 
@@ -380,9 +450,9 @@ def test_mixtures_and_their_gradients(rematerialize: Rematerialize, merge: Merge
     The tolerance on gradients is relative to the largest one: they are sums of products over
     whole rows, whose rounding in float32 is relative to the largest terms.
     """
-    family = family_of(MERGE_CONFIG)
-    backbone = family.build_backbone(MERGE_CONFIG, rematerialize)
-    head = family.build_head(MERGE_CONFIG)
+    family = family_of(merge.config)
+    backbone = family.build_backbone(merge.config, rematerialize)
+    head = family.build_head(merge.config)
 
     def loss(
         scales: dict, parameters: dict, deltas: dict, complete_head: dict, batch: dict
@@ -390,13 +460,13 @@ def test_mixtures_and_their_gradients(rematerialize: Rematerialize, merge: Merge
         mixtures = {
             name: Mixture(leaf, deltas[name], scales[name]) for name, leaf in parameters.items()
         }
-        outputs = backbone(mixtures, batch)
-        return jnp.square(head(complete_head, outputs)).sum(), outputs.pooled
+        logits = head(complete_head, backbone(mixtures, batch))
+        return jnp.square(logits).sum(), logits
 
-    gradients, pooled = jax.jit(jax.grad(loss, has_aux=True))(
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(
         merge.scales, merge.parameters, merge.deltas, merge.head, merge.batch
     )
-    assert_close(pooled, merge.expected_pooled)
+    assert_close(logits, merge.expected_logits)
     assert gradients.keys() == merge.expected_gradients.keys()
     largest = max(np.abs(expected).max() for expected in merge.expected_gradients.values())
     for name, expected in merge.expected_gradients.items():

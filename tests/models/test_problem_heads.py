@@ -11,8 +11,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    ModernBertConfig,
     MPNetConfig,
     RobertaConfig,
     RoFormerConfig,
@@ -31,9 +33,10 @@ from adamerge_jax.models.problem import (
     WORDS,
 )
 from tests.models.bridge.tiny import WIDTH
-from tests.references import randomise
+from tests.references import SPECIAL_TOKENS, randomise
 
 SIZES = WIDTH | {"vocab_size": 40, "num_hidden_layers": 1, "max_position_embeddings": 24}
+MODERN = SIZES | dict.fromkeys(SPECIAL_TOKENS, 1) | {"num_hidden_layers": 2, "num_labels": 3}
 CONFIGS = {
     "bert": BertConfig(**SIZES, num_labels=3),
     "roberta": RobertaConfig(**SIZES, num_labels=3, pad_token_id=1),
@@ -43,6 +46,11 @@ CONFIGS = {
     "electra": ElectraConfig(**SIZES, num_labels=3, embedding_size=12),
     "mpnet": MPNetConfig(**SIZES, num_labels=3),
     "roformer": RoFormerConfig(**SIZES, num_labels=3),
+    "deberta-v2": DebertaV2Config(
+        **SIZES, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    ),
+    "modernbert": ModernBertConfig(**MODERN, classifier_pooling="mean"),
+    "modernbert first": ModernBertConfig(**MODERN),
 }
 MODELS = {WORDS: AutoModelForTokenClassification, CLASSES: AutoModelForSequenceClassification}
 TOKENS = np.array([[2, 5, 6, 7, 8, 9], [2, 30, 31, 3, 1, 1]])
@@ -56,6 +64,9 @@ MASK = (TOKENS != 1).astype(int)
         ("bert", CLASSES),
         ("roberta", WORDS),
         ("distilbert", WORDS),
+        ("deberta-v2", WORDS),
+        ("modernbert", WORDS),
+        ("modernbert", CLASSES),
         ("electra", WORDS),
         ("mpnet", WORDS),
         ("roformer", WORDS),
@@ -107,7 +118,19 @@ def compare(model, backbone, head, parameters, is_read, tokens=TOKENS, mask=MASK
     np.testing.assert_allclose(np.asarray(ours)[is_read], theirs[is_read], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["roberta", "distilbert", "electra", "mpnet", "roformer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "roberta",
+        "distilbert",
+        "deberta-v2",
+        "electra",
+        "modernbert",
+        "modernbert first",
+        "mpnet",
+        "roformer",
+    ],
+)
 def test_choices_are_compared_as_transformers_does(name):
     config = CONFIGS[name]
     model = randomise(AutoModelForMultipleChoice.from_config(config))

@@ -4,13 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import BertConfig, DistilBertConfig, ElectraConfig, MPNetConfig, RobertaConfig
+from transformers import (
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    RobertaConfig,
+)
 
 from adamerge_jax.data.packing import Packing
 from adamerge_jax.models import family_of
 from adamerge_jax.models.embedding_form import EmbeddingForm
 from adamerge_jax.models.network import Network
 from adamerge_jax.models.token_rows import SLOTS
+from tests.references import SPECIAL_TOKENS
 
 SIZES = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40
@@ -23,6 +32,20 @@ CONFIGS = {
     "electra": ElectraConfig(**SIZES, embedding_size=8, max_position_embeddings=12),
     "mpnet": MPNetConfig(**SIZES, max_position_embeddings=14),
     "roberta": RobertaConfig(**SIZES, max_position_embeddings=14, pad_token_id=1),
+    "deberta-v2": DebertaV2Config(
+        **SIZES,
+        max_position_embeddings=12,
+        relative_attention=True,
+        position_buckets=4,
+        pos_att_type=["p2c", "c2p"],
+    ),
+    "modernbert": ModernBertConfig(
+        **SIZES,
+        max_position_embeddings=12,
+        local_attention=4,
+        global_attn_every_n_layers=2,
+        **dict.fromkeys(SPECIAL_TOKENS, 1),
+    ),
 }
 LENGTHS = np.array([3, 12, 1, 5, 4, 7])
 

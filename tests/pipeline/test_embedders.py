@@ -20,6 +20,7 @@ from transformers import (
     DistilBertForMaskedLM,
     ElectraForMaskedLM,
     GPTNeoXForCausalLM,
+    ModernBertForMaskedLM,
     MPNetConfig,
     MPNetForMaskedLM,
     MPNetModel,
@@ -44,7 +45,14 @@ from adamerge_jax.pipeline.workspace import Workspace, open_workspace
 from adamerge_jax.recipes.build import build
 from adamerge_jax.recipes.loading import load_recipe, parse_recipe
 from tests.language_references import language_expert, rows_of
-from tests.references import bert_tokenizer, randomise, require_sum, sentences, write_json_lines
+from tests.references import (
+    SPECIAL_TOKENS,
+    bert_tokenizer,
+    randomise,
+    require_sum,
+    sentences,
+    write_json_lines,
+)
 
 TASKS = ("colours", "animals")
 FEATURES = 16
@@ -202,6 +210,10 @@ HEADED = {
     # By its PyTorch forward; the head is several tensors.
     "RoFormer": (RoFormerForMaskedLM, {"hidden_size": FEATURES, "intermediate_size": 24}),
     "DistilBert": (DistilBertForMaskedLM, {"dim": FEATURES, "hidden_dim": 24}),
+    "ModernBert": (
+        ModernBertForMaskedLM,
+        dict.fromkeys(SPECIAL_TOKENS, 0) | {"hidden_size": FEATURES, "intermediate_size": 24},
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Adapters of classifiers of architectures without a family here."""
+"""Adapters of classifiers of architectures without a family here, and of ModernBERT."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +15,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    DebertaV2Config,
-    DebertaV2Model,
+    DebertaConfig,
+    DebertaModel,
     Dinov2Config,
     Dinov2Model,
     GPT2Config,
@@ -33,6 +33,7 @@ from adamerge_jax.pipeline.models import open_models
 from adamerge_jax.pipeline.run_learn import learn
 from adamerge_jax.recipes.loading import parse_recipe
 from tests.references import (
+    SPECIAL_TOKENS,
     bert_tokenizer,
     random_coefficients,
     randomise,
@@ -49,9 +50,10 @@ SIZES = {
 }
 TEXT = SIZES | {"vocab_size": 31}
 CLASSES = 3
-SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
-GPT2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=31, **dict.fromkeys(SPECIAL[:3], 0))
+GPT2 = GPT2Config(
+    n_embd=16, n_layer=1, n_head=2, vocab_size=31, **dict.fromkeys(SPECIAL_TOKENS[:3], 0)
+)
 
 
 class Kind(NamedTuple):
@@ -85,20 +87,20 @@ KINDS = {
             use_dora=True,
         ),
     ),
-    # The layer below the classifier is the base's own.
+    # The layer below the classifier is the base's own. By a family here: no other model has that.
     "modernbert": Kind(
         lambda: ModernBertForMaskedLM(
-            ModernBertConfig(**TEXT, **dict.fromkeys(SPECIAL, 0), local_attention=8)
+            ModernBertConfig(**TEXT, **dict.fromkeys(SPECIAL_TOKENS, 0), local_attention=8)
         ),
         AutoModelForTokenClassification,
         dict(target_modules=["Wqkv", "Wi"], task_type="TOKEN_CLS"),
     ),
     # Saved without the prefix that the adapter's names have; with a head of two layers.
     "deberta": Kind(
-        lambda: DebertaV2Model(DebertaV2Config(**TEXT, pooler_hidden_size=16)),
+        lambda: DebertaModel(DebertaConfig(**TEXT, pooler_hidden_size=16)),
         AutoModelForSequenceClassification,
         dict(
-            target_modules=["query_proj", "value_proj"],
+            target_modules=["in_proj"],
             task_type="SEQ_CLS",
             modules_to_save=["pooler", "classifier"],
         ),
@@ -149,7 +151,7 @@ def test_parameters_are_those_that_peft_makes(saved, tmp_path):
     for task in merged:
         fields["tasks"][task]["calibration"] = "none"
     models = open_models(parse_recipe(fields), Path("/"))
-    assert models.family.bridged
+    assert models.family.bridged == (models.base.checkpoint.config.model_type != "modernbert")
     for task, model in merged.items():
         model.save_pretrained(tmp_path / task)
         expected = load_file(tmp_path / task / "model.safetensors")

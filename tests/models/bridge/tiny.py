@@ -1,4 +1,4 @@
-"""Tiny models of `transformers` without a family here, and PyTorch's own answers."""
+"""Tiny models of `transformers` for its PyTorch forward, and PyTorch's own answers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from transformers import (
     XLMConfig,
 )
 
-from tests.references import randomise
+from tests.references import SPECIAL_TOKENS, randomise
 
 WIDTH = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
@@ -37,8 +37,7 @@ TEXT_CONFIGS = {
         max_position_embeddings=64,
         local_attention=4,
         global_attn_every_n_layers=2,
-        **dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"], 0),
-        **dict.fromkeys(["cls_token_id", "sep_token_id"], 0),
+        **dict.fromkeys(SPECIAL_TOKENS, 0),
         **k,
     ),
     "deberta-v2": lambda **k: DebertaV2Config(
