@@ -17,6 +17,9 @@ ARCHITECTURES = {
     "clip": "adamerge_jax.models.clip",
     "cohere": "adamerge_jax.models.cohere",
     "cohere2": "adamerge_jax.models.cohere2",
+    "deit": "adamerge_jax.models.deit",
+    "dinov2": "adamerge_jax.models.dinov2",
+    "dinov2_with_registers": "adamerge_jax.models.dinov2",
     "distilbert": "adamerge_jax.models.distilbert",
     "gemma2": "adamerge_jax.models.gemma2",
     "gemma3_text": "adamerge_jax.models.gemma3",
@@ -33,6 +36,7 @@ ARCHITECTURES = {
     "qwen3": "adamerge_jax.models.qwen3",
     "qwen3_moe": "adamerge_jax.models.qwen3_moe",
     "roberta": "adamerge_jax.models.roberta",
+    "siglip": "adamerge_jax.models.siglip",
     "smollm3": "adamerge_jax.models.smollm3",
     "stablelm": "adamerge_jax.models.stablelm",
     "starcoder2": "adamerge_jax.models.starcoder2",
@@ -51,6 +55,9 @@ _BRIDGE = "adamerge_jax.models.bridge.family"
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 """The ends of names of classes that no language model of a family here is."""
 
+_WITH_TWO_HEADS = "ForImageClassificationWithTeacher"
+"""The end of the name of a DeiT's class that gives the mean of two heads."""
+
 
 def is_known(config: "PretrainedConfig", architecture: str | None = None) -> bool:
     """Returns True if a family here runs models of a config's `model_type`.
@@ -58,9 +65,11 @@ def is_known(config: "PretrainedConfig", architecture: str | None = None) -> boo
     Args:
         config: The config of the base.
         architecture: The class of the experts' models. Families of language models here have no
-            classifiers: `LlamaForSequenceClassification` runs by its PyTorch forward.
+            classifiers: `LlamaForSequenceClassification` runs by its PyTorch forward. So does a
+            DeiT with two heads.
     """
-    if config.model_type not in ARCHITECTURES:
+    has_two_heads = architecture is not None and architecture.endswith(_WITH_TWO_HEADS)
+    if config.model_type not in ARCHITECTURES or has_two_heads:
         return False
     is_classifier = architecture is not None and architecture.endswith(_CLASSIFIERS)
     return not (is_classifier and _own_family(config).language)
