@@ -16,6 +16,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -46,13 +48,14 @@ PLAIN: Adapters = {
 
 
 def save_base(kind: str, folder: Path) -> Path:
-    """Saves a tiny random base: `bert`, `llama`, `tied` (a LLaMA), `vit`, `clip` or `t5`."""
+    """Saves a tiny random base of a kind, such as `bert`; `tied` is a LLaMA with tied tables."""
     towers = dict(text_config=BERT, vision_config=_VIT)
     base = {
         "bert": lambda: BertModel(BertConfig(**BERT)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
         "tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
         "vit": lambda: ViTModel(ViTConfig(**_VIT), add_pooling_layer=False),
+        "dinov2": lambda: Dinov2Model(Dinov2Config(**_VIT, use_swiglu_ffn=True)),
         "clip": lambda: CLIPModel(CLIPConfig(**towers, projection_dim=8)),
         "t5": lambda: T5ForConditionalGeneration(T5Config(**_T5, decoder_start_token_id=0)),
     }[kind]()
@@ -67,6 +70,7 @@ def load_model(kind: str, base: Path, classes: int = 3) -> PreTrainedModel:
             base, num_labels=classes
         ),
         "vit": lambda: AutoModelForImageClassification.from_pretrained(base, num_labels=classes),
+        "dinov2": lambda: AutoModelForImageClassification.from_pretrained(base, num_labels=classes),
         "clip": lambda: CLIPModel.from_pretrained(base),
         "t5": lambda: AutoModelForSeq2SeqLM.from_pretrained(base),
     }
@@ -117,7 +121,7 @@ def save_experts(
     task_types = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "tied": "CAUSAL_LM"}
     for seed, (task, options) in enumerate(adapters.items(), start=1):
         options = dict(options)
-        if kind == "vit":
+        if kind in ("vit", "dinov2"):
             options.setdefault("modules_to_save", ["classifier"])
             if options["target_modules"] == "all-linear":
                 options["exclude_modules"] = ["classifier"]

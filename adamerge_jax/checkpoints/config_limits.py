@@ -31,7 +31,7 @@ _COUNTS = (
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
     *("original_max_position_embeddings", "sliding_window_pattern"),
     *("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
-    "local_attention",
+    *("local_attention", "num_register_tokens"),
 )
 """Fields that hold a whole number of at least 1."""
 
@@ -67,6 +67,7 @@ _SWITCHES = (
     *("tie_word_embeddings", "scale_decoder_outputs", "is_encoder_decoder", "is_decoder"),
     *("add_cross_attention", "is_causal", "use_bidirectional_attention", "use_sliding_window"),
     *("attention_bias", "mlp_bias", "qkv_bias", "is_gated_act", "share_att_key"),
+    *("use_swiglu_ffn", "use_mask_token", "vision_use_head"),
 )
 """Fields that hold true or false."""
 

@@ -289,7 +289,8 @@ def model_class(config: PretrainedConfig, auto_class: str | None = None) -> str:
         "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         "AutoModelForImageClassification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     }
-    return class_names[auto_class][config.model_type]
+    found = class_names[auto_class][config.model_type]
+    return found if isinstance(found, str) else found[0]  # a DeiT has several, the first is loaded
 
 
 def headless_class(config: PretrainedConfig) -> str | None:

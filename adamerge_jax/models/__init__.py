@@ -18,6 +18,9 @@ ARCHITECTURES = {
     "cohere": "adamerge_jax.models.cohere",
     "cohere2": "adamerge_jax.models.cohere2",
     "deberta-v2": "adamerge_jax.models.deberta_v2",
+    "deit": "adamerge_jax.models.deit",
+    "dinov2": "adamerge_jax.models.dinov2",
+    "dinov2_with_registers": "adamerge_jax.models.dinov2",
     "distilbert": "adamerge_jax.models.distilbert",
     "electra": "adamerge_jax.models.electra",
     "gemma2": "adamerge_jax.models.gemma2",
@@ -37,6 +40,7 @@ ARCHITECTURES = {
     "qwen3": "adamerge_jax.models.qwen3",
     "qwen3_moe": "adamerge_jax.models.qwen3_moe",
     "roberta": "adamerge_jax.models.roberta",
+    "siglip": "adamerge_jax.models.siglip",
     "smollm3": "adamerge_jax.models.smollm3",
     "stablelm": "adamerge_jax.models.stablelm",
     "starcoder2": "adamerge_jax.models.starcoder2",
@@ -55,8 +59,9 @@ _BRIDGE = "adamerge_jax.models.bridge.family"
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 """The ends of names of classes that no language model of a family here is."""
 
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-"""The ends of names of classes that no encoder of a family here is."""
+_OTHERS = ("ForCausalLM", "LMHeadModel", "ForImageClassificationWithTeacher")
+"""The ends of names of classes that no encoder of a family here is: language models, and a DeiT
+that gives the mean of two heads."""
 
 
 def is_known(config: "PretrainedConfig", architecture: str | None = None) -> bool:
@@ -66,11 +71,12 @@ def is_known(config: "PretrainedConfig", architecture: str | None = None) -> boo
         config: The config of the base.
         architecture: The class of the experts' models. Families of language models here have no
             classifiers, and those of encoders no language models:
-            `LlamaForSequenceClassification` and `BertLMHeadModel` run by their PyTorch forward.
+            `LlamaForSequenceClassification` and `BertLMHeadModel` run by their PyTorch forward. So
+            does a DeiT with two heads.
     """
     if config.model_type not in ARCHITECTURES or not _own_family(config).runs(config):
         return False
-    others = _CLASSIFIERS if _own_family(config).language else _LANGUAGE_MODELS
+    others = _CLASSIFIERS if _own_family(config).language else _OTHERS
     return architecture is None or not architecture.endswith(others)
 
 

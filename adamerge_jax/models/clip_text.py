@@ -41,9 +41,11 @@ class SelfAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: Config):
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+    def __init__(self, config: Config, features: int | None = None):
+        """Makes the layers, with so many features between them in place of `intermediate_size`."""
+        inner: int = features or config.intermediate_size
+        self.fc1 = Linear(config.hidden_size, inner)
+        self.fc2 = Linear(inner, config.hidden_size)
         self.activation = activation_of(config.hidden_act)
 
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:

@@ -162,6 +162,8 @@ class Family:
             by these classes.
         packs: True if the backbone computes texts in `TokenRows`, so that batches can be packed.
         reads_choices: True if each example is several texts, of which one is right.
+        reads_any_size: True if images may have another size than the config states: the model reads
+            them as its image processor makes them.
         head_with_rest: Makes the module of `head` together with the parts of the backbone that
             models of `further_heads` lack, where there are some.
         runs: True for a config whose models the family runs. Others of its type run by their own
@@ -192,6 +194,7 @@ class Family:
     further_heads: Mapping[str, HeadForm] = dataclasses.field(default_factory=dict)
     packs: bool = False
     reads_choices: bool = False
+    reads_any_size: bool = False
     head_with_rest: Callable[[Config], nnx.Module] | None = None
     runs: Callable[[Config], bool] = lambda config: True
 

@@ -82,6 +82,20 @@ class ImageGeometry:
         """The number of whole patches in an image."""
         return (self.height // self.patch) * (self.width // self.patch)
 
+    def of_images(self, pixels: Float[Array, "B channels height width"]) -> "ImageGeometry":
+        """Returns the geometry of images of another size.
+
+        Raises:
+            InputError: The images are smaller than a patch.
+        """
+        height, width = pixels.shape[2:]
+        if min(height, width) < self.patch:
+            raise InputError(
+                f"pixel_values: images have {height} x {width} pixels, less than a patch of the "
+                f"model, {self.patch} x {self.patch}"
+            )
+        return dataclasses.replace(self, height=height, width=width)
+
     def whole_patches(
         self, pixels: Float[Array, "B channels height width"]
     ) -> Float[Array, "B channels rows*patch columns*patch"]:

@@ -4,7 +4,7 @@ The paths are the names in a saved checkpoint. Recent `transformers` classes hav
 other names, which are renamed to these on saving.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -36,18 +36,31 @@ class PatchEmbeddings(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: Config):
+    """The patches of an image behind tokens that are parameters, with positions."""
+
+    def __init__(self, config: Config, tokens: Sequence[str] = ("cls_token",)):
+        """Makes the parameters, among them one for each of these tokens, by this name."""
         self.geometry = ImageGeometry.of(config)
-        self.cls_token = parameter(1, 1, config.hidden_size)
-        self.position_embeddings = parameter(1, self.geometry.patches + 1, config.hidden_size)
+        self.tokens = tuple(tokens)
+        for name in tokens:
+            setattr(self, name, parameter(1, 1, config.hidden_size))
+        positions = self.geometry.patches + len(tokens)
+        self.position_embeddings = parameter(1, positions, config.hidden_size)
         self.patch_embeddings = PatchEmbeddings(self.geometry, config.hidden_size)
 
     def __call__(
         self, pixels: Float[Array, "B channels height width"]
-    ) -> Float[Array, "B patches+1 H"]:
+    ) -> Float[Array, "B tokens+patches H"]:
         patches = self.patch_embeddings.projection(self.geometry.whole_patches(pixels))
-        first = jnp.broadcast_to(value(self.cls_token), (len(patches), 1, patches.shape[-1]))
-        return jnp.concatenate([first, patches], axis=1) + value(self.position_embeddings)
+        return self.behind_tokens(patches) + value(self.position_embeddings)
+
+    def behind_tokens(
+        self, patches: Float[Array, "B patches H"]
+    ) -> Float[Array, "B tokens+patches H"]:
+        """Puts the tokens before the patches of every image."""
+        shape = (len(patches), 1, patches.shape[-1])
+        tokens = [jnp.broadcast_to(value(getattr(self, name)), shape) for name in self.tokens]
+        return jnp.concatenate([*tokens, patches], axis=1)
 
 
 class SelfAttention(nnx.Module):
@@ -102,8 +115,13 @@ class Encoder(nnx.Module):
 class Vit(nnx.Module):
     """Embeddings, encoder and the last normalisation; the parameters under `vit.`."""
 
-    def __init__(self, config: Config, rematerialize: Rematerialize):
-        self.embeddings = Embeddings(config)
+    def __init__(
+        self,
+        config: Config,
+        rematerialize: Rematerialize,
+        tokens: Sequence[str] = ("cls_token",),
+    ):
+        self.embeddings = Embeddings(config, tokens)
         self.encoder = Encoder(config, rematerialize)
         self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
@@ -116,25 +134,33 @@ class Vit(nnx.Module):
         return Outputs(last[:, 0], last, states)
 
 
+HEADS = attention_heads(
+    "*.attention.attention.query.*",
+    "*.attention.attention.key.*",
+    "*.attention.attention.value.*",
+    "*.attention.output.dense.weight",
+)
+"""The axis and number of attention heads in the parameters of `Attention`."""
+
+RENAMED_ATTENTION = (
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+)
+"""Parts of names in `Attention`, and what stands for them in the model of `transformers`."""
+
 FAMILY = Family(
     backbone=partial(Prefixed, "vit", Vit),
     head=LinearHead,
     prefixes=("vit.",),
     inputs=("pixel_values",),
     max_tokens=lambda config: None,
-    heads=attention_heads(
-        "*.attention.attention.query.*",
-        "*.attention.attention.key.*",
-        "*.attention.attention.value.*",
-        "*.attention.output.dense.weight",
-    ),
+    heads=HEADS,
     auto_class="AutoModelForImageClassification",
     renamed=(
         ("encoder.layer.", "layers."),
-        ("attention.attention.query", "attention.q_proj"),
-        ("attention.attention.key", "attention.k_proj"),
-        ("attention.attention.value", "attention.v_proj"),
-        ("attention.output.dense", "attention.o_proj"),
+        *RENAMED_ATTENTION,
         ("intermediate.dense", "mlp.fc1"),
         ("output.dense", "mlp.fc2"),
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.peft import Expert
 from adamerge_jax.data.end_of_text import PredictsEnd
 from adamerge_jax.data.examples import Examples
 from adamerge_jax.data.image_processors import PROCESSOR_FILE, load_image_processor
@@ -18,7 +19,7 @@ from adamerge_jax.data.sources import load_examples, load_prompts
 from adamerge_jax.data.token_limits import TokenLimits
 from adamerge_jax.data.tokenizers import find_tokenizer, longest_text
 from adamerge_jax.errors import InputError, in_hand
-from adamerge_jax.files.json_object import read_object, read_object_if_there
+from adamerge_jax.files.json_object import read_object_if_there
 from adamerge_jax.models.family import Family
 from adamerge_jax.models.inputs import ImageGeometry, stated_image_shape
 from adamerge_jax.models.problem import CLASSES, Problem
@@ -149,40 +150,67 @@ def _load_preprocessor(
     """Loads the tokenizer or image processor of the base, or of the first expert that has one."""
     if models.family.inputs[0] == "input_ids":
         return find_tokenizer(models.by_name, chosen)
+    model = _with_processor(models)
+    if model is None:
+        return None
+    return load_image_processor(
+        model.checkpoint.folder,
+        f"{model.role} ({model.checkpoint.source})",
+        _image_shape(models.family, model.checkpoint),
+    )
+
+
+def image_shape(models: Models) -> tuple[int, int, int]:
+    """Returns channels, height and width of the images that the models read.
+
+    Raises:
+        InputError: The config states no size, and no image processor does.
+    """
+    return _image_shape(models.family, (_with_processor(models) or models.base).checkpoint)
+
+
+def _with_processor(models: Models) -> Expert | None:
+    """Returns the base or the first expert that has an image processor; None if none has."""
     for model in (models.base, *models.experts.values()):
         if (model.checkpoint.folder / PROCESSOR_FILE).is_file():
-            return load_image_processor(
-                model.checkpoint.folder,
-                f"{model.role} ({model.checkpoint.source})",
-                _image_shape(models.family, model.checkpoint),
-            )
+            return model
     return None
 
 
 def _image_shape(family: Family, checkpoint: Checkpoint) -> tuple[int, int, int]:
     """Returns channels, height and width of the images that a model reads.
 
-    A model without an image_size, such as a ResNet, reads images as its processor makes them.
+    A model without an image_size, such as a ResNet, reads images as its processor makes them, and
+    so does one that reads any size.
     """
     config = checkpoint.config
     if not family.bridged:
         image = ImageGeometry.of(getattr(config, "vision_config", config))
-        return image.channels, image.height, image.width
+        made = _made_size(checkpoint) if family.reads_any_size else None
+        return image.channels, *(made or (image.height, image.width))
     if (shape := stated_image_shape(config)) is not None:
         return shape
-    fields = read_object(checkpoint.folder / PROCESSOR_FILE)
-    size = (fields.get("do_center_crop") and fields.get("crop_size")) or fields.get("size")
-    if isinstance(size, Mapping):
-        side = size.get("shortest_edge")
-        size = (size.get("height", side), size.get("width", side))
-    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-    if not (isinstance(height, int) and isinstance(width, int)):
+    made = _made_size(checkpoint)
+    if made is None:
         raise InputError(
             f"{checkpoint.source}: neither image_size in its config.json nor size in its "
             f"{PROCESSOR_FILE} is the height and width of its images; add image_size"
         )
     vision = getattr(config, "vision_config", config)
-    return getattr(vision, "num_channels", 3), height, width
+    return getattr(vision, "num_channels", 3), *made
+
+
+def _made_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Returns height and width of the images that a processor makes; None if it states none."""
+    fields = read_object_if_there(checkpoint.folder / PROCESSOR_FILE)
+    size = (fields.get("do_center_crop") and fields.get("crop_size")) or fields.get("size")
+    if isinstance(size, Mapping):
+        side = size.get("shortest_edge")
+        size = (size.get("height", side), size.get("width", side))
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+        return height, width
+    return None
 
 
 def _read_decoder_start(models: Models) -> int:

@@ -27,12 +27,11 @@ from adamerge_jax.evaluation.retention import RETAINED
 from adamerge_jax.learning.learner import Frozen, Learner, State
 from adamerge_jax.models.family import Network, complete_head
 from adamerge_jax.models.images_in_text import COUNT, PIXELS, ImagesInText
-from adamerge_jax.models.inputs import ImageGeometry
 from adamerge_jax.models.layers import Outputs
 from adamerge_jax.models.problem import CLASSES, NUMBERS, WORDS
 from adamerge_jax.models.token_rows import PLACES, SLOTS
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
-from adamerge_jax.pipeline.example_loader import ExampleLoader, example_loader
+from adamerge_jax.pipeline.example_loader import ExampleLoader, example_loader, image_shape
 from adamerge_jax.pipeline.general import find_general
 from adamerge_jax.pipeline.learn import learner_of, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
@@ -219,10 +218,7 @@ class Outline:
         if self.models.family.images is not None:
             return self._conversations(self.models.family.images, examples, length)
         if names[0] == PIXELS:
-            config = self.models.config
-            image = ImageGeometry.of(getattr(config, "vision_config", config))
-            shape = (examples, image.channels, image.height, image.width)
-            return {PIXELS: Abstract(shape, np.float32)}
+            return {PIXELS: Abstract((examples, *image_shape(self.models)), np.float32)}
         sources = self.recipe.calibration_sources
         are_pairs = any(not isinstance(source.text, str) for source in sources)
         texts: tuple[int, ...] = ()

@@ -32,6 +32,9 @@ SIZES = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, interme
 TEXT = dict(vocab_size=100, max_position_embeddings=64, num_labels=5, **SIZES)
 IMAGES = dict(image_size=32, patch_size=8, num_labels=5, **SIZES)
 
+DINOV2 = dict(IMAGES, mlp_ratio=2)
+SIGLIP = dict(vision_config=IMAGES, num_labels=5)
+
 DISTILBERT = dict(dim=64, n_layers=4, n_heads=4, hidden_dim=128)
 DISTILBERT |= dict(vocab_size=100, max_position_embeddings=64, num_labels=5)
 
@@ -64,6 +67,18 @@ def classifier(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Ref
     pooled = inner.get("pooler_output")
     if pooled is None:
         pooled = inner.last_hidden_state[:, 0]
+    return outputs.logits.numpy(), pooled.numpy(), torch.stack(outputs.hidden_states).numpy()
+
+
+def classifier_of_patches(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Reference:
+    """What a SigLIP computes, from the mean of patches, or a DINOv2, with its first token."""
+    outputs = model(**batch, output_hidden_states=True)
+    body: Any = model.vision_model if model.config.model_type == "siglip" else model.base_model
+    last = body(**batch).last_hidden_state
+    pooled = last.mean(1)
+    if model.config.model_type != "siglip":
+        patches = last[:, 1 + getattr(model.config, "num_register_tokens", 0) :]
+        pooled = torch.cat([last[:, 0], patches.mean(1)], -1)
     return outputs.logits.numpy(), pooled.numpy(), torch.stack(outputs.hidden_states).numpy()
 
 
@@ -124,9 +139,9 @@ def pair_batch() -> dict[str, np.ndarray]:
     return batch | shorter
 
 
-def image_batch() -> dict[str, np.ndarray]:
+def image_batch(height: int = 32, width: int = 32) -> dict[str, np.ndarray]:
     """8 images of noise."""
-    pixels = np.random.default_rng(0).normal(size=(8, 3, 32, 32))
+    pixels = np.random.default_rng(0).normal(size=(8, 3, height, width))
     return {"pixel_values": pixels.astype(np.float32)}
 
 
@@ -197,6 +212,9 @@ def main() -> None:
         projection_dim=32,
     )
     checkpoint = classifier, head_of_checkpoint
+    patches = classifier_of_patches, head_of_checkpoint
+    # Images of another size than the config states, for which positions are resized.
+    oblong = image_batch(48, 24)
     decoder = text, language_model, head_of_checkpoint
     cases = [
         (transformers.BertForSequenceClassification, TEXT, text, *checkpoint),
@@ -214,6 +232,10 @@ def main() -> None:
         (transformers.DebertaV2ForSequenceClassification, DEBERTA, text, *checkpoint),
         (transformers.ModernBertForSequenceClassification, MODERN, text, *checkpoint),
         (transformers.ViTForImageClassification, IMAGES, images, *checkpoint),
+        (transformers.DeiTForImageClassification, IMAGES, images, *checkpoint),
+        (transformers.Dinov2ForImageClassification, DINOV2, oblong, *patches),
+        (transformers.Dinov2WithRegistersForImageClassification, DINOV2, oblong, *patches),
+        (transformers.SiglipForImageClassification, SIGLIP, images, *patches),
         (transformers.CLIPModel, clip.to_dict(), images, zero_shot_classifier, zero_shot_head),
         (transformers.LlamaForCausalLM, DECODER | dict(rope_parameters=LLAMA3_ROPE), *decoder),
         (transformers.MistralForCausalLM, DECODER | WINDOW, *decoder),

@@ -16,6 +16,7 @@ from transformers import (
     BertConfig,
     CLIPConfig,
     DebertaV2Config,
+    Dinov2WithRegistersConfig,
     ElectraConfig,
     Gemma3TextConfig,
     LlamaConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen3MoeConfig,
     RobertaConfig,
+    SiglipConfig,
     T5Config,
     ViTConfig,
 )
@@ -49,6 +51,10 @@ TINY = {
         DebertaV2Config(**ENCODER, vocab_size=40, relative_attention=True, position_buckets=-1)
     ),
     "vit": fields_of(ViTConfig(**ENCODER, image_size=8, patch_size=4)),
+    "dinov2": fields_of(Dinov2WithRegistersConfig(**ENCODER, image_size=8, patch_size=4)),
+    "siglip": fields_of(
+        SiglipConfig(vision_config=ENCODER | dict(image_size=8, patch_size=4, vocab_size=40))
+    ),
     "clip": fields_of(
         CLIPConfig(text_config=ENCODER, vision_config=ENCODER | dict(image_size=8, patch_size=4))
     ),
@@ -91,6 +97,9 @@ NO_SCALE = (-1.0, float("nan"), float("inf"), 1e39, "1e-5", True, {})
 IMPOSSIBLE = [
     *(("bert", "num_attention_heads", value) for value in NO_COUNT),
     *(("llama", "num_key_value_heads", value) for value in NO_COUNT),
+    *(("dinov2", "num_register_tokens", value) for value in NO_COUNT),
+    *(("dinov2", "use_swiglu_ffn", value) for value in (1, "true")),
+    *(("siglip", "vision_config.vision_use_head", value) for value in (1, "true")),
     *(("t5", "num_heads", value) for value in NO_COUNT),
     *(("llama", "head_dim", value) for value in (0, -8, "8")),
     *(("bert", "num_hidden_layers", value) for value in (10**9, -1, 0, "2")),

@@ -20,6 +20,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     CLIPConfig,
+    DeiTConfig,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -27,7 +28,7 @@ from transformers import (
 from adamerge_jax.checkpoints import huggingface_export, shards
 from adamerge_jax.checkpoints.config_file import fields_of
 from adamerge_jax.checkpoints.huggingface import Checkpoint
-from adamerge_jax.checkpoints.huggingface_export import write_checkpoint
+from adamerge_jax.checkpoints.huggingface_export import model_class, write_checkpoint
 from adamerge_jax.errors import InputError
 
 BERT = dict(
@@ -428,3 +429,9 @@ def test_interrupt_while_finishing_leaves_nothing(tmp_path, monkeypatch):
         for name, array in small_tensors().items():
             writer.add(name, array)
     assert os.listdir(tmp_path) == []
+
+
+def test_of_several_classes_the_first_is_loaded():
+    """An adapter that classifies, beside a base without a head, is exported as it."""
+    model = model_class(DeiTConfig(), "AutoModelForImageClassification")
+    assert model == "DeiTForImageClassification"

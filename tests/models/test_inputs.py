@@ -9,10 +9,14 @@ from transformers import (
     BertConfig,
     CLIPConfig,
     CvtConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
     MPNetConfig,
     PretrainedConfig,
     ResNetConfig,
     RobertaConfig,
+    SiglipConfig,
     ViTConfig,
 )
 
@@ -29,6 +33,8 @@ CLIP = CLIPConfig(
     vision_config=dict(image_size=8, patch_size=4, **SIZES),
     text_config=dict(TEXT, eos_token_id=19, bos_token_id=18),
 )
+DEIT = DeiTConfig(image_size=8, patch_size=4, **SIZES)
+SIGLIP = SiglipConfig(vision_config=dict(image_size=8, patch_size=4, **SIZES))
 
 
 def trace(network: Network, inputs: Mapping[str, np.ndarray]) -> None:
@@ -59,7 +65,7 @@ def test_sequences_longer_than_the_positions(network: Network, longest: int) -> 
         trace(network, tokens(longest + 1))
 
 
-@pytest.mark.parametrize("config", [VIT, CLIP], ids=["vit", "clip"])
+@pytest.mark.parametrize("config", [VIT, CLIP, DEIT, SIGLIP], ids=["vit", "clip", "deit", "siglip"])
 @pytest.mark.parametrize("shape", [(3, 8, 12), (3, 4, 8), (1, 8, 8)])
 def test_images_of_another_size(config: PretrainedConfig, shape: tuple[int, ...]) -> None:
     network = family_of(config).build_backbone(config)
@@ -67,6 +73,32 @@ def test_images_of_another_size(config: PretrainedConfig, shape: tuple[int, ...]
     pattern = rf"\({', '.join(map(str, shape))}\).*expects \(3, 8, 8\)"
     with pytest.raises(InputError, match=pattern):
         trace(network, {"pixel_values": np.zeros((2, *shape), np.float32)})
+
+
+@pytest.mark.parametrize("kind", [Dinov2Config, Dinov2WithRegistersConfig])
+def test_images_of_a_model_that_reads_any_size(kind: type[PretrainedConfig]) -> None:
+    config = kind(image_size=8, patch_size=4, **SIZES)
+    network = family_of(config).build_backbone(config)
+    trace(network, {"pixel_values": np.zeros((2, 3, 4, 21), np.float32)})
+    with pytest.raises(InputError, match=r"have 12 x 3 pixels, less than a patch .*, 4 x 4"):
+        trace(network, {"pixel_values": np.zeros((2, 3, 12, 3), np.float32)})
+    with pytest.raises(InputError, match=r"\(1, 8, 8\).*expects \(3, 8, 8\)"):
+        trace(network, {"pixel_values": np.zeros((2, 1, 8, 8), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": (8, 12)}, r"image_size .*8, 12.* make 6 patches; expected a square number"),
+        ({"mlp_ratio": 0}, "mlp_ratio is 0, hidden_size 8; expected a product above 0"),
+        ({"mlp_ratio": 2**30}, "mlp_ratio is 1073741824, hidden_size 8; expected a product above"),
+        ({"patch_size": (4, 2)}, "patch_size is 4 x 2"),
+    ],
+)
+def test_configs_of_no_dinov2(fields: dict, message: str) -> None:
+    config = Dinov2Config(**dict(image_size=8, patch_size=4, **SIZES) | fields)
+    with pytest.raises(InputError, match=message):
+        family_of(config).build_backbone(config)
 
 
 def test_oblong_patches() -> None:

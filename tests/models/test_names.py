@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import transformers
-from transformers import CLIPConfig, CLIPVisionConfig, GPT2Config
+from transformers import CLIPConfig, CLIPVisionConfig, DeiTConfig, GPT2Config, SiglipConfig
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models import ARCHITECTURES, family_of
+from adamerge_jax.models import ARCHITECTURES, family_of, is_known
 from adamerge_jax.models.family import HeadAxes
 from adamerge_jax.models.zero_shot import text_network
 from adamerge_jax.parameter_names import matches
@@ -45,6 +45,15 @@ def require_attention_heads(heads: HeadAxes, backbone: dict[str, tuple[int, ...]
         ("MPNetForSequenceClassification", TEXT),
         ("ViTForImageClassification", IMAGES),
         ("ViTForImageClassification", dict(IMAGES, qkv_bias=False, num_channels=1)),
+        ("DeiTForImageClassification", IMAGES),
+        ("Dinov2ForImageClassification", IMAGES),
+        ("Dinov2ForImageClassification", dict(IMAGES, use_swiglu_ffn=True, use_mask_token=False)),
+        ("Dinov2WithRegistersForImageClassification", IMAGES),
+        ("SiglipForImageClassification", dict(vision_config=IMAGES)),
+        (
+            "SiglipForImageClassification",
+            dict(vision_config=IMAGES | dict(vision_use_head=False)),
+        ),
     ],
 )
 def test_classifiers_have_the_names_of_their_files(
@@ -59,7 +68,9 @@ def test_classifiers_have_the_names_of_their_files(
     assert backbone | head == saved_shapes(model_class(config), tmp_path)
     assert all(name.startswith(family.prefixes) for name in backbone)
     auto_class = getattr(transformers, family.auto_class)
-    assert auto_class._model_mapping[type(config)] is model_class
+    loaded = auto_class._model_mapping[type(config)]
+    # Of several classes it loads the first.
+    assert (loaded[0] if isinstance(loaded, tuple) else loaded) is model_class
     require_attention_heads(family.heads(config), backbone)
 
 
@@ -144,6 +155,18 @@ def test_one_tower_is_no_base() -> None:
 def test_unknown_families_are_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"'gpt2' is not supported; .* bert, .*clip.*vit"):
         family_of(GPT2Config())
+
+
+def test_a_deit_with_two_heads_is_of_no_family() -> None:
+    config = DeiTConfig(**IMAGES)
+    assert is_known(config, "DeiTForImageClassification")
+    assert not is_known(config, "DeiTForImageClassificationWithTeacher")
+
+
+def test_towers_of_a_siglip_give_no_classes() -> None:
+    config = SiglipConfig(vision_config=IMAGES)
+    with pytest.raises(InputError, match=r"'siglip_vision_model' is one tower of a SigLIP.*merge"):
+        family_of(config).build_head(config.vision_config)
 
 
 def test_only_clip_experts_may_lack_parameters() -> None:

@@ -49,6 +49,7 @@ DEBERTA = dict(
     position_biased_input=False,
 )
 IMAGES = dict(image_size=12, patch_size=4, **SIZES)
+DINOV2 = dict(IMAGES, num_labels=5, mlp_ratio=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +181,35 @@ CASES = {
         dict(IMAGES | dict(image_size=(8, 14), patch_size=(4, 4)), num_labels=5),
         None,
     ),
+    "deit": ("DeiTForImageClassification", dict(IMAGES, num_labels=5, hidden_act="relu"), None),
+    "dinov2": ("Dinov2ForImageClassification", DINOV2, None),
+    "dinov2 swiglu": (
+        "Dinov2ForImageClassification",
+        dict(DINOV2, use_swiglu_ffn=True, qkv_bias=False, use_mask_token=False),
+        None,
+    ),
+    "dinov2 with registers": (
+        "Dinov2WithRegistersForImageClassification",
+        dict(DINOV2, num_register_tokens=2, hidden_act="gelu_new"),
+        None,
+    ),
+    "siglip": ("SiglipForImageClassification", dict(vision_config=IMAGES, num_labels=5), None),
+    "siglip without pooling": (
+        "SiglipForImageClassification",
+        # 14 is no multiple of 4.
+        dict(vision_config=IMAGES | dict(image_size=14, vision_use_head=False), num_labels=5),
+        None,
+    ),
 }
 
+OTHER_SIZES = [(8, 8), (20, 20), (24, 10), (12, 16), (14, 13), (6, 21)]
+"""Height and width of images for models of images of 12 x 12 pixels."""
 
-def images(config: PretrainedConfig) -> np.ndarray:
-    size = config.image_size
+
+def images(config: PretrainedConfig, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A batch of 3 images of that height and width, or those of the config."""
+    config = getattr(config, "vision_config", config)
+    size = size or config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (3, config.num_channels, height, width)
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -198,6 +223,19 @@ def assert_close(actual: Any, expected: torch.Tensor) -> None:
     assert actual.shape == tuple(expected.shape)
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=0, atol=TOLERANCE)
+
+
+def pooled(inner: Any, config: PretrainedConfig) -> torch.Tensor:
+    """The input of the head, from the output of the model without it."""
+    last = inner.last_hidden_state
+    if config.model_type == "bert":
+        return inner.pooler_output
+    if config.model_type == "siglip":
+        return last.mean(1)
+    if config.model_type.startswith("dinov2"):
+        patches = last[:, 1 + getattr(config, "num_register_tokens", 0) :]
+        return torch.cat([last[:, 0], patches.mean(1)], -1)
+    return last[:, 0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -222,7 +260,8 @@ def test_classifiers(case: str, tmp_path: Path) -> None:
 
     with torch.no_grad():
         expected = model(**torch_batch(batch), output_hidden_states=True)
-        inner = model.base_model(**torch_batch(batch))
+        body = model.vision_model if config.model_type == "siglip" else model.base_model
+        inner = body(**torch_batch(batch))
     assert_close(logits, expected.logits)
     assert len(outputs.hidden_states) == len(expected.hidden_states) == 4
     # A DeBERTa's padding sees padding too, and nothing sees it.
@@ -231,9 +270,29 @@ def test_classifiers(case: str, tmp_path: Path) -> None:
         assert_close(actual[compared], state[compared])
     last = outputs.last_hidden_state, inner.last_hidden_state
     assert_close(*(state[compared] for state in last))
-    pooled = inner.pooler_output if class_name.startswith("Bert") else inner.last_hidden_state[:, 0]
-    assert_close(outputs.pooled, pooled)
+    assert_close(outputs.pooled, pooled(inner, config))
     assert family.inputs[0] in batch and set(batch) <= set(family.inputs)
+
+
+@pytest.mark.parametrize("case", ["dinov2", "dinov2 with registers"])
+def test_images_of_another_size_than_the_config_states(case: str, tmp_path: Path) -> None:
+    """Positions are resized: each axis by itself, to fewer or more, without and with smoothing."""
+    class_name, settings, _ = CASES[case]
+    model_class = getattr(transformers, class_name)
+    config = model_class.config_class(**settings)
+    model = randomise(model_class(config))
+    family = family_of(config)
+    backbone, head = family.build_backbone(config), family.build_head(config)
+    tensors = saved_parameters(model, tmp_path)
+    parameters, complete_head = parameters_of(backbone, tensors), parameters_of(head, tensors)
+    for size in OTHER_SIZES:
+        batch = {"pixel_values": images(config, size)}
+        outputs = jax.jit(backbone)(parameters, batch)
+        with torch.no_grad():
+            expected = model(**torch_batch(batch))
+            inner = model.base_model(**torch_batch(batch))
+        assert_close(outputs.last_hidden_state, inner.last_hidden_state)
+        assert_close(head(complete_head, outputs), expected.logits)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -299,6 +358,9 @@ def test_activations(name: str) -> None:
         transformers.ModernBertConfig(**MODERN, hidden_activation="mish"),
         transformers.DebertaV2Config(**DEBERTA, hidden_act="mish"),
         transformers.ViTConfig(**IMAGES, hidden_act="mish"),
+        transformers.DeiTConfig(**IMAGES, hidden_act="mish"),
+        transformers.Dinov2Config(**IMAGES, hidden_act="mish"),
+        transformers.SiglipConfig(vision_config=dict(IMAGES, hidden_act="mish")),
         transformers.CLIPConfig(vision_config=dict(IMAGES, hidden_act="mish")),
         transformers.T5Config(feed_forward_proj="mish"),
         transformers.LlamaConfig(**SIZES, hidden_act="mish"),
@@ -344,7 +406,10 @@ def test_batch_without_mask_and_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "model_type",
-    ["bert", "electra", "mpnet", "roberta", "modernbert", "deberta-v2", "vit", "clip"],
+    [
+        *("bert", "electra", "mpnet", "roberta", "modernbert", "deberta-v2"),
+        *("vit", "clip", "dinov2", "dinov2_with_registers", "siglip"),
+    ],
 )
 def test_outputs_have_the_dtype_of_the_parameters(model_type: str) -> None:
     config = transformers.AutoConfig.for_model(model_type)
@@ -355,7 +420,7 @@ def test_outputs_have_the_dtype_of_the_parameters(model_type: str) -> None:
     }
     batch = (
         {"pixel_values": jax.ShapeDtypeStruct((2, 3, 224, 224), jnp.float32)}
-        if model_type in ("vit", "clip")
+        if model_type in ("vit", "clip", "dinov2", "dinov2_with_registers", "siglip")
         else {"input_ids": jax.ShapeDtypeStruct((2, 12), jnp.int32)}
     )
     outputs = jax.eval_shape(backbone, parameters, batch)

@@ -9,8 +9,8 @@ import torch
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from adamerge_jax.models.bridge.resizing import cubic, resizer, triangle
 from adamerge_jax.models.layers import ACTIVATIONS, LINEAR_OUTPUT
+from adamerge_jax.models.resizing import cubic, resizer, triangle
 
 
 def linear(

@@ -17,10 +17,10 @@ from transformers import (
     AutoModelForTokenClassification,
     DebertaConfig,
     DebertaModel,
-    Dinov2Config,
-    Dinov2Model,
     GPT2Config,
     GPT2LMHeadModel,
+    IJepaConfig,
+    IJepaModel,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
@@ -106,8 +106,8 @@ KINDS = {
         ),
     ),
     # PEFT has no type of tasks for images.
-    "dinov2": Kind(
-        lambda: Dinov2Model(Dinov2Config(**SIZES, image_size=28)),
+    "ijepa": Kind(
+        lambda: IJepaModel(IJepaConfig(**SIZES, image_size=32)),
         AutoModelForImageClassification,
         dict(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
     ),

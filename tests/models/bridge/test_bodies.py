@@ -17,9 +17,9 @@ from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
     LongformerConfig,
+    MetaClip2Config,
     PreTrainedModel,
     ProphetNetConfig,
-    SiglipConfig,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
     UMT5Config,
@@ -119,10 +119,10 @@ def test_an_output_that_is_not_the_last_layers_is_refused():
 
 def test_the_one_part_of_a_classifier_is_its_body():
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = SiglipConfig(
+    config = MetaClip2Config(
         vision_config=vision | {"intermediate_size": 24, "image_size": 8, "patch_size": 4}
     )
-    family = bridged_family(config, "SiglipForImageClassification")
+    family = bridged_family(config, "MetaClip2ForImageClassification")
     assert set(family.build_head(config).shapes) == {"classifier.weight", "classifier.bias"}
     names = family.build_backbone(config).shapes
     assert all(name.startswith("vision_model.") for name in names)
