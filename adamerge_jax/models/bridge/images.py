@@ -248,16 +248,18 @@ def _with_geometry(
         The pixels, with an axis of images in front where the model has one; plain tensors, whose
         values are known while the function is compiled.
     """
+    known = {}
     if tiled_size is not None:
-        known = {SIZES: torch.tensor([tiled_size])}
+        known[SIZES] = torch.tensor([tiled_size])
         if _NUMBERS in parameters and len(image) == 1:
             # It was left whole, as one of several of its text.
             known[_NUMBERS] = torch.tensor([2])
         return image[None], known
     if image.ndim == 3:
-        # A LLaVA may have a vision tower that takes no sizes, and needs them for none.
-        needs_size = SIZES in parameters and parameters[SIZES].default is inspect.Parameter.empty
-        return image[None], {SIZES: torch.tensor([image.shape[1:]])} if needs_size else {}
+        # A LLaVA needs no size, and may have a vision tower that takes none.
+        if SIZES in parameters and parameters[SIZES].default is inspect.Parameter.empty:
+            known[SIZES] = torch.tensor([image.shape[1:]])
+        return image[None], known
     _, rows, columns, features = image.shape
     if _PLACES in parameters:
         row, column = np.divmod(np.arange(rows * columns), columns)
