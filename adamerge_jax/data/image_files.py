@@ -68,6 +68,8 @@ class ImageFiles:
                 f"{self.where(index)}: its table holds no image, only a path or nothing; save the "
                 "table with the images in it"
             )
+        if isinstance(image, Path) and not image.is_file():  # a pipe would be waited for
+            raise InputError(f"{self.where(index)}: is no file; remove it, or copy it again")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
