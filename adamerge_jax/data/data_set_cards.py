@@ -42,7 +42,7 @@ class Card:
             files = {str(name): patterns for name, patterns in files.items()}
         else:
             files = {str(part.get("split")): part.get("path") for part in _mappings(files)}
-        patterns = next((files[name] for name in files if _same_split(name, split)), None)
+        patterns: Any = next((files[name] for name in files if _same_split(name, split)), None)
         if not _are_patterns(patterns):
             raise InputError(
                 f"{self.file} names no files for split {split!r}; its splits are "
