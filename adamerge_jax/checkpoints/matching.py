@@ -378,8 +378,15 @@ def _wrong_shape(
                 f"model.resize_token_embeddings({wanted[0]}), or leave it out"
             )
     name = wrong[0]
+    shape, wanted = matched.shape(name), tuple(expected[name])
+    classes = matched.checkpoint.config.num_labels
+    if "classifier" in name and shape[1:] == wanted[1:] and wanted[0] == classes:
+        return (
+            f"{where} has {shape[0]} classes by {name} and {classes} by its config.json (the names "
+            "in id2label, or num_labels; 2 without both); say there how many it has"
+        )
     return (
-        f"{where}: {name} has shape {matched.shape(name)}, expected {tuple(expected[name])}"
+        f"{where}: {name} has shape {shape}, expected {wanted}"
         f"{and_more(len(wrong) - 1)}; all checkpoints of a merge must be fine-tuned from one base "
         "model"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adamerge_jax.checkpoints.huggingface import Checkpoint
+from adamerge_jax.checkpoints.tokenizer_limits import require_bounded, require_small
 from adamerge_jax.errors import InputError, in_one_line
 from adamerge_jax.files.json_object import read_object_if_there
 
@@ -104,7 +105,8 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
         role: The role of the checkpoint, for messages: `base`, `expert 'trec'`.
 
     Raises:
-        InputError: There is none, it cannot be read, or its vocabulary is missing.
+        InputError: There is none, it cannot be read, its vocabulary is missing, or its steps have
+            no bound.
     """
     from transformers import AutoTokenizer
 
@@ -113,6 +115,7 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
         raise InputError(
             f"{where} has no tokenizer; save it there with tokenizer.save_pretrained(folder)"
         )
+    require_small(tokenizer_files(checkpoint), where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # of transformers, of tokenizers, of libraries that they need
@@ -128,6 +131,7 @@ def load_tokenizer(checkpoint: Checkpoint, role: str) -> PreTrainedTokenizerBase
             f"lacks {' and '.join(tokenizer.vocab_files_names.values())}; save it there again with "
             "tokenizer.save_pretrained(folder)"
         )
+    require_bounded(tokenizer, where)
     if _tokenizer_config(checkpoint).get("auto_map"):
         log.warning(
             "%s: its tokenizer names code of its own (auto_map), which is never run: it is read as "

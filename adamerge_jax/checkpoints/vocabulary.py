@@ -256,14 +256,16 @@ def _resized(info: TensorInfo, like: TensorInfo) -> TensorInfo:
 
 
 def _require_rows_of_config(base: MatchedCheckpoint, expert: MatchedCheckpoint) -> None:
-    """Refuses a config with another number of tokens than the base's, unless a table has it."""
+    """Refuses a config with a number of tokens that no table has, unless base and expert agree."""
     claimed, of_base = (
         getattr(getattr(config, "text_config", config), "vocab_size", None)
         for config in (expert.checkpoint.config, base.checkpoint.config)
     )
     tables = [name for name in expert.names if matches(name, TOKEN_EMBEDDINGS)]
     rows = {expert.shape(name)[0] for name in tables}
-    if claimed is not None and claimed != of_base and tables and claimed not in rows:
+    of_tables = {base.shape(name)[0] for name in tables if name in base.names}
+    differs = claimed != of_base or rows != of_tables
+    if claimed is not None and differs and tables and claimed not in rows:
         raise InputError(
             f"{expert.role} ({expert.checkpoint.source}) has vocab_size {claimed} in its "
             f"config.json, and {tables[0]} has {expert.shape(tables[0])[0]} rows; config and "

@@ -205,6 +205,11 @@ class Merge(RecipeCommand):
         from adamerge_jax.registry import allow_code
         from adamerge_jax.runs.files import COEFFICIENTS_FILE
 
+        if not isinstance(self.options, dict):  # any YAML can be given
+            raise InputError(
+                f"--options: found {self.options!r:.80}, expected the method's arguments by name, "
+                "such as '{coefficient: 0.4}'"
+            )
         if self.allow_code:
             allow_code([self.method])
         merge(

@@ -14,11 +14,23 @@ from adamerge_jax.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as parquet
 
 _LFS_POINTER = b"version https://git-lfs"
 
 _ROWS_AT_ONCE = 256
 """Rows of a Parquet file that are in memory at a time: they may be images."""
+
+_BYTES_AT_ONCE = 2**29
+"""Bytes of these rows, where every one of them holds the largest value of the file."""
+
+_MOST_GROWTH = 100
+"""The number of times that a file may be larger without compression, if it is then larger than
+`_BYTES_AT_ONCE`."""
+
+_ROWS_OF_A_BYTE, _USUAL_ROWS = 8, 2**24
+"""Rows of a byte of a file, and the number of rows that any file may have: a file of a hundred
+bytes can say that a value stands in a billion rows."""
 
 
 class ArrowColumn(Sequence[Any]):
@@ -41,9 +53,11 @@ class ArrowColumn(Sequence[Any]):
         if self._index is not None:
             yield from (self[row] for row in range(len(self)))
             return
+        # A value that stands in many rows is in memory once, and becomes an object in each.
+        rows_at_once = 1 if _holds_values_once(self._column.type) else _ROWS_AT_ONCE
         for chunk in self._column.chunks:
-            for batch in range(0, len(chunk), _ROWS_AT_ONCE):
-                yield from chunk.slice(batch, _ROWS_AT_ONCE).to_pylist()
+            for batch in range(0, len(chunk), rows_at_once):
+                yield from chunk.slice(batch, rows_at_once).to_pylist()
 
 
 def read_arrow(files: Sequence[Path]) -> pa.Table:
@@ -58,7 +72,9 @@ def read_arrow(files: Sequence[Path]) -> pa.Table:
         source.seek(0)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         tables.append(reader.read_all())
-    return pa.concat_tables(tables)
+    table = pa.concat_tables(tables)
+    _require_rows_of_size(len(table), files)
+    return table
 
 
 def count_parquet(files: Sequence[Path]) -> int:
@@ -67,7 +83,9 @@ def count_parquet(files: Sequence[Path]) -> int:
 
     for file in files:
         _require_content(file)
-    return sum(parquet.ParquetFile(file).metadata.num_rows for file in files)
+    rows = sum(parquet.ParquetFile(file).metadata.num_rows for file in files)
+    _require_rows_of_size(rows, files)
+    return rows
 
 
 def read_parquet(
@@ -93,12 +111,15 @@ def read_parquet(
     _require_unique(schema.names)
     chosen = [name for name in wanted if name in schema.names]
     chosen_schema = pa.schema([schema.field(name) for name in chosen], metadata=schema.metadata)
+    repeated = [name for name in chosen if not _holds_values_once(schema.field(name).type)]
+    most_bytes = max(_BYTES_AT_ONCE, _MOST_GROWTH * _size(files))
     with tempfile.NamedTemporaryFile(suffix=".arrow") as spill:
         with pa.ipc.new_file(spill, chosen_schema) as writer:
             first = 0
             for file in files:
                 reader = parquet.ParquetFile(file, memory_map=True)
-                for batch in reader.iter_batches(_ROWS_AT_ONCE, columns=chosen):
+                rows_at_once = _rows_at_once(reader.metadata, repeated)
+                for batch in reader.iter_batches(rows_at_once, columns=chosen):
                     rows = batch.select(chosen)
                     if index is not None:
                         begin, end = np.searchsorted(index, [first, first + len(batch)])
@@ -106,9 +127,43 @@ def read_parquet(
                     first += len(batch)
                     if len(rows):
                         writer.write_batch(rows.cast(chosen_schema))
+                    if spill.tell() > most_bytes:
+                        raise InputError(
+                            f"{file} is more than {_MOST_GROWTH} times as large without "
+                            "compression, which no data is; download it again"
+                        )
         spill.flush()
         # The map outlives the name of the file, and the file goes with it.
         return pa.ipc.open_file(pa.memory_map(spill.name)).read_all(), schema.names
+
+
+def _rows_at_once(metadata: parquet.FileMetaData, columns: Sequence[str]) -> int:
+    """Returns the number of rows that can be in memory, whichever values of the file they hold.
+
+    A value that stands in many rows is stored once, so that a small file may hold any amount of
+    text. A part of a column is at least as large as the largest value in it.
+    """
+    largest = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            part = group.column(place)
+            if part.path_in_schema.partition(".")[0] in columns:
+                largest = max(largest, part.total_uncompressed_size)
+    return min(_ROWS_AT_ONCE, max(1, _BYTES_AT_ONCE // largest))
+
+
+def _require_rows_of_size(rows: int, files: Sequence[Path]) -> None:
+    """Refuses files that say that they have far more rows than bytes."""
+    if rows > max(_USUAL_ROWS, _ROWS_OF_A_BYTE * _size(files)):
+        raise InputError(
+            f"{files[0]} says that it has {rows:,} rows in {_size(files):,} bytes, which no data "
+            "has; download it again"
+        )
+
+
+def _size(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def class_names_of(schema: pa.Schema) -> dict[str, list[str]]:
@@ -126,6 +181,12 @@ def class_names_of(schema: pa.Schema) -> dict[str, list[str]]:
         if isinstance(feature, datasets.ClassLabel):
             names[column] = list(feature.names)
     return names
+
+
+def _holds_values_once(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind))
 
 
 def holds_images(kind: pa.DataType) -> bool:

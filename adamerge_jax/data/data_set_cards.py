@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from adamerge_jax.data.listing import in_words, split_of
 from adamerge_jax.errors import InputError, in_one_line
+from adamerge_jax.files.strict_yaml import read_metadata
 
 _LARGEST = 2**20
 """Bytes of a README.md that are read: its metadata are at its beginning."""
@@ -37,17 +36,19 @@ class Card:
             InputError: There is no such configuration or split.
         """
         files = self._config(config)["data_files"]
-        if isinstance(files, str) or all(isinstance(pattern, str) for pattern in files):
+        if _are_patterns(files):
             files = {"train": files}
-        elif not isinstance(files, Mapping):
-            files = {str(part.get("split")): part.get("path") for part in files}
-        patterns = next((files[name] for name in files if _same_split(name, split)), None)
-        if patterns is None:
+        elif isinstance(files, Mapping):
+            files = {str(name): patterns for name, patterns in files.items()}
+        else:
+            files = {str(part.get("split")): part.get("path") for part in _mappings(files)}
+        patterns: Any = next((files[name] for name in files if _same_split(name, split)), None)
+        if not _are_patterns(patterns):
             raise InputError(
                 f"{self.file} names no files for split {split!r}; its splits are "
-                f"{in_words(map(str, files))}"
+                f"{in_words(files) or 'none'}"
             )
-        return [str(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+        return [patterns] if isinstance(patterns, str) else patterns
 
     def facts_of(self, config: str | None, split: str) -> tuple[int | None, dict[str, list[str]]]:
         """Returns the number of examples of a split and the names of classes by column, if told."""
@@ -65,7 +66,12 @@ class Card:
             label = dtype.get("class_label") if isinstance(dtype, Mapping) else None
             names = label.get("names") if isinstance(label, Mapping) else None
             if isinstance(names, Mapping):
-                names = [names[key] for key in sorted(names, key=lambda key: int(key))]
+                if not all(str(key).isdecimal() for key in names):
+                    raise InputError(
+                        f"{self.file} names classes by other keys than their numbers "
+                        f"({in_words(map(str, names))}); give the file of the data"
+                    )
+                names = [names[key] for key in sorted(names, key=int)]
             if isinstance(names, list):
                 class_names[str(feature.get("name"))] = [str(class_name) for class_name in names]
         return examples, class_names
@@ -103,15 +109,21 @@ def read_card(folder: Path) -> Card | None:
     if not lines or lines[0].strip() != "---" or "---" not in lines[1:]:
         return None
     try:
-        fields = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
+        fields = read_metadata("\n".join(lines[1 : lines.index("---", 1)]))
         if not isinstance(fields, Mapping):
             return None
         configs = [c for c in _mappings(fields.get("configs")) if c.get("data_files")]
         return Card(file, configs, _mappings(fields.get("dataset_info")))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except InputError as error:
         raise InputError(
             f"{file}: its metadata cannot be read: {in_one_line(error)}; give the file of the data"
         ) from error
+
+
+def _are_patterns(value: Any) -> bool:
+    """Returns True for a pattern of files, or a list of them."""
+    patterns = value if isinstance(value, list) else [value]
+    return bool(patterns) and all(isinstance(pattern, str) and pattern for pattern in patterns)
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:

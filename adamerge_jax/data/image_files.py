@@ -22,6 +22,10 @@ _FORMATS = (
 )
 """Formats that are opened, whatever a file is called: for some others Pillow runs programs."""
 
+_LONGEST = 200
+"""The number of times that one side of an image may be as long as the other: processors that give
+the shorter side a size make a line of a few bytes fill the memory."""
+
 
 class ImageFiles:
     """Images of examples, opened one at a time."""
@@ -56,7 +60,7 @@ class ImageFiles:
         """Opens an image; only its header is read.
 
         Raises:
-            InputError: It is no image, or of more pixels than Pillow takes for harmless.
+            InputError: It is no image, of more pixels than Pillow takes for harmless, or a line.
         """
         import PIL.Image
 
@@ -68,13 +72,15 @@ class ImageFiles:
                 f"{self.where(index)}: its table holds no image, only a path or nothing; save the "
                 "table with the images in it"
             )
+        if isinstance(image, Path) and not image.is_file():  # a pipe would be waited for
+            raise InputError(f"{self.where(index)}: is no file; remove it, or copy it again")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
                 file = image if isinstance(image, Path) else io.BytesIO(image)
                 PIL.Image.init()
                 built = [kind for kind in _FORMATS if kind in PIL.Image.OPEN]
-                return PIL.Image.open(file, formats=built)
+                opened = PIL.Image.open(file, formats=built)
         except PIL.UnidentifiedImageError as error:
             raise InputError(
                 f"{self.where(index)}: cannot be read: it is no image of a kind that is known "
@@ -84,6 +90,13 @@ class ImageFiles:
             raise InputError(
                 f"{self.where(index)}: cannot be read: {in_one_line(error)}"
             ) from error
+        width, height = opened.size
+        if max(width, height) > _LONGEST * min(width, height):
+            raise InputError(
+                f"{self.where(index)}: has {width} x {height} pixels, one side more than "
+                f"{_LONGEST} times as long as the other; cut it, or leave it out"
+            )
+        return opened
 
     def decode(self, index: int) -> Image:
         """Reads an image, turned as its camera says.

@@ -12,7 +12,7 @@ from adamerge_jax.data.data_set_cards import read_card
 from adamerge_jax.data.image_folders import IMAGE_SUFFIXES
 from adamerge_jax.data.listing import files_below, in_words, require_no_split, split_of
 from adamerge_jax.data.records import READERS as RECORD_READERS
-from adamerge_jax.errors import InputError
+from adamerge_jax.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     from adamerge_jax.recipes.schema import DataSource
@@ -25,6 +25,9 @@ _PACKED = (".gz", ".bz2", ".xz")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _SHARD = re.compile(r"(?P<name>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?")
+
+_MOST_DEPTHS = 2
+"""Folders of any depth in a pattern of files: with each the time grows by all folders there are."""
 
 _NO_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that tell of a data set and hold none of it."""
@@ -233,9 +236,18 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     """Returns the tables in a folder whose path fits a pattern, or lies in a folder that does."""
     if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts or "://" in pattern:
         raise InputError(
-            f"README.md of {folder} names {pattern!r}, which is not in the folder; give the file"
+            f"README.md of {folder} names {pattern!r:.80}, which is not in the folder; give "
+            "the file"
         )
-    fitting = sorted(folder.glob(pattern))
+    try:
+        if pattern.count("**") > _MOST_DEPTHS:
+            raise ValueError(f"it has more than {_MOST_DEPTHS} **")
+        fitting = sorted(folder.glob(pattern))
+    except ValueError as error:
+        raise InputError(
+            f"README.md of {folder} names {pattern!r:.80}, which is no pattern of files "
+            f"({in_one_line(error)}); give the file"
+        ) from error
     return [
         file
         for path in fitting

@@ -19,6 +19,10 @@ Record = dict[str, Any]
 LONGEST_LINE = 2**28
 """Bytes of the longest line: a compressed file of zeros would fill the memory."""
 
+_USUAL_SIZE, _MOST_GROWTH = 2**27, 200
+"""Bytes of any compressed file without compression, and how many times as large as the file they
+may be if they are more: a file of a megabyte may hold lines for hours."""
+
 _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -49,12 +53,19 @@ def read_records(file: Path, kind: str) -> Iterator[Record]:
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yields the number and the text of each line, its end included."""
     with _OPENERS.get(file.suffix.lower(), _open_plain)(file) as stream:
+        read, most = 0, max(_USUAL_SIZE, _MOST_GROWTH * file.stat().st_size)
         for number in count(1):
             line = stream.readline(LONGEST_LINE + 1)
             if not line:
                 return
             if len(line) > LONGEST_LINE:
                 raise InputError(f"line {number}: has more than {LONGEST_LINE:,} bytes")
+            read += len(line)
+            if read > most:
+                raise InputError(
+                    f"line {number}: the file is more than {_MOST_GROWTH} times as large without "
+                    "compression, which no data is; download it again"
+                )
             if number == 1:
                 if line.startswith(_UTF16):
                     raise InputError("line 1: begins as UTF-16 does; save the file as UTF-8")

@@ -48,6 +48,10 @@ Index = Int[np.ndarray, " N"]
 Draw = Callable[[int], Index]
 """A function from the number of rows to the rows that are used, ascending."""
 
+_MOST_CHARACTERS = 2**30
+"""Characters of a column of texts, which are in memory: a small file may hold one text a million
+times."""
+
 _LARGEST_LABEL = np.iinfo(np.int32).max
 
 _WHOLE_NUMBER = re.compile(r"[+-]?\d{1,30}")
@@ -109,8 +113,8 @@ class Table:
         Raises:
             InputError: A row holds something else.
         """
-        texts = list(self.rows[column])
-        for number, text in zip(self.rows.numbers, texts, strict=True):
+        texts, size = [], 0
+        for number, text in zip(self.rows.numbers, self.rows[column], strict=True):
             if not isinstance(text, str):
                 raise InputError(
                     f"{self.name}: {self.source.path}, row {number}: column {column!r} holds "
@@ -121,6 +125,14 @@ class Table:
                     f"{self.name}: {self.source.path}, row {number}: column {column!r} holds half "
                     f"of a character, {text!a:.60}, which no text in UTF-8 does"
                 )
+            size += len(text)
+            if size > _MOST_CHARACTERS:
+                raise InputError(
+                    f"{self.name}: {self.source.path}: column {column!r} has more than "
+                    f"{_MOST_CHARACTERS:,} characters in its first {len(texts) + 1} rows; give "
+                    "limit, the number of rows that are used"
+                )
+            texts.append(text)
         return texts
 
     def lacks(self, expected: Sequence[str]) -> InputError:
@@ -342,8 +354,6 @@ def _arrow_rows(table: pa.Table, wanted: Iterable[str], draw: Draw | None) -> Ro
 
 def _load_saved(folder: Path, source: DataSource) -> pa.Table:
     """Loads a folder of `save_to_disk`, or the split of several."""
-    import datasets
-
     if (folder / "dataset_dict.json").is_file():
         splits = read_object(folder / "dataset_dict.json").get("splits", [])
         wanted = split_of(source.split) or source.split
@@ -355,8 +365,15 @@ def _load_saved(folder: Path, source: DataSource) -> pa.Table:
                 f"{folder} has no split {source.split!r}; its splits are {', '.join(splits)}"
             )
         folder = folder / fitting[0]
-    with _without_progress_bars():
-        return _arrow_of(datasets.load_from_disk(str(folder)))
+    # Read here: `datasets` takes the names for paths, and writes beside the files that it reads.
+    names = [fields.get("filename") for fields in read_object(folder / "state.json")["_data_files"]]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise InputError(
+                f"state.json of {folder} names {name!r:.80}, which is no file in the folder; copy "
+                "or download it again"
+            )
+    return read_arrow([folder / name for name in names])
 
 
 def _load_from_hub(location: HubDataset, source: DataSource) -> pa.Table:

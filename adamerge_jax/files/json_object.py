@@ -7,13 +7,16 @@ from typing import Any
 
 from adamerge_jax.errors import InputError, in_one_line
 
+_LARGEST = 100_000_000
+"""The largest size of a file in bytes; the indexes of the largest models have 20 million."""
+
 
 def read_object(file: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Raises:
         InputError: It cannot be read, is no JSON or no UTF-8, is nested too deep, or holds
-            something else than an object.
+            something else than an object, or is too large.
     """
     return _read(file, dict, "fields")
 
@@ -28,7 +31,7 @@ def read_list(file: Path) -> list[Any]:
 
     Raises:
         InputError: It cannot be read, is no JSON or no UTF-8, is nested too deep, or holds
-            something else than a list.
+            something else than a list, or is too large.
     """
     return _read(file, list, "list")
 
@@ -45,6 +48,8 @@ def write_json(file: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
 
 def _read(file: Path, kind: type, in_words: str) -> Any:
     try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST:,} bytes")
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(

@@ -39,10 +39,18 @@ def read_yaml(text: str | bytes) -> Any:
         InputError: It is not YAML, a key is given twice or is no text, or it is nested too deep or
             too large.
     """
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError is of a tag: !!int "x"
-        raise InputError(f"not valid YAML ({' '.join(str(error).split())})") from error
+    return _parse(text, _Loader)
+
+
+def read_metadata(text: str) -> Any:
+    """Parses YAML that a person wrote for other readers, such as that of a README.md.
+
+    Within the same limits as `read_yaml`; keys may be numbers and truth values, or given twice.
+
+    Raises:
+        InputError: It is not YAML, or it is nested too deep or too large.
+    """
+    return _parse(text, _BoundedLoader)
 
 
 def read_yaml_file(file: Path) -> Any:
@@ -54,6 +62,8 @@ def read_yaml_file(file: Path) -> Any:
     try:
         if file.stat().st_size > _LARGEST:
             raise InputError(f"larger than {_LARGEST:,} bytes, which no file written by hand is")
+        if not file.is_file():  # a pipe would be waited for, a device gives bytes for ever
+            raise InputError("is no file; expected a YAML file")
         return read_yaml(file.read_bytes())
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
@@ -61,8 +71,15 @@ def read_yaml_file(file: Path) -> Any:
         raise InputError(f"{file}: {error}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads within limits; 1e-3 is a number as in YAML 1.2, not a text as in YAML 1.1."""
+def _parse(text: str | bytes, loader: type[yaml.SafeLoader]) -> Any:
+    try:
+        return yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is of a tag: !!int "x"
+        raise InputError(f"not valid YAML ({' '.join(str(error).split())})") from error
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Reads within limits."""
 
     _depth = 0
     _nodes = 0
@@ -86,6 +103,16 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """Returns an integer; printing one of thousands of digits takes long or fails."""
+        if len(node.value) > _LONGEST_NUMBER:
+            raise _Refusal(f"{shorten(node.value, 60)} is too long for a number", node)
+        return self.construct_yaml_int(node)
+
+
+class _Loader(_BoundedLoader):
+    """Reads strictly; 1e-3 is a number as in YAML 1.2, not a text as in YAML 1.1."""
+
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Returns the next mapping, each of whose keys is a text of its own."""
         mapping = super().compose_mapping_node(anchor)
@@ -106,12 +133,6 @@ class _Loader(yaml.SafeLoader):
             lines[key.value] = key.start_mark.line + 1
         return mapping
 
-    def construct_int(self, node: yaml.ScalarNode) -> int:
-        """Returns an integer; printing one of thousands of digits takes long or fails."""
-        if len(node.value) > _LONGEST_NUMBER:
-            raise _Refusal(f"{shorten(node.value, 60)} is too long for a number", node)
-        return self.construct_yaml_int(node)
-
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
@@ -128,7 +149,8 @@ _Loader.yaml_implicit_resolvers = {
     first: [resolver for resolver in resolvers if resolver[0] not in _OTHERWISE]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_constructor(f"{_TAG}int", _Loader.construct_int)
+for loader in (_BoundedLoader, _Loader):
+    loader.add_constructor(f"{_TAG}int", loader.construct_int)
 # Without 1:30, which is 90 in YAML 1.1.
 _Loader.add_implicit_resolver(
     f"{_TAG}int",

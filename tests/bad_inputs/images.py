@@ -89,6 +89,8 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
     for name, instead in {
         "dangling-link": lambda file: file.symlink_to("nowhere.png"),
         "link-to-itself": lambda file: file.symlink_to(file),
+        "pipe": os.mkfifo,
+        "line": lambda file: save_image(file, np.zeros((1000, 1, 3))),
     }.items():
         yield Bad(f"image-{name}", _instead(instead), "images")
     yield Bad("no-images", _folder({"class 0": [], "class 1": []}), "images")

@@ -229,6 +229,9 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
     }.items():
         command = f"learn recipe.yaml {options}"
         yield Bad(f"option-{name}", lambda root: None, command=command)
+    for number, options in enumerate(("coefficient=0.4", "5", "[1]", "null")):
+        command = f"merge recipe.yaml --method task_arithmetic --options {options} --out out"
+        yield Bad(f"option-method-{number}", lambda root: None, command=command)
     for name, command in {
         "no-command": "lern recipe.yaml",
         "no-recipe": "learn",

@@ -69,6 +69,14 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
                 "invert": False,
             }
         },
+        "letters-of-letters": {"normalizer": _rules(4, 1000)},
+        "letters-of-bytes": {"pre_tokenizer": _bytes_of_bytes(40)},
+        "text-many-times": {"post_processor": _repeating(whole["post_processor"], 1000)},
+        "no-text": {"post_processor": _repeating(whole["post_processor"], 0)},
+        "drawn": {
+            "model": {"type": "BPE", "dropout": 0.5, "merges": []}
+            | {"vocab": whole["model"]["vocab"], "unk_token": "[UNK]"}
+        },
         "added-tokens-number": {"added_tokens": 5},
         "added-tokens-lists": {"added_tokens": [[1]]},
         "deep": {"normalizer": _sequence(20_000)},
@@ -97,6 +105,8 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
     }.items():
         fields = {"model": whole["model"] | {"vocab": other}}
         yield Bad(f"expert-{name}", _fields(("alpha",), TOKENIZER, fields))
+    yield Bad("file-over-the-memory", _sparse(f"base/{TOKENIZER}"))
+    yield Bad("config-over-the-memory", _sparse(f"base/{CONFIG}"))
     yield Bad("expert-unknown-token", _fields(("alpha",), CONFIG, {"unk_token": "w1"}))
     yield Bad("expert-cut", written(f"beta/{TOKENIZER}", json.dumps(whole)[:3000]))
     yield Bad("expert-deep", written(f"beta/{CONFIG}", nested()))
@@ -118,6 +128,10 @@ def make(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
 def healthy(generator: Generator, suites: dict[str, Path]) -> Iterator[Bad]:
     """Yields the conversations that the templates are for, with one that can write them."""
     yield Bad("conversations", _conversations, "language")
+    # Rules that find nothing of what others wrote, of which tokenizers have long lists.
+    rules = [_rule(chr(0x2000 + number), "...") for number in range(50)]
+    fields = {"normalizer": {"type": "Sequence", "normalizers": rules}}
+    yield Bad("many-rules", _fields(("base", "alpha", "beta"), TOKENIZER, fields))
 
 
 def _in(models: tuple[str, ...], file: str, content: bytes | str) -> Callable[[Path], None]:
@@ -132,6 +146,39 @@ def _shifted(tokenizer: dict[str, Any], step: int) -> dict[str, int]:
     """Returns a vocabulary whose words, but not its special tokens, have other ids."""
     vocabulary = tokenizer["model"]["vocab"]
     return {t: n + step if t in WORDS else n for t, n in vocabulary.items()}
+
+
+def _rule(text: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": text}, "content": content}
+
+
+def _rules(count: int, times: int) -> dict[str, Any]:
+    """Returns rules that each write a letter many times."""
+    return {"type": "Sequence", "normalizers": [_rule("w", "w" * times)] * count}
+
+
+def _bytes_of_bytes(count: int) -> dict[str, Any]:
+    """Returns steps that each write the bytes of all letters as letters."""
+    step = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    return {"type": "Sequence", "pretokenizers": [step] * count}
+
+
+def _repeating(template: dict[str, Any], times: int) -> dict[str, Any]:
+    """Returns a template of special tokens in which a text stands so many times."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    parts = [part for part in template["single"] if "Sequence" not in part]
+    return template | {"single": [*parts, *[text] * times]}
+
+
+def _sparse(name: str) -> Callable[[Path], None]:
+    """Returns the damage of a file that has more bytes than a memory, and takes no disk."""
+
+    def damage(root: Path) -> None:
+        replace(root / name, "")
+        with (root / name).open("wb") as stream:
+            stream.truncate(2**40)
+
+    return damage
 
 
 def _sequence(depth: int) -> dict[str, Any]:

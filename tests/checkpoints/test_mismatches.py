@@ -18,6 +18,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
 )
 
 from adamerge_jax.checkpoints.peft_config import CONFIG_FILE, WEIGHTS_FILE
@@ -258,6 +261,18 @@ def test_the_table_of_an_encoder_under_the_name_of_its_output_layer(tmp_path, ki
     edit_weights(tmp_path / "base", lambda t: t.update({second: t.pop(table)}))
     models = opened(tmp_path / "base", tmp_path / "expert")
     np.testing.assert_array_equal(models.base.read(f"{kind}.{table}"), expected)
+
+
+def test_a_config_that_lacks_the_number_of_classes(tmp_path):
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = RobertaConfig(**sizes, intermediate_size=24, max_position_embeddings=20, num_labels=3)
+    randomise(RobertaModel(config)).save_pretrained(tmp_path / "base")
+    expert = tmp_path / "expert"
+    randomise(RobertaForSequenceClassification(config), 1).save_pretrained(expert)
+    fields = json.loads((expert / "config.json").read_text())
+    del fields["id2label"], fields["label2id"]
+    (expert / "config.json").write_text(json.dumps(fields))
+    refused(tmp_path / "base", expert, "has 3 classes by classifier.", "and 2 by its config.json")
 
 
 def test_tied_tables_of_a_llama_under_the_name_of_the_output_layer(tmp_path):

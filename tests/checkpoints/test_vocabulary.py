@@ -144,6 +144,17 @@ def test_a_config_of_another_size_than_the_weights_is_refused(model, tmp_path):
         open_models(parse_recipe(recipe(tmp_path)), tmp_path)
 
 
+def test_weights_of_another_size_than_the_config_are_refused(model, tmp_path):
+    """Also where the config says what the base's says."""
+    for name in ("base", "padded"):
+        save(model, tmp_path / name, TOKENS)
+    save(model, tmp_path / "chat", TOKENS + 3)
+    file = tmp_path / "chat" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": TOKENS}))
+    with pytest.raises(InputError, match=rf"vocab_size {TOKENS} .* has {TOKENS + 3} rows"):
+        open_models(parse_recipe(recipe(tmp_path)), tmp_path)
+
+
 def test_tied_tables_and_tables_in_a_file_twice(tmp_path):
     tied = LlamaConfig(**SIZES, vocab_size=TOKENS, tie_word_embeddings=True)
     model = randomise(LlamaForCausalLM(tied))

@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import zlib
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from adamerge_jax.data.image_files import ImageFiles
 from adamerge_jax.data.images import ImageExamples, ImageProcessor
 from adamerge_jax.errors import InputError
 from tests.references import save_image
@@ -116,3 +118,20 @@ def test_other_sizes_than_the_model_takes(tmp_path):
     examples = make([tmp_path / "wide.png"], do_resize=False)
     with pytest.raises(InputError, match=r"wide.png\): .* \(3, 4, 6\) of it, the model takes"):
         examples.take(np.array([0]), 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 201, 3), (201, 1, 3), (1, 200, 3)])
+def test_lines_are_refused(tmp_path, shape):
+    save_image(tmp_path / "line.png", np.zeros(shape))
+    images = ImageFiles([tmp_path / "line.png"], "data")
+    if max(shape) == 200:
+        images.decode(0)
+        return
+    with pytest.raises(InputError, match="one side more than 200 times as long as the other"):
+        images.decode(0)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match="is no file"):
+        ImageFiles([tmp_path / "pipe.png"], "data").open(0)

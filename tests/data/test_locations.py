@@ -1,4 +1,5 @@
 import gzip
+import json
 import logging
 import os
 from pathlib import Path
@@ -142,6 +143,48 @@ def test_folders_of_save_to_disk(tmp_path):
         texts(tmp_path, "splits", split="test")
 
 
+@pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", "none.arrow", 5])
+def test_saved_data_name_files_in_their_folder_only(tmp_path, name):
+    saved().save_to_disk(tmp_path / "one")
+    (tmp_path / "one/data-00000-of-00001.arrow").rename(tmp_path / "secret.arrow")
+    state = json.loads((tmp_path / "one/state.json").read_text())
+    state["_data_files"] = [{"filename": name}]
+    (tmp_path / "one/state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="which is no file in the folder"):
+        texts(tmp_path, "one")
+
+
+def test_reading_saved_data_writes_nothing_beside_them(tmp_path):
+    saved().save_to_disk(tmp_path / "one")
+    before = sorted(tmp_path.rglob("*"))
+    assert texts(tmp_path, "one") == ["a0", "a1", "a2"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_a_text_that_a_file_has_once_and_rows_a_million_times(tmp_path, monkeypatch, store_schema):
+    monkeypatch.setattr("adamerge_jax.data.arrow_tables._BYTES_AT_ONCE", 10**6)
+    monkeypatch.setattr("adamerge_jax.data.tables._MOST_CHARACTERS", 10**6)
+    once = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 10**5, pa.int32()), pa.array(["w" * 10**5])
+    )
+    file = tmp_path / "data.parquet"
+    parquet.write_table(pa.table({"text": once}), file, store_schema=store_schema)
+    source = DataSource(path=str(file))
+    message = "11 rows; give limit|100 times as large without compression"
+    with pytest.raises(InputError, match=message):
+        read_table(locate_data(source, tmp_path), source, "data", ["text"]).texts("text")
+
+
+def test_more_rows_than_a_file_can_hold(tmp_path):
+    ends, values = pa.array([10**9], pa.int64()), pa.array(["w"])
+    table = pa.table({"text": pa.RunEndEncodedArray.from_arrays(ends, values)})
+    with pa.ipc.new_file(tmp_path / "data.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(InputError, match="says that it has 1,000,000,000 rows in"):
+        texts(tmp_path, "data.arrow")
+
+
 def test_clones_of_data_set_repositories(tmp_path, caplog):
     fields = {
         "configs": [
@@ -196,6 +239,36 @@ def test_cards_name_files_in_their_folder_only(tmp_path, pattern):
     card = {"configs": [{"config_name": "default", "data_files": pattern}]}
     (tmp_path / "clone/README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
     with pytest.raises(InputError, match="which is not in the folder"):
+        texts(tmp_path, "clone")
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (LAUGHS + "configs: [{config_name: *a59, data_files: a.jsonl}]", "more than 500,000"),
+        ("a: " + "[" * 5000, "nested deeper than 50 levels"),
+        (f"configs: [{{config_name: 0x{'f' * 9000}, data_files: a.jsonl}}]", "too long for a"),
+        ("configs: [{data_files: 5}]", "no files for split 'train'; its splits are none"),
+        ("configs: [{data_files: [null]}]", "no files for split 'train'; its splits are none"),
+        ("configs: [{data_files: {train: [[a]]}}]", "no files for split 'train'"),
+        ("configs: [{data_files: {2023: a.jsonl}}]", "no files for split .*; its splits are 2023"),
+        ("configs: [{data_files: ['']}]", "no files for split 'train'"),
+        ("configs: [{data_files: 'a**b'}]", r"is no pattern of files \(Invalid pattern"),
+        (f"configs: [{{data_files: '{'**/' * 200}a.jsonl'}}]", r"it has more than 2 \*\*"),
+        (
+            "configs: [{data_files: a.jsonl}]\ndataset_info: {features: [{name: label, "
+            "dtype: {class_label: {names: {no: a, yes: b}}}}]}",
+            "names classes by other keys than their numbers",
+        ),
+    ],
+)
+def test_cards_that_say_nothing_or_too_much_are_refused(tmp_path, metadata, message):
+    write_one(tmp_path / "clone/a.jsonl", "o")
+    (tmp_path / "clone/README.md").write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(InputError, match=message):
         texts(tmp_path, "clone")
 
 

@@ -70,6 +70,15 @@ def test_a_line_without_end(tmp_path, monkeypatch):
         read(tmp_path, gzip.compress(b"a" * 10**7), "data.txt.gz", ".txt")
 
 
+def test_lines_for_hours_in_a_small_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("adamerge_jax.data.records._USUAL_SIZE", 10**6)
+    content = gzip.compress(b"a\n" * 10**6)
+    with pytest.raises(InputError, match="more than 200 times as large without compression"):
+        read(tmp_path, content, "data.txt.gz", ".txt")
+    monkeypatch.setattr("adamerge_jax.data.records._USUAL_SIZE", 2 * 10**6)
+    assert len(read(tmp_path, content, "data.txt.gz", ".txt")) == 10**6
+
+
 def test_an_edited_file_of_the_same_time(tmp_path):
     read(tmp_path, LINES, "data.jsonl", ".jsonl")
     stat = (tmp_path / "data.jsonl").stat()

@@ -291,15 +291,22 @@ def test_a_tokenizer_that_cannot_be_read(root):
     assert said.startswith(f"expert 'naming' ({root / 'naming'}): its tokenizer cannot be read: ")
 
 
-def test_a_token_that_the_base_has_no_row_for(root):
-    """Its weights can be merged, but texts are read by one tokenizer."""
-    add_tokens(root, "naming", ["<new>"])
+def add_row(folder: Path) -> None:
+    """Gives a model a row of tokens more."""
 
     def grow(tensors: dict[str, np.ndarray]) -> None:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensors[name] = np.pad(tensors[name], [(0, 1), (0, 0)])
 
-    edit_weights(root / "naming", grow)
+    edit_weights(folder, grow)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": ROWS + 1}))
+
+
+def test_a_token_that_the_base_has_no_row_for(root):
+    """Its weights can be merged, but texts are read by one tokenizer."""
+    add_tokens(root, "naming", ["<new>"])
+    add_row(root / "naming")
     assert "'<new>' is 333 there and missing in the base; all models" in refused(root)
 
 
@@ -308,12 +315,7 @@ def test_tokens_beyond_the_rows_of_the_base(root, caplog):
     free = [f"<{number}>" for number in range(len(byte_tokenizer()), ROWS)]
     for name in ("base", *TASKS):
         add_tokens(root, name, [*free, "<new>"] if name == "naming" else free)
-
-    def grow(tensors: dict[str, np.ndarray]) -> None:
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensors[name] = np.pad(tensors[name], [(0, 1), (0, 0)])
-
-    edit_weights(root / "naming", grow)
+    add_row(root / "naming")
     models = models_in(root)
     assert "<new>" not in find_tokenizer(models.by_name, "base").get_vocab()
     assert "has 1 token(s) that the base has no rows for ('<new>')" in caplog.text

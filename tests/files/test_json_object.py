@@ -18,3 +18,11 @@ def test_what_is_written_is_read(tmp_path):
     assert read_list(file) == [1]
     with pytest.raises(InputError, match="holds no fields"):
         read_object(file)
+
+
+def test_a_file_that_fills_the_memory_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    with file.open("wb") as stream:
+        stream.truncate(2**40)  # and takes no disk
+    with pytest.raises(InputError, match="more than 100,000,000 bytes"):
+        read_object(file)

@@ -1,6 +1,7 @@
 """The strict YAML reader: what is refused, with its line, and within what time."""
 
 import math
+import os
 import time
 from pathlib import Path
 
@@ -87,3 +88,10 @@ def test_anything_is_read_or_refused(text: bytes | str) -> None:
         read_yaml(text)
     except InputError as error:
         assert "\n" not in str(error)
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for file in (tmp_path / "pipe.yaml", Path("/dev/zero")):
+        with pytest.raises(InputError, match="is no file; expected a YAML file"):
+            read_yaml_file(file)
