@@ -136,7 +136,9 @@ def test_fold(text_recipe, granularity):
     coefficients = random_coefficients(models, granularity)
     base, experts = files(text_recipe)
     merged = dict(fold(models, coefficients))
-    assert list(merged) == list(models.base.names)
+    assert merged.keys() == set(models.base.names)
+    in_file = [models.base.names[name] for name in merged]
+    assert in_file == [name for name in models.base.checkpoint.tensors if name in in_file]
     assert {name.removeprefix("bert.") for name in merged} == base.keys()
     for name, array in merged.items():
         start = base[name.removeprefix("bert.")]
