@@ -113,7 +113,8 @@ class Table:
         Raises:
             InputError: A row holds something else.
         """
-        texts, size = [], 0
+        texts: list[str] = []
+        size = 0
         for number, text in zip(self.rows.numbers, self.rows[column], strict=True):
             if not isinstance(text, str):
                 raise InputError(
