@@ -123,7 +123,7 @@ def test_a_tensor_of_another_shape(text_recipe, expert, refused):
 
 def test_a_head_of_another_shape_than_its_config_says(text_recipe, expert, refused):
     edit_weights(expert, lambda tensors: tensors.update({"classifier.bias": np.zeros(9)}))
-    refused(text_recipe, "expert 'topic'", "classifier.bias", "(9,)", "(3,)")
+    refused(text_recipe, "expert 'topic'", "9 classes by classifier.bias", "3 by its config.json")
 
 
 def test_an_expert_whose_config_makes_numbers_of_classes(text_recipe, expert, refused):
@@ -134,7 +134,7 @@ def test_an_expert_whose_config_makes_numbers_of_classes(text_recipe, expert, re
     edit_config(expert, problem_type="multi_label_classification")
     refused(text_recipe, "test data of task 'topic'", "'label'", "a list of classes")
     edit_config(expert, problem_type=None, id2label={"0": "score"}, label2id={"score": 0})
-    refused(text_recipe, "expert 'topic'", "classifier.bias", "(3,)", "(1,)")
+    refused(text_recipe, "expert 'topic'", "3 classes by classifier.bias", "1 by its config.json")
 
 
 @pytest.mark.parametrize(("value", "said"), [(np.nan, "1 NaN"), (-np.inf, "1 Inf")])
