@@ -456,7 +456,7 @@ def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*layers, 2, *((shape[0], 1) if len(shape) == 2 else (1,)))
 
 
-@pytest.fixture(scope="module", params=MERGES)
+@pytest.fixture(scope="module")
 def merge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Merge:
     config = MERGES[request.param]
     make = partial(
@@ -508,7 +508,16 @@ def merge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     )
 
 
-@pytest.mark.parametrize("rematerialize", ["nothing", "weights", "elementwise", "layer"])
+# All layers are scanned and computed again in one place, whatever the model.
+@pytest.mark.parametrize(
+    ("merge", "rematerialize"),
+    [
+        *(("bert", mode) for mode in ("nothing", "weights", "elementwise", "layer")),
+        *((name, "elementwise") for name in MERGES if name != "bert"),
+    ],
+    indirect=["merge"],
+    scope="module",
+)
 def test_mixtures_and_their_gradients(rematerialize: Rematerialize, merge: Merge) -> None:
     """A backbone of Mixtures against PyTorch in float64, which merges first and differentiates.
 
