@@ -15,6 +15,8 @@ _LEAST_SAVED = 0.1
 _ATTENTION = 1500
 """The length of rows at which attention to a token costs as much as the rest of its layer does."""
 
+_COUNTED_AT_ONCE = 4096
+"""Texts whose tokens are counted together: their arrays are in memory, padded to the longest."""
 
 BATCHES_TRIED = 16
 """The batches by which the rows of packed texts are chosen."""
@@ -60,13 +62,18 @@ def token_counts(examples: Examples) -> Int[np.ndarray, " N"] | None:
     That is, where they are no texts with a mask, each of which begins with a token and has padding
     only behind its last one.
     """
-    every = np.arange(len(examples))
-    mask = examples.take(every, examples.padded_length(every)).get("attention_mask")
-    if mask is None or mask.ndim != 2:
-        return None
-    counts = (mask > 0).sum(1)
-    is_first = np.arange(mask.shape[1]) < counts[:, None]
-    return counts if counts.all() and (is_first == (mask > 0)).all() else None
+    parts = []
+    for start in range(0, len(examples), _COUNTED_AT_ONCE):
+        index = np.arange(start, min(start + _COUNTED_AT_ONCE, len(examples)))
+        mask = examples.take(index, examples.padded_length(index)).get("attention_mask")
+        if mask is None or mask.ndim != 2:
+            return None
+        counts = (mask > 0).sum(1)
+        is_first = np.arange(mask.shape[1]) < counts[:, None]
+        if not counts.all() or (is_first != (mask > 0)).any():
+            return None
+        parts.append(counts)
+    return np.concatenate(parts)
 
 
 def packing_for(

@@ -25,7 +25,7 @@ from adamerge_jax.models.layers import (
     attention,
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
-from adamerge_jax.models.token_rows import encode, token_rows
+from adamerge_jax.models.token_rows import TokenRows, encode, token_rows
 
 
 class Embeddings(nnx.Module):
@@ -43,6 +43,25 @@ class Embeddings(nnx.Module):
     ) -> Float[Array, "B T H"]:
         embedded = self.word_embeddings(token_ids) + self.token_type_embeddings(token_types)
         return self.LayerNorm(embedded + self.position_embeddings(positions))
+
+
+def embedded_rows(
+    embeddings: nnx.Module, inputs: Mapping[str, Int[Array, "B T"]], longest: int
+) -> tuple[Float[Array, "R L H"], TokenRows]:
+    """Embeds texts whose tokens have types, and positions from 0 on.
+
+    Args:
+        embeddings: The module, of token ids, types and positions.
+        inputs: The batch.
+        longest: The number of positions.
+
+    Returns:
+        The embedded tokens by row, and the rows that the texts are in.
+    """
+    token_ids, mask, token_types = text_inputs(inputs, longest)
+    rows = token_rows(inputs, mask)
+    by_row = rows.in_rows(token_ids), rows.in_rows(token_types)
+    return embeddings(*by_row, rows.positions), rows
 
 
 class SelfAttention(nnx.Module):
@@ -134,11 +153,7 @@ class Bert(nnx.Module):
         self.longest = config.max_position_embeddings
 
     def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
-        token_ids, mask, token_types = text_inputs(inputs, self.longest)
-        rows = token_rows(inputs, mask)
-        embedded = self.embeddings(
-            rows.in_rows(token_ids), rows.in_rows(token_types), rows.positions
-        )
+        embedded, rows = embedded_rows(self.embeddings, inputs, self.longest)
         outputs = encode(self.encoder.layer, embedded, rows, hidden_states)
         return outputs._replace(pooled=self.pooler(outputs.pooled) if self.pooler else None)
 

@@ -14,9 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.bert import Attention, Layer
+from adamerge_jax.models.bert import Attention, Layer, embedded_rows
 from adamerge_jax.models.family import Family, HeadAxes, HeadForm, attention_heads
-from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Config,
     Embedding,
@@ -32,7 +31,7 @@ from adamerge_jax.models.layers import (
     value,
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
-from adamerge_jax.models.token_rows import encode, token_rows
+from adamerge_jax.models.token_rows import encode
 
 
 def log_buckets(
@@ -206,11 +205,7 @@ class DebertaV2(nnx.Module):
         self.longest = config.max_position_embeddings
 
     def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
-        token_ids, mask, token_types = text_inputs(inputs, self.longest)
-        rows = token_rows(inputs, mask)
-        embedded = self.embeddings(
-            rows.in_rows(token_ids), rows.in_rows(token_types), rows.positions
-        )
+        embedded, rows = embedded_rows(self.embeddings, inputs, self.longest)
         positions = self.encoder.relative_positions(embedded.shape[1])
         return encode(self.encoder.layer, embedded, rows, hidden_states, positions)
 

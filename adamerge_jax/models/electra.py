@@ -10,9 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from adamerge_jax.errors import InputError
-from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder
+from adamerge_jax.models.bert import BERT_HEADS, Embeddings, Encoder, embedded_rows
 from adamerge_jax.models.family import Family, HeadForm
-from adamerge_jax.models.inputs import text_inputs
 from adamerge_jax.models.layers import (
     Config,
     Linear,
@@ -25,7 +24,7 @@ from adamerge_jax.models.layers import (
 )
 from adamerge_jax.models.problem import MULTIPLE_CHOICE, TOKEN_CLASSIFICATION
 from adamerge_jax.models.roberta import OUT_PROJ, TwoLayerHead
-from adamerge_jax.models.token_rows import encode, token_rows
+from adamerge_jax.models.token_rows import encode
 
 
 class Electra(nnx.Module):
@@ -39,11 +38,7 @@ class Electra(nnx.Module):
         self.longest = config.max_position_embeddings
 
     def __call__(self, inputs: Mapping[str, Int[Array, "B T"]], hidden_states: bool) -> Outputs:
-        token_ids, mask, token_types = text_inputs(inputs, self.longest)
-        rows = token_rows(inputs, mask)
-        embedded = self.embeddings(
-            rows.in_rows(token_ids), rows.in_rows(token_types), rows.positions
-        )
+        embedded, rows = embedded_rows(self.embeddings, inputs, self.longest)
         if self.embeddings_project is not None:
             embedded = self.embeddings_project(embedded)
         return encode(self.encoder.layer, embedded, rows, hidden_states)

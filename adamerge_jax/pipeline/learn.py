@@ -250,6 +250,11 @@ def prepare(
     return ask_experts(inputs, show_count) if asks else inputs
 
 
+def may_pack(method: Method, models: Models) -> bool:
+    """Returns True if the texts of a step may share rows: those of a whole batch, on one device."""
+    return models.family.packs and method.microbatches == 1 and models.devices.mesh is None
+
+
 def ask_experts(inputs: LearningInputs, show_count: ShowCount = count_silently) -> LearningInputs:
     """Computes the experts' targets for the objectives.
 
@@ -289,8 +294,7 @@ def ask_experts(inputs: LearningInputs, show_count: ShowCount = count_silently) 
         cross_task=cross_task,
         prompts=[task for task, spec in method.target_specs.items() if spec.prompts],
     )
-    is_whole = method.microbatches == 1 and inputs.devices.mesh is None
-    if workspace.models.family.packs and is_whole:
+    if may_pack(method, workspace.models):
         calibration = calibration.packed()
     return inputs._replace(calibration=calibration)
 

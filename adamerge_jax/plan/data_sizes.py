@@ -98,9 +98,11 @@ def data_sizes(
             size = _size_of_arrays(path, models.family.inputs[0], name).limited(source.limit)
         elif not is_on_hub(source, root):
             examples = load(source, name, task)
+            # Only what is learned from is packed.
+            may_be_packed = models.family.packs and part == "calibration"
             size = DataSize(
                 examples.padded_lengths(),
-                token_counts(examples) if models.family.packs else None,
+                token_counts(examples) if may_be_packed else None,
                 images=shapes_of_images(examples),
             )
             if isinstance(examples, ChoiceExamples):

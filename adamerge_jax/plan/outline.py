@@ -33,7 +33,7 @@ from adamerge_jax.models.token_rows import PLACES, SLOTS
 from adamerge_jax.objectives import CrossTaskTargets, Targets, TargetSpec
 from adamerge_jax.pipeline.example_loader import ExampleLoader, example_loader, image_shape
 from adamerge_jax.pipeline.general import find_general
-from adamerge_jax.pipeline.learn import learner_of, require_any_merged
+from adamerge_jax.pipeline.learn import learner_of, may_pack, require_any_merged
 from adamerge_jax.pipeline.models import Models, open_models
 from adamerge_jax.pipeline.read import load_expert, load_task_vectors
 from adamerge_jax.pipeline.workspace import forward_for
@@ -305,9 +305,8 @@ class Outline:
     def packing(self) -> Packing | None:
         """The rows that the texts of a step are packed in; None for a row each."""
         sizes, size = self.data["calibration"].values(), self.recipe.learning.batch_size
-        is_whole = self.method.microbatches == 1 and self.models.devices.mesh is None
         counts = [of_task.tokens for of_task in sizes if of_task.tokens is not None]
-        if not (self.models.family.packs and is_whole) or len(counts) < len(sizes):
+        if not may_pack(self.method, self.models) or len(counts) < len(sizes):
             return None
         generator = np.random.default_rng(self.recipe.seed)
         lengths = [

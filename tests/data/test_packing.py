@@ -5,9 +5,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from adamerge_jax.data import packing
 from adamerge_jax.data.arrays import ArrayExamples
 from adamerge_jax.data.batches import Calibration, calibrate
-from adamerge_jax.data.packing import Packing
+from adamerge_jax.data.packing import Packing, token_counts
 from adamerge_jax.models.token_rows import PLACES, SLOTS
 
 
@@ -16,6 +17,15 @@ def texts(lengths: np.ndarray, width: int, first: int = 1) -> dict[str, np.ndarr
     mask = (np.arange(width) < lengths[:, None]).astype(np.int32)
     ids = first + np.arange(mask.size, dtype=np.int32).reshape(mask.shape)
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def test_tokens_are_counted_in_parts(monkeypatch):
+    lengths = np.array([3, 12, 1, 5, 4, 7, 2])
+    examples = ArrayExamples(texts(lengths, 12))
+    monkeypatch.setattr(packing, "_COUNTED_AT_ONCE", 3)
+    np.testing.assert_array_equal(token_counts(examples), lengths)
+    empty = ArrayExamples(texts(np.append(lengths, 0), 12))  # in the last part alone
+    assert token_counts(empty) is None
 
 
 def calibration(longest: dict[str, int], batch_size: int = 6) -> Calibration:

@@ -441,5 +441,7 @@ def test_texts_of_a_step_are_packed_as_in_a_run(text_recipe, tmp_path):
     assert set(abstract) == set(real)
     assert abstract[PLACES].shape == real[PLACES].shape
     assert abstract[SLOTS].shape == (planned.rows, planned.length)
+    # Nothing else is packed, so that its tokens are not counted.
+    assert all(size.tokens is None for size in found.data["test"].values())
     # No text is packed by parts of a batch.
     assert found.changed("learning.microbatches", 2).packing is None

@@ -28,7 +28,8 @@ from transformers import (
 
 from adamerge_jax.errors import InputError
 from adamerge_jax.models import family_of
-from adamerge_jax.models.bridge.family import BridgedFamily, bridged_family
+from adamerge_jax.models.bridge.body import NotDividedError
+from adamerge_jax.models.bridge.family import BridgedFamily, _told, bridged_family
 from adamerge_jax.models.family import complete_head
 from adamerge_jax.models.layers import Outputs
 from tests.references import randomise, saved_parameters
@@ -139,6 +140,14 @@ def test_a_model_whose_images_cannot_be_read_is_learned_from_texts():
     family = bridged_family(config, "Gemma3ForConditionalGeneration")
     assert family.images is None and family.inputs == ("input_ids", "attention_mask")
     assert "modulo by zero" in family.blind
+
+
+def test_the_first_reason_is_told():
+    """The second way of dividing a model fails otherwise where the first one could not run."""
+    divided, first, second = (InputError(text) for text in ("divided", "first", "second"))
+    divided.__cause__ = NotDividedError("divided")
+    assert _told([divided, first, second]) is first
+    assert _told([divided]) is divided
 
 
 def test_an_encoder_decoder_that_reads_images_is_learned_from_texts():
